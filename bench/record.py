@@ -1,0 +1,372 @@
+"""The result schema: what a cell is, what one attempt at it left behind, and how records reach the disk.
+
+A *cell* is one training run to be measured: method x dataset x encoders x seed x settings. Every finished
+attempt at a cell is one immutable JSON file, written to a temporary name and renamed, so a reader never sees
+half a record. Ranks, step times and memory samples lie beside it as ``.npz`` files named in ``files``.
+
+Units are part of the field names: ``_s`` seconds, ``_bytes``, ``_j`` joules. A value that could not be had is
+``None`` and its ``reason`` says why; it is never 0. This module imports pydantic only, so that reports start
+fast and need no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+SCHEMA_VERSION = 1
+
+Modality = Literal["text", "image"]
+Protocol = Literal["suite", "paper"]
+Precision = Literal["fp32", "bf16", "fp16"]
+Status = Literal["ok", "oom", "diverged", "timeout", "killed", "error", "skipped"]
+PhaseKind = Literal[
+    "load", "adapt", "prepare", "cache", "warmup", "train", "validate", "rank", "export", "estimate", "search", "round"
+]
+
+
+class Frozen(BaseModel):
+    """Base of everything that crosses a boundary: immutable, and an unknown field is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+# --- what is to be run -------------------------------------------------------------------------------------
+
+
+class EncoderSpec(Frozen):
+    """One foundation encoder: a Hugging Face hub id, a local folder, or ``builtin:NAME`` for a shipped one."""
+
+    source: str
+    revision: str | None = None
+    weights: Literal["pretrained", "random"] = "pretrained"
+
+
+class LearningRates(Frozen):
+    """Adam learning rates: the recommender's own parts, each encoder's parts, and a method's side network."""
+
+    recommender: PositiveFloat = 2e-4
+    text: PositiveFloat = 4e-4
+    image: PositiveFloat = 4e-4
+    method: PositiveFloat = 4e-4
+
+
+class Training(Frozen):
+    """Training settings. They belong to the task: every method of a matrix gets the same ones."""
+
+    epochs: PositiveInt = 8
+    patience: PositiveInt = 10
+    """Epochs without a better validation Recall@10 before training stops."""
+    users_per_batch: PositiveInt = 32
+    precision: Precision = "fp32"
+    activation_checkpointing: bool = False
+    embedding_dim: PositiveInt = 64
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    blocks: PositiveInt = 2
+    heads: PositiveInt = 2
+    title_tokens: PositiveInt = 30
+    max_steps_per_epoch: PositiveInt | None = None
+    """Cuts every epoch after this many steps; ``None`` trains on all users."""
+
+
+class Cell(Frozen):
+    """One training run to be measured, complete: everything that may change the result is in here."""
+
+    method: str
+    options: dict[str, Any] = {}
+    """Settings of the method itself (its ``Config``); empty means all defaults."""
+    cached: bool = False
+    """Train on the harness's feature cache instead of on the encoders (decoupled methods only)."""
+    dataset: str
+    dataset_fingerprint: str
+    """SHA-256 of the prepared dataset's content."""
+    modalities: tuple[Modality, ...]
+    text_encoder: EncoderSpec | None = None
+    image_encoder: EncoderSpec | None = None
+    protocol: Protocol = "suite"
+    training: Training = Training()
+    lr: LearningRates = LearningRates()
+    lr_trial: int = 0
+    """Index of this learning rate among the method's trials; the reporter selects on validation."""
+    lr_trials: PositiveInt = 1
+    device: Literal["cpu", "cuda"] = "cpu"
+    seed: int = 12345
+
+    @property
+    def label(self) -> str:
+        """How the row is called in tables: the method, and whether it trained on cached features."""
+        return f"{self.method} (cached)" if self.cached else self.method
+
+
+def cell_id(cell: Cell, code_version: str) -> str:
+    """Identity of a cell: 12 hex digits of SHA-256 over its canonical JSON and the version of the measured code."""
+    canonical = json.dumps(cell.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(f"{code_version}\n{canonical}".encode()).hexdigest()[:12]
+
+
+# --- what came out of it -----------------------------------------------------------------------------------
+
+
+class Reading(Frozen):
+    """One measured quantity: its value, how it was obtained, and why it is missing or not to be trusted."""
+
+    value: float | None
+    source: str
+    """The instrument, for people: ``"VmHWM over the baseline"``, ``"NVML device delta"``."""
+    valid: bool = True
+    reason: str | None = None
+
+    @model_validator(mode="after")
+    def _missing_has_a_reason(self) -> Reading:
+        if (self.value is None or not self.valid) and not self.reason:
+            raise ValueError("a missing or invalid reading must say why")
+        return self
+
+    @classmethod
+    def missing(cls, source: str, reason: str) -> Reading:
+        """A reading that could not be taken."""
+        return cls(value=None, source=source, valid=False, reason=reason)
+
+
+class Memory(Frozen):
+    """Peak memory over one window, by every instrument there is, side by side (bytes)."""
+
+    torch_allocated_bytes: Reading
+    torch_reserved_bytes: Reading
+    nvml_device_bytes: Reading
+    """Device use over the idle baseline."""
+    nvml_process_bytes: Reading
+    host_rss_bytes: Reading
+    """Resident memory of the process tree over the baseline taken before data and model were loaded."""
+
+
+class Phase(Frozen):
+    """One stretch of a cell. Kinds may recur; the times of all phases add up to the wall time of the cell."""
+
+    kind: PhaseKind
+    name: str = ""
+    start_s: float
+    """Since the start of the cell."""
+    wall_s: float
+    memory: Memory
+    energy_j: Reading
+
+
+class Epoch(Frozen):
+    """One epoch: training only in ``train_s`` (data loading included; validation and bookkeeping excluded)."""
+
+    index: int
+    """From 1."""
+    train_s: float
+    steps: int
+    loss: float
+    valid_recall_10: float
+    valid_ndcg_10: float
+
+
+class Parameters(Frozen):
+    """Parameter counts, exact and equal on every machine."""
+
+    trainable: int
+    trainable_max: int
+    """The most that ever trained at one time (a method may change what trains)."""
+    total: int
+    """All parameters the cell holds, the encoders' included when they are loaded."""
+    by_group: dict[str, int]
+    stored_bytes: int
+    """What must be kept to use the adapted model later, beside the untouched encoders."""
+
+
+class CacheFacts(Frozen):
+    """The feature cache a cell trained on. Built by a process of its own, paid once per dataset and encoders."""
+
+    build_s: float
+    bytes: int
+    items: int
+    dtype: str
+    built_by_attempt: bool
+    """False when an earlier cell had already built it; ``build_s`` is then what that build took."""
+
+
+class EncoderFacts(Frozen):
+    """The encoder that was really loaded."""
+
+    source: str
+    revision: str | None
+    architecture: str
+    weights: Literal["pretrained", "random"]
+    width: int
+    depth: int
+    parameters: int
+
+
+class DatasetFacts(Frozen):
+    """The data that was really read."""
+
+    name: str
+    fingerprint: str
+    users: int
+    items: int
+    interactions: int
+    items_never_trained: int
+    modalities: tuple[Modality, ...]
+
+
+class Environment(Frozen):
+    """Everything needed to judge whether two records may be compared."""
+
+    python: str
+    platform: str
+    hostname_hash: str
+    packages: dict[str, str]
+    device_kind: Literal["cpu", "cuda"]
+    device_name: str
+    device_key: str
+    """Records are comparable in time and memory only where this is equal: model, driver, threads."""
+    driver: str | None
+    cpu_threads: int
+    allocator: str
+    deterministic: bool
+    git_revision: str | None
+    git_dirty: bool | None
+
+
+class Flag(Frozen):
+    """Something a reader must know before trusting a number; shown as a footnote wherever the row is shown."""
+
+    code: str
+    """``random-weights``, ``cpu-memory``, ``foreign-process``, ``throttled``, ``cache-build`` ..."""
+    message: str
+
+
+class Failure(Frozen):
+    """Where an attempt that is not ``ok`` stopped."""
+
+    phase: str
+    message: str
+    """One line: what, where, and what to do."""
+    epoch: int | None = None
+    step: int | None = None
+    bytes_requested: int | None = None
+
+
+class CellResult(Frozen):
+    """One finished attempt at one cell, whatever its end."""
+
+    schema_version: Literal[1] = 1
+    cell_id: str
+    attempt: PositiveInt
+    cell: Cell
+    code_version: str
+    status: Status
+    failure: Failure | None = None
+    started_at: str
+    """ISO 8601, UTC."""
+    wall_s: float
+    environment: Environment | None = None
+    dataset: DatasetFacts | None = None
+    text_encoder: EncoderFacts | None = None
+    image_encoder: EncoderFacts | None = None
+    parameters: Parameters | None = None
+    phases: tuple[Phase, ...] = ()
+    epochs: tuple[Epoch, ...] = ()
+    warmup_epochs: int = 0
+    """Leading epochs that do not count towards the epoch time."""
+    best_epoch: int | None = None
+    epoch_time_s: Reading
+    """T of TPME: median training time of an epoch after the warm-up epochs."""
+    training_memory: Memory | None = None
+    """Peaks over all training phases: the source of M of TPME."""
+    cache: CacheFacts | None = None
+    inference_items_per_s: Reading | None = None
+    counters: dict[str, Reading] = {}
+    """Exact counters (FLOPs, bytes saved for backward ...) and a method's own (``report()``)."""
+    flags: tuple[Flag, ...] = ()
+    files: dict[str, str] = {}
+    """``ranks`` and ``samples``: names of the ``.npz`` files beside this record.
+
+    ``ranks`` holds, one entry a user: ``rank`` (int32, from 1, ties against the model), ``target`` (item),
+    ``cold`` (the target never occurs in training), ``in_history`` (the target is masked, so it cannot hit).
+    ``samples`` holds ``step_s`` (training steps), ``step_epoch``, and the memory curve ``sample_t_s``,
+    ``sample_bytes``.
+    """
+
+    @model_validator(mode="after")
+    def _failure_is_told(self) -> CellResult:
+        if self.status != "ok" and self.failure is None:
+            raise ValueError(f"a cell that ended as '{self.status}' must say where and why")
+        return self
+
+
+# --- files ---------------------------------------------------------------------------------------------------
+
+
+class RecordError(ValueError):
+    """A record that cannot be read: the message names the file, what is wrong and what to do."""
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write ``data`` under a temporary name beside ``path`` and rename it: readers see all of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_result(result: CellResult, path: Path) -> None:
+    """Write one record as indented JSON. Raises FileExistsError where one is: records are immutable."""
+    if path.exists():
+        raise FileExistsError(f"{path}: a record is never overwritten; start a new attempt")
+    write_atomically(path, (result.model_dump_json(indent=1) + "\n").encode())
+
+
+def read_result(path: Path) -> CellResult:
+    """Read one record. Raises RecordError with one clear line for anything that is not a whole, known record."""
+    try:
+        raw = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise RecordError(f"{path}: not a readable record ({error}); delete it and run its cell again") from None
+    version = raw.get("schema_version") if isinstance(raw, dict) else None
+    if version != SCHEMA_VERSION:
+        raise RecordError(
+            f"{path}: schema version {version!r}, this tpme reads {SCHEMA_VERSION}; use the tpme that wrote it"
+        )
+    try:
+        return CellResult.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise RecordError(f"{path}: field '{where}': {first['msg']}; the record was changed or truncated") from None
+
+
+def find_results(roots: list[Path]) -> list[Path]:
+    """All record files below ``roots`` (a record file itself counts), latest attempt of each cell, sorted."""
+    latest: dict[Path, Path] = {}
+    for root in roots:
+        if not root.exists():
+            raise RecordError(f"{root}: no such file or folder")
+        found = [root] if root.is_file() else sorted(root.rglob("attempt-*.json"))
+        for path in found:
+            kept = latest.get(path.parent)
+            if kept is None or attempt_number(path) > attempt_number(kept):
+                latest[path.parent] = path
+    return sorted(latest.values())
+
+
+def attempt_number(path: Path) -> int:
+    """The 3 of ``attempt-3.json``; 0 for a record that was renamed."""
+    stem = path.stem.removeprefix("attempt-")
+    return int(stem) if stem.isdigit() else 0
