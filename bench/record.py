@@ -20,6 +20,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
+from tpme.bench.errors import UserError
+
 SCHEMA_VERSION = 1
 
 Modality = Literal["text", "image"]
@@ -307,7 +309,7 @@ class CellResult(Frozen):
 # --- files ---------------------------------------------------------------------------------------------------
 
 
-class RecordError(ValueError):
+class RecordError(UserError):
     """A record that cannot be read: the message names the file, what is wrong and what to do."""
 
 
