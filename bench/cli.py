@@ -10,7 +10,6 @@ import sys
 from typing import NoReturn
 
 import typer
-
 from tpme.bench.errors import UserError
 
 app = typer.Typer(
