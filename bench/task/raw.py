@@ -1,0 +1,30 @@
+"""What every source delivers before it is prepared: titles, pictures and users' histories, by item name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Picture = Callable[[int], NDArray[np.uint8]]
+"""``picture(size)``: one decoded item image, uint8 (3, size, size), RGB. Called in worker processes: picklable."""
+
+
+@dataclass(frozen=True)
+class RawData:
+    """One data set as a source read it, checked but not yet filtered, split or written.
+
+    ``titles`` and ``pictures`` are parallel to ``items``, or ``None`` where the modality is absent.
+    ``histories[u]`` are positions in ``items``, oldest first, of ``users[u]``.
+    """
+
+    name: str
+    items: list[str]
+    titles: list[str] | None
+    pictures: list[Picture] | None
+    users: list[str]
+    histories: list[NDArray[np.int32]]
+    skipped: dict[str, int]
+    """What ``--skip-bad`` left out, by reason."""
