@@ -1,0 +1,163 @@
+"""Batches of users, assembled by vectorised gathers: no Python loop over users, positions or items.
+
+``suite``: the distinct real items of a batch are encoded once each; padding never is. ``paper``: every slot, padding
+included, is encoded, as the reference implementation does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tpme.bench.record import Modality, Protocol
+from tpme.bench.task.dataset import Dataset
+from tpme.bench.task.items import Items, map_tensors
+from tpme.bench.task.loss import Candidates
+from tpme.bench.task.tokens import TokenTable
+
+States = dict[Modality, Tensor]
+
+
+class ItemStore:
+    """Where the inputs of items are read from: tokens, images, or cached hidden states.
+
+    Args:
+        dataset: the prepared data set. tokens: its tokenised titles, for a text encoder.
+        states: cached hidden states by modality, (N+1, levels, width), instead of tokens and images.
+    """
+
+    def __init__(
+        self, dataset: Dataset, *, tokens: TokenTable | None = None, images: bool = False, states: States | None = None
+    ) -> None:
+        self.dataset, self.tokens, self.images, self.states = dataset, tokens, images, states
+
+    def gather(self, ids: NDArray[np.int64]) -> Items:
+        """The inputs of items ``ids`` (n,), on the host; cached states come from wherever they are kept."""
+        index = torch.from_numpy(ids)
+        if self.states is not None:
+            return Items(index, states={m: table[index.to(table.device)] for m, table in self.states.items()})
+        tokens = mask = image = None
+        if self.tokens is not None:
+            tokens = torch.from_numpy(self.tokens.ids[ids].astype(np.int64))
+            positions = np.arange(tokens.shape[1])
+            mask = torch.from_numpy((positions < self.tokens.lengths[ids][:, None]).astype(np.int64))
+        if self.images:
+            image = torch.from_numpy(self.dataset.gather_images(ids))
+        return Items(index, tokens, mask, image)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One training batch of B users with S = L+1 slots.
+
+    items: what is encoded, n rows. slot: (B, S) int64, the row of ``items`` in each slot (any row for padding).
+    mask: (B, L) bool, input slots that hold an item. candidates: the columns of the loss; column c is row c of items.
+    """
+
+    items: Items
+    slot: Tensor
+    mask: Tensor
+    candidates: Candidates
+
+    def pin(self) -> Batch:
+        """Page-lock all tensors, so that the copy to a GPU overlaps with compute."""
+        return map_tensors(self, lambda tensor: tensor.pin_memory())
+
+    def to(self, device: torch.device) -> Batch:
+        """Copy to ``device`` without waiting."""
+        return map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def build_batch(slots: NDArray[np.int32], log_p: NDArray[np.float32], store: ItemStore, protocol: Protocol) -> Batch:
+    """Assemble one batch.
+
+    Args:
+        slots: (B, S) item ids, left-padded with 0.
+        log_p: (N+1,) log training popularity; entry 0 is 0.
+        store: where item inputs come from. protocol: distinct items (``suite``) or every slot (``paper``).
+    """
+    real = slots > 0
+    distinct, place = np.unique(slots[real], return_inverse=True)
+    n = len(distinct)
+    item_of_slot = np.full(slots.shape, n, dtype=np.int64)
+    item_of_slot[real] = place
+    rows = np.flatnonzero(
+        real[:, :-1]
+    )  # a position with an item predicts the next slot; left padding, so that holds one
+    next_slot = rows + rows // (slots.shape[1] - 1) + 1  # the same position, one later, in the flattened (B, S)
+    if protocol == "paper":
+        ids = slots.reshape(-1).astype(np.int64)
+        slot = np.arange(ids.size).reshape(slots.shape)
+        item, target = item_of_slot.reshape(-1), next_slot
+        count = np.ones(ids.size, dtype=np.float32)
+    else:
+        ids = distinct.astype(np.int64)
+        slot = np.where(real, item_of_slot, 0)
+        item, target = np.arange(n), item_of_slot.reshape(-1)[next_slot]
+        count = np.bincount(place, minlength=n).astype(np.float32)
+    candidates = Candidates(
+        log_p=torch.from_numpy(log_p[ids]),
+        log_count=torch.from_numpy(np.log(count)),
+        item=torch.from_numpy(item),
+        slots=torch.from_numpy(item_of_slot),
+        rows=torch.from_numpy(rows),
+        target=torch.from_numpy(target),
+        distinct=n,
+    )
+    return Batch(store.gather(ids), torch.from_numpy(slot), torch.from_numpy(real[:, :-1].copy()), candidates)
+
+
+def log_popularity(dataset: Dataset) -> NDArray[np.float32]:
+    """log p(item), (N+1,), with p(0) = 1. Items that never train are no candidates: they get 0, not -inf."""
+    p = dataset.popularity
+    return np.log(np.where(p > 0, p, 1.0)).astype(np.float32)
+
+
+class TrainBatches:
+    """Shuffled training batches, each assembled in a thread while the one before it trains.
+
+    Args:
+        dataset, store, protocol: see ``build_batch``. users_per_batch: B. seed: of the order of users; it is the same
+            for every method. max_steps: cuts the epoch. device: where batches go.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        store: ItemStore,
+        *,
+        users_per_batch: int,
+        protocol: Protocol,
+        seed: int,
+        max_steps: int | None,
+        device: torch.device,
+    ) -> None:
+        self.slots, self.log_p, self.store = dataset.train_slots, log_popularity(dataset), store
+        self.size, self.protocol, self.seed, self.device = users_per_batch, protocol, seed, device
+        whole = -(-len(self.slots) // users_per_batch)
+        self.steps = min(whole, max_steps) if max_steps else whole
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def epoch(self, index: int) -> Iterator[Batch]:
+        """The batches of epoch ``index``, on the device; the order depends on the seed and the index alone."""
+        order = np.random.default_rng([self.seed, index]).permutation(len(self.slots))
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="tpme-batches") as pool:
+            ahead = pool.submit(self._assemble, order, 0)
+            for step in range(self.steps):
+                batch = ahead.result()
+                if step + 1 < self.steps:
+                    ahead = pool.submit(self._assemble, order, step + 1)
+                yield batch.to(self.device)
+
+    def _assemble(self, order: NDArray[np.int64], step: int) -> Batch:
+        users = order[step * self.size : (step + 1) * self.size]
+        batch = build_batch(self.slots[users], self.log_p, self.store, self.protocol)
+        return batch.pin() if self.device.type == "cuda" else batch

@@ -1,0 +1,69 @@
+"""The training loss: in-batch cross entropy with popularity debiasing (IISAN; logQ correction of Yi et al., 2019).
+
+Every slot of the batch is a candidate for every position. Candidate logits are ``u . v - log p(item)``; a candidate
+whose item stands in the user's own training slots is masked, except the target column itself.
+
+The suite encodes each distinct item once. The slots that show it share one vector, hence one logit, and the sum over
+them in the softmax is that logit times their number: so a column a distinct item with ``+ log(count)`` gives exactly
+the loss, and the gradients, of a column a slot.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+MASKED_LOGIT = -1e4
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The columns of the in-batch softmax, and how the V valid positions of a batch refer to them.
+
+    log_p: (C,) log training popularity of each column's item (0 for padding).
+    log_count: (C,) log of the number of slots a column stands for.
+    item: (C,) int64, each column's place among the batch's n distinct real items; n for padding.
+    slots: (B, S) int64, the same for every slot of every user.
+    rows: (V,) int64, valid positions in the flattened (B, L) of user vectors.
+    target: (V,) int64, the column of each position's next item.
+    """
+
+    log_p: Tensor
+    log_count: Tensor
+    item: Tensor
+    slots: Tensor
+    rows: Tensor
+    target: Tensor
+    distinct: int
+
+
+def in_batch_logits(users: Tensor, vectors: Tensor, candidates: Candidates) -> Tensor:
+    """Debiased, masked logits of every valid position over the batch's candidates.
+
+    Args:
+        users: (B, L, d) user vectors. vectors: (C, d) candidate item vectors.
+
+    Returns:
+        (V, C) float32; the target column of row v is ``candidates.target[v]``.
+    """
+    b, length, _ = users.shape
+    rows, target = candidates.rows, candidates.target
+    valid = users.flatten(0, 1).index_select(0, rows)
+    scores = (valid @ vectors.T).float()
+    # own[b, i]: distinct item i stands in a slot of user b. The extra column is padding: never a candidate.
+    own = torch.zeros(b, candidates.distinct + 1, dtype=torch.bool, device=users.device)
+    own.scatter_(1, candidates.slots, True)
+    own[:, -1] = True
+    masked = own.index_select(1, candidates.item).index_select(0, rows // length)
+    at_target = target[:, None]
+    target_logit = scores.gather(1, at_target) - candidates.log_p[target][:, None]
+    logits = (scores + (candidates.log_count - candidates.log_p)).masked_fill(masked, MASKED_LOGIT)
+    return logits.scatter(1, at_target, target_logit)
+
+
+def in_batch_loss(users: Tensor, vectors: Tensor, candidates: Candidates) -> Tensor:
+    """Mean cross entropy of ``in_batch_logits`` over the valid positions, a float32 scalar."""
+    return functional.cross_entropy(in_batch_logits(users, vectors, candidates), candidates.target)

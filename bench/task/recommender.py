@@ -1,0 +1,119 @@
+"""The recommender: encoders -> item vectors -> sequential encoder -> user vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from tpme.bench.record import Modality
+from tpme.bench.task.items import LAST, EncoderShape, Items, Reads
+from tpme.bench.task.sequential import init_linear
+from tpme.bench.task.view import EncoderView
+
+ORDER: tuple[Modality, ...] = ("image", "text")
+"""The order in which modalities are concatenated, everywhere (IISAN's)."""
+
+
+class ItemEncoder(nn.Module):
+    """How an item's hidden states become its vector. Methods with a side network subclass it.
+
+    ``reads`` says what of each encoder is used; ``group`` names the learning rate of these parameters.
+    """
+
+    group: Literal["recommender", "method"] = "method"
+
+    def __init__(self, reads: Mapping[Modality, Reads]) -> None:
+        super().__init__()
+        self.reads = dict(reads)
+
+    def forward(self, states: Mapping[Modality, Tensor], ids: Tensor) -> Tensor:
+        """Map states, (n, levels, width) per modality, and item ids (n,) to item vectors (n, d)."""
+        raise NotImplementedError
+
+
+class TokenFusion(ItemEncoder):
+    """The default: token 0 of each encoder, ``gelu(W x)`` per modality, concatenated and projected to d."""
+
+    group = "recommender"
+
+    def __init__(self, shapes: Mapping[Modality, EncoderShape], dim: int) -> None:
+        super().__init__(dict.fromkeys(shapes, LAST))
+        self.order = [modality for modality in ORDER if modality in shapes]
+        self.heads = nn.ModuleDict({modality: nn.Linear(shapes[modality].width, dim) for modality in self.order})
+        self.fusion = nn.Linear(dim * len(self.order), dim) if len(self.order) > 1 else nn.Identity()
+        self.activation = nn.GELU()
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                init_linear(module)
+
+    def forward(self, states: Mapping[Modality, Tensor], ids: Tensor) -> Tensor:
+        """Map final states, (n, 1, width) per modality, to item vectors (n, d)."""
+        parts = [self.activation(self.heads[modality](states[modality][:, 0])) for modality in self.order]
+        vectors: Tensor = self.fusion(torch.cat(parts, dim=1))
+        return vectors
+
+
+class Recommender(nn.Module):
+    """Encoders, item encoder and sequential encoder of one cell.
+
+    Args:
+        views: the loaded encoders; empty where the cell reads cached states or uses item ids alone.
+        item_encoder: the method's, or ``TokenFusion``.
+        sequence: the sequential encoder.
+        decoupled: the encoders stay untouched: they run without gradients, in eval mode.
+    """
+
+    def __init__(
+        self, views: Mapping[Modality, EncoderView], item_encoder: ItemEncoder, sequence: nn.Module, *, decoupled: bool
+    ) -> None:
+        super().__init__()
+        self.views = dict(views)
+        self.encoders = nn.ModuleDict({modality: view.module for modality, view in views.items()})
+        self.item_encoder = item_encoder
+        self.sequence = sequence
+        self.decoupled = decoupled
+        for parameter in self.encoders.parameters():
+            parameter.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Recommender:
+        """Set the mode: encoder layers train only if their weight matrices do, a method's own modules always."""
+        super().train(mode)
+        for view in self.views.values():
+            view.set_mode(mode and not self.decoupled)
+        return self
+
+    def hidden_states(self, items: Items) -> dict[Modality, Tensor]:
+        """What the item encoder reads of each encoder: (n, levels, width) per modality."""
+        if items.states is not None:
+            dtype = next(self.item_encoder.parameters()).dtype
+            return {modality: states.to(dtype) for modality, states in items.states.items()}
+        with torch.no_grad() if self.decoupled else nullcontext():
+            return {
+                modality: self.views[modality].encode(
+                    reads, tokens=items.tokens, token_mask=items.token_mask, image=items.image
+                )
+                for modality, reads in self.item_encoder.reads.items()
+            }
+
+    def encode_items(self, items: Items) -> Tensor:
+        """Item vectors (n, d) of a set of items."""
+        vectors: Tensor = self.item_encoder(self.hidden_states(items), items.ids)
+        return vectors
+
+    def user_vectors(self, vectors: Tensor, mask: Tensor) -> Tensor:
+        """User vectors (B, L, d), one a position, of item vectors (B, L, d) under ``mask`` (B, L)."""
+        users: Tensor = self.sequence(vectors, mask)
+        return users
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Trainable parameters by the learning rate they follow: recommender, text, image, method."""
+        groups: dict[str, list[nn.Parameter]] = {"recommender": list(self.sequence.parameters())}
+        groups.setdefault(self.item_encoder.group, []).extend(self.item_encoder.parameters())
+        for modality, encoder in self.encoders.items():
+            groups[modality] = list(encoder.parameters())
+        kept = {name: [p for p in parameters if p.requires_grad] for name, parameters in groups.items()}
+        return {name: parameters for name, parameters in kept.items() if parameters}

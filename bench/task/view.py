@@ -1,0 +1,218 @@
+"""One view on transformer encoders: where BERT, ViT and their relatives keep layers, projections and norms.
+
+Methods never spell module paths: transformers 5 renamed ViT's modules, and other encoders differ again. A role is
+looked up under every path known for it, relative to one layer; where none exists the method that needs it is refused
+with one clear line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tpme.bench.errors import UserError
+from tpme.bench.record import Modality
+from tpme.bench.task.items import EncoderShape, Reads
+
+Role = Literal["query", "key", "value", "attention_output", "ffn_in", "ffn_out"]
+
+_LAYER_LISTS = ("encoder.layer", "layers", "encoder.layers", "transformer.layer")
+_ROLES: dict[Role, tuple[str, ...]] = {
+    "query": (
+        "attention.self.query",
+        "attention.q_proj",
+        "attention.attention.query",
+        "self_attn.q_proj",
+        "attention.q_lin",
+    ),
+    "key": ("attention.self.key", "attention.k_proj", "attention.attention.key", "self_attn.k_proj", "attention.k_lin"),
+    "value": (
+        "attention.self.value",
+        "attention.v_proj",
+        "attention.attention.value",
+        "self_attn.v_proj",
+        "attention.v_lin",
+    ),
+    "attention_output": ("attention.output.dense", "attention.o_proj", "self_attn.out_proj", "attention.out_lin"),
+    "ffn_in": ("intermediate.dense", "mlp.fc1", "ffn.lin1"),
+    "ffn_out": ("output.dense", "mlp.fc2", "ffn.lin2"),
+}
+# Where a sub-layer's output is still without its residual. BERT drops out before it adds and normalises, so an
+# adapter after the dropout stands exactly where Houlsby et al. put it; elsewhere the projection's output is that place.
+_SUBLAYER_OUTPUTS: tuple[tuple[str, ...], tuple[str, ...]] = (
+    ("attention.output.dropout", *_ROLES["attention_output"]),
+    ("output.dropout", *_ROLES["ffn_out"]),
+)
+
+
+def _find(root: nn.Module, paths: tuple[str, ...]) -> tuple[str, nn.Module] | None:
+    for path in paths:
+        try:
+            return path, root.get_submodule(path)
+        except AttributeError:
+            continue
+    return None
+
+
+class EncoderView:
+    """The parts of one text or image encoder, by role.
+
+    Args:
+        module: a transformers encoder that returns ``last_hidden_state``.
+        modality: which item input it reads.
+        mean, std: normalisation of images in [0, 1], per channel.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        modality: Modality,
+        mean: tuple[float, ...] = (0.5, 0.5, 0.5),
+        std: tuple[float, ...] = (0.5, 0.5, 0.5),
+    ) -> None:
+        self.module = module
+        self.modality = modality
+        self.mean, self.std = mean, std
+        found = _find(module, _LAYER_LISTS)
+        if found is None:
+            raise UserError(
+                f"{type(module).__name__} ({modality} encoder): its list of layers is at none of the known places "
+                f"({', '.join(_LAYER_LISTS)}); choose an encoder of the BERT or ViT family"
+            )
+        self._layers_path, layers = found
+        self.layers: list[nn.Module] = list(layers.children())
+        self._pretrained = {id(parameter) for parameter in module.parameters()}
+        self._pretrained_modules = {id(part) for part in module.modules()}
+
+    @property
+    def shape(self) -> EncoderShape:
+        """Width of the hidden states and number of layers."""
+        return EncoderShape(width=int(self.module.config.hidden_size), depth=len(self.layers))  # type: ignore[union-attr, arg-type]
+
+    @property
+    def embeddings(self) -> nn.Module:
+        """The module whose output is hidden state 0, (n, tokens, width)."""
+        return self.module.get_submodule("embeddings")
+
+    def projections(self, *roles: Role) -> list[str]:
+        """Qualified names of the linear layers that play ``roles``, in all layers.
+
+        Raises UserError where the encoder keeps one of them at no known place.
+        """
+        return [
+            f"{self._layers_path}.{i}.{path}" for i in range(len(self.layers)) for path in self._role_paths(i, roles)
+        ]
+
+    def _role_paths(self, layer: int, roles: tuple[Role, ...]) -> list[str]:
+        return [self._locate(layer, _ROLES[role], role)[0] for role in roles]
+
+    def sublayer_outputs(self, layer: int) -> tuple[nn.Module, nn.Module]:
+        """Modules whose outputs are the attention and feed-forward sub-layers' before their residual is added."""
+        attention, ffn = (self._locate(layer, paths, "sub-layer output")[1] for paths in _SUBLAYER_OUTPUTS)
+        return attention, ffn
+
+    def _locate(self, layer: int, paths: tuple[str, ...], what: str) -> tuple[str, nn.Module]:
+        found = _find(self.layers[layer], paths)
+        if found is None:
+            raise UserError(
+                f"{type(self.module).__name__} ({self.modality} encoder), layer {layer}: no '{what}' at any known "
+                f"place ({', '.join(paths)}); choose an encoder of the BERT or ViT family"
+            )
+        return found
+
+    # --- running it ---------------------------------------------------------------------------------------------
+
+    def encode(
+        self,
+        reads: Reads,
+        *,
+        tokens: Tensor | None = None,
+        token_mask: Tensor | None = None,
+        image: Tensor | None = None,
+    ) -> Tensor:
+        """Run the encoder and keep what ``reads`` asks for and nothing else.
+
+        Args:
+            reads: which hidden states; of each, token 0 alone survives the layer that made it.
+            tokens, token_mask: (n, T) int64, of a text encoder.
+            image: (n, 3, H, W) uint8, of an image encoder.
+
+        Returns:
+            (n, reads.count, width), levels in the order of ``reads``, the final state last.
+        """
+        kept: dict[int, Tensor] = {}
+        with ExitStack() as hooks:
+            for level in reads.levels:
+                hooks.enter_context(self._keep(level, kept))
+            if self.modality == "text":
+                output = self.module(input_ids=tokens, attention_mask=token_mask)
+            else:
+                assert image is not None
+                output = self.module(pixel_values=self._normalise(image))
+        states = [kept[level] for level in reads.levels]
+        if reads.final:
+            states.append(output.last_hidden_state[:, 0])
+        return torch.stack(states, dim=1)
+
+    @contextmanager
+    def _keep(self, level: int, kept: dict[int, Tensor]) -> Iterator[None]:
+        # clone() under no_grad: a view would keep all tokens of the level alive until the encoder is done.
+        def first_token(hidden: Tensor) -> Tensor:
+            return hidden[:, 0] if torch.is_grad_enabled() else hidden[:, 0].clone()
+
+        def before(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            kept[level] = first_token(args[0])
+
+        def after(_module: nn.Module, _args: object, output: Tensor | tuple[Tensor, ...]) -> None:
+            kept[level] = first_token(output[0] if isinstance(output, tuple) else output)
+
+        if level == 0:
+            handle = self.layers[0].register_forward_pre_hook(before)
+        else:
+            handle = self.layers[level - 1].register_forward_hook(after)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _normalise(self, image: Tensor) -> Tensor:
+        """Scale uint8 pixels to [0, 1] and normalise them, on the device they lie on."""
+        dtype = next(self.module.parameters()).dtype
+        mean = torch.tensor(self.mean, device=image.device, dtype=dtype)[:, None, None] * 255
+        std = torch.tensor(self.std, device=image.device, dtype=dtype)[:, None, None] * 255
+        return (image.to(dtype) - mean) / std if not image.is_floating_point() else image
+
+    # --- training it --------------------------------------------------------------------------------------------
+
+    def checkpoint_activations(self) -> None:
+        """Keep only layer inputs for the backward pass and compute the rest again (Chen et al., 2016).
+
+        Not transformers' own switch: that one is off in eval mode, and frozen layers run in eval mode here.
+        """
+        for layer in self.layers:
+            layer.forward = partial(_checkpointed, layer.forward)
+
+    def set_mode(self, training: bool) -> None:
+        """Train mode where it belongs: the encoder's own modules only if its weight matrices train.
+
+        Frozen layers must not drop out (their cached twin cannot), and modules that a method put in follow
+        ``training`` whatever the encoder does.
+        """
+        own = training and any(
+            parameter.requires_grad and parameter.ndim > 1 and id(parameter) in self._pretrained
+            for parameter in self.module.parameters()
+        )
+        for part in self.module.modules():
+            part.training = own if id(part) in self._pretrained_modules else training
+
+
+def _checkpointed(forward, *args, **kwargs):  # type: ignore[no-untyped-def]
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)

@@ -1,0 +1,47 @@
+"""Houlsby adapters (Houlsby et al., ICML 2019): two bottlenecks in every layer."""
+
+from __future__ import annotations
+
+from pydantic import PositiveInt
+from torch import Tensor, nn
+
+from tpme.bench.task.recommender import Recommender
+from tpme.methods.base import Method, MethodConfig, Plan
+from tpme.methods.parts.bottleneck import Activation, Bottleneck
+
+
+class AdapterConfig(MethodConfig):
+    """Bottleneck width b and activation."""
+
+    bottleneck: PositiveInt = 64
+    activation: Activation = "relu"
+
+
+class HoulsbyAdapter(Method):
+    """``A(h) = h + W_up act(W_down h)`` on both sub-layer outputs, before the residual is added.
+
+    The encoder's own LayerNorms stay frozen. Trainable at BERT-base + ViT-B/16, b = 64: 2 x 2,379,264 of the encoders.
+    Weights start at N(0, 0.01): nearly, not exactly, the frozen encoder.
+    """
+
+    Config = AdapterConfig
+    config: AdapterConfig
+    identity_at_start = False
+
+    def adapt(self, model: Recommender, plan: Plan) -> None:
+        """Put a bottleneck behind every attention and feed-forward output."""
+        for view in model.views.values():
+            parts = nn.ModuleList()
+            for layer in range(view.shape.depth):
+                for output in view.sublayer_outputs(layer):
+                    adapter = Bottleneck(view.shape.width, self.config.bottleneck, self.config.activation)
+                    output.register_forward_hook(_apply(adapter))
+                    parts.append(adapter)
+            view.module.add_module("adapters", parts)
+
+
+def _apply(adapter: Bottleneck):  # type: ignore[no-untyped-def]
+    def hook(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
+        return adapter(output)  # type: ignore[no-any-return]
+
+    return hook

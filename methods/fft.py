@@ -1,0 +1,17 @@
+"""Full fine-tuning: every weight of both encoders trains."""
+
+from __future__ import annotations
+
+from tpme.bench.task.recommender import Recommender
+from tpme.methods.base import Method, Plan
+
+
+class FullFineTuning(Method):
+    """All encoder parameters train; the reference point of every other row.
+
+    Trainable at BERT-base + ViT-B/16: 194,897,216 (no pooler).
+    """
+
+    def adapt(self, model: Recommender, plan: Plan) -> None:
+        """Let both encoders train."""
+        model.encoders.requires_grad_(True)

@@ -1,0 +1,38 @@
+"""ID-only SASRec (Kang & McAuley, ICDM 2018): a learned vector an item, no content."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from tpme.bench.record import Modality
+from tpme.bench.task.recommender import ItemEncoder
+from tpme.methods.base import Method, TaskShape
+
+
+class ItemTable(ItemEncoder):
+    """A learned vector (d,) for each item id."""
+
+    group = "method"
+
+    def __init__(self, items: int, dim: int) -> None:
+        super().__init__({})
+        self.table = nn.Embedding(items + 1, dim, padding_idx=0)
+        nn.init.normal_(self.table.weight, std=0.02)
+
+    def forward(self, states: Mapping[Modality, Tensor], ids: Tensor) -> Tensor:
+        """Look up item ids (n,); returns (n, d)."""
+        vectors: Tensor = self.table(ids)
+        return vectors
+
+
+class ItemIDs(Method):
+    """The same sequential encoder and loss over ID embeddings: what the encoders add."""
+
+    baseline = True
+    modalities = ()
+
+    def item_encoder(self, task: TaskShape) -> ItemTable:
+        """An embedding table over all items."""
+        return ItemTable(task.items, task.dim)

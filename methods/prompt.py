@@ -1,0 +1,80 @@
+"""Prompt tuning: soft prompts in the text encoder, visual prompt tuning in the image encoder.
+
+VPT (Jia et al., ECCV 2022) for the ViT; for BERT soft prompts (Lester et al., EMNLP 2021) placed like VPT's, so that
+token 0 and the positions of all real tokens stay what they were.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor, nn
+
+from tpme.bench.task.recommender import Recommender
+from tpme.bench.task.view import EncoderView
+from tpme.methods.base import Method, MethodConfig, Plan
+
+
+class PromptConfig(MethodConfig):
+    """Prompt vectors an encoder (a layer, if deep), and whether every layer has its own."""
+
+    length: PositiveInt = 10
+    deep: bool = True
+
+
+class Prompts(nn.Module):
+    """P trained vectors behind token 0: before layer 0, and with ``deep`` anew before every later layer.
+
+    Sequence at layer 0: ``[x_0, p_1 .. p_P, x_1 .. x_{N-1}]``. A deep layer replaces the P slots, so the length stays
+    N + P. Initialised uniformly within sqrt(6 / (fan + D)), fan = 3 patch^2 (VPT) or D where there are no patches.
+    """
+
+    def __init__(self, view: EncoderView, length: int, deep: bool) -> None:
+        super().__init__()
+        width, depth = view.shape.width, view.shape.depth if deep else 1
+        patch = getattr(view.module.config, "patch_size", None)
+        bound = math.sqrt(6 / ((3 * int(patch) ** 2 if patch else width) + width))
+        self.length = length
+        self.vectors = nn.Parameter(torch.empty(depth, length, width).uniform_(-bound, bound))
+
+    def insert(self, hidden: Tensor) -> Tensor:
+        """Map (n, N, D) to (n, N+P, D): layer 0's prompts go in behind token 0."""
+        prompts = self.vectors[0].expand(len(hidden), -1, -1).to(hidden.dtype)
+        return torch.cat([hidden[:, :1], prompts, hidden[:, 1:]], dim=1)
+
+    def replace(self, layer: int, hidden: Tensor) -> Tensor:
+        """Map (n, N+P, D) to the same shape: the P slots get this layer's prompts."""
+        prompts = self.vectors[layer].expand(len(hidden), -1, -1).to(hidden.dtype)
+        return torch.cat([hidden[:, :1], prompts, hidden[:, 1 + self.length :]], dim=1)
+
+
+class PromptTuning(Method):
+    """Only prompt vectors train. Deep, P = 10, at BERT-base + ViT-B/16: 2 x 92,160 of the encoders."""
+
+    Config = PromptConfig
+    config: PromptConfig
+    identity_at_start = False
+
+    def adapt(self, model: Recommender, plan: Plan) -> None:
+        """Insert prompts behind token 0 of each encoder."""
+        for view in model.views.values():
+            prompts = Prompts(view, self.config.length, self.config.deep)
+            view.module.add_module("prompts", prompts)
+            _install(view, prompts, deep=self.config.deep)
+
+
+def _install(view: EncoderView, prompts: Prompts, *, deep: bool) -> None:
+    def extend_mask(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        mask = kwargs.get("attention_mask")
+        if mask is not None:
+            kwargs["attention_mask"] = torch.cat([mask[:, :1].expand(-1, prompts.length), mask], dim=1)
+        return args, kwargs
+
+    view.module.register_forward_pre_hook(extend_mask, with_kwargs=True)
+    view.embeddings.register_forward_hook(lambda _module, _args, hidden: prompts.insert(hidden))
+    if deep:
+        for i, layer in enumerate(view.layers[1:], start=1):
+            layer.register_forward_pre_hook(lambda _module, args, i=i: (prompts.replace(i, args[0]), *args[1:]))

@@ -1,0 +1,114 @@
+"""The registry: method names as strings, imported only when asked for.
+
+Methods come from three places: this package, the entry-point group ``tpme.methods`` of installed packages
+(``name = "package.module:Class"``), and folders given as ``--methods-path`` (every ``*.py`` file there that defines
+``METHOD = Class`` is the method named like the file).
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from tpme.bench.errors import UserError
+
+if TYPE_CHECKING:
+    from tpme.methods.base import Method
+
+ENTRY_POINT_GROUP = "tpme.methods"
+BUILTIN: dict[str, str] = {
+    "fft": "tpme.methods.fft:FullFineTuning",
+    "adapter": "tpme.methods.adapter:HoulsbyAdapter",
+    "lora": "tpme.methods.lora:LoRA",
+    "bitfit": "tpme.methods.bitfit:BitFit",
+    "prompt": "tpme.methods.prompt:PromptTuning",
+    "iisan": "tpme.methods.iisan:IISAN",
+    "frozen": "tpme.methods.frozen:FrozenEncoders",
+    "id": "tpme.methods.id:ItemIDs",
+    "popularity": "tpme.methods.popularity:Popularity",
+}
+
+
+def available(methods_path: Sequence[Path] = ()) -> dict[str, str]:
+    """Every known method: its name and where it comes from (``package.module:Class`` or a file).
+
+    Raises UserError, naming both sides, where two places give the same name.
+    """
+    found = dict(BUILTIN)
+    extra = [(point.name, point.value) for point in entry_points(group=ENTRY_POINT_GROUP)]
+    for folder in methods_path:
+        if not folder.is_dir():
+            raise UserError(f"--methods-path {folder}: no such folder")
+        extra += [(file.stem, str(file.resolve())) for file in sorted(folder.glob("*.py")) if file.stem != "__init__"]
+    for name, origin in extra:
+        if found.setdefault(name, origin) != origin:
+            raise UserError(f"method '{name}' is defined twice: by {found[name]} and by {origin}; rename one")
+    return found
+
+
+def method_class(name: str, methods_path: Sequence[Path] = ()) -> type[Method]:
+    """Import and return the class of method ``name``.
+
+    Raises UserError for an unknown name (with the nearest one) and for a module that defines no such class.
+    """
+    known = available(methods_path)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(sorted(known))}"
+        raise UserError(f"unknown method '{name}'; {hint}")
+    origin = known[name]
+    if origin.endswith(".py"):
+        found = getattr(_import_file(Path(origin)), "METHOD", None)
+    else:
+        module, _, attribute = origin.partition(":")
+        found = getattr(importlib.import_module(module), attribute, None)
+    from tpme.methods.base import Method
+
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        raise UserError(f"method '{name}': {origin} defines no Method class (a file needs 'METHOD = YourClass')")
+    return found
+
+
+def create(name: str, options: Mapping[str, Any], methods_path: Sequence[Path] = ()) -> Method:
+    """Build method ``name`` with ``options``; raises UserError naming the option that does not fit."""
+    found = method_class(name, methods_path)
+    try:
+        return found(found.Config(**options))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "options"
+        fields = ", ".join(found.Config.model_fields) or "none"
+        raise UserError(f"method '{name}', option '{where}': {first['msg']}; its options are: {fields}") from None
+
+
+def source_file(name: str, methods_path: Sequence[Path] = ()) -> Path:
+    """The file that defines method ``name``."""
+    module = sys.modules[method_class(name, methods_path).__module__]
+    assert module.__file__ is not None
+    return Path(module.__file__)
+
+
+def _import_file(path: Path) -> ModuleType:
+    name = f"tpme_method_{path.stem}"
+    if name in sys.modules and sys.modules[name].__file__ == str(path):
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise UserError(f"{path}: cannot be imported ({type(error).__name__}: {error})") from error
+    return module
