@@ -67,7 +67,7 @@ class Batch:
 
     def pin(self) -> Batch:
         """Page-lock all tensors, so that the copy to a GPU overlaps with compute."""
-        return map_tensors(self, lambda tensor: tensor.pin_memory())
+        return map_tensors(self, lambda tensor: tensor if tensor.is_cuda else tensor.pin_memory())
 
     def to(self, device: torch.device) -> Batch:
         """Copy to ``device`` without waiting."""

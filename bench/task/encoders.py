@@ -6,6 +6,7 @@ alone, which needs no weights and, for a local folder, no network; such rows are
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from importlib.resources import files
@@ -16,6 +17,7 @@ import torch
 
 from tpme.bench.errors import UserError
 from tpme.bench.record import EncoderFacts, EncoderSpec, Modality
+from tpme.bench.task.items import EncoderShape
 from tpme.bench.task.view import EncoderView
 
 BUILTIN = {"builtin:tiny-text": "text", "builtin:tiny-image": "image"}
@@ -149,3 +151,23 @@ def _normalisation(source: str, revision: str | None) -> tuple[tuple[float, ...]
     settings = json.loads(Path(path).read_text()) if path else {}
     half = (0.5, 0.5, 0.5)
     return tuple(settings.get("image_mean", half)), tuple(settings.get("image_std", half))
+
+
+def encoder_digest(spec: EncoderSpec) -> str:
+    """Identity of an encoder's content: SHA-256 of a folder's configuration and weights, or the hub commit."""
+    source = encoder_source(spec.source)
+    folder = Path(source)
+    if not folder.is_dir():
+        commit = getattr(_config(source, spec), "_commit_hash", None)
+        return f"{source}@{commit or spec.revision}"
+    digest = hashlib.sha256()
+    weights = sorted(folder.glob("*.safetensors")) if spec.weights == "pretrained" else []
+    for path in (folder / "config.json", *weights):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def encoder_shape(spec: EncoderSpec) -> EncoderShape:
+    """Width and depth of an encoder, from its configuration alone."""
+    config = _config(encoder_source(spec.source), spec)
+    return EncoderShape(width=int(config.hidden_size), depth=int(config.num_hidden_layers))

@@ -1,0 +1,250 @@
+"""A matrix file (TOML) -> validated cells: method x dataset x encoders x settings x learning rate x seed.
+
+The shape of the file is ``MatrixFile``; ``bench/presets/*.toml`` are examples. A mistake in a matrix is found here,
+before anything runs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from tpme.bench.errors import UserError
+from tpme.bench.record import Cell, EncoderSpec, Frozen, LearningRates, Modality, Protocol, Training
+
+PAPER_SETTINGS = {"users_per_batch"}
+"""What a method's own ``training`` table may set, and only under the ``paper`` protocol (its batch sizes differ)."""
+
+
+class DatasetEntry(Frozen):
+    """One data set: a prepared folder (``path``) or the settings of the built-in catalogue (``synthetic``)."""
+
+    name: str
+    path: Path | None = None
+    synthetic: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DatasetEntry:
+        if (self.path is None) == (self.synthetic is None):
+            raise ValueError('give either path = "a prepared folder" or synthetic = { ... }')
+        return self
+
+
+class EncoderEntry(Frozen):
+    """A pair of encoders, or one of them."""
+
+    text: EncoderSpec | None = None
+    image: EncoderSpec | None = None
+
+
+class MethodEntry(Frozen):
+    """One method: its options, whether its cells are cached, and its learning-rate trials."""
+
+    name: str
+    options: dict[str, Any] = {}
+    cached: bool | tuple[bool, ...] = False
+    lr: tuple[LearningRates | PositiveFloat, ...] | None = None
+    """Trials; a number stands for ``text``, ``image`` and ``method``, the recommender's rate stays the matrix's."""
+    training: dict[str, Any] = {}
+
+
+class MatrixFile(Frozen):
+    """A matrix as it is written."""
+
+    name: str
+    description: str = ""
+    protocol: Protocol = "suite"
+    seeds: tuple[int, ...] = (12345,)
+    modalities: tuple[Modality, ...] | None = None
+    datasets: tuple[DatasetEntry, ...] = Field(min_length=1)
+    encoders: tuple[EncoderEntry, ...] = Field(min_length=1)
+    training: Training = Training()
+    axes: dict[str, tuple[Any, ...]] = {}
+    """Further axes over training settings, such as ``precision = ["fp32", "bf16"]``."""
+    lr: LearningRates = LearningRates()
+    methods: tuple[MethodEntry, ...] = Field(min_length=1)
+    time_limit_s: PositiveInt = 6 * 3600
+    """Per cell; one that takes longer ends as ``timeout``."""
+    cache_limit_bytes: PositiveInt = 64 * 2**30
+    """A feature cache that would be larger is refused."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What a matrix must know of a prepared data set."""
+
+    path: Path
+    fingerprint: str
+    modalities: tuple[Modality, ...]
+
+
+def presets() -> dict[str, Path]:
+    """The matrices that ship with the package, by name."""
+    folder = Path(str(files("tpme.bench.presets")))
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def load_matrix(source: str, settings: Sequence[str] = ()) -> MatrixFile:
+    """Read a matrix: a preset's name or a TOML file, with ``settings`` (``"training.epochs=2"``) laid over it.
+
+    Raises UserError with one line: which file, which field, what is wrong.
+    """
+    path = presets().get(source, Path(source))
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"matrix '{source}': no such file, and no preset ({', '.join(presets())})") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{path}: not a readable TOML file: {error}") from None
+    for setting in settings:
+        _lay_over(raw, setting)
+    try:
+        return MatrixFile.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_first(error)}") from None
+
+
+def _lay_over(raw: dict[str, Any], setting: str) -> None:
+    key, equals, text = setting.partition("=")
+    if not equals:
+        raise UserError(f"--set {setting}: write it as key=value, for example training.epochs=2")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *parents, leaf = key.strip().split(".")
+    place: Any = raw
+    for parent in parents:
+        place = place[int(parent)] if isinstance(place, list) and parent.isdigit() else place.setdefault(parent, {})
+    if isinstance(place, list):
+        for entry in place:  # a key into a list of tables sets every one of them
+            entry[leaf] = value
+    else:
+        place[leaf] = value
+
+
+def _first(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"]) or "the matrix"
+    return f"{where}: {first['msg']}"
+
+
+def expand(
+    matrix: MatrixFile, datasets: dict[str, Dataset], *, device: str, methods_path: Sequence[Path] = ()
+) -> list[Cell]:
+    """All cells of a matrix, in the order they will run.
+
+    Args:
+        matrix: as read. datasets: its data sets by name, prepared. device: ``cpu`` or ``cuda``.
+        methods_path: folders with further methods.
+
+    Raises:
+        UserError: an unknown method, an option or axis that does not fit, caching of a method that is not decoupled,
+            learning-rate trials of different number, a modality that data or encoders lack.
+    """
+    trials = _learning_rates(matrix)
+    cells = []
+    for entry, pair, seed in itertools.product(matrix.datasets, matrix.encoders, matrix.seeds):
+        data = datasets[entry.name]
+        modalities = _modalities(matrix, entry, data, pair)
+        for training, method in itertools.product(_trainings(matrix), matrix.methods):
+            _check(method, modalities, methods_path)
+            for cached, (trial, lr) in itertools.product(_cached(method), enumerate(trials[id(method)])):
+                cells.append(
+                    Cell(
+                        method=method.name,
+                        options=method.options,
+                        cached=cached,
+                        dataset=entry.name,
+                        dataset_fingerprint=data.fingerprint,
+                        modalities=modalities,
+                        text_encoder=pair.text if "text" in modalities else None,
+                        image_encoder=pair.image if "image" in modalities else None,
+                        protocol=matrix.protocol,
+                        training=_overridden(training, method, matrix),
+                        lr=lr,
+                        lr_trial=trial,
+                        lr_trials=len(trials[id(method)]),
+                        device="cuda" if device == "cuda" else "cpu",
+                        seed=seed,
+                    )
+                )
+    return cells
+
+
+def _cached(method: MethodEntry) -> tuple[bool, ...]:
+    return (method.cached,) if isinstance(method.cached, bool) else method.cached
+
+
+def _modalities(matrix: MatrixFile, entry: DatasetEntry, data: Dataset, pair: EncoderEntry) -> tuple[Modality, ...]:
+    wanted = matrix.modalities or data.modalities
+    for modality in wanted:
+        if modality not in data.modalities:
+            raise UserError(f"data set '{entry.name}' has no {modality}; set modalities = {list(data.modalities)}")
+        if getattr(pair, modality) is None:
+            raise UserError(f"the matrix uses {modality} but gives no {modality} encoder; add encoders.{modality}")
+    return wanted
+
+
+def _trainings(matrix: MatrixFile) -> list[Training]:
+    base = matrix.training.model_dump()
+    try:
+        return [
+            Training.model_validate(base | dict(zip(matrix.axes, values, strict=True)))
+            for values in itertools.product(*matrix.axes.values())
+        ]
+    except ValidationError as error:
+        raise UserError(f"matrix '{matrix.name}', axes: {_first(error)}") from None
+
+
+def _overridden(training: Training, method: MethodEntry, matrix: MatrixFile) -> Training:
+    foreign = set(method.training) - PAPER_SETTINGS
+    if method.training and (matrix.protocol != "paper" or foreign):
+        raise UserError(
+            f"method '{method.name}': training settings belong to the task and are equal for all rows; only the paper "
+            f"protocol lets a method set {', '.join(sorted(PAPER_SETTINGS))}"
+        )
+    try:
+        return Training.model_validate(training.model_dump() | method.training)
+    except ValidationError as error:
+        raise UserError(f"method '{method.name}', training: {_first(error)}") from None
+
+
+def _learning_rates(matrix: MatrixFile) -> dict[int, list[LearningRates]]:
+    """The trials of each method entry, by its identity; all of the same number."""
+    base = matrix.lr
+    found = {
+        id(method): [
+            LearningRates(recommender=base.recommender, text=lr, image=lr, method=lr) if isinstance(lr, float) else lr
+            for lr in method.lr
+        ]
+        if method.lr
+        else [base]
+        for method in matrix.methods
+    }
+    numbers = {method.name: len(found[id(method)]) for method in matrix.methods}
+    if len(set(numbers.values())) > 1:
+        told = ", ".join(f"{name} {number}" for name, number in numbers.items())
+        raise UserError(f"matrix '{matrix.name}': every method must get the same number of lr trials, there are {told}")
+    return found
+
+
+def _check(method: MethodEntry, modalities: tuple[Modality, ...], methods_path: Sequence[Path]) -> None:
+    from tpme.methods.registry import create
+
+    made = create(method.name, method.options, methods_path)
+    if any(_cached(method)) and not made.decoupled:
+        raise UserError(
+            f"method '{method.name}' cannot be cached: it changes the encoders, so their hidden states do not stay "
+            "the same; remove cached = true"
+        )
+    lacking = [modality for modality in made.needs if modality not in modalities]
+    if lacking:
+        raise UserError(f"method '{method.name}' needs {' and '.join(made.needs)}; this matrix has no {lacking[0]}")
