@@ -1,0 +1,231 @@
+"""The training loop, with the measured region in plain sight.
+
+One epoch is one ``train`` phase: data loading, forward, backward, optimiser step. Validation, test ranking and
+bookkeeping lie outside it, in phases of their own. The host does not wait for the device inside an epoch, except every
+``CHECK_EVERY_STEPS`` steps to see whether the loss is still finite.
+
+The test targets are ranked with the item vectors that validation has just computed, whenever validation improved: the
+best epoch needs no checkpoint and no second encoding of the catalogue. Nothing is selected on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from tpme.bench.measure.phases import PhaseLog
+from tpme.bench.record import Cell, Epoch
+from tpme.bench.task.batches import Batch, ItemStore, TrainBatches
+from tpme.bench.task.dataset import Dataset
+from tpme.bench.task.evaluate import item_matrix, rank_split, recall_and_ndcg
+from tpme.bench.task.loss import in_batch_logits
+from tpme.bench.task.recommender import Recommender
+from tpme.bench.train.timing import StepTimer
+from tpme.methods.base import Method, PassOutput, Plan, Stage, StepState
+
+CHECK_EVERY_STEPS = 50
+WARMUP_EPOCHS = 1
+"""Leading epochs that do not count towards the epoch time, where there are at least three."""
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class DivergedError(ArithmeticError):
+    """The loss is not finite."""
+
+    def __init__(self, epoch: int, step: int) -> None:
+        super().__init__(f"the loss is not finite at step {step} of epoch {epoch}; try a lower learning rate")
+        self.epoch, self.step = epoch, step
+
+
+@dataclass
+class Outcome:
+    """What training leaves behind; filled as it goes, so that a failure keeps what is known."""
+
+    epochs: list[Epoch] = field(default_factory=list)
+    step_s: list[float] = field(default_factory=list)
+    step_epoch: list[int] = field(default_factory=list)
+    best_epoch: int | None = None
+    best_recall: float | None = None
+    test_ranks: NDArray[np.int32] | None = None
+
+
+class Trainer:
+    """Trains one cell; this is the context that a method's own procedure may use.
+
+    Args:
+        cell: the settings. model, method, dataset, store: what is trained, and on what. phases: the phase log.
+        progress: told what is being done and the share of it, for people.
+    """
+
+    def __init__(
+        self,
+        cell: Cell,
+        model: Recommender,
+        method: Method,
+        dataset: Dataset,
+        store: ItemStore,
+        phases: PhaseLog,
+        device: torch.device,
+        progress: Callable[[str, float], None],
+    ) -> None:
+        self.cell, self.model, self.method = cell, model, method
+        self.dataset, self.store, self.phases, self.device, self.progress = dataset, store, phases, device, progress
+        self.batches = TrainBatches(
+            dataset,
+            store,
+            users_per_batch=cell.training.users_per_batch,
+            protocol=cell.protocol,
+            seed=cell.seed,
+            max_steps=cell.training.max_steps_per_epoch,
+            device=device,
+        )
+        plan = Plan(cell.training.epochs, len(self.batches), dataset.popularity)
+        self.state = StepState(model, plan)
+        self.outcome = Outcome()
+        precision = cell.training.precision
+        self.autocast_dtype = _AUTOCAST.get(precision)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+
+    # --- the procedure --------------------------------------------------------------------------------------------
+
+    def run(self) -> Outcome:
+        """Train by the method's procedure; a method without trainable parameters is only evaluated."""
+        if not self.model.parameter_groups():
+            self._validate(epoch=None)
+            return self.outcome
+        if type(self.method).before_training is not Method.before_training:
+            with self.phases.phase("estimate"):
+                self.method.before_training(self)
+        self.method.run(self)
+        return self.outcome
+
+    def train(self) -> None:
+        """Train by the method's stages; each opens its own optimiser. Stops early on validation within a stage."""
+        stages = self.method.stages()
+        for stage, epochs in zip(stages, _split_epochs(self.cell.training.epochs, stages), strict=True):
+            self.state.stage = stage
+            self.method.begin_stage(self.state)
+            groups = self.method.param_groups(self.model, self.cell.lr)
+            optimizer = self.method.optimizer(groups, fused=True)
+            stale = 0
+            for _ in range(epochs):
+                self.state.epoch += 1
+                improved = self._epoch(optimizer, stage)
+                stale = 0 if improved else stale + 1
+                if stale >= self.cell.training.patience:
+                    break
+
+    def training_losses(self, steps: int) -> Iterator[Tensor]:
+        """The task's loss, with its graph, on ``steps`` training batches of an order of their own."""
+        for _, batch in zip(range(steps), self.batches.epoch(0), strict=False):
+            with self._autocast():
+                yield self._forward(batch).loss
+
+    # --- one epoch ------------------------------------------------------------------------------------------------
+
+    def _epoch(self, optimizer: torch.optim.Optimizer, stage: Stage) -> bool:
+        number = self.state.epoch
+        name = f"{stage.name} epoch {number}".strip()
+        self.model.train()
+        timer, losses = StepTimer(self.device), []
+        with self.phases.phase("train", name):
+            timer.start()
+            for step, batch in enumerate(self.batches.epoch(number), start=1):
+                losses.append(self._step(batch, optimizer))
+                timer.lap()
+                if step % CHECK_EVERY_STEPS == 0:
+                    self._check(losses, number)
+                self.progress(f"epoch {number}/{self.cell.training.epochs}", step / len(self.batches))
+            self.method.on_epoch_end(self.state)
+            loss = self._check(losses, number)
+        self.outcome.step_s += timer.seconds()
+        self.outcome.step_epoch += [number] * len(losses)
+        return self._validate(number, train_s=self.phases.phases[-1].wall_s, steps=len(losses), loss=loss)
+
+    def _step(self, batch: Batch, optimizer: torch.optim.Optimizer) -> Tensor:
+        """Forward, backward, update; returns the loss, detached, still on the device."""
+        method, state = self.method, self.state
+        method.before_step(state)
+        outputs = {}
+        with self._autocast():
+            for name in method.passes():
+                method.begin_pass(name, self.model)
+                outputs[name] = self._forward(batch)
+            loss = torch.stack(list(method.losses(outputs).values())).sum()
+        self.scaler.scale(loss).backward()
+        if _overrides(method, "after_backward"):
+            self.scaler.unscale_(optimizer)
+            method.after_backward(state)
+        scale = self.scaler.get_scale() if _overrides(method, "after_step") else None
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        if scale is not None:
+            state.skipped = self.scaler.get_scale() < scale
+            if not state.skipped:
+                method.after_step(state, self)
+        optimizer.zero_grad(set_to_none=True)
+        state.step += 1
+        return loss.detach()
+
+    def _forward(self, batch: Batch) -> PassOutput:
+        vectors = self.model.encode_items(batch.items)
+        users = self.model.user_vectors(vectors[batch.slot[:, :-1]], batch.mask)
+        logits = in_batch_logits(users, vectors, batch.candidates)
+        target = batch.candidates.target
+        return PassOutput(functional.cross_entropy(logits, target), logits, target)
+
+    @contextmanager
+    def _autocast(self) -> Iterator[None]:
+        enabled = self.autocast_dtype is not None
+        with torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=enabled):
+            yield
+
+    def _check(self, losses: list[Tensor], epoch: int) -> float:
+        """Mean loss of the epoch so far; raises DivergedError naming the first step whose loss is not finite."""
+        values = torch.stack(losses).float().cpu()
+        bad = (~values.isfinite()).nonzero()
+        if len(bad):
+            raise DivergedError(epoch, int(bad[0, 0]) + 1)
+        return float(values.mean())
+
+    # --- evaluation -----------------------------------------------------------------------------------------------
+
+    def _validate(self, epoch: int | None, *, train_s: float = 0.0, steps: int = 0, loss: float = 0.0) -> bool:
+        """Rank the validation targets and, where that improved, the test targets; returns whether it improved."""
+        with self.phases.phase("validate", f"epoch {epoch}" if epoch else ""), self._autocast():
+            vectors = item_matrix(self.model, self.store, self.device, lambda share: self.progress("validate", share))
+            recall, ndcg = recall_and_ndcg(rank_split(self.model, vectors, self.dataset.valid), k=10)
+        outcome = self.outcome
+        if epoch is not None:
+            outcome.epochs.append(
+                Epoch(
+                    index=epoch, train_s=train_s, steps=steps, loss=loss, valid_recall_10=recall, valid_ndcg_10=ndcg
+                )
+            )
+        improved = outcome.best_recall is None or recall > outcome.best_recall
+        if improved:
+            outcome.best_recall, outcome.best_epoch = recall, epoch
+            with self.phases.phase("rank", f"epoch {epoch}" if epoch else ""), self._autocast():
+                outcome.test_ranks = rank_split(self.model, vectors, self.dataset.test)
+        return improved
+
+
+def _overrides(method: Method, hook: str) -> bool:
+    return getattr(type(method), hook) is not getattr(Method, hook)
+
+
+def _split_epochs(epochs: int, stages: tuple[Stage, ...]) -> list[int]:
+    """Share the epochs among the stages, at least one each; they add up to ``epochs`` where that is possible."""
+    ends = np.cumsum([stage.share for stage in stages])
+    bounds = [0, *(round(float(end / ends[-1]) * epochs) for end in ends)]
+    return [max(1, last - first) for first, last in zip(bounds, bounds[1:], strict=False)]
+
+
