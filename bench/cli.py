@@ -7,9 +7,11 @@ Heavy imports (torch, transformers, pandas, matplotlib) happen inside the comman
 from __future__ import annotations
 
 import sys
-from typing import NoReturn
+from pathlib import Path
+from typing import Annotated, NoReturn
 
 import typer
+
 from tpme.bench.errors import UserError
 
 app = typer.Typer(
@@ -19,6 +21,107 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="What parameter-efficient fine-tuning costs in multimodal sequential recommendation, and what it buys.",
 )
+
+
+prepare = typer.Typer(no_args_is_help=True, help="Turn a data set into the prepared format that cells read.")
+app.add_typer(prepare, name="prepare")
+
+Destination = Annotated[Path, typer.Argument(metavar="DEST", help="Folder in which the data set shall appear.")]
+Images = Annotated[Path | None, typer.Option(help="Folder or zip archive of images named by item.")]
+Modalities = Annotated[str | None, typer.Option(help="text, image or text,image; by default what there is.")]
+ImageSize = Annotated[int, typer.Option(min=1, help="Side of the stored images in pixels.")]
+MaxSeqLen = Annotated[int, typer.Option(min=1, help="Longest input of the sequential encoder.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes that decode images; by default one a core.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave bad input out and count it, instead of stopping.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace another prepared data set at DEST.")]
+
+
+@prepare.command("iisan")
+def prepare_iisan(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder with items.tsv and users.tsv.")],
+    destination: Destination,
+    images: Images = None,
+    modalities: Modalities = None,
+    image_size: ImageSize = 224,
+    max_seq_len: MaxSeqLen = 10,
+    workers: Workers = None,
+    skip_bad: SkipBad = False,
+    force: Force = False,
+) -> None:
+    """The format of IISAN's Amazon data: items.tsv, users.tsv and images."""
+    from tpme.bench.task.prepare_command import parse_modalities, run_prepare
+    from tpme.bench.task.sources.iisan import read_iisan
+
+    chosen = parse_modalities(modalities)
+    run_prepare(
+        lambda: read_iisan(source, images=images, modalities=chosen, skip_bad=skip_bad),
+        destination,
+        max_seq_len=max_seq_len,
+        image_size=image_size,
+        workers=workers,
+        skip_bad=skip_bad,
+        force=force,
+    )
+
+
+@prepare.command("tables")
+def prepare_tables(
+    destination: Destination,
+    interactions: Annotated[Path, typer.Option(help="CSV with the columns user, item and timestamp.")],
+    items: Annotated[Path, typer.Option(help="CSV with the columns item and title.")],
+    images: Images = None,
+    modalities: Modalities = None,
+    user_column: Annotated[str, typer.Option(help="Name of that column in the header.")] = "user",
+    item_column: Annotated[str, typer.Option(help="Name of that column in both headers.")] = "item",
+    time_column: Annotated[str, typer.Option(help="Name of the column that orders interactions.")] = "timestamp",
+    title_column: Annotated[str, typer.Option(help="Name of that column in the header.")] = "title",
+    image_size: ImageSize = 224,
+    max_seq_len: MaxSeqLen = 10,
+    workers: Workers = None,
+    skip_bad: SkipBad = False,
+    force: Force = False,
+) -> None:
+    """Two CSV files and images named by item; MicroLens as published, too."""
+    from tpme.bench.task.prepare_command import parse_modalities, run_prepare
+    from tpme.bench.task.sources.tables import Columns, read_tables
+
+    chosen = parse_modalities(modalities)
+    columns = Columns(user=user_column, item=item_column, timestamp=time_column, title=title_column)
+    run_prepare(
+        lambda: read_tables(interactions, items, images=images, modalities=chosen, columns=columns, skip_bad=skip_bad),
+        destination,
+        max_seq_len=max_seq_len,
+        image_size=image_size,
+        workers=workers,
+        skip_bad=skip_bad,
+        force=force,
+    )
+
+
+@prepare.command("synthetic")
+def prepare_synthetic(
+    destination: Destination,
+    users: Annotated[int, typer.Option(min=1, help="Number of users.")] = 1000,
+    items: Annotated[int, typer.Option(min=40, help="Number of items.")] = 600,
+    seed: Annotated[int, typer.Option(help="Equal settings and seed give equal data.")] = 12345,
+    image_size: ImageSize = 32,
+    max_seq_len: MaxSeqLen = 10,
+    workers: Workers = None,
+    force: Force = False,
+) -> None:
+    """The built-in catalogue: invented items and users, with structure to be found."""
+    from tpme.bench.task.prepare_command import run_prepare
+    from tpme.bench.task.sources.synthetic import Synthetic, generate
+
+    config = Synthetic(users=users, items=items, seed=seed)
+    run_prepare(
+        lambda: generate(config),
+        destination,
+        max_seq_len=max_seq_len,
+        image_size=image_size,
+        workers=workers,
+        force=force,
+    )
 
 
 def main() -> NoReturn:

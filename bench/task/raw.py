@@ -9,7 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 Picture = Callable[[int], NDArray[np.uint8]]
-"""``picture(size)``: one decoded item image, uint8 (3, size, size), RGB. Called in worker processes: picklable."""
+"""``picture(size)``: one decoded item image, uint8 (3, size, size), RGB. Called in worker processes: picklable.
+
+Raises UserError, naming the file, where the image cannot be read.
+"""
 
 
 @dataclass(frozen=True)
@@ -28,3 +31,5 @@ class RawData:
     histories: list[NDArray[np.int32]]
     skipped: dict[str, int]
     """What ``--skip-bad`` left out, by reason."""
+    source: str = ""
+    """Kind and place it was read from, for people; empty where the name says it all."""

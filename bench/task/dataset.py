@@ -1,0 +1,268 @@
+"""The prepared data set: a folder of memory-mapped arrays that every cell reads, and nothing else does.
+
+=====================  ==========================================================================================
+``dataset.json``       the :class:`Manifest`; written last
+``sequences.npy``      int32, flat: item ids of all users, oldest first; ids run from 1 to N, 0 is padding
+``offsets.npy``        int64 (users + 1,): user u owns ``sequences[offsets[u]:offsets[u + 1]]``
+``items.txt``          the source's name of item 1, 2, ..., one a line, UTF-8
+``users.txt``          the source's name of every user, one a line, UTF-8
+``titles.bin``         titles of items 1, 2, ..., one UTF-8 blob (text only)
+``title_offsets.npy``  int64 (N + 2,): title i is ``titles.bin[title_offsets[i]:title_offsets[i + 1]]``; title 0 is ""
+``images.npy``         uint8 (N + 1, 3, H, W), RGB, row 0 zeros (image only)
+=====================  ==========================================================================================
+
+Leave one out: a user's last item is the test target, the second last the validation target, the rest is training.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import NonNegativeInt, PositiveInt, ValidationError
+
+from tpme.bench.errors import UserError
+from tpme.bench.record import Frozen, Modality
+
+FORMAT_VERSION = 1
+
+Ids = NDArray[np.int32]
+
+
+class Manifest(Frozen):
+    """What a prepared data set is: the content of its ``dataset.json``."""
+
+    format_version: Literal[1] = 1
+    name: str
+    source: str
+    """Kind and place it was read from, for people."""
+    modalities: tuple[Modality, ...]
+    users: PositiveInt
+    items: PositiveInt
+    interactions: PositiveInt
+    max_seq_len: PositiveInt
+    """Longest input of the sequential encoder; a user keeps at most this many items plus three."""
+    image_size: PositiveInt | None
+    """Height and width of the stored images in pixels."""
+    skipped: dict[str, NonNegativeInt]
+    """What ``--skip-bad`` left out of the source, by reason."""
+    fingerprint: str
+    """SHA-256 of the content: equal fingerprints, equal data."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """What ranking needs of every user for one target. All arrays are int32 and left-padded with 0.
+
+    inputs: (users, max_seq_len), the items before the target that the model sees.
+    target: (users,), the item to be ranked.
+    history: (users, max_seq_len + 2), all earlier items that exist, which the ranking masks.
+    """
+
+    inputs: Ids
+    target: Ids
+    history: Ids
+
+
+class Titles(Sequence[str]):
+    """The titles by item id; index 0 is the empty title of the padding item. Decoded when they are asked for."""
+
+    def __init__(self, blob: NDArray[np.uint8], offsets: NDArray[np.int64]) -> None:
+        self._blob, self._offsets = blob, offsets
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        position = index + len(self) if index < 0 else index
+        if not 0 <= position < len(self):
+            raise IndexError(index)
+        start, end = self._offsets[position], self._offsets[position + 1]
+        return self._blob[start:end].tobytes().decode("utf-8")
+
+
+class Dataset:
+    """A prepared data set, opened for reading. Arrays lie in memory maps; derived ones are built once when asked for.
+
+    Get one with :meth:`open`.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        *,
+        sequences: Ids,
+        offsets: NDArray[np.int64],
+        titles: Titles | None,
+        images: NDArray[np.uint8] | None,
+    ) -> None:
+        self.path, self.manifest = path, manifest
+        self.sequences, self.offsets = sequences, offsets
+        self.titles, self.images = titles, images
+
+    @classmethod
+    def open(cls, path: str | Path) -> Dataset:
+        """Open the folder ``path``.
+
+        Raises:
+            UserError: it is absent, no prepared data set, of another format version, or a file of it is damaged.
+        """
+        folder = Path(path)
+        manifest = read_manifest(folder)
+        sequences = _load(folder, "sequences.npy", np.int32, (manifest.interactions,))
+        offsets = _load(folder, "offsets.npy", np.int64, (manifest.users + 1,))
+        _require(bool(np.all(np.diff(offsets) >= 3)) and offsets[0] == 0, folder, "offsets.npy")
+        _require(int(offsets[-1]) == len(sequences), folder, "offsets.npy")
+        _require(int(sequences.min()) >= 1 and int(sequences.max()) <= manifest.items, folder, "sequences.npy")
+        titles = images = None
+        if "text" in manifest.modalities:
+            bounds = _load(folder, "title_offsets.npy", np.int64, (manifest.items + 2,))
+            blob = _blob(folder / "titles.bin")
+            _require(bounds[0] == 0 and bool(np.all(np.diff(bounds) >= 0)), folder, "title_offsets.npy")
+            _require(int(bounds[-1]) == len(blob), folder, "titles.bin")
+            titles = Titles(blob, bounds)
+        if "image" in manifest.modalities:
+            side = manifest.image_size or 0
+            images = _load(folder, "images.npy", np.uint8, (manifest.items + 1, 3, side, side))
+        dataset = cls(folder, manifest, sequences=sequences, offsets=offsets, titles=titles, images=images)
+        _require(len(dataset.item_names) == manifest.items + 1, folder, "items.txt")
+        _require(len(dataset.user_names) == manifest.users, folder, "users.txt")
+        return dataset
+
+    @cached_property
+    def item_names(self) -> list[str]:
+        """The source's names by item id, (N + 1); entry 0 is empty."""
+        return ["", *_lines(self.path / "items.txt")]
+
+    @cached_property
+    def user_names(self) -> list[str]:
+        """The source's names of the users."""
+        return _lines(self.path / "users.txt")
+
+    @cached_property
+    def train_slots(self) -> Ids:
+        """(users, max_seq_len + 1): the training items of every user, left-padded with 0."""
+        return self._window(self.manifest.max_seq_len + 1, before_end=2)
+
+    @cached_property
+    def valid(self) -> Split:
+        """The second last item of every user as target."""
+        return self._split(before_end=1)
+
+    @cached_property
+    def test(self) -> Split:
+        """The last item of every user as target."""
+        return self._split(before_end=0)
+
+    @cached_property
+    def popularity(self) -> NDArray[np.float64]:
+        """(N + 1,): each item's share of all training items; 0 for an item never trained on, 1 for padding."""
+        counts = np.bincount(self.train_slots.ravel(), minlength=self.manifest.items + 1)
+        counts[0] = 0
+        popularity: NDArray[np.float64] = counts / counts.sum()
+        popularity[0] = 1.0
+        return popularity
+
+    @property
+    def items_never_trained(self) -> int:
+        """How many items occur as targets of validation or test only."""
+        return int(np.count_nonzero(self.popularity == 0))
+
+    @property
+    def cold_test_share(self) -> float:
+        """Share of users whose test target never occurs in training."""
+        return float(np.mean(self.popularity[self.test.target] == 0))
+
+    def gather_images(self, ids: NDArray[np.integer[Any]]) -> NDArray[np.uint8]:
+        """The images of items ``ids`` (n,), copied: uint8 (n, 3, H, W).
+
+        Raises:
+            UserError: the data set has no images.
+        """
+        if self.images is None:
+            raise UserError(f"{self.path}: prepared without images; prepare it again with --modalities text,image")
+        gathered: NDArray[np.uint8] = np.asarray(self.images)[ids]
+        return gathered
+
+    def _split(self, *, before_end: int) -> Split:
+        length = self.manifest.max_seq_len
+        return Split(
+            inputs=self._window(length, before_end=before_end + 1),
+            target=self.sequences[self.offsets[1:] - 1 - before_end],
+            history=self._window(length + 2, before_end=before_end + 1),
+        )
+
+    def _window(self, width: int, *, before_end: int) -> Ids:
+        """(users, width): the last ``width`` items of every user before its last ``before_end`` ones."""
+        index = (self.offsets[1:] - before_end)[:, None] - np.arange(width, 0, -1)
+        return np.where(index >= self.offsets[:-1, None], self.sequences[np.maximum(index, 0)], np.int32(0))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read ``dataset.json`` of a prepared data set. Raises UserError where that is none, or not of this version."""
+    path = folder / "dataset.json"
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such data set; make it with 'tpme prepare'")
+    try:
+        raw = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{folder}: not a prepared data set (no dataset.json); make one with 'tpme prepare'") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable ({error}); prepare the data set again") from None
+    version = raw.get("format_version") if isinstance(raw, dict) else None
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path}: format version {version!r}, this tpme reads {FORMAT_VERSION}; prepare it again")
+    try:
+        return Manifest.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{path}: field '{where}': {first['msg']}; prepare the data set again") from None
+
+
+def names_as_text(names: Iterable[str]) -> bytes:
+    """The content of ``items.txt`` or ``users.txt``."""
+    return "".join(f"{name}\n" for name in names).encode("utf-8")
+
+
+def _lines(path: Path) -> list[str]:
+    # Not splitlines(): that also splits at characters which a name may contain.
+    try:
+        return path.read_bytes().decode("utf-8").split("\n")[:-1]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable ({error}); prepare the data set again") from None
+
+
+def _load(folder: Path, name: str, dtype: type[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    """Map one array; a file cut short fails here and not in the middle of a training run."""
+    try:
+        array: NDArray[Any] = np.load(folder / name, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{folder / name}: missing or damaged ({error}); prepare the data set again") from None
+    _require(array.dtype == dtype and array.shape == shape, folder, name)
+    return array
+
+
+def _blob(path: Path) -> NDArray[np.uint8]:
+    try:
+        return np.memmap(path, dtype=np.uint8, mode="r")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: missing or damaged ({error}); prepare the data set again") from None
+
+
+def _require(condition: bool, folder: Path, name: str) -> None:
+    if not condition:
+        raise UserError(f"{folder / name}: does not fit dataset.json (damaged or changed); prepare the data set again")

@@ -1,0 +1,156 @@
+"""Titles as token ids, by the tokenizer that belongs to a text encoder: computed once, kept on the disk.
+
+The tokenizer comes from a folder, from the local Hugging Face cache, or from the hub. ``trust_remote_code`` is never
+set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tpme.bench.errors import UserError
+from tpme.bench.record import write_atomically
+from tpme.bench.task.dataset import Dataset
+
+_TITLES_PER_CALL = 4096
+
+_HUB_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """The tokens of all titles by item id; row 0, the padding item, is all zero.
+
+    ids: int32 (N + 1, T), special tokens included, cut off after T, filled up on the right with the tokenizer's
+    padding token. lengths: int32 (N + 1,), how many of them are real: the attention mask is ``arange(T) < length``.
+    """
+
+    ids: NDArray[np.int32]
+    lengths: NDArray[np.int32]
+
+
+def tokenise(
+    dataset: Dataset, tokenizer_source: str, revision: str | None, title_tokens: int, store: Path
+) -> TokenTable:
+    """The tokens of all titles of ``dataset``, from ``store`` where they are already there.
+
+    Args:
+        dataset: one with titles.
+        tokenizer_source: folder, hub id or built-in name of the text encoder.
+        revision: of the hub repository.
+        title_tokens: T, at most so many tokens a title.
+        store: folder in which tables are kept, by data set, tokenizer and T.
+
+    Raises:
+        UserError: the data set has no titles, T leaves no room for text, or neither folder, cache nor hub has the
+            tokenizer.
+    """
+    if dataset.titles is None:
+        raise UserError(f"{dataset.path}: prepared without titles; prepare it again with --modalities text,image")
+    tokenizer = load_tokenizer(tokenizer_source, revision)
+    special = tokenizer.num_special_tokens_to_add(pair=False)
+    if title_tokens <= special:
+        raise UserError(
+            f"{title_tokens} title tokens: '{tokenizer_source}' needs {special} for its special tokens alone"
+        )
+    key = hashlib.sha256(f"{dataset.manifest.fingerprint}\n{title_tokens}\n{_content(tokenizer)}".encode()).hexdigest()[
+        :16
+    ]
+    path = store / f"tokens-{key}.npz"
+    stored = _read(path, (len(dataset.titles), title_tokens))
+    if stored is not None:
+        return stored
+    table = _tokenise(dataset.titles[1:], tokenizer, title_tokens)
+    buffer = io.BytesIO()
+    np.savez(buffer, ids=table.ids, lengths=table.lengths)
+    write_atomically(path, buffer.getvalue())
+    return table
+
+
+def load_tokenizer(source: str, revision: str | None) -> Any:
+    """The tokenizer of ``source``. One look at the hub, and no retries, where the local cache does not have it.
+
+    Raises:
+        UserError: it is not to be had.
+    """
+    from transformers import AutoTokenizer
+
+    from tpme.bench.task.encoders import encoder_source
+
+    place = encoder_source(source)
+    try:
+        return AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError) as error:
+        if Path(place).is_dir():
+            raise UserError(f"tokenizer '{source}': cannot be loaded from that folder ({_first_line(error)})") from None
+    _reach(place, revision)
+    try:
+        return AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"tokenizer '{source}': cannot be loaded from the hub ({_first_line(error)})") from None
+
+
+def _reach(repository: str, revision: str | None) -> None:
+    """Ask the hub once for a file. transformers itself would retry for most of a minute without a network."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        url = hf_hub_url(repository, "config.json", revision=revision)
+        get_hf_file_metadata(url, timeout=_HUB_TIMEOUT_S)
+    except EntryNotFoundError:
+        return
+    except Exception as error:  # every HTTP library has exceptions of its own, and hub versions changed theirs
+        raise UserError(
+            f"tokenizer '{repository}': no such folder, not in the local cache, and the hub does not give it "
+            f"({_first_line(error)}); give a folder saved by transformers, or fetch it where there is a network"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _content(tokenizer: Any) -> str:
+    """Everything that decides which tokens a title becomes. Where it was loaded from does not."""
+    from transformers import __version__
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    special = json.dumps({name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())})
+    return f"{type(tokenizer).__name__} {__version__}\n{special}\n{state}"
+
+
+def _tokenise(titles: list[str], tokenizer: Any, title_tokens: int) -> TokenTable:
+    padding = tokenizer.pad_token_id or 0
+    ids = np.full((len(titles) + 1, title_tokens), padding, np.int32)
+    ids[0] = 0
+    lengths = np.zeros(len(titles) + 1, np.int32)
+    for start in range(0, len(titles), _TITLES_PER_CALL):
+        batch = tokenizer(
+            titles[start : start + _TITLES_PER_CALL], truncation=True, max_length=title_tokens, padding=False
+        )
+        for row, tokens in enumerate(batch["input_ids"], start=start + 1):
+            ids[row, : len(tokens)] = tokens
+            lengths[row] = len(tokens)
+    return TokenTable(ids, lengths)
+
+
+def _read(path: Path, shape: tuple[int, int]) -> TokenTable | None:
+    """The stored table; ``None`` where there is none, or a damaged one, which will be written again."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            table = TokenTable(arrays["ids"], arrays["lengths"])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+    return table if table.ids.shape == shape and table.lengths.shape == shape[:1] else None

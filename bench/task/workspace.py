@@ -1,0 +1,83 @@
+"""Making a folder appear all at once: it is built in a locked folder beside its place and then renamed."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from tpme.bench.errors import UserError
+
+
+@contextmanager
+def workspace(destination: Path) -> Iterator[Path]:
+    """An empty folder beside ``destination`` to build in; it is removed at the end, whatever happens.
+
+    One process at a time may build for one destination. The lock dies with its process, so what an interrupted or
+    killed one left behind is cleared by the next.
+
+    Raises:
+        UserError: another process is building for this destination, or the folder cannot be made.
+    """
+    folder = destination.parent / f".{destination.name}.preparing"
+    lock = _locked(folder, destination)
+    try:
+        previous = folder / "previous"
+        if previous.exists() and not destination.exists():
+            previous.rename(destination)  # killed in the middle of publish()
+        _clear(folder)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        lock.close()
+
+
+def publish(folder: Path, destination: Path, *, replace: bool) -> None:
+    """Move the finished ``folder``, which lies in the workspace, to ``destination``.
+
+    Raises:
+        UserError: something has appeared there meanwhile, and ``replace`` is not set.
+    """
+    for file in folder.iterdir():
+        handle = os.open(file, os.O_RDONLY)
+        os.fsync(handle)  # else a crash of the machine may leave the name and lose the content
+        os.close(handle)
+    if replace and destination.exists():
+        destination.rename(folder.parent / "previous")
+    try:
+        folder.rename(destination)
+    except OSError as error:
+        raise UserError(f"{destination}: cannot be put there ({error.strerror})") from None
+
+
+def _locked(folder: Path, destination: Path) -> IO[str]:
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = (folder / "lock").open("w")
+        except OSError as error:
+            raise UserError(f"{destination}: cannot be written ({error.strerror}: {error.filename})") from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise UserError(f"{destination}: another process is preparing it; wait for it to end") from None
+        try:
+            # The previous holder may have removed the folder between open and lock.
+            if os.fstat(lock.fileno()).st_ino == (folder / "lock").stat().st_ino:
+                return lock
+        except FileNotFoundError:
+            pass
+        lock.close()
+
+
+def _clear(folder: Path) -> None:
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        elif entry.name != "lock":
+            entry.unlink()
