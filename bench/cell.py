@@ -32,7 +32,6 @@ from tpme.bench.measure.phases import PhaseLog
 from tpme.bench.measure.sampler import Sampler
 from tpme.bench.record import (
     CacheFacts,
-    Cell,
     CellResult,
     DatasetFacts,
     EncoderFacts,
@@ -51,7 +50,6 @@ from tpme.bench.task.dataset import Dataset
 from tpme.bench.task.encoders import encoder_shape, image_size, load_encoder
 from tpme.bench.task.evaluate import ITEMS_PER_CHUNK
 from tpme.bench.task.features import FeatureJob, FeatureManifest, feature_folder, load, planned_bytes, read_manifest
-from tpme.bench.task.items import EncoderShape
 from tpme.bench.task.ranking import NonFiniteScoreError
 from tpme.bench.task.recommender import Recommender
 from tpme.bench.task.sequential import SequentialEncoder
@@ -254,7 +252,9 @@ class Story:
         message = " ".join(str(error).split()) or type(error).__name__
         self.known.failure = Failure(
             phase=f"{last.kind} {last.name}".strip() if last else "start",
-            message=message[:400] if isinstance(error, (UserError, ArithmeticError)) else f"{type(error).__name__}: {message[:400]}",
+            message=message[:400]
+            if isinstance(error, (UserError, ArithmeticError))
+            else f"{type(error).__name__}: {message[:400]}",
             epoch=state.epoch if state else None,
             step=error.step if isinstance(error, DivergedError) else (state.step + 1 if state else None),
             bytes_requested=_bytes_requested(message) if status == "oom" else None,
@@ -327,7 +327,11 @@ def _build_cache(job: FeatureJob, cell_job: Job, progress: Progress) -> None:
 
 def _cache_facts(manifest: FeatureManifest, *, built: bool) -> CacheFacts:
     return CacheFacts(
-        build_s=manifest.build_s, bytes=manifest.bytes, items=manifest.items, dtype=manifest.dtype, built_by_attempt=built
+        build_s=manifest.build_s,
+        bytes=manifest.bytes,
+        items=manifest.items,
+        dtype=manifest.dtype,
+        built_by_attempt=built,
     )
 
 
@@ -356,7 +360,9 @@ def _throughput(trainer: Trainer) -> Reading:
         start = _now(trainer.device)
         trainer.model.encode_items(items)
         times.append(_now(trainer.device) - start)
-    return Reading(value=len(ids) / float(np.median(times)), source=f"median of {THROUGHPUT_CHUNKS} chunks of {len(ids)} items")
+    return Reading(
+        value=len(ids) / float(np.median(times)), source=f"median of {THROUGHPUT_CHUNKS} chunks of {len(ids)} items"
+    )
 
 
 def _now(device: torch.device) -> float:

@@ -124,6 +124,68 @@ def prepare_synthetic(
     )
 
 
+@app.command()
+def run(
+    matrix: Annotated[str, typer.Argument(metavar="MATRIX", help="Name of a preset, or a TOML file.")],
+    out: Annotated[Path | None, typer.Option(help="Run folder; by default runs/NAME.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU if there is one.")] = "auto",
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Lay key=value over the matrix: training.epochs=2.")
+    ] = None,
+    methods_path: Annotated[list[Path] | None, typer.Option(help="Folder with further methods.")] = None,
+    store: Annotated[Path | None, typer.Option(help="Where catalogues and caches are kept between runs.")] = None,
+    time_limit: Annotated[float | None, typer.Option(help="Seconds a cell may take.")] = None,
+    report: Annotated[bool, typer.Option(help="Write the report at the end.")] = True,
+) -> None:
+    """Run what is missing of a matrix, every cell in a process of its own, and report."""
+    from tpme.bench.run_command import run_command
+
+    raise typer.Exit(
+        run_command(
+            matrix,
+            out=out,
+            device=device,
+            settings=settings or [],
+            methods_path=methods_path or [],
+            store=store,
+            time_limit_s=time_limit,
+            report=report,
+        )
+    )
+
+
+listing = typer.Typer(no_args_is_help=True, help="Show what there is to choose from.")
+app.add_typer(listing, name="list")
+AsJson = Annotated[bool, typer.Option("--json", help="As JSON, for programs.")]
+
+
+@listing.command("methods")
+def list_methods(
+    as_json: AsJson = False,
+    methods_path: Annotated[list[Path] | None, typer.Option(help="Folder with further methods.")] = None,
+) -> None:
+    """The fine-tuning methods and their options."""
+    from tpme.bench import catalogue
+
+    catalogue.show(catalogue.methods(methods_path or []), as_json=as_json)
+
+
+@listing.command("presets")
+def list_presets(as_json: AsJson = False) -> None:
+    """The matrices that ship with the package."""
+    from tpme.bench import catalogue
+
+    catalogue.show(catalogue.presets(), as_json=as_json)
+
+
+@listing.command("encoders")
+def list_encoders(as_json: AsJson = False) -> None:
+    """The built-in encoders; any other is given by hub id or folder."""
+    from tpme.bench import catalogue
+
+    catalogue.show(catalogue.encoders(), as_json=as_json)
+
+
 def main() -> NoReturn:
     """Entry point: a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
     try:

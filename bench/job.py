@@ -50,7 +50,10 @@ def code_version(method_files: list[Path]) -> str:
     Reports, the command line and documentation may change without making results stale.
     """
     bench = Path(str(files("tpme.bench")))
-    sources = [bench / "cell.py", *(path for part in ("task", "train", "measure") for path in (bench / part).rglob("*.py"))]
+    sources = [
+        bench / "cell.py",
+        *(path for part in ("task", "train", "measure") for path in (bench / part).rglob("*.py")),
+    ]
     sources += Path(str(files("tpme.methods"))).rglob("*.py")
     digest = hashlib.sha256()
     for path in sorted({*sources, *method_files}):

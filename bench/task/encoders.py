@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,9 @@ import torch
 
 from tpme.bench.errors import UserError
 from tpme.bench.record import EncoderFacts, EncoderSpec, Modality
+from tpme.bench.task.builtin import builtin_folder
 from tpme.bench.task.items import EncoderShape
 from tpme.bench.task.view import EncoderView
-
-BUILTIN = {"builtin:tiny-text": "text", "builtin:tiny-image": "image"}
-"""The encoders that ship with the package and the folder of ``bench/task/tiny`` each lies in."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +35,7 @@ def encoder_source(source: str) -> str:
     Raises UserError for an unknown built-in name and for a path that is no folder.
     """
     if source.startswith("builtin:"):
-        if source not in BUILTIN:
-            raise UserError(f"encoder '{source}': no such built-in encoder; there are {', '.join(sorted(BUILTIN))}")
-        return str(files("tpme.bench.task.tiny").joinpath(BUILTIN[source]))
+        return str(builtin_folder(source))
     looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1
     if looks_like_path:
         folder = Path(source).expanduser()

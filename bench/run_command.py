@@ -1,0 +1,67 @@
+"""``tpme run``: read a matrix, choose the device, run what is missing, report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from tpme.bench.errors import UserError
+from tpme.bench.launch import run_matrix, store_folder
+from tpme.bench.matrix import load_matrix
+from tpme.bench.record import Status
+
+UNFINISHED: frozenset[Status] = frozenset({"error", "killed", "timeout"})
+"""Ends that make the exit code 1: the cell said nothing about its method."""
+
+
+def run_command(
+    source: str,
+    *,
+    out: Path | None,
+    device: str,
+    settings: Sequence[str],
+    methods_path: Sequence[Path],
+    store: Path | None,
+    time_limit_s: float | None,
+    report: bool,
+) -> int:
+    """Run the matrix and return the exit code: 1 where a cell ended in an error, was killed or took too long."""
+    console = Console()
+    matrix = load_matrix(source, settings)
+    run = out or Path("runs") / matrix.name
+    chosen = choose_device(device)
+    console.print(f"[bold]{matrix.name}[/]: {matrix.description or source}\nRecords go to {run}, device {chosen}.")
+    results = run_matrix(
+        matrix,
+        run,
+        store=store_folder(store),
+        device=chosen,
+        methods_path=methods_path,
+        time_limit_s=time_limit_s,
+        console=console,
+    )
+    if report:
+        from tpme.reports.report import write_report
+
+        write_report([run], run / "report")
+    return 1 if any(result.status in UNFINISHED for result in results) else 0
+
+
+def choose_device(wanted: str) -> str:
+    """``cpu`` or ``cuda``; ``auto`` takes a GPU where torch sees one.
+
+    Raises UserError for another name and for a GPU that is not there.
+    """
+    if wanted not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device {wanted}: choose cpu, cuda or auto")
+    if wanted == "cpu":
+        return "cpu"
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    if wanted == "cuda":
+        raise UserError("--device cuda: torch sees no CUDA device; 'tpme doctor' says why, --device cpu runs without")
+    return "cpu"
