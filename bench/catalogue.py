@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ def methods(methods_path: Sequence[Path] = ()) -> Rows:
         rows.append(
             {
                 "name": name,
-                "what": _summary(found.__doc__),
+                "what": _summary(sys.modules[found.__module__].__doc__),
                 "cacheable": found.decoupled,
                 "baseline": found.baseline,
                 "options": found.Config().model_dump(mode="json"),
@@ -53,7 +54,7 @@ def encoders() -> Rows:
         rows.append(
             {
                 "name": source,
-                "what": f"{config['model_type']}, {config['num_hidden_layers']} layers of width {config['hidden_size']}",
+                "what": "{model_type}, {num_hidden_layers} layers of width {hidden_size}".format(**config),
                 "bytes": (builtin_folder(source) / "model.safetensors").stat().st_size,
             }
         )

@@ -93,11 +93,12 @@ def _synthetic(entry: DatasetEntry, store: Path, console: Console) -> Path:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise UserError(f"data set '{entry.name}', synthetic.{where}: {first['msg']}") from None
-    name = hashlib.sha256(settings.model_dump_json().encode()).hexdigest()[:12]
+    identity = f"{settings.model_dump_json()} {entry.image_size}"
+    name = hashlib.sha256(identity.encode()).hexdigest()[:12]
     path = store / "datasets" / f"synthetic-{name}"
     if not (path / "dataset.json").is_file():
         console.print(f"Preparing the built-in catalogue '{entry.name}' ...")
-        prepare(generate(settings), path, image_size=settings.image_size)
+        prepare(generate(settings), path, image_size=entry.image_size)
     return path
 
 

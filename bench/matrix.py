@@ -29,6 +29,8 @@ class DatasetEntry(Frozen):
     name: str
     path: Path | None = None
     synthetic: dict[str, Any] | None = None
+    image_size: PositiveInt = 32
+    """Side of the built-in catalogue's images in pixels; a prepared folder has its own."""
 
     @model_validator(mode="after")
     def _one_source(self) -> DatasetEntry:
@@ -119,15 +121,19 @@ def _lay_over(raw: dict[str, Any], setting: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
-    *parents, leaf = key.strip().split(".")
-    place: Any = raw
-    for parent in parents:
-        place = place[int(parent)] if isinstance(place, list) and parent.isdigit() else place.setdefault(parent, {})
+    _assign(raw, key.strip().split("."), value)
+
+
+def _assign(place: Any, keys: list[str], value: Any) -> None:
+    """Set a nested key; a key into a list of tables goes into every one of them, a number into that one."""
     if isinstance(place, list):
-        for entry in place:  # a key into a list of tables sets every one of them
-            entry[leaf] = value
+        chosen = [place[int(keys[0])]] if keys[0].isdigit() else place
+        for entry in chosen:
+            _assign(entry, keys[1:] if keys[0].isdigit() else keys, value)
+    elif len(keys) == 1:
+        place[keys[0]] = value
     else:
-        place[leaf] = value
+        _assign(place.setdefault(keys[0], {}), keys[1:], value)
 
 
 def _first(error: ValidationError) -> str:

@@ -10,10 +10,10 @@ best epoch needs no checkpoint and no second encoding of the catalogue. Nothing 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-
 
 import numpy as np
 import torch
@@ -206,9 +206,7 @@ class Trainer:
         outcome = self.outcome
         if epoch is not None:
             outcome.epochs.append(
-                Epoch(
-                    index=epoch, train_s=train_s, steps=steps, loss=loss, valid_recall_10=recall, valid_ndcg_10=ndcg
-                )
+                Epoch(index=epoch, train_s=train_s, steps=steps, loss=loss, valid_recall_10=recall, valid_ndcg_10=ndcg)
             )
         improved = outcome.best_recall is None or recall > outcome.best_recall
         if improved:
@@ -226,6 +224,4 @@ def _split_epochs(epochs: int, stages: tuple[Stage, ...]) -> list[int]:
     """Share the epochs among the stages, at least one each; they add up to ``epochs`` where that is possible."""
     ends = np.cumsum([stage.share for stage in stages])
     bounds = [0, *(round(float(end / ends[-1]) * epochs) for end in ends)]
-    return [max(1, last - first) for first, last in zip(bounds, bounds[1:], strict=False)]
-
-
+    return [max(1, last - first) for first, last in itertools.pairwise(bounds)]
