@@ -1,0 +1,293 @@
+"""Phases: the stretches of a cell, each with its time, its peaks of memory and its energy.
+
+One timeline, without holes: a phase begins where the one before it ended. What lies between two phases (the
+program's bookkeeping, and the instruments' own: collecting garbage, handing free memory back, resetting peaks) is
+charged to the neighbour that is *not* training, so that a training phase holds training alone and the times still
+add up to the wall time of the cell.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from tpme.bench.measure.clock import is_cuda, now, sync
+from tpme.bench.measure.gpu import GpuFacts, GpuReadings, GpuWindow, idle_flags, unreadable
+from tpme.bench.measure.host import HostMemory, SampledHost, release_free_memory
+from tpme.bench.measure.nvml import Device, Nvml, NvmlError
+from tpme.bench.measure.sampler import PERIOD_S, Column, Sampler, Samples
+from tpme.bench.record import Flag, Memory, Phase, PhaseKind, Reading
+
+NO_CUDA = "no CUDA device"
+
+
+class PhaseLog:
+    """Records the phases of one cell.
+
+    Args:
+        device: Where the work runs.
+        sampler: Running, or None; it closes the gaps that readings at a phase's two ends leave.
+        nvml: Opened before CUDA started, or None.
+        origin_s: The ``time.perf_counter`` of the cell's start; by default now.
+    """
+
+    def __init__(
+        self, device: object, sampler: Sampler | None, nvml: Nvml | None, origin_s: float | None = None
+    ) -> None:
+        self.phases: list[Phase] = []
+        self.samples: Samples | None = None
+        """The sampler's curve, once ``measuring`` has ended."""
+        self._device, self._sampler = device, sampler
+        self._origin_s = time.perf_counter() if origin_s is None else origin_s
+        self._end_s = self._origin_s
+        self._open: str | None = None
+        self._baseline_bytes: int | None = None
+        self._host = HostMemory(exclude=(sampler.pid,) if sampler else ())
+        self._facts: list[tuple[PhaseKind, GpuFacts]] = []
+        self._gpu: GpuWindow | None = None
+        self._no_gpu, self._idle_flags = NO_CUDA, list[Flag]()
+        if is_cuda(device):
+            self._attach(nvml)
+
+    def _attach(self, nvml: Nvml | None) -> None:
+        if nvml is None:
+            self._no_gpu = "NVML was not opened"
+            return
+        try:
+            gpu = select_gpu(nvml, self._device)
+        except NvmlError as error:
+            self._no_gpu = error.reason
+            return
+        idle = nvml.idle[gpu.uuid]
+        self._gpu, self._idle_flags = GpuWindow(gpu, idle), idle_flags(idle)
+
+    def baseline(self) -> None:
+        """Note the host memory held now: call it after all imports, before data and model are loaded."""
+        release_free_memory()
+        self._baseline_bytes = self._host.tree_bytes()
+
+    @contextmanager
+    def phase(self, kind: PhaseKind, name: str = "") -> Iterator[None]:
+        """Measure what runs inside; recorded also when it raises. Raises RuntimeError when phases nest."""
+        if self._open is not None:
+            raise RuntimeError(f"phases do not nest: '{self._open}' is still open where '{name or kind}' begins")
+        self._open = name or kind
+        try:
+            start_s = self._begin(kind)
+            try:
+                yield
+            except BaseException:
+                # The device may be lost or its context broken: what it then says must not hide the cause.
+                with contextlib.suppress(RuntimeError):
+                    sync(self._device)
+                self._finish(kind, name, start_s, time.perf_counter())
+                raise
+            self._finish(kind, name, start_s, now(self._device))
+        finally:
+            self._open = None
+
+    def finish(self) -> float:
+        """Charge the time since the last phase to it; returns the wall time of the cell so far (seconds)."""
+        self._end_s = time.perf_counter()
+        if self.phases:
+            last = self.phases[-1]
+            wall_s = self._end_s - self._origin_s - last.start_s
+            self.phases[-1] = last.model_copy(update={"wall_s": wall_s})
+        return self._end_s - self._origin_s
+
+    def training_memory(self) -> Memory:
+        """The peaks over all training phases, instrument by instrument."""
+        training = [phase.memory for phase in self.phases if phase.kind == "train"]
+        return Memory(
+            **{name: _largest([getattr(memory, name) for memory in training]) for name in Memory.model_fields}
+        )
+
+    def flags(self) -> list[Flag]:
+        """What a reader must know about these measurements."""
+        flags = list(self._idle_flags)
+        if not is_cuda(self._device):
+            flags.append(Flag(code="cpu-memory", message="memory is resident memory of the process tree on a CPU"))
+        elif self._gpu is None:
+            flags.append(Flag(code="no-nvml", message=f"no NVML readings: {self._no_gpu}"))
+        others = max((facts.other_processes for _, facts in self._facts), default=0)
+        if others:
+            flags.append(Flag(code="foreign-process", message=f"up to {others} other processes used the GPU"))
+        held: dict[str, float] = {}
+        for facts in self._training_facts():
+            for words, share in facts.throttled.items():
+                held[words] = max(held.get(words, 0.0), share)
+        if held:
+            worst = ", ".join(f"{words} in {share:.0%} of readings" for words, share in held.items())
+            flags.append(Flag(code="throttled", message=f"the GPU's clock was held down while training: {worst}"))
+        if self.samples is not None:
+            flags += [Flag(code="sampler", message=note) for note in self.samples.notes]
+        return flags
+
+    def counters(self) -> dict[str, Reading]:
+        """The instruments' own cost, and on a GPU its state while training."""
+        counters: dict[str, Reading] = {}
+        if self.samples is not None:
+            counters["sampler_cpu_fraction"] = _or_missing(
+                self.samples.cpu_fraction, "processor time of the sampler, of one core", "the sampler ended early"
+            )
+        if self._gpu is None:
+            return counters
+        facts = self._training_facts()
+        summaries: tuple[tuple[str, str, Callable[[Sequence[float]], float]], ...] = (
+            ("utilisation_percent", "mean", lambda values: sum(values) / len(values)),
+            ("temperature_c", "maximum", max),
+            ("sm_clock_mhz", "lowest median", min),
+        )
+        for name, how, combine in summaries:
+            values = [value for one in facts if (value := getattr(one, name)) is not None]
+            counters[f"gpu_{name}"] = _or_missing(
+                combine(values) if values else None, f"NVML, {how} of the training phases", "it was not sampled"
+            )
+        return counters
+
+    def _training_facts(self) -> list[GpuFacts]:
+        return [facts for kind, facts in self._facts if kind == "train"]
+
+    def _begin(self, kind: PhaseKind) -> float:
+        """Close the gap since the last phase and reset all peaks; returns the start of the measured stretch."""
+        if not self.phases or self.phases[-1].kind != kind:
+            self._release()
+        if is_cuda(self._device):
+            import torch
+
+            torch.cuda.reset_peak_memory_stats(str(self._device))
+        self._host.start_window()
+        self._mark = self._sampler.mark() if self._sampler else 0
+        if self._gpu is not None:
+            self._gpu.start()
+        start_s = now(self._device)
+        if self.phases and self.phases[-1].kind != "train":
+            last = self.phases[-1]
+            self.phases[-1] = last.model_copy(update={"wall_s": start_s - self._origin_s - last.start_s})
+            self._end_s = start_s
+        return start_s
+
+    def _release(self) -> None:
+        """What an earlier phase freed is not the next one's: hand it back (only between kinds, for it takes time)."""
+        release_free_memory()
+        if is_cuda(self._device):
+            import torch
+
+            torch.cuda.empty_cache()
+
+    def _finish(self, kind: PhaseKind, name: str, start_s: float, end_s: float) -> None:
+        self._host.end_window()
+        allocated, reserved = torch_peaks(self._device)
+        rows = self._sampler.rows_since(self._mark) if self._sampler else {}
+        host = self._host.peak(_sampled_host(rows))
+        gpu = self._gpu_readings(end_s - start_s, rows, reserved)
+        if gpu.facts is not None:
+            self._facts.append((kind, gpu.facts))
+        self.phases.append(
+            Phase(
+                kind=kind,
+                name=name,
+                start_s=self._end_s - self._origin_s,
+                wall_s=end_s - self._end_s,
+                memory=Memory(
+                    torch_allocated_bytes=allocated,
+                    torch_reserved_bytes=reserved,
+                    nvml_device_bytes=gpu.device_bytes,
+                    nvml_process_bytes=gpu.process_bytes,
+                    host_rss_bytes=self._over_baseline(host.bytes, host.source),
+                ),
+                energy_j=gpu.energy_j,
+            )
+        )
+        self._end_s = end_s
+
+    def _gpu_readings(self, wall_s: float, rows: dict[str, Column], reserved: Reading) -> GpuReadings:
+        if self._gpu is None:
+            return unreadable(self._no_gpu)
+        return self._gpu.end(wall_s, rows, None if reserved.value is None else int(reserved.value))
+
+    def _over_baseline(self, peak_bytes: int, source: str) -> Reading:
+        if self._baseline_bytes is None:
+            return Reading.missing(source, "no baseline was taken before data and model were loaded")
+        return Reading(value=peak_bytes - self._baseline_bytes, source=f"{source}, over the baseline")
+
+
+@contextmanager
+def measuring(device: object, period_s: float = PERIOD_S, nvml: Nvml | None = None) -> Iterator[PhaseLog]:
+    """All instruments for one cell, started in the right order and stopped whatever happens.
+
+    Enter it before anything starts CUDA in this process. On leaving, the phases are complete and ``samples`` is
+    there.
+
+    Args:
+        device: Where the work will run.
+        period_s: Of the sampler.
+        nvml: An opened one (a fake, for tests); by default it is opened here for a CUDA device.
+    """
+    origin_s = time.perf_counter()
+    uuid = None
+    if is_cuda(device):
+        nvml = nvml or Nvml.open()
+        with contextlib.suppress(NvmlError):
+            uuid = select_gpu(nvml, device).uuid
+    sampler = Sampler(uuid, period_s)
+    try:
+        with sampler:
+            log = PhaseLog(device, sampler, nvml, origin_s)
+            try:
+                yield log
+            finally:
+                log.finish()
+                log.samples = sampler.stop(origin_s)
+    finally:
+        if nvml is not None:
+            nvml.close()
+
+
+def select_gpu(nvml: Nvml, device: object) -> Device:
+    """NVML's device for a torch CUDA device, by its UUID; starts CUDA. Raises NvmlError."""
+    import torch
+
+    index = torch.device(str(device)).index
+    ordinal = torch.cuda.current_device() if index is None else index
+    return nvml.select(ordinal, str(torch.cuda.get_device_properties(ordinal).uuid), os.environ)
+
+
+def torch_peaks(device: object) -> tuple[Reading, Reading]:
+    """Peaks of memory allocated and reserved by torch since they were last reset (bytes)."""
+    names = ("torch allocated peak", "torch reserved peak")
+    if not is_cuda(device):
+        return Reading.missing(names[0], NO_CUDA), Reading.missing(names[1], NO_CUDA)
+    import torch
+
+    return (
+        Reading(value=torch.cuda.max_memory_allocated(str(device)), source=names[0]),
+        Reading(value=torch.cuda.max_memory_reserved(str(device)), source=names[1]),
+    )
+
+
+def _largest(readings: list[Reading]) -> Reading:
+    """The largest of several windows; it is valid only if every window was read."""
+    if not readings:
+        return Reading.missing("maximum over the training phases", "no training phase was recorded")
+    had = [reading for reading in readings if reading.value is not None]
+    bad = next((reading for reading in readings if not reading.valid), None)
+    if not had or bad is None:
+        return max(had, key=lambda reading: reading.value or 0.0) if had else readings[0]
+    largest = max(had, key=lambda reading: reading.value or 0.0)
+    many = sum(not reading.valid for reading in readings)
+    reason = f"in {many} of {len(readings)} training phases: {bad.reason}" if len(readings) > 1 else bad.reason
+    return Reading(value=largest.value, source=largest.source, valid=False, reason=reason)
+
+
+def _sampled_host(rows: Mapping[str, Column]) -> SampledHost | None:
+    if not rows or not len(rows["t_s"]):
+        return None
+    return SampledHost(int(rows["host_bytes"].max()), int(rows["children_peak_bytes"].max()))
+
+
+def _or_missing(value: float | None, source: str, reason: str) -> Reading:
+    return Reading.missing(source, reason) if value is None else Reading(value=value, source=source)

@@ -1,0 +1,188 @@
+"""Samples memory and GPU state from a process of its own, so that it neither shares the interpreter lock of what
+it measures nor dies unseen with it.
+
+The measured process pays for starting it and for nothing else: rows go from the sampler straight into an unnamed
+temporary file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from tpme.bench.measure.sampler_process import COLUMNS, ROW
+
+PERIOD_S = 0.02
+_START_S = 30.0
+_STOP_S = 10.0
+
+Column = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The curve of one run; all arrays have shape (N,), NaN where nothing was read at that time.
+
+    Slow columns (all of the GPU's but ``device_bytes``) are read at every tenth row. Why a column is empty stands
+    in ``missing``.
+    """
+
+    t_s: Column
+    """Since the origin given to ``stop``."""
+    host_bytes: Column
+    """Resident memory of the process tree."""
+    children_peak_bytes: Column
+    device_bytes: Column
+    """As NVML reports it: the idle baseline is not subtracted."""
+    process_bytes: Column
+    listed_processes: Column
+    own_processes: Column
+    utilisation_percent: Column
+    temperature_c: Column
+    sm_clock_mhz: Column
+    clock_limits: Column
+    period_s: float
+    """The period wanted."""
+    longest_period_s: float
+    """The longest the period had to become to keep the sampler cheap."""
+    cpu_fraction: float | None
+    """What the sampler used of one core; None when it did not live to tell."""
+    notes: tuple[str, ...] = ()
+    """What a reader of the curve must know: a lengthened period, an early end."""
+    missing: dict[str, str] = field(default_factory=dict)
+
+
+class SamplerError(RuntimeError):
+    """The sampler's process did not come up; the message holds what it said."""
+
+
+class Sampler:
+    """Starts, stops and reads the sampler's process. A context manager: ``with Sampler() as sampler``.
+
+    Args:
+        gpu_uuid: The device to watch as NVML names it; None for a CPU run.
+        period_s: Time between two rows; lengthened when a row would cost more than 1 % of one core.
+    """
+
+    def __init__(self, gpu_uuid: str | None = None, period_s: float = PERIOD_S) -> None:
+        self._uuid, self.period_s = gpu_uuid, period_s
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        """The sampler's process id, to be left out of what is measured."""
+        return self._running().pid
+
+    def start(self) -> Self:
+        """Start sampling; returns when the first reading is due. Raises SamplerError."""
+        # Both processes share one file offset: the sampler's. Here it is only read by position.
+        self._rows = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
+        # -P: a folder named "tpme" in the working directory must not be imported instead.
+        call = [sys.executable, "-P", "-m", "tpme.bench.measure.sampler_process", str(os.getpid()), str(self.period_s)]
+        bound = "bound" if threading.current_thread() is threading.main_thread() else "unbound"
+        self._process = subprocess.Popen(
+            [*call, bound, *([self._uuid] if self._uuid else [])],
+            bufsize=0,
+            stdin=subprocess.PIPE,
+            stdout=self._rows,
+            stderr=subprocess.PIPE,
+        )
+        self._started_s = time.perf_counter()
+        said = self._first_line()
+        if b'"ready"' not in said:
+            self._process.kill()
+            said += self._process.communicate()[1]
+            self._process = None
+            raise SamplerError(f"the sampler did not start: {said.decode(errors='replace').strip() or 'no answer'}")
+        return self
+
+    def _first_line(self) -> bytes:
+        process = self._running()
+        assert process.stderr is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(process.stderr, selectors.EVENT_READ)
+            return process.stderr.readline() if selector.select(_START_S) else b""
+
+    def mark(self) -> int:
+        """How many rows there are now: where a window begins."""
+        return os.fstat(self._rows.fileno()).st_size // ROW.size
+
+    def rows_since(self, mark: int) -> dict[str, Column]:
+        """Column -> the rows since ``mark``, each (n,); ``t_s`` is ``time.perf_counter``."""
+        count = self.mark() - mark
+        data = os.pread(self._rows.fileno(), count * ROW.size, mark * ROW.size)
+        table = np.frombuffer(data, dtype=np.float64).reshape(-1, len(COLUMNS))
+        return dict(zip(COLUMNS, table.T, strict=True))
+
+    def stop(self, origin_s: float | None = None) -> Samples:
+        """Stop sampling and return everything sampled.
+
+        Args:
+            origin_s: The ``time.perf_counter`` that becomes 0 in ``t_s``; by default the sampler's start.
+        """
+        process = self._running()
+        try:
+            said = process.communicate(timeout=_STOP_S)[1]
+        except subprocess.TimeoutExpired:  # it hangs in the driver
+            process.kill()
+            said = process.communicate()[1]
+        told = _last_message(said)
+        columns = self.rows_since(0)
+        self._process = None
+        self._rows.close()
+        columns["t_s"] = columns["t_s"] - (self._started_s if origin_s is None else origin_s)
+        longest = told["longest_period_s"] if told else self.period_s
+        return Samples(
+            **{name: np.ascontiguousarray(column) for name, column in columns.items()},
+            period_s=self.period_s,
+            longest_period_s=longest,
+            cpu_fraction=told["cpu_s"] / told["wall_s"] if told else None,
+            notes=tuple(self._notes(longest, process.returncode, bool(told))),
+            missing=({} if self._uuid else {"device_bytes": "no CUDA device"}) | told.get("missing", {}),
+        )
+
+    def _notes(self, longest_s: float, returncode: int, told: bool) -> list[str]:
+        notes: list[str] = []
+        if longest_s > 1.25 * self.period_s:
+            notes.append(
+                f"sampled every {1000 * longest_s:.0f} ms at times instead of {1000 * self.period_s:.0f} ms: "
+                "a reading cost more than 1 % of one core allows"
+            )
+        if not told:
+            notes.append(f"the sampler ended before the run did (exit status {returncode}); the curve is cut short")
+        return notes
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._process is None:
+            raise RuntimeError("the sampler is not running")
+        return self._process
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._process is not None:
+            self.stop()
+
+
+def _last_message(said: bytes) -> dict[str, Any]:
+    """The JSON line the sampler ends with; empty when it did not get that far."""
+    for line in reversed(said.splitlines()):
+        if line.startswith(b"{"):
+            told: dict[str, Any] = json.loads(line)
+            return told
+    return {}
