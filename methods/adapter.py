@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
@@ -35,13 +37,12 @@ class HoulsbyAdapter(Method):
             for layer in range(view.shape.depth):
                 for output in view.sublayer_outputs(layer):
                     adapter = Bottleneck(view.shape.width, self.config.bottleneck, self.config.activation)
-                    output.register_forward_hook(_apply(adapter))
+                    # A partial, not a closure: a deep copy of the model then runs its own copies of the adapters.
+                    output.register_forward_hook(partial(_apply, adapter))
                     parts.append(adapter)
             view.module.add_module("adapters", parts)
 
 
-def _apply(adapter: Bottleneck):  # type: ignore[no-untyped-def]
-    def hook(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
-        return adapter(output)  # type: ignore[no-any-return]
-
-    return hook
+def _apply(adapter: Bottleneck, _module: nn.Module, _args: object, output: Tensor) -> Tensor:
+    adapted: Tensor = adapter(output)
+    return adapted

@@ -52,7 +52,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class PassOutput:
-    """One forward pass over a batch: loss (scalar), logits (V, C) over the in-batch candidates, and their targets (V,)."""
+    """One forward pass over a batch.
+
+    loss: scalar. logits: (V, C) over the in-batch candidates. target: (V,), their correct columns.
+    """
 
     loss: Tensor
     logits: Tensor
@@ -183,17 +186,25 @@ class Method:
         """Merge, fold or gather what need not stay separate; item vectors must not change."""
 
     def state(self, model: Recommender) -> dict[str, Tensor]:
-        """What must be kept to use the adapted model; default: the trainable parameters and trained buffers."""
+        """What must be kept to use the adapted model; default: the trainable parameters, by name, not copied."""
         return {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
 
     def load_state(self, model: Recommender, state: Mapping[str, Tensor]) -> None:
-        """Put a ``state`` back into a freshly adapted model. Raises KeyError where a name does not fit."""
-        own = dict(model.named_parameters())
-        unknown = sorted(set(state) - set(own))
-        if unknown:
-            raise KeyError(f"state of another structure: no parameter '{unknown[0]}' here")
+        """Put a ``state`` back into a freshly adapted model.
+
+        Raises:
+            KeyError: a parameter that trains is not in it, or it holds one that does not train here.
+            ValueError: a shape does not fit.
+        """
+        own = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        differing = sorted(set(state) ^ set(own))
+        if differing:
+            raise KeyError(f"state of another structure: '{differing[0]}' is only in one of state and model")
         with torch.no_grad():
             for name, value in state.items():
+                if value.shape != own[name].shape:
+                    here, there = tuple(own[name].shape), tuple(value.shape)
+                    raise ValueError(f"state of another structure: '{name}' is {there} in the state, {here} here")
                 own[name].copy_(value)
 
     def report(self, model: Recommender) -> dict[str, float]:

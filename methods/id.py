@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from tpme.bench.record import Modality
@@ -20,6 +21,8 @@ class ItemTable(ItemEncoder):
         super().__init__({})
         self.table = nn.Embedding(items + 1, dim, padding_idx=0)
         nn.init.normal_(self.table.weight, std=0.02)
+        with torch.no_grad():
+            self.table.weight[0].zero_()  # padding
 
     def forward(self, states: Mapping[Modality, Tensor], ids: Tensor) -> Tensor:
         """Look up item ids (n,); returns (n, d)."""

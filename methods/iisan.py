@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tpme.bench.errors import UserError
 from tpme.bench.record import Modality
-from tpme.bench.task.items import Reads
+from tpme.bench.task.items import EncoderShape, Reads
 from tpme.bench.task.recommender import ORDER, ItemEncoder
 from tpme.bench.task.sequential import init_linear
 from tpme.methods.base import Method, MethodConfig, TaskShape
@@ -38,32 +38,47 @@ def side_levels(depth: int) -> tuple[int, ...]:
 
     12 layers give 0, 2, 4, 6, 8, 10, 12 (the outputs of layers 1, 3, 5, 7, 9, 11).
     """
-    return (0, *sorted(range(depth, 1, -2)))
+    return (0, *sorted(range(depth, 0, -2)))
 
 
 class Tower(nn.Module):
-    """A stack of K SANBs, one a level, with a learned gate before each.
+    """A stack of K SANBs, one a level, with a learned gate ``g = sigmoid(p / T)`` before each; p starts at 0.
 
-    Gates start at ``sigmoid(0 / T) = 0.5``; a SANB is a ``Bottleneck``.
+    A SANB is a ``Bottleneck``.
     """
 
-    def __init__(self, levels: int, width: int, config: IISANConfig) -> None:
+    def __init__(self, shape: EncoderShape, config: IISANConfig) -> None:
         super().__init__()
-        self.temperature = config.temperature
-        self.blocks = nn.ModuleList(Bottleneck(width, config.bottleneck, config.activation) for _ in range(levels))
+        levels = len(side_levels(shape.depth))
+        self.width, self.temperature = shape.width, config.temperature
+        self.blocks = nn.ModuleList(
+            Bottleneck(shape.width, config.bottleneck, config.activation) for _ in range(levels)
+        )
         self.gates = nn.Parameter(torch.zeros(levels))
 
-    def intra(self, states: Tensor) -> Tensor:
-        """``s <- SANB(g h + (1-g) s)``, s_0 = 0: (n, K, D) states of one modality to (n, D)."""
-        gates = torch.sigmoid(self.gates / self.temperature)
+    def gate_values(self) -> Tensor:
+        """g of every level, (K,), in (0, 1)."""
+        return torch.sigmoid(self.gates / self.temperature)
+
+
+class IntraTower(Tower):
+    """``s <- SANB(g h + (1-g) s)``, s_0 = 0, over the states h of one modality."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Map (n, K, D) to (n, D)."""
+        gates = self.gate_values()
         side = torch.zeros_like(states[:, 0])
         for k, block in enumerate(self.blocks):
             side = block(torch.lerp(side, states[:, k], gates[k]))
         return side
 
-    def inter(self, image: Tensor, text: Tensor) -> Tensor:
-        """``s <- SANB(s + g h_image + (1-g) h_text)``, s_0 = 0: two times (n, K, D) to (n, D)."""
-        gates = torch.sigmoid(self.gates / self.temperature)
+
+class InterTower(Tower):
+    """``s <- SANB(s + g h_image + (1-g) h_text)``, s_0 = 0."""
+
+    def forward(self, image: Tensor, text: Tensor) -> Tensor:
+        """Map two times (n, K, D) to (n, D)."""
+        gates = self.gate_values()
         side = torch.zeros_like(image[:, 0])
         for k, block in enumerate(self.blocks):
             side = block(side + torch.lerp(text[:, k], image[:, k], gates[k]))
@@ -71,38 +86,44 @@ class Tower(nn.Module):
 
 
 class SideNetwork(ItemEncoder):
-    """Intra towers per modality and one inter tower; each ends in D -> D -> d; concatenated (image, text, inter) -> d."""
+    """An intra tower per modality and one inter tower, each with a head D -> D -> d; their outputs are fused.
+
+    Order of the concatenation: image, text, inter.
+    """
 
     def __init__(self, task: TaskShape, config: IISANConfig) -> None:
-        super().__init__({m: Reads(side_levels(shape.depth)) for m, shape in task.encoders.items()})
-        self.order = [modality for modality in ORDER if modality in task.encoders]
-        names: list[str] = list(self.order) if config.intra else []
-        widths = {modality: task.encoders[modality].width for modality in self.order}
-        if config.inter and len(self.order) == 2:
+        shapes = {modality: task.encoders[modality] for modality in ORDER if modality in task.encoders}
+        super().__init__({modality: Reads(side_levels(shape.depth)) for modality, shape in shapes.items()})
+        towers: dict[str, Tower] = {}
+        if config.intra:
+            towers.update((modality, IntraTower(shape, config)) for modality, shape in shapes.items())
+        if config.inter and len(shapes) == 2:
             _check_alike(task)
-            names.append("inter")
-            widths["inter"] = widths["image"]  # type: ignore[index]
-        if not names:
-            raise UserError("method 'iisan' with intra=false needs a text and an image encoder; this cell has one")
-        levels = len(self.reads[self.order[0]].levels)
-        counts = {name: len(self.reads[name].levels) if name in self.reads else levels for name in names}  # type: ignore[index]
-        self.towers = nn.ModuleDict({n: Tower(counts[n], widths[n], config) for n in names})  # type: ignore[index]
-        self.heads = nn.ModuleDict(
-            {n: nn.Sequential(nn.Linear(widths[n], widths[n]), nn.Linear(widths[n], task.dim)) for n in names}  # type: ignore[index]
-        )
-        self.fusion = nn.Linear(task.dim * len(names), task.dim) if len(names) > 1 else nn.Identity()
+            towers["inter"] = InterTower(shapes["image"], config)
+        if not towers:
+            raise UserError("method 'iisan' with intra = false needs a text and an image encoder; this cell has one")
+        self.towers = nn.ModuleDict(towers)
+        self.heads = nn.ModuleDict({name: _head(tower, task.dim) for name, tower in towers.items()})
+        self.fusion = nn.Linear(task.dim * len(towers), task.dim) if len(towers) > 1 else nn.Identity()
         for module in (*self.heads.modules(), self.fusion):
             if isinstance(module, nn.Linear):
                 init_linear(module)
 
     def forward(self, states: Mapping[Modality, Tensor], ids: Tensor) -> Tensor:
         """Map states, (n, K, D) per modality, to item vectors (n, d)."""
-        sides = {
-            name: tower.inter(states["image"], states["text"]) if name == "inter" else tower.intra(states[name])  # type: ignore[index, operator]
-            for name, tower in self.towers.items()
-        }
-        vectors: Tensor = self.fusion(torch.cat([self.heads[name](side) for name, side in sides.items()], dim=1))
+        vectors: Tensor = self.fusion(torch.cat(list(self.head_outputs(states).values()), dim=1))
         return vectors
+
+    def head_outputs(self, states: Mapping[Modality, Tensor]) -> dict[str, Tensor]:
+        """What each tower says of the items, (n, d), in the order of the concatenation."""
+        sides: dict[str, Tensor] = {m: self.towers[m](states[m]) for m in self.reads if m in self.towers}
+        if "inter" in self.towers:
+            sides["inter"] = self.towers["inter"](states["image"], states["text"])
+        return {name: self.heads[name](side) for name, side in sides.items()}
+
+
+def _head(tower: Tower, dim: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(tower.width, tower.width), nn.Linear(tower.width, dim))
 
 
 def _check_alike(task: TaskShape) -> None:

@@ -17,7 +17,7 @@ class LoRAConfig(MethodConfig):
     rank: PositiveInt = 8
     alpha: PositiveInt = 8
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    targets: tuple[Role, ...] = ("query", "value")
+    targets: Annotated[tuple[Role, ...], Field(min_length=1)] = ("query", "value")
 
 
 class LoRA(Method):
@@ -44,6 +44,8 @@ class LoRA(Method):
 
     def prepare_inference(self, model: Recommender) -> None:
         """Merge B A into the weights: the adapted encoder costs what the frozen one does."""
+        from peft.tuners.lora import LoraLayer
+
         for module in model.encoders.modules():
-            if hasattr(module, "merge") and hasattr(module, "lora_A"):
+            if isinstance(module, LoraLayer):
                 module.merge()

@@ -7,6 +7,7 @@ token 0 and the positions of all real tokens stay what they were.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,7 +39,8 @@ class Prompts(nn.Module):
         patch = getattr(view.module.config, "patch_size", None)
         bound = math.sqrt(6 / ((3 * int(patch) ** 2 if patch else width) + width))
         self.length = length
-        self.vectors = nn.Parameter(torch.empty(depth, length, width).uniform_(-bound, bound))
+        self.vectors = nn.Parameter(torch.empty(depth, length, width))
+        nn.init.uniform_(self.vectors, -bound, bound)
 
     def insert(self, hidden: Tensor) -> Tensor:
         """Map (n, N, D) to (n, N+P, D): layer 0's prompts go in behind token 0."""
@@ -67,14 +69,24 @@ class PromptTuning(Method):
 
 
 def _install(view: EncoderView, prompts: Prompts, *, deep: bool) -> None:
-    def extend_mask(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        mask = kwargs.get("attention_mask")
-        if mask is not None:
-            kwargs["attention_mask"] = torch.cat([mask[:, :1].expand(-1, prompts.length), mask], dim=1)
-        return args, kwargs
-
-    view.module.register_forward_pre_hook(extend_mask, with_kwargs=True)
-    view.embeddings.register_forward_hook(lambda _module, _args, hidden: prompts.insert(hidden))
+    # Partials, not closures: a deep copy of the model then runs its own copy of the prompts.
+    view.module.register_forward_pre_hook(partial(_extend_mask, prompts.length), with_kwargs=True)
+    view.embeddings.register_forward_hook(partial(_insert, prompts))
     if deep:
         for i, layer in enumerate(view.layers[1:], start=1):
-            layer.register_forward_pre_hook(lambda _module, args, i=i: (prompts.replace(i, args[0]), *args[1:]))
+            layer.register_forward_pre_hook(partial(_replace, prompts, i))
+
+
+def _extend_mask(length: int, _module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    mask = kwargs.get("attention_mask")
+    if mask is not None:  # token 0 is never padding, so its column serves the prompts too
+        kwargs["attention_mask"] = torch.cat([mask[:, :1].expand(-1, length), mask], dim=1)
+    return args, kwargs
+
+
+def _insert(prompts: Prompts, _module: nn.Module, _args: object, hidden: Tensor) -> Tensor:
+    return prompts.insert(hidden)
+
+
+def _replace(prompts: Prompts, layer: int, _module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return prompts.replace(layer, args[0]), *args[1:]

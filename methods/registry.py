@@ -1,8 +1,8 @@
 """The registry: method names as strings, imported only when asked for.
 
 Methods come from three places: this package, the entry-point group ``tpme.methods`` of installed packages
-(``name = "package.module:Class"``), and folders given as ``--methods-path`` (every ``*.py`` file there that defines
-``METHOD = Class`` is the method named like the file).
+(``name = "package.module:Class"``), and folders given as ``--methods-path`` (every ``*.py`` file there defines
+``METHOD = Class`` and is the method named like the file; files whose names start with ``_`` are left alone).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def available(methods_path: Sequence[Path] = ()) -> dict[str, str]:
     for folder in methods_path:
         if not folder.is_dir():
             raise UserError(f"--methods-path {folder}: no such folder")
-        extra += [(file.stem, str(file.resolve())) for file in sorted(folder.glob("*.py")) if file.stem != "__init__"]
+        extra += [(file.stem, str(file.resolve())) for file in sorted(folder.glob("[!_]*.py"))]
     for name, origin in extra:
         if found.setdefault(name, origin) != origin:
             raise UserError(f"method '{name}' is defined twice: by {found[name]} and by {origin}; rename one")
@@ -58,7 +58,8 @@ def available(methods_path: Sequence[Path] = ()) -> dict[str, str]:
 def method_class(name: str, methods_path: Sequence[Path] = ()) -> type[Method]:
     """Import and return the class of method ``name``.
 
-    Raises UserError for an unknown name (with the nearest one) and for a module that defines no such class.
+    Raises UserError for an unknown name (with the nearest one), and for a module that cannot be imported or defines
+    no such class.
     """
     known = available(methods_path)
     if name not in known:
@@ -70,11 +71,14 @@ def method_class(name: str, methods_path: Sequence[Path] = ()) -> type[Method]:
         found = getattr(_import_file(Path(origin)), "METHOD", None)
     else:
         module, _, attribute = origin.partition(":")
-        found = getattr(importlib.import_module(module), attribute, None)
+        found = getattr(_import_module(module), attribute, None)
     from tpme.methods.base import Method
 
     if not (isinstance(found, type) and issubclass(found, Method)):
-        raise UserError(f"method '{name}': {origin} defines no Method class (a file needs 'METHOD = YourClass')")
+        raise UserError(
+            f"method '{name}': {origin} defines no Method class (a file needs 'METHOD = YourClass', an entry point "
+            "'package.module:Class')"
+        )
     return found
 
 
@@ -97,6 +101,13 @@ def source_file(name: str, methods_path: Sequence[Path] = ()) -> Path:
     return Path(module.__file__)
 
 
+def _import_module(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except Exception as error:
+        raise UserError(_broken(name, error)) from error
+
+
 def _import_file(path: Path) -> ModuleType:
     name = f"tpme_method_{path.stem}"
     if name in sys.modules and sys.modules[name].__file__ == str(path):
@@ -110,5 +121,9 @@ def _import_file(path: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
-        raise UserError(f"{path}: cannot be imported ({type(error).__name__}: {error})") from error
+        raise UserError(_broken(str(path), error)) from error
     return module
+
+
+def _broken(origin: str, error: Exception) -> str:
+    return f"{origin}: cannot be imported ({type(error).__name__}: {' '.join(str(error).split())})"

@@ -46,7 +46,9 @@ class ItemStore:
         if self.tokens is not None:
             tokens = torch.from_numpy(self.tokens.ids[ids].astype(np.int64))
             positions = np.arange(tokens.shape[1])
-            mask = torch.from_numpy((positions < self.tokens.lengths[ids][:, None]).astype(np.int64))
+            # Padding (item 0) has no token, and attention over nothing is NaN in some kernels: it sees its token 0.
+            lengths = np.maximum(self.tokens.lengths[ids], 1)[:, None]
+            mask = torch.from_numpy((positions < lengths).astype(np.int64))
         if self.images:
             image = torch.from_numpy(self.dataset.gather_images(ids))
         return Items(index, tokens, mask, image)
@@ -87,9 +89,8 @@ def build_batch(slots: NDArray[np.int32], log_p: NDArray[np.float32], store: Ite
     n = len(distinct)
     item_of_slot = np.full(slots.shape, n, dtype=np.int64)
     item_of_slot[real] = place
-    rows = np.flatnonzero(
-        real[:, :-1]
-    )  # a position with an item predicts the next slot; left padding, so that holds one
+    # A position with an item predicts the next slot, which holds one too: padding is on the left.
+    rows = np.flatnonzero(real[:, :-1])
     next_slot = rows + rows // (slots.shape[1] - 1) + 1  # the same position, one later, in the flattened (B, S)
     if protocol == "paper":
         ids = slots.reshape(-1).astype(np.int64)

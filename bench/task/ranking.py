@@ -26,7 +26,7 @@ def rank_targets(
     """Rank each user's target in the whole catalogue.
 
     Args:
-        users: (U, d) user vectors. items: (N+1, d) item vectors, row 0 is padding and no candidate.
+        users: (U, d) user vectors. items: (N+1, d) item vectors, N < 2^24; row 0 is padding and no candidate.
         target: (U,) int64 item ids. history: (U, H) int64 item ids to take out, 0-padded; repeats are allowed.
         score_bytes: bound on the memory of one chunk's scores.
 
@@ -37,8 +37,7 @@ def rank_targets(
         NonFiniteScoreError: naming the first user, where a score is NaN or infinite.
     """
     candidates = items[1:].float()
-    n = candidates.shape[0]
-    chunk = max(1, score_bytes // (4 * n))
+    chunk = users_per_chunk(candidates.shape[0], score_bytes)
     ranks = [
         _rank_chunk(users[i : i + chunk].float(), candidates, target[i : i + chunk], history[i : i + chunk], first=i)
         for i in range(0, len(users), chunk)
@@ -46,19 +45,44 @@ def rank_targets(
     return torch.cat(ranks) if ranks else torch.empty(0, dtype=torch.int32, device=users.device)
 
 
+def users_per_chunk(items: int, score_bytes: int = SCORE_BYTES) -> int:
+    """How many users' float32 scores over ``items`` candidates fit into ``score_bytes``; at least 1."""
+    return max(1, score_bytes // (4 * items))
+
+
 def _rank_chunk(users: Tensor, candidates: Tensor, target: Tensor, history: Tensor, first: int) -> Tensor:
-    scores = users @ candidates.T  # (u, N)
-    finite = scores.sum(dim=1).isfinite()  # a sum is finite only if every term is; no (u, N) mask is built
+    scores = _scores(users, candidates)
+    _check_finite(scores, first)
     wanted = scores.gather(1, target[:, None] - 1)
-    at_least = (scores >= wanted).sum(dim=1)  # the target itself is one of them, hence no "1 +"
-    # Earlier items that score at least as high were counted: take each out once, however often it repeats.
+    # Earlier items that score at least as high will be counted: take each out once, however often it repeats.
     earlier = history.sort(dim=1).values
     again = torch.zeros_like(earlier, dtype=torch.bool)
     again[:, 1:] = earlier[:, 1:] == earlier[:, :-1]
-    counted = (scores.gather(1, (earlier - 1).clamp(min=0)) >= wanted) & (earlier > 0) & ~again
-    rank = at_least - counted.sum(dim=1)
-    rank = torch.where((history == target[:, None]).any(dim=1), candidates.shape[0], rank)
-    if not bool(finite.all()):
-        bad = first + int((~finite).nonzero()[0, 0])
-        raise NonFiniteScoreError(f"the scores of user {bad} (from 0) are not finite; the model diverged")
-    return rank.to(torch.int32)
+    taken_out = (scores.gather(1, (earlier - 1).clamp(min=0)) >= wanted) & (earlier > 0) & ~again
+    # In place, and summed as float32 (exact below 2^24): a sum of booleans would first copy them to eight bytes each.
+    at_least = scores.ge_(wanted).sum(dim=1).long()  # the target itself is one of them, hence no "1 +"
+    rank = at_least - taken_out.sum(dim=1)
+    in_history = (history == target[:, None]).any(dim=1)
+    return torch.where(in_history, candidates.shape[0], rank).to(torch.int32)
+
+
+def _scores(users: Tensor, candidates: Tensor) -> Tensor:
+    """Scores (u, N). Equal items must score equal to the last bit, or rounding would break ties in a target's favour.
+
+    A matrix product sums every column in the same order. The matrix-vector product that BLAS takes for a single user
+    does not, so that user is computed twice.
+    """
+    if len(users) == 1:
+        return (users.repeat(2, 1) @ candidates.T)[:1]
+    return users @ candidates.T
+
+
+def _check_finite(scores: Tensor, first: int) -> None:
+    suspect = ~scores.sum(dim=1).isfinite()  # a finite sum has finite terms only; no (u, N) mask is built
+    if bool(suspect.any()):
+        bad = suspect.nonzero()[:, 0]
+        bad = bad[~scores[bad].isfinite().all(dim=1)]  # finite scores whose sum overflowed are no error
+        if len(bad):
+            raise NonFiniteScoreError(
+                f"the scores of user {first + int(bad[0])} (from 0) are not finite; the model diverged"
+            )

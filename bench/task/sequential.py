@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tpme.bench.errors import UserError
+
 LAYER_NORM_EPS = 1e-6
 
 
@@ -42,10 +44,15 @@ class SequentialEncoder(nn.Module):
 
     Args:
         dim: width d of item and user vectors. max_seq_len: positions L. blocks, heads, dropout: of the transformer.
+
+    Raises:
+        UserError: where ``dim`` is no multiple of ``heads``.
     """
 
     def __init__(self, dim: int, max_seq_len: int, blocks: int, heads: int, dropout: float) -> None:
         super().__init__()
+        if dim % heads:
+            raise UserError(f"embedding_dim {dim} is not a multiple of heads {heads}; change one of them")
         self.dropout = dropout
         self.positions = nn.Parameter(torch.empty(max_seq_len, dim))
         self.norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)

@@ -7,10 +7,10 @@ with one clear line.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,16 +30,31 @@ _ROLES: dict[Role, tuple[str, ...]] = {
         "attention.attention.query",
         "self_attn.q_proj",
         "attention.q_lin",
+        "attention.attn.q",
     ),
-    "key": ("attention.self.key", "attention.k_proj", "attention.attention.key", "self_attn.k_proj", "attention.k_lin"),
+    "key": (
+        "attention.self.key",
+        "attention.k_proj",
+        "attention.attention.key",
+        "self_attn.k_proj",
+        "attention.k_lin",
+        "attention.attn.k",
+    ),
     "value": (
         "attention.self.value",
         "attention.v_proj",
         "attention.attention.value",
         "self_attn.v_proj",
         "attention.v_lin",
+        "attention.attn.v",
     ),
-    "attention_output": ("attention.output.dense", "attention.o_proj", "self_attn.out_proj", "attention.out_lin"),
+    "attention_output": (
+        "attention.output.dense",
+        "attention.o_proj",
+        "self_attn.out_proj",
+        "attention.out_lin",
+        "attention.attn.o",
+    ),
     "ffn_in": ("intermediate.dense", "mlp.fc1", "ffn.lin1"),
     "ffn_out": ("output.dense", "mlp.fc2", "ffn.lin2"),
 }
@@ -49,6 +64,10 @@ _SUBLAYER_OUTPUTS: tuple[tuple[str, ...], tuple[str, ...]] = (
     ("attention.output.dropout", *_ROLES["attention_output"]),
     ("output.dropout", *_ROLES["ffn_out"]),
 )
+
+# Set on every module of the untouched encoder: the names of its own parameters. An attribute, not a table of ids: ids
+# are reused once a method drops a module, and a deep copy of the model keeps its marks.
+_OWN = "_tpme_own_parameters"
 
 
 def _find(root: nn.Module, paths: tuple[str, ...]) -> tuple[str, nn.Module] | None:
@@ -78,27 +97,39 @@ class EncoderView:
     ) -> None:
         self.module = module
         self.modality = modality
-        self.mean, self.std = mean, std
+        # In units of uint8 pixels; moved to the images' device once, on first use there.
+        self._shift, self._scale = (torch.tensor(values)[:, None, None] * 255 for values in (mean, std))
         found = _find(module, _LAYER_LISTS)
         if found is None:
             raise UserError(
                 f"{type(module).__name__} ({modality} encoder): its list of layers is at none of the known places "
                 f"({', '.join(_LAYER_LISTS)}); choose an encoder of the BERT or ViT family"
             )
-        self._layers_path, layers = found
-        self.layers: list[nn.Module] = list(layers.children())
-        self._pretrained = {id(parameter) for parameter in module.parameters()}
-        self._pretrained_modules = {id(part) for part in module.modules()}
+        self._layers_path = found[0]
+        for part in module.modules():
+            setattr(part, _OWN, tuple(name for name, _ in part.named_parameters(recurse=False)))
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The transformer layers, first to last."""
+        return list(self.module.get_submodule(self._layers_path).children())
 
     @property
     def shape(self) -> EncoderShape:
         """Width of the hidden states and number of layers."""
-        return EncoderShape(width=int(self.module.config.hidden_size), depth=len(self.layers))  # type: ignore[union-attr, arg-type]
+        config: Any = self.module.config
+        return EncoderShape(width=int(config.hidden_size), depth=len(self.layers))
 
     @property
     def embeddings(self) -> nn.Module:
         """The module whose output is hidden state 0, (n, tokens, width)."""
-        return self.module.get_submodule("embeddings")
+        found = _find(self.module, ("embeddings",))
+        if found is None:
+            raise UserError(
+                f"{type(self.module).__name__} ({self.modality} encoder): it has no 'embeddings'; "
+                "choose an encoder of the BERT or ViT family"
+            )
+        return found[1]
 
     def projections(self, *roles: Role) -> list[str]:
         """Qualified names of the linear layers that play ``roles``, in all layers.
@@ -183,10 +214,9 @@ class EncoderView:
 
     def _normalise(self, image: Tensor) -> Tensor:
         """Scale uint8 pixels to [0, 1] and normalise them, on the device they lie on."""
-        dtype = next(self.module.parameters()).dtype
-        mean = torch.tensor(self.mean, device=image.device, dtype=dtype)[:, None, None] * 255
-        std = torch.tensor(self.std, device=image.device, dtype=dtype)[:, None, None] * 255
-        return (image.to(dtype) - mean) / std if not image.is_floating_point() else image
+        if self._shift.device != image.device:
+            self._shift, self._scale = self._shift.to(image.device), self._scale.to(image.device)
+        return (image.float() - self._shift) / self._scale
 
     # --- training it --------------------------------------------------------------------------------------------
 
@@ -199,20 +229,28 @@ class EncoderView:
             layer.forward = partial(_checkpointed, layer.forward)
 
     def set_mode(self, training: bool) -> None:
-        """Train mode where it belongs: the encoder's own modules only if its weight matrices train.
+        """Train mode where it belongs: a layer's own modules only if weight matrices of that layer train.
 
         Frozen layers must not drop out (their cached twin cannot), and modules that a method put in follow
-        ``training`` whatever the encoder does.
+        ``training`` whatever the layer around them does. What is outside the layers counts as one more layer.
         """
-        own = training and any(
-            parameter.requires_grad and parameter.ndim > 1 and id(parameter) in self._pretrained
-            for parameter in self.module.parameters()
-        )
-        for part in self.module.modules():
-            part.training = own if id(part) in self._pretrained_modules else training
+        self.module.train(training)
+        layers = [list(layer.modules()) for layer in self.layers]
+        inside = {part for layer in layers for part in layer}
+        outside = [part for part in self.module.modules() if part not in inside]
+        for parts in (*layers, outside):
+            own = [part for part in parts if hasattr(part, _OWN)]
+            trains = training and any(_trains_a_matrix(part) for part in own)
+            for part in own:
+                part.training = trains
 
 
-def _checkpointed(forward, *args, **kwargs):  # type: ignore[no-untyped-def]
+def _trains_a_matrix(part: nn.Module) -> bool:
+    own = (getattr(part, name, None) for name in getattr(part, _OWN))
+    return any(isinstance(value, nn.Parameter) and value.requires_grad and value.ndim > 1 for value in own)
+
+
+def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)
