@@ -82,21 +82,32 @@ def load_tokenizer(source: str, revision: str | None) -> Any:
     Raises:
         UserError: it is not to be had.
     """
-    from transformers import AutoTokenizer
-
     from tpme.bench.task.encoders import encoder_source
 
     place = encoder_source(source)
+    tokenizer = _load(place, revision, local_files_only=True)
+    if isinstance(tokenizer, Exception) and not Path(place).is_dir():
+        _reach(place, revision)
+        tokenizer = _load(place, revision, local_files_only=False)
+    if isinstance(tokenizer, Exception):
+        raise UserError(f"tokenizer '{source}': cannot be loaded from there ({_first_line(tokenizer)})")
+    return tokenizer
+
+
+def _load(place: str, revision: str | None, *, local_files_only: bool) -> Any:
+    """The tokenizer, or the exception that says why not."""
+    from transformers import AutoTokenizer
+
     try:
-        return AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            place, revision=revision, trust_remote_code=False, local_files_only=local_files_only
+        )
     except (OSError, ValueError) as error:
-        if Path(place).is_dir():
-            raise UserError(f"tokenizer '{source}': cannot be loaded from that folder ({_first_line(error)})") from None
-    _reach(place, revision)
-    try:
-        return AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"tokenizer '{source}': cannot be loaded from the hub ({_first_line(error)})") from None
+        return error
+    # Where its files are missing, transformers may build a tokenizer that turns every word into "unknown".
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        return ValueError("its vocabulary is empty; is tokenizer.json there?")
+    return tokenizer
 
 
 def _reach(repository: str, revision: str | None) -> None:
