@@ -1,0 +1,185 @@
+"""The fields that tables are made of: how a quantity of the summary is shown, and which row of it is the best."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+import pandas as pd
+
+from tpme.reports.section import Section
+from tpme.reports.table import MISSING, Column, Entry, Table, Value, number
+
+Better = Literal["higher", "lower"]
+Field = tuple[Column, Callable[[str, "pd.Series[Any]"], Entry]]
+"""A column, and how it makes its entry from the name of a row and its line of the summary."""
+
+QUALITY_DIGITS = 4
+"""Decimals of Recall and NDCG."""
+
+
+def table_of(
+    section: Section,
+    name: str,
+    title: str,
+    made: Sequence[Field],
+    rows: Iterable[str] | None = None,
+    notes: Iterable[str] = (),
+) -> Table:
+    """A table over the rows of the summary (all, or those named), with the section's footnotes."""
+    names = [str(row) for row in (section.summary.index if rows is None else rows)]
+    entries = tuple(tuple(entry(row, section.summary.loc[row]) for _, entry in made) for row in names)
+    columns = tuple(column for column, _ in made)
+    return Table(name, title, columns, entries, (*notes, *section.notes.shared), section.notes.footnotes, section.name)
+
+
+def method(section: Section) -> Field:
+    """Name of the row with the marks of its footnotes."""
+    marks = section.notes.marks
+    return Column("method", "Method", numeric=False), lambda name, line: Entry(name, name, marks=marks[name])
+
+
+def seeds() -> Field:
+    """How many seeds finished, and of how many where some did not."""
+
+    def entry(name: str, line: pd.Series[Any]) -> Entry:
+        finished, seeds = int(line["seeds_ok"]), int(line["seeds"])
+        return Entry(str(seeds) if finished == seeds else f"{finished} of {seeds}", finished)
+
+    return Column("seeds_finished", "Seeds"), entry
+
+
+def quality(section: Section, key: str, header: str) -> list[Field]:
+    """Mean and half the width of its interval; the bounds go to the formats for programs."""
+    best = best_rows(section.summary[key], "higher", QUALITY_DIGITS)
+
+    def entry(name: str, line: pd.Series[Any]) -> Entry:
+        if pd.isna(line[key]):
+            return Entry(str(line["status"]) if line["status"] != "ok" else MISSING)
+        half = (line[f"{key}_high"] - line[f"{key}_low"]) / 2
+        return Entry(f"{decimals(line[key])} ± {decimals(half)}", line[key], name in best)
+
+    bounds = [(Column(f"{key}_{part}", machine_only=True), hidden(f"{key}_{part}")) for part in ("low", "high", "sd")]
+    return [(Column(key, header, "higher"), entry), *bounds]
+
+
+def cost(
+    section: Section, key: str, header: str, show: Callable[[float], str] = number, scale: float = 1
+) -> list[Field]:
+    """A column of TPME: best among the compared rows, with the standard deviation over seeds where there is one."""
+    compared = section.summary[key].where(section.summary["tpme"].notna())
+    best = best_rows(compared, "lower")
+
+    def entry(name: str, line: pd.Series[Any]) -> Entry:
+        text, spread = show(line[key] / scale), line.get(f"{key}_sd")
+        if spread is not None and pd.notna(spread):
+            text += f" ± {number(spread / scale, 2)}"
+        return Entry(text, value_of(line[key]), name in best)
+
+    made: list[Field] = [(Column(key, header, "lower"), entry)]
+    if f"{key}_sd" in section.summary:
+        made.append((Column(f"{key}_sd", machine_only=True), hidden(f"{key}_sd")))
+    return made
+
+
+def millions(value: float) -> str:
+    """A parameter count in millions to the thousand; what is smaller than that keeps two digits."""
+    return f"{value:.3f}" if value >= 1e-3 else number(value, 2)
+
+
+def memory(section: Section, header: str, scale: float) -> list[Field]:
+    """M; of a row that ran out of memory the most that was seen, as a lower bound."""
+    (column, plain), spread = cost(section, "memory_bytes", header, scale=scale)
+
+    def entry(name: str, line: pd.Series[Any]) -> Entry:
+        if line["status"] == "oom" and pd.notna(line["memory_seen_bytes"]):
+            return Entry(f"≥ {number(line['memory_seen_bytes'] / scale)}")
+        return plain(name, line)
+
+    seen = (Column("memory_seen_bytes", machine_only=True), hidden("memory_seen_bytes"))
+    source = (Column("memory_source", machine_only=True), hidden("memory_source"))
+    return [(column, entry), spread, seen, source]
+
+
+def tpme(section: Section) -> list[Field]:
+    """TPME in percent and the rank by it; of a row that ran out of memory the lower bound."""
+    best = best_rows(section.summary["tpme"], "lower")
+
+    def percent(name: str, line: pd.Series[Any]) -> Entry:
+        if pd.notna(line["tpme_lower_bound"]):
+            return Entry(f"≥ {100 * line['tpme_lower_bound']:.2f}")
+        if pd.isna(line["tpme"]):
+            return Entry(MISSING)
+        return Entry(f"{100 * line['tpme']:.2f}", 100 * line["tpme"], name in best)
+
+    def bound(name: str, line: pd.Series[Any]) -> Entry:
+        return Entry("", 100 * line["tpme_lower_bound"])
+
+    def rank(name: str, line: pd.Series[Any]) -> Entry:
+        known = pd.notna(line["tpme_rank"])
+        return Entry(str(int(line["tpme_rank"])), int(line["tpme_rank"])) if known else Entry(MISSING)
+
+    return [
+        (Column("tpme_percent", "TPME (%)", "lower"), percent),
+        (Column("tpme_lower_bound_percent", machine_only=True), bound),
+        (Column("tpme_rank", "Rank"), rank),
+    ]
+
+
+def plain(key: str, header: str, digits: int, scale: float = 1) -> Field:
+    """A number with so many significant digits; programs get it unscaled."""
+
+    def entry(name: str, line: pd.Series[Any]) -> Entry:
+        return Entry(number(line[key] / scale, digits) if pd.notna(line[key]) else MISSING, value_of(line[key]))
+
+    return Column(key, header), entry
+
+
+def count(key: str, header: str) -> Field:
+    """A whole number."""
+    return Column(key, header), lambda name, line: Entry(f"{line[key]:.0f}", int(line[key]))
+
+
+def percent(key: str, header: str) -> Field:
+    """A share, shown in percent."""
+    return Column(key, header), lambda name, line: Entry(f"{100 * line[key]:.2f}", value_of(line[key]))
+
+
+def hidden(key: str) -> Callable[[str, pd.Series[Any]], Entry]:
+    """Entries of a column that only programs see."""
+    return lambda name, line: Entry("", value_of(line[key]))
+
+
+def value_of(value: Any) -> Value:
+    """A numpy or pandas scalar as a plain one."""
+    if value is None or (not isinstance(value, str) and pd.isna(value)):
+        return None
+    return value if isinstance(value, str) else float(value)
+
+
+def decimals(value: float) -> str:
+    """Recall or NDCG as it is printed."""
+    return MISSING if pd.isna(value) else f"{value:.{QUALITY_DIGITS}f}"
+
+
+def best_rows(values: pd.Series[Any], better: Better, digits: int = 12) -> set[str]:
+    """The rows that hold the best value, as far as it is printed; none where there is no choice."""
+    known = values.dropna().astype(float).round(digits)
+    if len(known) < 2:
+        return set()
+    best = known.max() if better == "higher" else known.min()
+    return {str(name) for name in known.index[known == best]}
+
+
+def byte_unit(values: pd.Series[Any]) -> tuple[str, float]:
+    """The unit that suits the largest value of a column."""
+    largest = values.astype(float).max()
+    return ("GB", 1e9) if pd.notna(largest) and largest >= 1e9 else ("MB", 1e6)
+
+
+def bytes_text(value: Any) -> str:
+    """A size with its unit."""
+    if value is None or pd.isna(value):
+        return MISSING
+    unit, scale = byte_unit(pd.Series([value]))
+    return f"{number(value / scale)} {unit}"

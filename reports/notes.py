@@ -1,0 +1,77 @@
+"""What a reader must know before trusting a number: flags, failures and doubtful readings as footnotes.
+
+What is true of every finished row becomes a note on the table; the rest becomes a numbered footnote, with the
+same number in every table of a section.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+
+@dataclass(frozen=True)
+class Notes:
+    """Footnotes of one section."""
+
+    shared: tuple[str, ...]
+    """True of every row that finished."""
+    footnotes: tuple[str, ...]
+    """Footnote 1 first."""
+    marks: dict[str, tuple[int, ...]]
+    """Row to the numbers of its footnotes."""
+
+
+def notes_of(cells: pd.DataFrame, summary: pd.DataFrame) -> Notes:
+    """Collect the footnotes of all rows, numbered in the order in which ``summary`` lists the rows."""
+    finished = summary["status"] == "ok"
+    several_sources = summary.loc[summary["compared"] & finished, "memory_source"].nunique() > 1
+    told = {
+        str(name): list(dict.fromkeys(_row_notes(cells[cells["row"] == name], line, several_sources)))
+        for name, line in summary.iterrows()
+    }
+    of_finished = [told[str(name)] for name in summary.index[finished]]
+    shared = [text for text in of_finished[0] if all(text in texts for texts in of_finished)] if of_finished[1:] else []
+    own = {name: [text for text in texts if text not in shared] for name, texts in told.items()}
+    footnotes = list(dict.fromkeys(text for texts in own.values() for text in texts))
+    number = {text: index for index, text in enumerate(footnotes, start=1)}
+    marks = {name: tuple(sorted(number[text] for text in texts)) for name, texts in own.items()}
+    return Notes(tuple(shared), tuple(footnotes), marks)
+
+
+def _row_notes(cells: pd.DataFrame, line: pd.Series[Any], several_sources: bool) -> Iterator[str]:
+    shown = cells[cells["selected"]]
+    flags = dict.fromkeys(flag for flags in shown["flags"] for flag in flags)
+    for _, message in flags:
+        yield message
+    if line["status"] != "ok":
+        yield from _failure(line, shown)
+    elif line["seeds_ok"] < line["seeds"]:
+        ends = sorted(set(shown.loc[shown["status"] != "ok", "status"]))
+        yield f"{line['seeds_ok']} of {line['seeds']} seeds finished ({', '.join(ends)}); the row is over those alone"
+    if line["status"] == "ok" and line["compared"]:
+        for name, what in (("epoch_time", "T"), ("memory", "M")):
+            if not line[f"{name}_valid"]:
+                yield f"no TPME, for {what} is missing or not to be trusted: {line[f'{name}_reason']}"
+    if several_sources and line["compared"] and line["status"] == "ok":
+        yield f"M by {line['memory_source']}"
+    if line["search_trials"] > 1:
+        yield f"learning rate selected on validation among {line['search_trials']} trials"
+    if line["cached"] and not any(code == "cache-build" for code, _ in flags) and pd.notna(line["cache_build_s"]):
+        yield (
+            f"trains on a feature cache that took {line['cache_build_s']:.1f} s and "
+            f"{line['cache_bytes'] / 1e6:.1f} MB to build, once; not part of T"
+        )
+    if shown["superseded"].any():
+        yield f"replaces {shown['superseded'].sum()} older records of the same cells on the same device"
+
+
+def _failure(line: pd.Series[Any], shown: pd.DataFrame) -> Iterator[str]:
+    message = next((text for text in shown["failure_message"] if isinstance(text, str)), "no message")
+    phase = next((text for text in shown["failure_phase"] if isinstance(text, str)), "an unknown phase")
+    yield f"{line['status']} during {phase}: {message}"
+    if line["status"] == "oom":
+        yield "out of memory: M is the most that was seen, TPME the least it can be in the frame of the other rows"

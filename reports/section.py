@@ -1,0 +1,168 @@
+"""One comparable group, summed up: a line for every row over its seeds, with quality, costs, TPME and footnotes.
+
+``tables`` and ``plots`` draw from a ``Section`` and add nothing of their own.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from tpme.bench.errors import UserError
+from tpme.reports.load import Recorded, load_ranks
+from tpme.reports.metrics import quality
+from tpme.reports.notes import Notes, notes_of
+from tpme.reports.tpme import Frame, Weights, frame_of, lower_bound, tpme
+from tpme.reports.trials import Group
+
+NO_ADAPTATION = ("frozen", "id", "popularity")
+"""Methods that adapt no encoder: they would set the minima, so they get a TPME only where they are named."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """Everything a report says about one group."""
+
+    name: str
+    """What the rows have in common, for people."""
+    group: Group
+    records: tuple[Recorded, ...]
+    """The records of ``group.cells``, in its order."""
+    summary: pd.DataFrame
+    """One line a row, best TPME first, then rows without one by quality, then what did not finish."""
+    weights: Weights
+    frame: Frame | None
+    frame_from: str | None
+    """The file the frame was read from; None for the frame of these rows."""
+    notes: Notes
+
+    @property
+    def cells(self) -> pd.DataFrame:
+        """The cells of all trials, with the column ``row``."""
+        return self.group.cells
+
+    @property
+    def compared(self) -> list[str]:
+        """The K rows: those with a TPME, best first."""
+        return [str(name) for name in self.summary.index[self.summary["tpme"].notna()]]
+
+
+def make_section(
+    name: str,
+    group: Group,
+    records: Sequence[Recorded],
+    weights: Weights,
+    named: Sequence[str] | None = None,
+    frozen: tuple[Frame, str] | None = None,
+) -> Section:
+    """Sum up one group.
+
+    Args:
+        name: what the rows have in common, for people.
+        group: the cells.
+        records: the records of ``group.cells``, in its order.
+        weights: of T, P and M in TPME.
+        named: rows or labels that get a TPME; None for all methods that adapt an encoder.
+        frozen: a frame to use instead of the rows' own, and the file it came from.
+    """
+    summary = summarise(group.cells)
+    summary = summary.join(quality(_ranks(group.cells, summary)))
+    candidates = summary[_compared(summary, named)]
+    frame = frozen[0] if frozen else frame_of(candidates, group.key)
+    summary["compared"] = summary.index.isin(candidates.index)
+    summary["tpme"] = tpme(candidates, weights, frame).reindex(summary.index)
+    summary["tpme_lower_bound"] = lower_bound(candidates, weights, frame).reindex(summary.index)
+    summary["tpme_rank"] = summary["tpme"].round(12).rank(method="min")
+    summary = summary.assign(order=summary["status"] != "ok", name=summary.index).sort_values(
+        ["order", "tpme_rank", "ndcg_10", "name"], ascending=[True, True, False, True], na_position="last"
+    )
+    summary = summary.drop(columns=["order", "name"])
+    notes = notes_of(group.cells, summary)
+    return Section(name, group, tuple(records), summary, weights, frame, frozen[1] if frozen else None, notes)
+
+
+def summarise(cells: pd.DataFrame) -> pd.DataFrame:
+    """One line for each row of ``cells`` (the selected trial only): means over the seeds that finished.
+
+    Where none did, the line holds what the failed attempts left. ``epoch_time_s_sd`` and ``memory_bytes_sd`` are
+    standard deviations over seeds, NaN for one seed.
+    """
+    chosen = cells[cells["selected"]]
+    lines = {str(name): _line(group) for name, group in chosen.groupby("row", sort=True)}
+    return pd.DataFrame.from_dict(lines, orient="index")
+
+
+def _line(cells: pd.DataFrame) -> dict[str, Any]:
+    finished = cells[cells["status"] == "ok"]
+    used = finished if len(finished) else cells
+    line: dict[str, Any] = {name: cells[name].iloc[0] for name in ("label", "method", "cached", "options", "lr")}
+    line["status"] = "ok" if len(finished) else cells["status"].iloc[0]
+    line["seeds"] = cells["seed"].nunique()
+    line["seeds_ok"] = finished["seed"].nunique()
+    for name in ("epoch_time_s", "memory_bytes"):
+        line[name] = _mean(used[name])
+        line[f"{name}_sd"] = float(used[name].astype(float).std(ddof=1)) if len(used) > 1 else np.nan
+    for name in MEANS:
+        line[name] = _mean(used[name])
+    for name in ("trainable_millions", "total_millions", "stored_bytes", "memory_seen_bytes", "cache_bytes"):
+        line[name] = used[name].astype(float).max()
+    for name in ("epoch_time", "memory"):
+        line[f"{name}_valid"] = bool(used[f"{name}_valid"].all())
+        line[f"{name}_reason"] = next((reason for reason in used[f"{name}_reason"] if isinstance(reason, str)), None)
+    line["memory_source"] = ", ".join(sorted(set(used["memory_source"])))
+    for name in ("search_trials", "search_cells", "search_wall_s"):
+        line[name] = cells[name].iloc[0]
+    return line
+
+
+MEANS = (
+    "time_to_best_s",
+    "best_epoch",
+    "epochs_run",
+    "wall_s",
+    "cache_build_s",
+    "training_energy_j",
+    "inference_items_per_s",
+    "valid_recall_10",
+)
+
+
+def _mean(values: pd.Series[Any]) -> float:
+    return float(values.astype(float).mean())
+
+
+def _ranks(cells: pd.DataFrame, summary: pd.DataFrame) -> dict[str, list[Any]]:
+    """Ranks of the finished seeds of every row that has any."""
+    shown = cells[cells["selected"] & (cells["status"] == "ok") & cells["ranks_path"].notna()]
+    return {
+        str(name): [load_ranks(path) for path in shown.loc[shown["row"] == name, "ranks_path"]]
+        for name in summary.index
+        if (shown["row"] == name).any()
+    }
+
+
+def _compared(summary: pd.DataFrame, named: Sequence[str] | None) -> pd.Series[bool]:
+    if named is None:
+        return ~summary["method"].isin(NO_ADAPTATION)
+    return summary["label"].isin(named) | pd.Series(summary.index.isin(named), index=summary.index)
+
+
+def parse_rows(text: str) -> list[str]:
+    """The names in ``"fft,lora [rank=4,alpha=8]"``: commas inside brackets belong to a name."""
+    return [name.strip() for name in re.split(r",(?![^\[]*\])", text) if name.strip()]
+
+
+def check_rows(named: Sequence[str], groups: Sequence[Group]) -> None:
+    """Raise UserError, with the nearest name, for a row that is in none of the groups."""
+    known = sorted({str(name) for group in groups for column in ("row", "label") for name in group.cells[column]})
+    for name in named:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(known)}"
+            raise UserError(f"row '{name}' is in none of these records; {hint}")

@@ -1,0 +1,276 @@
+"""A table as data, and the formats it can be written in: terminal, Markdown, CSV, LaTeX and JSON.
+
+Texts may come from configurations and plug-ins, so every renderer escapes them for its own format. People read
+``Entry.text``; programs read ``Entry.value`` (CSV, JSON), which is never rounded for looks.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import rich.table
+from rich.text import Text
+
+Value = str | int | float | None
+
+MISSING = "–"
+ARROWS = {"higher": " ↑", "lower": " ↓", None: ""}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One field of a table."""
+
+    text: str
+    value: Value = None
+    best: bool = False
+    marks: tuple[int, ...] = ()
+    """Numbers of the footnotes that belong to it, from 1."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column. ``key`` names it for programs and carries the unit; ``header`` is for people."""
+
+    key: str
+    header: str = ""
+    better: Literal["higher", "lower"] | None = None
+    numeric: bool = True
+    machine_only: bool = False
+    """Left out of the formats for people: the bounds of an interval, for example."""
+
+    @property
+    def title(self) -> str:
+        """The header with its direction arrow."""
+        return self.header + ARROWS[self.better]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table with its notes; ``name`` is the file name it is written under, without the ending."""
+
+    name: str
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[Entry, ...], ...]
+    notes: tuple[str, ...] = ()
+    footnotes: tuple[str, ...] = ()
+    """Footnote 1 first; entries point at them with ``marks``."""
+    subject: str = ""
+    """What the whole table is about: data, protocol, precision, device."""
+
+    def __post_init__(self) -> None:
+        """Rows and columns must agree."""
+        if any(len(row) != len(self.columns) for row in self.rows):
+            raise ValueError(f"table {self.name}: a row does not have {len(self.columns)} entries")
+
+    @property
+    def caption(self) -> str:
+        """Title and subject, for a table that stands alone."""
+        return f"{self.title}: {self.subject}" if self.subject else self.title
+
+    @property
+    def shown(self) -> list[int]:
+        """Indices of the columns people see."""
+        return [index for index, column in enumerate(self.columns) if not column.machine_only]
+
+    @property
+    def used_footnotes(self) -> list[tuple[int, str]]:
+        """Number and text of the footnotes that some entry points at."""
+        used = {mark for row in self.rows for entry in row for mark in entry.marks}
+        return [(mark, self.footnotes[mark - 1]) for mark in sorted(used)]
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number with so many significant digits and no exponent where one can be avoided; ``–`` for none."""
+    if value is None or not math.isfinite(value):
+        return MISSING
+    if value == 0:
+        return "0"
+    size = math.floor(math.log10(abs(float(f"{value:.{digits - 1}e}"))))
+    if not -4 <= size < 9:
+        return f"{value:.{digits - 1}e}"
+    return f"{value:.{max(0, digits - 1 - size)}f}"
+
+
+# --- terminal ------------------------------------------------------------------------------------------------
+
+
+def to_terminal(table: Table) -> rich.table.Table:
+    """A rich table; its caption holds notes and footnotes."""
+    caption = Text("\n".join([*table.notes, *(f"{mark}  {text}" for mark, text in table.used_footnotes)]))
+    drawn = rich.table.Table(title=Text(table.caption), caption=caption, caption_justify="left", title_justify="left")
+    for index in table.shown:
+        column = table.columns[index]
+        drawn.add_column(
+            Text(column.title), justify="right" if column.numeric else "left", overflow="fold", vertical="top"
+        )
+    for row in table.rows:
+        drawn.add_row(*(_terminal_entry(row[index]) for index in table.shown))
+    return drawn
+
+
+def _terminal_entry(entry: Entry) -> Text:
+    text = Text(entry.text, style="bold" if entry.best else "")
+    if entry.marks:
+        text.append(" " + ",".join(map(str, entry.marks)), style="dim")
+    return text
+
+
+# --- Markdown ------------------------------------------------------------------------------------------------
+
+
+def to_markdown(table: Table, footnotes: bool = True) -> str:
+    """A pipe table; notes and footnotes follow as a list unless ``footnotes`` is off."""
+    columns = [table.columns[index] for index in table.shown]
+    lines = [
+        _markdown_row([escape_markdown(column.title) for column in columns]),
+        _markdown_row(["---:" if column.numeric else "---" for column in columns]),
+        *(_markdown_row([_markdown_entry(row[index]) for index in table.shown]) for row in table.rows),
+    ]
+    notes = [f"- {escape_markdown(note)}" for note in table.notes]
+    if footnotes:
+        notes += [f"- <sup>{mark}</sup> {escape_markdown(text)}" for mark, text in table.used_footnotes]
+    return "\n".join([*lines, *([""] if notes else []), *notes]) + "\n"
+
+
+def _markdown_row(fields: Sequence[str]) -> str:
+    return f"| {' | '.join(fields)} |"
+
+
+def _markdown_entry(entry: Entry) -> str:
+    text = escape_markdown(entry.text)
+    text = f"**{text}**" if entry.best else text
+    return text + (f" <sup>{','.join(map(str, entry.marks))}</sup>" if entry.marks else "")
+
+
+def escape_markdown(text: str) -> str:
+    """Text that a Markdown renderer shows as it is: no markup, no HTML, no table separators, one line."""
+    text = " ".join(text.split())
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_\[\]|$~#])", r"\\\1", text)
+
+
+# --- LaTeX ---------------------------------------------------------------------------------------------------
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "[": "{[}",  # else an optional argument of the \\ before it
+    "]": "{]}",
+    "|": r"\textbar{}",
+    '"': r"\textquotedbl{}",
+    "↑": r"$\uparrow$",
+    "↓": r"$\downarrow$",
+    "±": r"$\pm$",
+    "≥": r"$\geq$",
+    "×": r"$\times$",
+    "–": "--",
+    "·": r"$\cdot$",
+    "✓": r"$\checkmark$",
+}
+
+
+def escape_latex(text: str) -> str:
+    """Text that LaTeX prints as it is."""
+    return "".join(_LATEX.get(character, character) for character in " ".join(text.split()))
+
+
+def to_latex(table: Table) -> str:
+    """A ``table`` environment with booktabs rules; notes and footnotes below in small print."""
+    columns = [table.columns[index] for index in table.shown]
+    layout = "".join(_latex_layout(table, index) for index in table.shown)
+    rows = [" & ".join(_latex_entry(row[index]) for index in table.shown) + r" \\" for row in table.rows]
+    below = [escape_latex(note) for note in table.notes]
+    below += [rf"\textsuperscript{{{mark}}}\,{escape_latex(text)}" for mark, text in table.used_footnotes]
+    lines = [
+        "% needs \\usepackage{booktabs,amssymb,textcomp} and, before LaTeX of 2018, \\usepackage[utf8]{inputenc}",
+        r"\begin{table}",
+        r"\centering",
+        r"\small",
+        r"\setlength{\tabcolsep}{4pt}",
+        rf"\caption{{{escape_latex(table.caption)}}}",
+        rf"\label{{tab:{table.name}}}",
+        rf"\begin{{tabular}}{{@{{}}{layout}@{{}}}}",
+        r"\toprule",
+        " & ".join(escape_latex(column.title) for column in columns) + r" \\",
+        r"\midrule",
+        *rows,
+        r"\bottomrule",
+        r"\end{tabular}",
+        *([r"\par\medskip", r"\begin{minipage}{\linewidth}\footnotesize"] if below else []),
+        *(rf"{line}\par" for line in below),
+        *([r"\end{minipage}"] if below else []),
+        r"\end{table}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _latex_layout(table: Table, index: int) -> str:
+    """Numbers right, short texts left, long texts wrapped."""
+    if table.columns[index].numeric:
+        return "r"
+    longest = max((len(row[index].text) for row in table.rows), default=0)
+    return r"p{0.5\linewidth}" if longest > 50 else "l"
+
+
+def _latex_entry(entry: Entry) -> str:
+    text = escape_latex(entry.text)
+    text = rf"\textbf{{{text}}}" if entry.best else text
+    return text + (rf"\textsuperscript{{{','.join(map(str, entry.marks))}}}" if entry.marks else "")
+
+
+# --- for programs --------------------------------------------------------------------------------------------
+
+
+def to_csv(table: Table) -> str:
+    """All columns, unrounded, under their keys; a missing value is an empty field."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow([column.key for column in table.columns])
+    writer.writerows([["" if (value := plain(entry.value)) is None else value for entry in row] for row in table.rows])
+    return file.getvalue()
+
+
+def to_json(table: Table) -> str:
+    """Title, columns, rows as objects, notes and footnotes. ``<`` and ``>`` are escaped, so it may stand in HTML."""
+    content = {
+        "title": table.title,
+        "subject": table.subject,
+        "columns": [{"key": column.key, "header": column.header, "better": column.better} for column in table.columns],
+        "rows": [
+            {
+                **{column.key: plain(entry.value) for column, entry in zip(table.columns, row, strict=True)},
+                "footnotes": sorted({mark for entry in row for mark in entry.marks}),
+            }
+            for row in table.rows
+        ],
+        "notes": list(table.notes),
+        "footnotes": {str(mark): text for mark, text in table.used_footnotes},
+    }
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e") + "\n"
+
+
+def plain(value: Value) -> Value:
+    """A value for programs: ten significant digits (more would differ between machines), None for NaN."""
+    if isinstance(value, float):
+        return float(f"{value:.10g}") if math.isfinite(value) else None
+    return value

@@ -1,0 +1,248 @@
+"""The tables of a report, built from a ``Section``; ``table.py`` writes them in every format."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, get_args
+
+import pandas as pd
+
+from tpme.bench.record import Phase, PhaseKind
+from tpme.reports import fields
+from tpme.reports.environment import environment
+from tpme.reports.fields import Field, byte_unit, bytes_text, decimals, table_of, value_of
+from tpme.reports.metrics import LEVEL
+from tpme.reports.section import NO_ADAPTATION, Section
+from tpme.reports.table import MISSING, Column, Entry, Table, number
+
+METRICS = (("recall", "Recall"), ("ndcg", "NDCG"))
+
+
+def all_tables(section: Section) -> list[Table]:
+    """Every table that has something to say, results first."""
+    made = [results(section), cutoffs(section), warm_and_cold(section), costs(section), phases(section)]
+    made += [search(section), failures(section), environment(section)]
+    return [table for table in made if table.rows]
+
+
+def results(section: Section) -> Table:
+    """The table that is looked at first: quality, T, P, M and TPME of every row."""
+    unit, scale = byte_unit(section.summary["memory_seen_bytes"])
+    made = [
+        fields.method(section),
+        fields.seeds(),
+        *fields.quality(section, "recall_10", "Recall@10"),
+        *fields.quality(section, "ndcg_10", "NDCG@10"),
+        *fields.cost(section, "epoch_time_s", "T (s/epoch)"),
+        *fields.cost(section, "trainable_millions", "P (M)", fields.millions),
+        *fields.memory(section, f"M ({unit})", scale),
+        *fields.tpme(section),
+    ]
+    return table_of(section, "results", "Quality and cost of every method", made, notes=_result_notes(section))
+
+
+def cutoffs(section: Section) -> Table:
+    """Recall and NDCG at the other cut-offs, and how much the seeds differ."""
+    made = [fields.method(section)]
+    for k in (5, 20):
+        for metric, title in METRICS:
+            made += fields.quality(section, f"{metric}_{k}", f"{title}@{k}")
+    if (section.summary["seeds_ok"] > 1).any():
+        made += [fields.plain(f"{metric}_10_sd", f"{title}@10, sd over seeds", 2) for metric, title in METRICS]
+    return table_of(section, "cutoffs", "Quality at other cut-offs", made, _ranked(section))
+
+
+def warm_and_cold(section: Section) -> Table:
+    """Quality apart for targets that occur in training and targets that do not."""
+    made = [fields.method(section)]
+    for part in ("warm", "cold"):
+        for metric, title in METRICS:
+            made += fields.quality(section, f"{metric}_10_{part}", f"{title}@10 {part}")
+    made += [
+        fields.count("users", "Users"),
+        fields.count("users_cold", "Users, cold"),
+        fields.percent("cannot_hit", "Cannot hit (%)"),
+    ]
+    note = "Cold: the target never occurs in training. Cannot hit: it is masked because the user already had it."
+    return table_of(section, "warm-cold", "Warm and cold targets", made, _ranked(section), [note])
+
+
+def costs(section: Section) -> Table:
+    """Everything a row costs beside T, P and M."""
+    summary = section.summary
+    unit, scale = byte_unit(summary["stored_bytes"])
+    made = [
+        fields.method(section),
+        fields.plain("time_to_best_s", "To best epoch (s)", 3),
+        fields.plain("best_epoch", "Best epoch", 3),
+        fields.plain("epochs_run", "Epochs", 3),
+        fields.plain("wall_s", "Whole cell (s)", 3),
+        fields.plain("total_millions", "All parameters (M)", 4),
+        fields.plain("stored_bytes", f"Stored ({unit})", 3, scale),
+    ]
+    optional = [
+        fields.plain("cache_build_s", "Cache build (s)", 3),
+        fields.plain("cache_bytes", "Cache (MB)", 3, 1e6),
+        fields.plain("training_energy_j", "Training energy (J)", 3),
+        fields.plain("inference_items_per_s", "Inference (items/s)", 3),
+    ]
+    made += [field for field in optional if summary[field[0].key].notna().any()]
+    if (summary["search_trials"] > 1).any():
+        made += [fields.plain("search_trials", "lr trials", 3), fields.plain("search_wall_s", "lr search (s)", 3)]
+    note = (
+        "Means over seeds. To best epoch: training time up to the best validation Recall@10. Whole cell: loading, "
+        "validation and ranking included. Stored: what must be kept beside the untouched encoders."
+    )
+    return table_of(section, "costs", "Costs in full", made, notes=[note])
+
+
+def phases(section: Section) -> Table:
+    """Wall time by kind of phase, mean over the finished seeds; the peak memory of each goes to CSV and JSON."""
+    spent: dict[tuple[str, str], list[float]] = {}
+    peaks: dict[tuple[str, str], float] = {}
+    shown = _shown_cells(section)
+    by_path = {str(recorded.path): recorded.result for recorded in section.records}
+    for name, path in zip(shown["row"], shown["path"], strict=True):
+        for kind, found in _by_kind(by_path[path].phases).items():
+            spent.setdefault((name, kind), []).append(sum(phase.wall_s for phase in found))
+            values = [_phase_peak(phase, section.group.device) for phase in found]
+            known = [value for value in (*values, peaks.get((name, kind))) if value is not None]
+            if known:
+                peaks[name, kind] = max(known)
+
+    def wall(kind: str) -> Field:
+        def entry(name: str, line: pd.Series[Any]) -> Entry:
+            values = spent.get((name, kind))
+            mean = sum(values) / len(values) if values else None
+            return Entry(number(mean), mean)
+
+        return Column(f"{kind}_s", kind), entry
+
+    def peak(kind: str) -> Field:
+        column = Column(f"{kind}_peak_bytes", machine_only=True)
+        return column, lambda name, line: Entry("", peaks.get((name, kind)))
+
+    kinds = [kind for kind in get_args(PhaseKind) if any(kind == key[1] for key in spent)]
+    rows = [name for name in map(str, section.summary.index) if any(name == key[0] for key in spent)]
+    made = [fields.method(section), *map(wall, kinds), fields.plain("wall_s", "whole cell", 3), *map(peak, kinds)]
+    return table_of(section, "phases", "Where the time goes (seconds by phase)", made, rows)
+
+
+def search(section: Section) -> Table:
+    """All learning-rate trials with what each cost, where there was a choice."""
+    cells = _in_order(section, section.cells[section.cells["search_trials"] > 1])
+    lines = []
+    for (name, lr), trial in cells.groupby(["row", "lr"], sort=False):
+        validation, finished = trial["trial_valid_recall_10"].iloc[0], int((trial["status"] == "ok").sum())
+        chosen, wall_s = bool(trial["selected"].iloc[0]), float(trial["wall_s"].sum())
+        lines.append(
+            (
+                Entry(str(name), str(name), chosen),
+                *(Entry(f"{rate:g}", rate) for rate in json.loads(lr).values()),
+                Entry(f"{finished} of {len(trial)}", finished),
+                Entry(decimals(validation), value_of(validation)),
+                Entry(number(wall_s), wall_s),
+                Entry("✓" if chosen else "", chosen),
+            )
+        )
+    columns = (
+        Column("method", "Method", numeric=False),
+        *(Column(f"lr_{name}", f"lr {name}") for name in (json.loads(cells["lr"].iloc[0]) if len(cells) else ())),
+        Column("cells_finished", "Finished"),
+        Column("valid_recall_10", "Validation Recall@10", "higher"),
+        Column("wall_s", "Cost (s)"),
+        Column("selected", "Selected", numeric=False),
+    )
+    note = "Selected on validation alone; the test results of the other trials are not looked at."
+    return Table("lr-search", "Learning-rate search", columns, tuple(lines), (note,), subject=section.name)
+
+
+def failures(section: Section) -> Table:
+    """Every attempt that did not end ``ok``, unselected trials included, with all that is known of it."""
+    by_path = {str(recorded.path): recorded.result for recorded in section.records}
+    lines = []
+    for _, cell in _in_order(section, section.cells[section.cells["status"] != "ok"]).iterrows():
+        failure = by_path[cell["path"]].failure
+        assert failure is not None  # the schema demands one of every status but ok
+        lines.append(
+            (
+                Entry(cell["row"], cell["row"]),
+                Entry(str(cell["seed"]), int(cell["seed"])),
+                Entry(str(cell["lr_trial"]), int(cell["lr_trial"])),
+                Entry(cell["status"], cell["status"]),
+                Entry(failure.phase, failure.phase),
+                *(Entry(MISSING if at is None else str(at), at) for at in (failure.epoch, failure.step)),
+                Entry(bytes_text(failure.bytes_requested), failure.bytes_requested),
+                Entry(bytes_text(cell["memory_seen_bytes"]), value_of(cell["memory_seen_bytes"])),
+                Entry(decimals(cell["valid_recall_10"]), value_of(cell["valid_recall_10"])),
+                Entry(number(cell["wall_s"]), float(cell["wall_s"])),
+                Entry(failure.message, failure.message),
+            )
+        )
+    columns = (
+        Column("method", "Method", numeric=False),
+        Column("seed", "Seed"),
+        Column("lr_trial", "lr trial"),
+        Column("status", "End", numeric=False),
+        Column("phase", "Phase", numeric=False),
+        Column("epoch", "Epoch"),
+        Column("step", "Step"),
+        Column("bytes_requested", "Asked for"),
+        Column("memory_seen_bytes", "Memory seen"),
+        Column("valid_recall_10", "Validation Recall@10"),
+        Column("wall_s", "After (s)"),
+        Column("message", "What happened", numeric=False),
+    )
+    return Table("failures", "What did not finish", columns, tuple(lines), subject=section.name)
+
+
+# --- which rows and cells ------------------------------------------------------------------------------------
+
+
+def _ranked(section: Section) -> list[str]:
+    return [str(name) for name in section.summary.index[section.summary["ndcg_10"].notna()]]
+
+
+def _shown_cells(section: Section) -> pd.DataFrame:
+    """The cells behind each row of the summary: its finished seeds, or where there are none the failed ones."""
+    cells = section.cells[section.cells["selected"]]
+    row_finished = cells["row"].map(section.summary["status"]) == "ok"
+    return cells[~row_finished | (cells["status"] == "ok")]
+
+
+def _in_order(section: Section, cells: pd.DataFrame) -> pd.DataFrame:
+    """Cells in the order of the rows of the summary, then by trial and seed."""
+    position = {name: index for index, name in enumerate(section.summary.index)}
+    return cells.assign(position=cells["row"].map(position)).sort_values(["position", "lr_trial", "lr", "seed"])
+
+
+def _by_kind(found: tuple[Phase, ...]) -> dict[str, list[Phase]]:
+    kinds: dict[str, list[Phase]] = {}
+    for phase in found:
+        kinds.setdefault(phase.kind, []).append(phase)
+    return kinds
+
+
+def _phase_peak(phase: Phase, device: str) -> float | None:
+    memory = phase.memory
+    return (memory.host_rss_bytes if device == "cpu" else memory.torch_allocated_bytes).value
+
+
+def _result_notes(section: Section) -> list[str]:
+    summary, names = section.summary, section.compared
+    notes = [f"Recall and NDCG: mean over seeds ± half the {100 * LEVEL:.0f} % bootstrap interval over users."]
+    if names:
+        whose = f"the frame of {section.frame_from}" if section.frame_from else "their own min and max"
+        weights = str(section.weights).replace(",", ", ")
+        notes.append(f"TPME over K = {len(names)} rows ({', '.join(names)}), weights of T, P, M {weights}, {whose}.")
+    else:
+        notes.append("No row has a TPME: none that adapts an encoder finished with a trusted T, P and M.")
+    if len(names) == 1 and section.frame_from is None:
+        notes.append("With one row TPME is 0 by definition and says nothing.")
+    left_out = summary.index[~summary["compared"] & summary["method"].isin(NO_ADAPTATION)]
+    if len(left_out):
+        notes.append(f"No encoder is adapted, so no TPME unless named with --rows: {', '.join(map(str, left_out))}.")
+    sources = sorted(set(summary.loc[summary["compared"], "memory_source"]))
+    if len(sources) == 1:
+        notes.append(f"M measured as: {sources[0]}.")
+    return notes

@@ -1,0 +1,144 @@
+"""Which cells may be compared, which are the same row, and which learning rate of a row is shown.
+
+Three nested sets: a *group* holds everything that may share a TPME frame; a *row* is one configured method in it;
+a *trial* is one learning rate of that row, run with one or more seeds. Only the trial with the best validation
+result is shown, so test numbers never choose a learning rate.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from tpme.bench.record import Training
+
+GROUP = ("device_key", "protocol", "dataset", "dataset_fingerprint", "modalities", "encoders", "precision")
+"""Rows that differ in any of these never share a frame: their costs or their task are not the same."""
+
+ROW = ("label", "options", "training", "code_version")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Cells that may be compared with each other."""
+
+    key: dict[str, str]
+    """One value for each name in ``GROUP``."""
+    cells: pd.DataFrame
+    """The cells with a column ``row``: how the row is called in every table and plot."""
+
+    @property
+    def device(self) -> str:
+        """``cpu`` or ``cuda``."""
+        return str(self.cells["device"].iloc[0])
+
+
+def select_trials(frame: pd.DataFrame) -> pd.DataFrame:
+    """Mark the learning rate of each row that is shown: the best mean validation Recall@10 over its seeds.
+
+    A trial is compared only with trials of which as many seeds finished: one whose other seed diverged would win
+    by luck. Ties go to the earlier trial. Adds ``selected``, and over all trials of the row ``search_trials``,
+    ``search_cells`` and ``search_wall_s``; ``trial_valid_recall_10`` is the mean the choice was made on.
+    """
+    frame = frame.copy()
+    finished = frame["valid_recall_10"].where(frame["status"] == "ok").astype(float)
+    keys = [frame[name] for name in (*GROUP, *ROW)]
+    trial = [*keys, frame["lr"]]
+    frame["trial_valid_recall_10"] = finished.groupby(trial).transform("mean")
+    rows = frame.groupby(list(GROUP + ROW), sort=False)
+    frame["search_trials"] = rows["lr"].transform("nunique")
+    frame["search_cells"] = rows["lr"].transform("size")
+    frame["search_wall_s"] = rows["wall_s"].transform("sum")
+    order = pd.DataFrame(
+        {
+            "finished": -(frame["status"] == "ok").astype(int).groupby(trial).transform("sum"),
+            "quality": -frame["trial_valid_recall_10"].fillna(-1.0),
+            "index": frame["lr_trial"],
+            "lr": frame["lr"],
+        }
+    ).sort_values(["finished", "quality", "index", "lr"], kind="stable")
+    chosen = order["lr"].groupby([key.loc[order.index] for key in keys], sort=False).transform("first")
+    frame["selected"] = frame["lr"] == chosen.loc[frame.index]
+    return frame
+
+
+def split(frame: pd.DataFrame) -> list[Group]:
+    """The groups of a table, sorted by their key. Cells that read no encoder join every group of the same rest."""
+    groups = []
+    for key, cells in _with_free_cells(frame).groupby(list(GROUP), sort=True):
+        named = cells.copy()
+        named["row"] = _row_names(cells)
+        groups.append(Group(dict(zip(GROUP, map(str, key), strict=True)), named))
+    return groups
+
+
+def names(groups: Sequence[Group]) -> list[str]:
+    """A name for people for each group: data, protocol, precision and device, and whatever else sets it apart."""
+    rest = ("dataset_fingerprint", "modalities", "encoders")
+    told = [key for key in rest if len({group.key[key] for group in groups}) > 1]
+    return [
+        ", ".join(
+            [
+                group.key["dataset"],
+                f"{group.key['protocol']} protocol",
+                group.key["precision"],
+                group.key["device_key"],
+                *(group.key[key][:12] if key == "dataset_fingerprint" else group.key[key] for key in told),
+            ]
+        )
+        for group in groups
+    ]
+
+
+def _with_free_cells(frame: pd.DataFrame) -> pd.DataFrame:
+    """Popularity and ID-only cells may name no encoder: give each group its own copy of them."""
+    free = frame[frame["encoders"] == ""]
+    bound = frame[frame["encoders"] != ""]
+    rest = [name for name in GROUP if name not in ("encoders", "modalities")]
+    parts = [bound]
+    for _, cell in free.iterrows():
+        same = bound[(bound[rest] == cell[rest]).all(axis=1)]
+        homes = same[["encoders", "modalities"]].drop_duplicates()
+        copies = pd.DataFrame([cell] * max(1, len(homes))).astype(frame.dtypes)
+        if len(homes):
+            copies[["encoders", "modalities"]] = homes.to_numpy()
+        parts.append(copies)
+    return pd.concat(parts, ignore_index=True)
+
+
+def _row_names(cells: pd.DataFrame) -> pd.Series[str]:
+    """The label, followed by whatever sets the row apart: own options, unusual training settings, code version."""
+    distinct = cells.drop_duplicates(list(ROW))
+    usual = _usual_training(distinct)
+    versions = distinct["code_version"].nunique() > 1
+
+    def name(cell: pd.Series[Any]) -> str:
+        extra = [_setting(key, value) for key, value in json.loads(cell["options"]).items()]
+        training = json.loads(cell["training"])
+        extra += [_setting(key, value) for key, value in training.items() if json.dumps(value) != usual[key]]
+        extra += [f"@{cell['code_version'][:7]}"] if versions else []
+        return f"{cell['label']} [{', '.join(extra)}]" if extra else str(cell["label"])
+
+    return cells.apply(name, axis=1)
+
+
+def _usual_training(rows: pd.DataFrame) -> dict[str, str]:
+    """Of each training setting the value most rows have; a tie goes to the default."""
+    settings = [json.loads(training) for training in rows["training"]]
+    default = Training().model_dump(mode="json")
+    usual = {}
+    for key in settings[0]:
+        counts = Counter(json.dumps(setting[key]) for setting in settings)
+        usual[key] = max(sorted(counts), key=lambda value: (counts[value], value == json.dumps(default[key])))
+    return usual
+
+
+def _setting(key: str, value: Any) -> str:
+    if value is True:
+        return key
+    return f"{key}={value if isinstance(value, str) else json.dumps(value, separators=(',', ':'))}"

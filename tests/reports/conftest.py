@@ -1,0 +1,313 @@
+"""Made-up records: valid ``CellResult`` files with ranks and samples, as a run would leave them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tpme.bench.record import (
+    CacheFacts,
+    Cell,
+    CellResult,
+    DatasetFacts,
+    EncoderFacts,
+    EncoderSpec,
+    Environment,
+    Epoch,
+    Failure,
+    Flag,
+    LearningRates,
+    Memory,
+    Parameters,
+    Phase,
+    Reading,
+    Training,
+    cell_id,
+    write_result,
+)
+
+CODE = "c0ffee1234567890"
+TEXT = EncoderSpec(source="builtin:tiny-text")
+IMAGE = EncoderSpec(source="builtin:tiny-image")
+
+
+def memory(peak: float, device: str = "cpu", process_valid: bool = True) -> Memory:
+    """All readings of one window; on a GPU the device reads 0.5 GB more than the process."""
+    absent = Reading.missing("not measured", "no GPU")
+    if device == "cpu":
+        rss = Reading(value=peak, source="VmHWM over the baseline")
+        return Memory(
+            torch_allocated_bytes=absent,
+            torch_reserved_bytes=absent,
+            nvml_device_bytes=absent,
+            nvml_process_bytes=absent,
+            host_rss_bytes=rss,
+        )
+    process = Reading(value=peak, source="NVML process peak")
+    if not process_valid:
+        process = Reading.missing("NVML process peak", "pid not visible in the container")
+    return Memory(
+        torch_allocated_bytes=Reading(value=0.8 * peak, source="torch"),
+        torch_reserved_bytes=Reading(value=0.9 * peak, source="torch"),
+        nvml_device_bytes=Reading(value=peak + 5e8, source="NVML device delta"),
+        nvml_process_bytes=process,
+        host_rss_bytes=Reading(value=1e9, source="VmHWM over the baseline"),
+    )
+
+
+class Factory:
+    """Writes records below ``root`` the way a run does: ``cells/<cell id>/attempt-N.json`` and its ``.npz`` files."""
+
+    def __init__(self, root: Path, users: int = 300, items: int = 500) -> None:
+        self.root = root
+        self.users = users
+        self.items = items
+
+    def cell(self, method: str = "lora", **changes: Any) -> Cell:
+        """A cell of the demo; keyword arguments replace its fields."""
+        fields: dict[str, Any] = {
+            "method": method,
+            "dataset": "demo",
+            "dataset_fingerprint": "ab" * 32,
+            "modalities": ("text", "image"),
+            "text_encoder": TEXT,
+            "image_encoder": IMAGE,
+            "seed": 1,
+        }
+        return Cell(**{**fields, **changes})
+
+    def write(
+        self,
+        method: str = "lora",
+        *,
+        time: float | None = 10.0,
+        millions: float | None = 1.0,
+        peak: float | None = 2e9,
+        skill: float = 0.1,
+        status: str = "ok",
+        attempt: int = 1,
+        valid_recall: float | None = None,
+        failure: Failure | None = None,
+        flags: tuple[Flag, ...] = (),
+        code: str = CODE,
+        device_key: str = "cpu: test, 2 threads",
+        with_environment: bool = True,
+        process_valid: bool = True,
+        time_reading: Reading | None = None,
+        started_at: str = "2026-01-01T00:00:00+00:00",
+        **cell: Any,
+    ) -> Path:
+        """Write one attempt and return the path of its record. ``skill`` moves targets to the top of the ranking."""
+        what = self.cell(method, **cell)
+        name = cell_id(what, code)
+        folder = self.root / "cells" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        if status != "ok" and failure is None:
+            failure = Failure(phase="train", message=f"{status}: it was made up; run it again", epoch=2, step=7)
+        epochs = self._epochs(time, skill if valid_recall is None else valid_recall, what) if time else ()
+        measured = memory(peak, what.device, process_valid) if peak else None
+        reading = Reading(value=time, source="median of epochs") if time else Reading.missing("clock", "no epoch ended")
+        result = CellResult(
+            cell_id=name,
+            attempt=attempt,
+            cell=what,
+            code_version=code,
+            status=status,  # type: ignore[arg-type]
+            failure=failure,
+            started_at=started_at,
+            wall_s=3.0 + 5 * (time or 1.0),
+            environment=environment(device_key, what.device) if with_environment else None,
+            dataset=self._dataset(),
+            text_encoder=None if what.cached else facts("builtin:tiny-text"),
+            image_encoder=None if what.cached else facts("builtin:tiny-image"),
+            parameters=self._parameters(millions) if millions is not None else None,
+            phases=self._phases(time or 1.0, peak or 1e8, what.device),
+            epochs=epochs,
+            best_epoch=3 if epochs else None,
+            epoch_time_s=time_reading or reading,
+            training_memory=measured,
+            cache=CacheFacts(build_s=4.2, bytes=12_000_000, items=self.items, dtype="float16", built_by_attempt=True)
+            if what.cached
+            else None,
+            flags=flags,
+            files=self._files(folder, attempt, what.seed, skill, time or 1.0, peak or 1e8, status),
+        )
+        path = folder / f"attempt-{attempt}.json"
+        write_result(result, path)
+        return path
+
+    def _epochs(self, time: float, recall: float, cell: Cell) -> tuple[Epoch, ...]:
+        curve = (0.5, 0.8, 1.0, 0.9)
+        return tuple(
+            Epoch(
+                index=index,
+                train_s=time,
+                steps=10,
+                loss=5.0 / index,
+                valid_recall_10=share * recall,
+                valid_ndcg_10=0.6 * share * recall,
+            )
+            for index, share in enumerate(curve, start=1)
+        )
+
+    def _dataset(self) -> DatasetFacts:
+        return DatasetFacts(
+            name="demo",
+            fingerprint="ab" * 32,
+            users=self.users,
+            items=self.items,
+            interactions=8 * self.users,
+            items_never_trained=60,
+            modalities=("text", "image"),
+        )
+
+    def _parameters(self, millions: float) -> Parameters:
+        count = round(millions * 1e6)
+        return Parameters(
+            trainable=count,
+            trainable_max=count,
+            total=count + 3_000_000,
+            by_group={"method": count},
+            stored_bytes=4 * count,
+        )
+
+    def _phases(self, time: float, peak: float, device: str) -> tuple[Phase, ...]:
+        kinds = (("load", 0.5, 0.4), ("train", 4 * time, 1.0), ("validate", 0.2 * time, 0.7), ("rank", 0.4, 0.6))
+        start, phases = 0.0, []
+        for kind, wall_s, share in kinds:
+            energy = Reading.missing("NVML energy", "no counter")
+            phases.append(
+                Phase(
+                    kind=kind,  # type: ignore[arg-type]
+                    start_s=start,
+                    wall_s=wall_s,
+                    memory=memory(share * peak, device),
+                    energy_j=energy,
+                )
+            )
+            start += wall_s
+        return tuple(phases)
+
+    def _files(
+        self, folder: Path, attempt: int, seed: int, skill: float, time: float, peak: float, status: str
+    ) -> dict[str, str]:
+        generator = np.random.default_rng([seed, round(1000 * skill)])
+        hits = generator.random(self.users) < skill
+        near = generator.geometric(0.15, self.users)
+        far = generator.integers(1, self.items + 1, self.users)
+        fixed = np.random.default_rng(99)  # the test users and their targets are the same for everyone
+        files = {"samples": f"samples-{attempt}.npz"}
+        steps = 40
+        ramp = np.linspace(0, 1, 120)
+        np.savez(
+            folder / files["samples"],
+            step_s=time / 10 * generator.lognormal(0, 0.08, steps),
+            step_epoch=np.repeat(np.arange(1, 5), steps // 4),
+            sample_t_s=ramp * 5 * time,
+            sample_bytes=peak * (1 - np.exp(-12 * ramp)) * (0.97 + 0.03 * generator.random(120)),
+        )
+        if status == "ok":
+            files["ranks"] = f"ranks-{attempt}.npz"
+            np.savez(
+                folder / files["ranks"],
+                rank=np.where(hits, np.minimum(near, self.items), far).astype(np.int32),
+                target=fixed.integers(1, self.items + 1, self.users),
+                cold=fixed.random(self.users) < 0.2,
+                in_history=fixed.random(self.users) < 0.05,
+            )
+        return files
+
+
+def environment(device_key: str, device: str) -> Environment:
+    return Environment(
+        python="3.12.1",
+        platform="Linux-6.1-x86_64",
+        hostname_hash="0" * 8,
+        packages={"torch": "2.13.0", "transformers": "5.23.0", "numpy": "2.4.6"},
+        device_kind=device,  # type: ignore[arg-type]
+        device_name="Test CPU" if device == "cpu" else "NVIDIA Test",
+        device_key=device_key,
+        driver=None if device == "cpu" else "560.1",
+        cpu_threads=2,
+        allocator="default",
+        deterministic=False,
+        git_revision="1234abcd",
+        git_dirty=False,
+    )
+
+
+def facts(source: str) -> EncoderFacts:
+    return EncoderFacts(
+        source=source,
+        revision=None,
+        architecture="BertModel",
+        weights="pretrained",
+        width=64,
+        depth=4,
+        parameters=1_500_000,
+    )
+
+
+DEMO: tuple[tuple[str, float, float, float, float], ...] = (
+    ("fft", 22.1, 3.1, 1.9e9, 0.31),
+    ("adapter", 17.5, 0.21, 1.52e9, 0.30),
+    ("lora", 18.9, 0.05, 1.60e9, 0.29),
+    ("bitfit", 19.8, 0.03, 1.49e9, 0.27),
+    ("prompt", 20.3, 0.02, 1.71e9, 0.25),
+    ("iisan", 9.0, 0.15, 0.52e9, 0.30),
+)
+
+
+def write_demo(factory: Factory) -> Path:
+    """A run with everything in it: seeds, trials, a cached twin, the rows without adaptation, every kind of end."""
+    shared = Flag(code="cpu-memory", message="M is resident memory of the process tree: the cells ran on a CPU")
+    for method, time, millions, peak, skill in DEMO:
+        for seed in (1, 2, 3):
+            for trial, rate in enumerate((2e-4, 4e-4)):
+                factory.write(
+                    method,
+                    time=time * (1 + 0.01 * seed),
+                    millions=millions,
+                    peak=peak * (1 + 0.005 * seed),
+                    skill=skill - 0.04 * (trial != len(method) % 2),
+                    flags=(shared,),
+                    seed=seed,
+                    lr=LearningRates(method=rate),
+                    lr_trial=trial,
+                    lr_trials=2,
+                )
+    one = {"flags": (shared,), "seed": 1}
+    for seed in (1, 2, 3):
+        factory.write("iisan", cached=True, time=1.2, millions=0.15, peak=0.2e9, skill=0.3, flags=(shared,), seed=seed)
+    factory.write("frozen", time=6.1, millions=0.01, peak=0.4e9, skill=0.2, **one)
+    noisy = Flag(code="throttled", message="the clock was throttled in 3 of 8 epochs")
+    factory.write("id", time=0.9, millions=0.04, peak=0.1e9, skill=0.12, flags=(shared, noisy), seed=1)
+    factory.write("popularity", time=None, millions=0.0, peak=0.05e9, skill=0.03, **one)
+    oom = Failure(phase="train", message="the allocator asked for 1.5 GB; use a smaller batch", bytes_requested=10**9)
+    factory.write("dyt", status="oom", time=None, millions=0.4, peak=2.4e9, failure=oom, **one)
+    factory.write("pyra", status="diverged", time=15.0, millions=0.3, peak=1.5e9, **one)
+    factory.write("dapt", status="timeout", time=80.0, millions=0.3, peak=1.5e9, **one)
+    factory.write("<script>", status="error", time=None, millions=None, peak=None, with_environment=False, seed=1)
+    factory.write("a_b&c%", time=12.0, millions=0.5, peak=1.1e9, skill=0.28, options={"rank": 4}, **one)
+    return factory.root
+
+
+@pytest.fixture
+def factory(tmp_path: Path) -> Factory:
+    return Factory(tmp_path / "run")
+
+
+@pytest.fixture
+def make_factory() -> Callable[..., Factory]:
+    return Factory
+
+
+@pytest.fixture(scope="session")
+def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a whole run; do not write into it."""
+    return write_demo(Factory(tmp_path_factory.mktemp("demo") / "demo"))
