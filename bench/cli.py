@@ -186,6 +186,20 @@ def list_encoders(as_json: AsJson = False) -> None:
     catalogue.show(catalogue.encoders(), as_json=as_json)
 
 
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Show versions and devices, and how each quantity is measured on this machine."""
+    from rich.console import Console
+
+    from tpme.bench.doctor import diagnose, render
+
+    diagnosis = diagnose()
+    if as_json:
+        print(diagnosis.model_dump_json(indent=1))  # noqa: T201
+    else:
+        render(diagnosis, Console())
+
+
 def main() -> NoReturn:
     """Entry point: a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
     try:

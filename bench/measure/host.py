@@ -219,8 +219,9 @@ class HostMemory:
         return max(self._at_start.now, self._at_end.now)
 
     def _source(self, with_children: bool) -> str:
-        mark = "VmHWM" if self._reset_works else "VmHWM (cannot be reset here, so smaller peaks may be missed)"
-        return f"{mark} of the process tree, peaks of its processes summed" if with_children else mark
+        mark = "VmHWM" if self._reset_works else "VmHWM, which cannot be reset here: a smaller peak may be missed"
+        whose = "process tree, peaks of its processes summed" if with_children else "process"
+        return f"peak resident memory of the {whose} ({mark})"
 
     def _own(self) -> Resident:
         own = resident(self._root)

@@ -19,9 +19,11 @@ from tpme.bench.measure.gpu import GpuFacts, GpuReadings, GpuWindow, idle_flags,
 from tpme.bench.measure.host import HostMemory, SampledHost, release_free_memory
 from tpme.bench.measure.nvml import Device, Nvml, NvmlError
 from tpme.bench.measure.sampler import PERIOD_S, Column, Sampler, Samples
+from tpme.bench.measure.torch_memory import NO_CUDA, peaks, release_cached, reserved_bytes, reset_peaks
 from tpme.bench.record import Flag, Memory, Phase, PhaseKind, Reading
 
-NO_CUDA = "no CUDA device"
+_GROWN = 1.01
+"""Memory left over by other phases that is worth handing back, relative to what this kind of phase left itself."""
 
 
 class PhaseLog:
@@ -46,6 +48,7 @@ class PhaseLog:
         self._open: str | None = None
         self._baseline_bytes: int | None = None
         self._host = HostMemory(exclude=(sampler.pid,) if sampler else ())
+        self._left: dict[PhaseKind, tuple[int, int]] = {}
         self._facts: list[tuple[PhaseKind, GpuFacts]] = []
         self._gpu: GpuWindow | None = None
         self._no_gpu, self._idle_flags = NO_CUDA, list[Flag]()
@@ -109,7 +112,7 @@ class PhaseLog:
         """What a reader must know about these measurements."""
         flags = list(self._idle_flags)
         if not is_cuda(self._device):
-            flags.append(Flag(code="cpu-memory", message="memory is resident memory of the process tree on a CPU"))
+            flags.append(Flag(code="cpu-memory", message="CPU run: memory is resident memory over the baseline"))
         elif self._gpu is None:
             flags.append(Flag(code="no-nvml", message=f"no NVML readings: {self._no_gpu}"))
         others = max((facts.other_processes for _, facts in self._facts), default=0)
@@ -153,12 +156,8 @@ class PhaseLog:
 
     def _begin(self, kind: PhaseKind) -> float:
         """Close the gap since the last phase and reset all peaks; returns the start of the measured stretch."""
-        if not self.phases or self.phases[-1].kind != kind:
-            self._release()
-        if is_cuda(self._device):
-            import torch
-
-            torch.cuda.reset_peak_memory_stats(str(self._device))
+        self._release_leftovers(kind)
+        reset_peaks(self._device)
         self._host.start_window()
         self._mark = self._sampler.mark() if self._sampler else 0
         if self._gpu is not None:
@@ -170,17 +169,23 @@ class PhaseLog:
             self._end_s = start_s
         return start_s
 
-    def _release(self) -> None:
-        """What an earlier phase freed is not the next one's: hand it back (only between kinds, for it takes time)."""
-        release_free_memory()
-        if is_cuda(self._device):
-            import torch
+    def _release_leftovers(self, kind: PhaseKind) -> None:
+        """Hand back what earlier phases freed but the allocators keep, so that this phase is not charged for it.
 
-            torch.cuda.empty_cache()
+        That costs the phase page faults, or allocations on the device, so it is done only where other phases left
+        more than the last phase of this kind did: what training freed itself, training may keep.
+        """
+        left = self._left.get(kind)
+        if left is None or any(held > _GROWN * before for held, before in zip(self._held(), left, strict=True)):
+            release_free_memory()
+            release_cached(self._device)
+
+    def _held(self) -> tuple[int, int]:
+        return self._host.tree_bytes(), reserved_bytes(self._device)
 
     def _finish(self, kind: PhaseKind, name: str, start_s: float, end_s: float) -> None:
         self._host.end_window()
-        allocated, reserved = torch_peaks(self._device)
+        allocated, reserved = peaks(self._device)
         rows = self._sampler.rows_since(self._mark) if self._sampler else {}
         host = self._host.peak(_sampled_host(rows))
         gpu = self._gpu_readings(end_s - start_s, rows, reserved)
@@ -203,6 +208,7 @@ class PhaseLog:
             )
         )
         self._end_s = end_s
+        self._left[kind] = self._held()
 
     def _gpu_readings(self, wall_s: float, rows: dict[str, Column], reserved: Reading) -> GpuReadings:
         if self._gpu is None:
@@ -225,13 +231,13 @@ def measuring(device: object, period_s: float = PERIOD_S, nvml: Nvml | None = No
     Args:
         device: Where the work will run.
         period_s: Of the sampler.
-        nvml: An opened one (a fake, for tests); by default it is opened here for a CUDA device.
+        nvml: An opened one, which stays open; by default it is opened, and closed, here for a CUDA device.
     """
     origin_s = time.perf_counter()
-    uuid = None
+    uuid, opened = None, None
     if is_cuda(device):
-        nvml = nvml or Nvml.open()
-        with contextlib.suppress(NvmlError):
+        nvml = nvml or (opened := Nvml.open())
+        with contextlib.suppress(NvmlError):  # the log will say why
             uuid = select_gpu(nvml, device).uuid
     sampler = Sampler(uuid, period_s)
     try:
@@ -243,8 +249,8 @@ def measuring(device: object, period_s: float = PERIOD_S, nvml: Nvml | None = No
                 log.finish()
                 log.samples = sampler.stop(origin_s)
     finally:
-        if nvml is not None:
-            nvml.close()
+        if opened is not None:
+            opened.close()
 
 
 def select_gpu(nvml: Nvml, device: object) -> Device:
@@ -254,19 +260,6 @@ def select_gpu(nvml: Nvml, device: object) -> Device:
     index = torch.device(str(device)).index
     ordinal = torch.cuda.current_device() if index is None else index
     return nvml.select(ordinal, str(torch.cuda.get_device_properties(ordinal).uuid), os.environ)
-
-
-def torch_peaks(device: object) -> tuple[Reading, Reading]:
-    """Peaks of memory allocated and reserved by torch since they were last reset (bytes)."""
-    names = ("torch allocated peak", "torch reserved peak")
-    if not is_cuda(device):
-        return Reading.missing(names[0], NO_CUDA), Reading.missing(names[1], NO_CUDA)
-    import torch
-
-    return (
-        Reading(value=torch.cuda.max_memory_allocated(str(device)), source=names[0]),
-        Reading(value=torch.cuda.max_memory_reserved(str(device)), source=names[1]),
-    )
 
 
 def _largest(readings: list[Reading]) -> Reading:

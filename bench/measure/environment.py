@@ -1,0 +1,149 @@
+"""Where a record was measured: everything needed to judge whether two records may be compared."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import socket
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+from tpme.bench.measure.clock import is_cuda
+from tpme.bench.record import Environment
+
+PACKAGES = (
+    "tpme-bench",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "peft",
+    "safetensors",
+    "numpy",
+    "pillow",
+    "nvidia-ml-py",
+)
+ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "LD_PRELOAD", "PYTHONMALLOC", "GLIBC_TUNABLES")
+_SOURCES = ("bench", "methods", "reports", "pyproject.toml")
+
+
+def environment(device: object) -> Environment:
+    """The environment of this process, for work on ``device``. Starts CUDA only where a CUDA device is named."""
+    threads = cpu_threads()
+    revision, dirty = git_state()
+    packages = package_versions()
+    name, driver = cpu_model(), None
+    key = f"{name}, {threads} threads"
+    if is_cuda(device):
+        name, driver, cuda = _gpu(device)
+        packages |= cuda
+        key = f"{name}, driver {driver or 'unknown'}, {threads} threads"
+    return Environment(
+        python=platform.python_version(),
+        platform=platform.platform(),
+        hostname_hash=hashlib.sha256(socket.gethostname().encode()).hexdigest()[:12],
+        packages=packages,
+        device_kind="cuda" if is_cuda(device) else "cpu",
+        device_name=name,
+        device_key=key,
+        driver=driver,
+        cpu_threads=threads,
+        allocator=allocator(),
+        deterministic=_deterministic(),
+        git_revision=revision,
+        git_dirty=dirty,
+    )
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages whose change may change a result, those that are installed."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def cpu_model() -> str:
+    """The processor's name as the system tells it; the architecture where it tells none."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def cpu_threads() -> int:
+    """Threads torch computes with; before it is loaded, the cores this process may use."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        return int(torch.get_num_threads())
+    return usable_cores()
+
+
+def usable_cores() -> int:
+    """Cores this process may run on; fewer than the machine has in a container or under taskset."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def allocator() -> str:
+    """The C library's allocator and every setting that changes how host or device memory is handed out."""
+    libc, version = platform.libc_ver()
+    settings = {name: value for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_")}
+    settings |= {name: os.environ[name] for name in ALLOCATOR_SETTINGS if os.environ.get(name)}
+    words = [f"{libc or platform.system()} {version}".strip(), *(f"{name}={value}" for name, value in settings.items())]
+    return "; ".join(words)
+
+
+def git_state(source: Path | None = None) -> tuple[str | None, bool | None]:
+    """Revision and dirtiness of the repository this package is run from; (None, None) for an installed copy.
+
+    Args:
+        source: A file of the package; by default this one. A virtual environment often lies inside *another*
+            repository, so the file must itself be tracked.
+    """
+    file = Path(source or __file__).resolve()
+    if _git(file.parent, "ls-files", "--error-unmatch", file.name) is None:
+        return None, None
+    revision = _git(file.parent, "rev-parse", "HEAD")
+    root = _git(file.parent, "rev-parse", "--show-toplevel")
+    if revision is None or root is None:
+        return None, None
+    changed = _git(Path(root), "status", "--porcelain", "--", *_SOURCES)
+    return revision, None if changed is None else bool(changed)
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        told = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False, timeout=20
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return told.stdout.strip() if told.returncode == 0 else None
+
+
+def _deterministic() -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and bool(torch.are_deterministic_algorithms_enabled())
+
+
+def _gpu(device: object) -> tuple[str, str | None, dict[str, str]]:
+    """Name, driver, and the versions of CUDA and cuDNN that torch was built with."""
+    import torch
+
+    from tpme.bench.measure.nvml import Nvml
+
+    nvml = Nvml.open()
+    nvml.close()
+    versions = {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}  # type: ignore[no-untyped-call]
+    return torch.cuda.get_device_name(str(device)), nvml.driver, versions
