@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -24,3 +27,16 @@ def shared() -> Callable[..., Path]:
         return path
 
     return locate
+
+
+@pytest.fixture(scope="session")
+def tiny() -> ModuleType:
+    """``tests/tiny.py``: small encoders, data and recommenders. Loaded here, so that tests without torch stay so."""
+    name = "tpme_tests_tiny"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name("tiny.py"))
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
