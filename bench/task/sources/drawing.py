@@ -1,0 +1,144 @@
+"""How a synthetic item looks: one textured shape on a pale ground, drawn at any size from a few numbers.
+
+A drawing holds what is planted (shape, colour, texture) and what is accidental (place, size, turn, light, noise), so
+two items with equal attributes never have equal pixels. Everything is computed on a grid with four samples a pixel;
+no font, file or drawing library takes part, so an image depends on these numbers alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Grid = NDArray[np.float64]
+
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (204, 48, 44),
+    "orange": (232, 126, 34),
+    "yellow": (236, 196, 44),
+    "green": (74, 158, 66),
+    "teal": (30, 156, 156),
+    "blue": (52, 98, 196),
+    "purple": (126, 66, 176),
+    "pink": (224, 92, 154),
+}
+"""Around the colour wheel: neighbours in this order are neighbours to the eye."""
+SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "crescent")
+TEXTURES = ("plain", "stripes", "bars", "dots", "checks", "shaded")
+
+_SAMPLES = 2  # a side, so four samples a pixel
+_PERIOD = 0.36  # of a texture, in half heights of the shape: six pixels at 32 x 32, still visible there
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One item's picture; calling it with a size renders it. Small and picklable."""
+
+    shape: int
+    colour: int
+    texture: int
+    x: float
+    y: float
+    """Centre of the shape, from -1 to 1 across the image."""
+    scale: float
+    """Half height of the shape; 1 is half the image."""
+    turn: float
+    """Rotation, in radians."""
+    light: float
+    """Brightness of the shape, around 1."""
+    ground: tuple[float, float, float]
+    """Colour of the background at its middle, 0 to 255."""
+    slope: float
+    """Change of the background's brightness from top to bottom, 0 to 255."""
+    noise: float
+    """Standard deviation of the pixel noise, 0 to 255."""
+    noise_seed: int
+
+    def __call__(self, size: int) -> NDArray[np.uint8]:
+        """The picture as uint8 (3, size, size), RGB."""
+        steps = (np.arange(size * _SAMPLES) + 0.5) * (2 / (size * _SAMPLES)) - 1
+        y, x = np.meshgrid(steps, steps, indexing="ij")
+        image = np.array(self.ground)[:, None, None] + self.slope * y
+        shadow = inside(self.shape, *self._local(x - 0.05, y - 0.07))
+        image = np.where(shadow, image * 0.8, image)
+        u, v = self._local(x, y)
+        paint = np.array(list(COLOURS.values())[self.colour])[:, None, None] * self.light
+        shade = weave(self.texture, u, v)
+        # Towards white where the texture is positive, towards black where it is negative.
+        paint = np.where(shade > 0, paint + (255 - paint) * shade, paint * (1 + shade))
+        image = np.where(inside(self.shape, u, v), paint, image)
+        image = image.reshape(3, size, _SAMPLES, size, _SAMPLES).mean(axis=(2, 4))
+        image += np.random.default_rng(self.noise_seed).normal(0, self.noise, image.shape)
+        return np.clip(np.rint(image), 0, 255).astype(np.uint8)
+
+    def _local(self, x: Grid, y: Grid) -> tuple[Grid, Grid]:
+        """Image coordinates in the shape's own frame, in which it lies between -1 and 1 and y points upwards."""
+        dx, dy = (x - self.x) / self.scale, (self.y - y) / self.scale
+        cos, sin = np.cos(self.turn), np.sin(self.turn)
+        return cos * dx + sin * dy, cos * dy - sin * dx
+
+
+def draw(rng: np.random.Generator, shape: int, colour: int, texture: int) -> Drawing:
+    """A drawing of these attributes with everything else by chance."""
+    grey = rng.uniform(208, 238)
+    return Drawing(
+        shape=shape,
+        colour=colour,
+        texture=texture,
+        x=rng.uniform(-0.18, 0.18),
+        y=rng.uniform(-0.18, 0.18),
+        scale=rng.uniform(0.58, 0.8),
+        turn=rng.uniform(-0.25, 0.25),
+        light=rng.uniform(0.85, 1.1),
+        ground=(grey + rng.uniform(-14, 14), grey + rng.uniform(-14, 14), grey + rng.uniform(-14, 14)),
+        slope=rng.uniform(-12, 12),
+        noise=rng.uniform(2, 8),
+        noise_seed=int(rng.integers(2**31)),
+    )
+
+
+def inside(shape: int, x: Grid, y: Grid) -> NDArray[np.bool_]:
+    """Where the shape covers its own frame: its position in ``SHAPES``, coordinates between -1 and 1."""
+    r = np.hypot(x, y)
+    match SHAPES[shape]:
+        case "circle":
+            return r < 0.9
+        case "square":
+            return np.maximum(np.abs(x), np.abs(y)) < 0.8
+        case "triangle":
+            return (y > -0.75) & (np.abs(x) * 1.75 + y < 0.95)
+        case "star":
+            tenth = np.pi / 5
+            angle = np.abs((np.arctan2(x, y) + tenth) % (2 * tenth) - tenth)  # from the nearest point's axis
+            # Edge from a point (radius 1, angle 0) to a notch (radius 0.45, angle 36 degrees).
+            run = 1 - 0.45 * np.cos(tenth)
+            return r * (run * np.sin(angle) + 0.45 * np.sin(tenth) * np.cos(angle)) < 0.45 * np.sin(tenth)
+        case "ring":
+            return (r < 0.92) & (r > 0.45)
+        case "cross":
+            return (np.minimum(np.abs(x), np.abs(y)) < 0.3) & (np.maximum(np.abs(x), np.abs(y)) < 0.9)
+        case "heart":
+            a, b = x * 1.25, y * 1.2 + 0.15
+            return (a**2 + b**2 - 1) ** 3 - a**2 * b**3 < 0
+        case _:  # crescent
+            return (r < 0.92) & (np.hypot(x - 0.42, y - 0.12) > 0.68)
+
+
+def weave(texture: int, x: Grid, y: Grid) -> Grid:
+    """How a texture (its position in ``TEXTURES``) lightens (up to 1) or darkens (down to -1) each place."""
+    across, along = np.sin(2 * np.pi * x / _PERIOD / 1.6), np.sin(2 * np.pi * y / _PERIOD / 1.6)
+    match TEXTURES[texture]:
+        case "plain":
+            return np.zeros_like(x)
+        case "stripes":
+            return np.where(along > 0, 0.6, 0.0)
+        case "bars":
+            return np.where(across > 0, -0.5, 0.0)
+        case "dots":
+            return np.where(across * along > 0.3, 0.8, 0.0)
+        case "checks":
+            return np.where(across * along > 0, -0.55, 0.1)
+        case _:  # shaded
+            return np.clip(-0.75 * x, -0.65, 0.65)
