@@ -116,8 +116,7 @@ def _in_pool(path: Path, size: int, batches: Sequence[Batch], workers: int) -> G
 
 
 def _start_worker() -> None:
-    """Leave Ctrl-C to the parent, which ends the pool, and do not outlive it if it is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Do not outlive the parent if it is killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -130,7 +129,7 @@ def _start_worker() -> None:
 
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Processes started in here are born with Ctrl-C blocked: else it would hit them before they can ignore it."""
+    """Processes started in here are born with Ctrl-C blocked: it is the parent that ends the pool then."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

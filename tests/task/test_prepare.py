@@ -24,7 +24,7 @@ from rich.progress import Progress
 
 from tpme.bench import cli
 from tpme.bench.errors import UserError
-from tpme.bench.task import decode, workspace
+from tpme.bench.task import workspace
 from tpme.bench.task.dataset import Dataset, Manifest
 from tpme.bench.task.prepare import keep, prepare
 from tpme.bench.task.raw import RawData
@@ -63,6 +63,13 @@ def names(dataset: Dataset) -> dict[str, list[str]]:
         user: [dataset.item_names[i] for i in dataset.sequences[start:end]]
         for user, (start, end) in zip(dataset.user_names, bounds, strict=True)
     }
+
+
+@pytest.fixture(autouse=True)
+def _workers_find_this_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Worker processes are fresh: they import the pictures above, and get this process's path for it."""
+    root = Path(__file__).resolve().parents[len(__name__.split(".")) - 1]
+    monkeypatch.syspath_prepend(root)
 
 
 @pytest.fixture
@@ -227,7 +234,7 @@ def test_a_full_disk_is_noticed_beforehand(destination: Path, monkeypatch: pytes
     class Usage:
         free = 10
 
-    monkeypatch.setattr(decode.shutil, "disk_usage", lambda folder: Usage)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: Usage)
     with pytest.raises(UserError, match="the images need"):
         prepared(make_raw([[0, 1, 2, 3, 4]]), destination)
     assert list(destination.parent.iterdir()) == []

@@ -38,9 +38,9 @@ def by_name(raw: RawData) -> dict[str, list[str]]:
 
 
 def test_interactions_are_ordered_by_time_and_ties_by_the_file(tmp_path: Path) -> None:
-    rows = ["b,1,7", "a,1,30", "a,2,-1", "b,2,7", "a,3,30", "b,3,6.5", "a,4,1e1"]
+    rows = ["b,2,7", "a,3,30", "a,2,-1", "b,1,7", "a,1,30", "b,3,6.5", "a,4,1e1"]
     raw = read(tmp_path, "user,item,timestamp\n" + "\n".join(rows))
-    assert by_name(raw) == {"b": ["3", "1", "2"], "a": ["2", "4", "1", "3"]}
+    assert by_name(raw) == {"b": ["3", "2", "1"], "a": ["2", "4", "3", "1"]}
     assert raw.users == ["b", "a"]
     assert raw.titles is not None
     assert raw.titles[0] == "Title, 1"
