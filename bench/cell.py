@@ -27,9 +27,7 @@ import torch
 from tpme.bench.errors import UserError
 from tpme.bench.job import Job, progress_line
 from tpme.bench.measure.environment import environment
-from tpme.bench.measure.nvml import open_nvml
-from tpme.bench.measure.phases import PhaseLog
-from tpme.bench.measure.sampler import Sampler
+from tpme.bench.measure.phases import PhaseLog, measuring
 from tpme.bench.record import (
     CacheFacts,
     CellResult,
@@ -82,19 +80,17 @@ class Known:
 class Story:
     """One attempt at one cell. ``tell`` runs it; ``record`` says what came of it."""
 
-    def __init__(self, job: Job, progress: Progress) -> None:
-        self.job, self.cell, self.progress = job, job.cell, progress
+    def __init__(self, job: Job, phases: PhaseLog, progress: Progress) -> None:
+        self.job, self.cell, self.phases, self.progress = job, job.cell, phases, progress
         self.device = torch.device(job.cell.device)
-        self.started, self.started_at = time.perf_counter(), datetime.now(UTC)
+        self.started_at = datetime.now(UTC)
         self.known = Known()
-        # NVML's idle baseline has to be read before this process opens a CUDA context.
-        self.nvml = open_nvml(self.device)
-        self.sampler = Sampler(self.nvml)
-        self.phases = PhaseLog(self.device, self.sampler, self.nvml)
 
     def tell(self) -> Status:
         """Run the cell; every way it can end is a status."""
         try:
+            with self.phases.phase("load", "libraries"):
+                _load_libraries(self.device)
             self.phases.baseline()
             self._tell()
         except (DivergedError, NonFiniteScoreError) as error:
@@ -262,12 +258,10 @@ class Story:
         return status
 
     def record(self, status: Status) -> CellResult:
-        """Stop the instruments, write ranks and samples, and return the record."""
+        """Write ranks and samples, and return the record; call it after the instruments have stopped."""
         known, outcome = self.known, self.known.outcome
-        samples = self.sampler.stop()
-        self.known.flags += self.phases.flags()
         warmup = WARMUP_EPOCHS if len(outcome.epochs) > 2 * WARMUP_EPOCHS else 0
-        files = {"samples": _save(self.job.file(".samples.npz"), _samples(outcome, samples))}
+        files = {"samples": _save(self.job.file(".samples.npz"), self._samples(outcome))}
         if outcome.test_ranks is not None and status == "ok":
             files["ranks"] = _save(self.job.file(".ranks.npz"), self._ranks(outcome))
         return CellResult(
@@ -278,7 +272,7 @@ class Story:
             status=status,
             failure=known.failure,
             started_at=self.started_at.isoformat(timespec="seconds"),
-            wall_s=time.perf_counter() - self.started,
+            wall_s=sum(phase.wall_s for phase in self.phases.phases),
             environment=environment(self.device),
             dataset=known.dataset,
             text_encoder=known.encoders.get("text"),
@@ -292,8 +286,8 @@ class Story:
             training_memory=self.phases.training_memory() if outcome.epochs else None,
             cache=known.cache,
             inference_items_per_s=known.throughput,
-            counters=known.counters,
-            flags=tuple(known.flags),
+            counters=known.counters | self.phases.counters(),
+            flags=(*known.flags, *self.phases.flags()),
             files=files,
         )
 
@@ -307,6 +301,25 @@ class Story:
             "cold": dataset.popularity[test.target] == 0,
             "in_history": (test.history == test.target[:, None]).any(axis=1),
         }
+
+    def _samples(self, outcome: Outcome) -> dict[str, np.ndarray]:
+        samples = self.phases.samples
+        assert samples is not None
+        return {
+            "step_s": np.array(outcome.step_s),
+            "step_epoch": np.array(outcome.step_epoch, dtype=np.int32),
+            "sample_t_s": samples.t_s,
+            "sample_bytes": samples.device_bytes if self.device.type == "cuda" else samples.host_bytes,
+        }
+
+
+def _load_libraries(device: torch.device) -> None:
+    """One step of a toy model: torch imports and sets up much on first use, which is no method's memory or time."""
+    layer = torch.nn.Linear(8, 8, device=device)
+    optimizer = torch.optim.Adam(layer.parameters(), fused=True)
+    query = layer(torch.ones(1, 2, 4, 8, device=device))
+    torch.nn.functional.scaled_dot_product_attention(query, query, query).sum().backward()
+    optimizer.step()
 
 
 def _build_cache(job: FeatureJob, cell_job: Job, progress: Progress) -> None:
@@ -378,11 +391,6 @@ def _epoch_time(outcome: Outcome, warmup: int) -> Reading:
     return Reading(value=float(np.median([epoch.train_s for epoch in outcome.epochs[warmup:]])), source=source)
 
 
-def _samples(outcome: Outcome, samples: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    steps = {"step_s": np.array(outcome.step_s), "step_epoch": np.array(outcome.step_epoch, dtype=np.int32)}
-    return steps | samples
-
-
 def _save(path: Path, arrays: dict[str, np.ndarray]) -> str:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
@@ -420,8 +428,10 @@ def main() -> None:
                 last = now
                 events.write(progress_line(what, share) + "\n")
 
-        story = Story(job, progress)
-        write_result(story.record(story.tell()), job.file(".json"))
+        with measuring(job.cell.device) as phases:
+            story = Story(job, phases, progress)
+            status = story.tell()
+        write_result(story.record(status), job.file(".json"))
 
 
 if __name__ == "__main__":
