@@ -154,6 +154,39 @@ def run(
     )
 
 
+@app.command("report")
+def report_command(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUNS...", help="Run folders or record files.")],
+    out: Annotated[Path | None, typer.Option(help="Folder; by default RUN/report, of several runs ./report.")] = None,
+    weights: Annotated[str, typer.Option(help="Of T, P and M in TPME; they add up to 1.")] = "0.45,0.10,0.45",
+    frame: Annotated[Path | None, typer.Option(help="Measure TPME against the frame in this file.")] = None,
+    write_frame: Annotated[Path | None, typer.Option(help="Keep the frame of this report in this file.")] = None,
+    rows: Annotated[str | None, typer.Option(help="Rows that get a TPME: fft,lora,...")] = None,
+    title: Annotated[str | None, typer.Option(help="Title of report.md.")] = None,
+) -> None:
+    """Turn records into tables, figures and report.md."""
+    from rich.console import Console
+
+    from tpme.reports.report import write_report
+    from tpme.reports.section import parse_rows
+    from tpme.reports.tpme import Weights
+
+    single = runs[0] if len(runs) == 1 and runs[0].is_dir() else Path()
+    folder = out or single / "report"
+    console = Console()
+    write_report(
+        runs,
+        folder,
+        weights=Weights.parse(weights),
+        frame=frame,
+        write_frame=write_frame,
+        rows=None if rows is None else parse_rows(rows),
+        title=title,
+        console=console,
+    )
+    console.print(f"Written to {folder / 'report.md'}", markup=False)
+
+
 listing = typer.Typer(no_args_is_help=True, help="Show what there is to choose from.")
 app.add_typer(listing, name="list")
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON, for programs.")]
@@ -211,3 +244,7 @@ def main() -> NoReturn:
         print("tpme: interrupted; what was finished is kept, run the same command again to go on", file=sys.stderr)  # noqa: T201
         sys.exit(130)
     sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()
