@@ -14,6 +14,9 @@ import typer
 
 from tpme.bench.errors import UserError
 
+INTERRUPTED = 130
+"""The exit code that typer turns a KeyboardInterrupt into: 128 + SIGINT."""
+
 app = typer.Typer(
     name="tpme",
     no_args_is_help=True,
@@ -234,15 +237,16 @@ def doctor(as_json: AsJson = False) -> None:
 
 
 def main() -> NoReturn:
-    """Entry point: a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Entry point: a UserError becomes one line on stderr and exit code 2, Ctrl-C one line and exit code 130."""
     try:
         app()
     except UserError as error:
         print(f"tpme: {error}", file=sys.stderr)  # noqa: T201
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("tpme: interrupted; what was finished is kept, run the same command again to go on", file=sys.stderr)  # noqa: T201
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:
+            print("tpme: interrupted; what was finished is kept, the same command goes on from there", file=sys.stderr)  # noqa: T201
+        raise
     sys.exit(0)
 
 

@@ -322,6 +322,9 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        Path(temporary).chmod(0o666 & ~mask)  # mkstemp's 0600 would hide records from everyone else
         Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
