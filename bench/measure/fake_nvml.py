@@ -1,14 +1,14 @@
 """A stand-in for pynvml: the instruments' behaviour on GPUs, and on broken ones, without a GPU.
 
-It is autospecced over the real module, so a call to a function that pynvml does not have, or with the wrong
-number of arguments, fails here as it would on a GPU. Constants and exceptions are the real ones.
+Every function is autospecced over the real one, so a call to a function that pynvml does not have, or with the
+wrong arguments, fails here as it would on a GPU. Constants and exceptions are the real ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -45,44 +45,41 @@ def fake_nvml(*gpus: FakeGpu, errors: Mapping[str, str] | None = None) -> Any:
     """A module like pynvml over ``gpus``. ``errors``: as in FakeGpu, for functions that ask no device."""
     import pynvml
 
-    api = mock.create_autospec(pynvml, instance=True)
-    _copy_constants(pynvml, api)
+    api = SimpleNamespace(**{name: value for name, value in vars(pynvml).items() if _is_constant(value)})
 
     def fails(code: str) -> Exception:
         error: Exception = pynvml.NVMLError(getattr(pynvml, f"NVML_ERROR_{code}"))
         return error
 
-    def system(function: str, answer: Any) -> None:
+    def add(function: str, answer: Callable[..., Any], failing: Callable[..., str | None]) -> None:
         def run(*args: Any, **kwargs: Any) -> Any:
-            if errors and function in errors:
-                raise fails(errors[function])
-            return answer(*args, **kwargs)
-
-        getattr(api, function).side_effect = run
-
-    def device(function: str, answer: Any) -> None:
-        def run(gpu: FakeGpu, *args: Any, **kwargs: Any) -> Any:
-            code = "GPU_IS_LOST" if gpu.lost else gpu.errors.get(function)
-            if code:
-                raise fails(code)
-            told = answer(gpu, *args, **kwargs)
+            code = failing(*args)
+            told = fails(code) if code else answer(*args, **kwargs)
             if isinstance(told, Exception):
                 raise told
             return told
 
-        getattr(api, function).side_effect = run
+        # Autospecced over the real function: its name must exist and its arguments must fit.
+        setattr(api, function, mock.create_autospec(getattr(pynvml, function), side_effect=run))
 
-    system("nvmlInit", lambda: None)
-    system("nvmlShutdown", lambda: None)
-    system("nvmlSystemGetDriverVersion", lambda: "595.10")
-    system("nvmlDeviceGetCount", lambda: len(gpus))
-    system("nvmlDeviceGetHandleByIndex", lambda index: gpus[index])
-    for function, answer in _answers(fails).items():
-        device(function, answer)
+    for function, answer in _system_answers(gpus).items():
+        add(function, answer, lambda *_, name=function: (errors or {}).get(name))
+    for function, answer in _device_answers(fails).items():
+        add(function, answer, lambda gpu, *_, name=function: "GPU_IS_LOST" if gpu.lost else gpu.errors.get(name))
     return api
 
 
-def _answers(fails: Any) -> dict[str, Any]:
+def _system_answers(gpus: Sequence[FakeGpu]) -> dict[str, Callable[..., Any]]:
+    return {
+        "nvmlInit": lambda: None,
+        "nvmlShutdown": lambda: None,
+        "nvmlSystemGetDriverVersion": lambda: "595.10",
+        "nvmlDeviceGetCount": lambda: len(gpus),
+        "nvmlDeviceGetHandleByIndex": lambda index: gpus[index],
+    }
+
+
+def _device_answers(fails: Callable[[str], Exception]) -> dict[str, Callable[..., Any]]:
     """pynvml function -> what a healthy FakeGpu answers."""
 
     def memory(gpu: FakeGpu, version: int | None = None) -> Any:
@@ -115,8 +112,5 @@ def _answers(fails: Any) -> dict[str, Any]:
     }
 
 
-def _copy_constants(real: ModuleType, api: Any) -> None:
-    for name in dir(real):
-        value = getattr(real, name)
-        if isinstance(value, int) or (isinstance(value, type) and issubclass(value, BaseException)):
-            setattr(api, name, value)
+def _is_constant(value: object) -> bool:
+    return isinstance(value, int) or (isinstance(value, type) and issubclass(value, BaseException))

@@ -263,16 +263,14 @@ def select_gpu(nvml: Nvml, device: object) -> Device:
 
 
 def _largest(readings: list[Reading]) -> Reading:
-    """The largest of several windows; it is valid only if every window was read."""
+    """The largest of several windows; valid only if every window was, for an unread one may hold the true maximum."""
     if not readings:
         return Reading.missing("maximum over the training phases", "no training phase was recorded")
-    had = [reading for reading in readings if reading.value is not None]
-    bad = next((reading for reading in readings if not reading.valid), None)
-    if not had or bad is None:
-        return max(had, key=lambda reading: reading.value or 0.0) if had else readings[0]
-    largest = max(had, key=lambda reading: reading.value or 0.0)
-    many = sum(not reading.valid for reading in readings)
-    reason = f"in {many} of {len(readings)} training phases: {bad.reason}" if len(readings) > 1 else bad.reason
+    largest = max(readings, key=lambda reading: -1.0 if reading.value is None else reading.value)
+    bad = [reading for reading in readings if not reading.valid]
+    if not bad or len(readings) == 1:
+        return largest
+    reason = f"in {len(bad)} of {len(readings)} training phases: {bad[0].reason}"
     return Reading(value=largest.value, source=largest.source, valid=False, reason=reason)
 
 

@@ -102,8 +102,7 @@ class Sampler:
         self._started_s = time.perf_counter()
         said = self._first_line()
         if b'"ready"' not in said:
-            self._process.kill()
-            said += self._process.communicate()[1]
+            said += _ended(self._process)
             self._process = None
             raise SamplerError(f"the sampler did not start: {said.decode(errors='replace').strip() or 'no answer'}")
         return self
@@ -133,12 +132,7 @@ class Sampler:
             origin_s: The ``time.perf_counter`` that becomes 0 in ``t_s``; by default the sampler's start.
         """
         process = self._running()
-        try:
-            said = process.communicate(timeout=_STOP_S)[1]
-        except subprocess.TimeoutExpired:  # it hangs in the driver
-            process.kill()
-            said = process.communicate()[1]
-        told = _last_message(said)
+        told = _last_message(_ended(process))
         columns = self.rows_since(0)
         self._process = None
         self._rows.close()
@@ -177,6 +171,15 @@ class Sampler:
     ) -> None:
         if self._process is not None:
             self.stop()
+
+
+def _ended(process: subprocess.Popen[bytes]) -> bytes:
+    """Ask the sampler to end, which closing its input does; returns what it still had to say."""
+    try:
+        return process.communicate(timeout=_STOP_S)[1]
+    except subprocess.TimeoutExpired:  # it hangs in the driver
+        process.kill()
+        return process.communicate()[1]
 
 
 def _last_message(said: bytes) -> dict[str, Any]:

@@ -1,0 +1,95 @@
+"""``tpme doctor``: it tries the instruments out and says what cannot be had, with or without a GPU."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+from tpme.bench import doctor
+from tpme.bench.cli import app
+from tpme.bench.doctor import Diagnosis, Quantity, diagnose, render
+from tpme.bench.measure.fake_nvml import FakeGpu, fake_nvml
+from tpme.bench.measure.nvml import Nvml
+
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="what is said without a CUDA device")
+
+
+@pytest.fixture(scope="module")
+def diagnosis() -> Diagnosis:
+    return diagnose()
+
+
+def test_every_quantity_is_measured_or_says_why_not(diagnosis: Diagnosis) -> None:
+    first = [quantity.name.split()[0] for quantity in diagnosis.quantities]
+    assert {"T", "P", "M", "E", "Quality", "Sampler"} <= set(first)
+    for quantity in diagnosis.quantities:
+        assert quantity.how
+        assert quantity.state == "yes" or quantity.why
+
+
+@no_gpu
+def test_without_a_gpu_memory_is_the_hosts_and_energy_cannot_be_had(diagnosis: Diagnosis) -> None:
+    known = {quantity.name: quantity for quantity in diagnosis.quantities}
+    assert diagnosis.device == "cpu"
+    assert known["M memory"].state == "yes"
+    assert "resident" in known["M memory"].how
+    assert (known["E energy"].state, known["E energy"].why) == ("no", "no CUDA device")
+
+
+def test_it_fits_80_columns(diagnosis: Diagnosis) -> None:
+    output = io.StringIO()
+    render(diagnosis, Console(file=output, width=80))
+    lines = output.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "…" not in output.getvalue()
+    for title in ("Software", "Machine", "What is measured on this"):
+        assert any(line.startswith(title) for line in lines)
+    for quantity in diagnosis.quantities:
+        assert any(line.startswith(quantity.name) for line in lines)
+
+
+def test_the_command_succeeds_and_its_json_is_the_diagnosis() -> None:
+    told = CliRunner().invoke(app, ["doctor", "--json"])
+    assert told.exit_code == 0
+    assert Diagnosis.model_validate_json(told.output).cores >= 1
+
+
+def test_gpus_are_listed_with_their_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = (FakeGpu(processes={7: None}), FakeGpu(uuid="GPU-2", errors={"nvmlDeviceGetMemoryInfo": "NO_PERMISSION"}))
+    nvml = Nvml.open(fake_nvml(*gpus))
+    monkeypatch.setattr(Nvml, "open", lambda: nvml)
+    monkeypatch.setattr(doctor, "try_out", lambda device, nvml: ((), ()))
+    found = diagnose()
+    assert [gpu.processes for gpu in found.gpus] == [1, None]
+    assert found.nvml is None
+    output = io.StringIO()
+    render(found, Console(file=output, width=80))
+    text = " ".join(output.getvalue().split())
+    assert "80.0 GiB, 1.0 GiB in use by 1 processes" in text
+    assert "memory not readable" in text
+
+
+def test_a_broken_gpu_is_a_finding_not_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(device: str, nvml: Nvml) -> None:
+        raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be ...")
+
+    monkeypatch.setattr(doctor, "try_out", fail)
+    assert diagnose().quantities == (
+        Quantity(name="all", how="a moment of work", state="no", why="CUDA error: out of memory"),
+    )
+
+
+def test_downloaded_encoders_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models--google--vit-base" / "snapshots" / "abc").mkdir(parents=True)
+    (tmp_path / "models--broken--download").mkdir()
+    (tmp_path / "datasets--a--b" / "snapshots" / "abc").mkdir(parents=True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(doctor, "try_out", lambda device, nvml: ((), ()))
+    told = json.loads(diagnose().model_dump_json())
+    assert told["hub"]["models"] == ["google/vit-base"]

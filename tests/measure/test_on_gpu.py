@@ -1,0 +1,122 @@
+"""The instruments on a real GPU: what they say grows with what is really used."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+MIB = 1 << 20
+RUN = """
+import json, time
+import torch
+from tpme.bench.measure.phases import measuring
+with measuring("cuda") as log:
+    log.baseline()
+    torch.zeros(1, device="cuda")
+    with log.phase("load"):
+        time.sleep(0.3)
+    with log.phase("train"):
+        block = torch.ones(MIB_HELD << 18, device="cuda")
+        a = torch.randn(4096, 4096, device="cuda")
+        end = time.perf_counter() + 1.0
+        while time.perf_counter() < end:
+            b = a @ a
+            torch.cuda.synchronize()
+samples = log.samples
+print(json.dumps({
+    "phases": [phase.model_dump() for phase in log.phases],
+    "flags": [flag.model_dump() for flag in log.flags()],
+    "counters": {name: reading.model_dump() for name, reading in log.counters().items()},
+    "curve": [float(samples.device_bytes[0]), float(samples.device_bytes.max())],
+    "notes": samples.notes,
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def told() -> dict[str, Any]:
+    """What one process says that holds 512 MiB and multiplies matrices for a second."""
+    import json
+    import subprocess
+    import sys
+
+    run = subprocess.run(
+        [sys.executable, "-c", RUN.replace("MIB_HELD", "512")], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+    return found
+
+
+def memory(told: dict[str, Any], phase: int, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = told["phases"][phase]["memory"][name]
+    return found
+
+
+def test_torch_and_the_device_grow_by_what_was_allocated(told: dict[str, Any]) -> None:
+    allocated = memory(told, 1, "torch_allocated_bytes")["value"]
+    assert allocated >= 512 * MIB
+    before, after = (memory(told, phase, "nvml_device_bytes") for phase in (0, 1))
+    assert before["valid"], before["reason"]
+    assert after["valid"], after["reason"]
+    assert after["value"] - before["value"] >= 512 * MIB
+    assert after["value"] < allocated + 4096 * MIB
+
+
+def test_the_process_holds_at_least_what_torch_reserved_or_is_missing_with_a_reason(told: dict[str, Any]) -> None:
+    process = memory(told, 1, "nvml_process_bytes")
+    if process["value"] is None:
+        assert process["reason"]
+        pytest.skip(f"NVML does not show this process here: {process['reason']}")
+    assert process["value"] >= memory(told, 1, "torch_reserved_bytes")["value"]
+
+
+def test_a_second_of_work_takes_energy(told: dict[str, Any]) -> None:
+    energy = told["phases"][1]["energy_j"]
+    if energy["value"] is None:
+        pytest.skip(f"no energy counter here: {energy['reason']}")
+    assert 5 < energy["value"] < 5000
+
+
+def test_the_sampler_sees_the_memory_and_the_work(told: dict[str, Any]) -> None:
+    first, most = told["curve"]
+    assert most - first >= 512 * MIB
+    assert told["counters"]["gpu_utilisation_percent"]["value"] > 0
+    assert told["counters"]["gpu_temperature_c"]["value"] > 0
+    assert told["counters"]["sampler_cpu_fraction"]["value"] < 0.05
+
+
+def test_the_device_is_found_by_its_uuid() -> None:
+    from tpme.bench.measure.nvml import Nvml
+    from tpme.bench.measure.phases import select_gpu
+
+    nvml = Nvml.open()
+    device = select_gpu(nvml, torch.device("cuda"))
+    before = device.memory().used
+    block = torch.ones(256 << 18, device="cuda")
+    torch.cuda.synchronize()
+    assert device.memory().used - before >= 200 * MIB
+    del block
+    torch.cuda.empty_cache()
+    nvml.close()
+
+
+def test_time_is_read_after_the_work_is_done(fresh: Callable[[str], Any]) -> None:
+    from tpme.bench.measure.clock import now
+
+    a = torch.randn(8192, 8192, device="cuda")
+    start = now("cuda")
+    for _ in range(20):
+        a = torch.nn.functional.normalize(a @ a)
+    queued = time.perf_counter() - start
+    done = now("cuda") - start
+    assert done > 2 * queued

@@ -1,0 +1,271 @@
+"""Phases: one timeline without holes, training apart from the rest, peaks where they belong."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tpme.bench.measure import phases as module
+from tpme.bench.measure.fake_nvml import GIB, FakeGpu, fake_nvml
+from tpme.bench.measure.nvml import Nvml
+from tpme.bench.measure.phases import PhaseLog, measuring
+from tpme.bench.record import Phase, Reading
+
+MIB = 1 << 20
+
+
+def cpu_log() -> PhaseLog:
+    log = PhaseLog("cpu", None, None)
+    log.baseline()
+    return log
+
+
+def seconds(phases: list[Phase]) -> float:
+    return sum(phase.wall_s for phase in phases)
+
+
+def test_the_times_of_a_cell_add_up_to_its_wall_time() -> None:
+    start = time.perf_counter()
+    with measuring("cpu") as log:
+        log.baseline()
+        with log.phase("load"):
+            time.sleep(0.05)
+        time.sleep(0.1)  # bookkeeping
+        for epoch in range(3):
+            with log.phase("train", f"epoch {epoch}"):
+                time.sleep(0.1)
+            time.sleep(0.03)
+            with log.phase("validate"):
+                time.sleep(0.02)
+            time.sleep(0.02)
+        with log.phase("rank"):
+            time.sleep(0.02)
+        time.sleep(0.05)
+        wall_s = log.finish()
+    assert seconds(log.phases) == pytest.approx(wall_s, rel=0.01)
+    assert seconds(log.phases) == pytest.approx(time.perf_counter() - start, rel=0.2)
+    for before, after in zip(log.phases, log.phases[1:], strict=False):
+        assert before.start_s + before.wall_s == pytest.approx(after.start_s, abs=1e-9)
+    assert log.phases[0].start_s == 0.0
+
+
+def test_what_lies_between_two_phases_is_never_training() -> None:
+    log = cpu_log()
+    with log.phase("load"):
+        pass
+    time.sleep(0.3)
+    with log.phase("train"):
+        time.sleep(0.01)
+    trained = log.phases[-1].wall_s
+    time.sleep(0.3)
+    with log.phase("validate"):
+        time.sleep(0.01)
+    load, train, validate = log.phases
+    assert load.wall_s > 0.3
+    assert validate.wall_s > 0.3
+    assert train.wall_s == trained < 0.3
+
+
+def test_phases_do_not_nest() -> None:
+    log = cpu_log()
+    with pytest.raises(RuntimeError, match="'load' is still open"), log.phase("load"), log.phase("train"):
+        pass
+    with log.phase("train"):
+        pass
+    assert [phase.kind for phase in log.phases] == ["load", "train"]
+
+
+def test_a_phase_that_fails_is_recorded() -> None:
+    log = cpu_log()
+    with pytest.raises(MemoryError), log.phase("train", "epoch 1"):
+        raise MemoryError
+    assert [(phase.kind, phase.name) for phase in log.phases] == [("train", "epoch 1")]
+    assert log.phases[0].memory.host_rss_bytes.value is not None
+
+
+def test_a_failure_is_not_hidden_by_what_a_broken_device_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = cpu_log()
+
+    def broken(device: object) -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    with pytest.raises(MemoryError), log.phase("train"):  # noqa: PT012
+        monkeypatch.setattr(module, "sync", broken)
+        raise MemoryError
+    assert len(log.phases) == 1
+
+
+def test_host_memory_is_over_the_baseline_and_per_phase() -> None:
+    log = cpu_log()
+    for kind, mib in (("load", 50), ("train", 200), ("train", 100), ("validate", 300)):
+        with log.phase(kind):  # type: ignore[arg-type]
+            block = bytearray(b"x") * (mib * MIB)
+            del block
+    peaks = [phase.memory.host_rss_bytes.value for phase in log.phases]
+    for peak, mib in zip(peaks, (50, 200, 100, 300), strict=True):
+        assert peak == pytest.approx(mib * MIB, abs=25 * MIB)
+    assert log.training_memory().host_rss_bytes.value == peaks[1]
+    assert "over the baseline" in log.phases[0].memory.host_rss_bytes.source
+
+
+def test_without_a_baseline_host_memory_is_missing() -> None:
+    log = PhaseLog("cpu", None, None)
+    with log.phase("train"):
+        pass
+    assert log.phases[0].memory.host_rss_bytes.value is None
+    assert "baseline" in str(log.phases[0].memory.host_rss_bytes.reason)
+
+
+def test_on_a_cpu_what_a_gpu_would_tell_is_missing_with_that_reason() -> None:
+    log = cpu_log()
+    with log.phase("train"):
+        pass
+    memory = log.phases[0].memory
+    for reading in (
+        memory.torch_allocated_bytes,
+        memory.torch_reserved_bytes,
+        memory.nvml_device_bytes,
+        memory.nvml_process_bytes,
+        log.phases[0].energy_j,
+        log.training_memory().nvml_device_bytes,
+    ):
+        assert (reading.value, reading.reason) == (None, "no CUDA device")
+    assert [flag.code for flag in log.flags()] == ["cpu-memory"]
+
+
+def test_free_memory_is_handed_back_only_where_others_left_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = cpu_log()
+    released: list[str] = []
+    monkeypatch.setattr(module, "release_free_memory", lambda: released.append("release"))
+    held = iter([(100, 0), (100, 0), (100, 0), (150, 0), (140, 0)])
+    monkeypatch.setattr(PhaseLog, "_held", lambda self: next(held))
+    with log.phase("train"):  # the first of its kind; leaves 100
+        pass
+    assert len(released) == 1
+    with log.phase("train"):  # starts at 100, leaves 100: its own leftovers, which it may use again
+        pass
+    assert len(released) == 1
+    with log.phase("train"):  # starts at 150: others left some
+        pass
+    assert len(released) == 2
+
+
+def test_a_training_peak_is_valid_only_if_every_training_phase_was_read() -> None:
+    log = cpu_log()
+    for _ in range(2):
+        with log.phase("train"):
+            pass
+    memory = log.phases[0].memory
+    read = memory.model_copy(update={"nvml_device_bytes": Reading(value=5.0, source="NVML")})
+    log.phases[0] = log.phases[0].model_copy(update={"memory": read})
+    told = log.training_memory().nvml_device_bytes
+    assert (told.value, told.valid) == (5.0, False)
+    assert "1 of 2 training phases" in str(told.reason)
+
+
+def test_no_training_is_no_training_memory() -> None:
+    log = cpu_log()
+    with log.phase("rank"):
+        pass
+    assert "no training phase" in str(log.training_memory().host_rss_bytes.reason)
+
+
+def test_all_instruments_stop_when_the_cell_fails() -> None:
+    with pytest.raises(ZeroDivisionError), measuring("cpu") as log:  # noqa: PT012
+        assert log._sampler is not None
+        pid = log._sampler.pid
+        raise ZeroDivisionError
+    assert log.samples is not None
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def test_the_samplers_cost_and_curve_come_with_the_log() -> None:
+    with measuring("cpu") as log:
+        log.baseline()
+        with log.phase("train"):
+            time.sleep(0.2)
+    assert log.samples is not None
+    assert log.samples.t_s[0] > 0
+    assert log.counters()["sampler_cpu_fraction"].value == log.samples.cpu_fraction
+    train = log.phases[0]
+    inside = (log.samples.t_s >= train.start_s) & (log.samples.t_s <= train.start_s + train.wall_s)
+    assert inside.sum() > 3
+
+
+# --- on a pretended GPU ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
+    """A fake GPU that PhaseLog takes for CUDA device 0; torch holds 1 GiB on it."""
+    reading = Reading(value=GIB, source="torch")
+    monkeypatch.setattr(module, "select_gpu", lambda nvml, device: nvml.devices[0])
+    monkeypatch.setattr(module, "now", lambda device: time.perf_counter())
+    monkeypatch.setattr(module, "sync", lambda device: None)
+    monkeypatch.setattr(module, "peaks", lambda device: (reading, reading))
+    for name in ("reset_peaks", "release_cached"):
+        monkeypatch.setattr(module, name, lambda device: None)
+    monkeypatch.setattr(module, "reserved_bytes", lambda device: 0)
+    return FakeGpu(used=GIB // 100)
+
+
+def train_on(gpu: FakeGpu, log: PhaseLog) -> None:
+    with log.phase("train"):
+        gpu.used, gpu.processes = gpu.used + 2 * GIB, {os.getpid(): 2 * GIB}
+        gpu.energy_mj += 30_000
+        time.sleep(0.15)
+
+
+def test_a_phase_on_a_gpu(gpu: FakeGpu) -> None:
+    log = PhaseLog("cuda", None, Nvml.open(fake_nvml(gpu)))
+    train_on(gpu, log)
+    phase = log.phases[0]
+    assert phase.memory.nvml_device_bytes.value == 2 * GIB
+    assert phase.memory.nvml_process_bytes.value == 2 * GIB
+    assert phase.memory.torch_reserved_bytes.value == GIB
+    assert phase.energy_j.value == 30.0
+    assert log.flags() == []
+    assert log.counters()["gpu_temperature_c"].value is None
+
+
+def test_strangers_and_a_busy_start_are_flagged(gpu: FakeGpu) -> None:
+    gpu.used, gpu.processes = GIB, {10**9: GIB}
+    log = PhaseLog("cuda", None, Nvml.open(fake_nvml(gpu)))
+    with log.phase("train"):
+        gpu.processes = gpu.processes | {os.getpid(): GIB}
+    messages = [flag.message for flag in log.flags() if flag.code == "foreign-process"]
+    assert len(messages) == 2
+    assert "before this run" in messages[0]
+    assert "up to 1 other processes" in messages[1]
+
+
+@pytest.mark.parametrize(
+    ("nvml", "reason"),
+    [(None, "not opened"), (Nvml.open(fake_nvml(errors={"nvmlInit": "NO_PERMISSION"})), "no permission")],
+)
+def test_a_gpu_without_nvml_still_runs_and_says_why(
+    gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, nvml: Nvml | None, reason: str
+) -> None:
+    monkeypatch.setattr(module, "select_gpu", lambda nvml, device: nvml.select(0, None, {}))
+    log = PhaseLog("cuda", None, nvml)
+    train_on(gpu, log)
+    assert reason in str(log.phases[0].memory.nvml_device_bytes.reason)
+    assert reason in str(log.phases[0].energy_j.reason)
+    assert log.phases[0].memory.torch_allocated_bytes.value == GIB
+    assert [flag.code for flag in log.flags()] == ["no-nvml"]
+
+
+def test_throttling_while_training_is_flagged(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = PhaseLog("cuda", None, Nvml.open(fake_nvml(gpu)))
+    ends = module.GpuWindow.end
+    rows = {"t_s": np.zeros(4), "clock_limits": np.array([0x4, 0x4, 0x4, 0.0]), "temperature_c": np.full(4, 70.0)}
+    monkeypatch.setattr(module.GpuWindow, "end", lambda self, wall_s, _, floor: ends(self, wall_s, rows, floor))
+    train_on(gpu, log)
+    (flag,) = log.flags()
+    assert flag.code == "throttled"
+    assert "power cap in 75% of readings" in flag.message
+    assert log.counters()["gpu_temperature_c"].value == 70.0
