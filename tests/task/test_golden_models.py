@@ -119,7 +119,7 @@ def test_sequential_encoder(golden: Callable[[str], Golden]) -> None:
     mask = tensor(data["log_mask"]) > 0
     output = sequence(inputs, mask)
     close(output[mask], data["output"][mask.numpy()])
-    # The gradient weights of padded positions are zero in the reference's sum wherever only real outputs count.
+    # What comes out at padded positions means nothing: it is left out of the sum, as the loss leaves it out.
     (output * tensor(data["grad_weight"]) * mask[..., None]).sum().backward()
     assert inputs.grad is not None
     close(inputs.grad[mask], data["grad_input"][mask.numpy()])

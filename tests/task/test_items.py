@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tpme.bench.task.items import LAST, Items, Reads, map_tensors
+
+
+@dataclass(frozen=True)
+class Nested:
+    items: Items
+    name: str
+    count: int
+
+
+def test_reads_count_levels_and_the_final_state() -> None:
+    assert (Reads((0, 2, 4)).count, Reads((1,), final=True).count, LAST.count) == (3, 2, 1)
+
+
+def test_map_tensors_reaches_every_tensor_and_nothing_else() -> None:
+    items = Items(torch.tensor([1, 2]), tokens=torch.ones(2, 3), states={"text": torch.ones(2, 1, 4)})
+    changed = map_tensors(Nested(items, "x", 3), lambda tensor: tensor + 1)
+    assert (changed.name, changed.count) == ("x", 3)
+    assert changed.items.ids.tolist() == [2, 3]
+    assert changed.items.tokens is not None
+    assert changed.items.tokens.eq(2).all()
+    assert changed.items.states is not None
+    assert changed.items.states["text"].eq(2).all()
+    assert changed.items.image is None
+    assert items.ids.tolist() == [1, 2]
+
+
+def test_items_move_as_a_whole() -> None:
+    moved = Items(torch.tensor([1, 2]), image=torch.zeros(2, 3, 4, 4, dtype=torch.uint8)).to(torch.device("meta"))
+    assert len(moved) == 2
+    assert moved.image is not None
+    assert (moved.ids.device.type, moved.image.device.type, moved.image.dtype) == ("meta", "meta", torch.uint8)

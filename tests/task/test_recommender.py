@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+from types import ModuleType
+
+import pytest
+import torch
+
+from tpme.bench.record import Modality
+from tpme.bench.task.items import EncoderShape, Items
+from tpme.bench.task.recommender import Recommender, TokenFusion
+from tpme.bench.task.sequential import SequentialEncoder
+
+SHAPES: dict[Modality, EncoderShape] = {"text": EncoderShape(16, 2), "image": EncoderShape(16, 2)}
+
+
+def recommender(tiny: ModuleType, *, decoupled: bool = False, dropout: float = 0.0) -> Recommender:
+    torch.manual_seed(0)
+    sequence = SequentialEncoder(8, 5, 1, 2, dropout)
+    return Recommender(tiny.views(dropout=dropout), TokenFusion(SHAPES, 8), sequence, decoupled=decoupled)
+
+
+def test_image_comes_before_text() -> None:
+    fusion = TokenFusion(SHAPES, 8)
+    states = {modality: torch.randn(3, 1, 16) for modality in SHAPES}
+    parts = [torch.nn.functional.gelu(fusion.heads[m](states[m][:, 0])) for m in ("image", "text")]
+    torch.testing.assert_close(fusion(states, torch.arange(3)), fusion.fusion(torch.cat(parts, dim=1)))
+
+
+@pytest.mark.parametrize("modality", ["text", "image"])
+def test_one_modality_needs_no_fusion(modality: Modality) -> None:
+    fusion = TokenFusion({modality: EncoderShape(16, 2)}, 8)
+    state = torch.randn(3, 1, 16)
+    expected = torch.nn.functional.gelu(fusion.heads[modality](state[:, 0]))
+    assert torch.equal(fusion({modality: state}, torch.arange(3)), expected)
+    assert sum(p.numel() for p in fusion.parameters()) == 16 * 8 + 8
+
+
+def test_encoders_arrive_frozen_and_the_rest_trains(tiny: ModuleType) -> None:
+    model = recommender(tiny)
+    assert not any(p.requires_grad for p in model.encoders.parameters())
+    groups = model.parameter_groups()
+    assert list(groups) == ["recommender"]
+    trainable = {id(p) for p in (*model.sequence.parameters(), *model.item_encoder.parameters())}
+    assert {id(p) for p in groups["recommender"]} == trainable
+
+
+def test_groups_hold_every_trainable_parameter_once(tiny: ModuleType) -> None:
+    model = recommender(tiny)
+    model.encoders.requires_grad_(True)
+    grouped = [id(p) for parameters in model.parameter_groups().values() for p in parameters]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters())
+
+
+def test_a_decoupled_models_encoders_run_without_gradient_and_dropout(tiny: ModuleType) -> None:
+    model = recommender(tiny, decoupled=True, dropout=0.5).train()
+    states = model.hidden_states(tiny.items())
+    assert not any(state.requires_grad for state in states.values())
+    assert all(
+        torch.equal(a, b) for a, b in zip(states.values(), model.hidden_states(tiny.items()).values(), strict=True)
+    )
+    assert not any(part.training for part in model.encoders.modules() if part is not model.encoders)
+    assert model.sequence.training
+
+
+def test_cached_states_are_used_as_they_are_in_the_models_precision(tiny: ModuleType) -> None:
+    model = recommender(tiny, decoupled=True)
+    items = tiny.items()
+    half = {modality: state.half() for modality, state in model.hidden_states(items).items()}
+    cached = Recommender({}, model.item_encoder, model.sequence, decoupled=True)
+    vectors = cached.encode_items(Items(items.ids, states=half))
+    assert vectors.dtype == torch.float32
+    torch.testing.assert_close(vectors, model.encode_items(items), atol=1e-2, rtol=1e-2)

@@ -1,0 +1,273 @@
+from __future__ import annotations
+
+import copy
+from types import ModuleType, SimpleNamespace
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tpme.bench.errors import UserError
+from tpme.bench.record import Modality
+from tpme.bench.task.items import EncoderShape, Reads
+from tpme.bench.task.view import EncoderView, Role
+
+ROLES: tuple[Role, ...] = get_args(Role)
+
+
+def tree(leaves: list[str]) -> nn.Module:
+    """A module with a linear layer at each of the dotted paths; numbers become list entries by name."""
+    root = nn.Module()
+    for path in leaves:
+        here = root
+        *parents, leaf = path.split(".")
+        for name in parents:
+            if name not in dict(here.named_children()):
+                here.add_module(name, nn.Module())
+            here = here.get_submodule(name)
+        here.add_module(leaf, nn.Linear(4, 4))
+    root.config = SimpleNamespace(hidden_size=4)
+    return root
+
+
+OLD_VIT = {
+    "query": "attention.attention.query",
+    "key": "attention.attention.key",
+    "value": "attention.attention.value",
+    "attention_output": "attention.output.dense",
+    "ffn_in": "intermediate.dense",
+    "ffn_out": "output.dense",
+}
+
+
+# --- where things are -----------------------------------------------------------------------------------------------
+
+
+def test_roles_of_bert(tiny: ModuleType) -> None:
+    view = tiny.views(("text",))["text"]
+    assert view.projections("query", "ffn_out") == [
+        "encoder.layer.0.attention.self.query",
+        "encoder.layer.0.output.dense",
+        "encoder.layer.1.attention.self.query",
+        "encoder.layer.1.output.dense",
+    ]
+    layer = view.layers[1]
+    assert view.sublayer_outputs(1) == (layer.attention.output.dropout, layer.output.dropout)
+
+
+def test_roles_of_vit(tiny: ModuleType) -> None:
+    view = tiny.views(("image",))["image"]
+    assert view.projections("value", "attention_output") == [
+        "layers.0.attention.v_proj",
+        "layers.0.attention.o_proj",
+        "layers.1.attention.v_proj",
+        "layers.1.attention.o_proj",
+    ]
+    layer = view.layers[0]
+    assert view.sublayer_outputs(0) == (layer.attention.o_proj, layer.mlp.fc2)
+
+
+def test_roles_of_a_vit_with_the_names_of_transformers_4() -> None:
+    paths = [*OLD_VIT.values(), "attention.output.dropout", "output.dropout"]
+    module = tree(["embeddings.projection", *(f"encoder.layer.{i}.{path}" for i in range(3) for path in paths)])
+    view = EncoderView(module, "image")
+    assert view.shape == EncoderShape(4, 3)
+    assert view.projections(*ROLES) == [f"encoder.layer.{i}.{OLD_VIT[role]}" for i in range(3) for role in ROLES]
+    outputs = view.sublayer_outputs(2)
+    expected = ("encoder.layer.2.attention.output.dropout", "encoder.layer.2.output.dropout")
+    assert outputs == tuple(module.get_submodule(path) for path in expected)
+
+
+@pytest.mark.parametrize("modality", ["text", "image"])
+def test_every_role_is_a_linear_layer_of_the_right_shape(tiny: ModuleType, modality: Modality) -> None:
+    view = tiny.views((modality,))[modality]
+    shapes = {"ffn_in": (tiny.FFN, tiny.WIDTH), "ffn_out": (tiny.WIDTH, tiny.FFN)}
+    for role in ROLES:
+        names = view.projections(role)
+        assert len(names) == tiny.DEPTH
+        for name in names:
+            assert view.module.get_submodule(name).weight.shape == shapes.get(role, (tiny.WIDTH, tiny.WIDTH))
+
+
+def test_an_unknown_encoder_is_refused_in_one_line() -> None:
+    with pytest.raises(
+        UserError, match=r"^Module \(text encoder\): its list of layers is at none of the known places"
+    ) as e:
+        EncoderView(tree(["blocks.0.attention"]), "text")
+    assert "\n" not in str(e.value)
+
+
+def test_an_unknown_role_is_refused_in_one_line() -> None:
+    view = EncoderView(tree(["layers.0.attention.mixing"]), "text")
+    for ask in (lambda: view.projections("query"), lambda: view.sublayer_outputs(0), lambda: view.embeddings):
+        with pytest.raises(UserError, match="choose an encoder of the BERT or ViT family") as e:
+            ask()
+        assert "\n" not in str(e.value)
+
+
+# --- running --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no-grad"])
+@pytest.mark.parametrize("modality", ["text", "image"])
+def test_encode_gives_token_0_of_the_hidden_states(tiny: ModuleType, modality: Modality, grad: bool) -> None:
+    view, items = tiny.views((modality,))[modality], tiny.items((modality,))
+    if modality == "text":
+        inputs = {"input_ids": items.tokens, "attention_mask": items.token_mask}
+    else:
+        inputs = {"pixel_values": items.image.float() / 127.5 - 1}
+    with torch.set_grad_enabled(grad):
+        output = view.module(**inputs, output_hidden_states=True)
+        given = {"tokens": items.tokens, "token_mask": items.token_mask, "image": items.image}
+        every = view.encode(Reads((0, 1, 2), final=True), **given)
+        some = view.encode(Reads((2, 0)), **given)
+    assert every.shape == (len(items), 4, tiny.WIDTH)
+    for level in range(3):
+        torch.testing.assert_close(every[:, level], output.hidden_states[level][:, 0], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(every[:, 3], output.last_hidden_state[:, 0], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(some, every[:, [2, 0]])
+    assert every.requires_grad is grad
+
+
+def test_encode_leaves_no_hook_behind(tiny: ModuleType) -> None:
+    view, items = tiny.views(("text",))["text"], tiny.items(("text",))
+    view.encode(Reads((0, 1)), tokens=items.tokens, token_mask=items.token_mask)
+    with pytest.raises(IndexError):  # nor when the encoder fails
+        view.encode(Reads((0, 1)), tokens=items.tokens + tiny.VOCAB, token_mask=items.token_mask)
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in view.module.modules())
+
+
+def test_the_final_state_of_a_vit_is_after_its_norm_and_of_a_bert_is_the_last_level(tiny: ModuleType) -> None:
+    items, views = tiny.items(), tiny.views()
+    given = {"tokens": items.tokens, "token_mask": items.token_mask, "image": items.image}
+    text = views["text"].encode(Reads((2,), final=True), **given)
+    image = views["image"].encode(Reads((2,), final=True), **given)
+    assert torch.equal(text[:, 0], text[:, 1])
+    torch.testing.assert_close(views["image"].module.layernorm(image[:, 0]), image[:, 1])
+
+
+def test_images_are_normalised_per_channel(tiny: ModuleType) -> None:
+    mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
+    view = EncoderView(tiny.encoder("image"), "image", mean, std)
+    image = tiny.items(("image",)).image
+    channels = [(image[:, c].float() / 255 - mean[c]) / std[c] for c in range(3)]
+    expected = view.module(pixel_values=torch.stack(channels, dim=1)).last_hidden_state[:, 0]
+    torch.testing.assert_close(view.encode(Reads(final=True), image=image)[:, 0], expected, atol=1e-5, rtol=1e-5)
+
+
+# --- modes ----------------------------------------------------------------------------------------------------------
+
+
+def own_modes(model: Any) -> set[bool]:
+    """Modes of the modules that came with the encoders."""
+    return {part.training for view in model.views.values() for part in _own(view)}
+
+
+def injected_modes(model: Any) -> set[bool]:
+    """Modes of the modules that a method put into the encoders."""
+    own = {part for view in model.views.values() for part in _own(view)}
+    return {part.training for part in model.encoders.modules() if part not in own and part is not model.encoders}
+
+
+def _own(view: EncoderView) -> list[nn.Module]:
+    injected = ("lora", "adapters", "prompts")
+    return [
+        part
+        for name, part in view.module.named_modules()
+        if type(part).__module__.startswith(("torch.", "transformers.")) and not any(word in name for word in injected)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("method", "own", "injected"),
+    [
+        ("fft", {True}, set()),
+        ("bitfit", {False}, set()),
+        ("lora", {False}, {True}),
+        ("adapter", {False}, {True}),
+        ("prompt", {False}, {True}),
+        ("frozen", {False}, set()),
+        ("iisan", {False}, set()),
+    ],
+)
+def test_mode_policy(tiny: ModuleType, method: str, own: set[bool], injected: set[bool]) -> None:
+    _, model = tiny.build(method)
+    model.train()
+    assert (own_modes(model), injected_modes(model)) == (own, injected)
+    assert model.item_encoder.training
+    assert model.sequence.training
+    model.eval()
+    assert own_modes(model) | injected_modes(model) == {False}
+
+
+def test_only_the_layers_that_train_drop_out(tiny: ModuleType) -> None:
+    _, model = tiny.build("frozen")
+    model.decoupled = False
+    view = model.views["text"]
+    view.layers[1].requires_grad_(True)
+    model.train()
+    assert {part.training for part in view.layers[1].modules()} == {True}
+    assert {part.training for part in (*view.layers[0].modules(), *view.embeddings.modules())} == {False}
+
+
+def test_a_parameter_that_a_method_hangs_on_an_encoder_module_does_not_wake_it(tiny: ModuleType) -> None:
+    _, model = tiny.build("frozen")
+    model.decoupled = False
+    model.views["text"].layers[0].register_parameter("scale", nn.Parameter(torch.ones(2, 2)))
+    model.train()
+    assert own_modes(model) == {False}
+
+
+def test_the_policy_holds_for_a_deep_copy(tiny: ModuleType) -> None:
+    _, model = tiny.build("lora")
+    twin = copy.deepcopy(model.eval()).train()
+    assert (own_modes(twin), injected_modes(twin)) == ({False}, {True})
+    assert own_modes(model) == injected_modes(model) == {False}
+
+
+# --- activation checkpointing ---------------------------------------------------------------------------------------
+
+
+def run(tiny: ModuleType, method: str, *, checkpointed: bool, dropout: float) -> tuple[float, dict[str, Tensor], int]:
+    """Loss, gradients and the bytes kept for the backward pass of one training step."""
+    options = {"lora": {"dropout": dropout}}.get(method, {})
+    made, model = tiny.build(method, options, encoder_dropout=dropout)
+    tiny.train(made, model, steps=1)  # LoRA's B and the like are no longer zero
+    if checkpointed:
+        for view in model.views.values():
+            view.checkpoint_activations()
+    model.train()
+    model.zero_grad()
+    kept = 0
+
+    def keep(tensor: Tensor) -> Tensor:
+        nonlocal kept
+        kept += tensor.numel() * tensor.element_size()
+        return tensor
+
+    torch.manual_seed(11)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = tiny.loss_of(model, tiny.batch())
+    loss.backward()
+    return float(loss.detach()), tiny.gradients(model), kept
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("method", ["fft", "adapter", "lora", "bitfit", "prompt"])
+def test_checkpointing_changes_memory_and_no_gradient(tiny: ModuleType, method: str, dropout: float) -> None:
+    loss, gradients, kept = run(tiny, method, checkpointed=False, dropout=dropout)
+    again, recomputed, kept_less = run(tiny, method, checkpointed=True, dropout=dropout)
+    assert again == loss
+    assert gradients.keys() == recomputed.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(recomputed[name], gradient, rtol=0, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+    assert kept_less < 0.7 * kept
+
+
+def test_checkpointing_leaves_inference_alone(tiny: ModuleType) -> None:
+    _, model = tiny.build("fft")
+    before = tiny.vectors(model, tiny.items())
+    for view in model.views.values():
+        view.checkpoint_activations()
+    assert torch.equal(tiny.vectors(model, tiny.items()), before)
