@@ -28,9 +28,12 @@ def table_of(
 ) -> Table:
     """A table over the rows of the summary (all, or those named), with the section's footnotes."""
     names = [str(row) for row in (section.summary.index if rows is None else rows)]
-    entries = tuple(tuple(entry(row, section.summary.loc[row]) for _, entry in made) for row in names)
+    lines = {str(row): line for row, line in section.summary.iterrows()}
+    entries = tuple(tuple(entry(row, lines[row]) for _, entry in made) for row in names)
     columns = tuple(column for column, _ in made)
-    return Table(name, title, columns, entries, (*notes, *section.notes.shared), section.notes.footnotes, section.name)
+    return Table(
+        name, title, columns, entries, tuple(notes), section.notes.shared, section.notes.footnotes, section.name
+    )
 
 
 def method(section: Section) -> Field:
@@ -57,7 +60,8 @@ def quality(section: Section, key: str, header: str) -> list[Field]:
         if pd.isna(line[key]):
             return Entry(str(line["status"]) if line["status"] != "ok" else MISSING)
         half = (line[f"{key}_high"] - line[f"{key}_low"]) / 2
-        return Entry(f"{decimals(line[key])} ± {decimals(half)}", line[key], name in best)
+        mean = decimals(line[key])
+        return Entry(f"{mean} ± {decimals(half)}", line[key], name in best, short=mean)
 
     bounds = [(Column(f"{key}_{part}", machine_only=True), hidden(f"{key}_{part}")) for part in ("low", "high", "sd")]
     return [(Column(key, header, "higher"), entry), *bounds]
@@ -71,10 +75,9 @@ def cost(
     best = best_rows(compared, "lower")
 
     def entry(name: str, line: pd.Series[Any]) -> Entry:
-        text, spread = show(line[key] / scale), line.get(f"{key}_sd")
-        if spread is not None and pd.notna(spread):
-            text += f" ± {number(spread / scale, 2)}"
-        return Entry(text, value_of(line[key]), name in best)
+        mean, spread = show(line[key] / scale), line.get(f"{key}_sd")
+        text = f"{mean} ± {number(spread / scale, 2)}" if spread is not None and pd.notna(spread) else mean
+        return Entry(text, value_of(line[key]), name in best, short=mean)
 
     made: list[Field] = [(Column(key, header, "lower"), entry)]
     if f"{key}_sd" in section.summary:
@@ -136,8 +139,13 @@ def plain(key: str, header: str, digits: int, scale: float = 1) -> Field:
 
 
 def count(key: str, header: str) -> Field:
-    """A whole number."""
-    return Column(key, header), lambda name, line: Entry(f"{line[key]:.0f}", int(line[key]))
+    """A count, or the mean of one over seeds."""
+
+    def entry(name: str, line: pd.Series[Any]) -> Entry:
+        text = MISSING if pd.isna(line[key]) else f"{line[key]:.1f}".removesuffix(".0")
+        return Entry(text, value_of(line[key]))
+
+    return Column(key, header), entry
 
 
 def percent(key: str, header: str) -> Field:
@@ -165,7 +173,7 @@ def decimals(value: float) -> str:
 def best_rows(values: pd.Series[Any], better: Better, digits: int = 12) -> set[str]:
     """The rows that hold the best value, as far as it is printed; none where there is no choice."""
     known = values.dropna().astype(float).round(digits)
-    if len(known) < 2:
+    if known.nunique() < 2:
         return set()
     best = known.max() if better == "higher" else known.min()
     return {str(name) for name in known.index[known == best]}

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.patheffects import withStroke
 
-from tpme.reports.style import GREY, settle
+from tpme.reports.style import GREY
 
 Floats = npt.NDArray[np.float64]
 
@@ -21,7 +21,8 @@ NEAR_PT = 5.0
 """A name further than this from its point gets a line to it."""
 MARKER_PT = 3.0
 CROWD_PT = 40.0
-COVERED, CUT, CROSSED, PER_PT = 100.0, 5.0, 1.0, 0.05
+PADDING_PT = 1.0
+COVERED, CUT, CROSSED, PER_PT = 100.0, 6.0, 4.0, 0.05
 """What it costs to cover a name or point, to cut a name with a line, to cross a line or point, and each 1/72 inch."""
 
 
@@ -34,9 +35,9 @@ def place_labels(axes: Any, points: Sequence[tuple[float, float]], names: Sequen
     """Write a name beside every point.
 
     Greedy and deterministic: the points in the largest crowds choose first, each the cheapest of the places on
-    rings around it. Fixes the layout of the figure, so it comes last.
+    rings around it. Measures the axes as they are, so it comes last.
     """
-    renderer = settle(axes.figure)
+    renderer = axes.figure.canvas.get_renderer()
     pt = axes.figure.dpi / 72
     spots: Floats = np.asarray(axes.transData.transform(list(points)), dtype=np.float64)
     window = np.asarray(axes.get_window_extent(renderer).extents, dtype=np.float64)
@@ -62,7 +63,7 @@ def place_labels(axes: Any, points: Sequence[tuple[float, float]], names: Sequen
             + PER_PT * away / pt
         )
         best = int(cost.argmin())
-        placed = np.vstack([placed, boxes[best]])
+        placed = np.vstack([placed, boxes[best] + PADDING_PT * pt * np.array([-1, -1, 1, 1])])
         lines = np.vstack([lines, leads[best]]) if led[best] else lines
         _write(axes, points[index], names[index], (boxes[best].reshape(2, 2).mean(axis=0) - spots[index]) / pt, size)
         if led[best]:

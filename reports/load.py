@@ -25,6 +25,7 @@ from tpme.bench.record import (
     Memory,
     Reading,
     RecordError,
+    attempt_number,
     find_results,
     read_result,
 )
@@ -87,7 +88,8 @@ def load(paths: Iterable[Path | str]) -> pd.DataFrame:
 def read(paths: Iterable[Path | str]) -> list[Recorded]:
     """The latest record of each cell below ``paths``, sorted by path. Raises UserError where there is none."""
     roots = [Path(path) for path in paths]
-    files = {path.resolve(): path for path in find_results(roots)}
+    found = [path for path in find_results(roots) if attempt_number(path) or path in roots]  # else a job in progress
+    files = {path.resolve(): path for path in found}
     if not files:
         where = ", ".join(str(root) for root in roots)
         raise UserError(f"{where}: no records (attempt-*.json) in there; name a folder that 'tpme run' wrote")
@@ -174,8 +176,8 @@ def _cell_columns(cell: Cell, device_key: str) -> dict[str, Any]:
         "dataset": cell.dataset,
         "dataset_fingerprint": cell.dataset_fingerprint,
         "modalities": "+".join(cell.modalities),
-        "encoders": "; ".join(
-            f"{modality}: {_encoder(spec)}"
+        "encoders": ", ".join(
+            _encoder(spec, modality)
             for modality, spec in (("text", cell.text_encoder), ("image", cell.image_encoder))
             if spec is not None
         ),
@@ -232,9 +234,9 @@ def _epoch_columns(result: CellResult) -> dict[str, Any]:
     }
 
 
-def _encoder(spec: EncoderSpec) -> str:
+def _encoder(spec: EncoderSpec, modality: str) -> str:
     revision = f"@{spec.revision}" if spec.revision else ""
-    return f"{spec.source}{revision}" + (" (random weights)" if spec.weights == "random" else "")
+    return f"{spec.source}{revision} ({modality}{', random weights' if spec.weights == 'random' else ''})"
 
 
 def _canonical(value: Any) -> str:
@@ -267,7 +269,7 @@ def _device_keys(results: dict[Path, CellResult]) -> dict[Path, str]:
             continue
         candidates = (known.get((scope, result.cell.device), set()) for scope in (path.parent.parent, None))
         keys[path] = next(
-            (next(iter(found)) for found in candidates if len(found) == 1), f"{result.cell.device}, unknown"
+            (next(iter(found)) for found in candidates if len(found) == 1), f"unknown {result.cell.device} device"
         )
     return keys
 

@@ -29,7 +29,7 @@ LEVEL = 0.95
 
 def gains(ranks: Ranks, metric: Metric, k: int) -> Floats:
     """What each user adds to the metric at cut-off ``k``; shape ``(users,)``, values in [0, 1]."""
-    hit = (ranks.rank <= k) & ~ranks.in_history.astype(bool)
+    hit: npt.NDArray[np.bool_] = (ranks.rank <= k) & ~ranks.in_history.astype(bool)
     if metric == "recall":
         return hit.astype(np.float64)
     return np.where(hit, 1 / np.log2(1 + np.maximum(ranks.rank, 1)), 0.0)
@@ -71,12 +71,14 @@ def quality(
     Raises:
         UserError: the seeds of a row were tested on different users.
     """
-    table = pd.DataFrame(
-        {name: _one_row(name, seeds, cutoffs) for name, seeds in rows.items()}, dtype=np.float64
-    ).T.reindex(list(rows))
+    columns = ["users", "users_cold", "cannot_hit"]
+    columns += [f"{name}{end}" for name, *_ in _columns(cutoffs) for end in ("", "_low", "_high", "_sd")]
+    table = pd.DataFrame(np.nan, index=list(rows), columns=columns)
     by_users: dict[int, list[str]] = {}
     for name, seeds in rows.items():
         by_users.setdefault(len(seeds[0].rank), []).append(name)
+        for column, value in _one_row(name, seeds, cutoffs).items():
+            table.loc[name, column] = value
     for users, names in by_users.items():
         if users:
             _add_intervals(table, {name: rows[name] for name in names}, cutoffs, resamples, seed)

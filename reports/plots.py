@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from tpme.reports.fields import byte_unit, millions
 from tpme.reports.labels import halo, place_labels
@@ -22,15 +22,17 @@ from tpme.reports.load import Array, Samples, load_samples
 from tpme.reports.section import Section
 from tpme.reports.style import (
     BLUE,
+    COLUMN_INCHES,
     GREEN,
     GREY,
     ORANGE,
     SILVER,
     VERMILION,
+    margins,
     new_figure,
-    settle,
     shorten,
     style,
+    text_width,
 )
 from tpme.reports.table import number
 from tpme.reports.tpme import pareto
@@ -56,9 +58,8 @@ def all_plots(section: Section) -> list[Plot]:
     for make in makers:
         with style():
             plot = make(section)
-            if plot is not None:
-                settle(plot.figure)
-                made.append(plot)
+        if plot is not None:
+            made.append(plot)
     return made
 
 
@@ -68,21 +69,22 @@ def quality_tpme(section: Section) -> Plot | None:
     shown = summary[summary["tpme"].notna() & summary["recall_10"].notna()]
     if len(shown) < 2:
         return None
-    figure = new_figure(3.1 + 0.03 * len(shown))
+    figure = new_figure(COLUMN_INCHES, 3.1 + 0.03 * len(shown))
     axes = figure.add_subplot()
     x, y = 100 * shown["tpme"], shown["recall_10"]
     front = pareto(shown)
     reach = np.stack([y - shown["recall_10_low"], shown["recall_10_high"] - y]).clip(min=0)
-    axes.errorbar(x, y, yerr=reach, fmt="none", ecolor=GREY, elinewidth=0.4, alpha=0.6, zorder=1)
+    axes.errorbar(x, y, yerr=reach, fmt="none", ecolor=SILVER, elinewidth=0.5, zorder=1)
     line = shown[front].sort_values("tpme")
     axes.step(100 * line["tpme"], line["recall_10"], where="post", color=VERMILION, lw=0.8, zorder=2)
     axes.plot(x[~front], y[~front], "o", ms=3.5, color=BLUE, zorder=3, label="dominated")
     axes.plot(x[front], y[front], "D", ms=3.5, color=VERMILION, zorder=3, label="Pareto front")
     axes.set_xlabel("TPME (%), lower is better")
     axes.set_ylabel("Recall@10, higher is better")
-    _draw_references(section, axes, float(shown["recall_10_low"].min()), float(shown["recall_10_high"].max()))
     axes.margins(x=0.12, y=0.1)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=2, frameon=False, fontsize=6)
+    right, lines = _draw_references(section, axes, shown)
+    margins(figure, 0.55, 0.05 + right, 0.36 + 0.12 * lines, 0.28)
+    figure.legend(loc="upper left", ncols=2, frameon=False, fontsize=6)
     order = np.lexsort((y, x))
     place_labels(axes, [(x.iloc[i], y.iloc[i]) for i in order], [_name(section, shown.index[i]) for i in order])
     caption = (
@@ -107,7 +109,7 @@ def costs(section: Section) -> Plot | None:
     if shown.empty:
         return None
     full = shown[(shown["method"] == "fft") & (shown["status"] == "ok")].head(1)
-    figure = new_figure(0.75 + 0.17 * len(shown))
+    figure = new_figure(COLUMN_INCHES, 0.6 + 0.17 * len(shown))
     panels = figure.subplots(1, 3, sharey=True)
     position = np.arange(len(shown))[::-1]
     for axes, (name, symbol, per, divisor, colour) in zip(panels, columns, strict=True):
@@ -122,11 +124,10 @@ def costs(section: Section) -> Plot | None:
         axes.set_xlabel("× FFT" if base else per, labelpad=1)
         if base:
             axes.axvline(1, color=GREY, lw=0.5, ls=(0, (2, 2)), zorder=0)
-    panels[0].set_yticks(position, [_name(section, name) for name in shown.index])
-    panels[0].set_ylim(-0.6, len(shown) - 0.4)
+    _name_rows(figure, panels[0], position, [_name(section, name) for name in shown.index])
     caption = "Epoch time T, trainable parameters P and peak memory M; the numbers are the raw values, lower is better."
     if len(full):
-        caption += f" Bars are relative to {full.index[0]}."
+        caption += f" Bars are relative to {full.index[0]}, the dashed line."
     if bounded.any():
         caption += " Hatched: out of memory, so M is at least this."
     return Plot("costs", "Time, parameters and memory", caption, figure)
@@ -139,16 +140,18 @@ def memory_over_time(section: Section) -> Plot | None:
         return None
     across = min(3, len(curves))
     down = math.ceil(len(curves) / across)
-    figure = new_figure(0.5 + 0.85 * down)
+    figure = new_figure(COLUMN_INCHES, 0.45 + 0.85 * down)
     panels = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
     largest = pd.Series([one.sample_bytes.max() for one in curves.values()])
     unit, scale = byte_unit(largest)
     full = next((name for name in curves if section.summary.loc[name, "method"] == "fft"), None)
-    for axes, (name, one) in zip(panels.flat, curves.items(), strict=False):
+    drawn = {name: _thin(one) for name, one in curves.items()}
+    for axes, name in zip(panels.flat, drawn, strict=False):
         if full is not None and name != full:
-            axes.plot(curves[full].sample_t_s, curves[full].sample_bytes / scale, color=SILVER, lw=0.8)
-        axes.fill_between(one.sample_t_s, one.sample_bytes / scale, color=BLUE, alpha=0.25, lw=0)
-        axes.plot(one.sample_t_s, one.sample_bytes / scale, color=BLUE, lw=0.8)
+            axes.plot(drawn[full][0], drawn[full][1] / scale, color=SILVER, lw=0.8)
+        time_s, used = drawn[name][0], drawn[name][1] / scale
+        axes.fill_between(time_s, used, color=BLUE, alpha=0.25, lw=0)
+        axes.plot(time_s, used, color=BLUE, lw=0.8)
         axes.set_title(_name(section, name, 18), pad=2, fontsize=6)
         axes.xaxis.set_major_locator(MaxNLocator(3))
         axes.yaxis.set_major_locator(MaxNLocator(3))
@@ -160,8 +163,9 @@ def memory_over_time(section: Section) -> Plot | None:
     if max(lengths) > LOG_FROM * min(lengths) > 0:
         panels.flat[0].set_xlim(min(lengths) / 10, max(lengths))
         _log_axis(panels.flat[0])
-    figure.supxlabel("seconds since the start of the cell", fontsize=7)
-    figure.supylabel(f"memory ({unit})", fontsize=7)
+    figure.supxlabel("seconds since the start of the cell", fontsize=7, y=0.05 / figure.get_figheight())
+    figure.supylabel(f"memory ({unit})", fontsize=7, x=0.01)
+    margins(figure, 0.42, 0.08, 0.38, 0.16, across=0.12, down=0.26)
     caption = "Memory over the life of one cell of each row (its first seed), all panels on the same axes."
     if full is not None:
         caption += f" Grey: {full}."
@@ -174,7 +178,7 @@ def step_times(section: Section) -> Plot | None:
     times = {name: steps for name, steps in times.items() if len(steps)}
     if not times:
         return None
-    figure = new_figure(0.6 + 0.17 * len(times))
+    figure = new_figure(COLUMN_INCHES, 0.5 + 0.17 * len(times))
     axes = figure.add_subplot()
     position = np.arange(len(times))[::-1]
     drawn = axes.boxplot(
@@ -187,9 +191,8 @@ def step_times(section: Section) -> Plot | None:
         line.set(color="black", linewidth=0.6)
     middle = [float(np.median(steps)) for steps in times.values()]
     if max(middle) > LOG_FROM * min(middle):
-        _log_axis(axes)
-    axes.set_yticks(position, [_name(section, name) for name in times])
-    axes.set_ylim(-0.6, len(times) - 0.4)
+        _log_axis(axes, 6)
+    _name_rows(figure, axes, position, [_name(section, name) for name in times], top=0.05)
     axes.set_xlabel("training step (ms)")
     caption = (
         "Training steps of one cell of each row (its first seed) after the warm-up epochs: median, quartiles, "
@@ -225,38 +228,69 @@ def _bars(
     axes.grid(False, axis="y")
     axes.tick_params(axis="y", length=0)
     if not logarithmic:
-        axes.xaxis.set_major_locator(MaxNLocator(3))
+        axes.xaxis.set_major_locator(MaxNLocator(2))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def _log_axis(axes: Any) -> None:
+def _name_rows(figure: Figure, axes: Any, position: Array, names: list[str], top: float = 0.2) -> None:
+    """Names on the left of horizontal bars, with the room they need."""
+    axes.set_yticks(position, names)
+    axes.set_ylim(-0.6, len(names) - 0.4)
+    margins(figure, text_width(figure, names, 6.5) + 0.12, 0.05, 0.36, top, across=0.2)
+
+
+def _log_axis(axes: Any, most: int = 3) -> None:
+    """A logarithmic axis with labels at powers of ten, at most so many."""
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(numticks=4))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_locator(LogLocator(numticks=most))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _power(value)))
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
-def _draw_references(section: Section, axes: Any, low: float, high: float) -> None:
-    """Recall@10 of the finished rows without a TPME as lines; one far below the points ``low`` to ``high`` is named."""
+def _power(value: float) -> str:
+    """0.01 to 1000 as they are, what is beyond as a short power of ten."""
+    if 0.01 <= value <= 1000:
+        return f"{value:g}"
+    return "10" + str(round(math.log10(value))).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def _draw_references(section: Section, axes: Any, shown: pd.DataFrame) -> tuple[float, int]:
+    """Recall@10 of the finished rows without a TPME as lines; what is far from the others is told below the axis.
+
+    Returns the room their names need on the right, in inches, and the number of lines below.
+    """
     rest = section.summary[section.summary["tpme"].isna() & section.summary["recall_10"].notna()]
-    below = []
-    for name, value in rest["recall_10"].items():
-        if not low - (high - low) / 2 <= value <= high + (high - low) / 2:
-            below.append(f"{_name(section, str(name))} {value:.3f}")
-            continue
+    low, high = shown["recall_10_low"].min(), shown["recall_10_high"].max()
+    near = (rest["recall_10"] >= low - (high - low) / 2) & (rest["recall_10"] <= high + (high - low) / 2)
+    names = {name: _name(section, str(name)) for name in rest.index}
+    lines = rest.loc[near, "recall_10"].sort_values()
+    for value in lines:
         axes.axhline(value, color=GREY, lw=0.6, ls=(0, (2, 2)), zorder=0)
+    low, high = axes.get_ylim()
+    least = 0.035 * (high - low)  # a line of text
+    for name, y in zip(lines.index, _apart(list(lines), least), strict=True):
         axes.annotate(
-            _name(section, str(name)), (1, value), xycoords=("axes fraction", "data"), xytext=(2, 0),
-            textcoords="offset points", fontsize=6, color=GREY, va="center", annotation_clip=False,
+            names[name], (1, y), xycoords=("axes fraction", "data"), xytext=(2, 0), textcoords="offset points",
+            fontsize=6, color=GREY, va="center", annotation_clip=False,
         )  # fmt: skip
-    if below:
-        axes.set_xlabel(f"{axes.get_xlabel()}\n{textwrap.fill('off the scale: ' + ', '.join(below), 60)}")
+    far = [f"{names[name]} {value:.3f}" for name, value in rest.loc[~near, "recall_10"].items()]
+    below = textwrap.wrap(f"off the scale: {', '.join(far)}", 60) if far else []
+    axes.set_xlabel("\n".join([axes.get_xlabel(), *below]))
+    return text_width(axes.figure, [names[name] for name in rest.index[near]], 6), len(below)
+
+
+def _apart(values: list[float], least: float) -> list[float]:
+    """Ascending values, pushed up where needed until neighbours are ``least`` apart."""
+    spread: list[float] = []
+    for value in values:
+        spread.append(max(value, spread[-1] + least) if spread else value)
+    return spread
 
 
 def _name(section: Section, name: str, limit: int = 24) -> str:
-    status = section.summary.loc[name, "status"]
-    return (
-        shorten(name, limit) + ("*" if section.notes.marks[name] else "") + ("" if status == "ok" else f" ({status})")
-    )
+    status = str(section.summary.loc[name, "status"])
+    mark = "*" if section.notes.marks[name] else ""
+    return shorten(name, limit) + mark + ("" if status == "ok" else f" ({status})")
 
 
 def _with_warning(section: Section, caption: str) -> str:
@@ -270,6 +304,14 @@ def _first_samples(section: Section) -> dict[str, Samples]:
     cells = cells.assign(failed=cells["status"] != "ok").sort_values(["failed", "seed", "path"])
     first = cells.drop_duplicates("row").set_index("row")["samples_path"]
     return {str(name): load_samples(first[name]) for name in section.summary.index if name in first.index}
+
+
+def _thin(one: Samples, most: int = 400) -> tuple[Array, Array]:
+    """Time and memory of at most so many samples; of neighbours the largest stays, so no peak is lost."""
+    stride = math.ceil(len(one.sample_bytes) / most)
+    starts = np.arange(0, len(one.sample_bytes), stride)
+    ends = np.minimum(starts + stride, len(one.sample_bytes)) - 1
+    return one.sample_t_s[ends], np.maximum.reduceat(one.sample_bytes, starts)
 
 
 def _steady_steps(section: Section, name: str, one: Samples) -> Array:

@@ -7,7 +7,7 @@ are those of Okabe and Ito, which colour-blind readers can tell apart. Texts are
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,19 +55,41 @@ def style() -> Iterator[None]:
         yield
 
 
-def new_figure(height: float, width: float = COLUMN_INCHES) -> Figure:
-    """An empty figure of ``width`` by ``height`` inches that keeps its parts from overlapping."""
-    figure = Figure(figsize=(width, height), layout="constrained")
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure; sizes in inches."""
+    figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
     return figure
 
 
-def settle(figure: Figure) -> Any:
-    """Fix the layout where it is now (it need not be found again on saving); returns the renderer to measure with."""
-    if figure.get_layout_engine() is not None:
-        figure.draw_without_rendering()
-        figure.set_layout_engine("none")
-    return figure.canvas.get_renderer()
+def margins(
+    figure: Figure, left: float, right: float, bottom: float, top: float, across: float = 0, down: float = 0
+) -> None:
+    """Room around the axes and, for panels, ``across`` and ``down`` between them, in inches.
+
+    Set by hand because the automatic layouts draw every figure several times to find the same.
+    """
+    width, height = figure.get_size_inches()
+    grid: Any = figure.axes[0].get_gridspec()
+    columns, rows = grid.ncols, grid.nrows
+    panel_width = (width - left - right - (columns - 1) * across) / columns
+    panel_height = (height - bottom - top - (rows - 1) * down) / rows
+    figure.subplots_adjust(
+        left=left / width, right=1 - right / width, bottom=bottom / height, top=1 - top / height,
+        wspace=across / panel_width, hspace=down / panel_height,
+    )  # fmt: skip
+
+
+def text_width(figure: Figure, texts: Iterable[str], size: float) -> float:
+    """Width of the longest text in inches."""
+    canvas: Any = figure.canvas
+    renderer = canvas.get_renderer()
+    widths = [0.0]
+    for text in texts:
+        drawn = figure.text(0, 0, text, fontsize=size)
+        widths.append(drawn.get_window_extent(renderer).width)
+        drawn.remove()
+    return float(max(widths) / figure.dpi)
 
 
 def save(figure: Figure, ending: str) -> bytes:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import rich.box
 import rich.table
 from rich.text import Text
 
@@ -33,6 +34,8 @@ class Entry:
     best: bool = False
     marks: tuple[int, ...] = ()
     """Numbers of the footnotes that belong to it, from 1."""
+    short: str | None = None
+    """The text for a narrow terminal, where it differs."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,8 @@ class Table:
     columns: tuple[Column, ...]
     rows: tuple[tuple[Entry, ...], ...]
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    """Flags of all rows."""
     footnotes: tuple[str, ...] = ()
     """Footnote 1 first; entries point at them with ``marks``."""
     subject: str = ""
@@ -103,22 +108,39 @@ def number(value: float | None, digits: int = 3) -> str:
 # --- terminal ------------------------------------------------------------------------------------------------
 
 
-def to_terminal(table: Table) -> rich.table.Table:
-    """A rich table; its caption holds notes and footnotes."""
-    caption = Text("\n".join([*table.notes, *(f"{mark}  {text}" for mark, text in table.used_footnotes)]))
-    drawn = rich.table.Table(title=Text(table.caption), caption=caption, caption_justify="left", title_justify="left")
+def to_terminal(table: Table, width: int = 120) -> rich.table.Table:
+    """A rich table whose caption holds notes and footnotes; where ``width`` is too narrow, shorter texts are used."""
+    notes = [*table.notes, *table.warnings, *(f"{mark}  {text}" for mark, text in table.used_footnotes)]
+    short = _natural_width(table) > width
+    drawn = rich.table.Table(
+        title=Text(table.caption), title_justify="left", caption=Text("\n".join(notes)), caption_justify="left",
+        box=rich.box.SIMPLE_HEAD, padding=(0, 0, 0, 0 if short else 1), pad_edge=False,
+    )  # fmt: skip
     for index in table.shown:
         column = table.columns[index]
+        texts = [_terminal_entry(row[index], short) for row in table.rows]
+        # Names may be broken anywhere, numbers nowhere, headers between words.
+        words = [*map(len, column.title.split()), *map(len, texts)] if column.numeric else [0]
         drawn.add_column(
-            Text(column.title), justify="right" if column.numeric else "left", overflow="fold", vertical="top"
-        )
+            Text(column.title), justify="right" if column.numeric else "left", overflow="fold", vertical="bottom",
+            min_width=max(words),
+        )  # fmt: skip
     for row in table.rows:
-        drawn.add_row(*(_terminal_entry(row[index]) for index in table.shown))
+        drawn.add_row(*(_terminal_entry(row[index], short) for index in table.shown))
     return drawn
 
 
-def _terminal_entry(entry: Entry) -> Text:
-    text = Text(entry.text, style="bold" if entry.best else "")
+def _natural_width(table: Table) -> int:
+    """Characters of a line when nothing is wrapped."""
+    longest = [
+        max([len(table.columns[index].title), *(len(_terminal_entry(row[index], False)) for row in table.rows)])
+        for index in table.shown
+    ]
+    return sum(longest) + len(longest)
+
+
+def _terminal_entry(entry: Entry, short: bool) -> Text:
+    text = Text(entry.short if short and entry.short is not None else entry.text, style="bold" if entry.best else "")
     if entry.marks:
         text.append(" " + ",".join(map(str, entry.marks)), style="dim")
     return text
@@ -128,7 +150,7 @@ def _terminal_entry(entry: Entry) -> Text:
 
 
 def to_markdown(table: Table, footnotes: bool = True) -> str:
-    """A pipe table; notes and footnotes follow as a list unless ``footnotes`` is off."""
+    """A pipe table; a list of its notes follows and, unless ``footnotes`` is off, of warnings and footnotes."""
     columns = [table.columns[index] for index in table.shown]
     lines = [
         _markdown_row([escape_markdown(column.title) for column in columns]),
@@ -137,6 +159,7 @@ def to_markdown(table: Table, footnotes: bool = True) -> str:
     ]
     notes = [f"- {escape_markdown(note)}" for note in table.notes]
     if footnotes:
+        notes += [f"- {escape_markdown(text)}" for text in table.warnings]
         notes += [f"- <sup>{mark}</sup> {escape_markdown(text)}" for mark, text in table.used_footnotes]
     return "\n".join([*lines, *([""] if notes else []), *notes]) + "\n"
 
@@ -198,7 +221,7 @@ def to_latex(table: Table) -> str:
     columns = [table.columns[index] for index in table.shown]
     layout = "".join(_latex_layout(table, index) for index in table.shown)
     rows = [" & ".join(_latex_entry(row[index]) for index in table.shown) + r" \\" for row in table.rows]
-    below = [escape_latex(note) for note in table.notes]
+    below = [escape_latex(note) for note in (*table.notes, *table.warnings)]
     below += [rf"\textsuperscript{{{mark}}}\,{escape_latex(text)}" for mark, text in table.used_footnotes]
     lines = [
         "% needs \\usepackage{booktabs,amssymb,textcomp} and, before LaTeX of 2018, \\usepackage[utf8]{inputenc}",
@@ -263,6 +286,7 @@ def to_json(table: Table) -> str:
             for row in table.rows
         ],
         "notes": list(table.notes),
+        "warnings": list(table.warnings),
         "footnotes": {str(mark): text for mark, text in table.used_footnotes},
     }
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)

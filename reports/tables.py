@@ -33,7 +33,7 @@ def results(section: Section) -> Table:
         fields.seeds(),
         *fields.quality(section, "recall_10", "Recall@10"),
         *fields.quality(section, "ndcg_10", "NDCG@10"),
-        *fields.cost(section, "epoch_time_s", "T (s/epoch)"),
+        *fields.cost(section, "epoch_time_s", "T (s)"),
         *fields.cost(section, "trainable_millions", "P (M)", fields.millions),
         *fields.memory(section, f"M ({unit})", scale),
         *fields.tpme(section),
@@ -74,8 +74,8 @@ def costs(section: Section) -> Table:
     made = [
         fields.method(section),
         fields.plain("time_to_best_s", "To best epoch (s)", 3),
-        fields.plain("best_epoch", "Best epoch", 3),
-        fields.plain("epochs_run", "Epochs", 3),
+        fields.count("best_epoch", "Best epoch"),
+        fields.count("epochs_run", "Epochs"),
         fields.plain("wall_s", "Whole cell (s)", 3),
         fields.plain("total_millions", "All parameters (M)", 4),
         fields.plain("stored_bytes", f"Stored ({unit})", 3, scale),
@@ -88,7 +88,7 @@ def costs(section: Section) -> Table:
     ]
     made += [field for field in optional if summary[field[0].key].notna().any()]
     if (summary["search_trials"] > 1).any():
-        made += [fields.plain("search_trials", "lr trials", 3), fields.plain("search_wall_s", "lr search (s)", 3)]
+        made += [fields.count("search_trials", "lr trials"), fields.plain("search_wall_s", "lr search (s)", 3)]
     note = (
         "Means over seeds. To best epoch: training time up to the best validation Recall@10. Whole cell: loading, "
         "validation and ranking included. Stored: what must be kept beside the untouched encoders."
@@ -138,16 +138,20 @@ def search(section: Section) -> Table:
         lines.append(
             (
                 Entry(str(name), str(name), chosen),
-                *(Entry(f"{rate:g}", rate) for rate in json.loads(lr).values()),
+                *(Entry(f"{rate:g}", rate) for rate in json.loads(str(lr)).values()),
                 Entry(f"{finished} of {len(trial)}", finished),
                 Entry(decimals(validation), value_of(validation)),
                 Entry(number(wall_s), wall_s),
                 Entry("✓" if chosen else "", chosen),
             )
         )
+    rates = [json.loads(lr) for lr in cells["lr"]]
     columns = (
         Column("method", "Method", numeric=False),
-        *(Column(f"lr_{name}", f"lr {name}") for name in (json.loads(cells["lr"].iloc[0]) if len(cells) else ())),
+        *(
+            Column(f"lr_{name}", f"lr {name}", machine_only=len({one[name] for one in rates}) == 1)
+            for name in (rates[0] if rates else ())
+        ),
         Column("cells_finished", "Finished"),
         Column("valid_recall_10", "Validation Recall@10", "higher"),
         Column("wall_s", "Cost (s)"),
@@ -242,7 +246,7 @@ def _result_notes(section: Section) -> list[str]:
     left_out = summary.index[~summary["compared"] & summary["method"].isin(NO_ADAPTATION)]
     if len(left_out):
         notes.append(f"No encoder is adapted, so no TPME unless named with --rows: {', '.join(map(str, left_out))}.")
-    sources = sorted(set(summary.loc[summary["compared"], "memory_source"]))
+    sources = sorted(set(summary.loc[summary["tpme"].notna(), "memory_source"]))
     if len(sources) == 1:
         notes.append(f"M measured as: {sources[0]}.")
     return notes

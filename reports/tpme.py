@@ -133,7 +133,7 @@ def tpme(
         frame: min and max to use instead of those of ``df``.
     """
     frame = frame or frame_of(df)
-    result = pd.Series(np.nan, index=df.index, name="tpme", dtype=np.float64)
+    result: pd.Series[float] = pd.Series(np.nan, index=df.index, name="tpme")
     if frame is not None:
         inside = members(df)
         result[inside] = _weighted(df[inside], _weights(weights), frame)
@@ -149,7 +149,7 @@ def lower_bound(
     frame's smallest value.
     """
     frame = frame or frame_of(df)
-    result = pd.Series(np.nan, index=df.index, name="tpme_lower_bound", dtype=np.float64)
+    result: pd.Series[float] = pd.Series(np.nan, index=df.index, name="tpme_lower_bound")
     failed = df["status"] == "oom"
     if frame is not None and failed.any():
         known = df[failed].assign(memory_bytes=df["memory_seen_bytes"])

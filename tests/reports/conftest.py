@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ from tpme.bench.record import (
     Parameters,
     Phase,
     Reading,
-    Training,
     cell_id,
     write_result,
 )

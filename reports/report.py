@@ -1,0 +1,227 @@
+"""From record files to a folder that can be read: ``report.md`` with every table and figure, and all of them as files.
+
+Everything comes from the records, nothing from the clock or the machine, so the same records give the same bytes.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from tpme.bench.errors import UserError
+from tpme.bench.record import write_atomically
+from tpme.reports.explain import headline, reading_guide
+from tpme.reports.load import read, to_frame
+from tpme.reports.plots import Plot, all_plots
+from tpme.reports.section import Section, check_rows, make_section
+from tpme.reports.style import save
+from tpme.reports.table import Table, escape_markdown, to_csv, to_json, to_latex, to_markdown, to_terminal
+from tpme.reports.tables import all_tables, results
+from tpme.reports.tpme import DEFAULT, Frame, Weights, read_frames, write_frames
+from tpme.reports.trials import names, split
+
+TABLE_FORMATS = {"csv": to_csv, "json": to_json, "tex": to_latex}
+PLOT_FORMATS = ("png", "svg")
+FORMATS = (*TABLE_FORMATS, *PLOT_FORMATS)
+
+
+@dataclass(frozen=True)
+class Report:
+    """All sections of a report and how it was asked for."""
+
+    title: str
+    sections: tuple[Section, ...]
+    command: str
+    """What makes this report again."""
+
+    @property
+    def frames(self) -> list[Frame]:
+        """The frames used, one for each section that has one."""
+        return [section.frame for section in self.sections if section.frame is not None]
+
+
+def make_report(
+    paths: Iterable[Path | str],
+    *,
+    weights: Weights = DEFAULT,
+    frame: Path | None = None,
+    rows: Sequence[str] | None = None,
+    title: str | None = None,
+) -> Report:
+    """Read all records below ``paths`` and sum them up, a section for each comparable group.
+
+    Args:
+        paths: run folders or record files.
+        weights: of T, P and M in TPME.
+        frame: file with frozen frames, to use instead of each group's own min and max.
+        rows: rows or methods that get a TPME; by default all that adapt an encoder.
+        title: of the report.
+
+    Raises:
+        UserError: no records, a broken one, an unknown row, a frame that fits none of the records.
+    """
+    roots = [Path(path) for path in paths]
+    records = read(roots)
+    by_path = {str(recorded.path): recorded for recorded in records}
+    groups = split(to_frame(records))
+    if rows is not None:
+        check_rows(rows, groups)
+    frozen = {} if frame is None else {_key(one.group): one for one in read_frames(frame)}
+    if frame is not None and not any(_key(group.key) in frozen for group in groups):
+        raise UserError(f"{frame}: made on another device, protocol, data, encoders or precision than these records")
+    sections = []
+    for name, group in zip(names(groups), groups, strict=True):
+        own = frozen.get(_key(group.key))
+        kept = (own, frame.name) if frame is not None and own is not None else None
+        members = [by_path[path] for path in group.cells["path"]]
+        sections.append(make_section(name, group, members, weights, rows, kept))
+    return Report(
+        title or "What adaptation costs and what it buys", tuple(sections), _command(roots, weights, frame, rows)
+    )
+
+
+def write_report(
+    paths: Iterable[Path | str],
+    out: Path,
+    *,
+    weights: Weights = DEFAULT,
+    frame: Path | None = None,
+    write_frame: Path | None = None,
+    rows: Sequence[str] | None = None,
+    title: str | None = None,
+    formats: Sequence[str] = FORMATS,
+    console: Console | None = None,
+) -> Report:
+    """Write the report folder: ``report.md``, ``tables/`` and ``plots/``; each file is replaced as a whole.
+
+    Args:
+        paths: run folders or record files.
+        out: the folder; made where it is not there.
+        weights: of T, P and M in TPME.
+        frame: file with frozen frames, to use instead of each group's own min and max.
+        write_frame: file to keep the frames of this report in.
+        rows: rows or methods that get a TPME; by default all that adapt an encoder.
+        title: of the report.
+        formats: of ``FORMATS``, those to write beside ``report.md``.
+        console: where the main tables are printed, too.
+
+    Raises:
+        UserError: as ``make_report``, and for an unknown format; nothing is written then.
+    """
+    unknown = sorted(set(formats) - set(FORMATS))
+    if unknown:
+        raise UserError(f"format '{unknown[0]}': choose of {', '.join(FORMATS)}")
+    report = make_report(paths, weights=weights, frame=frame, rows=rows, title=title)
+    tables = [all_tables(section) for section in report.sections]
+    plots = [all_plots(section) for section in report.sections]
+    for index, (of_tables, of_plots) in enumerate(zip(tables, plots, strict=True)):
+        for table in of_tables:
+            for ending in (ending for ending in TABLE_FORMATS if ending in formats):
+                text = TABLE_FORMATS[ending](table)
+                write_atomically(out / "tables" / f"{_file(table.name, index)}.{ending}", text.encode())
+        for plot in of_plots:
+            for ending in (ending for ending in PLOT_FORMATS if ending in formats):
+                write_atomically(out / "plots" / f"{_file(plot.name, index)}.{ending}", save(plot.figure, ending))
+    write_atomically(out / "report.md", _markdown(report, tables, plots, formats).encode())
+    if write_frame is not None:
+        write_frames(write_frame, report.frames)
+    if console is not None:
+        show(report, console)
+    return report
+
+
+def show(report: Report, console: Console) -> None:
+    """Print the results, section by section; how a cell failed stands in the footnotes."""
+    for section in report.sections:
+        console.print(to_terminal(results(section), console.width))
+        console.print()
+
+
+def _key(group: dict[str, str]) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted(group.items()))
+
+
+def _file(name: str, index: int) -> str:
+    """File name of a table or plot; that of the first section carries no number."""
+    return name if index == 0 else f"{name}-{index + 1}"
+
+
+def _command(roots: Sequence[Path], weights: Weights, frame: Path | None, rows: Sequence[str] | None) -> str:
+    parts = ["tpme", "report", *(root.resolve().name for root in roots), "--weights", str(weights)]
+    parts += [] if frame is None else ["--frame", frame.name]
+    parts += [] if rows is None else ["--rows", ",".join(rows)]
+    return shlex.join(parts)
+
+
+# --- report.md -----------------------------------------------------------------------------------------------
+
+
+def _markdown(
+    report: Report, tables: Sequence[Sequence[Table]], plots: Sequence[Sequence[Plot]], formats: Sequence[str]
+) -> str:
+    several = len(report.sections) > 1
+    lines = [f"# {escape_markdown(report.title)}", ""]
+    if several:
+        lines += [
+            f"{len(report.sections)} groups of records, each with tables and a TPME of its own: costs and quality "
+            "are not comparable between different devices, protocols, data, encoders or precisions.",
+            "",
+            *(f"{number}. {escape_markdown(section.name)}" for number, section in enumerate(report.sections, start=1)),
+            "",
+        ]
+    for index, section in enumerate(report.sections):
+        lines += _heading(several, index, section, "Results")
+        lines += [escape_markdown(headline(section)), "", to_markdown(tables[index][0])]
+        if index == 0:
+            lines += ["## How to read the columns", "", *reading_guide(report.sections), ""]
+    if "png" in formats:
+        for index, section in enumerate(report.sections):
+            lines += _heading(several, index, section, "Figures")
+            for plot in plots[index]:
+                lines += _figure(plot, _file(plot.name, index), "svg" in formats)
+    for index, section in enumerate(report.sections):
+        lines += _heading(several, index, section, "More tables")
+        for table in tables[index][1:]:
+            lines += [f"### {escape_markdown(table.title)}", "", to_markdown(table, footnotes=False)]
+            if table.used_footnotes:
+                lines += ["Marks as in the table of results.", ""]
+    lines += _repeat(report, formats)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _heading(several: bool, index: int, section: Section, title: str) -> list[str]:
+    return [f"## {title}, group {index + 1}: {escape_markdown(section.name)}" if several else f"## {title}", ""]
+
+
+def _figure(plot: Plot, file: str, svg: bool) -> list[str]:
+    link = f" [SVG](plots/{file}.svg)" if svg else ""
+    return [
+        f"### {escape_markdown(plot.title)}",
+        "",
+        f"![{escape_markdown(plot.title)}](plots/{file}.png)",
+        "",
+        f"{escape_markdown(plot.caption)}{link}",
+        "",
+    ]
+
+
+def _repeat(report: Report, formats: Sequence[str]) -> list[str]:
+    kept = [ending for ending in TABLE_FORMATS if ending in formats]
+    where = [f"The tables are in `tables/` as {', '.join(kept)}, unrounded where programs read them."] if kept else []
+    return [
+        "## To repeat it",
+        "",
+        "This report, from the folder that holds the runs:",
+        "",
+        "```",
+        report.command,
+        "```",
+        "",
+        "Every record holds the whole configuration of its cell; `tpme run` with the same matrix measures again "
+        "what is missing and nothing else.",
+        *where,
+    ]

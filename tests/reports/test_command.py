@@ -1,0 +1,80 @@
+"""``tpme report`` as a user calls it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tpme.bench.cli import main
+
+
+def run(monkeypatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["tpme", "report", *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert isinstance(caught.value.code, int)
+    return caught.value.code
+
+
+def test_the_command_writes_beside_the_run_and_prints_the_table(factory, monkeypatch, capsys):
+    for method, time_s in (("fft", 10.0), ("lora", 4.0)):
+        factory.write(method, time=time_s)
+    monkeypatch.setenv("COLUMNS", "120")
+    assert run(monkeypatch, factory.root, "--title", "My <title>", "--weights", "1,0,0") == 0
+    assert "# My &lt;title&gt;" in (factory.root / "report" / "report.md").read_text()
+    printed = capsys.readouterr().out
+    assert "TPME (%) ↓" in printed
+    assert "weights of T, P, M 1, 0, 0" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--weights", "0.5,0.5,0.5"], "add up to 1.5"),
+        (["--rows", "fft,lorra"], "did you mean 'lora'"),
+        (["--frame", "nowhere.json"], "nowhere.json"),
+    ],
+)
+def test_bad_options_are_one_line(factory, monkeypatch, capsys, arguments, said):
+    factory.write("lora")
+    factory.write("fft")
+    assert run(monkeypatch, factory.root, *arguments) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("tpme: ")
+    assert told.count("\n") == 1
+    assert said in told
+    assert not (factory.root / "report").exists()
+
+
+def test_an_empty_folder_is_one_line(tmp_path, monkeypatch, capsys):
+    assert run(monkeypatch, tmp_path) == 2
+    assert "no records" in capsys.readouterr().err
+
+
+def test_rows_with_commas_in_brackets_are_one_name(factory, monkeypatch):
+    factory.write("lora", options={"rank": 4, "alpha": 8})
+    factory.write("lora", time=3.0)
+    factory.write("fft")
+    assert run(monkeypatch, factory.root, "--rows", "lora [alpha=8, rank=4],fft", "--out", factory.root / "r") == 0
+    content = json.loads((factory.root / "r" / "tables" / "results.json").read_text())
+    values = {row["method"]: row["tpme_percent"] for row in content["rows"]}
+    assert values["lora"] is None
+    assert values["lora [alpha=8, rank=4]"] is not None
+
+
+def test_a_report_needs_no_torch(factory):
+    factory.write("lora")
+    code = (
+        "import sys; from pathlib import Path; from tpme.reports.report import write_report; "
+        f"write_report([Path({str(factory.root)!r})], Path({str(factory.root / 'report')!r})); "
+        "bad = {'torch', 'transformers', 'peft'} & set(sys.modules); sys.exit(f'imported {bad}' if bad else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_command_line_starts_without_pandas():
+    code = "import sys, tpme.bench.cli; sys.exit(bool({'torch', 'pandas', 'matplotlib'} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import itertools
+import re
+from unittest import mock
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Annotation, Text
+
+from tpme.reports.labels import place_labels
+from tpme.reports.load import Samples
+from tpme.reports.plots import _thin, all_plots
+from tpme.reports.report import make_report
+from tpme.reports.style import new_figure, save, style
+
+
+def boxes(figure: Figure) -> list[tuple[str, object]]:
+    """Extents of everything that is really written when the figure is drawn (not of ticks beyond the axes)."""
+    drawn: dict[int, Text] = {}
+    draw = Text.draw
+
+    def spy(text: Text, renderer: object) -> None:
+        drawn[id(text)] = text
+        draw(text, renderer)
+
+    with mock.patch.object(Text, "draw", spy):
+        figure.canvas.draw()
+    renderer = figure.canvas.get_renderer()
+    written = [text for text in drawn.values() if text.get_visible() and text.get_text().strip()]
+    return [(text.get_text(), text.get_window_extent(renderer)) for text in written]
+
+
+def overlapping(figure: Figure) -> list[tuple[str, str]]:
+    def inside(one, other):
+        across = min(one.x1, other.x1) - max(one.x0, other.x0)
+        up = min(one.y1, other.y1) - max(one.y0, other.y0)
+        return across > 1 and up > 1
+
+    pairs = itertools.combinations(boxes(figure), 2)
+    return [(a, b) for (a, one), (b, other) in pairs if inside(one, other)]
+
+
+def methods(factory, count: int) -> None:
+    """So many rows whose quality and costs crowd together."""
+    generator = np.random.default_rng(count)
+    factory.write("fft", time=22.0, millions=100.0, peak=40e9)
+    for index in range(count - 1):
+        factory.write(
+            f"method_number_{index}"[: 6 + index % 10] + str(index),
+            time=float(generator.choice([3.0, 12.0, 13.0, 20.0])) * generator.uniform(0.95, 1.05),
+            millions=float(10 ** generator.uniform(-3, 1)),
+            peak=float(generator.choice([5e9, 30e9, 32e9])) * generator.uniform(0.97, 1.03),
+            skill=float(generator.choice([0.25, 0.27, 0.3])),
+        )
+
+
+@pytest.mark.parametrize("count", [12, 25])
+def test_no_text_covers_another(factory, count):
+    methods(factory, count)
+    (section,) = make_report([factory.root]).sections
+    plots = all_plots(section)
+    assert [plot.name for plot in plots] == ["quality-tpme", "costs", "memory-time", "step-times"]
+    for plot in plots:
+        with style():
+            assert overlapping(plot.figure) == [], plot.name
+
+
+def test_the_overlap_check_notices_an_overlap():
+    with style():
+        figure = new_figure(3, 3)
+        figure.text(0.5, 0.5, "one")
+        figure.text(0.51, 0.5, "other")
+        assert overlapping(figure) == [("one", "other")]
+
+
+def test_labels_of_identical_points_and_of_a_crowd_stay_apart():
+    generator = np.random.default_rng(0)
+    points = [(0.5, 0.5)] * 6 + [tuple(point) for point in generator.normal(0.5, 0.03, (19, 2))]
+    with style():
+        figure = new_figure(3.5, 3.5)
+        axes = figure.add_subplot()
+        axes.set(xlim=(0, 1), ylim=(0, 1))
+        place_labels(axes, points, [f"a method {index}" for index in range(25)])
+        names = [text for text in axes.texts if isinstance(text, Annotation) and text.get_text()]
+        assert len(names) == 25
+        assert overlapping(figure) == []
+        window = axes.get_window_extent()
+        for name in names:
+            box = name.get_window_extent(figure.canvas.get_renderer())
+            assert window.x0 - 1 <= box.x0
+            assert box.x1 <= window.x1 + 1
+
+
+def test_files_carry_no_date_and_are_the_same_twice(factory):
+    methods(factory, 4)
+    files = []
+    for _ in range(2):
+        (section,) = make_report([factory.root]).sections
+        files.append([save(plot.figure, ending) for plot in all_plots(section) for ending in ("png", "svg")])
+    assert files[0] == files[1]
+    for file in files[0]:
+        assert b"Matplotlib" not in file
+        assert not re.search(rb"<dc:date>|tEXt", file)
+
+
+def test_names_are_never_read_as_mathematics_or_markup(factory):
+    for name in ("$x_1$", "<script>", "a_b&c%", "$broken"):
+        factory.write(name, time=float(len(name)))
+    (section,) = make_report([factory.root]).sections
+    for plot in all_plots(section):
+        assert b"<script" not in save(plot.figure, "svg")
+        with style():
+            assert "$broken" in [text for text, _ in boxes(plot.figure)]
+
+
+def test_thinning_keeps_the_peak_and_the_end():
+    used = np.zeros(10_001)
+    used[1234] = 7.0
+    time_s, thin = _thin(Samples(np.ones(1), np.ones(1), np.arange(10_001.0), used))
+    assert len(thin) <= 400
+    assert thin.max() == 7.0
+    assert time_s[-1] == 10_000
+    assert abs(time_s[thin.argmax()] - 1234) <= 26
+
+
+def test_a_row_out_of_memory_is_a_hatched_bar(factory):
+    factory.write("fft", peak=30e9)
+    factory.write("dyt", status="oom", time=None, peak=80e9)
+    (section,) = make_report([factory.root]).sections
+    costs = next(plot for plot in all_plots(section) if plot.name == "costs")
+    with style():
+        assert "≥ 80.0" in [text for text, _ in boxes(costs.figure)]
+    hatched = [bar for bar in costs.figure.axes[2].patches if bar.get_hatch()]
+    assert len(hatched) == 1
+
+
+def test_one_row_has_no_quality_figure_and_no_samples_no_curves(factory):
+    path = factory.write("lora")
+    (section,) = make_report([factory.root]).sections
+    assert [plot.name for plot in all_plots(section)] == ["costs", "memory-time", "step-times"]
+    raw = path.read_text()
+    path.write_text(raw.replace('"samples": "samples-1.npz",', ""))
+    (section,) = make_report([factory.root]).sections
+    assert [plot.name for plot in all_plots(section)] == ["costs"]

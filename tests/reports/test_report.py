@@ -1,0 +1,274 @@
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from tpme.bench.errors import UserError
+from tpme.bench.record import Failure, Flag
+from tpme.reports.report import make_report, write_report
+from tpme.reports.tables import all_tables, failures, results, search
+from tpme.reports.tpme import Weights
+
+TABLES = ("results", "cutoffs", "warm-cold", "costs", "phases", "lr-search", "failures", "environment")
+PLOTS = ("quality-tpme", "costs", "memory-time", "step-times")
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def column(table, key: str) -> dict[str, object]:
+    keys = [column.key for column in table.columns]
+    return {row[0].value: row[keys.index(key)].value for row in table.rows}
+
+
+def texts(table, key: str) -> dict[str, str]:
+    keys = [column.key for column in table.columns]
+    return {row[0].value: row[keys.index(key)].text for row in table.rows}
+
+
+@pytest.fixture(scope="module")
+def written(demo_run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out")
+    write_report([demo_run], out)
+    return out
+
+
+def test_the_folder_holds_every_table_and_plot_and_report_md_shows_them(written):
+    found = set(files(written))
+    assert found == {
+        "report.md",
+        *(f"tables/{name}.{ending}" for name in TABLES for ending in ("csv", "json", "tex")),
+        *(f"plots/{name}.{ending}" for name in PLOTS for ending in ("png", "svg")),
+    }
+    text = (written / "report.md").read_text()
+    links = re.findall(r"\]\(((?:plots|tables)/[^)]+)\)", text)
+    assert set(links) == {name for name in found if name.startswith("plots/")}
+    for name in TABLES:
+        title = json.loads((written / "tables" / f"{name}.json").read_text())["title"]
+        assert name == "results" or f"### {title}" in text
+    parts = [text.index(f"## {part}") for part in ("Results", "How to read", "Figures", "More tables", "To repeat")]
+    assert parts == sorted(parts)
+
+
+def test_every_row_is_in_the_results_whatever_its_end(demo_run, written):
+    frame = pd.read_csv(written / "tables" / "results.csv").set_index("method")
+    assert len(frame) == 15
+    assert {"<script>", "a_b&c% [rank=4]", "iisan (cached)", "dyt", "pyra", "dapt"} <= set(frame.index)
+    (section,) = make_report([demo_run]).sections
+    shown = texts(results(section), "recall_10")
+    assert {name: shown[name] for name in ("dyt", "pyra", "dapt", "<script>")} == {
+        "dyt": "oom",
+        "pyra": "diverged",
+        "dapt": "timeout",
+        "<script>": "error",
+    }
+    assert set(column(failures(section), "status").values()) == {"oom", "diverged", "timeout", "error"}
+
+
+def test_numbers_agree_with_the_records(demo_run, written):
+    """From the raw files, by hand: LoRA's first trial (2e-4) is the better one on validation."""
+    values = []
+    for path in sorted(demo_run.rglob("attempt-1.json")):
+        record = json.loads(path.read_text())
+        if record["cell"]["method"] == "lora" and record["cell"]["lr_trial"] == 0:
+            ranks = np.load(path.parent / "ranks-1.npz")
+            hit = (ranks["rank"] <= 10) & ~ranks["in_history"]
+            values.append((hit.mean(), np.where(hit, 1 / np.log2(1 + ranks["rank"]), 0).mean()))
+    assert len(values) == 3
+    row = pd.read_csv(written / "tables" / "results.csv").set_index("method").loc["lora"]
+    recall, ndcg = np.mean(values, axis=0)
+    assert row["recall_10"] == pytest.approx(recall)
+    assert row["ndcg_10"] == pytest.approx(ndcg)
+    assert row["recall_10_sd"] == pytest.approx(np.std(values, axis=0, ddof=1)[0])
+    assert row["epoch_time_s"] == pytest.approx(18.9 * 1.02)
+    assert row["trainable_millions"] == pytest.approx(0.05)
+    assert row["memory_bytes"] == pytest.approx(1.6e9 * 1.01)
+
+
+def test_rows_without_adaptation_get_no_tpme_unless_named(demo_run):
+    (section,) = make_report([demo_run]).sections
+    shown = column(results(section), "tpme_percent")
+    assert [shown[name] for name in ("frozen", "id", "popularity")] == [None] * 3
+    assert shown["fft"] == pytest.approx(100)
+    assert len(section.compared) == 8
+    (named,) = make_report([demo_run], rows=["fft", "frozen", "iisan"]).sections
+    assert sorted(named.compared) == ["fft", "frozen", "iisan"]
+    assert len(results(named).rows) == 15
+    assert "K = 3 rows" in " ".join(results(named).notes)
+
+
+def test_out_of_memory_is_shown_with_its_lower_bound(demo_run):
+    (section,) = make_report([demo_run]).sections
+    table = results(section)
+    assert texts(table, "memory_bytes")["dyt"] == "≥ 2.40"
+    assert texts(table, "tpme_percent")["dyt"].startswith("≥ ")
+    assert column(table, "tpme_percent")["dyt"] is None
+    assert "dyt" not in section.frame.rows
+
+
+def test_flags_become_footnotes_once_and_shared_ones_a_warning(demo_run):
+    (section,) = make_report([demo_run]).sections
+    for table in all_tables(section):
+        if table.name in ("results", "costs", "phases"):
+            assert table.warnings == ("M is resident memory of the process tree: the cells ran on a CPU",)
+            assert "the clock was throttled in 3 of 8 epochs" in [text for _, text in table.used_footnotes]
+    marked = {row[0].value for row in results(section).rows if 3 in row[0].marks}
+    assert section.notes.footnotes[2] == "the clock was throttled in 3 of 8 epochs"
+    assert marked == {"id"}
+
+
+def test_the_search_is_told_with_its_cost_and_shows_no_test_numbers(demo_run):
+    (section,) = make_report([demo_run]).sections
+    table = search(section)
+    assert [column.key for column in table.columns] == [
+        "method", "lr_image", "lr_method", "lr_recommender", "lr_text",
+        "cells_finished", "valid_recall_10", "wall_s", "selected",
+    ]  # fmt: skip
+    assert len(table.rows) == 12
+    selected = [row for row in table.rows if row[-1].value]
+    assert len(selected) == 6
+    cells = section.cells[section.cells["row"] == "fft"]
+    assert cells["search_wall_s"].tolist() == pytest.approx([cells["wall_s"].sum()] * 6)
+
+
+def test_a_failed_seed_is_told(factory):
+    factory.write("lora", seed=1)
+    factory.write("lora", seed=2)
+    factory.write("lora", seed=3, status="killed", time=None, with_environment=False)
+    (section,) = make_report([factory.root]).sections
+    assert texts(results(section), "seeds_finished")["lora"] == "2 of 3"
+    assert section.notes.footnotes == ("2 of 3 seeds finished (killed); the row is over those alone",)
+    assert len(failures(section).rows) == 1
+
+
+def test_doubtful_readings_shape_no_frame_and_say_so(factory):
+    from tpme.bench.record import Reading
+
+    for method, time_s in (("fft", 100.0), ("lora", 50.0)):
+        factory.write(method, time=time_s)
+    doubt = Reading(value=1.0, source="clock", valid=False, reason="another process used the machine")
+    factory.write("iisan", time_reading=doubt)
+    (section,) = make_report([factory.root]).sections
+    assert section.frame.rows == ("fft", "lora")
+    assert texts(results(section), "tpme_percent")["iisan"] == "–"
+    assert texts(results(section), "epoch_time_s")["iisan"] == "1.00"
+    assert "another process used the machine" in section.notes.footnotes[0]
+
+
+def test_random_weights_stand_under_tables_and_the_quality_figure(factory, tmp_path):
+    flag = Flag(code="random-weights", message="text encoder with random weights: quality means nothing")
+    for method in ("fft", "lora"):
+        factory.write(method, flags=(flag,), time=float(len(method)))
+    write_report([factory.root], tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert text.count("quality means nothing") == 2
+
+
+def test_memory_sources_that_differ_are_told(factory):
+    for method, valid in (("fft", True), ("lora", False), ("iisan", True)):
+        factory.write(method, device="cuda", process_valid=valid)
+    (section,) = make_report([factory.root]).sections
+    assert set(section.notes.footnotes) == {"M by NVML process peak", "M by NVML device delta"}
+
+
+def test_groups_never_share_a_frame(factory, tmp_path):
+    for device, factor in (("one", 1.0), ("two", 5.0)):
+        for method, time_s in (("fft", 10.0), ("lora", 4.0)):
+            folder = type(factory)(factory.root / device)
+            folder.write(method, time=time_s * factor, device_key=device)
+    report = write_report([factory.root], tmp_path / "out", formats=("csv",))
+    assert [column(results(section), "tpme_percent") for section in report.sections] == [{"lora": 0, "fft": 45}] * 2
+    assert {path.name for path in (tmp_path / "out" / "tables").iterdir()} >= {"results.csv", "results-2.csv"}
+    assert "## Results, group 2: demo, suite protocol, fp32, two" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_the_same_records_give_the_same_bytes(make_factory, tmp_path):
+    """In another folder, written in another order, on another day."""
+    what = [("fft", 20.0), ("lora", 12.0), ("iisan", 4.0), ("popularity", None)]
+    for name, order in (("a/run", what), ("b/run", what[::-1])):
+        for method, time_s in order:
+            make_factory(tmp_path / name).write(method, time=time_s)
+        write_report([tmp_path / name], tmp_path / name / "report")
+        time.sleep(0.01)
+    one, other = files(tmp_path / "a/run/report"), files(tmp_path / "b/run/report")
+    assert one.keys() == other.keys()
+    assert [name for name in one if one[name] != other[name]] == []
+
+
+def test_a_report_inside_the_run_is_not_read_back(factory):
+    factory.write("lora")
+    write_report([factory.root], factory.root / "report")
+    again = write_report([factory.root], factory.root / "report")
+    assert len(again.sections[0].cells) == 1
+
+
+def test_nothing_is_written_on_bad_input(factory, tmp_path):
+    factory.write("lora")
+    with pytest.raises(UserError, match="format 'pdf'"):
+        write_report([factory.root], tmp_path / "out", formats=("pdf",))
+    with pytest.raises(UserError, match="row 'fff'"):
+        write_report([factory.root], tmp_path / "out", rows=["fff"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_change_the_order(demo_run):
+    def order(weights: str) -> list[str]:
+        (section,) = make_report([demo_run], weights=Weights.parse(weights)).sections
+        return section.compared
+
+    assert order("0,1,0")[0] == "prompt"
+    assert order("1,0,0")[0] == "iisan (cached)"
+
+
+def test_frames_can_be_frozen(factory, tmp_path):
+    for method, time_s in (("fft", 10.0), ("lora", 5.0)):
+        factory.write(method, time=time_s)
+    frame = tmp_path / "frame.json"
+    write_report([factory.root], tmp_path / "one", write_frame=frame, formats=())
+    factory.write("slow", time=20.0)
+    free = make_report([factory.root]).sections[0]
+    frozen = make_report([factory.root], frame=frame).sections[0]
+    assert column(results(free), "tpme_percent")["fft"] == pytest.approx(15.0)
+    assert column(results(frozen), "tpme_percent") == pytest.approx({"lora": 0.0, "fft": 45.0, "slow": 135.0})
+    assert "frame.json" in " ".join(results(frozen).notes)
+    other = type(factory)(tmp_path / "other")
+    other.write("fft", protocol="paper")
+    with pytest.raises(UserError, match=r"frame\.json: made on another"):
+        make_report([other.root], frame=frame)
+
+
+def test_a_thousand_records(make_factory, tmp_path):
+    """25 methods x 5 seeds x 8 data sets: every one is read, and all land in their group."""
+    factory = make_factory(tmp_path / "run", users=60)
+    for data in range(8):
+        for method in range(25):
+            for seed in range(5):
+                factory.write(f"method{method}", seed=seed, time=5.0 + method, dataset_fingerprint=f"{data:02d}" * 32)
+    started = time.process_time()
+    report = make_report([tmp_path / "run"])
+    for section in report.sections:
+        assert all_tables(section)
+    spent = time.process_time() - started
+    assert [len(section.cells) for section in report.sections] == [125] * 8
+    assert all(len(section.compared) == 25 for section in report.sections)
+    print(f"1,000 records read and tabulated in {spent:.1f} s of processor time")
+
+
+def test_a_failure_message_cannot_break_the_table(factory, tmp_path):
+    message = "a | b\n<img src=x> & 100 % _of_ $x$ \\end{tabular}"
+    factory.write("fft", status="error", failure=Failure(phase="train", message=message), time=None)
+    factory.write("lora")
+    write_report([factory.root], tmp_path / "out", formats=("tex",))
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "<img" not in text
+    assert all(line.endswith("|") for line in text.splitlines() if line.startswith("|"))
+    assert text.count(r"a \| b &lt;img") == 2
+    latex = (tmp_path / "out" / "tables" / "failures.tex").read_text()
+    assert latex.count(r"\end{tabular}") == 1
