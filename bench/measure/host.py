@@ -110,13 +110,13 @@ def _children(pid: int) -> list[int]:
     try:
         with os.scandir(f"/proc/{pid}/task") as threads:
             for thread in threads:
-                found += map(int, _read(f"{thread.path}/children").split())
+                found += map(int, read_small(f"{thread.path}/children").split())
     except OSError:
         return found
     return found
 
 
-def _read(path: str) -> bytes:
+def read_small(path: str) -> bytes:
     """A small ``/proc`` file at once, several times faster than ``open``; empty when its process has ended."""
     try:
         handle = os.open(path, os.O_RDONLY)

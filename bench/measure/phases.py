@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from tpme.bench.measure.clock import is_cuda, now, sync
+from tpme.bench.measure.contention import CROWDED, SOURCE, CoreWait
 from tpme.bench.measure.gpu import GpuFacts, GpuReadings, GpuWindow, idle_flags, unreadable
-from tpme.bench.measure.host import HostMemory, SampledHost, release_free_memory
+from tpme.bench.measure.host import HostMemory, HostPeak, SampledHost, release_free_memory
 from tpme.bench.measure.nvml import Device, Nvml, NvmlError
 from tpme.bench.measure.sampler import PERIOD_S, Column, Sampler, Samples
 from tpme.bench.measure.torch_memory import NO_CUDA, peaks, release_cached, reserved_bytes, reset_peaks
@@ -49,6 +50,8 @@ class PhaseLog:
         self._baseline_bytes: int | None = None
         self._host = HostMemory(exclude=(sampler.pid,) if sampler else ())
         self._left: dict[PhaseKind, tuple[int, int]] = {}
+        self._wait, self._waits = CoreWait(), list[tuple[float | None, float]]()
+        """Of the training phases: the longest wait for a core, and the time (seconds)."""
         self._facts: list[tuple[PhaseKind, GpuFacts]] = []
         self._gpu: GpuWindow | None = None
         self._no_gpu, self._idle_flags = NO_CUDA, list[Flag]()
@@ -125,17 +128,25 @@ class PhaseLog:
         if held:
             worst = ", ".join(f"{words} in {share:.0%} of readings" for words, share in held.items())
             flags.append(Flag(code="throttled", message=f"the GPU's clock was held down while training: {worst}"))
+        waited = self._core_wait()
+        if waited.value is not None and waited.value > CROWDED:
+            message = (
+                f"a thread waited for a core for {waited.value:.0%} of the training time: compare no times with it"
+            )
+            flags.append(Flag(code="crowded", message=message))
         if self.samples is not None:
             flags += [Flag(code="sampler", message=note) for note in self.samples.notes]
         return flags
 
     def counters(self) -> dict[str, Reading]:
-        """The instruments' own cost, and on a GPU its state while training."""
+        """The instruments' own cost, what the run waited for cores, and on a GPU its state while training."""
         counters: dict[str, Reading] = {}
         if self.samples is not None:
             counters["sampler_cpu_fraction"] = _or_missing(
                 self.samples.cpu_fraction, "processor time of the sampler, of one core", "the sampler ended early"
             )
+        if self._waits:
+            counters["core_wait_fraction"] = self._core_wait()
         if self._gpu is None:
             return counters
         facts = self._training_facts()
@@ -151,6 +162,12 @@ class PhaseLog:
             )
         return counters
 
+    def _core_wait(self) -> Reading:
+        counted = [(waited, wall_s) for waited, wall_s in self._waits if waited is not None]
+        if not counted:
+            return Reading.missing(SOURCE, "nothing trained" if not self._waits else "this system does not count it")
+        return Reading(value=sum(waited for waited, _ in counted) / sum(wall_s for _, wall_s in counted), source=SOURCE)
+
     def _training_facts(self) -> list[GpuFacts]:
         return [facts for kind, facts in self._facts if kind == "train"]
 
@@ -162,6 +179,7 @@ class PhaseLog:
         self._mark = self._sampler.mark() if self._sampler else 0
         if self._gpu is not None:
             self._gpu.start()
+        self._wait.start_window()
         start_s = now(self._device)
         if self.phases and self.phases[-1].kind != "train":
             last = self.phases[-1]
@@ -172,18 +190,24 @@ class PhaseLog:
     def _release_leftovers(self, kind: PhaseKind) -> None:
         """Hand back what earlier phases freed but the allocators keep, so that this phase is not charged for it.
 
-        That costs the phase page faults, or allocations on the device, so it is done only where other phases left
-        more than the last phase of this kind did: what training freed itself, training may keep.
+        What is handed back now, training must fetch again page by page. So this is done for the first phase of each
+        kind, and later only for training, and only where other phases left more than training did itself; any
+        other phase's reading is then doubted instead.
         """
         left = self._left.get(kind)
-        if left is None or any(held > _GROWN * before for held, before in zip(self._held(), left, strict=True)):
+        kept = [max(0, now - int(_GROWN * before)) for now, before in zip(self._held(), left or (0, 0), strict=True)]
+        if left is None or (kind == "train" and any(kept)):
             release_free_memory()
             release_cached(self._device)
+            kept = [0, 0]
+        self._kept_host, self._kept_device = kept
 
     def _held(self) -> tuple[int, int]:
         return self._host.tree_bytes(), reserved_bytes(self._device)
 
     def _finish(self, kind: PhaseKind, name: str, start_s: float, end_s: float) -> None:
+        if kind == "train":
+            self._waits.append((self._wait.waited_s(), end_s - start_s))
         self._host.end_window()
         allocated, reserved = peaks(self._device)
         rows = self._sampler.rows_since(self._mark) if self._sampler else {}
@@ -199,10 +223,10 @@ class PhaseLog:
                 wall_s=end_s - self._end_s,
                 memory=Memory(
                     torch_allocated_bytes=allocated,
-                    torch_reserved_bytes=reserved,
-                    nvml_device_bytes=gpu.device_bytes,
-                    nvml_process_bytes=gpu.process_bytes,
-                    host_rss_bytes=self._over_baseline(host.bytes, host.source),
+                    torch_reserved_bytes=_doubted(reserved, self._kept_device),
+                    nvml_device_bytes=_doubted(gpu.device_bytes, self._kept_device),
+                    nvml_process_bytes=_doubted(gpu.process_bytes, self._kept_device),
+                    host_rss_bytes=_doubted(self._over_baseline(host), self._kept_host),
                 ),
                 energy_j=gpu.energy_j,
             )
@@ -215,10 +239,10 @@ class PhaseLog:
             return unreadable(self._no_gpu)
         return self._gpu.end(wall_s, rows, None if reserved.value is None else int(reserved.value))
 
-    def _over_baseline(self, peak_bytes: int, source: str) -> Reading:
+    def _over_baseline(self, peak: HostPeak) -> Reading:
         if self._baseline_bytes is None:
-            return Reading.missing(source, "no baseline was taken before data and model were loaded")
-        return Reading(value=peak_bytes - self._baseline_bytes, source=f"{source}, over the baseline")
+            return Reading.missing(peak.source, "the baseline was not taken yet")
+        return Reading(value=peak.bytes - self._baseline_bytes, source=f"{peak.source}, over the baseline")
 
 
 @contextmanager
@@ -272,6 +296,15 @@ def _largest(readings: list[Reading]) -> Reading:
         return largest
     reason = f"in {len(bad)} of {len(readings)} training phases: {bad[0].reason}"
     return Reading(value=largest.value, source=largest.source, valid=False, reason=reason)
+
+
+def _doubted(reading: Reading, kept_bytes: int) -> Reading:
+    """The reading, marked where the phase began with memory that earlier phases had freed."""
+    if reading.value is None or not kept_bytes:
+        return reading
+    reason = f"up to {kept_bytes / (1 << 20):.0f} MiB of it were freed by an earlier phase and kept by the allocator"
+    reasons = f"{reading.reason}; {reason}" if reading.reason else reason
+    return Reading(value=reading.value, source=reading.source, valid=False, reason=reasons)
 
 
 def _sampled_host(rows: Mapping[str, Column]) -> SampledHost | None:

@@ -134,24 +134,45 @@ def test_on_a_cpu_what_a_gpu_would_tell_is_missing_with_that_reason() -> None:
         log.training_memory().nvml_device_bytes,
     ):
         assert (reading.value, reading.reason) == (None, "no CUDA device")
-    assert [flag.code for flag in log.flags()] == ["cpu-memory"]
+    assert log.flags()[0].code == "cpu-memory"
 
 
-def test_free_memory_is_handed_back_only_where_others_left_some(monkeypatch: pytest.MonkeyPatch) -> None:
-    log = cpu_log()
+def with_held(log: PhaseLog, monkeypatch: pytest.MonkeyPatch, *held: tuple[int, int]) -> list[str]:
+    """Let ``log`` find these (host, device) bytes at the begin and end of its phases; returns what it released."""
     released: list[str] = []
-    monkeypatch.setattr(module, "release_free_memory", lambda: released.append("release"))
-    held = iter([(100, 0), (100, 0), (100, 0), (150, 0), (140, 0)])
-    monkeypatch.setattr(PhaseLog, "_held", lambda self: next(held))
-    with log.phase("train"):  # the first of its kind; leaves 100
-        pass
-    assert len(released) == 1
-    with log.phase("train"):  # starts at 100, leaves 100: its own leftovers, which it may use again
-        pass
-    assert len(released) == 1
-    with log.phase("train"):  # starts at 150: others left some
-        pass
-    assert len(released) == 2
+    values = iter(held)
+    monkeypatch.setattr(module, "release_free_memory", lambda: released.append("host"))
+    monkeypatch.setattr(module, "release_cached", lambda device: released.append("device"))
+    monkeypatch.setattr(PhaseLog, "_held", lambda self: next(values))
+    return released
+
+
+def test_training_hands_back_only_what_others_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = cpu_log()
+    # begin, end of: the first of its kind; one that finds its own leftovers; one that finds more than those
+    released = with_held(log, monkeypatch, (500, 0), (500, 0), (500, 0), (500, 0), (750, 0), (500, 0))
+    seen = []
+    for _ in range(3):
+        with log.phase("train"):
+            pass
+        seen.append(len(released))
+    assert seen == [2, 2, 4]
+    assert all(phase.memory.host_rss_bytes.valid for phase in log.phases)
+
+
+def test_other_phases_that_begin_with_leftovers_are_doubted(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = cpu_log()
+    mib = 1 << 20
+    released = with_held(log, monkeypatch, (900 * mib, 0), (500 * mib, 0), (605 * mib, 0), (500 * mib, 0))
+    for _ in range(2):
+        with log.phase("validate"):
+            pass
+    first, second = (phase.memory.host_rss_bytes for phase in log.phases)
+    assert released == ["host", "device"], "for the first one only: training would pay for the second"
+    assert first.valid
+    assert second.value is not None
+    assert not second.valid
+    assert "up to 100 MiB" in str(second.reason)
 
 
 def test_a_training_peak_is_valid_only_if_every_training_phase_was_read() -> None:
@@ -196,6 +217,17 @@ def test_the_samplers_cost_and_curve_come_with_the_log() -> None:
     assert inside.sum() > 3
 
 
+def test_a_crowded_machine_is_flagged_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = cpu_log()
+    monkeypatch.setattr(module.CoreWait, "waited_s", lambda self: 0.02)
+    with log.phase("train"):
+        time.sleep(0.1)
+    with log.phase("validate"):
+        pass
+    assert 0.1 < (log.counters()["core_wait_fraction"].value or 0.0) <= 0.2
+    assert [flag.code for flag in log.flags()] == ["cpu-memory", "crowded"]
+
+
 # --- on a pretended GPU ------------------------------------------------------------------------------------------
 
 
@@ -210,6 +242,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     for name in ("reset_peaks", "release_cached"):
         monkeypatch.setattr(module, name, lambda device: None)
     monkeypatch.setattr(module, "reserved_bytes", lambda device: 0)
+    monkeypatch.setattr(module.CoreWait, "waited_s", lambda self: 0.0)
     return FakeGpu(used=GIB // 100)
 
 

@@ -33,6 +33,7 @@ def test_before_cuda_starts_the_environment_decides(visible: str | None, ordinal
 def test_what_cuda_says_beats_every_number() -> None:
     assert choose([A, B], 0, "bbbbbbbb-0000-0000-0000-000000000002", {"CUDA_VISIBLE_DEVICES": "0"}) == B.uuid
     assert choose([A, OTHER], 0, "cccccccc-0000-0000-0000-000000000003", {}) == OTHER.uuid
+    assert choose([A, B], 0, B.uuid.upper(), {}) == B.uuid
 
 
 def test_numbers_of_unlike_gpus_are_only_trusted_in_pci_order() -> None:
