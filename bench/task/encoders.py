@@ -19,12 +19,14 @@ import torch
 from tpme.bench.errors import UserError
 from tpme.bench.record import EncoderFacts, EncoderSpec, Modality
 from tpme.bench.task.builtin import builtin_folder
-from tpme.bench.task.hub import obtain
+from tpme.bench.task.hub import first_line, repository_file
 from tpme.bench.task.items import EncoderShape
 from tpme.bench.task.view import EncoderView
 
 _KINDS = {"input_ids": "text", "pixel_values": "image"}
 _HALF = (0.5, 0.5, 0.5)
+_WEIGHTS = "model.safetensors"
+_PROCESSOR = "preprocessor_config.json"
 
 
 @dataclass(frozen=True)
@@ -63,24 +65,22 @@ def load_encoder(
     Raises:
         UserError: neither network nor cache has it, it is no encoder of that modality, or it has no safetensors.
     """
-    source = encoder_source(spec.source)
-    config = _config(source, spec)
-    commit = getattr(config, "_commit_hash", None)
+    folder, commit = _folder(spec)
     meta = torch.device(device).type == "meta"
-    module = (
-        _from_weights(source, spec, commit)
-        if spec.weights == "pretrained" and not meta
-        else _from_config(spec, config, seed, meta=meta)
-    )
+    from_weights = spec.weights == "pretrained" and not meta
+    module = _from_weights(spec, folder, commit) if from_weights else _from_config(spec, folder, seed, meta=meta)
     # The pooler is in no forward path of the task: it would only be counted, never trained.
     if getattr(module, "pooler", None) is not None:
         module.pooler = None
     kind = _KINDS.get(module.main_input_name, module.main_input_name)
     if kind != modality:
         raise UserError(f"encoder '{spec.source}': its kind is {kind}, but it is used as the {modality} encoder")
-    mean, std = _normalisation(source, spec, commit) if modality == "image" else (_HALF, _HALF)
+    mean, std = _normalisation(spec, folder, commit) if modality == "image" else (_HALF, _HALF)
     module.float().eval()
-    view = EncoderView(module if meta else module.to(device), modality, mean, std)
+    try:
+        view = EncoderView(module if meta else module.to(device), modality, mean, std)
+    except UserError as error:
+        raise UserError(f"encoder '{spec.source}': {error}") from None
     facts = EncoderFacts(
         source=spec.source,
         revision=commit,
@@ -95,7 +95,7 @@ def load_encoder(
 
 def image_size(spec: EncoderSpec) -> int:
     """Side of the square images that an image encoder expects, in pixels. Raises UserError where it states none."""
-    size = getattr(_config(encoder_source(spec.source), spec), "image_size", None)
+    size = getattr(_config(spec, _folder(spec)[0]), "image_size", None)
     sides = {size} if isinstance(size, int) else set(size or ())
     if len(sides) != 1:
         raise UserError(f"encoder '{spec.source}': its configuration states no square image size; it is no ViT")
@@ -104,7 +104,7 @@ def image_size(spec: EncoderSpec) -> int:
 
 def encoder_shape(spec: EncoderSpec) -> EncoderShape:
     """Width and depth of an encoder, from its configuration alone."""
-    config = _config(encoder_source(spec.source), spec)
+    config = _config(spec, _folder(spec)[0])
     try:
         return EncoderShape(width=int(config.hidden_size), depth=int(config.num_hidden_layers))
     except AttributeError as error:
@@ -112,64 +112,93 @@ def encoder_shape(spec: EncoderSpec) -> EncoderShape:
 
 
 def encoder_digest(spec: EncoderSpec) -> str:
-    """Identity of an encoder's content: SHA-256 of a folder's configuration and weights, or the hub commit."""
-    source = encoder_source(spec.source)
-    folder = Path(source)
-    if not folder.is_dir():
-        commit = getattr(_config(source, spec), "_commit_hash", None)
-        return f"{source}@{commit or spec.revision}"
+    """Identity of an encoder's content: the hub commit, or SHA-256 of a folder's settings, vocabulary and weights."""
+    folder, commit = _folder(spec)
+    if commit is not None:
+        return f"{spec.source}@{commit}"
     digest = hashlib.sha256()
-    weights = sorted(folder.glob("*.safetensors")) if spec.weights == "pretrained" else []
-    processor = [path for path in (folder / "preprocessor_config.json",) if path.is_file()]
-    for path in (folder / "config.json", *processor, *weights):
-        digest.update(path.read_bytes())
+    patterns = ("*.json", "*.txt", "*.model", *(("*.safetensors",) if spec.weights == "pretrained" else ()))
+    for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()
 
 
-def _config(source: str, spec: EncoderSpec) -> Any:
+# --- where the files are --------------------------------------------------------------------------------------------
+
+
+def _folder(spec: EncoderSpec) -> tuple[Path, str | None]:
+    """The folder with the encoder's configuration; the commit where it is a hub repository's, in the local cache."""
+    source = encoder_source(spec.source)
+    if Path(source).is_dir():
+        return Path(source), None
+    path = repository_file(source, "config.json", spec.revision, f"encoder '{spec.source}'")
+    if path is None:
+        raise UserError(f"encoder '{spec.source}': the hub repository has no config.json, so it is no encoder")
+    return path.parent, path.parent.name
+
+
+def _bring_weights(spec: EncoderSpec, commit: str) -> None:
+    """Have the weights of a hub repository beside its configuration, shard by shard where they are sharded."""
+
+    def bring(name: str) -> Path | None:
+        return repository_file(spec.source, name, commit, f"encoder '{spec.source}'")
+
+    if bring(_WEIGHTS) is None:
+        index = bring(f"{_WEIGHTS}.index.json")
+        for shard in sorted(set(json.loads(index.read_bytes())["weight_map"].values())) if index else ():
+            bring(shard)
+
+
+# --- building -------------------------------------------------------------------------------------------------------
+
+
+def _config(spec: EncoderSpec, folder: Path) -> Any:
     from transformers import AutoConfig
 
-    def load(local_only: bool) -> Any:
-        return AutoConfig.from_pretrained(
-            source, revision=spec.revision, trust_remote_code=False, local_files_only=local_only
-        )
+    try:
+        with _quiet_transformers():
+            return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"encoder '{spec.source}': its config.json is not usable ({first_line(error)})") from None
 
-    return obtain(source, f"encoder '{spec.source}'", spec.revision, load)
 
-
-def _from_config(spec: EncoderSpec, config: Any, seed: int, *, meta: bool) -> Any:
+def _from_config(spec: EncoderSpec, folder: Path, seed: int, *, meta: bool) -> Any:
     from transformers import AutoModel
 
+    config = _config(spec, folder)
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta" if meta else "cpu"):
             torch.manual_seed(seed)
             return AutoModel.from_config(config, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise UserError(f"encoder '{spec.source}': its configuration builds no encoder ({error})") from None
+        raise UserError(f"encoder '{spec.source}': its configuration builds no encoder ({first_line(error)})") from None
 
 
-def _from_weights(source: str, spec: EncoderSpec, commit: str | None) -> Any:
+def _from_weights(spec: EncoderSpec, folder: Path, commit: str | None) -> Any:
+    from safetensors import SafetensorError
     from transformers import AutoModel
 
-    if Path(source).is_dir() and not any(Path(source).glob("*.safetensors")):
+    if commit is not None:
+        _bring_weights(spec, commit)
+    if not any((folder / name).is_file() for name in (_WEIGHTS, f"{_WEIGHTS}.index.json")):
         raise UserError(
-            f"encoder '{spec.source}': no model.safetensors there, and other formats are never read, because they can "
-            "run code; load it with transformers and save it again with save_pretrained"
+            f"encoder '{spec.source}': no {_WEIGHTS} there, and other formats are never read, because they can run "
+            "code; load it with transformers and save it again with save_pretrained"
         )
-
-    def load(local_only: bool) -> Any:
+    _config(spec, folder)
+    try:
         with _quiet_transformers():
-            return AutoModel.from_pretrained(
-                source,
-                revision=commit or spec.revision,
+            module, loading = AutoModel.from_pretrained(
+                folder,
                 use_safetensors=True,
                 trust_remote_code=False,
-                local_files_only=local_only,
+                local_files_only=True,
                 ignore_mismatched_sizes=True,  # refused below, in one line
                 output_loading_info=True,
             )
-
-    module, loading = obtain(source, f"encoder '{spec.source}'", commit or spec.revision, load)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"encoder '{spec.source}': its weights cannot be read ({first_line(error)})") from None
     mismatched = [name for name, *_ in loading["mismatched_keys"]]
     lacking = [name for name in (*loading["missing_keys"], *mismatched) if not name.startswith("pooler.")]
     if lacking:
@@ -196,10 +225,12 @@ def _quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _normalisation(source: str, spec: EncoderSpec, commit: str | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _normalisation(spec: EncoderSpec, folder: Path, commit: str | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and std of the encoder's image processor, per channel; ViT's 0.5 where it ships none."""
-    path = _processor_file(source, spec, commit)
-    if path is None:
+    path: Path | None = folder / _PROCESSOR
+    if commit is not None:
+        path = repository_file(spec.source, _PROCESSOR, commit, f"encoder '{spec.source}'")
+    if path is None or not path.is_file():
         return _HALF, _HALF
     try:
         settings = json.loads(path.read_bytes())
@@ -207,26 +238,5 @@ def _normalisation(source: str, spec: EncoderSpec, commit: str | None) -> tuple[
             return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
         mean, std = (tuple(float(v) for v in settings.get(key) or _HALF) for key in ("image_mean", "image_std"))
     except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"encoder '{spec.source}': {path.name} is not readable ({error})") from None
+        raise UserError(f"encoder '{spec.source}': its {_PROCESSOR} is not usable ({error})") from None
     return mean, std
-
-
-def _processor_file(source: str, spec: EncoderSpec, commit: str | None) -> Path | None:
-    """The image processor's settings; ``None`` where the encoder has none, which is not the same as unreachable."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    name = "preprocessor_config.json"
-    if Path(source).is_dir():
-        path = Path(source, name)
-        return path if path.is_file() else None
-
-    def load(local_only: bool) -> Path | None:
-        try:
-            return Path(hf_hub_download(source, name, revision=commit, local_files_only=local_only))
-        except LocalEntryNotFoundError:
-            raise
-        except EntryNotFoundError:
-            return None
-
-    return obtain(source, f"encoder '{spec.source}', {name}", commit, load)

@@ -1,62 +1,59 @@
-"""Files of encoders and tokenizers: from a folder, else the local Hugging Face cache, else the hub.
+"""Files of a Hugging Face repository: from the local cache, else from the hub.
 
-transformers alone asks the hub first and, without a network, tries again for half a minute. Here the cache comes
-first, and the hub is asked once before anything is fetched from it.
+transformers itself asks the hub first, for every file it might find, and without a network tries each again for half
+a minute. Here the cache comes first, the hub is asked once before anything is fetched, and what lies on the disk is
+then loaded as a folder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 from tpme.bench.errors import UserError
 
 _TIMEOUT_S = 5.0
 
-T = TypeVar("T")
 
-
-def obtain(place: str, what: str, revision: str | None, load: Callable[[bool], T]) -> T:
-    """What ``load`` returns.
+def repository_file(repository: str, name: str, revision: str | None, what: str) -> Path | None:
+    """Where file ``name`` of ``repository`` lies on this machine; ``None`` where the repository has no such file.
 
     Args:
-        place: folder or hub id.
+        revision: commit, branch or tag; ``None`` is the main branch.
         what: what is loaded, as errors call it.
-        revision: of the hub repository.
-        load: called with true to read local files only; raises OSError, ValueError or SafetensorError.
 
     Raises:
-        UserError: it is not to be had, or not readable.
+        UserError: it is not in the cache, and the hub does not give it.
     """
-    from safetensors import SafetensorError
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError
 
-    unreadable = (OSError, ValueError, SafetensorError)
+    found = try_to_load_from_cache(repository, name, revision=revision)
+    if isinstance(found, str):
+        return Path(found)
+    if found is not None:  # the cache remembers that there is no such file
+        return None
+    _reach(repository, name, revision, what)
     try:
-        return load(True)
-    except unreadable as error:
-        if Path(place).is_dir():
-            raise UserError(f"{what}: cannot be loaded from that folder ({first_line(error)})") from None
-    reach(place, what, revision)
-    try:
-        return load(False)
-    except unreadable as error:
-        raise UserError(f"{what}: cannot be loaded from the hub ({first_line(error)})") from None
+        return Path(hf_hub_download(repository, name, revision=revision))
+    except EntryNotFoundError:
+        return None
+    except Exception as error:  # every HTTP library has exceptions of its own, and hub versions changed theirs
+        raise UserError(f"{what}: cannot be fetched from the hub ({first_line(error)})") from None
 
 
-def reach(repository: str, what: str, revision: str | None) -> None:
+def _reach(repository: str, name: str, revision: str | None, what: str) -> None:
     """Ask the hub once for a file. Raises UserError where it does not answer or has no such repository."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError
 
     try:
-        get_hf_file_metadata(hf_hub_url(repository, "config.json", revision=revision), timeout=_TIMEOUT_S)
+        get_hf_file_metadata(hf_hub_url(repository, name, revision=revision), timeout=_TIMEOUT_S)
     except EntryNotFoundError:
         return
-    except Exception as error:  # every HTTP library has exceptions of its own, and hub versions changed theirs
+    except Exception as error:
         raise UserError(
-            f"{what}: no such folder, not in the local cache, and the hub does not give it ({first_line(error)}); "
-            "give a folder saved by transformers, or fetch it where there is a network"
+            f"{what}: no such folder, its {name} is not in the local cache, and the hub does not give it "
+            f"({first_line(error)}); give a folder saved by transformers, or fetch it where there is a network"
         ) from None
 
 

@@ -1,0 +1,398 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from transformers import BertConfig, BertForMaskedLM, CLIPConfig
+
+from tpme.bench.errors import UserError
+from tpme.bench.record import EncoderSpec, Modality
+from tpme.bench.task.encoders import (
+    encoder_digest,
+    encoder_shape,
+    encoder_source,
+    image_size,
+    load_encoder,
+)
+from tpme.bench.task.items import LAST, EncoderShape
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def folders(tiny: ModuleType, tmp_path: Path) -> dict[Modality, Path]:
+    """A BERT and a ViT as save_pretrained leaves them, pooler included for the BERT."""
+    from transformers import BertModel
+
+    found: dict[Modality, Path] = {"text": tmp_path / "bert", "image": tmp_path / "vit"}
+    torch.manual_seed(1)
+    BertModel(tiny.bert_config()).save_pretrained(found["text"])
+    tiny.encoder("image").save_pretrained(found["image"])
+    return found
+
+
+def spec(folder: Path | str, **settings: str) -> EncoderSpec:
+    return EncoderSpec(source=str(folder), **settings)
+
+
+def refused(source: EncoderSpec, modality: Modality, match: str) -> None:
+    with pytest.raises(UserError, match=match) as error:
+        load_encoder(source, modality)
+    message = str(error.value)
+    assert "\n" not in message
+    assert source.source in message
+
+
+def change(path: Path, **changes: object) -> None:
+    settings = json.loads(path.read_text())
+    settings.update(changes)
+    path.write_text(json.dumps({key: value for key, value in settings.items() if value is not None}))
+
+
+# --- what is loaded -------------------------------------------------------------------------------------------------
+
+
+def test_a_saved_encoder(tiny: ModuleType, folders: dict[Modality, Path]) -> None:
+    encoder = load_encoder(spec(folders["image"]), "image")
+    items = tiny.items(("image",))
+    expected = tiny.views(("image",))["image"].encode(LAST, image=items.image)
+    torch.testing.assert_close(encoder.view.encode(LAST, image=items.image), expected)
+    facts = encoder.facts
+    assert (facts.architecture, facts.weights, facts.revision) == ("ViTModel", "pretrained", None)
+    assert (facts.width, facts.depth) == (tiny.WIDTH, tiny.DEPTH)
+    assert facts.parameters == sum(p.numel() for p in tiny.encoder("image").parameters())
+
+
+def test_without_pooler_in_eval_mode_and_float32(tiny: ModuleType, folders: dict[Modality, Path]) -> None:
+    for weights in ("pretrained", "random"):
+        change(folders["text"] / "config.json", dtype="float16")
+        encoder = load_encoder(spec(folders["text"], weights=weights), "text")
+        module = encoder.view.module
+        assert module.pooler is None
+        assert not any("pooler" in name for name, _ in module.named_parameters())
+        assert encoder.facts.parameters == sum(p.numel() for p in tiny.encoder("text").parameters())
+        assert not module.training
+        assert {p.dtype for p in module.parameters()} == {torch.float32}
+
+
+def test_a_checkpoint_with_a_head_of_its_own(
+    tiny: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """bert-base-uncased is one: it has a language-model head and no pooler."""
+    model = BertForMaskedLM(tiny.bert_config())
+    model.save_pretrained(tmp_path / "mlm")
+    capfd.readouterr()
+    encoder = load_encoder(spec(tmp_path / "mlm"), "text")
+    assert capfd.readouterr() == ("", "")
+    weights = dict(model.bert.named_parameters())
+    assert all(torch.equal(p, weights[name]) for name, p in encoder.view.module.named_parameters())
+
+
+def test_a_vit_with_the_names_of_transformers_4(tiny: ModuleType, tmp_path: Path) -> None:
+    model = tiny.encoder("image")
+    tiny.save_old_vit(model, tmp_path / "old")
+    loaded = load_encoder(spec(tmp_path / "old"), "image").view.module
+    weights = dict(model.named_parameters())
+    assert dict(loaded.named_parameters()).keys() == weights.keys()
+    assert all(torch.equal(p, weights[name]) for name, p in loaded.named_parameters())
+
+
+def test_random_weights_need_the_configuration_alone(folders: dict[Modality, Path]) -> None:
+    (folders["text"] / "model.safetensors").unlink()
+
+    def load(seed: int) -> torch.Tensor:
+        return next(load_encoder(spec(folders["text"], weights="random"), "text", seed=seed).view.module.parameters())
+
+    before = torch.get_rng_state()
+    assert torch.equal(load(1), load(1))
+    assert not torch.equal(load(1), load(2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert load_encoder(spec(folders["text"], weights="random"), "text").facts.weights == "random"
+
+
+def test_on_the_meta_device_no_weights_are_read(folders: dict[Modality, Path]) -> None:
+    (folders["text"] / "model.safetensors").unlink()
+    encoder = load_encoder(spec(folders["text"]), "text", device="meta")
+    assert {p.device.type for p in encoder.view.module.parameters()} == {"meta"}
+
+
+def test_configuration_alone_gives_shape_and_image_size(tiny: ModuleType, folders: dict[Modality, Path]) -> None:
+    for modality, folder in folders.items():
+        assert encoder_shape(spec(folder)) == load_encoder(spec(folder), modality).view.shape
+    assert encoder_shape(spec(folders["text"])) == EncoderShape(tiny.WIDTH, tiny.DEPTH)
+    assert image_size(spec(folders["image"])) == tiny.SIDE
+    with pytest.raises(UserError, match="no square image size"):
+        image_size(spec(folders["text"]))
+
+
+def test_the_digest_is_of_all_that_decides_the_states(folders: dict[Modality, Path]) -> None:
+    folder, digests = folders["image"], []
+    digests.append(encoder_digest(spec(folder)))
+    assert encoder_digest(spec(folder)) == digests[0]
+    change(folder / "config.json", layer_norm_eps=1e-3)
+    digests.append(encoder_digest(spec(folder)))
+    (folder / "preprocessor_config.json").write_text('{"image_mean": [0, 0, 0]}')
+    digests.append(encoder_digest(spec(folder)))
+    with (folder / "model.safetensors").open("ab") as file:
+        file.write(b"x")
+    digests.append(encoder_digest(spec(folder)))
+    assert len(set(digests)) == 4
+
+
+# --- normalisation --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "mean", "std"),
+    [
+        (None, 0.5, 0.5),
+        ({"image_mean": [0.1, 0.1, 0.1], "image_std": [0.2, 0.2, 0.2]}, 0.1, 0.2),
+        ({"image_mean": None, "image_std": None}, 0.5, 0.5),
+        ({"do_normalize": False, "image_mean": [0.1, 0.1, 0.1]}, 0.0, 1.0),
+    ],
+)
+def test_images_are_normalised_as_the_encoder_says(
+    tiny: ModuleType, folders: dict[Modality, Path], settings: dict[str, object] | None, mean: float, std: float
+) -> None:
+    if settings is not None:
+        (folders["image"] / "preprocessor_config.json").write_text(json.dumps(settings))
+    view, image = load_encoder(spec(folders["image"]), "image").view, tiny.items(("image",)).image
+    expected = view.module(pixel_values=(image / 255 - mean) / std).last_hidden_state[:, :1]
+    torch.testing.assert_close(view.encode(LAST, image=image), expected, atol=1e-5, rtol=1e-5)
+
+
+# --- what is refused, in one line -----------------------------------------------------------------------------------
+
+
+def test_only_safetensors_are_read(tiny: ModuleType, folders: dict[Modality, Path]) -> None:
+    (folders["text"] / "model.safetensors").unlink()
+    torch.save(tiny.encoder("text").state_dict(), folders["text"] / "pytorch_model.bin")
+    refused(spec(folders["text"]), "text", "no model.safetensors there.*save_pretrained")
+
+
+def test_the_wrong_modality(folders: dict[Modality, Path]) -> None:
+    refused(spec(folders["image"]), "text", "its kind is image, but it is used as the text encoder")
+    refused(spec(folders["text"]), "image", "its kind is text, but it is used as the image encoder")
+
+
+def test_weights_that_lack_parameters(folders: dict[Modality, Path]) -> None:
+    change(folders["text"] / "config.json", num_hidden_layers=3)
+    refused(spec(folders["text"]), "text", r"lack 16 parameters of BertModel.*first: encoder\.layer\.2\.attention")
+
+
+def test_weights_of_another_shape(folders: dict[Modality, Path]) -> None:
+    change(folders["text"] / "config.json", intermediate_size=48)
+    refused(spec(folders["text"]), "text", r"lack 6 parameters.*another shape \(first: encoder\.layer\.0\.intermediate")
+
+
+def test_truncated_weights(folders: dict[Modality, Path]) -> None:
+    path = folders["text"] / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    refused(spec(folders["text"]), "text", "its weights cannot be read")
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"model_type": "nonsense"}', "{}"])
+def test_a_broken_configuration(folders: dict[Modality, Path], content: str) -> None:
+    (folders["text"] / "config.json").write_text(content)
+    refused(spec(folders["text"]), "text", "its config.json is not usable")
+
+
+def test_a_configuration_that_builds_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "odd"
+    BertConfig(hidden_size=18, num_attention_heads=4).save_pretrained(folder)
+    refused(spec(folder, weights="random"), "text", "its configuration builds no encoder")
+
+
+def test_an_encoder_of_another_family(tmp_path: Path) -> None:
+    folder = tmp_path / "clip"
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    CLIPConfig(text_config=small | {"vocab_size": 50}, vision_config=small).save_pretrained(folder)
+    refused(spec(folder, weights="random"), "text", "its list of layers is at none of the known places")
+    with pytest.raises(UserError, match="BERT or ViT family"):
+        encoder_shape(spec(folder))
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"image_mean": ["x"]}'])
+def test_a_broken_image_processor(folders: dict[Modality, Path], content: str) -> None:
+    (folders["image"] / "preprocessor_config.json").write_text(content)
+    refused(spec(folders["image"]), "image", "its preprocessor_config.json is not usable")
+
+
+def test_a_path_without_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused(spec(tmp_path / "nothing"), "text", "no config.json there")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    refused(spec("models/mine"), "text", "no config.json there")
+    refused(spec("./elsewhere"), "text", "no config.json there")
+
+
+def test_built_in_names(tmp_path: Path) -> None:
+    assert Path(encoder_source("builtin:tiny-text")).parts[-2:] == ("tiny", "text")
+    refused(
+        spec("builtin:nothing"), "text", "no such built-in encoder; there are builtin:tiny-image, builtin:tiny-text"
+    )
+
+
+# --- hub ids: the cache, and no network -----------------------------------------------------------------------------
+
+
+def put_into_cache(cache: Path, folder: Path, repository: str, *, absent: tuple[str, ...] = ()) -> None:
+    """Lay ``folder`` into a Hugging Face cache as a download of ``repository`` would."""
+    home = cache / f"models--{repository.replace('/', '--')}"
+    shutil.copytree(folder, home / "snapshots" / COMMIT)
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text(COMMIT)
+    for name in absent:  # the hub's cache also remembers what a repository does not have
+        (home / ".no_exist" / COMMIT).mkdir(parents=True, exist_ok=True)
+        (home / ".no_exist" / COMMIT / name).touch()
+
+
+CHILD = """
+import json, sys
+from tpme.bench.errors import UserError
+from tpme.bench.record import EncoderSpec
+from tpme.bench.task.encoders import load_encoder
+try:
+    print(load_encoder(EncoderSpec(source="someone/model"), sys.argv[1]).facts.model_dump_json())
+except UserError as error:
+    sys.exit(f"tpme: {error}")
+"""
+
+
+def in_child(modality: Modality, cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Load the hub id someone/model in a process of its own: the hub's settings are read once, at import."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
+    settings = kept | {"HF_HOME": str(cache.parent), "HF_HUB_CACHE": str(cache)} | environment
+    return subprocess.run(
+        [sys.executable, "-c", CHILD, modality], env=settings, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+@pytest.mark.parametrize("environment", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}])
+def test_a_hub_id_without_network_and_cache(tmp_path: Path, environment: dict[str, str]) -> None:
+    start = time.monotonic()
+    child = in_child("text", tmp_path / "cache", **environment)
+    took = time.monotonic() - start
+    assert child.returncode == 1
+    assert child.stderr.startswith(
+        "tpme: encoder 'someone/model': no such folder, its config.json is not in the local cache, and"
+    )
+    assert len(child.stderr.splitlines()) == 1
+    assert "Retry" not in child.stderr
+    assert took < 45  # transformers alone would try for most of a minute, and for each file again
+
+
+def test_a_hub_id_from_the_cache_records_its_revision(folders: dict[Modality, Path], tmp_path: Path) -> None:
+    put_into_cache(tmp_path / "cache", folders["text"], "someone/model")
+    child = in_child("text", tmp_path / "cache", HF_ENDPOINT="http://127.0.0.1:9")
+    assert child.returncode == 0, child.stderr
+    facts = json.loads(child.stdout)
+    assert (facts["source"], facts["revision"]) == ("someone/model", COMMIT)
+
+
+def test_an_image_processor_that_may_exist_is_not_guessed(folders: dict[Modality, Path], tmp_path: Path) -> None:
+    put_into_cache(tmp_path / "cache", folders["image"], "someone/model")
+    unknown = in_child("image", tmp_path / "cache", HF_ENDPOINT="http://127.0.0.1:9")
+    assert unknown.returncode == 1
+    assert "its preprocessor_config.json is not in the local cache" in unknown.stderr
+    put_into_cache(tmp_path / "other", folders["image"], "someone/model", absent=("preprocessor_config.json",))
+    assert in_child("image", tmp_path / "other", HF_HUB_OFFLINE="1").returncode == 0
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the Hugging Face hub as a download needs: files of one repository, and which commit they are of."""
+
+    folder: Path
+    asked: list[str]
+
+    def do_HEAD(self) -> None:
+        self.answer(with_body=False)
+
+    def do_GET(self) -> None:
+        self.answer(with_body=True)
+
+    def answer(self, *, with_body: bool) -> None:
+        _, _, here = self.path.partition("/someone/model/resolve/")
+        revision, _, name = here.partition("/")
+        path = self.folder / name
+        known = revision in ("main", COMMIT) and path.is_file()
+        if name:  # the client also asks about itself
+            self.asked.append(name)
+        content = path.read_bytes() if known else b""
+        self.send_response(200 if known else 404)
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        if not known:
+            self.send_header("X-Error-Code", "EntryNotFound")
+        self.end_headers()
+        if with_body:
+            self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[tuple[type[Hub], str]]:
+    handler = type("OneHub", (Hub,), {"folder": tmp_path, "asked": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield handler, f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_hub_id_is_fetched_once_with_its_shards(tiny: ModuleType, tmp_path: Path, hub: tuple[type[Hub], str]) -> None:
+    handler, endpoint = hub
+    handler.folder = tmp_path / "repository"
+    model = tiny.encoder("image")
+    model.save_pretrained(handler.folder, max_shard_size="10KB")
+    shards = sorted(path.name for path in handler.folder.glob("model-*.safetensors"))
+    assert len(shards) > 1
+
+    child = in_child("image", tmp_path / "cache", HF_ENDPOINT=endpoint)
+    assert child.returncode == 0, child.stderr
+    facts = json.loads(child.stdout)
+    assert (facts["revision"], facts["parameters"]) == (COMMIT, sum(p.numel() for p in model.parameters()))
+    wanted = {"config.json", "model.safetensors", "model.safetensors.index.json", "preprocessor_config.json", *shards}
+    assert set(handler.asked) == wanted
+
+    handler.asked.clear()
+    again = in_child("image", tmp_path / "cache", HF_ENDPOINT=endpoint)
+    assert (again.returncode, again.stdout, handler.asked) == (0, child.stdout, [])
+
+
+# --- the paper's encoders -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "modality", "architecture", "parameters"),
+    [
+        ("bert-base-uncased", "text", "BertModel", 108_891_648),
+        ("vit-base-patch16-224", "image", "ViTModel", 85_798_656),
+    ],
+)
+def test_the_papers_encoders(
+    shared: Callable[..., Path], name: str, modality: Modality, architecture: str, parameters: int
+) -> None:
+    source = spec(shared("pretrained", name), weights="random")
+    facts = load_encoder(source, modality, device="meta").facts
+    assert (facts.architecture, facts.parameters) == (architecture, parameters)
+    assert (facts.width, facts.depth) == (768, 12)
+    if modality == "image":
+        assert image_size(source) == 224
