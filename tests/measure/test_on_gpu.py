@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -45,10 +47,6 @@ print(json.dumps({
 @pytest.fixture(scope="module")
 def told() -> dict[str, Any]:
     """What one process says that holds 512 MiB and multiplies matrices for a second."""
-    import json
-    import subprocess
-    import sys
-
     run = subprocess.run(
         [sys.executable, "-c", RUN.replace("MIB_HELD", "512")], capture_output=True, text=True, check=False
     )
@@ -110,10 +108,11 @@ def test_the_device_is_found_by_its_uuid() -> None:
     nvml.close()
 
 
-def test_time_is_read_after_the_work_is_done(fresh: Callable[[str], Any]) -> None:
+def test_time_is_read_after_the_work_is_done() -> None:
     from tpme.bench.measure.clock import now
 
     a = torch.randn(8192, 8192, device="cuda")
+    torch.nn.functional.normalize(a @ a)  # loads the kernels, which waits
     start = now("cuda")
     for _ in range(20):
         a = torch.nn.functional.normalize(a @ a)
