@@ -45,7 +45,7 @@ def run_command(
     if report:
         from tpme.reports.report import write_report
 
-        write_report([run], run / "report")
+        write_report([run], run / "report", console=console)
     return 1 if any(result.status in UNFINISHED for result in results) else 0
 
 

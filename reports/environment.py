@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from tpme.bench.record import CellResult, EncoderFacts
+from tpme.bench.record import CellResult, EncoderFacts, LearningRates
 from tpme.reports.section import Section
 from tpme.reports.table import MISSING, Column, Entry, Table
 
@@ -45,6 +45,8 @@ def _properties(section: Section, results: list[CellResult]) -> Iterator[tuple[s
     training = [result.cell.training.model_dump(mode="json", exclude={"precision"}) for result in results]
     for name in training[0]:
         yield name.replace("_", " ").capitalize(), (one[name] for one in training)
+    rates = {_rates(result.cell.lr) for result in results}
+    yield "Learning rates", rates if len(rates) == 1 else ["differ, see their table"]
     yield "Seeds", sorted({result.cell.seed for result in results})
 
 
@@ -67,6 +69,10 @@ def _encoder(facts: EncoderFacts | None) -> str | None:
         f"{facts.source}{revision}: {facts.architecture}, {facts.weights} weights, width {facts.width}, "
         f"depth {facts.depth}, {facts.parameters / 1e6:.4g} M parameters"
     )
+
+
+def _rates(lr: LearningRates) -> str:
+    return ", ".join(f"{name} {rate:g}" for name, rate in lr.model_dump().items())
 
 
 def _revision(revision: str | None, dirty: bool | None) -> str | None:

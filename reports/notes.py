@@ -12,6 +12,8 @@ from typing import Any
 
 import pandas as pd
 
+from tpme.reports.trials import settings
+
 
 @dataclass(frozen=True)
 class Notes:
@@ -47,6 +49,9 @@ def _row_notes(cells: pd.DataFrame, line: pd.Series[Any], several_sources: bool)
     flags = dict.fromkeys(flag for flags in shown["flags"] for flag in flags)
     for _, message in flags:
         yield message
+    options = settings(line["options"])
+    if options and not str(line.name).endswith("]"):
+        yield f"with {', '.join(options)}"
     if line["status"] != "ok":
         yield from _failure(line, shown)
     elif line["seeds_ok"] < line["seeds"]:

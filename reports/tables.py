@@ -21,7 +21,7 @@ METRICS = (("recall", "Recall"), ("ndcg", "NDCG"))
 def all_tables(section: Section) -> list[Table]:
     """Every table that has something to say, results first."""
     made = [results(section), cutoffs(section), warm_and_cold(section), costs(section), phases(section)]
-    made += [search(section), failures(section), environment(section)]
+    made += [learning_rates(section), failures(section), environment(section)]
     return [table for table in made if table.rows]
 
 
@@ -128,9 +128,12 @@ def phases(section: Section) -> Table:
     return table_of(section, "phases", "Where the time goes (seconds by phase)", made, rows)
 
 
-def search(section: Section) -> Table:
-    """All learning-rate trials with what each cost, where there was a choice."""
-    cells = _in_order(section, section.cells[section.cells["search_trials"] > 1])
+def learning_rates(section: Section) -> Table:
+    """The learning rates of every row that trains, with all trials and their cost; empty where all are the same."""
+    cells = _in_order(section, section.cells[(section.cells["epochs_run"] > 0) | (section.cells["status"] != "ok")])
+    searched = bool((cells["search_trials"] > 1).any())
+    if cells["lr"].nunique() < 2:
+        cells = cells.head(0)
     lines = []
     for (name, lr), trial in cells.groupby(["row", "lr"], sort=False):
         validation, finished = trial["trial_valid_recall_10"].iloc[0], int((trial["status"] == "ok").sum())
@@ -158,7 +161,7 @@ def search(section: Section) -> Table:
         Column("selected", "Selected", numeric=False),
     )
     note = "Selected on validation alone; the test results of the other trials are not looked at."
-    return Table("lr-search", "Learning-rate search", columns, tuple(lines), (note,), subject=section.name)
+    return Table("lr", "Learning rates", columns, tuple(lines), (note,) if searched else (), subject=section.name)
 
 
 def failures(section: Section) -> Table:

@@ -112,13 +112,17 @@ def _with_free_cells(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _row_names(cells: pd.DataFrame) -> pd.Series[str]:
-    """The label, followed by whatever sets the row apart: own options, unusual training settings, code version."""
+    """The label, followed by what sets the row apart: options, unusual training settings, code version.
+
+    Options are left out where no other row has the label; a footnote gives them.
+    """
     distinct = cells.drop_duplicates(list(ROW))
+    variants = distinct.groupby("label")["options"].nunique()
     usual = _usual_training(distinct)
     versions = distinct["code_version"].nunique() > 1
 
     def name(cell: pd.Series[Any]) -> str:
-        extra = [_setting(key, value) for key, value in json.loads(cell["options"]).items()]
+        extra = settings(cell["options"]) if variants[cell["label"]] > 1 else []
         training = json.loads(cell["training"])
         extra += [_setting(key, value) for key, value in training.items() if json.dumps(value) != usual[key]]
         extra += [f"@{cell['code_version'][:7]}"] if versions else []
@@ -136,6 +140,11 @@ def _usual_training(rows: pd.DataFrame) -> dict[str, str]:
         counts = Counter(json.dumps(setting[key]) for setting in settings)
         usual[key] = max(sorted(counts), key=lambda value: (counts[value], value == json.dumps(default[key])))
     return usual
+
+
+def settings(text: str) -> list[str]:
+    """``{"rank":4}`` as ``["rank=4"]``."""
+    return [_setting(key, value) for key, value in json.loads(text).items()]
 
 
 def _setting(key: str, value: Any) -> str:

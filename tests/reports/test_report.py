@@ -12,10 +12,10 @@ import pytest
 from tpme.bench.errors import UserError
 from tpme.bench.record import Failure, Flag
 from tpme.reports.report import make_report, write_report
-from tpme.reports.tables import all_tables, failures, results, search
+from tpme.reports.tables import all_tables, failures, learning_rates, results
 from tpme.reports.tpme import Weights
 
-TABLES = ("results", "cutoffs", "warm-cold", "costs", "phases", "lr-search", "failures", "environment")
+TABLES = ("results", "cutoffs", "warm-cold", "costs", "phases", "lr", "failures", "environment")
 PLOTS = ("quality-tpme", "costs", "memory-time", "step-times")
 
 
@@ -60,7 +60,7 @@ def test_the_folder_holds_every_table_and_plot_and_report_md_shows_them(written)
 def test_every_row_is_in_the_results_whatever_its_end(demo_run, written):
     frame = pd.read_csv(written / "tables" / "results.csv").set_index("method")
     assert len(frame) == 15
-    assert {"<script>", "a_b&c% [rank=4]", "iisan (cached)", "dyt", "pyra", "dapt"} <= set(frame.index)
+    assert {"<script>", "a_b&c%", "iisan (cached)", "dyt", "pyra", "dapt"} <= set(frame.index)
     (section,) = make_report([demo_run]).sections
     shown = texts(results(section), "recall_10")
     assert {name: shown[name] for name in ("dyt", "pyra", "dapt", "<script>")} == {
@@ -119,21 +119,22 @@ def test_flags_become_footnotes_once_and_shared_ones_a_warning(demo_run):
         if table.name in ("results", "costs", "phases"):
             assert table.warnings == ("M is resident memory of the process tree: the cells ran on a CPU",)
             assert "the clock was throttled in 3 of 8 epochs" in [text for _, text in table.used_footnotes]
-    marked = {row[0].value for row in results(section).rows if 3 in row[0].marks}
-    assert section.notes.footnotes[2] == "the clock was throttled in 3 of 8 epochs"
+    mark = 1 + section.notes.footnotes.index("the clock was throttled in 3 of 8 epochs")
+    marked = {row[0].value for row in results(section).rows if mark in row[0].marks}
     assert marked == {"id"}
 
 
 def test_the_search_is_told_with_its_cost_and_shows_no_test_numbers(demo_run):
     (section,) = make_report([demo_run]).sections
-    table = search(section)
+    table = learning_rates(section)
     assert [column.key for column in table.columns] == [
         "method", "lr_image", "lr_method", "lr_recommender", "lr_text",
         "cells_finished", "valid_recall_10", "wall_s", "selected",
     ]  # fmt: skip
-    assert len(table.rows) == 12
-    selected = [row for row in table.rows if row[-1].value]
-    assert len(selected) == 6
+    searched = [row for row in table.rows if row[0].value in {"fft", "adapter", "lora", "bitfit", "prompt", "iisan"}]
+    assert len(searched) == 12
+    assert len([row for row in searched if row[-1].value]) == 6
+    assert "popularity" not in {row[0].value for row in table.rows}
     cells = section.cells[section.cells["row"] == "fft"]
     assert cells["search_wall_s"].tolist() == pytest.approx([cells["wall_s"].sum()] * 6)
 
@@ -146,6 +147,14 @@ def test_a_failed_seed_is_told(factory):
     assert texts(results(section), "seeds_finished")["lora"] == "2 of 3"
     assert section.notes.footnotes == ("2 of 3 seeds finished (killed); the row is over those alone",)
     assert len(failures(section).rows) == 1
+
+
+def test_options_stand_in_a_footnote_where_the_name_leaves_them_out(factory):
+    factory.write("lora", options={"rank": 4})
+    factory.write("fft")
+    (section,) = make_report([factory.root]).sections
+    assert section.notes.footnotes == ("with rank=4",)
+    assert set(section.summary.index) == {"lora", "fft"}
 
 
 def test_doubtful_readings_shape_no_frame_and_say_so(factory):

@@ -56,7 +56,7 @@ def test_unusual_training_settings_show_in_the_name(factory):
     factory.write("fft")
     factory.write("lora")
     factory.write("fft", training=Training(activation_checkpointing=True))
-    factory.write("iisan", training=Training(users_per_batch=64))
+    factory.write("iisan", training=Training(users_per_batch=64), options={"bottleneck": 16})
     (group,) = split(load([factory.root]))
     assert set(group.cells["row"]) == {"fft", "lora", "fft [activation_checkpointing]", "iisan [users_per_batch=64]"}
 
