@@ -190,11 +190,11 @@ class PhaseLog:
     def _release_leftovers(self, kind: PhaseKind) -> None:
         """Hand back what earlier phases freed but the allocators keep, so that this phase is not charged for it.
 
-        What is handed back now, training must fetch again page by page. So this is done for the first phase of each
-        kind, and later only for training, and only where other phases left more than training did itself; any
-        other phase's reading is then doubted instead.
+        What is handed back now, training must fetch again page by page. So once training has begun, this is done for
+        the first phase of each kind, and else only for training itself, where other phases left more than it did.
+        Any other phase that begins with more than the last one of its kind left behind has its reading doubted.
         """
-        left = self._left.get(kind)
+        left = self._left.get(kind) if "train" in self._left else None
         kept = [max(0, now - int(_GROWN * before)) for now, before in zip(self._held(), left or (0, 0), strict=True)]
         if left is None or (kind == "train" and any(kept)):
             release_free_memory()
@@ -232,7 +232,8 @@ class PhaseLog:
             )
         )
         self._end_s = end_s
-        self._left[kind] = self._held()
+        if not (self._kept_host or self._kept_device):
+            self._left[kind] = self._held()
 
     def _gpu_readings(self, wall_s: float, rows: dict[str, Column], reserved: Reading) -> GpuReadings:
         if self._gpu is None:

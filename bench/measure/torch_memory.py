@@ -13,7 +13,7 @@ def reset_peaks(device: object) -> None:
     if is_cuda(device):
         import torch
 
-        torch.cuda.init()  # the allocator's statistics do not exist before
+        torch.cuda.init()  # type: ignore[no-untyped-call]  # the statistics do not exist before
         torch.cuda.reset_peak_memory_stats(str(device))
 
 

@@ -162,17 +162,29 @@ def test_training_hands_back_only_what_others_left(monkeypatch: pytest.MonkeyPat
 
 def test_other_phases_that_begin_with_leftovers_are_doubted(monkeypatch: pytest.MonkeyPatch) -> None:
     log = cpu_log()
-    mib = 1 << 20
-    released = with_held(log, monkeypatch, (900 * mib, 0), (500 * mib, 0), (605 * mib, 0), (500 * mib, 0))
-    for _ in range(2):
+    held = [(mib * MIB, 0) for mib in (900, 900, 900, 500, 605, 707)]  # begin and end; none at a doubted end
+    released = with_held(log, monkeypatch, *held)
+    with log.phase("train"):
+        pass
+    for _ in range(3):
         with log.phase("validate"):
             pass
-    first, second = (phase.memory.host_rss_bytes for phase in log.phases)
-    assert released == ["host", "device"], "for the first one only: training would pay for the second"
+    first, second, third = (phase.memory.host_rss_bytes for phase in log.phases[1:])
+    assert released == ["host", "device"] * 2, "for the first of each kind; training would pay for more"
     assert first.valid
     assert second.value is not None
     assert not second.valid
     assert "up to 100 MiB" in str(second.reason)
+    assert "up to 202 MiB" in str(third.reason), "measured against the last undoubted one"
+
+
+def test_before_training_every_phase_starts_clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = cpu_log()
+    released = with_held(log, monkeypatch, (1, 0), (5, 0), (9, 0), (9, 0))
+    for name in ("data", "encoders"):
+        with log.phase("load", name):
+            pass
+    assert released == ["host", "device"] * 2
 
 
 def test_a_training_peak_is_valid_only_if_every_training_phase_was_read() -> None:
