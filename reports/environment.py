@@ -8,6 +8,7 @@ from typing import Any
 from tpme.bench.record import CellResult, EncoderFacts, LearningRates
 from tpme.reports.section import Section
 from tpme.reports.table import MISSING, Column, Entry, Table
+from tpme.reports.trials import own_path
 
 PACKAGES = ("torch", "transformers", "peft", "numpy")
 """Listed first."""
@@ -66,7 +67,7 @@ def _encoder(facts: EncoderFacts | None) -> str | None:
         return None
     revision = f"@{facts.revision}" if facts.revision else ""
     return (
-        f"{facts.source}{revision}: {facts.architecture}, {facts.weights} weights, width {facts.width}, "
+        f"{own_path(facts.source)}{revision}: {facts.architecture}, {facts.weights} weights, width {facts.width}, "
         f"depth {facts.depth}, {facts.parameters / 1e6:.4g} M parameters"
     )
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from tpme.reports.section import Section
 from tpme.reports.table import escape_markdown
+from tpme.reports.trials import own_path
 
 MEASURED_M = {
     "cpu": (
@@ -27,7 +28,7 @@ def headline(section: Section) -> str:
     data = section.group.key["dataset"]
     if facts is not None:
         data += f" ({facts.users:,} users, {facts.items:,} items, {' and '.join(facts.modalities)})"
-    encoders = section.group.key["encoders"] or "no encoders"
+    encoders = own_path(section.group.key["encoders"]) or "no encoders"
     told = [
         f"{_many(len(summary), 'row')} from {_many(len(cells), 'cell')} on {data} with {encoders}; "
         f"{section.group.key['protocol']} protocol, {section.group.key['precision']}, on {_devices(section)}."

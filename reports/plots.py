@@ -166,7 +166,10 @@ def memory_over_time(section: Section) -> Plot | None:
     figure.supxlabel("seconds since the start of the cell", fontsize=7, y=0.05 / figure.get_figheight())
     figure.supylabel(f"memory ({unit})", fontsize=7, x=0.01)
     margins(figure, 0.42, 0.08, 0.38, 0.16, across=0.12, down=0.26)
-    caption = "Memory over the life of one cell of each row (its first seed), all panels on the same axes."
+    caption = (
+        "Memory over the life of one cell of each row (its first seed), all panels on the same axes; all that is in "
+        "use is shown, the baseline included, which M leaves out."
+    )
     if full is not None:
         caption += f" Grey: {full}."
     return Plot("memory-time", "Memory over time", caption, figure)
@@ -228,7 +231,7 @@ def _bars(
     axes.grid(False, axis="y")
     axes.tick_params(axis="y", length=0)
     if not logarithmic:
-        axes.xaxis.set_major_locator(MaxNLocator(2))
+        axes.xaxis.set_major_locator(MaxNLocator(2, steps=[1, 2, 5, 10]))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 

@@ -8,6 +8,7 @@ result is shown, so test numbers never choose a learning rate.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -88,11 +89,16 @@ def names(groups: Sequence[Group]) -> list[str]:
                 f"{group.key['protocol']} protocol",
                 group.key["precision"],
                 group.key["device_key"],
-                *(group.key[key][:12] if key == "dataset_fingerprint" else group.key[key] for key in told),
+                *(group.key[key][:12] if key == "dataset_fingerprint" else own_path(group.key[key]) for key in told),
             ]
         )
         for group in groups
     ]
+
+
+def own_path(text: str) -> str:
+    """Absolute paths in a text cut to their last two parts: a report tells nothing of a machine's folders."""
+    return re.sub(r"(?<![^\s(])/(?:[^/\s(),]+/)*([^/\s(),]+/[^/\s(),]+)", r"\1", text)
 
 
 def _with_free_cells(frame: pd.DataFrame) -> pd.DataFrame:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from tpme.bench.record import EncoderSpec, LearningRates, Training
 from tpme.reports.load import load
-from tpme.reports.trials import GROUP, names, split
+from tpme.reports.trials import GROUP, names, own_path, split
 
 
 def lr(rate: float) -> LearningRates:
@@ -90,3 +90,11 @@ def test_a_cell_without_encoders_joins_every_group_of_the_rest(factory):
     groups = split(load([factory.root]))
     assert [sorted(group.cells["row"]) for group in groups] == [["id"], ["fft", "popularity"], ["fft", "popularity"]]
     assert all(set(group.key) == set(GROUP) for group in groups)
+
+
+def test_paths_are_cut_to_their_end():
+    assert (
+        own_path("/home/me/models/bert/text (text), org/model@main (image)")
+        == "bert/text (text), org/model@main (image)"
+    )
+    assert own_path("builtin:tiny-text (text)") == "builtin:tiny-text (text)"
