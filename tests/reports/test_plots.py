@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import re
 from unittest import mock
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -110,7 +111,9 @@ def test_names_are_never_read_as_mathematics_or_markup(factory):
         factory.write(name, time=float(len(name)))
     (section,) = make_report([factory.root]).sections
     for plot in all_plots(section):
-        assert b"<script" not in save(plot.figure, "svg")
+        svg = save(plot.figure, "svg")
+        assert b"<script" not in svg
+        assert ElementTree.fromstring(svg).tag.endswith("svg")
         with style():
             assert "$broken" in [text for text, _ in boxes(plot.figure)]
 
