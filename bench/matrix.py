@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from tpme.bench.errors import UserError
+from tpme.bench.job import pinned
 from tpme.bench.record import Cell, EncoderSpec, Frozen, LearningRates, Modality, Protocol, Training
 
 PAPER_SETTINGS = {"users_per_batch"}
@@ -51,9 +52,9 @@ class MethodEntry(Frozen):
 
     name: str
     options: dict[str, Any] = {}
-    cached: bool | tuple[bool, ...] = False
-    lr: tuple[LearningRates | PositiveFloat, ...] | None = None
-    """Trials; a number stands for ``text``, ``image`` and ``method``, the recommender's rate stays the matrix's."""
+    cached: bool | Annotated[tuple[bool, ...], Field(min_length=1)] = False
+    lr: Annotated[tuple[LearningRates | PositiveFloat, ...], Field(min_length=1)] | None = None
+    """Trials, laid over the matrix's ``lr``; a number stands for ``text``, ``image`` and ``method``."""
     training: dict[str, Any] = {}
 
 
@@ -63,12 +64,12 @@ class MatrixFile(Frozen):
     name: str
     description: str = ""
     protocol: Protocol = "suite"
-    seeds: tuple[int, ...] = (12345,)
-    modalities: tuple[Modality, ...] | None = None
+    seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (12345,)
+    modalities: Annotated[tuple[Modality, ...], Field(min_length=1)] | None = None
     datasets: tuple[DatasetEntry, ...] = Field(min_length=1)
     encoders: tuple[EncoderEntry, ...] = Field(min_length=1)
     training: Training = Training()
-    axes: dict[str, tuple[Any, ...]] = {}
+    axes: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = {}
     """Further axes over training settings, such as ``precision = ["fp32", "bf16"]``."""
     lr: LearningRates = LearningRates()
     methods: tuple[MethodEntry, ...] = Field(min_length=1)
@@ -76,6 +77,13 @@ class MatrixFile(Frozen):
     """Per cell; one that takes longer ends as ``timeout``."""
     cache_limit_bytes: PositiveInt = 64 * 2**30
     """A feature cache that would be larger is refused."""
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> MatrixFile:
+        names = [entry.name for entry in self.datasets]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two data sets have one name ({', '.join(names)})")
+        return self
 
 
 @dataclass(frozen=True)
@@ -121,25 +129,35 @@ def _lay_over(raw: dict[str, Any], setting: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
-    _assign(raw, key.strip().split("."), value)
+    try:
+        _assign(raw, key.strip().split("."), value)
+    except (IndexError, TypeError, ValueError):
+        raise UserError(f"--set {setting}: the matrix has no such place") from None
 
 
 def _assign(place: Any, keys: list[str], value: Any) -> None:
-    """Set a nested key; a key into a list of tables goes into every one of them, a number into that one."""
-    if isinstance(place, list):
-        chosen = [place[int(keys[0])]] if keys[0].isdigit() else place
-        for entry in chosen:
-            _assign(entry, keys[1:] if keys[0].isdigit() else keys, value)
-    elif len(keys) == 1:
-        place[keys[0]] = value
+    """Set a nested key; a key into a list of tables goes into every one of them, a number into that one.
+
+    Raises IndexError, TypeError or ValueError where there is no such place.
+    """
+    key, rest = keys[0], keys[1:]
+    if isinstance(place, list) and not key.isdigit():
+        for entry in place:
+            _assign(entry, keys, value)
+        return
+    if not isinstance(place, dict | list):
+        raise TypeError(key)
+    index: Any = int(key) if isinstance(place, list) else key
+    if rest:
+        _assign(place[index] if isinstance(place, list) else place.setdefault(index, {}), rest, value)
     else:
-        _assign(place.setdefault(keys[0], {}), keys[1:], value)
+        place[index] = value
 
 
 def _first(error: ValidationError) -> str:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"]) or "the matrix"
-    return f"{where}: {first['msg']}"
+    return f"{where}: {'no such setting' if first['type'] == 'extra_forbidden' else first['msg']}"
 
 
 def expand(
@@ -156,8 +174,9 @@ def expand(
             learning-rate trials of different number, a modality that data or encoders lack.
     """
     trials = _learning_rates(matrix)
+    encoders = [EncoderEntry(text=_pinned(pair.text), image=_pinned(pair.image)) for pair in matrix.encoders]
     cells = []
-    for entry, pair, seed in itertools.product(matrix.datasets, matrix.encoders, matrix.seeds):
+    for entry, pair, seed in itertools.product(matrix.datasets, encoders, matrix.seeds):
         data = datasets[entry.name]
         modalities = _modalities(matrix, entry, data, pair)
         for training, method in itertools.product(_trainings(matrix), matrix.methods):
@@ -182,7 +201,16 @@ def expand(
                         seed=seed,
                     )
                 )
+    seen: set[str] = set()
+    for cell in cells:
+        if (whole := cell.model_dump_json()) in seen:
+            raise UserError(f"matrix '{matrix.name}': method '{cell.label}' stands in it twice with the same settings")
+        seen.add(whole)
     return cells
+
+
+def _pinned(spec: EncoderSpec | None) -> EncoderSpec | None:
+    return None if spec is None else pinned(spec)
 
 
 def _cached(method: MethodEntry) -> tuple[bool, ...]:
@@ -196,7 +224,7 @@ def _modalities(matrix: MatrixFile, entry: DatasetEntry, data: Dataset, pair: En
             raise UserError(f"data set '{entry.name}' has no {modality}; set modalities = {list(data.modalities)}")
         if getattr(pair, modality) is None:
             raise UserError(f"the matrix uses {modality} but gives no {modality} encoder; add encoders.{modality}")
-    return wanted
+    return tuple(modality for modality in data.modalities if modality in wanted)
 
 
 def _trainings(matrix: MatrixFile) -> list[Training]:
@@ -227,19 +255,20 @@ def _learning_rates(matrix: MatrixFile) -> dict[int, list[LearningRates]]:
     """The trials of each method entry, by its identity; all of the same number."""
     base = matrix.lr
     found = {
-        id(method): [
-            LearningRates(recommender=base.recommender, text=lr, image=lr, method=lr) if isinstance(lr, float) else lr
-            for lr in method.lr
-        ]
-        if method.lr
-        else [base]
+        id(method): [base] if method.lr is None else [_laid_over(base, lr) for lr in method.lr]
         for method in matrix.methods
     }
-    numbers = {method.name: len(found[id(method)]) for method in matrix.methods}
-    if len(set(numbers.values())) > 1:
-        told = ", ".join(f"{name} {number}" for name, number in numbers.items())
+    if len({len(trials) for trials in found.values()}) > 1:
+        told = ", ".join(f"{method.name} {len(found[id(method)])}" for method in matrix.methods)
         raise UserError(f"matrix '{matrix.name}': every method must get the same number of lr trials, there are {told}")
     return found
+
+
+def _laid_over(base: LearningRates, lr: LearningRates | float) -> LearningRates:
+    given = (
+        dict.fromkeys(("text", "image", "method"), lr) if isinstance(lr, float) else lr.model_dump(exclude_unset=True)
+    )
+    return base.model_copy(update=given)
 
 
 def _check(method: MethodEntry, modalities: tuple[Modality, ...], methods_path: Sequence[Path]) -> None:

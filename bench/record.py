@@ -36,7 +36,7 @@ PhaseKind = Literal[
 class Frozen(BaseModel):
     """Base of everything that crosses a boundary: immutable, and an unknown field is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)  # JSON knows neither
 
 
 # --- what is to be run -------------------------------------------------------------------------------------
@@ -255,6 +255,7 @@ class Failure(Frozen):
     """One line: what, where, and what to do."""
     epoch: int | None = None
     step: int | None = None
+    """Training step of that epoch, from 1; ``None`` outside the training phases."""
     bytes_requested: int | None = None
 
 
@@ -271,6 +272,8 @@ class CellResult(Frozen):
     started_at: str
     """ISO 8601, UTC."""
     wall_s: float
+    time_limit_s: float | None = None
+    """What the attempt was given; one that ended as ``timeout`` is worth repeating with more."""
     environment: Environment | None = None
     dataset: DatasetFacts | None = None
     text_encoder: EncoderFacts | None = None

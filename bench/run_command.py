@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from tpme.bench.errors import UserError
 from tpme.bench.launch import run_matrix, store_folder
@@ -28,11 +29,14 @@ def run_command(
     report: bool,
 ) -> int:
     """Run the matrix and return the exit code: 1 where a cell ended in an error, was killed or took too long."""
+    if time_limit_s is not None and not time_limit_s > 0:
+        raise UserError(f"--time-limit {time_limit_s:g}: give a number of seconds above 0")
     console = Console()
     matrix = load_matrix(source, settings)
     run = out or Path("runs") / matrix.name
     chosen = choose_device(device)
-    console.print(f"[bold]{matrix.name}[/]: {matrix.description or source}\nRecords go to {run}, device {chosen}.")
+    told = f"{matrix.description or source}\nRecords go to {run}, device {chosen}."
+    console.print(f"[bold]{escape(matrix.name)}[/]: {escape(told)}")
     results = run_matrix(
         matrix,
         run,

@@ -2,8 +2,11 @@
 
 Any decoupled method gets its cached twin from here. The cache is built by a process of its own
 (``python -m tpme.bench.task.features JOB``), so the cell that trains on it never loads the encoders. Only the states
-that are read are kept, in half precision by default. Building goes on where an interrupted one stopped; a finished
-cache carries checksums, and is verified when it is loaded.
+that are read are kept, in half precision. Building goes on where an interrupted one stopped; a finished cache carries
+checksums, and is verified when it is loaded.
+
+A cache is a folder: one ``.npy`` (N+1, levels, width) float16 a modality, row 0 zeros, and ``manifest.json``, written
+last. Until then ``progress.json`` says how many rows are safely on the disk.
 """
 
 from __future__ import annotations
@@ -14,24 +17,29 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from pydantic import ValidationError
 from torch import Tensor
 
 from tpme.bench.errors import UserError
+from tpme.bench.job import progress_line
 from tpme.bench.record import EncoderSpec, Frozen, Modality, write_atomically
 from tpme.bench.task.batches import ItemStore
 from tpme.bench.task.dataset import Dataset
-from tpme.bench.task.encoders import encoder_digest, load_encoder
+from tpme.bench.task.encoders import Encoder, encoder_digest, encoder_shape, load_encoder
 from tpme.bench.task.evaluate import ITEMS_PER_CHUNK
+from tpme.bench.task.feature_files import DTYPE as DTYPE
+from tpme.bench.task.feature_files import Tables, locked
 from tpme.bench.task.items import EncoderShape, Reads
 from tpme.bench.task.tokens import tokenise
 
-FLUSH_EVERY_CHUNKS = 16
-DTYPE: Literal["float16"] = "float16"
+_SOURCES = ("batches.py", "encoders.py", "feature_files.py", "features.py", "items.py", "tokens.py", "view.py")
+"""The code that decides what a hidden state is: another version of it makes another cache."""
 
 
 class FeatureJob(Frozen):
@@ -64,14 +72,17 @@ class FeatureManifest(Frozen):
 
 def feature_folder(job: FeatureJob, fingerprint: str) -> Path:
     """Where the cache of ``job`` on the data set with ``fingerprint`` lies: named by all that it depends on."""
+    random = any(spec.weights == "random" for spec in job.encoders.values())
     depends = {
         "dataset": fingerprint,
         "encoders": {m: [encoder_digest(spec), spec.weights] for m, spec in job.encoders.items()},
         "levels": job.levels,
         "final": job.final,
-        "title_tokens": job.title_tokens,
-        "seed": job.seed if any(spec.weights == "random" for spec in job.encoders.values()) else None,
+        "title_tokens": job.title_tokens if "text" in job.encoders else None,
+        "seed": job.seed if random else None,
         "dtype": DTYPE,
+        "transformers": version("transformers"),
+        "code": [hashlib.sha256(Path(__file__).with_name(name).read_bytes()).hexdigest() for name in _SOURCES],
     }
     name = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]
     return job.store / "features" / name
@@ -84,58 +95,83 @@ def planned_bytes(items: int, shapes: Mapping[Modality, EncoderShape], reads: Ma
 
 
 def read_manifest(folder: Path) -> FeatureManifest | None:
-    """The manifest of a finished cache, or ``None`` where there is none yet."""
+    """The manifest of a finished cache, or ``None`` where there is none yet. Raises UserError for a damaged one."""
     path = folder / "manifest.json"
-    return FeatureManifest.model_validate_json(path.read_bytes()) if path.is_file() else None
+    try:
+        return FeatureManifest.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValidationError):
+        raise UserError(f"{path}: not readable; delete {folder} and run the cell again") from None
 
 
 def build(job: FeatureJob, tick: Callable[[float], None] = lambda _share: None) -> FeatureManifest:
     """Build the cache of ``job``, or go on with a part of it; returns the manifest of the finished cache.
 
-    Raises UserError where its planned bytes exceed the limit or the free disk.
+    One process at a time builds a cache; another one waits and finds it finished.
+
+    Raises UserError where its planned bytes exceed the limit or the free disk, and where a hidden state is not finite
+    in half precision.
     """
     dataset = Dataset.open(job.dataset)
     folder = feature_folder(job, dataset.manifest.fingerprint)
-    finished = read_manifest(folder)
-    if finished:
-        return finished
-    started = time.perf_counter()
+    with locked(folder):
+        finished = read_manifest(folder)
+        return finished if finished else _build(job, dataset, folder, tick)
+
+
+def _build(job: FeatureJob, dataset: Dataset, folder: Path, tick: Callable[[float], None]) -> FeatureManifest:
+    started, items = time.perf_counter(), dataset.manifest.items
+    reads = {m: job.reads(m) for m in job.encoders}
+    shapes = {m: encoder_shape(spec) for m, spec in job.encoders.items()}
+    size = planned_bytes(items, shapes, reads)
+    _check_size(size, job.limit_bytes, folder)
     device = torch.device(job.device)
     encoders = {m: load_encoder(spec, m, device=device, seed=job.seed) for m, spec in job.encoders.items()}
-    reads = {m: job.reads(m) for m in job.encoders}
-    size = planned_bytes(dataset.manifest.items, {m: e.view.shape for m, e in encoders.items()}, reads)
-    _check_size(size, job.limit_bytes, job.store)
     text = job.encoders.get("text")
     tokens = tokenise(dataset, text.source, text.revision, job.title_tokens, job.store) if text else None
     store = ItemStore(dataset, tokens=tokens, images="image" in job.encoders)
-    folder.mkdir(parents=True, exist_ok=True)
-    shape = {m: (dataset.manifest.items + 1, reads[m].count, encoders[m].view.shape.width) for m in encoders}
-    tables, done, spent = _open_tables(folder, shape)
-    chunks = range(done, dataset.manifest.items + 1, ITEMS_PER_CHUNK)
-    for number, start in enumerate(chunks, start=1):
-        ids = np.arange(start, min(start + ITEMS_PER_CHUNK, dataset.manifest.items + 1), dtype=np.int64)
-        items = store.gather(ids).to(device)
-        for modality, encoder in encoders.items():
-            with torch.no_grad():
-                states = encoder.view.encode(
-                    reads[modality], tokens=items.tokens, token_mask=items.token_mask, image=items.image
-                )
-            tables[modality][ids] = states.to(torch.float16).cpu().numpy()
-        if number % FLUSH_EVERY_CHUNKS == 0:
-            _save_progress(folder, tables, int(ids[-1]) + 1, spent + time.perf_counter() - started)
-        tick(float(ids[-1]) / dataset.manifest.items)
-    for table in tables.values():
-        table.flush()
+    with Tables(folder, {m: (items + 1, reads[m].count, shapes[m].width) for m in job.encoders}) as tables:
+        while tables.rows <= items:
+            ids = np.arange(tables.rows, min(tables.rows + ITEMS_PER_CHUNK, items + 1), dtype=np.int64)
+            tables.append(_states(store, ids, encoders, reads, device))
+            tables.save_now_and_then(time.perf_counter() - started)
+            tick(float(ids[-1]) / items)
+        tables.save(time.perf_counter() - started)
     manifest = FeatureManifest(
-        build_s=spent + time.perf_counter() - started,
+        build_s=tables.spent_s,
         bytes=size,
-        items=dataset.manifest.items,
+        items=items,
         dtype=DTYPE,
-        sha256={m: _sha256(folder / f"{m}.npy") for m in tables},
+        sha256={m: _sha256(folder / f"{m}.npy") for m in job.encoders},
     )
     write_atomically(folder / "manifest.json", manifest.model_dump_json(indent=1).encode())
     (folder / "progress.json").unlink(missing_ok=True)
     return manifest
+
+
+@torch.no_grad()
+def _states(
+    store: ItemStore,
+    ids: NDArray[np.int64],
+    encoders: Mapping[Modality, Encoder],
+    reads: Mapping[Modality, Reads],
+    device: torch.device,
+) -> dict[Modality, NDArray[np.float16]]:
+    """The states of items ``ids`` (n,): (n, levels, width) by modality."""
+    items = store.gather(ids).to(device)
+    found = {}
+    for modality, encoder in encoders.items():
+        states = encoder.view.encode(
+            reads[modality], tokens=items.tokens, token_mask=items.token_mask, image=items.image
+        ).half()
+        if not bool(states.isfinite().all()):
+            raise UserError(
+                f"encoder '{encoder.facts.source}': a hidden state is not finite in half precision, so it cannot be "
+                "cached; remove cached = true"
+            )
+        found[modality] = states.cpu().numpy()
+    return found
 
 
 def load(folder: Path, device: torch.device) -> tuple[dict[Modality, Tensor], str]:
@@ -149,7 +185,7 @@ def load(folder: Path, device: torch.device) -> tuple[dict[Modality, Tensor], st
         raise UserError(f"{folder}: no finished feature cache; run the cell again")
     for modality, digest in manifest.sha256.items():
         path = folder / f"{modality}.npy"
-        if _sha256(path) != digest:
+        if not path.is_file() or _sha256(path) != digest:
             raise UserError(f"{path}: its checksum does not match; delete {folder} and run the cell again")
     placement = _placement(manifest.bytes, device)
     states: dict[Modality, Tensor] = {}
@@ -168,34 +204,12 @@ def _placement(size: int, device: torch.device) -> str:
     return "host" if size <= psutil.virtual_memory().available // 2 else "mapped"
 
 
-def _check_size(size: int, limit: int, store: Path) -> None:
-    store.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(store).free
+def _check_size(size: int, limit: int, folder: Path) -> None:
+    there = sum(path.stat().st_size for path in folder.glob("*.npy"))
+    free = shutil.disk_usage(folder).free + there
     if size > min(limit, free):
-        what = "the limit (cache_limit_bytes)" if limit < free else f"what is free on the disk of {store}"
+        what = "the limit (cache_limit_bytes)" if limit < free else f"what is free on the disk of {folder}"
         raise UserError(f"the feature cache would take {size:,} bytes, more than {what}, {min(limit, free):,}")
-
-
-def _open_tables(
-    folder: Path, shapes: dict[Modality, tuple[int, int, int]]
-) -> tuple[dict[Modality, np.memmap], int, float]:
-    """The tables, new or as an interrupted build left them; the first item still to do; the seconds spent so far."""
-    progress = folder / "progress.json"
-    state = json.loads(progress.read_bytes()) if progress.is_file() else None
-    done, spent = (int(state["next_item"]), float(state["spent_s"])) if state else (1, 0.0)
-    tables = {
-        modality: np.lib.format.open_memmap(
-            folder / f"{modality}.npy", mode="r+" if state else "w+", dtype=DTYPE, shape=shape
-        )
-        for modality, shape in shapes.items()
-    }
-    return tables, done, spent
-
-
-def _save_progress(folder: Path, tables: Mapping[Modality, np.memmap], next_item: int, spent: float) -> None:
-    for table in tables.values():
-        table.flush()
-    write_atomically(folder / "progress.json", json.dumps({"next_item": next_item, "spent_s": spent}).encode())
 
 
 def _sha256(path: Path) -> str:
@@ -204,12 +218,14 @@ def _sha256(path: Path) -> str:
 
 
 def main() -> None:
-    """Build the cache that a job file describes; prints the share that is done, a line each."""
-    job = FeatureJob.model_validate_json(Path(sys.argv[1]).read_bytes())
+    """Build the cache of the job in the first argument (JSON); prints how far it is, a line each."""
+    job = FeatureJob.model_validate_json(sys.argv[1])
     try:
-        build(job, lambda share: print(f"{share:.4f}", flush=True))  # noqa: T201
+        build(job, lambda share: print(progress_line("build the feature cache", share), flush=True))  # noqa: T201
     except UserError as error:
         sys.exit(f"tpme: {error}")
+    except OSError as error:
+        sys.exit(f"tpme: {error.filename or job.store}: {error.strerror or error}")
 
 
 if __name__ == "__main__":

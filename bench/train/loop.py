@@ -55,6 +55,8 @@ class Outcome:
     best_epoch: int | None = None
     best_recall: float | None = None
     test_ranks: NDArray[np.int32] | None = None
+    trainable_max: int = 0
+    """The most parameters that trained at one time."""
 
 
 class Trainer:
@@ -89,7 +91,10 @@ class Trainer:
         )
         plan = Plan(cell.training.epochs, len(self.batches), dataset.popularity)
         self.state = StepState(model, plan)
+        self.step_of_epoch: int | None = None
+        """The training step that is under way, from 1; None outside the training phases."""
         self.outcome = Outcome()
+        self._own_batches = self._endless_batches()
         precision = cell.training.precision
         self.autocast_dtype = _AUTOCAST.get(precision)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
@@ -98,6 +103,7 @@ class Trainer:
 
     def run(self) -> Outcome:
         """Train by the method's procedure; a method without trainable parameters is only evaluated."""
+        self._count_trainable()
         if not self.model.parameter_groups():
             self._validate(epoch=None)
             return self.outcome
@@ -105,6 +111,8 @@ class Trainer:
             with self.phases.phase("estimate"):
                 self.method.before_training(self)
         self.method.run(self)
+        if self.outcome.test_ranks is None:  # its procedure trained nothing
+            self._validate(epoch=None)
         return self.outcome
 
     def train(self) -> None:
@@ -113,6 +121,7 @@ class Trainer:
         for stage, epochs in zip(stages, _split_epochs(self.cell.training.epochs, stages), strict=True):
             self.state.stage = stage
             self.method.begin_stage(self.state)
+            self._count_trainable()
             groups = self.method.param_groups(self.model, self.cell.lr)
             optimizer = self.method.optimizer(groups, fused=True)
             stale = 0
@@ -124,10 +133,20 @@ class Trainer:
                     break
 
     def training_losses(self, steps: int) -> Iterator[Tensor]:
-        """The task's loss, with its graph, on ``steps`` training batches of an order of their own."""
-        for _, batch in zip(range(steps), self.batches.epoch(0), strict=False):
+        """The task's loss, with its graph, on the next ``steps`` training batches of an order of their own."""
+        for batch in itertools.islice(self._own_batches, steps):
+            self.model.train()
             with self._autocast():
-                yield self._forward(batch).loss
+                loss = self._forward(batch).loss
+            yield loss
+
+    def _endless_batches(self) -> Iterator[Batch]:
+        while True:
+            yield from self.batches.epoch(0)
+
+    def _count_trainable(self) -> None:
+        now = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        self.outcome.trainable_max = max(self.outcome.trainable_max, now)
 
     # --- one epoch ------------------------------------------------------------------------------------------------
 
@@ -138,14 +157,18 @@ class Trainer:
         timer, losses = StepTimer(self.device), []
         with self.phases.phase("train", name):
             timer.start()
+            self.step_of_epoch = 1
             for step, batch in enumerate(self.batches.epoch(number), start=1):
+                self.step_of_epoch = step
                 losses.append(self._step(batch, optimizer))
                 timer.lap()
                 if step % CHECK_EVERY_STEPS == 0:
                     self._check(losses, number)
                 self.progress(f"epoch {number}/{self.cell.training.epochs}", step / len(self.batches))
+            self.step_of_epoch = None
             self.method.on_epoch_end(self.state)
             loss = self._check(losses, number)
+        self._count_trainable()
         self.outcome.step_s += timer.seconds()
         self.outcome.step_epoch += [number] * len(losses)
         return self._validate(number, train_s=self.phases.phases[-1].wall_s, steps=len(losses), loss=loss)
@@ -160,7 +183,7 @@ class Trainer:
                 method.begin_pass(name, self.model)
                 outputs[name] = self._forward(batch)
             loss = torch.stack(list(method.losses(outputs).values())).sum()
-        self.scaler.scale(loss).backward()
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         if _overrides(method, "after_backward"):
             self.scaler.unscale_(optimizer)
             method.after_backward(state)

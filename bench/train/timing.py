@@ -31,7 +31,7 @@ class StepTimer:
 
     def _mark(self) -> None:
         if self.cuda:
-            event = torch.cuda.Event(enable_timing=True)
+            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             event.record()
             self.events.append(event)
         else:

@@ -1,0 +1,110 @@
+"""The files of a feature cache under construction.
+
+Rows are appended with plain writes: memory stays bounded, and a full disk is an error, not the crash of a memory map.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tpme.bench.record import Modality, write_atomically
+
+SAVE_EVERY_S = 10.0
+"""An interrupted build loses at most this much work, and the chunk it was at."""
+DTYPE: Literal["float16"] = "float16"
+
+Shape = tuple[int, int, int]
+"""Rows (N+1), levels, width."""
+
+
+class Tables:
+    """The tables of a cache under construction. What an interrupted build has saved is kept, the rest is cut off.
+
+    Args:
+        folder: of the cache; it exists. shapes: of the finished tables, by modality.
+    """
+
+    def __init__(self, folder: Path, shapes: Mapping[Modality, Shape]) -> None:
+        self.folder, self.shapes = folder, shapes
+        self.paths = {modality: folder / f"{modality}.npy" for modality in shapes}
+        self._progress = folder / "progress.json"
+        self.rows, self.spent_s = self._saved()
+        self._spent_before_s, self._saved_s = self.spent_s, 0.0
+
+    def _saved(self) -> tuple[int, float]:
+        """Rows and seconds of an interrupted build; none where a file of it is missing or too short."""
+        try:
+            state = json.loads(self._progress.read_bytes())
+            rows, spent_s = int(state["rows"]), float(state["spent_s"])
+            whole = all(path.stat().st_size >= self._end(modality, rows) for modality, path in self.paths.items())
+        except (OSError, ValueError, KeyError, TypeError):
+            return 0, 0.0
+        return (rows, spent_s) if whole else (0, 0.0)
+
+    def _end(self, modality: Modality, rows: int) -> int:
+        """Size of a file with ``rows`` rows in it."""
+        _, levels, width = self.shapes[modality]
+        return len(_header(self.shapes[modality])) + rows * levels * width * np.dtype(DTYPE).itemsize
+
+    def __enter__(self) -> Tables:
+        self._stack = ExitStack()
+        self._files: dict[Modality, IO[bytes]] = {}
+        for modality, path in self.paths.items():
+            file = self._stack.enter_context(path.open("r+b" if self.rows else "wb"))
+            self._files[modality] = file
+            file.truncate(self._end(modality, self.rows) if self.rows else 0)
+            file.seek(0, os.SEEK_END)
+            if not self.rows:
+                file.write(_header(self.shapes[modality]))
+        if not self.rows:
+            self._progress.unlink(missing_ok=True)
+            self.append({m: np.zeros((1, *shape[1:]), np.float16) for m, shape in self.shapes.items()})
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def append(self, states: Mapping[Modality, NDArray[np.float16]]) -> None:
+        """Add rows, (n, levels, width) by modality."""
+        for modality, rows in states.items():
+            self._files[modality].write(rows.tobytes())
+        self.rows += len(next(iter(states.values())))
+
+    def save_now_and_then(self, spent_s: float) -> None:
+        """``save``, but not all the time."""
+        if spent_s - self._saved_s >= SAVE_EVERY_S:
+            self.save(spent_s)
+
+    def save(self, spent_s: float) -> None:
+        """Bring all rows so far safely to the disk; ``spent_s`` is what this process has taken."""
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        self._saved_s, self.spent_s = spent_s, self._spent_before_s + spent_s
+        write_atomically(self._progress, json.dumps({"rows": self.rows, "spent_s": self.spent_s}).encode())
+
+
+def _header(shape: Shape) -> bytes:
+    buffer = io.BytesIO()
+    header = {"descr": np.dtype(DTYPE).str, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(buffer, header)
+    return buffer.getvalue()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make ``folder`` and hold it against other builders; the lock dies with its process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,96 @@
+"""What a record says of a trained cell, computed from its model, its outcome and its samples."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tpme.bench.measure.sampler import Samples
+from tpme.bench.record import Parameters, Reading
+from tpme.bench.task.dataset import Dataset
+from tpme.bench.task.evaluate import ITEMS_PER_CHUNK
+from tpme.bench.task.recommender import Recommender
+from tpme.bench.train.loop import Outcome, Trainer
+from tpme.methods.base import Method
+
+THROUGHPUT_CHUNKS = 4
+"""Chunks of items that inference throughput is timed over, after one that is not."""
+
+Arrays = dict[str, NDArray[Any]]
+
+
+def ranks(dataset: Dataset, rank: NDArray[np.int32]) -> Arrays:
+    """The arrays of a record's ``ranks`` file, one entry a user, from the ranks of the test targets."""
+    test = dataset.test
+    return {
+        "rank": rank,
+        "target": test.target,
+        "cold": dataset.popularity[test.target] == 0,
+        "in_history": (test.history == test.target[:, None]).any(axis=1),
+    }
+
+
+def samples(outcome: Outcome, curve: Samples | None, device: torch.device) -> Arrays:
+    """The arrays of a record's ``samples`` file: step times, and the memory curve of the device's own memory."""
+    assert curve is not None
+    return {
+        "step_s": np.array(outcome.step_s),
+        "step_epoch": np.array(outcome.step_epoch, dtype=np.int32),
+        "sample_t_s": curve.t_s,
+        "sample_bytes": curve.device_bytes if device.type == "cuda" else curve.host_bytes,
+    }
+
+
+def parameter_counts(model: Recommender, method: Method, trainable_max: int = 0) -> Parameters:
+    """Exact counts; ``trainable_max`` is the most that trained at one time so far."""
+    groups = {name: sum(p.numel() for p in parameters) for name, parameters in model.parameter_groups().items()}
+    state = method.state(model)
+    return Parameters(
+        trainable=sum(groups.values()),
+        trainable_max=max(trainable_max, sum(groups.values())),
+        total=sum(p.numel() for p in model.parameters()),
+        by_group=groups,
+        stored_bytes=sum(value.numel() * value.element_size() for value in state.values()),
+    )
+
+
+@torch.no_grad()
+def throughput(trainer: Trainer) -> Reading:
+    """Items encoded a second with the adapted model, ready for inference, data loading excluded."""
+    n = trainer.dataset.manifest.items
+    ids = np.arange(1, 1 + min(n, ITEMS_PER_CHUNK), dtype=np.int64)
+    items = trainer.store.gather(ids).to(trainer.device)
+    trainer.model.eval()
+    trainer.model.encode_items(items)
+    times = []
+    for _ in range(THROUGHPUT_CHUNKS):
+        start = _now(trainer.device)
+        trainer.model.encode_items(items)
+        times.append(_now(trainer.device) - start)
+    return Reading(
+        value=len(ids) / float(np.median(times)), source=f"median of {THROUGHPUT_CHUNKS} chunks of {len(ids)} items"
+    )
+
+
+def reported(value: float, source: str) -> Reading:
+    """A counter of a method's own; one that is not finite is missing, because JSON cannot hold it."""
+    return Reading(value=value, source=source) if math.isfinite(value) else Reading.missing(source, f"it is {value}")
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def epoch_time(outcome: Outcome, warmup: int) -> Reading:
+    """T of TPME in seconds: the median training time of an epoch, the first ``warmup`` ones left out."""
+    source = f"median training time of the epochs after {warmup} warm-up epoch(s)"
+    if not outcome.epochs:
+        return Reading.missing(source, "no epoch was finished: nothing trains, or the cell failed before")
+    return Reading(value=float(np.median([epoch.train_s for epoch in outcome.epochs[warmup:]])), source=source)
