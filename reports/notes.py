@@ -6,13 +6,19 @@ same number in every table of a section.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, zip_longest
 from typing import Any
 
 import pandas as pd
 
 from tpme.reports.trials import settings
+
+MANY = 3
+"""So many flags that differ in their numbers alone become one footnote."""
+_NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
 
 @dataclass(frozen=True)
@@ -31,8 +37,9 @@ def notes_of(cells: pd.DataFrame, summary: pd.DataFrame) -> Notes:
     """Collect the footnotes of all rows, numbered in the order in which ``summary`` lists the rows."""
     finished = summary["status"] == "ok"
     several_sources = summary.loc[summary["compared"] & finished, "memory_source"].nunique() > 1
+    merged = _merged(message for flags in cells.loc[cells["selected"], "flags"] for _, message in flags)
     told = {
-        str(name): list(dict.fromkeys(_row_notes(cells[cells["row"] == name], line, several_sources)))
+        str(name): list(dict.fromkeys(_row_notes(cells[cells["row"] == name], line, several_sources, merged)))
         for name, line in summary.iterrows()
     }
     of_finished = [told[str(name)] for name in summary.index[finished]]
@@ -44,11 +51,31 @@ def notes_of(cells: pd.DataFrame, summary: pd.DataFrame) -> Notes:
     return Notes(tuple(shared), tuple(footnotes), marks)
 
 
-def _row_notes(cells: pd.DataFrame, line: pd.Series[Any], several_sources: bool) -> Iterator[str]:
+def _merged(messages: Iterable[str]) -> dict[str, str]:
+    """Flags that many rows carry with other numbers, as one text each: "for 17 to 56% of the training time"."""
+    alike: dict[tuple[str, ...], dict[str, list[str]]] = {}
+    for message in messages:
+        alike.setdefault(tuple(_NUMBER.split(message)), {})[message] = _NUMBER.findall(message)
+    result: dict[str, str] = {}
+    for words, found in alike.items():
+        ranges = [_range(numbers) for numbers in zip(*found.values(), strict=True)]
+        text = "".join(chain.from_iterable(zip_longest(words, ranges, fillvalue="")))
+        result |= {message: text if len(found) >= MANY else message for message in found}
+    return result
+
+
+def _range(numbers: Sequence[str]) -> str:
+    least, most = min(numbers, key=float), max(numbers, key=float)
+    return least if least == most else f"{least} to {most}"
+
+
+def _row_notes(
+    cells: pd.DataFrame, line: pd.Series[Any], several_sources: bool, merged: Mapping[str, str]
+) -> Iterator[str]:
     shown = cells[cells["selected"]]
     flags = dict.fromkeys(flag for flags in shown["flags"] for flag in flags)
     for _, message in flags:
-        yield message
+        yield merged[message]
     options = settings(line["options"])
     if options and not str(line.name).endswith("]"):
         yield f"with {', '.join(options)}"

@@ -149,6 +149,16 @@ def test_a_failed_seed_is_told(factory):
     assert len(failures(section).rows) == 1
 
 
+def test_flags_that_differ_in_numbers_alone_become_one(factory):
+    for method, share in (("fft", 17), ("lora", 9.5), ("iisan", 56)):
+        factory.write(method, flags=(Flag(code="crowded", message=f"waited for {share}% of 2 epochs"),))
+    factory.write("bitfit", flags=(Flag(code="x", message="read 1 time"),))
+    factory.write("prompt", flags=(Flag(code="x", message="read 2 time"),))
+    (section,) = make_report([factory.root]).sections
+    assert set(section.notes.footnotes) == {"waited for 9.5 to 56% of 2 epochs", "read 1 time", "read 2 time"}
+    assert section.notes.marks["fft"] == section.notes.marks["iisan"]
+
+
 def test_options_stand_in_a_footnote_where_the_name_leaves_them_out(factory):
     factory.write("lora", options={"rank": 4})
     factory.write("fft")
