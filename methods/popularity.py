@@ -53,5 +53,7 @@ class Popularity(Method):
         return {"counts": model.item_encoder.get_buffer("counts")}
 
     def load_state(self, model: Recommender, state: Mapping[str, Tensor]) -> None:
-        """Put the counts back."""
+        """Put the counts back. Raises KeyError for anything else."""
+        if set(state) != {"counts"}:
+            raise KeyError(f"state of another structure: {sorted(state)} instead of ['counts']")
         model.item_encoder.get_buffer("counts").copy_(state["counts"])

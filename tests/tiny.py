@@ -23,6 +23,9 @@ from tpme.bench.task.view import EncoderView
 from tpme.methods.base import Method, Plan, TaskShape
 from tpme.methods.registry import create
 
+# Threads cost these tiny tensors more than they bring, and far more where cores are shared.
+torch.set_num_threads(1)
+
 WIDTH, DEPTH, HEADS, FFN = 16, 2, 2, 32
 VOCAB, TOKENS, SIDE, PATCH = 50, 6, 32, 16
 DIM, ITEMS, SLOTS = 8, 12, 6
