@@ -25,6 +25,7 @@ from typing import NoReturn
 import numpy as np
 import torch
 
+from tpme.bench.counting.recorded import recorded_counters
 from tpme.bench.errors import UserError
 from tpme.bench.job import Job, pinned, progress_line, time_limit_message
 from tpme.bench.measure.environment import environment
@@ -95,8 +96,11 @@ class Story:
             self.phases.baseline()
             self._tell()
         except (Exception, TimeLimitReached) as error:
-            return self._failed(error)
-        return "ok"
+            status = self._failed(error)
+        else:
+            status = "ok"
+        self._count(status)
+        return status
 
     def _tell(self) -> None:
         _seed(self.cell.seed)
@@ -243,6 +247,20 @@ class Story:
         phase = f"{last.kind} {last.name}".strip() if last else "start"
         self.known.failure = failure_of(error, phase, self.known.trainer)
         return status_of(error)
+
+    def _count(self, status: Status) -> None:
+        """Exact counters, after everything that is measured and also where training ended badly."""
+        known, trainer = self.known, self.known.trainer
+        if trainer is None or status == "timeout":
+            return
+        try:
+            with self.phases.phase("estimate", "counters"):
+                self.progress("count", 0.0)
+                finished = status == "ok"
+                known.counters |= recorded_counters(self.job, trainer.dataset, trainer.outcome, finished=finished)
+        except (Exception, TimeLimitReached) as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            known.counters["forward_flops"] = Reading.missing("one step on meta", reason)
 
     def record(self, status: Status) -> CellResult:
         """Write ranks and samples, and return the record; call it after the instruments have stopped."""

@@ -190,6 +190,40 @@ def report_command(
     console.print(f"Written to {folder / 'report.md'}", markup=False)
 
 
+@app.command()
+def plan(
+    matrix: Annotated[str, typer.Argument(metavar="MATRIX", help="Name of a preset, or a TOML file.")],
+    device_profile: Annotated[
+        str | None, typer.Option(help="h200, h100, a100-80gb, rtx4090, cpu-generic, here, or a TOML file.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Lay key=value over the matrix: training.epochs=2.")
+    ] = None,
+    users: Annotated[int | None, typer.Option(min=1, help="Plan for a data set of so many users.")] = None,
+    items: Annotated[int | None, typer.Option(min=1, help="Plan for a data set of so many items.")] = None,
+    runs: Annotated[Path | None, typer.Option(help="Records to compare with; by default runs/NAME.")] = None,
+    methods_path: Annotated[list[Path] | None, typer.Option(help="Folder with further methods.")] = None,
+    store: Annotated[Path | None, typer.Option(help="Where catalogues and profiles are kept between runs.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,
+) -> None:
+    """What a matrix would cost, without running it: memory, FLOPs and, for a device, time."""
+    from tpme.bench.plan_command import plan_command
+
+    raise typer.Exit(
+        plan_command(
+            matrix,
+            profile=device_profile,
+            settings=settings or [],
+            users=users,
+            items=items,
+            runs=runs,
+            methods_path=methods_path or [],
+            store=store,
+            as_json=as_json,
+        )
+    )
+
+
 listing = typer.Typer(no_args_is_help=True, help="Show what there is to choose from.")
 app.add_typer(listing, name="list")
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON, for programs.")]

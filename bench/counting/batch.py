@@ -1,0 +1,106 @@
+"""The canonical batch: what a training step works on when work is counted and not measured.
+
+Its size depends on the data set and the batch size alone, never on a seed: the lengths of its users are the quantiles
+of the data set's own lengths, and it shows as many distinct items as a random batch does on average. Where no data set
+is at hand both are taken from Amazon Scientific, and the batch says so.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tpme.bench.task.dataset import Dataset
+
+SCIENTIFIC_USERS, SCIENTIFIC_ITEMS = 12_076, 20_314
+SCIENTIFIC_LENGTHS = {3: 4892, 4: 2652, 5: 1465, 6: 895, 7: 609, 8: 356, 9: 300, 10: 208, 11: 699}
+"""Amazon Scientific as IISAN prepares it: how many users have that many training slots."""
+SCIENTIFIC_DISTINCT = {1: 0.960, 8: 0.952, 16: 0.943, 32: 0.929, 64: 0.905, 128: 0.869, 256: 0.815, 512: 0.740}
+"""Expected distinct items per filled slot of a random batch of that many users of Amazon Scientific."""
+MAX_SEQ_LEN = 10
+
+
+@dataclass(frozen=True)
+class DataShape:
+    """What a data set's size and lengths add to the cost of a step; never its content.
+
+    users, items: how many there are. max_seq_len: longest input L. lengths: filled training slots of every user (at
+    most L + 1), sorted. occurrences: of every item that trains, in how many users' training slots it stands; ``None``
+    where that is assumed. popularity: (N+1,) training share of each item. source: where all this is from, for people.
+    """
+
+    users: int
+    items: int
+    max_seq_len: int
+    lengths: NDArray[np.int64]
+    occurrences: NDArray[np.int64] | None
+    popularity: NDArray[np.float64]
+    source: str
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> DataShape:
+        """The shape of a prepared data set."""
+        slots = np.sort(dataset.train_slots, axis=1)
+        first_seen = np.diff(slots, axis=1, prepend=0) > 0
+        seen_by = np.bincount(slots[first_seen])
+        return cls(
+            users=dataset.manifest.users,
+            items=dataset.manifest.items,
+            max_seq_len=dataset.manifest.max_seq_len,
+            lengths=np.sort((slots > 0).sum(axis=1)),
+            occurrences=seen_by[seen_by > 0],
+            popularity=dataset.popularity,
+            source="the prepared data set",
+        )
+
+    @classmethod
+    def assumed(cls, users: int | None = None, items: int | None = None) -> DataShape:
+        """The shape of a data set that is not at hand: lengths and repeats of Amazon Scientific, sizes as given."""
+        size = items or SCIENTIFIC_ITEMS
+        return cls(
+            users=users or SCIENTIFIC_USERS,
+            items=size,
+            max_seq_len=MAX_SEQ_LEN,
+            lengths=np.repeat(list(SCIENTIFIC_LENGTHS), list(SCIENTIFIC_LENGTHS.values())),
+            occurrences=None,
+            popularity=np.zeros(size + 1),
+            source="assumed, with the user lengths and repeats of Amazon Scientific",
+        )
+
+    def describe(self) -> str:
+        """Its size and where that is from, in words."""
+        return f"{self.users:,} users, {self.items:,} items; {self.source}"
+
+    def batch_lengths(self, users: int) -> NDArray[np.int64]:
+        """Filled slots of each of ``users`` canonical users: quantiles of all lengths, so that their mean fits too."""
+        middle = (np.arange(users) + 0.5) / users
+        return self.lengths[(middle * len(self.lengths)).astype(np.int64)]
+
+    def distinct_items(self, users: int) -> int:
+        """Distinct items that a random batch of ``users`` users shows on average, rounded."""
+        slots = int(self.batch_lengths(users).sum())
+        if self.occurrences is None:
+            known = np.log2(list(SCIENTIFIC_DISTINCT))
+            expected = slots * float(np.interp(math.log2(users), known, list(SCIENTIFIC_DISTINCT.values())))
+        else:
+            # An item that k of U users have is missed by a batch of B with C(U-k, B) / C(U, B). Products only, no
+            # logarithms: these round alike on every machine.
+            times, number = np.unique(self.occurrences, return_counts=True)
+            missed = np.ones(len(times))
+            for drawn in range(users):
+                missed *= np.maximum(self.users - times - drawn, 0) / (self.users - drawn)
+            expected = float((number * (1 - missed)).sum())
+        return max(1, min(round(expected), slots, self.items))
+
+
+def canonical_slots(data: DataShape, users_per_batch: int) -> NDArray[np.int32]:
+    """Item ids of the canonical batch, (B, L + 1), left-padded with 0; its n distinct items are called 1 to n."""
+    users = min(users_per_batch, data.users)
+    lengths = data.batch_lengths(users)
+    filled = np.arange(data.max_seq_len + 1) >= data.max_seq_len + 1 - lengths[:, None]
+    slots = np.zeros(filled.shape, dtype=np.int32)
+    slots[filled] = np.arange(int(lengths.sum())) % data.distinct_items(users) + 1
+    return slots

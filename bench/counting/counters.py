@@ -1,0 +1,160 @@
+"""Exact counters of a cell: the same numbers on every machine, without running anything.
+
+One training step of the canonical batch runs on the ``meta`` device. Under the cell's precision (CUDA's autocast) and
+torch's math attention, because a fused kernel hides FLOPs and keeps other tensors on one device than on another. A
+method that changes while it trains is counted as it starts.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tpme.bench.counting.meta import MetaCell
+from tpme.bench.counting.modes import Target, Tracker
+from tpme.bench.record import Reading
+from tpme.bench.task.items import map_tensors
+from tpme.bench.task.loss import in_batch_logits
+from tpme.methods.base import PassOutput
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one training step of the canonical batch costs.
+
+    forward_flops, backward_flops: of matrix products and convolutions, 1 multiply-add = 2 FLOPs; what activation
+    checkpointing computes again counts as backward. saved_bytes: what autograd keeps between forward and backward
+    pass, distinct storages, weights and batch excluded, half-precision copies of weights included. gradient_bytes: of
+    the trained parameters. peak_bytes: most memory alive at one time, with everything the cell holds. uncounted:
+    operators that may compute something but have no FLOP formula. work: operators by (dtype, FLOPs, bytes moved).
+    """
+
+    forward_flops: int
+    backward_flops: int
+    saved_bytes: int
+    gradient_bytes: int
+    peak_bytes: int
+    uncounted: tuple[str, ...]
+    work: Counter[tuple[torch.dtype, int, int]]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a cell holds all the time (bytes), and one step under torch's math attention."""
+
+    batch: str
+    trainable: int
+    stored_bytes: int
+    weight_bytes: int
+    optimizer_bytes: int
+    cache_bytes: int | None
+    step: Step
+
+    def readings(self) -> dict[str, Reading]:
+        """The counters as a record keeps them."""
+        step, on = self.step, f"one step on meta, math attention; {self.batch}"
+        lacking = f"no FLOP formula for {', '.join(step.uncounted)}" if step.uncounted else None
+        flops = {"forward_flops": step.forward_flops, "backward_flops": step.backward_flops}
+        sizes = {
+            "saved_bytes": (step.saved_bytes, f"kept by autograd for the backward pass of {on}"),
+            "gradient_bytes": (step.gradient_bytes, f"gradients of {on}"),
+            "weight_bytes": (self.weight_bytes, "all parameters and buffers of the model"),
+            "optimizer_bytes": (self.optimizer_bytes, "state of the optimiser for all trainable parameters"),
+            "trainable_parameters": (self.trainable, "counted from the model on meta"),
+            "stored_bytes": (self.stored_bytes, "what must be kept beside the untouched encoders"),
+        }
+        return {
+            name: Reading(value=value, source=f"1 multiply-add = 2 FLOPs, {on}", valid=not lacking, reason=lacking)
+            for name, value in flops.items()
+        } | {name: Reading(value=value, source=source) for name, (value, source) in sizes.items()}
+
+
+def count(of: MetaCell) -> Counts:
+    """The exact counters of a cell."""
+    model = of.model
+    step = run_step(of, fused_attention=False)
+    state = list(_optimizer_state(of))
+    model.zero_grad(set_to_none=True)
+    trained = [parameter for group in model.parameter_groups().values() for parameter in group]
+    return Counts(
+        batch=of.describe(),
+        trainable=sum(parameter.numel() for parameter in trained),
+        stored_bytes=sum(map(_size, of.method.state(model).values())),
+        weight_bytes=sum(map(_size, _weights(of))),
+        optimizer_bytes=sum(map(_size, state)),
+        cache_bytes=of.cache_bytes,
+        step=step,
+    )
+
+
+def run_step(of: MetaCell, *, fused_attention: bool) -> Step:
+    """Forward and backward pass of the canonical batch, gradients kept.
+
+    Args:
+        of: the cell. fused_attention: attention by the kernel that CUDA would choose, in place of torch's math.
+    """
+    dtype = _AUTOCAST.get(of.cell.training.precision)
+    target = Target(dtype, fused_attention=fused_attention)
+    batch: list[Tensor] = []
+    map_tensors(of.batch, lambda tensor: batch.append(tensor) or tensor)  # type: ignore[func-returns-value]
+    tracker = Tracker([*_weights(of), *batch])
+    with sdpa_kernel(SDPBackend.MATH), tracker:
+        with target, tracker.saving():
+            loss = _loss(of)
+        target.end_forward()
+        forward, saved = tracker.flops, tracker.saved_bytes()
+        if loss.requires_grad:
+            with target:
+                loss.backward()  # type: ignore[no-untyped-call]
+    gradients = [parameter.grad for parameter in of.model.parameters() if parameter.grad is not None]
+    return Step(
+        forward_flops=forward,
+        backward_flops=tracker.flops - forward,
+        saved_bytes=saved,
+        gradient_bytes=sum(map(_size, gradients)),
+        peak_bytes=tracker.peak_bytes,
+        uncounted=tuple(sorted(tracker.uncounted)),
+        work=tracker.work,
+    )
+
+
+def _loss(of: MetaCell) -> Tensor:
+    """The loss of a step, as the training loop computes it."""
+    method, model, batch = of.method, of.model, of.batch
+    method.before_step(of.state)
+    outputs = {}
+    for name in method.passes():
+        method.begin_pass(name, model)
+        vectors = model.encode_items(batch.items)
+        users = model.user_vectors(vectors[batch.slot[:, :-1]], batch.mask)
+        logits = in_batch_logits(users, vectors, batch.candidates)
+        target = batch.candidates.target
+        outputs[name] = PassOutput(functional.cross_entropy(logits, target), logits, target)
+    return torch.stack(list(method.losses(outputs).values())).sum()
+
+
+def _optimizer_state(of: MetaCell) -> Iterator[Tensor]:
+    """The optimiser's tensors after its first step, without its step counts."""
+    groups = of.method.param_groups(of.model, of.cell.lr)
+    if not groups:
+        return
+    optimizer = of.method.optimizer(groups, fused=False)
+    optimizer.step()
+    for state in optimizer.state.values():
+        yield from (value for value in state.values() if isinstance(value, Tensor) and value.ndim)
+
+
+def _weights(of: MetaCell) -> list[Tensor]:
+    return [*of.model.parameters(), *of.model.buffers()]
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

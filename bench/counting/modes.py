@@ -1,0 +1,204 @@
+"""Two views of one training step on the ``meta`` device: what the target would run, and what that costs.
+
+``Target`` makes the step what a GPU would run where ``meta`` alone would not: CUDA's autocast, its one-byte dropout
+masks and, for planning, its fused attention. ``Tracker`` watches every operator below autograd: FLOPs, traffic, and
+which memory is alive.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import flop_registry
+
+ALLOCATION_BYTES = 512
+"""CUDA's caching allocator hands out multiples of this."""
+
+# CUDA's autocast (torch.amp's op lists), as far as encoders, side networks and losses use it.
+_TO_HALF = """linear matmul __matmul__ __rmatmul__ mm bmm addmm baddbmm mv einsum conv1d conv2d conv3d prelu
+    scaled_dot_product_attention"""
+_TO_FLOAT = """layer_norm group_norm rms_norm norm softmax log_softmax logsumexp cross_entropy nll_loss kl_div mse_loss
+    l1_loss smooth_l1_loss binary_cross_entropy_with_logits cosine_similarity cdist exp log log1p pow __pow__ rsqrt
+    reciprocal sum prod cumsum cumprod"""
+
+# No FLOPs by convention: what is neither a matrix product nor a convolution. Pointwise operators say so themselves.
+_NO_PRODUCT = """_log_softmax _log_softmax_backward_data _safe_softmax _softmax _softmax_backward_data _to_copy
+    _unsafe_view all amax any arange argmax bernoulli bernoulli_ bincount cat clone constant_pad_nd copy_ cumsum detach_
+    embedding embedding_dense_backward empty empty_like expand_copy eye fill_ floor_divide full full_like gather
+    gelu_backward index index_add index_put index_put_ index_select lerp lift_fresh max mean min native_dropout
+    native_dropout_backward native_group_norm native_group_norm_backward native_layer_norm native_layer_norm_backward
+    new_empty new_empty_strided new_full new_ones new_zeros nll_loss_backward nll_loss_forward normal_ ones ones_like
+    prod rand_like randn_like resize_ scalar_tensor scatter scatter_ scatter_add select_backward slice_backward sort
+    stack sum topk tril triu uniform_ zero_ zeros zeros_like"""
+_LOWER, _FLOAT, _FREE = (frozenset(names.split()) for names in (_TO_HALF, _TO_FLOAT, _NO_PRODUCT))
+
+
+class Target(TorchFunctionMode):
+    """Runs the code under it as CUDA would: same dtypes, same saved tensors.
+
+    Args:
+        dtype: of the matrix products under autocast; ``None`` without autocast.
+        fused_attention: attention by the kernel that CUDA would choose (FlashAttention-2 in half precision without a
+            mask, else the memory-efficient one) in place of torch's math.
+    """
+
+    def __init__(self, dtype: torch.dtype | None, *, fused_attention: bool) -> None:
+        super().__init__()
+        self.dtype, self.fused_attention = dtype, fused_attention
+        self._weights: dict[Tensor, Tensor] | None = {}
+
+    def end_forward(self) -> None:
+        """Forget the cast weights, as leaving autocast does; what checkpointing computes again casts its own."""
+        self._weights = None
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Cast what ``func`` is given as autocast does, then run it or what CUDA has in its place."""
+        name, kwargs = getattr(func, "__name__", ""), dict(kwargs or {})
+        if self.dtype is not None and name in _LOWER:
+            args, kwargs = tree_map(self._lower, (args, kwargs))
+        elif self.dtype is not None and name in _FLOAT:
+            args, kwargs = tree_map(_float, (args, kwargs))
+        if name == "scaled_dot_product_attention" and self.fused_attention:
+            return _fused_attention(*args, **kwargs)
+        if name == "dropout":
+            return _dropout(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _lower(self, value: Any) -> Any:
+        if not (isinstance(value, Tensor) and value.dtype == torch.float32):
+            return value.to(self.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+        # Autocast casts a trained weight once a step, a frozen one at every use.
+        if self._weights is None or not (value.requires_grad and value.is_leaf):
+            return value.to(self.dtype)
+        if value not in self._weights:
+            self._weights[value] = value.to(self.dtype)
+        return self._weights[value]
+
+
+def _float(value: Any) -> Any:
+    half = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+    return value.float() if half else value
+
+
+def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:  # noqa: A002
+    """CUDA's kernel keeps a mask of one byte an element; the composite one of other devices keeps a float."""
+    return torch.native_dropout(input, p, True)[0] if training and p > 0 else input
+
+
+def _fused_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if attn_mask is None and query.dtype in (torch.float16, torch.bfloat16):
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        return cast(Tensor, flash(query, key, value, dropout_p, is_causal, scale=scale)[0])
+    bias = None
+    if attn_mask is not None:
+        bias = attn_mask.to(query.dtype) if attn_mask.dtype == torch.bool else attn_mask
+        bias = bias.expand(*query.shape[:-1], key.shape[-2])
+    trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
+    efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+    return cast(Tensor, efficient(query, key, value, bias, trains, dropout_p, is_causal, scale=scale)[0])
+
+
+class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts what runs under it.
+
+    Attributes:
+        flops: of matrix products and convolutions so far, 1 multiply-add = 2 FLOPs (torch's formulas).
+        uncounted: operators that may compute something but have no formula.
+        work: how many operators there were of each (dtype, FLOPs, bytes read and written).
+        peak_bytes: most memory alive at one time, ``held`` tensors included.
+    """
+
+    def __init__(self, held: Iterable[Tensor] = ()) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops, self.peak_bytes, self._alive_bytes = 0, 0, 0
+        self.uncounted: set[str] = set()
+        self.work: Counter[tuple[torch.dtype, int, int]] = Counter()
+        self._alive: dict[int, tuple[weakref.ref[Any], int]] = {}
+        self._saved: set[int] = set()
+        for tensor in held:
+            self._meet(tensor)
+        self._held = set(self._alive)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run ``func`` and note what it cost."""
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        tensors = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        for tensor in tensors:
+            self._meet(tensor)
+        if func.is_view or not tensors:
+            return out
+        formula = flop_registry.get(func.overloadpacket)
+        flops = formula(*args, **kwargs, out_val=out) if formula else 0
+        self.flops += flops
+        if formula is None and not _is_free(func):
+            self.uncounted.add(str(func.overloadpacket))
+        read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        self.work[(read or tensors)[0].dtype, flops, sum(map(_bytes, (*read, *tensors)))] += 1
+        return out
+
+    def saving(self) -> AbstractContextManager[Any]:
+        """Inside it, note what autograd keeps for the backward pass."""
+
+        def pack(tensor: Tensor) -> Tensor:
+            self._meet(tensor)
+            self._saved.add(tensor.untyped_storage()._cdata)
+            return tensor
+
+        return saved_tensors_hooks(pack, lambda tensor: tensor)
+
+    def saved_bytes(self) -> int:
+        """Bytes that autograd keeps now: distinct storages, without those held all along (weights, batch)."""
+        return sum(self._alive[key][1] for key in self._saved if key in self._alive and key not in self._held)
+
+    def _meet(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._alive or not size:
+            return
+
+        def gone(_reference: object, key: int = key, size: int = size) -> None:
+            del self._alive[key]
+            self._saved.discard(key)
+            self._alive_bytes -= rounded(size)
+
+        self._alive[key] = weakref.ref(storage, gone), size
+        self._alive_bytes += rounded(size)
+        self.peak_bytes = max(self.peak_bytes, self._alive_bytes)
+
+
+def rounded(size: int) -> int:
+    """Bytes that CUDA's allocator takes for a tensor of ``size`` bytes."""
+    return -(-size // ALLOCATION_BYTES) * ALLOCATION_BYTES
+
+
+def _bytes(tensor: Tensor) -> int:
+    # An expanded tensor is read from what it really is: no more than its storage.
+    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+
+
+def _is_free(func: Any) -> bool:
+    return torch.Tag.pointwise in func.tags or func.overloadpacket.__name__ in _FREE

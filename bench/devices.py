@@ -1,0 +1,205 @@
+"""What a device can do: from its datasheet, or measured once on this machine and kept.
+
+A profile turns exact counters into expected times (``tpme plan``) and measured times into a share of what the device
+reaches in plain matrix products (MFU).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import tomllib
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+
+from tpme.bench.errors import UserError
+from tpme.bench.record import Frozen, Precision, Reading, write_atomically
+
+EFFICIENCY_OF_DATASHEET, EFFICIENCY_OF_MEASURED = 0.5, 0.75
+"""Share of the stated rates that a training step's operators are expected to reach: a datasheet states what no kernel
+reaches, a measured profile what one large product does."""
+_LONGEST_MATMUL_S, _SMALLEST, _LARGEST = 0.1, 1024, 8192
+_COPY_BYTES, _CALLS, _REPEAT_S = 128 << 20, 3, 0.05
+
+
+class DeviceProfile(Frozen):
+    """Rates and size of one device. The file of ``--device-profile`` has these fields (TOML).
+
+    A half precision without units of its own is left out; it is then taken to be as fast as fp32.
+    """
+
+    name: str
+    source: str
+    """``vendor datasheet``, or by what it was measured."""
+    matmul_flop_per_s: dict[Precision, PositiveFloat]
+    """Dense matrix products, 1 multiply-add = 2 FLOPs, half precision accumulated in fp32, no TF32."""
+    memory_bytes_per_s: PositiveFloat
+    memory_bytes: PositiveInt
+    efficiency: PositiveFloat = Field(default=EFFICIENCY_OF_DATASHEET, le=1)
+    """Share of both rates that the operators of a training step are expected to reach."""
+    operator_s: PositiveFloat = 6e-6
+    """Time the host needs to start one operator: what bounds a step of many small ones."""
+    workspace_bytes: NonNegativeInt = 0
+    """What the matrix library takes from torch's allocator besides all tensors."""
+
+    def rate(self, precision: Precision) -> float:
+        """Peak FLOP/s of matrix products in ``precision``."""
+        rates = self.matmul_flop_per_s
+        return rates.get(precision, rates["fp32"])
+
+
+def _gpu(name: str, half: float, single: float, bandwidth: float, memory: float, workspace: int) -> DeviceProfile:
+    return DeviceProfile(
+        name=name,
+        source="vendor datasheet",
+        matmul_flop_per_s={"fp32": single * 1e12, "bf16": half * 1e12, "fp16": half * 1e12},
+        memory_bytes_per_s=bandwidth * 1e12,
+        memory_bytes=int(memory * 1e9),
+        workspace_bytes=workspace,
+    )
+
+
+# cuBLAS's workspace as torch sets it up: 32 MiB on Hopper, 2 x 4 MiB + 8 x 16 KiB elsewhere.
+_HOPPER, _OTHER = 32 << 20, (8 << 20) + (128 << 10)
+PROFILES: dict[str, DeviceProfile] = {
+    profile.name: profile
+    for profile in (
+        # NVIDIA's datasheets: dense (not sparse) tensor-core rates, fp32 without tensor cores, TB/s, GB.
+        _gpu("h200", 989.5, 67.0, 4.8, 141, _HOPPER),
+        _gpu("h100", 989.5, 67.0, 3.35, 80, _HOPPER),
+        _gpu("a100-80gb", 312.0, 19.5, 2.039, 80, _OTHER),
+        _gpu("rtx4090", 165.2, 82.6, 1.008, 24, _OTHER),
+        DeviceProfile(
+            name="cpu-generic",
+            source="assumed: 8 cores with AVX2 at 3 GHz (16 multiply-adds a cycle), 2 x DDR5-4800, 32 GB",
+            matmul_flop_per_s={"fp32": 768e9},
+            memory_bytes_per_s=76.8e9,
+            memory_bytes=32 * 10**9,
+        ),
+    )
+}
+
+
+def load_profile(given: str, store: Path) -> DeviceProfile:
+    """A device profile by name, ``here`` (this machine, measured where it was not yet), or from a TOML file.
+
+    Raises UserError for an unknown name and for a file that is no profile.
+    """
+    if given in PROFILES:
+        return PROFILES[given]
+    if given == "here":
+        import torch
+
+        return measured_profile("cuda" if torch.cuda.is_available() else "cpu", store)
+    path = Path(given)
+    try:
+        profile = DeviceProfile.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise UserError(
+            f"device profile '{given}': no such file; by name there are {', '.join(PROFILES)}, here"
+        ) from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{path}: not a readable TOML file: {error}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{path}: field '{where}': {first['msg']}; its fields are {_fields()}") from None
+    if "fp32" not in profile.matmul_flop_per_s:
+        raise UserError(f"{path}: field 'matmul_flop_per_s': fp32 is missing; every device has it")
+    return profile
+
+
+def _fields() -> str:
+    return ", ".join(DeviceProfile.model_fields)
+
+
+def measured_profile(device: str, store: Path) -> DeviceProfile:
+    """The profile of a device of this machine, calibrated the first time and then read from the store."""
+    from tpme.bench.measure.environment import environment
+
+    key = environment(device).device_key
+    slug = re.sub(r"[^A-Za-z0-9]+", "-", key).strip("-")[:60]
+    path = store / "devices" / f"{slug}-{hashlib.sha256(key.encode()).hexdigest()[:8]}.json"
+    try:
+        return DeviceProfile.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):  # not there yet, or of another version
+        profile = calibrate(device, name=key)
+        write_atomically(path, (profile.model_dump_json(indent=1) + "\n").encode())
+        return profile
+
+
+def calibrate(device: str, name: str | None = None) -> DeviceProfile:
+    """Measure the rates of ``device`` (under three seconds): square matrix products of each precision, one copy."""
+    import psutil
+    import torch
+
+    cuda = device.startswith("cuda")
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    rates: dict[Precision, float] = {
+        precision: _matmul_rate(device, dtypes[precision]) for precision in get_args(Precision)
+    }
+    return DeviceProfile(
+        name=name or device,
+        source=f"measured by matrix products and a copy, torch {torch.__version__}",
+        matmul_flop_per_s=rates,
+        memory_bytes_per_s=_copy_rate(device),
+        memory_bytes=torch.cuda.get_device_properties(device).total_memory if cuda else psutil.virtual_memory().total,
+        efficiency=EFFICIENCY_OF_MEASURED,
+        workspace_bytes=_OTHER if cuda else 0,
+    )
+
+
+def _matmul_rate(device: str, dtype: Any) -> float:
+    """FLOP/s of the fastest square product: doubled in size until one takes long enough to be timed well."""
+    import torch
+
+    best, size = 0.0, 256
+    while True:
+        left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        taken = _fastest(partial(torch.matmul, left, right), device)
+        best = max(best, 2 * size**3 / taken)
+        if size >= _SMALLEST and (8 * taken > _LONGEST_MATMUL_S or size == _LARGEST):
+            return best
+        size *= 2
+
+
+def _copy_rate(device: str) -> float:
+    """Bytes a second of a copy on the device, read and written ones added."""
+    import torch
+
+    source = torch.zeros(_COPY_BYTES, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * _COPY_BYTES / _fastest(partial(target.copy_, source), device)
+
+
+def _fastest(work: Callable[[], object], device: str) -> float:
+    """Seconds of the fastest of several calls, after one that is not timed; of more calls where they are short."""
+    from tpme.bench.measure.clock import now
+
+    work()
+    taken: list[float] = []
+    while len(taken) < _CALLS or sum(taken) < _REPEAT_S:
+        start = now(device)
+        work()
+        taken.append(now(device) - start)
+    return min(taken)
+
+
+def mfu(flops: float, step_s: float, profile: DeviceProfile, precision: Precision) -> Reading:
+    """Model FLOPs utilisation: FLOPs of a step over its time, as a share of the device's matrix-product rate.
+
+    Args:
+        flops: forward and backward. step_s: time of one step, data and update included. profile: of the device that
+            it ran on. precision: of its matrix products.
+    """
+    rate = profile.rate(precision)
+    source = (
+        f"FLOPs of the canonical step / median step time / {rate / 1e12:.4g} TFLOP/s in {precision} ({profile.name})"
+    )
+    if step_s <= 0:
+        return Reading.missing(source, "no step was timed")
+    return Reading(value=flops / step_s / rate, source=source)
