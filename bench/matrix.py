@@ -18,7 +18,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, Validati
 
 from tpme.bench.errors import UserError
 from tpme.bench.job import pinned
-from tpme.bench.record import Cell, EncoderSpec, Frozen, LearningRates, Modality, Protocol, Training
+from tpme.bench.record import Cell, EncoderSpec, Frozen, LearningRates, Modality, Protocol, Training, cell_id
 
 PAPER_SETTINGS = {"users_per_batch"}
 """What a method's own ``training`` table may set, and only under the ``paper`` protocol (its batch sizes differ)."""
@@ -203,9 +203,9 @@ def expand(
                 )
     seen: set[str] = set()
     for cell in cells:
-        if (whole := cell.model_dump_json()) in seen:
+        if (identity := cell_id(cell, "")) in seen:
             raise UserError(f"matrix '{matrix.name}': method '{cell.label}' stands in it twice with the same settings")
-        seen.add(whole)
+        seen.add(identity)
     return cells
 
 

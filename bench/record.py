@@ -107,8 +107,12 @@ class Cell(Frozen):
 
 
 def cell_id(cell: Cell, code_version: str) -> str:
-    """Identity of a cell: 12 hex digits of SHA-256 over its canonical JSON and the version of the measured code."""
-    canonical = json.dumps(cell.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    """Identity of a cell: 12 hex digits of SHA-256 over its canonical JSON and the version of the measured code.
+
+    Not over the number of its trial: further learning rates leave those that have run as they are.
+    """
+    settings = cell.model_dump(mode="json", exclude={"lr_trial", "lr_trials"})
+    canonical = json.dumps(settings, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(f"{code_version}\n{canonical}".encode()).hexdigest()[:12]
 
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -32,9 +33,25 @@ def shared() -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def tiny() -> ModuleType:
     """``tests/tiny.py``: small encoders, data and recommenders. Loaded here, so that tests without torch stay so."""
-    name = "tpme_tests_tiny"
+    return _helper("tiny")
+
+
+@pytest.fixture(scope="session")
+def harness() -> ModuleType:
+    """``tests/harness.py``: matrices, cells and the command line on a small world."""
+    return _helper("harness")
+
+
+@pytest.fixture(scope="session")
+def world(harness: ModuleType, tiny: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Two tiny random encoders and a prepared catalogue: the ``World`` of ``tests/harness.py``."""
+    return harness.make_world(tmp_path_factory.mktemp("world"), tiny)
+
+
+def _helper(module: str) -> ModuleType:
+    name = f"tpme_tests_{module}"
     if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name("tiny.py"))
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{module}.py"))
         assert spec is not None
         assert spec.loader is not None
         sys.modules[name] = importlib.util.module_from_spec(spec)

@@ -1,0 +1,112 @@
+"""A small world for the tests of the harness: two tiny random encoders with a tokenizer, a catalogue, matrices."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from rich.console import Console
+
+from tpme.bench.launch import plan, run_matrix
+from tpme.bench.matrix import MatrixFile
+from tpme.bench.record import CellResult
+
+USERS, ITEMS, TITLE_TOKENS = 60, 60, 8
+CARD_METHODS = ("fft", "adapter", "lora", "bitfit", "prompt", "iisan", "frozen", "id", "popularity")
+
+
+@dataclass(frozen=True)
+class World:
+    """Folders that every matrix of a test session reads."""
+
+    text: Path
+    image: Path
+    data: Path
+    store: Path
+
+    def matrix(self, methods: Sequence[str | Mapping[str, Any]], **changes: Any) -> MatrixFile:
+        """A matrix of these methods: one epoch of small batches, whatever ``changes`` does not say otherwise."""
+        raw: dict[str, Any] = {
+            "name": "small",
+            "datasets": [{"name": "world", "path": str(self.data)}],
+            "encoders": [{"text": {"source": str(self.text)}, "image": {"source": str(self.image)}}],
+            "methods": [{"name": method} if isinstance(method, str) else method for method in methods],
+            "training": {"epochs": 1, "title_tokens": TITLE_TOKENS, "embedding_dim": 16, "max_steps_per_epoch": 2},
+        }
+        raw["training"] |= changes.pop("training", {})
+        return MatrixFile.model_validate(raw | changes)
+
+    def run(self, matrix: MatrixFile, folder: Path, **settings: Any) -> list[CellResult]:
+        """Run a matrix as ``tpme run`` does."""
+        return run_matrix(matrix, folder, store=self.store, device="cpu", console=quiet(), **settings)
+
+    def tasks(self, matrix: MatrixFile, folder: Path, methods_path: Sequence[Path] = ()) -> Any:
+        """The planned cells of a matrix."""
+        return plan(matrix, folder, self.store, device="cpu", methods_path=methods_path, console=quiet())[0]
+
+    def write(self, path: Path, matrix: MatrixFile) -> Path:
+        """``matrix`` as a TOML file."""
+        path.write_text(
+            "\n".join(
+                f"{key} = {_toml(value)}" for key, value in matrix.model_dump(mode="json").items() if value is not None
+            )
+        )
+        return path
+
+
+def quiet() -> Console:
+    """A console that nobody reads."""
+    return Console(file=open(os.devnull, "w"), width=200)  # noqa: PTH123
+
+
+def tpme(*arguments: str, **settings: Any) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"} | settings.pop("env", {})
+    command = [sys.executable, "-m", "tpme.bench.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, **settings)
+
+
+def make_world(root: Path, tiny: ModuleType) -> World:
+    """Write encoders and data below ``root``."""
+    from tpme.bench.task.dataset import Dataset
+    from tpme.bench.task.prepare import prepare
+    from tpme.bench.task.sources.synthetic import Synthetic, generate
+
+    prepare(generate(Synthetic(users=USERS, items=ITEMS)), root / "data", image_size=tiny.SIDE, workers=1)
+    titles = Dataset.open(root / "data").titles
+    assert titles is not None
+    tiny.encoder("text").save_pretrained(root / "text")
+    tiny.encoder("image").save_pretrained(root / "image")
+    save_tokenizer(root / "text", list(titles), tiny.VOCAB)
+    return World(root / "text", root / "image", root / "data", root / "store")
+
+
+def save_tokenizer(folder: Path, titles: Sequence[str], size: int) -> None:
+    """A word tokenizer of the commonest words of ``titles``, ``size`` entries in all."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    counts: dict[str, int] = {}
+    for word in " ".join(titles).split():
+        counts[word] = counts.get(word, 0) + 1
+    common = sorted(counts, key=lambda word: (-counts[word], word))
+    words = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *common][:size]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", None, [("[CLS]", 1), ("[SEP]", 2)])
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(folder)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {_toml(entry)}" for key, entry in value.items() if entry is not None) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return json.dumps(value)
