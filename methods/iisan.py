@@ -104,7 +104,7 @@ class SideNetwork(ItemEncoder):
             raise UserError("method 'iisan' with intra = false needs a text and an image encoder; this cell has one")
         self.towers = nn.ModuleDict(towers)
         self.heads = nn.ModuleDict({name: _head(tower, task.dim) for name, tower in towers.items()})
-        self.fusion = nn.Linear(task.dim * len(towers), task.dim) if len(towers) > 1 else nn.Identity()
+        self.fusion = nn.Linear(task.dim * len(towers), task.dim) if len(shapes) > 1 else nn.Identity()
         for module in (*self.heads.modules(), self.fusion):
             if isinstance(module, nn.Linear):
                 init_linear(module)

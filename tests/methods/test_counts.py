@@ -1,0 +1,139 @@
+"""Trainable parameters of every method, at the paper's shapes and as closed formulas."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tpme.bench.record import EncoderSpec, Modality
+from tpme.bench.task.encoders import load_encoder
+from tpme.bench.task.items import Items
+from tpme.bench.task.recommender import Recommender
+from tpme.bench.task.sequential import SequentialEncoder
+from tpme.methods.base import Plan, TaskShape
+from tpme.methods.registry import BUILTIN, create
+
+ITEMS = 20_314
+RECOMMENDER = 206_912
+"""Sequential encoder 100,224, fusion 8,256, two heads of 49,216."""
+PAPER: dict[str, tuple[str, dict[str, Any], int]] = {
+    "fft": ("fft", {}, 194_897_216),
+    "adapter": ("adapter", {}, 4_965_440),
+    "lora": ("lora", {}, 796_736),
+    "bitfit": ("bitfit", {}, 411_968),
+    "iisan": ("iisan", {}, 4_113_877),
+    "iisan, intra only": ("iisan", {"inter": False}, 2_776_014),
+    "iisan, inter only": ("iisan", {"intra": False}, 1_438_151),
+    "frozen": ("frozen", {}, RECOMMENDER),
+    "prompt": ("prompt", {}, 2 * 92_160 + RECOMMENDER),
+    "prompt, shallow 50": ("prompt", {"length": 50, "deep": False}, 2 * 38_400 + RECOMMENDER),
+    "lora, six linear layers": (
+        "lora",
+        {"targets": ("query", "key", "value", "attention_output", "ffn_in", "ffn_out")},
+        2 * 1_327_104 + RECOMMENDER,
+    ),
+    "id": ("id", {}, 100_224 + (ITEMS + 1) * 64),
+    "popularity": ("popularity", {}, 0),
+}
+
+
+def paper_model(shared: Callable[..., Path], name: str, options: Mapping[str, Any]) -> Recommender:
+    """The method at BERT-base + ViT-B/16 and d = 64, without memory for the weights."""
+    method = create(name, options)
+    folders: dict[Modality, str] = {"text": "bert-base-uncased", "image": "vit-base-patch16-224"}
+    used = tuple(folders) if method.modalities is None else method.modalities
+    views = {
+        m: load_encoder(EncoderSpec(source=str(shared("pretrained", folders[m]))), m, device="meta").view for m in used
+    }
+    task = TaskShape(64, ITEMS, {m: view.shape for m, view in views.items()})
+    model = Recommender(
+        views, method.item_encoder(task), SequentialEncoder(64, 10, 2, 2, 0.1), decoupled=method.decoupled
+    )
+    method.adapt(model, Plan(1, 1, np.full(ITEMS + 1, 1 / ITEMS)))
+    return model
+
+
+def trainable(model: Recommender) -> int:
+    return sum(p.numel() for group in model.parameter_groups().values() for p in group)
+
+
+@pytest.mark.parametrize(("name", "options", "expected"), PAPER.values(), ids=PAPER)
+def test_at_the_papers_shapes(shared: Callable[..., Path], name: str, options: dict[str, Any], expected: int) -> None:
+    model = paper_model(shared, name, options)
+    assert trainable(model) == expected
+    assert trainable(model) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_every_method_is_counted() -> None:
+    assert {name for name, *_ in PAPER.values()} == set(BUILTIN)
+
+
+def whole_mask(_module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """(n, T) -> (n, 1, T, T): transformers looks at the values of a mask of (n, T), and on meta there are none."""
+    mask = kwargs["attention_mask"].bool()
+    return args, kwargs | {"attention_mask": mask[:, None, None, :].expand(-1, 1, mask.shape[1], -1)}
+
+
+@pytest.mark.parametrize("name", sorted(BUILTIN))
+def test_an_adapted_model_runs_on_the_meta_device(shared: Callable[..., Path], name: str) -> None:
+    model = paper_model(shared, name, {}).to("meta").eval()
+    if "text" in model.views:
+        model.views["text"].module.register_forward_pre_hook(whole_mask, with_kwargs=True)
+    items = Items(
+        ids=torch.zeros(2, dtype=torch.int64),
+        tokens=torch.zeros(2, 30, dtype=torch.int64),
+        token_mask=torch.ones(2, 30, dtype=torch.int64),
+        image=torch.zeros(2, 3, 224, 224, dtype=torch.uint8),
+    )
+    vectors = model.encode_items(items.to(torch.device("meta")))
+    assert (vectors.device.type, vectors.shape[0]) == ("meta", 2)
+
+
+# --- closed formulas, at another shape ------------------------------------------------------------------------------
+
+
+def closed_formula(name: str, options: Mapping[str, Any], tiny: ModuleType) -> int:
+    """Trainable parameters of the tiny model: D wide, L deep, d = 8, both encoders."""
+    width, depth, ffn, dim = tiny.WIDTH, tiny.DEPTH, tiny.FFN, tiny.DIM
+    block = 4 * dim * dim + (dim * 4 * dim + 4 * dim) + (4 * dim * dim + dim) + 2 * 2 * dim
+    sequence = (tiny.SLOTS - 1) * dim + 2 * dim + 2 * block
+    fused = sequence + 2 * (width * dim + dim) + (2 * dim * dim + dim)
+    layer = 4 * (width * width + width) + (width * ffn + ffn) + (ffn * width + width) + 2 * 2 * width
+    bert = (tiny.VOCAB + 40 + 2) * width + 2 * width + depth * layer
+    patches = (tiny.SIDE // tiny.PATCH) ** 2
+    vit = width + (patches + 1) * width + (3 * tiny.PATCH**2 * width + width) + depth * layer + 2 * width
+    bottleneck = 2 * width * options.get("bottleneck", 64) + options.get("bottleneck", 64) + width
+    levels = depth // 2 + 1
+    tower = levels * bottleneck + levels + (width * width + width) + (width * dim + dim)
+    return {
+        "fft": fused + bert + vit,
+        "adapter": fused + 2 * depth * 2 * bottleneck,
+        "lora": fused + 2 * depth * 2 * options.get("rank", 8) * 2 * width,
+        "bitfit": fused + depth * 2 * (7 * width + ffn) + width + 2 * width,
+        "prompt": fused + 2 * depth * options.get("length", 10) * width,
+        "iisan": sequence + 3 * tower + 3 * dim * dim + dim,
+        "frozen": fused,
+        "id": sequence + (tiny.ITEMS + 1) * dim,
+        "popularity": 0,
+    }[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, {}) for name in sorted(BUILTIN)),
+        ("adapter", {"bottleneck": 5}),
+        ("lora", {"rank": 3}),
+        ("prompt", {"length": 4}),
+        ("iisan", {"bottleneck": 5}),
+    ],
+)
+def test_closed_formula(tiny: ModuleType, name: str, options: dict[str, int]) -> None:
+    _, model = tiny.build(name, options)
+    assert trainable(model) == closed_formula(name, options, tiny)
