@@ -370,7 +370,7 @@ def find_results(roots: list[Path]) -> list[Path]:
     for root in roots:
         if not root.exists():
             raise RecordError(f"{root}: no such file or folder")
-        found = [root] if root.is_file() else sorted(root.rglob("attempt-*.json"))
+        found = [root] if root.is_file() else [path for path in root.rglob("attempt-*.json") if attempt_number(path)]
         for path in found:
             kept = latest.get(path.parent)
             if kept is None or attempt_number(path) > attempt_number(kept):

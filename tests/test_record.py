@@ -1,0 +1,209 @@
+"""Records: what they refuse to say, how they reach the disk, and how the latest of a cell is found."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from tpme.bench import record
+from tpme.bench.errors import UserError
+from tpme.bench.record import (
+    Cell,
+    CellResult,
+    Failure,
+    Reading,
+    RecordError,
+    attempt_number,
+    find_results,
+    read_result,
+    write_atomically,
+    write_result,
+)
+
+CELL = Cell(method="lora", dataset="d", dataset_fingerprint="f", modalities=("text",))
+
+
+def result(**changes: Any) -> CellResult:
+    plain: dict[str, Any] = {
+        "cell_id": "0123456789ab",
+        "attempt": 1,
+        "cell": CELL,
+        "code_version": "v",
+        "status": "ok",
+        "started_at": "2026-01-01T00:00:00+00:00",
+        "wall_s": 1.5,
+        "epoch_time_s": Reading(value=0.5, source="clock"),
+    }
+    return CellResult(**(plain | changes))
+
+
+# --- what a record cannot say ---------------------------------------------------------------------------------------
+
+
+def test_a_missing_value_says_why() -> None:
+    reading = Reading.missing("NVML", "no GPU")
+    assert (reading.value, reading.valid, reading.reason) == (None, False, "no GPU")
+    for settings in ({"value": None}, {"value": 1.0, "valid": False}, {"value": None, "valid": False, "reason": ""}):
+        with pytest.raises(ValidationError, match="must say why"):
+            Reading(source="clock", **settings)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_value_that_json_cannot_hold_is_refused(value: float) -> None:
+    with pytest.raises(ValidationError, match="finite"):
+        Reading(value=value, source="clock")
+    with pytest.raises(ValidationError, match="finite"):
+        result(wall_s=value)
+
+
+@pytest.mark.parametrize("status", ["oom", "diverged", "timeout", "killed", "error", "skipped"])
+def test_what_did_not_go_well_says_where_and_why(status: str) -> None:
+    with pytest.raises(ValidationError, match=f"ended as '{status}' must say where and why"):
+        result(status=status)
+    assert result(status=status, failure=Failure(phase="train", message="it broke")).failure is not None
+
+
+def test_records_are_immutable_and_know_all_their_fields() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        result().status = "oom"  # type: ignore[misc]
+    with pytest.raises(ValidationError, match="Extra inputs"):
+        result(epoch_time=3)
+    with pytest.raises(ValidationError, match="status"):
+        result(status="fine")
+
+
+def test_a_label_tells_cached_rows_apart() -> None:
+    assert CELL.label == "lora"
+    assert CELL.model_copy(update={"cached": True}).label == "lora (cached)"
+
+
+# --- on the disk ----------------------------------------------------------------------------------------------------
+
+
+def test_a_record_survives_the_disk(tmp_path: Path) -> None:
+    path = tmp_path / "cells" / "x" / "attempt-1.json"
+    written = result(status="oom", failure=Failure(phase="train", message="é", epoch=1, step=2, bytes_requested=3))
+    write_result(written, path)
+    assert read_result(path) == written
+    assert [file.name for file in path.parent.iterdir()] == ["attempt-1.json"]
+    mask = os.umask(0)
+    os.umask(mask)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask
+
+
+def test_a_record_is_never_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "attempt-1.json"
+    write_result(result(), path)
+    before = path.read_bytes()
+    with pytest.raises(FileExistsError, match="never overwritten"):
+        write_result(result(wall_s=9.0), path)
+    assert path.read_bytes() == before
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.json"
+    write_atomically(path, b"old")
+
+    def broken(_handle: int) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(record.os, "fsync", broken)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert [file.name for file in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_a_reader_sees_all_or_nothing(tmp_path: Path) -> None:
+    path, whole = tmp_path / "x", (b"a" * 300_000, b"b" * 300_000)
+    write_atomically(path, whole[0])
+    done = threading.Event()
+
+    def write() -> None:
+        for number in range(60):
+            write_atomically(path, whole[number % 2])
+        done.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    seen = set()
+    while not done.is_set():
+        seen.add(path.read_bytes())
+    writer.join()
+    assert seen <= set(whole)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"schema_version": 1, "cell_id"', "not a readable record"),
+        (b"\xff\xfe", "not a readable record"),
+        (b"[]", "schema version None, this tpme reads 1"),
+        (b'{"schema_version": 2}', "schema version 2, this tpme reads 1; use the tpme that wrote it"),
+        (b'{"schema_version": 1}', "field 'cell_id': Field required; the record was changed or truncated"),
+    ],
+)
+def test_what_is_no_record_is_refused_in_one_line(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "attempt-1.json"
+    path.write_bytes(content)
+    with pytest.raises(RecordError, match=message) as error:
+        read_result(path)
+    assert str(error.value).startswith(f"{path}: ")
+    assert "\n" not in str(error.value)
+    assert isinstance(error.value, UserError)
+
+
+def test_a_changed_record_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "attempt-1.json"
+    write_result(result(), path)
+    raw = json.loads(path.read_bytes())
+    raw["epoch_time_s"]["value"] = None
+    path.write_text(json.dumps(raw))
+    with pytest.raises(RecordError, match=r"field 'epoch_time_s': .*must say why"):
+        read_result(path)
+
+
+# --- finding them ---------------------------------------------------------------------------------------------------
+
+
+def test_the_latest_attempt_of_each_cell_counts(tmp_path: Path) -> None:
+    for name, attempts in (("a", (1, 2, 10)), ("b", (1,))):
+        for number in attempts:
+            write_result(result(attempt=number), tmp_path / "cells" / name / f"attempt-{number}.json")
+    found = [path.relative_to(tmp_path).as_posix() for path in find_results([tmp_path])]
+    assert found == ["cells/a/attempt-10.json", "cells/b/attempt-1.json"]
+    # A launcher that was killed leaves the job of its cell behind: no record.
+    (tmp_path / "cells" / "c").mkdir()
+    for folder in ("b", "c"):
+        (tmp_path / "cells" / folder / "attempt-2.job.json").write_text("{}")
+    assert len(find_results([tmp_path])) == 2
+    alone = tmp_path / "cells" / "a" / "attempt-2.json"
+    assert find_results([alone]) == [alone]
+    with pytest.raises(RecordError, match="nowhere: no such file or folder"):
+        find_results([tmp_path / "nowhere"])
+
+
+def test_attempt_numbers() -> None:
+    assert [attempt_number(Path(name)) for name in ("attempt-3.json", "renamed.json", "attempt-3.job.json")] == [
+        3,
+        0,
+        0,
+    ]
+
+
+def test_records_need_neither_torch_nor_pandas() -> None:
+    program = "import sys, tpme.bench.record; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    assert "pydantic" in loaded
+    assert not {"torch", "numpy", "pandas", "transformers", "matplotlib", "rich", "typer"} & set(loaded)
