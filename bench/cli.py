@@ -12,6 +12,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from tpme.bench import gate_cli
 from tpme.bench.errors import UserError
 
 INTERRUPTED = 130
@@ -268,6 +269,9 @@ def doctor(as_json: AsJson = False) -> None:
         print(diagnosis.model_dump_json(indent=1))  # noqa: T201
     else:
         render(diagnosis, Console())
+
+
+gate_cli.register(app)
 
 
 def main() -> NoReturn:

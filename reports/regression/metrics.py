@@ -1,0 +1,73 @@
+"""The numbers that the gate compares: what each is called, what kind it is, and how it is shown."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["status", "counter", "time", "memory", "quality"]
+
+KINDS: tuple[Kind, ...] = ("status", "counter", "time", "memory", "quality")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number. ``exact`` ones are equal on every machine; of ``quality`` more is better, of all others less."""
+
+    name: str
+    title: str
+    kind: Kind
+    unit: str = ""
+
+    @property
+    def more_is_better(self) -> bool:
+        """Whether a rise is an improvement."""
+        return self.kind == "quality"
+
+
+_LISTED = (
+    Metric("status", "end of the cell", "status"),
+    Metric("trainable_parameters", "trainable parameters", "counter"),
+    Metric("trainable_parameters_max", "trainable parameters at most", "counter"),
+    Metric("total_parameters", "all parameters", "counter"),
+    Metric("stored_bytes", "stored state", "counter", "bytes"),
+    Metric("forward_flops", "forward FLOPs of a step", "counter", "FLOP"),
+    Metric("backward_flops", "backward FLOPs of a step", "counter", "FLOP"),
+    Metric("saved_bytes", "saved for backward", "counter", "bytes"),
+    Metric("gradient_bytes", "gradients", "counter", "bytes"),
+    Metric("weight_bytes", "weights", "counter", "bytes"),
+    Metric("optimizer_bytes", "optimiser state", "counter", "bytes"),
+    Metric("cache_bytes", "feature cache", "counter", "bytes"),
+    Metric("steps_per_epoch", "steps an epoch", "counter"),
+    Metric("steps", "training steps", "counter"),
+    Metric("step_s", "training step", "time", "s"),
+    Metric("epoch_s", "training epoch", "time", "s"),
+    Metric("torch_allocated_bytes", "allocated memory peak", "memory", "bytes"),
+    Metric("host_rss_bytes", "resident memory peak", "memory", "bytes"),
+    Metric("recall_10", "Recall@10", "quality"),
+    Metric("ndcg_10", "NDCG@10", "quality"),
+)
+METRICS: dict[str, Metric] = {metric.name: metric for metric in _LISTED}
+COUNTERS: tuple[str, ...] = tuple(metric.name for metric in _LISTED if metric.kind == "counter")
+_PREFIXES = (("bytes", (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))), ("s", (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6))))
+
+
+def metric(name: str) -> Metric:
+    """The metric called ``name``; an unlisted one is a counter of the method's own (``report()``)."""
+    return METRICS.get(name) or Metric(name, name, "counter")
+
+
+def shown(value: float | str | None, unit: str) -> str:
+    """A value for people: ``1.53 GB``, ``21.4 ms``, ``796,736``."""
+    if value is None:
+        return "none"
+    if isinstance(value, str):
+        return value
+    for name, steps in _PREFIXES:
+        for prefix, size in steps if name == unit else ():
+            if abs(value) >= size:
+                return f"{value / size:.4g} {prefix}"
+    if unit == "FLOP":
+        return f"{value:.6g} FLOP"
+    whole = f"{value:,.0f}" if float(value).is_integer() else f"{value:.4f}"
+    return f"{whole} {unit}".strip()
