@@ -25,7 +25,7 @@ from typing import NoReturn
 import numpy as np
 import torch
 
-from tpme.bench.counting.recorded import recorded_counters
+from tpme.bench.counting.recorded import exact_counters, utilisation
 from tpme.bench.errors import UserError
 from tpme.bench.job import Job, pinned, progress_line, time_limit_message
 from tpme.bench.measure.environment import environment
@@ -256,11 +256,13 @@ class Story:
         try:
             with self.phases.phase("estimate", "counters"):
                 self.progress("count", 0.0)
-                finished = status == "ok"
-                known.counters |= recorded_counters(self.job, trainer.dataset, trainer.outcome, finished=finished)
+                known.counters |= exact_counters(self.job, trainer.dataset)
+                if status == "ok":
+                    known.counters |= utilisation(self.job, trainer.outcome, known.counters)
         except (Exception, TimeLimitReached) as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            known.counters["forward_flops"] = Reading.missing("one step on meta", reason)
+            lacking = "mfu" if "forward_flops" in known.counters else "forward_flops"
+            known.counters[lacking] = Reading.missing("counted on meta", reason)
 
     def record(self, status: Status) -> CellResult:
         """Write ranks and samples, and return the record; call it after the instruments have stopped."""

@@ -69,6 +69,8 @@ def render(plan: MatrixPlan, console: Console) -> None:
         if any(planned.measured for planned in cells):
             console.print(Text("Plan against measured", "bold"))
             console.print(_compared(cells))
+            sources = {planned.measured.memory_source for planned in cells if planned.measured}
+            console.print(Text(f"Measured memory: {'; '.join(sorted(filter(None, sources)))}", "dim"))
     for note in _notes(plan):
         console.print(Text(note, "dim"))
 
@@ -206,4 +208,6 @@ def _number(value: float) -> str:
 def _time(seconds: float) -> str:
     if seconds >= 3600:
         return f"{seconds / 3600:.1f} h"
-    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2f} s"
+    if seconds >= 1:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    return f"{1000 * seconds:.0f} ms" if seconds >= 0.01 else f"{1000 * seconds:.1f} ms"

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd import Variable
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -113,7 +114,7 @@ def run_step(of: MetaCell, *, fused_attention: bool) -> Step:
         forward, saved = tracker.flops, tracker.saved_bytes()
         if loss.requires_grad:
             with target:
-                loss.backward()  # type: ignore[no-untyped-call]
+                _backward(loss)
     gradients = [parameter.grad for parameter in of.model.parameters() if parameter.grad is not None]
     return Step(
         forward_flops=forward,
@@ -139,6 +140,13 @@ def _loss(of: MetaCell) -> Tensor:
         target = batch.candidates.target
         outputs[name] = PassOutput(functional.cross_entropy(logits, target), logits, target)
     return torch.stack(list(method.losses(outputs).values())).sum()
+
+
+def _backward(loss: Tensor) -> None:
+    """``loss.backward()``, but with the mode around it still on: checkpointing runs the forward pass again in it."""
+    Variable._execution_engine.run_backward(
+        (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
+    )
 
 
 def _optimizer_state(of: MetaCell) -> Iterator[Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from tpme.bench.counting.batch import DataShape
@@ -14,20 +16,21 @@ from tpme.bench.task.dataset import Dataset
 from tpme.bench.train.loop import WARMUP_EPOCHS, Outcome
 
 
-def recorded_counters(job: Job, dataset: Dataset, outcome: Outcome, *, finished: bool) -> dict[str, Reading]:
-    """Counters of the cell of ``job``, by name; ``mfu`` only where training ``finished`` and timed its steps.
+def exact_counters(job: Job, dataset: Dataset) -> dict[str, Reading]:
+    """The exact counters of the cell of ``job``, by name."""
+    return count(MetaCell(job.cell, DataShape.of(dataset), methods_path=job.methods_path)).readings()
+
+
+def utilisation(job: Job, outcome: Outcome, counters: Mapping[str, Reading]) -> dict[str, Reading]:
+    """``mfu`` of the training that left ``outcome``; nothing where no step was timed.
 
     The device is calibrated where it never was before: call it outside everything that is measured.
     """
-    counts = count(MetaCell(job.cell, DataShape.of(dataset), methods_path=job.methods_path))
-    readings = counts.readings()
-    if finished and outcome.step_s:
-        step_s, epoch = np.array(outcome.step_s), np.array(outcome.step_epoch)
-        counted = epoch > WARMUP_EPOCHS if (epoch > WARMUP_EPOCHS).any() else epoch > 0
-        readings["mfu"] = mfu(
-            counts.step.forward_flops + counts.step.backward_flops,
-            float(np.median(step_s[counted])),
-            measured_profile(job.cell.device, job.store),
-            job.cell.training.precision,
-        )
-    return readings
+    if not outcome.step_s:
+        return {}
+    step_s, epoch = np.array(outcome.step_s), np.array(outcome.step_epoch)
+    warm = epoch > WARMUP_EPOCHS
+    typical_s = float(np.median(step_s[warm] if warm.any() else step_s))
+    flops = sum(counters[name].value or 0.0 for name in ("forward_flops", "backward_flops"))
+    profile = measured_profile(job.cell.device, job.store)
+    return {"mfu": mfu(flops, typical_s, profile, job.cell.training.precision)}
