@@ -241,11 +241,13 @@ def _run_cell(job: Job, bars: Progress) -> CellResult:
     finally:
         bars.remove_task(bar)
         job_file.unlink(missing_ok=True)
-    if not record.exists():
-        log = job.file(".log")
-        _forget(job, but=log)
-        write_result(_unrecorded(job, ending, log, time.monotonic() - started, began), record)
-    return read_result(record)
+    with contextlib.suppress(RecordError):
+        if record.exists():
+            return read_result(record)
+    result = _unrecorded(job, ending, time.monotonic() - started, began)
+    _forget(job, but=job.file(".log"))
+    write_result(result, record)
+    return result
 
 
 def command(job_file: Path) -> list[str]:
@@ -258,18 +260,21 @@ def _forget(job: Job, but: Path | None = None) -> None:
     for path in (*job.folder.glob(f"attempt-{job.attempt}.*"), *job.folder.glob(f".attempt-{job.attempt}.*")):
         if path != but:
             path.unlink(missing_ok=True)
-    if not any(job.folder.iterdir()):
+    if job.folder.is_dir() and not any(job.folder.iterdir()):
         job.folder.rmdir()
 
 
-def _unrecorded(job: Job, ending: Ending, log: Path, wall_s: float, began: datetime) -> CellResult:
-    """The record of a cell whose process ended without writing one."""
+def _unrecorded(job: Job, ending: Ending, wall_s: float, began: datetime) -> CellResult:
+    """The record of a cell whose process ended without writing one, or wrote one that cannot be read."""
+    log = job.file(".log")
     status: Status = "timeout" if ending.timed_out else "killed" if ending.code < 0 else "error"
     if ending.timed_out:
         message = time_limit_message(job.time_limit_s)
     elif ending.code < 0:
         hint = "; the kernel does that when host memory runs out" if -ending.code == signal.SIGKILL else ""
         message = f"its process was ended by {_signal_name(-ending.code)}{hint} (log: {log.name})"
+    elif job.file(".json").exists():
+        message = f"it wrote a record that cannot be read: was the code changed meanwhile? (log: {log.name})"
     else:
         message = f"its process ended with code {ending.code}: {_last_line(log)} (log: {log.name})"
     return CellResult(

@@ -48,6 +48,14 @@ def world(harness: ModuleType, tiny: ModuleType, tmp_path_factory: pytest.TempPa
     return harness.make_world(tmp_path_factory.mktemp("world"), tiny)
 
 
+@pytest.fixture(scope="session")
+def card_run(harness: ModuleType, world: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A folder in which every card method has run once, iisan also cached: (matrix, folder, results by label)."""
+    methods = [name if name != "iisan" else {"name": name, "cached": [False, True]} for name in harness.CARD_METHODS]
+    matrix, folder = world.matrix(methods, training={"epochs": 2}), tmp_path_factory.mktemp("run")
+    return matrix, folder, {result.cell.label: result for result in world.run(matrix, folder)}
+
+
 def _helper(module: str) -> ModuleType:
     name = f"tpme_tests_{module}"
     if name not in sys.modules:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,6 +103,16 @@ def save_tokenizer(folder: Path, titles: Sequence[str], size: int) -> None:
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", None, [("[CLS]", 1), ("[SEP]", 2)])
     PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(folder)
+
+
+def write_method(folder: Path, name: str, body: str) -> None:
+    """A method file: ``body`` is the body of a class that has the encoders and the harness's own options."""
+    folder.mkdir(exist_ok=True)
+    text = textwrap.indent(textwrap.dedent(body).strip(), "    ")
+    (folder / f"{name}.py").write_text(
+        f'"""A method of the tests."""\nimport torch\nfrom tpme.methods.base import *\n\n'
+        f"class Mine(Method):\n{text}\n\nMETHOD = Mine\n"
+    )
 
 
 def _toml(value: Any) -> str:
