@@ -1,0 +1,215 @@
+"""pytest plug-in: the fixture ``tpme_cell`` runs a cell, the marker ``tpme`` limits its exact counters.
+
+    @pytest.mark.tpme(max_params=60_000, max_saved_bytes=40_000_000)
+    def test_cost(tpme_cell):
+        cell = tpme_cell("norms", methods_path="methods")
+        assert cell.counters["forward_flops"] < 2e10
+
+Exact counters are the same on every machine, so such a test cannot flake. Where pytest-benchmark is installed, the
+times of the training steps go into its table and its JSON, with memory and counters in ``extra_info``.
+
+pytest loads this module in every session, so all imports of this package happen inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from tpme.bench.record import CellResult
+
+LIMITS: dict[str, tuple[str, ...]] = {
+    "max_params": ("trainable_parameters",),
+    "max_saved_bytes": ("saved_bytes",),
+    "max_flops": ("forward_flops", "backward_flops"),
+    "max_stored_bytes": ("stored_bytes",),
+    "max_cache_bytes": ("cache_bytes",),
+}
+"""Keywords of the marker, and the counters whose sum each of them limits."""
+SMALL = (
+    "datasets.synthetic.users=200",
+    "datasets.synthetic.items=120",
+    "training.users_per_batch=16",
+    "training.epochs=2",
+)
+"""What is laid over the preset ``demo`` where a test names no matrix of its own."""
+_UNUSED = "is marked tpme(...), but ran no cell: nothing was measured; call the fixture tpme_cell"
+
+
+@dataclass(frozen=True)
+class MeasuredCell:
+    """A finished cell: its record, its exact counters by name, and its step times without warm-up (seconds)."""
+
+    result: CellResult
+    counters: Mapping[str, float]
+    step_s: npt.NDArray[np.float64]
+
+
+RunCell = Callable[..., MeasuredCell]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Announce the marker."""
+    config.addinivalue_line("markers", f"tpme({', '.join(f'{name}=...' for name in LIMITS)}): limits of a cell")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Refuse a marker that limits nothing."""
+    limits = _limits(item)
+    if limits is not None and "tpme_cell" not in getattr(item, "fixturenames", ()):
+        pytest.fail(f"{item.name} {_UNUSED}", pytrace=False)
+
+
+@pytest.fixture
+def tpme_cell(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RunCell]:
+    """A function that runs one cell in a process of its own and returns what it measured.
+
+    ``tpme_cell(method, *, matrix=None, options=None, cached=False, methods_path=(), settings=(), device="cpu")``:
+    ``matrix`` is a preset or TOML file that gives one data set, one pair of encoders and one seed; its methods are
+    replaced by ``method``. Folders are relative to the root of the tests.
+    """
+    cells: list[MeasuredCell] = []
+
+    def run(method: str, **settings: Any) -> MeasuredCell:
+        cell = _run(method, tmp_path / f"tpme-{len(cells)}", request.config.rootpath, **settings)
+        cells.append(cell)
+        if len(cells) == 1:
+            _feed_benchmark(request, cell)
+        _check_limits(request.node, cell)
+        return cell
+
+    yield run
+    if _limits(request.node) is not None and not cells:
+        pytest.fail(f"{request.node.name} {_UNUSED}", pytrace=False)
+
+
+def _run(
+    method: str,
+    folder: Path,
+    root: Path,
+    *,
+    matrix: str | Path | None = None,
+    options: Mapping[str, Any] | None = None,
+    cached: bool = False,
+    methods_path: str | Path | Sequence[str | Path] = (),
+    settings: Sequence[str] = (),
+    device: str = "cpu",
+    store: Path | None = None,
+) -> MeasuredCell:
+    from rich.console import Console
+
+    from tpme.bench.errors import UserError
+    from tpme.bench.launch import run_matrix, store_folder
+    from tpme.bench.matrix import MethodEntry, load_matrix, presets
+
+    folders = [methods_path] if isinstance(methods_path, str | Path) else methods_path
+    try:
+        if matrix is None:
+            source = load_matrix("demo", [*SMALL, *settings])
+        else:
+            source = load_matrix(str(matrix) if str(matrix) in presets() else str(root / matrix), settings)
+        entry = MethodEntry(name=method, options=dict(options or {}), cached=cached)
+        results = run_matrix(
+            source.model_copy(update={"methods": (entry,)}),
+            folder,
+            store=store_folder(store),
+            device=device,
+            methods_path=[root / path for path in folders],
+            console=Console(quiet=True),
+        )
+    except UserError as error:
+        pytest.fail(f"tpme_cell: {error}", pytrace=False)
+    if len(results) != 1:
+        pytest.fail(f"tpme_cell: the matrix gives {len(results)} cells, tpme_cell runs one", pytrace=False)
+    (result,) = results
+    if result.status != "ok":
+        told = result.failure.message if result.failure else "no message"
+        pytest.fail(f"tpme_cell: {method} ended as {result.status}: {told}", pytrace=False)
+    return _measured(result, folder)
+
+
+def _measured(result: CellResult, folder: Path) -> MeasuredCell:
+    from tpme.reports.regression.measures import counters, read_records, step_times
+
+    (recorded,) = read_records([folder])
+    return MeasuredCell(result, counters(result), step_times(recorded))
+
+
+def _limits(item: pytest.Item) -> dict[str, float] | None:
+    """The marker's limits; fails the test for one that there is not."""
+    marker = item.get_closest_marker("tpme")
+    if marker is None:
+        return None
+    unknown = [*map(repr, marker.args), *(name for name in marker.kwargs if name not in LIMITS)]
+    if unknown or not marker.kwargs:
+        found = f"{unknown[0]} is no limit" if unknown else "it limits nothing"
+        pytest.fail(f"{item.name}: marker tpme: {found}; there are {', '.join(LIMITS)}", pytrace=False)
+    return dict(marker.kwargs)
+
+
+def _check_limits(item: pytest.Item, cell: MeasuredCell) -> None:
+    label, broken = cell.result.cell.label, []
+    for name, limit in (_limits(item) or {}).items():
+        missing = [counter for counter in LIMITS[name] if counter not in cell.counters]
+        if missing:
+            reading = cell.result.counters.get(missing[0])
+            why = reading.reason if reading is not None else "the cell does not count it"
+            broken.append(f"{name}={limit:,}: {missing[0]} of {label} is not known: {why}")
+            continue
+        value = sum(cell.counters[counter] for counter in LIMITS[name])
+        if value > limit:
+            broken.append(f"{label} has {' + '.join(LIMITS[name])} = {value:,.0f}, allowed is {name}={limit:,}")
+    if broken:
+        pytest.fail("\n".join(broken), pytrace=False)
+
+
+# --- pytest-benchmark ----------------------------------------------------------------------------------------
+
+
+def _feed_benchmark(request: pytest.FixtureRequest, cell: MeasuredCell) -> None:
+    """Hand the step times to pytest-benchmark, unless the test uses it itself: its fixture works once."""
+    config = request.config
+    if not config.pluginmanager.hasplugin("benchmark") or "benchmark" in request.fixturenames:
+        return
+    if config.getoption("benchmark_skip", False) or not len(cell.step_s):
+        return
+    given = request.node.get_closest_marker("benchmark")
+    options = {} if given is None else given.kwargs
+    request.node.add_marker(pytest.mark.benchmark(**options, timer=_replayed(cell.step_s)), append=False)
+    benchmark = request.getfixturevalue("benchmark")
+    benchmark.extra_info.update(_extra_info(cell))
+    benchmark.pedantic(_step, rounds=len(cell.step_s), iterations=1)
+
+
+def _step() -> None:
+    """Stands for a training step, which the cell ran in its own process."""
+
+
+def _replayed(step_s: Sequence[float] | npt.NDArray[np.float64]) -> Callable[[], float]:
+    """A clock that makes every round last as long as the training step did: 0, first, 0, second, ..."""
+    times = iter([moment for seconds in step_s for moment in (0.0, float(seconds))])
+
+    def training_step_clock() -> float:
+        return next(times)
+
+    return training_step_clock
+
+
+def _extra_info(cell: MeasuredCell) -> dict[str, Any]:
+    from tpme.reports.regression.measures import memory
+
+    environment = cell.result.environment
+    return {
+        "tpme_cell": cell.result.cell.label,
+        "device": environment.device_key if environment else None,
+        "memory": memory(cell.result),
+        "counters": dict(cell.counters),
+    }

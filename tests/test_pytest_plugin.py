@@ -1,0 +1,117 @@
+"""The plug-in in a session of its own, as a user's tests load it."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest_plugins = ["pytester"]
+
+PLUGIN = (
+    [] if any(point.name == "tpme" for point in entry_points(group="pytest11")) else ["-p", "tpme.bench.pytest_plugin"]
+)
+
+
+@pytest.fixture
+def session(pytester: pytest.Pytester, world: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run ``body`` as a test file in a new process, beside a matrix ``small.toml``; returns pytest's result."""
+    world.write(
+        pytester.path / "small.toml",
+        world.matrix(["frozen"], training={"users_per_batch": 16, "max_steps_per_epoch": 4}),
+    )
+    monkeypatch.setenv("TPME_STORE", str(world.store))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    def run(body: str, *arguments: str) -> Any:
+        pytester.makepyfile("import pytest\n" + body)
+        return pytester.runpytest_subprocess(*PLUGIN, "-p", "no:cacheprovider", *arguments)
+
+    return run
+
+
+def test_a_cell_its_limits_and_the_benchmark_json(session: Any, pytester: pytest.Pytester) -> None:
+    result = session(
+        """
+@pytest.mark.tpme(max_params=10**9, max_saved_bytes=10**12, max_flops=10**15)
+def test_within(tpme_cell):
+    cell = tpme_cell("bitfit", matrix="small.toml")
+    assert cell.result.status == "ok"
+    assert cell.counters["trainable_parameters"] == cell.result.parameters.trainable
+    assert len(cell.step_s) == 4
+
+@pytest.mark.benchmark(group="own")
+@pytest.mark.tpme(max_params=10, max_cache_bytes=1)
+def test_beyond(tpme_cell):
+    tpme_cell("bitfit", matrix="small.toml")
+""",
+        "--benchmark-json=out.json",
+    )
+    result.assert_outcomes(passed=1, failed=1)
+    result.stdout.fnmatch_lines(
+        [
+            "*bitfit has trainable_parameters = *, allowed is max_params=10",
+            "*max_cache_bytes=1: cache_bytes of bitfit is not known: *",
+        ]
+    )
+    within, beyond = json.loads((pytester.path / "out.json").read_text())["benchmarks"]
+    assert (within["stats"]["rounds"], beyond["group"]) == (4, "own")
+    assert 0 < within["stats"]["min"] <= within["stats"]["median"] < 60
+    info = within["extra_info"]
+    assert info["tpme_cell"] == "bitfit"
+    assert info["counters"]["trainable_parameters"] > 10
+    assert info["memory"]["host_rss_bytes"] > 0
+
+
+def test_what_measures_nothing_fails(session: Any) -> None:
+    result = session(
+        """
+@pytest.mark.tpme(max_params=1)
+def test_without_the_fixture():
+    pass
+
+@pytest.mark.tpme(max_params=1)
+def test_without_a_cell(tpme_cell):
+    pass
+
+@pytest.mark.tpme(max_parms=1)
+def test_misspelt(tpme_cell):
+    pass
+
+def test_unknown_method(tpme_cell):
+    tpme_cell("lorra", matrix="small.toml")
+
+def test_no_matrix(tpme_cell):
+    tpme_cell("lora", matrix="nowhere.toml")
+"""
+    )
+    # The second passes and then fails in its teardown, the third before it starts.
+    result.assert_outcomes(passed=1, failed=2, errors=3)
+    result.stdout.fnmatch_lines_random(
+        [
+            "*test_without_the_fixture is marked tpme(...), but ran no cell: nothing was measured*",
+            "*test_without_a_cell is marked tpme(...), but ran no cell*",
+            "*max_parms is no limit; there are max_params, *",
+            "*unknown method 'lorra'; did you mean 'lora'?*",
+            "*nowhere.toml*",
+        ]
+    )
+
+
+def test_loading_the_plugin_costs_nothing(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        """
+import sys
+def test_imports():
+    loaded = {"torch", "pydantic", "numpy", "pandas"} & set(sys.modules)
+    assert not loaded
+"""
+    )
+    pytester.runpytest_subprocess(*PLUGIN, "-p", "no:benchmark").assert_outcomes(passed=1)
+
+
+def test_other_sessions_are_left_alone(session: Any, tmp_path: Path) -> None:
+    session("def test_plain():\n    pass\n", "--strict-markers").assert_outcomes(passed=1)
