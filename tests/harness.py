@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,11 @@ from typing import Any
 
 from rich.console import Console
 
-from tpme.bench.launch import plan, run_matrix
+from tpme.bench.cell import Story
+from tpme.bench.job import Job
+from tpme.bench.launch import Task, plan, run_matrix
 from tpme.bench.matrix import MatrixFile
+from tpme.bench.measure.phases import measuring
 from tpme.bench.record import CellResult
 
 USERS, ITEMS, TITLE_TOKENS = 60, 60, 8
@@ -52,6 +56,32 @@ class World:
         """The planned cells of a matrix."""
         return plan(matrix, folder, self.store, device="cpu", methods_path=methods_path, console=quiet())[0]
 
+    def tell(self, matrix: MatrixFile, folder: Path, **settings: Any) -> CellResult:
+        """Run the first cell of a matrix in this process; returns its record, which is not written."""
+        methods_path = settings.pop("methods_path", ())
+        task = self.tasks(matrix, folder, methods_path)[0]
+        job = self.job(task, folder, methods_path, cache_limit_bytes=matrix.cache_limit_bytes, **settings)
+        with measuring("cpu") as phases:
+            story = Story(job, phases, lambda _what, _share: None)
+            status = story.tell()
+        return story.record(status)
+
+    def job(self, task: Task, folder: Path, methods_path: Sequence[Path], **settings: Any) -> Job:
+        """The first attempt at a cell, as the launcher hands it over."""
+        plain = {
+            "cell": task.cell,
+            "cell_id": task.cell_id,
+            "attempt": 1,
+            "code_version": task.code_version,
+            "dataset_path": self.data,
+            "store": self.store,
+            "folder": folder,
+            "methods_path": tuple(methods_path),
+            "cache_limit_bytes": 2**30,
+            "time_limit_s": 100.0,
+        }
+        return Job(**(plain | settings))
+
     def write(self, path: Path, matrix: MatrixFile) -> Path:
         """``matrix`` as a TOML file."""
         path.write_text(
@@ -72,6 +102,15 @@ def tpme(*arguments: str, **settings: Any) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"} | settings.pop("env", {})
     command = [sys.executable, "-m", "tpme.bench.cli", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, **settings)
+
+
+def wait_for(path: Path) -> str:
+    """The content of a file that another process is about to write."""
+    for _ in range(1200):
+        if path.exists() and path.read_text():
+            return path.read_text()
+        time.sleep(0.05)
+    raise AssertionError(f"{path} did not appear")
 
 
 def make_world(root: Path, tiny: ModuleType) -> World:
