@@ -93,6 +93,8 @@ class Story:
         try:
             with self.phases.phase("load", "libraries"):
                 _load_libraries(self.device)
+                # A million objects of libraries: no collection shall walk them again, between phases or in a step.
+                gc.freeze()
             self.phases.baseline()
             self._tell()
         except (Exception, TimeLimitReached) as error:
