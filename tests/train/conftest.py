@@ -1,0 +1,76 @@
+"""Trainers of small cells, in this process."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from tpme.bench.measure.phases import PhaseLog
+from tpme.bench.record import Cell, EncoderSpec, LearningRates, Training
+from tpme.bench.task.batches import ItemStore
+from tpme.bench.task.dataset import Dataset
+from tpme.bench.task.encoders import load_encoder
+from tpme.bench.task.recommender import Recommender
+from tpme.bench.task.sequential import SequentialEncoder
+from tpme.bench.task.tokens import tokenise
+from tpme.bench.train.loop import Trainer
+from tpme.methods.base import Method, Plan, TaskShape
+from tpme.methods.registry import create
+
+MakeTrainer = Callable[..., Trainer]
+TRAINING = {"epochs": 2, "users_per_batch": 20, "embedding_dim": 16, "title_tokens": 8, "max_steps_per_epoch": 2}
+
+
+@pytest.fixture(scope="session")
+def make_trainer(world: Any) -> MakeTrainer:
+    """Build the trainer of a method, given as an object or by name; like a cell does, but for the instruments."""
+    dataset = Dataset.open(world.data)
+    specs = {"text": EncoderSpec(source=str(world.text)), "image": EncoderSpec(source=str(world.image))}
+    tokens = tokenise(dataset, str(world.text), None, 8, world.store)
+    gc.freeze()  # each phase collects garbage; the libraries need not be walked each time
+
+    def make(
+        method: Method | str,
+        *,
+        modalities: tuple[str, ...] = ("text",),
+        seed: int = 1,
+        lr: float = 1e-3,
+        **changes: Any,
+    ) -> Trainer:
+        if isinstance(method, str):
+            method = create(method, {})
+        protocol = changes.pop("protocol", "suite")
+        training = Training(**(TRAINING | changes))
+        used = modalities if method.modalities is None else method.modalities
+        torch.manual_seed(seed)
+        views = {modality: load_encoder(specs[modality], modality, seed=seed).view for modality in used}
+        task = TaskShape(training.embedding_dim, dataset.manifest.items, {m: view.shape for m, view in views.items()})
+        sequence = SequentialEncoder(
+            training.embedding_dim, dataset.manifest.max_seq_len, training.blocks, training.heads, training.dropout
+        )
+        model = Recommender(views, method.item_encoder(task), sequence, decoupled=method.decoupled)
+        steps = min(-(-dataset.manifest.users // training.users_per_batch), training.max_steps_per_epoch or 10**9)
+        method.adapt(model, Plan(training.epochs, steps, dataset.popularity))
+        if training.activation_checkpointing:
+            for view in model.views.values():
+                view.checkpoint_activations()
+        cell = Cell(
+            method="toy",
+            dataset="world",
+            dataset_fingerprint=dataset.manifest.fingerprint,
+            modalities=used or ("text",),
+            protocol=protocol,
+            training=training,
+            lr=LearningRates(recommender=lr, text=2 * lr, image=3 * lr, method=4 * lr),
+            seed=seed,
+        )
+        store = ItemStore(dataset, tokens=tokens if "text" in used else None, images="image" in used)
+        phases = PhaseLog("cpu", None, None)
+        torch.manual_seed(seed)
+        return Trainer(cell, model, method, dataset, store, phases, torch.device("cpu"), lambda _what, _share: None)
+
+    return make
