@@ -64,7 +64,7 @@ class Recommender(nn.Module):
         views: the loaded encoders; empty where the cell reads cached states or uses item ids alone.
         item_encoder: the method's, or ``TokenFusion``.
         sequence: the sequential encoder.
-        decoupled: the encoders stay untouched: they run without gradients, in eval mode.
+        decoupled: the encoders stay untouched and run without gradients.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Recommender(nn.Module):
         """Set the mode: encoder layers train only if their weight matrices do, a method's own modules always."""
         super().train(mode)
         for view in self.views.values():
-            view.set_mode(mode and not self.decoupled)
+            view.set_mode(mode)
         return self
 
     def hidden_states(self, items: Items) -> dict[Modality, Tensor]:

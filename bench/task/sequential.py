@@ -69,7 +69,7 @@ class SequentialEncoder(nn.Module):
         """
         length = vectors.shape[1]
         causal = torch.ones(length, length, dtype=torch.bool, device=vectors.device).tril()
-        # A padded query would see nothing and turn into NaN: it may see itself.
+        # A padded query would see nothing, which is NaN in some kernels: it may see itself.
         visible = (causal & mask[:, None, :]) | torch.eye(length, dtype=torch.bool, device=vectors.device)
         x = functional.dropout(self.norm(vectors + self.positions[-length:]), self.dropout, self.training)
         for block in self.blocks:

@@ -52,12 +52,13 @@ def test_groups_hold_every_trainable_parameter_once(tiny: ModuleType) -> None:
 
 
 def test_a_decoupled_models_encoders_run_without_gradient_and_dropout(tiny: ModuleType) -> None:
-    model = recommender(tiny, decoupled=True, dropout=0.5).train()
-    states = model.hidden_states(tiny.items())
-    assert not any(state.requires_grad for state in states.values())
-    assert all(
-        torch.equal(a, b) for a, b in zip(states.values(), model.hidden_states(tiny.items()).values(), strict=True)
-    )
+    model, items = recommender(tiny, decoupled=True, dropout=0.5).train(), tiny.items()
+    recording: list[bool] = []
+    for view in model.views.values():
+        view.layers[0].register_forward_hook(lambda *_: recording.append(torch.is_grad_enabled()))
+    states, again = model.hidden_states(items), model.hidden_states(items)
+    assert all(torch.equal(states[modality], again[modality]) for modality in states)
+    assert recording == [False] * 4
     assert not any(part.training for part in model.encoders.modules() if part is not model.encoders)
     assert model.sequence.training
 
