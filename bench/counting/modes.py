@@ -38,8 +38,8 @@ _NO_PRODUCT = """_log_softmax _log_softmax_backward_data _safe_softmax _softmax 
     gelu_backward index index_add index_put index_put_ index_select lerp lift_fresh max mean min native_dropout
     native_dropout_backward native_group_norm native_group_norm_backward native_layer_norm native_layer_norm_backward
     new_empty new_empty_strided new_full new_ones new_zeros nll_loss_backward nll_loss_forward normal_ ones ones_like
-    prod rand rand_like randn_like resize_ scalar_tensor scatter scatter_ scatter_add select_backward slice_backward sort
-    stack sum topk tril triu uniform_ zero_ zeros zeros_like"""
+    prod rand rand_like randn_like resize_ scalar_tensor scatter scatter_ scatter_add select_backward slice_backward
+    sort stack sum topk tril triu uniform_ zero_ zeros zeros_like"""
 _LOWER, _FLOAT, _FREE = (frozenset(names.split()) for names in (_TO_HALF, _TO_FLOAT, _NO_PRODUCT))
 
 

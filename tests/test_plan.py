@@ -1,0 +1,190 @@
+"""``tpme plan``: the counters of a matrix without running it, for a device, and against records."""
+
+from __future__ import annotations
+
+import io
+import json
+import socket
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from tpme.bench.devices import PROFILES, DeviceProfile
+from tpme.bench.matrix import MatrixFile, load_matrix
+from tpme.bench.plan import MatrixPlan, plan_matrix
+from tpme.bench.plan_command import render
+
+EXACT = ("forward_flops", "backward_flops", "gradient_bytes", "weight_bytes", "optimizer_bytes", "stored_bytes")
+
+
+@pytest.fixture(scope="module")
+def planned(world: Any, harness: ModuleType) -> Any:
+    """``planned(["fft"], device=..., training=...)``: the plan of a matrix of the small world."""
+
+    def make(methods: list[Any], *, training: dict[str, Any] | None = None, **settings: Any) -> MatrixPlan:
+        matrix = world.matrix(methods, training=training or {})
+        return plan_matrix(matrix, store=world.store, console=harness.quiet(), **settings)
+
+    return make
+
+
+def shown(plan: MatrixPlan) -> list[str]:
+    screen = io.StringIO()
+    render(plan, Console(file=screen, width=100, color_system=None))
+    return screen.getvalue().splitlines()
+
+
+def test_the_plan_is_what_the_records_say(card_run: Any, world: Any, harness: ModuleType) -> None:
+    matrix, folder, results = card_run
+    plan = plan_matrix(matrix, store=world.store, runs=folder, console=harness.quiet())
+    assert [cell.label for cell in plan.cells] == list(results)
+    for cell in plan.cells:
+        record = results[cell.label]
+        for name in EXACT:
+            assert getattr(cell.work, name) == record.counters[name].value, (cell.label, name)
+        assert cell.work.saved_bytes_math == record.counters["saved_bytes"].value
+        assert cell.work.trainable == record.parameters.trainable
+        assert cell.measured.records == 1
+        assert cell.measured.step_flops == cell.work.forward_flops + cell.work.backward_flops
+        assert cell.measured.epoch_s == record.epoch_time_s.value
+    lines = shown(plan)
+    assert any(line.startswith("Plan against measured") for line in lines)
+    assert max(map(len, lines)) <= 100
+    names = [line[: max(map(len, results))].strip() for line in lines]
+    assert {label: names.count(label) for label in results} == dict.fromkeys(results, 2), "one line in each table"
+
+
+def test_seeds_and_learning_rates_are_planned_once(planned: Any, world: Any, harness: ModuleType) -> None:
+    matrix = world.matrix([{"name": "frozen", "lr": [1e-3, 1e-4]}], seeds=[1, 2, 3])
+    plan = plan_matrix(matrix, store=world.store, console=harness.quiet())
+    assert len(plan.cells) == 1
+
+
+def test_an_epoch_is_its_users(planned: Any) -> None:
+    [whole] = planned(["frozen"], training={"max_steps_per_epoch": None}).cells
+    [cut] = planned(["frozen"], training={"max_steps_per_epoch": 1}).cells
+    step = whole.work.forward_flops + whole.work.backward_flops
+    assert whole.work.epoch_steps == 60 / 32
+    assert whole.work.epoch_flops == step * 60 / 32
+    assert cut.work.epoch_flops == step
+
+
+def test_a_device_bounds_time_and_memory(planned: Any) -> None:
+    device = PROFILES["cpu-generic"].model_copy(update={"operator_s": 1e-12})
+    [cell] = planned(["fft"], device=device).cells
+    slower = {
+        "memory_bytes_per_s": device.memory_bytes_per_s / 2,
+        "matmul_flop_per_s": {"fp32": device.rate("fp32") / 2},
+    }
+    [half] = planned(["fft"], device=device.model_copy(update=slower)).cells
+    assert half.expected.step_s == pytest.approx(2 * cell.expected.step_s)
+    [bound] = planned(["fft"], device=device.model_copy(update={"operator_s": 1.0})).cells
+    assert bound.expected.step_s > 100, "a step of many operators is bound by starting them"
+    assert cell.expected.fits == "yes"
+    peak = cell.work.peak_bytes
+    for memory, fits in ((int(peak * 1.2), "yes"), (int(peak * 1.05), "tight"), (int(peak * 0.9), "no")):
+        [sized] = planned(["fft"], device=device.model_copy(update={"memory_bytes": memory})).cells
+        assert sized.expected.fits == fits
+
+
+def test_what_does_not_fit_beside_the_cache_stays_on_the_host(planned: Any) -> None:
+    method = {"name": "iisan", "cached": True}
+    [roomy] = planned([method]).cells
+    small = PROFILES["rtx4090"].model_copy(update={"memory_bytes": roomy.work.cache_bytes, "workspace_bytes": 0})
+    [tight] = planned([method], device=small).cells
+    assert roomy.work.peak_bytes - tight.work.peak_bytes == pytest.approx(roomy.work.cache_bytes, abs=512)
+
+
+def test_a_method_that_needs_values_does_not_stop_the_others(world: Any, harness: ModuleType, tmp_path: Path) -> None:
+    body = """
+    def adapt(self, model, plan):
+        float(next(model.encoders.parameters()).sum())
+    """
+    harness.write_method(tmp_path, "needy", body)
+    matrix = world.matrix(["needy", "frozen"])
+    plan = plan_matrix(matrix, store=world.store, methods_path=[tmp_path], console=harness.quiet())
+    assert [cell.work is None for cell in plan.cells] == [True, False]
+    assert "meta" in plan.cells[0].problem
+    assert any(line.startswith("Could not be counted: needy") for line in shown(plan))
+
+
+# --- without data, without network ---------------------------------------------------------------------------------
+
+
+def paper(*methods: str) -> MatrixFile:
+    """The paper's matrix, only these methods of it."""
+    matrix = load_matrix("iisan-paper")
+    return matrix.model_copy(update={"methods": tuple(entry for entry in matrix.methods if entry.name in methods)})
+
+
+def no_network(*_args: object, **_settings: object) -> None:
+    raise AssertionError("the planner asked the network")
+
+
+def test_the_papers_matrix_needs_neither_data_nor_network(
+    harness: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(socket, "create_connection", no_network)
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    monkeypatch.chdir(tmp_path)
+    device: DeviceProfile = PROFILES["h200"]
+    plan = plan_matrix(paper("lora", "iisan"), store=tmp_path, device=device, console=harness.quiet())
+    lora, uncached, cached = plan.cells
+    assert (lora.work.trainable, cached.work.trainable) == (796_736, 4_113_877)
+    assert cached.work.cache_bytes == 2 * 20_315 * 7 * 768 * 2
+    assert lora.work.epoch_steps == 12_076 / 32
+    assert uncached.work.epoch_steps == 12_076 / 64
+    # Reference: 37-39 GB for LoRA, 3 GB for IISAN cached, with unfused attention and both encoders left on the GPU.
+    assert 15e9 < lora.work.peak_bytes < 37e9
+    assert uncached.work.peak_bytes < lora.work.peak_bytes / 3
+    assert cached.work.peak_bytes < uncached.work.peak_bytes / 5
+    assert lora.work.saved_bytes < lora.work.saved_bytes_math
+    assert cached.expected.epoch_s < uncached.expected.epoch_s < lora.expected.epoch_s
+    assert "assumed" in plan.assumptions[0]
+    lines = shown(plan)
+    assert max(map(len, lines)) <= 100
+    assert any("Amazon Scientific" in line for line in lines)
+
+
+def test_a_data_set_of_another_size(harness: ModuleType, tmp_path: Path) -> None:
+    settings = {"store": tmp_path, "console": harness.quiet()}
+    small, large = (
+        plan_matrix(paper("iisan"), users=users, items=items, **settings).cells[1].work
+        for users, items in ((1000, 5000), (2000, 50_000))
+    )
+    assert large.epoch_flops == 2 * small.epoch_flops
+    assert large.cache_bytes / small.cache_bytes == 50_001 / 5_001
+    assert large.saved_bytes == small.saved_bytes
+
+
+# --- the command ---------------------------------------------------------------------------------------------------
+
+
+def test_json_from_the_command_line(world: Any, harness: ModuleType, tmp_path: Path) -> None:
+    matrix = world.write(tmp_path / "small.toml", world.matrix(["frozen", "popularity"]))
+    ran = harness.tpme(
+        "plan", str(matrix), "--json", "--device-profile", "h100", "--store", str(world.store),
+        "--set", "training.precision=bf16", cwd=tmp_path,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    plan = MatrixPlan.model_validate(json.loads(ran.stdout))
+    assert [cell.label for cell in plan.cells] == ["frozen", "popularity"]
+    assert plan.cells[0].cell.training.precision == "bf16"
+    assert plan.device == PROFILES["h100"]
+
+
+def test_wrong_arguments_are_one_line(world: Any, harness: ModuleType, tmp_path: Path) -> None:
+    matrix = str(world.write(tmp_path / "small.toml", world.matrix(["popularity"])))
+    for arguments, told in (
+        (("--device-profile", "h300"), "h300"),
+        (("--runs", "nowhere"), "nowhere"),
+        (("--set", "training.precision=fp8"), "precision"),
+    ):
+        ran = harness.tpme("plan", matrix, *arguments, cwd=tmp_path)
+        assert ran.returncode == 2
+        assert ran.stderr.startswith("tpme: ")
+        assert told in ran.stderr
+        assert len(ran.stderr.splitlines()) == 1
