@@ -70,6 +70,12 @@ def test_the_card_methods() -> None:
         assert registry.source_file(name).name == f"{name}.py"
 
 
+def test_which_methods_may_be_cached_and_which_adapt_nothing() -> None:
+    methods = {name: registry.method_class(name) for name in registry.BUILTIN}
+    assert {name for name, method in methods.items() if method.decoupled} == {"iisan", "frozen"}
+    assert {name for name, method in methods.items() if method.baseline} == {"frozen", "id", "popularity"}
+
+
 def test_names_are_known_without_importing_torch() -> None:
     code = "import sys, tpme.methods.registry as r; assert len(r.available()) >= 9; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
