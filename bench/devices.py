@@ -138,6 +138,7 @@ def calibrate(device: str, name: str | None = None) -> DeviceProfile:
     import torch
 
     cuda = device.startswith("cuda")
+    workspace = 0 if not cuda else _HOPPER if torch.cuda.get_device_capability(device)[0] == 9 else _OTHER
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     rates: dict[Precision, float] = {
         precision: _matmul_rate(device, dtypes[precision]) for precision in get_args(Precision)
@@ -149,7 +150,7 @@ def calibrate(device: str, name: str | None = None) -> DeviceProfile:
         memory_bytes_per_s=_copy_rate(device),
         memory_bytes=torch.cuda.get_device_properties(device).total_memory if cuda else psutil.virtual_memory().total,
         efficiency=EFFICIENCY_OF_MEASURED,
-        workspace_bytes=_OTHER if cuda else 0,
+        workspace_bytes=workspace,
     )
 
 

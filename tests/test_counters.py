@@ -312,6 +312,20 @@ def test_autocast_casts_a_trained_weight_once() -> None:
     assert tracker.saved_bytes() == 3 * 2 * 16 * 16 + 4 * 16 * 16 + 2 * 4 * 16
 
 
+def test_cast_weights_are_gone_after_the_forward_pass() -> None:
+    weight = torch.empty(512, 2, device="meta", requires_grad=True)
+    tracker, target = Tracker([weight]), Target(torch.float16, fused_attention=False)
+    with tracker:
+        with target:
+            out = functional.linear(torch.empty(1, 2, dtype=torch.float16, device="meta"), weight)
+        target.end_forward()  # the backward pass needs the input alone
+        later = torch.empty(512, device="meta")
+    # Weight (4096), input (512), output (1024), and at one time either the weight's copy or ``later`` (2048).
+    assert tracker.peak_bytes == 4096 + 512 + 1024 + 2048
+    assert out.shape == (1, 512)
+    assert later.shape == (512,)
+
+
 def test_dropout_keeps_a_byte_an_element() -> None:
     held = torch.empty(100, device="meta", requires_grad=True)
     tracker = Tracker([held])

@@ -81,12 +81,20 @@ def test_a_device_bounds_time_and_memory(planned: Any) -> None:
     }
     [half] = planned(["fft"], device=device.model_copy(update=slower)).cells
     assert half.expected.step_s == pytest.approx(2 * cell.expected.step_s)
+    fast = {"memory_bytes_per_s": 1e30, "matmul_flop_per_s": {"fp32": 1e9}}
+    [compute] = planned(["fft"], device=device.model_copy(update=fast)).cells
+    flops = cell.work.forward_flops + cell.work.backward_flops
+    # Fused attention computes its probabilities again in the backward pass.
+    assert flops < compute.expected.step_s * 1e9 * device.efficiency < 1.2 * flops
+    fast = {"memory_bytes_per_s": 1e9, "matmul_flop_per_s": {"fp32": 1e30}}
+    [memory] = planned(["fft"], device=device.model_copy(update=fast)).cells
+    assert memory.expected.step_s * 1e9 * device.efficiency > 2 * cell.work.saved_bytes, "written once, read once"
     [bound] = planned(["fft"], device=device.model_copy(update={"operator_s": 1.0})).cells
     assert bound.expected.step_s > 100, "a step of many operators is bound by starting them"
     assert cell.expected.fits == "yes"
     peak = cell.work.peak_bytes
-    for memory, fits in ((int(peak * 1.2), "yes"), (int(peak * 1.05), "tight"), (int(peak * 0.9), "no")):
-        [sized] = planned(["fft"], device=device.model_copy(update={"memory_bytes": memory})).cells
+    for size, fits in ((int(peak * 1.2), "yes"), (int(peak * 1.05), "tight"), (int(peak * 0.9), "no")):
+        [sized] = planned(["fft"], device=device.model_copy(update={"memory_bytes": size})).cells
         assert sized.expected.fits == fits
 
 
