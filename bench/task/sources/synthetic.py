@@ -21,6 +21,7 @@ from typing import Annotated
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, PositiveInt, model_validator
+
 from tpme.bench.record import Frozen
 from tpme.bench.task.raw import RawData
 from tpme.bench.task.sources.drawing import COLOURS, SHAPES, TEXTURES, Drawing, draw
@@ -45,7 +46,7 @@ class Synthetic(Frozen):
     """Settings of the built-in catalogue. Everything is decided by them: equal settings, equal data."""
 
     users: PositiveInt = 1000
-    items: Annotated[int, Field(ge=40)] = 600
+    items: Annotated[int, Field(ge=40)] = 1000
     seed: int = 12345
     """Decides items, users and histories."""
     world: int = 1
@@ -54,7 +55,7 @@ class Synthetic(Frozen):
     longest_history: Annotated[int, Field(ge=5)] = 13
     continues: Annotated[float, Field(ge=0, le=1)] = 0.75
     """Probability that a history goes on after each interaction: lengths are geometric between the two limits."""
-    newest_share: Annotated[float, Field(ge=0, lt=1)] = 0.15
+    newest_share: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """Share of items that nobody has met before the last two interactions."""
 
     @model_validator(mode="after")

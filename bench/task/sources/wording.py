@@ -37,7 +37,20 @@ STYLES = (
 COLOUR_WORDS = ("red", "orange", "yellow", "green", "teal", "blue", "purple", "pink")
 TEXTURE_WORDS = ("plain", "striped", "barred", "dotted", "checked", "shaded")
 SYLLABLES = tuple(f"{a}{b}" for a in "bdfgklmnprstvz" for b in ("a", "e", "i", "o", "u", "or", "an", "el"))
-FILLERS = ("gift", "home", "quality", "new", "large", "small", "classic", "everyday", "design", "original", "set", "item")
+FILLERS = (
+    "gift",
+    "home",
+    "quality",
+    "new",
+    "large",
+    "small",
+    "classic",
+    "everyday",
+    "design",
+    "original",
+    "set",
+    "item",
+)
 GLUE = ("by", "for", "with", "your", "the", "and", "of", "goes", "pairs", "matches", "-", ",")
 
 _TEMPLATES = (
