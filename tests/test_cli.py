@@ -1,0 +1,49 @@
+"""The command line: what it lists, and that a mistake is one line and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+
+def tpme(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tpme.bench.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_lists_are_valid_json() -> None:
+    methods = json.loads(tpme("list", "methods", "--json").stdout)
+    assert {row["name"]: row["cacheable"] for row in methods} == {
+        "fft": False,
+        "adapter": False,
+        "lora": False,
+        "bitfit": False,
+        "prompt": False,
+        "iisan": True,
+        "frozen": True,
+        "id": False,
+        "popularity": False,
+    }
+    presets = json.loads(tpme("list", "presets", "--json").stdout)
+    assert {row["name"] for row in presets} >= {"demo", "iisan-paper", "scientific-text"}
+    encoders = json.loads(tpme("list", "encoders", "--json").stdout)
+    assert {row["name"] for row in encoders} == {"builtin:tiny-text", "builtin:tiny-image"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("run", "nothing-of-that-name"), "no such file, and no preset"),
+        (("run", "demo", "--device", "tpu"), "choose cpu, cuda or auto"),
+        (("run", "demo", "--set", "training.epochs"), "write it as key=value"),
+        (("report", "no-such-folder"), "no-such-folder"),
+    ],
+)
+def test_a_mistake_is_one_line_and_code_2(arguments: tuple[str, ...], told: str) -> None:
+    done = tpme(*arguments)
+    assert done.returncode == 2
+    assert told in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
