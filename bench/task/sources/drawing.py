@@ -71,7 +71,8 @@ class Drawing:
         image = np.where(inside(self.shape, u, v), paint, image)
         image = image.reshape(3, size, _SAMPLES, size, _SAMPLES).mean(axis=(2, 4))
         image += np.random.default_rng(self.noise_seed).normal(0, self.noise, image.shape)
-        return np.clip(np.rint(image), 0, 255).astype(np.uint8)
+        pixels: NDArray[np.uint8] = np.clip(np.rint(image), 0, 255).astype(np.uint8)
+        return pixels
 
     def _local(self, x: Grid, y: Grid) -> tuple[Grid, Grid]:
         """Image coordinates in the shape's own frame, in which it lies between -1 and 1 and y points upwards."""
@@ -114,7 +115,10 @@ def inside(shape: int, x: Grid, y: Grid) -> NDArray[np.bool_]:
             angle = np.abs((np.arctan2(x, y) + tenth) % (2 * tenth) - tenth)  # from the nearest point's axis
             # Edge from a point (radius 1, angle 0) to a notch (radius 0.45, angle 36 degrees).
             run = 1 - 0.45 * np.cos(tenth)
-            return r * (run * np.sin(angle) + 0.45 * np.sin(tenth) * np.cos(angle)) < 0.45 * np.sin(tenth)
+            star: NDArray[np.bool_] = (
+                r * (run * np.sin(angle) + 0.45 * np.sin(tenth) * np.cos(angle)) < 0.45 * np.sin(tenth)
+            )
+            return star
         case "ring":
             return (r < 0.92) & (r > 0.45)
         case "cross":

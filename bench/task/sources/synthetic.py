@@ -190,13 +190,15 @@ def transitions(world: World, catalogue: Catalogue) -> Floats:
     category, shape, colour = catalogue.category, catalogue.shape, catalogue.colour
     apart = np.abs(colour[:, None] - colour[None, :])
     apart = np.minimum(apart, len(COLOURS) - apart)
-    return (
+    reasons: Floats = (
         CATEGORY_FOLLOWS * world.category_follows[category[:, None], category[None, :]]
         + SHAPE_FOLLOWS * (world.shape_follows[shape][:, None] == shape[None, :])
         + COLOUR_STAYS * np.maximum(0, 1 - apart / 2)
     )
+    return reasons
 
 
 def _choose(rng: np.random.Generator, shares: Floats) -> Ints:
     """One column for each row, drawn with the row's shares."""
-    return np.argmax(np.log(shares) + rng.gumbel(size=shares.shape), axis=1)
+    chosen: Ints = np.argmax(np.log(shares) + rng.gumbel(size=shares.shape), axis=1)
+    return chosen

@@ -1,0 +1,122 @@
+"""The feature cache: equal to the encoders it replaces, resumable, checked, and refused before it is too large."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tpme.bench.errors import UserError
+from tpme.bench.record import EncoderSpec
+from tpme.bench.task import features
+from tpme.bench.task.batches import ItemStore
+from tpme.bench.task.dataset import Dataset
+from tpme.bench.task.encoders import load_encoder
+from tpme.bench.task.features import FeatureJob, build, feature_folder, load
+from tpme.bench.task.prepare import prepare
+from tpme.bench.task.sources.synthetic import Synthetic, generate
+from tpme.bench.task.tokens import tokenise
+
+TEXT = EncoderSpec(source="builtin:tiny-text")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> FeatureJob:
+    prepare(generate(Synthetic(users=40, items=50)), tmp_path / "data", image_size=32, workers=1)
+    return FeatureJob(
+        dataset=tmp_path / "data",
+        store=tmp_path / "store",
+        encoders={"text": TEXT, "image": EncoderSpec(source="builtin:tiny-image")},
+        levels={"text": (0, 2, 4), "image": (0, 2, 4)},
+        final={"text": False, "image": True},
+        title_tokens=16,
+        device="cpu",
+        seed=0,
+        limit_bytes=10**9,
+    )
+
+
+def where(job: FeatureJob) -> Path:
+    return feature_folder(job, Dataset.open(job.dataset).manifest.fingerprint)
+
+
+def test_cached_states_are_the_encoders_own_in_half_precision(job: FeatureJob) -> None:
+    manifest = build(job)
+    states, _ = load(where(job), CPU)
+    dataset = Dataset.open(job.dataset)
+    store = ItemStore(dataset, tokens=tokenise(dataset, TEXT.source, None, 16, job.store))
+    items = store.gather(np.arange(1, dataset.manifest.items + 1, dtype=np.int64))
+    with torch.no_grad():
+        own = load_encoder(TEXT, "text").view.encode(
+            job.reads("text"), tokens=items.tokens, token_mask=items.token_mask, image=None
+        )
+    assert states["text"].dtype == torch.float16
+    assert states["image"].shape == (dataset.manifest.items + 1, 4, 64)
+    torch.testing.assert_close(states["text"][1:].float(), own, atol=5e-3, rtol=2e-3)
+    assert manifest.bytes == sum(table.numel() * 2 for table in states.values())
+
+
+def test_an_interrupted_build_goes_on_and_gives_the_same(job: FeatureJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = build(job).sha256
+    other = job.model_copy(update={"store": job.store.with_name("other")})
+    monkeypatch.setattr(features, "ITEMS_PER_CHUNK", 8)
+    monkeypatch.setattr(features, "FLUSH_EVERY_CHUNKS", 1, raising=False)
+    seen: list[float] = []
+
+    def stop(share: float) -> None:
+        seen.append(share)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(other, stop)
+    resumed: list[float] = []
+    manifest = build(other, resumed.append)
+    assert resumed[0] > seen[0]
+    states, _ = load(where(job), CPU)
+    again, _ = load(where(other), CPU)
+    for modality, table in states.items():
+        torch.testing.assert_close(again[modality].float(), table.float(), atol=2e-2, rtol=2e-2)
+    assert set(manifest.sha256) == set(whole)
+
+
+def test_a_finished_cache_is_used_again(job: FeatureJob) -> None:
+    first = build(job)
+
+    def never(_share: float) -> None:
+        raise AssertionError("built twice")
+
+    assert build(job, never) == first
+
+
+def test_a_changed_file_is_found(job: FeatureJob) -> None:
+    build(job)
+    table = where(job) / "text.npy"
+    data = bytearray(table.read_bytes())
+    data[-1] ^= 1
+    table.write_bytes(bytes(data))
+    with pytest.raises(UserError, match="checksum"):
+        load(where(job), CPU)
+
+
+def test_a_cache_over_the_limit_is_refused_with_its_planned_bytes(job: FeatureJob) -> None:
+    planned = build(job).bytes
+    small = job.model_copy(update={"limit_bytes": 1000, "store": job.store.with_name("small")})
+    with pytest.raises(UserError, match=f"{planned:,}"):
+        build(small)
+    assert not list(small.store.rglob("*.npy"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"levels": {"text": (0, 4), "image": (0, 4)}},
+        {"title_tokens": 12},
+        {"encoders": {"text": TEXT}},
+    ],
+)
+def test_what_it_depends_on_names_its_folder(job: FeatureJob, change: dict[str, Any]) -> None:
+    assert where(job.model_copy(update=change)) != where(job)
