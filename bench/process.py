@@ -23,6 +23,10 @@ from tpme.bench.job import parse_progress
 GRACE_S = 10.0
 """What a process gets to write its record, or to clean up, before it is killed."""
 POLL_S = 0.2
+PATIENT = {"GOMP_SPINCOUNT": "1000"}
+"""Threads of torch's CPU kernels wait for each other by spinning, for milliseconds by default. Where anything else runs on
+the cores, they then spin while the thread they wait for cannot run, and a step takes many times as long. This bound is the
+one libgomp takes by itself when it knows that it has more threads than cores; the environment may set another."""
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -52,7 +56,12 @@ def run_process(
     with _noted_signals() as caught:
         with log.open("wb") as errors:
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                start_new_session=True,
+                env=PATIENT | os.environ,
             )
         try:
             timed_out = _watch(process, deadline, caught, show)

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from tpme.bench.errors import UserError
 from tpme.bench.record import EncoderSpec
-from tpme.bench.task import features
+from tpme.bench.task import feature_files, features
 from tpme.bench.task.batches import ItemStore
 from tpme.bench.task.dataset import Dataset
 from tpme.bench.task.encoders import load_encoder
@@ -63,7 +64,7 @@ def test_an_interrupted_build_goes_on_and_gives_the_same(job: FeatureJob, monkey
     whole = build(job).sha256
     other = job.model_copy(update={"store": job.store.with_name("other")})
     monkeypatch.setattr(features, "ITEMS_PER_CHUNK", 8)
-    monkeypatch.setattr(features, "FLUSH_EVERY_CHUNKS", 1, raising=False)
+    monkeypatch.setattr(feature_files, "SAVE_EVERY_S", 0.0)
     seen: list[float] = []
 
     def stop(share: float) -> None:

@@ -115,8 +115,8 @@ def inside(shape: int, x: Grid, y: Grid) -> NDArray[np.bool_]:
             angle = np.abs((np.arctan2(x, y) + tenth) % (2 * tenth) - tenth)  # from the nearest point's axis
             # Edge from a point (radius 1, angle 0) to a notch (radius 0.45, angle 36 degrees).
             run = 1 - 0.45 * np.cos(tenth)
-            star: NDArray[np.bool_] = (
-                r * (run * np.sin(angle) + 0.45 * np.sin(tenth) * np.cos(angle)) < 0.45 * np.sin(tenth)
+            star: NDArray[np.bool_] = r * (run * np.sin(angle) + 0.45 * np.sin(tenth) * np.cos(angle)) < 0.45 * np.sin(
+                tenth
             )
             return star
         case "ring":
