@@ -24,9 +24,10 @@ GRACE_S = 10.0
 """What a process gets to write its record, or to clean up, before it is killed."""
 POLL_S = 0.2
 PATIENT = {"GOMP_SPINCOUNT": "1000"}
-"""Threads of torch's CPU kernels wait for each other by spinning, for milliseconds by default. Where anything else runs on
-the cores, they then spin while the thread they wait for cannot run, and a step takes many times as long. This bound is the
-one libgomp takes by itself when it knows that it has more threads than cores; the environment may set another."""
+"""Threads of torch's CPU kernels wait for each other by spinning, for milliseconds by default. Where anything else
+runs on the cores, they then spin while the thread they wait for cannot run, and a step takes many times as long. This
+bound is the one libgomp takes by itself when it knows that it has more threads than cores; the environment may set
+another."""
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 

@@ -145,7 +145,7 @@ def memory_over_time(section: Section) -> Plot | None:
     largest = pd.Series([one.sample_bytes.max() for one in curves.values()])
     unit, scale = byte_unit(largest)
     full = next((name for name in curves if section.summary.loc[name, "method"] == "fft"), None)
-    drawn = {name: _thin(one) for name, one in curves.items()}
+    drawn = {name: thin(one) for name, one in curves.items()}
     for axes, name in zip(panels.flat, drawn, strict=False):
         if full is not None and name != full:
             axes.plot(drawn[full][0], drawn[full][1] / scale, color=SILVER, lw=0.8)
@@ -309,7 +309,7 @@ def _first_samples(section: Section) -> dict[str, Samples]:
     return {str(name): load_samples(first[name]) for name in section.summary.index if name in first.index}
 
 
-def _thin(one: Samples, most: int = 400) -> tuple[Array, Array]:
+def thin(one: Samples, most: int = 400) -> tuple[Array, Array]:
     """Time and memory of at most so many samples; of neighbours the largest stays, so no peak is lost."""
     stride = math.ceil(len(one.sample_bytes) / most)
     starts = np.arange(0, len(one.sample_bytes), stride)

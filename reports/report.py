@@ -1,4 +1,4 @@
-"""From record files to a folder that can be read: ``report.md`` with every table and figure, and all of them as files.
+"""From record files to a folder that can be read: ``report.md``, the page ``index.html``, and every table and figure.
 
 Everything comes from the records, nothing from the clock or the machine, so the same records give the same bytes.
 """
@@ -16,6 +16,7 @@ from tpme.bench.errors import UserError
 from tpme.bench.record import write_atomically
 from tpme.reports.explain import headline, reading_guide
 from tpme.reports.load import read, to_frame
+from tpme.reports.page import page
 from tpme.reports.plots import Plot, all_plots
 from tpme.reports.section import Section, check_rows, make_section
 from tpme.reports.style import save
@@ -26,7 +27,7 @@ from tpme.reports.trials import names, split
 
 TABLE_FORMATS = {"csv": to_csv, "json": to_json, "tex": to_latex}
 PLOT_FORMATS = ("png", "svg")
-FORMATS = (*TABLE_FORMATS, *PLOT_FORMATS)
+FORMATS = (*TABLE_FORMATS, *PLOT_FORMATS, "html")
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def write_report(
     formats: Sequence[str] = FORMATS,
     console: Console | None = None,
 ) -> Report:
-    """Write the report folder: ``report.md``, ``tables/`` and ``plots/``; each file is replaced as a whole.
+    """Write the report folder: ``report.md``, ``index.html``, ``tables/`` and ``plots/``; each file is replaced as a whole.
 
     Args:
         paths: run folders or record files.
@@ -126,6 +127,8 @@ def write_report(
         for plot in of_plots:
             for ending in (ending for ending in PLOT_FORMATS if ending in formats):
                 write_atomically(out / "plots" / f"{_file(plot.name, index)}.{ending}", save(plot.figure, ending))
+    if "html" in formats:
+        write_atomically(out / "index.html", page(report.title, report.sections, weights).encode())
     write_atomically(out / "report.md", _markdown(report, tables, plots, formats).encode())
     if write_frame is not None:
         write_frames(write_frame, report.frames)

@@ -44,6 +44,7 @@ def test_the_folder_holds_every_table_and_plot_and_report_md_shows_them(written)
     found = set(files(written))
     assert found == {
         "report.md",
+        "index.html",
         *(f"tables/{name}.{ending}" for name in TABLES for ending in ("csv", "json", "tex")),
         *(f"plots/{name}.{ending}" for name in PLOTS for ending in ("png", "svg")),
     }

@@ -1,0 +1,355 @@
+"use strict";
+const DATA = JSON.parse(document.getElementById("data").textContent);
+const SVG = "http://www.w3.org/2000/svg";
+const AXES = ["t", "p", "m"];
+const byId = (id) => document.getElementById(id);
+const known = (value) => value !== null && value !== undefined;
+
+/* Text only ever enters the page through textContent and setAttribute: names come from configurations and plug-ins. */
+function make(tag, attributes = {}, ...children) {
+  const node = tag.startsWith("svg:") ? document.createElementNS(SVG, tag.slice(4)) : document.createElement(tag);
+  for (const [key, value] of Object.entries(attributes)) {
+    if (key.startsWith("on")) node.addEventListener(key.slice(2), value);
+    else if (value === true) node.setAttribute(key, "");
+    else if (value !== false && known(value)) node.setAttribute(key, value);
+  }
+  node.append(...children.filter(known));
+  return node;
+}
+
+/* ---- state, shared through the URL fragment ---- */
+const state = {};
+const group = () => DATA.groups[state.group];
+const initial = (index) => ({
+  group: index, weights: [...DATA.weights], rows: DATA.groups[index].rows.filter((row) => row.compared && row.usable).map((row) => row.name),
+  frame: DATA.groups[index].frozen ? "report" : "own", quality: "recall_10", sort: "rank", down: false, filter: "", status: "", open: "",
+});
+
+function readState() {
+  const given = new URLSearchParams(location.hash.slice(1));
+  const index = Number(given.get("group") ?? 0);
+  Object.assign(state, initial(Number.isInteger(index) && DATA.groups[index] ? index : 0));
+  const weights = (given.get("weights") ?? "").split(",").map(Number);
+  if (weights.length === 3 && weights.every((w) => w >= 0 && w <= 1) && Math.abs(weights[0] + weights[1] + weights[2] - 1) < 1e-6) state.weights = weights;
+  if (["own", "report"].includes(given.get("frame"))) state.frame = given.get("frame");
+  if (["recall_10", "ndcg_10"].includes(given.get("quality"))) state.quality = given.get("quality");
+  if (COLUMNS.some((column) => column.key === given.get("sort"))) state.sort = given.get("sort");
+  state.down = given.get("down") === "1";
+  for (const key of ["filter", "status", "open"]) state[key] = given.get(key) ?? "";
+  if (given.has("rows")) state.rows = given.getAll("rows").filter((name) => group().rows.some((row) => row.name === name && row.usable));
+}
+
+function keepState() {
+  const start = initial(state.group);
+  const kept = new URLSearchParams();
+  if (state.group) kept.set("group", state.group);
+  if (state.weights.some((w, i) => w !== start.weights[i])) kept.set("weights", state.weights.join(","));
+  if (JSON.stringify(state.rows) !== JSON.stringify(start.rows)) (state.rows.length ? state.rows : [""]).forEach((name) => kept.append("rows", name));
+  for (const key of ["frame", "quality", "sort", "filter", "status", "open"]) if (state[key] !== start[key]) kept.set(key, state[key]);
+  if (state.down) kept.set("down", "1");
+  history.replaceState(null, "", kept.size ? `#${kept}` : location.pathname + location.search);
+}
+
+/* ---- TPME, as reports/tpme.py computes it ---- */
+function frameOf(rows) {
+  if (state.frame === "report") return group().frame;
+  if (!rows.length) return null;
+  return Object.fromEntries(AXES.map((axis) => [axis, [Math.min(...rows.map((row) => row[axis])), Math.max(...rows.map((row) => row[axis]))]]));
+}
+
+function tpme(values, frame) {
+  let total = 0;
+  AXES.forEach((axis, i) => {
+    const [low, high] = frame[axis];
+    if (high > low) total += (state.weights[i] * (values[axis] - low)) / (high - low);
+  });
+  return total;
+}
+
+function compute() {
+  const chosen = group().rows.filter((row) => state.rows.includes(row.name));
+  const frame = frameOf(chosen);
+  const rows = group().rows.map((row) => ({ ...row, inside: chosen.includes(row), tpme: null, bound: null, rank: null, front: false }));
+  if (!frame) return rows;
+  for (const row of rows) {
+    if (row.inside) row.tpme = tpme(row, frame);
+    else if (row.status === "oom" && row.compared) row.bound = tpme({ t: row.t ?? frame.t[0], p: row.p ?? frame.p[0], m: row.seen ?? frame.m[0] }, frame);
+  }
+  const ranked = rows.filter((row) => row.inside);
+  const near = (value) => Math.round(value * 1e12);
+  for (const row of ranked) row.rank = 1 + ranked.filter((other) => near(other.tpme) < near(row.tpme)).length;
+  const judged = ranked.filter((row) => known(row[state.quality]));
+  for (const row of judged) {
+    row.front = !judged.some((other) => other.tpme <= row.tpme && other[state.quality] >= row[state.quality] && (other.tpme < row.tpme || other[state.quality] > row[state.quality]));
+  }
+  return rows;
+}
+
+/* ---- numbers ---- */
+function number(value, digits = 3) {
+  if (!known(value)) return "–";
+  const size = value === 0 ? 0 : Math.floor(Math.log10(Math.abs(value)));
+  return size < -4 || size > 8 ? value.toExponential(digits - 1) : value.toFixed(Math.max(0, digits - 1 - size));
+}
+const bytes = (value) => (known(value) ? (value >= 1e9 ? `${number(value / 1e9)} GB` : `${number(value / 1e6)} MB`) : "–");
+const quality = (row, key) => (known(row[key]) ? row[key].toFixed(4) : "–");
+const percent = (row) => (known(row.tpme) ? (100 * row.tpme).toFixed(2) : known(row.bound) ? `≥ ${(100 * row.bound).toFixed(2)}` : "–");
+const ranged = (row, key) => (known(row[key]) && known(row[`${key}_low`]) ? `${quality(row, key)} ± ${((row[`${key}_high`] - row[`${key}_low`]) / 2).toFixed(4)}` : quality(row, key));
+
+const COLUMNS = [
+  { key: "name", title: "Method" },
+  { key: "rank", title: "Rank", num: true, text: (row) => (known(row.rank) ? String(row.rank) : "–") },
+  { key: "tpme", title: "TPME (%) ↓", num: true, better: -1, text: percent, csv: "tpme_percent", value: (row) => (known(row.tpme) ? 100 * row.tpme : null) },
+  { key: "recall_10", title: "Recall@10 ↑", num: true, better: 1, text: (row) => ranged(row, "recall_10") },
+  { key: "ndcg_10", title: "NDCG@10 ↑", num: true, better: 1, text: (row) => ranged(row, "ndcg_10") },
+  { key: "t", title: "T (s) ↓", num: true, better: -1, text: (row) => number(row.t), csv: "epoch_time_s" },
+  { key: "p", title: "P (M) ↓", num: true, better: -1, text: (row) => (known(row.p) ? (row.p >= 1e-3 ? row.p.toFixed(3) : number(row.p, 2)) : "–"), csv: "trainable_millions" },
+  { key: "m", title: "M ↓", num: true, better: -1, text: (row) => (row.status === "oom" && known(row.seen) ? `≥ ${bytes(row.seen)}` : bytes(row.m)), csv: "memory_bytes" },
+  { key: "seeds", title: "Seeds", num: true, text: (row) => String(row.seeds) },
+  { key: "status", title: "End" },
+];
+const valueOf = (column, row) => (column.value ? column.value(row) : row[column.key]);
+
+/* ---- the table ---- */
+function visible(rows) {
+  const words = state.filter.toLowerCase().split(/\s+/).filter(Boolean);
+  const column = COLUMNS.find((one) => one.key === state.sort);
+  const sign = state.down ? -1 : 1;
+  return rows
+    .filter((row) => words.every((word) => row.name.toLowerCase().includes(word)) && (!state.status || row.status === state.status))
+    .sort((a, b) => {
+      const [x, y] = [valueOf(column, a), valueOf(column, b)];
+      if (known(x) !== known(y)) return known(x) ? -1 : 1; // what is missing comes last, whichever way
+      const order = !known(x) ? 0 : typeof x === "string" ? x.localeCompare(y, "en") : x - y;
+      return sign * order || a.name.localeCompare(b.name, "en");
+    });
+}
+
+function drawTable(rows) {
+  const head = byId("head");
+  head.replaceChildren(make("th", { scope: "col", class: "choose" }, "K"), ...COLUMNS.map((column) => {
+    const active = state.sort === column.key;
+    const arrow = active ? (state.down ? " ▼" : " ▲") : "";
+    const sort = make("button", { type: "button", "data-sort": column.key, onclick: () => change({ sort: column.key, down: active ? !state.down : column.better === 1 }, `[data-sort="${column.key}"]`) }, column.title + arrow);
+    return make("th", { scope: "col", class: column.num ? "num" : null, "aria-sort": active ? (state.down ? "descending" : "ascending") : "none" }, sort);
+  }));
+  const best = Object.fromEntries(COLUMNS.filter((column) => column.better).map((column) => {
+    const pool = rows.filter((row) => column.better === 1 || row.inside).map((row) => valueOf(column, row)).filter(known);
+    return [column.key, new Set(pool).size > 1 ? (column.better === 1 ? Math.max(...pool) : Math.min(...pool)) : null];
+  }));
+  const shown = visible(rows);
+  byId("body").replaceChildren(...shown.flatMap((row) => tableRow(row, best)));
+  byId("count").textContent = `${shown.length} of ${rows.length} rows shown`;
+}
+
+function tableRow(row, best) {
+  const opened = state.open === row.name;
+  const place = row.index;
+  const choose = make("input", { type: "checkbox", "aria-label": `${row.name} is one of the K rows`, "data-choose": place, disabled: !row.usable, onchange: (event) => {
+    const rest = state.rows.filter((name) => name !== row.name);
+    const rows = event.target.checked ? group().rows.map((one) => one.name).filter((name) => rest.includes(name) || name === row.name) : rest;
+    change({ rows }, `[data-choose="${place}"]`);
+  } });
+  choose.checked = row.inside;
+  const open = make("button", { type: "button", class: "open", "data-open": place, "aria-expanded": String(opened), onclick: () => change({ open: opened ? "" : row.name }, `[data-open="${place}"]`) }, row.name);
+  const marks = row.notes.length ? make("span", { class: "mark", title: row.notes.map((mark) => group().footnotes[mark - 1]).join("\n") }, ` ${row.notes.join(",")}`) : null;
+  const line = make("tr", { "data-row": row.name }, make("td", { class: "choose" }, choose), ...COLUMNS.map((column) => {
+    if (column.key === "name") return make("th", { scope: "row" }, open, marks, row.front ? make("span", { class: "mark", title: "on the Pareto front" }, " ◆") : null);
+    const value = valueOf(column, row);
+    return make("td", { class: [column.num ? "num" : "", known(value) && value === best[column.key] ? "best" : ""].join(" ").trim() || null, "data-key": column.key, "data-value": known(value) ? String(value) : "" }, column.text ? column.text(row) : String(value));
+  }));
+  return opened ? [line, make("tr", { class: "detail" }, make("td", { colspan: COLUMNS.length + 1 }, detail(row)))] : [line];
+}
+
+/* ---- one cell, opened ---- */
+function detail(row) {
+  const cell = row.cell;
+  const part = (title, ...content) => make("div", {}, make("h3", {}, title), ...content);
+  const pairs = (object) => make("table", { class: "pairs" }, make("tbody", {}, ...Object.entries(object).map(([key, value]) => make("tr", {}, make("td", {}, key), make("td", {}, String(value))))));
+  const parts = [];
+  if (cell.failure) parts.push(part(`Ended as ${row.status}`, make("p", {}, cell.failure)));
+  if (row.notes.length) parts.push(part("Notes", ...row.notes.map((mark) => make("p", { class: "notes" }, `${mark} ${group().footnotes[mark - 1]}`))));
+  if (cell.phases.length) parts.push(part("Phases (s)", phaseBars(cell.phases)));
+  if (cell.curve.length > 1) parts.push(part("Memory over time", memoryCurve(cell.curve)));
+  parts.push(part("Configuration", make("pre", { tabindex: 0 }, cell.configuration)), part("Measured on", pairs(cell.environment)));
+  parts.push(part("To repeat it", make("p", { class: "soft" }, "Save the configuration as cell.toml, with your prepared data in path, then:"), make("pre", { tabindex: 0 }, cell.command)));
+  return make("div", { class: "cell" }, make("p", { class: "soft" }, `Cell ${cell.id}, seed ${cell.seed}, attempt ${cell.attempt}, measured code ${cell.code}`), ...parts);
+}
+
+function phaseBars(phases) {
+  const most = Math.max(...phases.map(([, seconds]) => seconds));
+  const drawn = make("svg:svg", { viewBox: `0 0 320 ${18 * phases.length}`, class: "bars", role: "img", "aria-label": phases.map(([name, seconds]) => `${name} ${number(seconds)} s`).join(", ") });
+  phases.forEach(([name, seconds], i) => {
+    const y = 18 * i + 13;
+    drawn.append(make("svg:text", { x: 0, y }, name), make("svg:rect", { class: "bar", x: 90, y: y - 10, height: 12, width: Math.max(1, (170 * seconds) / most) }), make("svg:text", { x: 96 + (170 * seconds) / most, y, class: "tick" }, number(seconds)));
+  });
+  return drawn;
+}
+
+function memoryCurve(curve) {
+  const [width, height] = [320, 120];
+  const [last, most] = [curve[curve.length - 1][0] || 1, Math.max(...curve.map(([, used]) => used)) || 1];
+  const points = curve.map(([time, used]) => `${((time / last) * width).toFixed(1)},${(height - (used / most) * (height - 16)).toFixed(1)}`).join(" ");
+  return make("svg:svg", { viewBox: `0 0 ${width} ${height + 18}`, class: "bars", role: "img", "aria-label": `Memory rises to ${bytes(most)} within ${number(last)} seconds` },
+    make("svg:polygon", { class: "area", points: `0,${height} ${points} ${width},${height}` }), make("svg:polyline", { class: "curve", points }),
+    make("svg:text", { class: "tick", x: 0, y: 11 }, `peak ${bytes(most)}`), make("svg:text", { class: "tick", x: width, y: height + 15, "text-anchor": "end" }, `${number(last)} s`));
+}
+
+/* ---- quality against TPME ---- */
+function ticks(low, high, wanted = 5) {
+  const raw = (high - low) / wanted;
+  const power = 10 ** Math.floor(Math.log10(raw));
+  const step = power * [1, 2, 5, 10].find((factor) => factor * power >= raw);
+  const first = Math.ceil(low / step);
+  return Array.from({ length: Math.floor(high / step) - first + 1 }, (_, i) => (first + i) * step);
+}
+
+function drawChart(rows) {
+  const narrow = matchMedia("(max-width: 760px)").matches;
+  const [width, height, left, right, top, bottom] = narrow ? [560, 560, 74, 20, 18, 56] : [760, 420, 62, 24, 14, 44];
+  const chart = byId("chart");
+  chart.setAttribute("viewBox", `0 0 ${width} ${height}`);
+  chart.replaceChildren();
+  const key = state.quality;
+  const shown = rows.filter((row) => known(row.tpme) && known(row[key])).sort((a, b) => a.tpme - b.tpme || b[key] - a[key]);
+  byId("empty").hidden = shown.length > 0;
+  if (!shown.length) return;
+  const padded = (values) => { const [a, b] = [Math.min(...values), Math.max(...values)]; const pad = 0.08 * (b - a) || 0.01; return [a - pad, b + pad]; };
+  const [x0, x1] = padded(shown.map((row) => 100 * row.tpme));
+  const [y0, y1] = padded(shown.flatMap((row) => [row[`${key}_low`] ?? row[key], row[`${key}_high`] ?? row[key]]));
+  const x = (value) => left + ((value - x0) / (x1 - x0)) * (width - left - right);
+  const y = (value) => height - bottom - ((value - y0) / (y1 - y0)) * (height - top - bottom);
+  for (const value of ticks(x0, x1)) chart.append(make("svg:line", { class: "grid", x1: x(value), x2: x(value), y1: top, y2: height - bottom }), make("svg:text", { class: "tick", x: x(value), y: height - bottom + (narrow ? 20 : 16), "text-anchor": "middle" }, String(Number(value.toPrecision(6)))));
+  for (const value of ticks(y0, y1)) chart.append(make("svg:line", { class: "grid", x1: left, x2: width - right, y1: y(value), y2: y(value) }), make("svg:text", { class: "tick", x: left - 6, y: y(value) + 4, "text-anchor": "end" }, String(Number(value.toPrecision(6)))));
+  chart.append(make("svg:text", { x: (left + width - right) / 2, y: height - 6, "text-anchor": "middle" }, "TPME (%), lower is better"));
+  chart.append(make("svg:text", { x: 14, y: (top + height - bottom) / 2, "text-anchor": "middle", transform: `rotate(-90 14 ${(top + height - bottom) / 2})` }, `${key === "recall_10" ? "Recall@10" : "NDCG@10"}, higher is better`));
+  const front = shown.filter((row) => row.front);
+  chart.append(make("svg:path", { class: "step", d: front.map((row, i) => (i ? `H${x(100 * row.tpme)}V${y(row[key])}` : `M${x(100 * row.tpme)},${y(row[key])}`)).join("") }));
+  const spots = shown.map((row) => ({ row, x: x(100 * row.tpme), y: y(row[key]) }));
+  for (const { row, x: at } of spots) if (known(row[`${key}_low`])) chart.append(make("svg:line", { class: "reach", x1: at, x2: at, y1: y(row[`${key}_low`]), y2: y(row[`${key}_high`]) }));
+  spots.forEach((spot) => chart.append(drawPoint(spot)));
+  placeNames(chart, spots, [left, top, width - right, height - bottom]);
+}
+
+function drawPoint({ row, x, y }) {
+  const text = `${row.name}\nRank ${row.rank}, TPME ${percent(row)} %${row.front ? ", on the Pareto front" : ""}\nRecall@10 ${ranged(row, "recall_10")}, NDCG@10 ${ranged(row, "ndcg_10")}\nT ${number(row.t)} s, P ${number(row.p, 4)} M, M ${bytes(row.m)} (${row.source})${row.notes.map((mark) => `\n${mark} ${group().footnotes[mark - 1]}`).join("")}`;
+  const shape = row.front ? make("svg:rect", { class: "dot", x: x - 5, y: y - 5, width: 10, height: 10, transform: `rotate(45 ${x} ${y})` }) : make("svg:circle", { class: "dot", cx: x, cy: y, r: 5 });
+  const select = () => change({ open: row.name, filter: "", status: "" }, `[data-open="${row.index}"]`);
+  const node = make("svg:g", { class: row.front ? "point front" : "point", tabindex: 0, role: "button", "aria-label": text, "data-point": row.name, onclick: select, onfocus: () => tip(node, text), onmouseenter: () => tip(node, text), onblur: hideTip, onmouseleave: hideTip,
+    onkeydown: (event) => { if (event.key === "Enter" || event.key === " ") { event.preventDefault(); select(); } else if (event.key === "Escape") hideTip(); } }, shape);
+  return node;
+}
+
+/* Greedy: each name takes the nearest free place on rings around its point; without one it is left to the tooltip. */
+function placeNames(chart, spots, [left, top, right, bottom]) {
+  const taken = spots.map((spot) => [spot.x - 6, spot.y - 6, spot.x + 6, spot.y + 6]);
+  const free = (box) => box[0] >= left && box[1] >= top && box[2] <= right && box[3] <= bottom && !taken.some((other) => box[0] < other[2] && other[0] < box[2] && box[1] < other[3] && other[1] < box[3]);
+  for (const spot of spots) {
+    const name = spot.row.name.length > 26 ? `${spot.row.name.slice(0, 25)}…` : spot.row.name;
+    const label = make("svg:text", { "pointer-events": "none" }, name);
+    chart.append(label);
+    const size = label.getBBox();
+    let found = null;
+    for (let ring = 0; ring < 14 && !found; ring += 1) {
+      for (let turn = 0; turn < 16 && !found; turn += 1) {
+        const angle = (Math.PI * 2 * (turn % 2 ? turn + 1 : -turn)) / 32;
+        const [dx, dy] = [Math.cos(angle), Math.sin(angle)];
+        const cx = spot.x + dx * (9 + 9 * ring) + (Math.abs(dx) < 0.2 ? 0 : (Math.sign(dx) * size.width) / 2);
+        const cy = spot.y + dy * (9 + 9 * ring) + (Math.abs(dy) < 0.2 ? 0 : (Math.sign(dy) * size.height) / 2);
+        const box = [cx - size.width / 2, cy - size.height / 2, cx + size.width / 2, cy + size.height / 2];
+        if (free(box)) found = { box, far: ring > 1 };
+      }
+    }
+    if (!found) { label.remove(); continue; }
+    taken.push(found.box);
+    label.setAttribute("x", found.box[0]);
+    label.setAttribute("y", found.box[3] - 0.24 * size.height);
+    if (found.far) chart.append(make("svg:line", { class: "lead", x1: spot.x, y1: spot.y, x2: Math.min(Math.max(spot.x, found.box[0]), found.box[2]), y2: Math.min(Math.max(spot.y, found.box[1]), found.box[3]) }));
+  }
+}
+
+function tip(node, text) {
+  const box = node.getBoundingClientRect();
+  const drawn = byId("tip");
+  drawn.textContent = text;
+  drawn.hidden = false;
+  const wide = document.documentElement.clientWidth;
+  drawn.style.left = `${scrollX + Math.max(4, Math.min(box.right + 8, wide - drawn.offsetWidth - 4))}px`;
+  drawn.style.top = `${scrollY + box.bottom + 6}px`;
+}
+function hideTip() { byId("tip").hidden = true; }
+
+/* ---- controls ---- */
+function setWeight(index, value) {
+  const weights = [...state.weights];
+  const [a, b] = [0, 1, 2].filter((other) => other !== index);
+  const rest = weights[a] + weights[b];
+  weights[index] = value;
+  weights[a] = rest > 0 ? ((1 - value) * weights[a]) / rest : (1 - value) / 2;
+  weights[b] = Math.max(0, 1 - value - weights[a]); // so that they add up to 1 however often one is moved
+  change({ weights });
+}
+
+function change(changes, focus) {
+  Object.assign(state, changes);
+  keepState();
+  draw();
+  if (focus) document.querySelector(focus)?.focus();
+}
+
+function draw() {
+  hideTip();
+  const rows = compute();
+  const one = group();
+  byId("group-name").textContent = one.name;
+  byId("group").value = String(state.group);
+  state.weights.forEach((weight, i) => {
+    const slider = byId(`weight-${AXES[i]}`);
+    if (Number(slider.value) !== weight) slider.value = String(weight);
+    slider.setAttribute("aria-valuetext", `${(100 * weight).toFixed(0)} percent`);
+    const told = byId(`told-${AXES[i]}`);
+    told.textContent = weight.toFixed(2);
+    told.dataset.value = String(weight);
+  });
+  document.querySelectorAll("input[name=frame]").forEach((input) => { input.checked = input.value === state.frame; input.disabled = input.value === "report" && !one.frame; });
+  byId("frame-name").textContent = one.frozen ? `frozen in ${one.frozen}` : "of the rows this report compares";
+  byId("quality").value = state.quality;
+  if (byId("filter").value !== state.filter) byId("filter").value = state.filter;
+  byId("status").value = state.status;
+  drawChart(rows);
+  drawTable(rows);
+  const ranked = rows.filter((row) => row.inside).sort((a, b) => a.rank - b.rank);
+  byId("said").textContent = ranked.length ? `K = ${ranked.length} rows; lowest TPME: ${ranked.filter((row) => row.rank === 1).map((row) => row.name).join(", ")}.` : "No row is chosen, so there is no TPME.";
+  byId("shared").replaceChildren(...one.shared.map((text) => make("p", {}, text)));
+  byId("footnotes").replaceChildren(...one.footnotes.map((text, i) => make("p", {}, `${i + 1} ${text}`)));
+}
+
+function toCsv() {
+  const quote = (value) => (/[",\r\n]/.test(value) ? `"${value.replaceAll('"', '""')}"` : value);
+  // A spreadsheet runs what starts like a formula.
+  const safe = (value) => (!known(value) ? "" : typeof value === "string" ? quote(/^[=+\-@\t\r]/.test(value) ? `'${value}` : value) : String(value));
+  const lines = visible(compute()).map((row) => COLUMNS.map((column) => safe(valueOf(column, row))).join(","));
+  return [COLUMNS.map((column) => column.csv ?? (column.key === "name" ? "method" : column.key)).join(","), ...lines].join("\n") + "\n";
+}
+
+function download() {
+  const link = make("a", { href: URL.createObjectURL(new Blob([toCsv()], { type: "text/csv" })), download: "tpme.csv" });
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+}
+
+byId("group").append(...DATA.groups.map((one, i) => make("option", { value: i }, one.name)));
+byId("group-choice").hidden = DATA.groups.length < 2;
+byId("group").addEventListener("change", (event) => change({ ...initial(Number(event.target.value)), weights: state.weights }));
+AXES.forEach((axis, i) => byId(`weight-${axis}`).addEventListener("input", (event) => setWeight(i, Number(event.target.value))));
+document.querySelectorAll("input[name=frame]").forEach((input) => input.addEventListener("change", () => change({ frame: input.value })));
+byId("quality").addEventListener("change", (event) => change({ quality: event.target.value }));
+byId("filter").addEventListener("input", (event) => change({ filter: event.target.value }));
+byId("status").append(...[...new Set(DATA.groups.flatMap((one) => one.rows.map((row) => row.status)))].sort().map((status) => make("option", { value: status }, status)));
+byId("status").addEventListener("change", (event) => change({ status: event.target.value }));
+byId("reset").addEventListener("click", () => change(initial(state.group)));
+byId("csv").addEventListener("click", download);
+addEventListener("hashchange", () => { readState(); draw(); });
+matchMedia("(max-width: 760px)").addEventListener("change", draw);
+readState();
+draw();

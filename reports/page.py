@@ -1,0 +1,179 @@
+"""The interactive page: one HTML file that opens from the disk and asks the network for nothing.
+
+It is hand-drawn SVG and plain JavaScript (``assets/``), so there is no library to keep up to date. Nothing that a
+record says becomes markup: the data travel as JSON in which ``<`` is escaped, the script writes text nodes alone,
+and the page's policy lets no script run but the one whose hash it names.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from string import Template
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from tpme.bench.record import Cell, CellResult
+from tpme.reports.load import load_samples
+from tpme.reports.plots import thin
+from tpme.reports.section import Section
+from tpme.reports.tpme import COLUMNS, Weights, members
+from tpme.reports.trials import own_path
+
+SHORT = dict(zip(COLUMNS, ("t", "p", "m"), strict=True))
+QUALITY = tuple(f"{metric}_10{end}" for metric in ("recall", "ndcg") for end in ("", "_low", "_high"))
+CURVE_POINTS = 160
+
+
+def page(title: str, sections: Sequence[Section], weights: Weights) -> str:
+    """The whole page as HTML. Machine paths in texts are cut to their last two parts."""
+    assets = files("tpme.reports").joinpath("assets")
+    style, script, frame = (
+        assets.joinpath(f"page.{ending}").read_text(encoding="utf-8") for ending in ("css", "js", "html")
+    )
+    data = {"weights": weights.values, "groups": [_group(section) for section in sections]}
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return Template(frame).substitute(
+        title=html.escape(title),
+        style=style,
+        style_hash=_hash(style),
+        script=script,
+        script_hash=_hash(script),
+        data=text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"),
+    )
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _group(section: Section) -> dict[str, Any]:
+    frame = section.frame
+    usable = members(section.summary)
+    return {
+        "name": section.name,
+        "frame": None
+        if frame is None
+        else {short: [getattr(frame, name).min, getattr(frame, name).max] for name, short in SHORT.items()},
+        "frozen": section.frame_from,
+        "shared": [own_path(text) for text in section.notes.shared],
+        "footnotes": [own_path(text) for text in section.notes.footnotes],
+        "rows": [
+            _row(section, index, str(name), line, bool(usable[name]))
+            for index, (name, line) in enumerate(section.summary.iterrows())
+        ],
+    }
+
+
+def _row(section: Section, index: int, name: str, line: pd.Series[Any], usable: bool) -> dict[str, Any]:
+    return {
+        "index": index,
+        "name": name,
+        "status": line["status"],
+        "compared": bool(line["compared"]),
+        "usable": usable,
+        **{short: _number(line[column]) for column, short in SHORT.items()},
+        **{key: _number(line[key]) for key in QUALITY},
+        "seen": _number(line["memory_seen_bytes"]),
+        "source": line["memory_source"],
+        "seeds": int(line["seeds_ok"]),
+        "notes": section.notes.marks[name],
+        "cell": _cell(section, name),
+    }
+
+
+def _number(value: Any) -> float | None:
+    return None if pd.isna(value) else float(value)
+
+
+# --- the cell behind a row -----------------------------------------------------------------------------------
+
+
+def _cell(section: Section, name: str) -> dict[str, Any]:
+    """The first seed of the row, a finished one where there is one."""
+    cells = section.cells[(section.cells["row"] == name) & section.cells["selected"]]
+    first = cells.assign(failed=cells["status"] != "ok").sort_values(["failed", "seed", "path"]).iloc[0]
+    result = next(one.result for one in section.records if str(one.path) == first["path"])
+    failure = result.failure
+    return {
+        "id": result.cell_id,
+        "seed": result.cell.seed,
+        "attempt": result.attempt,
+        "code": result.code_version[:12],
+        "failure": own_path(f"during {failure.phase}: {failure.message}") if failure else None,
+        "phases": _phases(result),
+        "curve": _curve(first["samples_path"]),
+        "configuration": matrix_of(result.cell),
+        "environment": _environment(result),
+        "command": f"tpme run cell.toml --device {result.cell.device}",
+    }
+
+
+def _phases(result: CellResult) -> list[tuple[str, float]]:
+    spent: dict[str, float] = {}
+    for phase in result.phases:
+        spent[phase.kind] = spent.get(phase.kind, 0.0) + phase.wall_s
+    return [(kind, float(f"{seconds:.6g}")) for kind, seconds in spent.items()]
+
+
+def _curve(path: Any) -> list[tuple[float, int]]:
+    if not isinstance(path, str):
+        return []
+    samples = load_samples(path)
+    if not len(samples.sample_t_s):
+        return []
+    time_s, used = thin(samples, CURVE_POINTS)
+    return [(round(float(t), 2), int(float(f"{b:.4g}"))) for t, b in zip(time_s, used, strict=True) if np.isfinite(b)]
+
+
+def _environment(result: CellResult) -> dict[str, str]:
+    one = result.environment
+    if one is None:
+        return {"device": "the attempt ended before it was known"}
+    told = {"device": one.device_name, "driver": one.driver, "threads": one.cpu_threads, "platform": one.platform}
+    told |= {"python": one.python, **{name: one.packages[name] for name in sorted(one.packages)}}
+    told |= {"allocator": one.allocator, "git": one.git_revision, "started": result.started_at}
+    return {key: own_path(str(value)) for key, value in told.items() if value is not None}
+
+
+def matrix_of(cell: Cell) -> str:
+    """A matrix (TOML) of this cell alone; ``path`` is to be filled in, for a record holds no folder of its data."""
+    encoders = {"text": cell.text_encoder, "image": cell.image_encoder}
+    pair = {
+        kind: {**spec.model_dump(exclude_none=True), "source": own_path(spec.source)}
+        for kind, spec in encoders.items()
+        if spec is not None
+    }
+    method = {"name": cell.method, "options": cell.options, "cached": cell.cached}
+    lines = {
+        "name": "cell",
+        "protocol": cell.protocol,
+        "seeds": [cell.seed],
+        "modalities": list(cell.modalities),
+        "datasets": [{"name": cell.dataset, "path": "prepared"}],
+        "encoders": [pair],
+        "methods": [{key: value for key, value in method.items() if value not in ({}, False)}],
+        "training": cell.training.model_dump(mode="json", exclude_none=True),
+        "lr": cell.lr.model_dump(),
+    }
+    head = f"# data: {_toml(cell.dataset)}, fingerprint {cell.dataset_fingerprint[:12]}\n"
+    return head + "".join(f"{key} = {_toml(value)}\n" for key, value in lines.items())
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, Mapping):
+        inside = ", ".join(f"{_key(key)} = {_toml(one)}" for key, one in value.items() if one is not None)
+        return f"{{ {inside} }}" if inside else "{}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    return json.dumps(value)  # TOML writes strings, numbers and booleans as JSON does
+
+
+def _key(key: str) -> str:
+    return key if key.replace("_", "").isalnum() and key.isascii() else json.dumps(key)
