@@ -65,7 +65,7 @@ def _group(section: Section) -> dict[str, Any]:
         "shared": [own_path(text) for text in section.notes.shared],
         "footnotes": [own_path(text) for text in section.notes.footnotes],
         "rows": [
-            _row(section, index, str(name), line, bool(usable[name]))
+            _row(section, index, str(name), line, bool(usable.iloc[index]))
             for index, (name, line) in enumerate(section.summary.iterrows())
         ],
     }
