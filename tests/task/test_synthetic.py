@@ -1,45 +1,192 @@
-"""The built-in catalogue: the same for the same settings, and content that predicts the next item."""
+"""The built-in catalogue: the same for the same settings, valid, and with what is planted really to be found in it."""
 
 from __future__ import annotations
 
-import numpy as np
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
 
-from tpme.bench.task.sources.synthetic import Synthetic, generate
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from tpme.bench.task.sources.drawing import COLOURS, SHAPES, TEXTURES, draw
+from tpme.bench.task.sources.synthetic import Catalogue, Synthetic, World, generate, make_catalogue, make_world
+from tpme.bench.task.sources.wording import CATEGORIES, STYLES
 
 SMALL = Synthetic(users=300, items=120)
+MANY = Synthetic(users=1000, items=400)
 
 
-def test_equal_settings_give_equal_data_and_another_seed_does_not() -> None:
-    one, two, other = generate(SMALL), generate(SMALL), generate(Synthetic(users=300, items=120, seed=1))
+@pytest.fixture(scope="module")
+def world() -> World:
+    return make_world(MANY.world)
+
+
+@pytest.fixture(scope="module")
+def catalogue(world: World) -> Catalogue:
+    """The items behind ``histories``: the draw that ``generate`` makes."""
+    return make_catalogue(world, np.random.default_rng((MANY.seed, 1)), MANY.items)
+
+
+@pytest.fixture(scope="module")
+def histories(catalogue: Catalogue) -> list[NDArray[np.int32]]:
+    raw = generate(MANY)
+    assert raw.titles == catalogue.titles
+    return raw.histories
+
+
+def test_equal_settings_give_equal_data() -> None:
+    one, two = generate(SMALL), generate(SMALL)
     assert one.titles == two.titles
+    assert one.pictures == two.pictures
     assert all(np.array_equal(a, b) for a, b in zip(one.histories, two.histories, strict=True))
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"world": 2}])
+def test_another_seed_or_world_gives_other_data(change: dict[str, int]) -> None:
+    one, other = generate(SMALL), generate(SMALL.model_copy(update=change))
     assert one.titles != other.titles
+    assert not all(np.array_equal(a, b) for a, b in zip(one.histories, other.histories, strict=True))
+
+
+def test_another_world_has_other_brands_and_another_order() -> None:
+    one, other = make_world(1), make_world(2)
+    assert len(set(one.brands) & set(other.brands)) < 4
+    assert not np.array_equal(one.category_follows, other.category_follows)
 
 
 def test_every_user_can_be_split_and_every_item_exists() -> None:
     raw = generate(SMALL)
-    assert len(raw.users) == 300
-    assert all(5 <= len(history) <= 13 for history in raw.histories)
-    assert all(history.min() >= 0 and history.max() < len(raw.items) for history in raw.histories)
-
-
-def test_pictures_are_images_that_differ() -> None:
-    raw = generate(SMALL)
+    assert raw.titles is not None
     assert raw.pictures is not None
-    images = np.stack([picture(32) for picture in raw.pictures[:20]])
-    assert images.shape == (20, 3, 32, 32)
-    assert images.dtype == np.uint8
-    assert len(np.unique(images.reshape(20, -1), axis=0)) == 20
-    assert np.array_equal(images[0], raw.pictures[0](32))
+    assert len(raw.users) == len(set(raw.users)) == len(raw.histories) == 300
+    assert len(raw.items) == len(set(raw.items)) == len(raw.titles) == len(raw.pictures) == 120
+    for history in raw.histories:
+        assert history.dtype == np.int32
+        assert 5 <= len(history) <= 13
+        assert len(np.unique(history)) == len(history)
+        assert history.min() >= 0
+        assert history.max() < 120
 
 
-def test_the_next_item_depends_on_the_one_before() -> None:
-    """Pairs of consecutive items recur far more often than when every history is shuffled."""
-    histories = generate(Synthetic(users=1000, items=60)).histories
+def test_lengths_are_geometric_between_their_limits(histories: list[NDArray[np.int32]]) -> None:
+    lengths = np.array([len(history) for history in histories])
+    for length in (5, 6, 7):
+        assert np.mean(lengths[lengths >= length] == length) == pytest.approx(0.25, abs=0.06)
+    always = Synthetic(users=20, items=60, continues=1.0, longest_history=9)
+    assert {len(history) for history in generate(always).histories} == {9}
+
+
+@pytest.mark.parametrize("wrong", [{"shortest_history": 9, "longest_history": 8}, {"continues": 1.5}, {"size": 3}])
+def test_settings_out_of_range_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValidationError):
+        Synthetic.model_validate(wrong)
+
+
+# --- what users take ------------------------------------------------------------------------------------------
+
+
+def test_what_comes_next_depends_on_what_was_just_taken(
+    world: World, catalogue: Catalogue, histories: list[NDArray[np.int32]]
+) -> None:
+    """Each planted transition is met far more often in consecutive pairs than in pairs of a shuffled history."""
+
+    def followed(before: NDArray[np.int32], after: NDArray[np.int32]) -> list[float]:
+        apart = np.abs(catalogue.colour[before] - catalogue.colour[after])
+        return [
+            float(np.mean(world.category_follows[catalogue.category[before], catalogue.category[after]] > 0)),
+            float(np.mean(world.shape_follows[catalogue.shape[before]] == catalogue.shape[after])),
+            float(np.mean(np.minimum(apart, len(COLOURS) - apart) <= 1)),
+        ]
+
     rng = np.random.default_rng(0)
+    shuffled = [rng.permutation(history) for history in histories]
+    real = followed(np.concatenate([h[:-1] for h in histories]), np.concatenate([h[1:] for h in histories]))
+    chance = followed(np.concatenate([h[:-1] for h in shuffled]), np.concatenate([h[1:] for h in shuffled]))
+    category, shape, colour = np.array(real) / np.array(chance)
+    assert category > 2
+    assert shape > 2
+    assert colour > 1.1  # neighbours stay together over a whole history, so shuffling keeps much of it
+    assert real[2] > 2 * 3 / len(COLOURS)
 
-    def recurring(sequences: list[np.ndarray]) -> float:
-        pairs = np.concatenate([np.stack([s[:-1], s[1:]], axis=1) for s in sequences])
-        return float((np.unique(pairs, axis=0, return_counts=True)[1] ** 2).sum())
 
-    assert recurring(histories) > 1.2 * recurring([rng.permutation(history) for history in histories])
+def test_users_have_tastes(catalogue: Catalogue, histories: list[NDArray[np.int32]]) -> None:
+    """Two items of one user share style, texture and brand more often than two items of different users."""
+    firsts, lasts = np.array([h[0] for h in histories]), np.array([h[4] for h in histories])
+    for attribute in (catalogue.style, catalogue.texture, catalogue.brand):
+        together = np.mean(attribute[firsts] == attribute[lasts])
+        apart = np.mean(attribute[firsts] == attribute[np.roll(lasts, 1)])
+        assert together > 1.3 * apart
+
+
+def test_popularity_is_skewed_but_weak(histories: list[NDArray[np.int32]]) -> None:
+    trained = np.bincount(np.concatenate([history[:-2] for history in histories]), minlength=MANY.items)
+    met = trained[trained > 0]
+    assert met.std() > 1.5 * np.sqrt(met.mean()), "no more skewed than chance"
+    top = np.argsort(-trained)[:10]
+    hits = np.mean(np.isin([history[-1] for history in histories], top))
+    assert 10 / MANY.items < hits < 0.15
+
+
+def test_the_newest_items_are_met_in_the_last_two_interactions_only(histories: list[NDArray[np.int32]]) -> None:
+    early = np.unique(np.concatenate([history[:-2] for history in histories]))
+    targets = np.array([history[-1] for history in histories])
+    assert np.mean(~np.isin(targets, early)) == pytest.approx(MANY.newest_share, abs=0.08)
+    none_new = generate(MANY.model_copy(update={"newest_share": 0.0})).histories
+    early = np.unique(np.concatenate([history[:-2] for history in none_new]))
+    assert np.mean(~np.isin([history[-1] for history in none_new], early)) < 0.03
+
+
+# --- what items look and read like ----------------------------------------------------------------------------
+
+
+def test_titles_tell_brand_category_and_style_and_never_the_shape(world: World, catalogue: Catalogue) -> None:
+    second_categories = 0
+    for i, title in enumerate(catalogue.titles):
+        words = title.split()
+        assert len(words) <= 11
+        assert world.brands[catalogue.brand[i]] in words
+        assert set(words) & set(STYLES[catalogue.style[i]])
+        assert set(words) & set(CATEGORIES[catalogue.category[i]])
+        assert not set(words) & set(SHAPES)
+        second_categories += sum(bool(set(words) & set(synonyms)) for synonyms in CATEGORIES) - 1
+    assert 0.2 < second_categories / len(catalogue.titles) < 0.4
+
+
+@pytest.mark.parametrize("size", [16, 32, 65])
+def test_a_picture_is_an_rgb_image_of_any_size(catalogue: Catalogue, size: int) -> None:
+    picture = catalogue.pictures[0]
+    image = picture(size)
+    assert image.shape == (3, size, size)
+    assert image.dtype == np.uint8
+    assert image.std() > 10
+    assert np.array_equal(pickle.loads(pickle.dumps(picture))(size), image)
+
+
+@pytest.mark.parametrize(("attribute", "kinds"), [("shape", SHAPES), ("colour", tuple(COLOURS)), ("texture", TEXTURES)])
+def test_every_value_of_an_attribute_can_be_seen(attribute: str, kinds: tuple[str, ...]) -> None:
+    """With everything else equal, noise included, two values differ plainly in a good part of the pixels."""
+    plain = draw(np.random.default_rng(3), shape=1, colour=5, texture=1)
+    images = [replace(plain, **{attribute: kind})(32).astype(float) for kind in range(len(kinds))]
+    for i, one in enumerate(images):
+        for other in images[:i]:
+            assert np.mean(np.abs(one - other).max(axis=0) > 25) > 0.05
+
+
+def test_the_colour_is_that_of_its_name() -> None:
+    is_strongest: dict[str, Callable[[NDArray[np.float64]], bool]] = {
+        "red": lambda rgb: rgb[0] > 2 * max(rgb[1], rgb[2]),
+        "green": lambda rgb: rgb[1] > 1.5 * max(rgb[0], rgb[2]),
+        "blue": lambda rgb: rgb[2] > 1.5 * max(rgb[0], rgb[1]),
+    }
+    for name, check in is_strongest.items():
+        picture = draw(np.random.default_rng(0), shape=0, colour=list(COLOURS).index(name), texture=0)
+        assert check(picture(32)[:, 14:18, 14:18].mean(axis=(1, 2)))
+
+
+def test_equal_attributes_never_give_equal_pixels() -> None:
+    rng = np.random.default_rng(0)
+    images = np.stack([draw(rng, 3, 3, 3)(32).ravel() for _ in range(10)])
+    assert len(np.unique(images, axis=0)) == 10
