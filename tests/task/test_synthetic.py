@@ -124,7 +124,7 @@ def test_users_have_tastes(catalogue: Catalogue, histories: list[NDArray[np.int3
 def test_popularity_is_skewed_but_weak(histories: list[NDArray[np.int32]]) -> None:
     trained = np.bincount(np.concatenate([history[:-2] for history in histories]), minlength=MANY.items)
     met = trained[trained > 0]
-    assert met.std() > 1.5 * np.sqrt(met.mean()), "no more skewed than chance"
+    assert met.std() > 1.9 * np.sqrt(met.mean()), "no more skewed than attributes alone make it"
     top = np.argsort(-trained)[:10]
     hits = np.mean(np.isin([history[-1] for history in histories], top))
     assert 10 / MANY.items < hits < 0.15
