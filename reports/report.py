@@ -97,7 +97,7 @@ def write_report(
     formats: Sequence[str] = FORMATS,
     console: Console | None = None,
 ) -> Report:
-    """Write the report folder: ``report.md``, ``index.html``, tables and plots; each file is replaced as a whole.
+    """Write the folder: ``report.md``, ``index.html``, ``tables/`` and ``plots/``; each file is replaced as a whole.
 
     Args:
         paths: run folders or record files.

@@ -88,7 +88,8 @@ function compute() {
 /* ---- numbers ---- */
 function number(value, digits = 3) {
   if (!known(value)) return "–";
-  const size = value === 0 ? 0 : Math.floor(Math.log10(Math.abs(value)));
+  if (value === 0) return "0";
+  const size = Math.floor(Math.log10(Math.abs(value)));
   return size < -4 || size > 8 ? value.toExponential(digits - 1) : value.toFixed(Math.max(0, digits - 1 - size));
 }
 const bytes = (value) => (known(value) ? (value >= 1e9 ? `${number(value / 1e9)} GB` : `${number(value / 1e6)} MB`) : "–");
@@ -196,7 +197,7 @@ function memoryCurve(curve) {
 }
 
 /* ---- quality against TPME ---- */
-function ticks(low, high, wanted = 5) {
+function ticks(low, high, wanted = 8) {
   const raw = (high - low) / wanted;
   const power = 10 ** Math.floor(Math.log10(raw));
   const step = power * [1, 2, 5, 10].find((factor) => factor * power >= raw);

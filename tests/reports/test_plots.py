@@ -12,7 +12,7 @@ from matplotlib.text import Annotation, Text
 
 from tpme.reports.labels import place_labels
 from tpme.reports.load import Samples
-from tpme.reports.plots import _thin, all_plots
+from tpme.reports.plots import all_plots, thin
 from tpme.reports.report import make_report
 from tpme.reports.style import new_figure, save, style
 
@@ -121,9 +121,9 @@ def test_names_are_never_read_as_mathematics_or_markup(factory):
 def test_thinning_keeps_the_peak_and_the_end():
     used = np.zeros(10_001)
     used[1234] = 7.0
-    time_s, thin = _thin(Samples(np.ones(1), np.ones(1), np.arange(10_001.0), used))
-    assert len(thin) <= 400
-    assert thin.max() == 7.0
+    time_s, kept = thin(Samples(np.ones(1), np.ones(1), np.arange(10_001.0), used))
+    assert len(kept) <= 400
+    assert kept.max() == 7.0
     assert time_s[-1] == 10_000
     assert abs(time_s[thin.argmax()] - 1234) <= 26
 
