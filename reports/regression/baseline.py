@@ -117,7 +117,9 @@ def from_records(paths: Sequence[Path]) -> Baseline:
     cells = [one for one in measure(records) if one.status in ("ok", "oom", "diverged")]
     if not cells:
         ends = ", ".join(sorted({recorded.result.status for recorded in records}))
-        raise UserError(f"{paths[0]}: no cell to compare with later; they ended as {ends}")
+        failure = records[0].result.failure
+        told = f": {failure.message}" if failure else ""
+        raise UserError(f"{paths[0]}: no cell to compare with later; they ended as {ends}{told}")
     environments = [one.result.environment for one in records if one.result.environment is not None]
     return new_baseline(
         [one.model_copy(update={"devices": {k: thinned(v) for k, v in one.devices.items()}}) for one in cells],
@@ -177,6 +179,8 @@ def read_baseline(path: Path) -> Baseline:
     again = "write it with 'tpme baseline'"
     try:
         raw = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such baseline; {again}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a readable baseline ({error}); {again}") from None
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:

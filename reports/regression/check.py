@@ -75,9 +75,10 @@ def _cell(old: Measured, new: Measured, base: Side, head: Side, policy: Policy) 
         name = next((name for one in new.devices.values() for name in one.memory), "host_rss_bytes")
         yield Comparison(metric=name, kind="memory", verdict="not compared", note=note)
     for device in shared:
-        known = [side.devices[device].noise for side in (base, head) if device in side.devices]
-        yield from _times(old.devices[device].timing, new.devices[device].timing, known, policy)
-        yield from _memory(old.devices[device].memory, new.devices[device].memory, known, policy)
+        # The base's alone: what makes the head's own runs vary may be the very thing to be noticed.
+        noise = base.devices[device].noise if device in base.devices else Noise()
+        yield from _times(old.devices[device].timing, new.devices[device].timing, noise, policy)
+        yield from _memory(old.devices[device].memory, new.devices[device].memory, noise, policy)
 
 
 def _listed(devices: Iterable[str]) -> str:
@@ -113,8 +114,8 @@ def _counter(name: str, old: float | None, new: float | None, *, judged: bool) -
     return Comparison(metric=name, kind="counter", base=old, head=new, ratio=ratio, bound=0.0, verdict=verdict)
 
 
-def _times(old: Timing, new: Timing, known: Sequence[Noise], policy: Policy) -> Iterator[Comparison]:
-    bound = max([policy.time_threshold, *(one.time for one in known if one.time is not None)])
+def _times(old: Timing, new: Timing, noise: Noise, policy: Policy) -> Iterator[Comparison]:
+    bound = max(policy.time_threshold, noise.time or 0.0)
     for name in TIMES:
         a, b = (np.array(getattr(side, name), dtype=np.float64) for side in (old, new))
         if len(a) and len(b):
@@ -125,13 +126,25 @@ def time(name: str, old: Floats, new: Floats, bound: float, alpha: float) -> Com
     """A change of time needs both: an effect beyond ``bound`` and a rank test that rejects at ``alpha``."""
     medians = float(np.median(old)), float(np.median(new))
     ratio = medians[1] / medians[0]
-    seen = partial(Comparison, metric=name, kind="time", base=medians[0], head=medians[1], ratio=ratio, bound=bound)
-    if smallest_p(len(old), len(new)) >= alpha:
-        note = f"{len(old)} and {len(new)} values: no test of so few can reject at p < {alpha:g}"
-        return seen(verdict="not compared", note=note)
-    p = mann_whitney(old, new)
-    verdict = direction(ratio, bound) if p < alpha else "same"
-    return seen(p=p, verdict=verdict)
+    p = rank_test(old, new, alpha)
+    verdict: Verdict = "not compared" if p is None else direction(ratio, bound) if p < alpha else "same"
+    few = f"{len(old)} and {len(new)} values: no test of so few can reject at p < {alpha:g}"
+    return Comparison(
+        metric=name,
+        kind="time",
+        base=medians[0],
+        head=medians[1],
+        ratio=ratio,
+        bound=bound,
+        p=p,
+        verdict=verdict,
+        note=few if p is None else None,
+    )
+
+
+def rank_test(old: Floats, new: Floats, alpha: float) -> float | None:
+    """p-value of the rank test; ``None`` where so few values could never reject at ``alpha`` (asv's rule)."""
+    return mann_whitney(old, new) if smallest_p(len(old), len(new)) < alpha else None
 
 
 def direction(ratio: float, bound: float) -> Verdict:
@@ -141,11 +154,9 @@ def direction(ratio: float, bound: float) -> Verdict:
     return "improved" if ratio < 1 / (1 + bound) else "same"
 
 
-def _memory(
-    old: dict[str, float], new: dict[str, float], known: Sequence[Noise], policy: Policy
-) -> Iterator[Comparison]:
+def _memory(old: dict[str, float], new: dict[str, float], noise: Noise, policy: Policy) -> Iterator[Comparison]:
     for name in sorted(old.keys() & new.keys()):
-        bound = max([policy.memory_bound(name), *(one.memory[name] for one in known if name in one.memory)])
+        bound = max(policy.memory_bound(name), noise.memory.get(name, 0.0))
         seen = partial(Comparison, metric=name, kind="memory", base=old[name], head=new[name], bound=bound)
         if old[name] <= 0:
             yield seen(verdict="not compared", note="the baseline holds no positive peak")

@@ -229,23 +229,34 @@ def _on_device(runs: Sequence[Recorded]) -> OnDevice:
     for recorded in runs:
         result = recorded.result
         steps.append(step_times(recorded))
-        epochs += [epoch.train_s for epoch in result.epochs if epoch.index > result.warmup_epochs]
+        epochs.append(epoch_times(recorded))
         for name, value in memory(result).items():
             peaks.setdefault(name, []).append(value)
     return OnDevice(
-        timing=Timing(step_s=tuple(map(float, np.concatenate(steps))), epoch_s=tuple(epochs)),
+        timing=Timing(
+            step_s=tuple(map(float, np.concatenate(steps))), epoch_s=tuple(map(float, np.concatenate(epochs)))
+        ),
         memory={name: float(np.median(values)) for name, values in peaks.items()},
     )
 
 
 def step_times(recorded: Recorded) -> Floats:
-    """Seconds of every training step after the warm-up epochs, shape ``(steps,)``."""
-    name = recorded.result.files.get("samples")
+    """Seconds of every training step after the warm-up, shape ``(steps,)``.
+
+    Where the run was too short for warm-up epochs it is the first step alone, in which everything happens first.
+    """
+    name, warmup = recorded.result.files.get("samples"), recorded.result.warmup_epochs
     if name is None:
         return np.empty(0)
     samples = load_samples(recorded.path.parent / name)
-    counted: Floats = np.asarray(samples.step_s, dtype=np.float64)[samples.step_epoch > recorded.result.warmup_epochs]
-    return counted
+    counted: Floats = np.asarray(samples.step_s, dtype=np.float64)
+    return counted[samples.step_epoch > warmup] if warmup else counted[1:]
+
+
+def epoch_times(recorded: Recorded) -> Floats:
+    """Training seconds of every epoch after the warm-up epochs, shape ``(epochs,)``."""
+    result = recorded.result
+    return np.array([epoch.train_s for epoch in result.epochs if epoch.index > result.warmup_epochs], dtype=np.float64)
 
 
 def memory(result: CellResult) -> dict[str, float]:

@@ -49,7 +49,11 @@ _LISTED = (
 )
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _LISTED}
 COUNTERS: tuple[str, ...] = tuple(metric.name for metric in _LISTED if metric.kind == "counter")
-_PREFIXES = (("bytes", (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))), ("s", (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6))))
+_PREFIXES: dict[str, tuple[tuple[str, float], ...]] = {
+    "bytes": (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)),
+    "FLOP": (("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6)),
+    "s": (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)),
+}
 
 
 def metric(name: str) -> Metric:
@@ -63,11 +67,9 @@ def shown(value: float | str | None, unit: str) -> str:
         return "none"
     if isinstance(value, str):
         return value
-    for name, steps in _PREFIXES:
-        for prefix, size in steps if name == unit else ():
-            if abs(value) >= size:
-                return f"{value / size:.4g} {prefix}"
-    if unit == "FLOP":
-        return f"{value:.6g} FLOP"
+    digits = 6 if unit == "FLOP" else 4  # exact, and usually nearly the same
+    for prefix, size in _PREFIXES.get(unit, ()):
+        if abs(value) >= size:
+            return f"{value / size:.{digits}g} {prefix}"
     whole = f"{value:,.0f}" if float(value).is_integer() else f"{value:.4f}"
     return f"{whole} {unit}".strip()

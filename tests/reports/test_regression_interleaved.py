@@ -1,0 +1,159 @@
+"""Interleaved runs: bursts of noise must not look like changes, changes must not hide in noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from tpme.bench.record import read_result
+from tpme.reports.load import Recorded
+from tpme.reports.regression.interleaved import compare_peaks, compare_times, judge_runs, suspicious
+from tpme.reports.regression.measures import cell_key
+from tpme.reports.regression.verdict import CellVerdict, Comparison, Policy
+
+Floats = npt.NDArray[np.float64]
+Make = Callable[..., Any]
+POLICY = Policy()
+
+
+def runs(rng: np.random.Generator, number: int, *, slower: float = 1.0, steps: int = 40) -> list[Floats]:
+    """Step times of ``number`` runs over the same batches, some of them hit by bursts of other work."""
+    batches = np.random.default_rng(9).uniform(0.8, 1.2, steps)
+    found = []
+    for _ in range(number):
+        burst = np.ones(steps)
+        start = rng.integers(steps)
+        burst[start : start + rng.integers(steps)] = rng.uniform(1, 2)
+        found.append(slower * batches * burst * rng.lognormal(0, 0.02, steps))
+    return found
+
+
+def test_bursts_of_other_work_are_no_regression() -> None:
+    rng = np.random.default_rng(0)
+    verdicts = [compare_times("step_s", runs(rng, 4), runs(rng, 4), POLICY).verdict for _ in range(40)]
+    assert verdicts.count("same") == 40
+
+
+def test_a_slowdown_is_found_through_bursts() -> None:
+    rng = np.random.default_rng(1)
+    found = [compare_times("step_s", runs(rng, 4), runs(rng, 4, slower=1.2), POLICY) for _ in range(40)]
+    assert [one.verdict for one in found].count("regressed") >= 38
+    (first, *_) = found
+    assert first.ratio == pytest.approx(1.2, abs=0.05)
+    assert first.low is not None
+    assert first.high is not None
+    assert 1.0 < first.low < 1.2 < first.high
+    improved = compare_times("step_s", runs(rng, 4, slower=1.3), runs(rng, 4), POLICY)
+    assert improved.verdict == "improved"
+
+
+def test_what_slows_only_few_steps_counts_by_its_share() -> None:
+    """A quantile would not see that every fifth step takes twice as long; the mean over steps is 20 % higher."""
+    rng = np.random.default_rng(2)
+    head = runs(rng, 4)
+    for taken in head:
+        taken[::5] *= 2
+    assert compare_times("step_s", runs(rng, 4), head, POLICY).ratio == pytest.approx(1.2, abs=0.05)
+
+
+def test_noise_raises_the_bar() -> None:
+    base, head = [np.full(20, 1.0), np.full(20, 1.5)], [np.full(20, 1.3), np.full(20, 1.3)]
+    compared = compare_times("step_s", base, head, POLICY)
+    assert compared.bound == pytest.approx(0.5)  # without its first run the base would look 50 % slower
+    assert compared.verdict == "same"
+    cell = CellVerdict(key="k", name="n", dataset="d", state="compared", comparisons=(compared,))
+    assert suspicious(cell, POLICY)
+
+
+def test_epochs_of_all_runs_are_tested_together_where_one_run_has_few() -> None:
+    two = [np.array([1.0, 1.01])] * 3
+    assert compare_times("epoch_s", two, [taken * 1.3 for taken in two], POLICY).verdict == "not compared"
+    four = [np.array([1.0, 1.01])] * 4
+    assert compare_times("epoch_s", four, [taken * 1.3 for taken in four], POLICY).verdict == "regressed"
+
+
+@pytest.mark.parametrize(
+    ("head", "verdict"),
+    [
+        ([110.0, 111.0], "regressed"),
+        ([110.0, 100.5], "same"),
+        ([104.0, 104.0], "same"),
+        ([90.0, 91.0], "improved"),
+        ([90.0, 100.5], "same"),  # the smallest alone proves nothing
+    ],
+)
+def test_memory_needs_every_run_of_one_side_beyond_the_other(head: Sequence[float], verdict: str) -> None:
+    compared = compare_peaks("host_rss_bytes", [100.0, 101.0], head, POLICY)
+    assert compared.verdict == verdict
+    assert compared.low is not None
+    assert compared.ratio is not None
+    assert compared.low <= compared.ratio
+
+
+@pytest.mark.parametrize(
+    ("one", "again"),
+    [
+        (Comparison(metric="step_s", kind="time", ratio=1.06, bound=0.1, verdict="same"), True),
+        (Comparison(metric="step_s", kind="time", ratio=1 / 1.06, bound=0.1, verdict="same"), True),
+        (Comparison(metric="step_s", kind="time", ratio=1.04, bound=0.1, verdict="same"), False),
+        (Comparison(metric="step_s", kind="time", ratio=1.0, bound=0.2, verdict="same"), True),
+        (Comparison(metric="host_rss_bytes", kind="memory", ratio=1.03, bound=0.05, verdict="same"), True),
+        (Comparison(metric="status", kind="status", base="ok", head="killed", verdict="regressed"), True),
+        (Comparison(metric="saved_bytes", kind="counter", ratio=2.0, bound=0.0, verdict="regressed"), False),
+    ],
+)
+def test_what_looks_changed_is_measured_again(one: Comparison, again: bool) -> None:
+    cell = CellVerdict(key="k", name="n", dataset="d", state="compared", comparisons=(one,))
+    assert suspicious(cell, POLICY) is again
+
+
+# --- whole cells -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sides(make_factory: Make, tmp_path: Path) -> Callable[..., dict[str, list[Recorded]]]:
+    """``sides("base", [{...}, {...}])``: the runs of one cell, each written with these changes."""
+
+    def write(side: str, changes: Sequence[dict[str, Any]]) -> dict[str, list[Recorded]]:
+        found = []
+        for number, change in enumerate(changes):
+            path = make_factory(tmp_path / side / str(number)).write("lora", **change)
+            found.append(Recorded(path, read_result(path), "cpu"))
+        return {cell_key(found[0].result.cell): found}
+
+    return write
+
+
+def verdicts(cells: Sequence[CellVerdict]) -> dict[str, str]:
+    (cell,) = cells
+    return {one.metric: one.verdict for one in cell.comparisons}
+
+
+def test_cells_are_judged_by_all_their_numbers(sides: Callable[..., Any]) -> None:
+    base = sides("base", [{}, {}])
+    head = sides("head", [{"millions": 2.0, "time": 13.0, "peak": 2.4e9, "code": "n"}] * 2)
+    found = verdicts(judge_runs(base, head, POLICY, ("a", "b")))
+    assert found["trainable_parameters"] == found["step_s"] == found["host_rss_bytes"] == "regressed"
+    assert found["status"] == found["recall_10"] == "same"
+    assert "epoch_s" in found
+
+
+def test_a_slowdown_that_does_not_come_back_is_withdrawn(sides: Callable[..., Any]) -> None:
+    base = sides("base", [{"time": 10.0}] * 4)
+    head = sides("head", [{"time": 13.0}] * 4)
+    (key,) = base
+    assert verdicts(judge_runs(base, head, POLICY, ("a", "b"), {key: 2}))["step_s"] == "regressed"
+    once = sides("once", [{"time": 13.0}, {"time": 13.0}, {"time": 10.0}, {"time": 10.0}])
+    assert verdicts(judge_runs(base, once, POLICY, ("a", "b"), {key: 2}))["step_s"] == "same"
+
+
+def test_one_lost_run_of_many_is_no_end(sides: Callable[..., Any]) -> None:
+    base = sides("base", [{}] * 3)
+    lost = {"status": "killed", "time": None}
+    assert verdicts(judge_runs(base, sides("a", [{}, lost, {}]), POLICY, ("a", "b")))["status"] == "same"
+    assert verdicts(judge_runs(base, sides("b", [{}, lost, lost]), POLICY, ("a", "b")))["status"] == "regressed"
