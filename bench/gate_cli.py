@@ -40,6 +40,7 @@ class GateCommand(TyperCommand):
 def register(app: typer.Typer) -> None:
     """Add the commands to ``app``."""
     app.command("check", cls=GateCommand)(check)
+    app.command("ab", cls=GateCommand)(ab)
     app.command("baseline")(baseline)
 
 
@@ -112,3 +113,60 @@ def baseline(
             mode="replace" if replace else "update" if update else "new",
         )
     )
+
+
+def ab(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Git revision to compare with.")],
+    matrix: Annotated[str, typer.Option(help="Name of a preset, or a TOML file, read once for both sides.")],
+    head: Annotated[str | None, typer.Argument(metavar="HEAD", help="Git revision; by default the work tree.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Only these rows of the matrix: lora,iisan,...")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Lay key=value over the matrix: training.epochs=2.")
+    ] = None,
+    methods_path: Annotated[
+        list[Path] | None, typer.Option(help="Folder with further methods; in the repository: each side's own.")
+    ] = None,
+    repository: Annotated[Path, typer.Option(help="The git repository that is compared.")] = Path(),
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of each cell on each side before judging.")] = 2,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU if there is one.")] = "auto",
+    time_limit: Annotated[float | None, typer.Option(min=1, help="Seconds a run may take.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the records; by default runs/ab.")] = None,
+    time_threshold: TimeThreshold = 0.10,
+    resident_bound: ResidentBound = 0.05,
+    require: Require = None,
+    everything: Everything = False,
+    github: Github = False,
+    as_json: JsonFile = None,
+    as_markdown: MarkdownFile = None,
+    as_junit: JunitFile = None,
+    as_benchmark: BenchmarkFile = None,
+) -> None:
+    """Compare two revisions of a repository, their runs interleaved on this machine. Exit codes as in 'tpme check'."""
+    from tpme.bench.ab import Request, ab_command
+    from tpme.bench.gate import guarded, policy_of
+
+    def work() -> int:
+        return ab_command(
+            base,
+            head,
+            Request(
+                matrix=matrix,
+                settings=settings or [],
+                methods=[name.strip() for name in methods.split(",")] if methods else [],
+                methods_path=methods_path or [],
+                rounds=rounds,
+                device=device,
+                time_limit_s=time_limit,
+            ),
+            policy_of(require, time_threshold=time_threshold, resident_bound=resident_bound),
+            repository=repository,
+            out=out,
+            everything=everything,
+            github=github,
+            as_json=as_json,
+            as_markdown=as_markdown,
+            as_junit=as_junit,
+            as_benchmark=as_benchmark,
+        )
+
+    raise typer.Exit(guarded(work))

@@ -1,0 +1,218 @@
+"""``tpme ab``: two revisions side by side, each with its own code, and what comes of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from tpme.bench.ab_trees import WORK_TREE, Tree, trees
+from tpme.bench.errors import UserError
+
+METHOD = """
+import time
+
+from torch import nn
+
+from tpme.bench.task.recommender import TokenFusion
+from tpme.methods.base import Method
+
+WIDTH, PAUSE_S = 4, 0.0
+
+
+class Fusion(TokenFusion):
+    def __init__(self, shapes, dim):
+        super().__init__(shapes, dim)
+        self.down, self.up = nn.Linear(dim, WIDTH), nn.Linear(WIDTH, dim)
+
+    def forward(self, states, ids):
+        vectors = super().forward(states, ids)
+        return vectors + self.up(self.down(vectors).relu())
+
+
+class Mine(Method):
+    def item_encoder(self, task):
+        return Fusion(task.encoders, task.dim)
+
+    def before_step(self, state):
+        time.sleep(PAUSE_S)
+
+
+METHOD = Mine
+"""
+"""A user's method: a bottleneck on the item vector, and a pause in every step."""
+
+
+class Repository:
+    """A git repository of a user, made step by step."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        root.mkdir()
+        self.git("init", "-q", "-b", "main")
+        self.git("config", "user.email", "somebody@example.org")
+        self.git("config", "user.name", "Somebody")
+
+    def git(self, *arguments: str) -> str:
+        done = subprocess.run(["git", "-C", str(self.root), *arguments], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    def write(self, name: str, text: str) -> Path:
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return path
+
+    def commit(self, files: dict[str, str], tag: str) -> str:
+        for name, text in files.items():
+            self.write(name, text)
+        self.git("add", "-A")
+        self.git("commit", "-q", "--allow-empty", "-m", tag)
+        self.git("tag", tag)
+        return self.git("rev-parse", "HEAD")
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Repository:
+    return Repository(tmp_path / "repository")
+
+
+# --- checkouts ---------------------------------------------------------------------------------------------------
+
+
+def test_two_revisions_lie_side_by_side_and_leave_nothing(repository: Repository) -> None:
+    repository.commit({"methods/a.py": "first"}, "one")
+    repository.commit({"methods/a.py": "second"}, "two")
+    with trees(repository.root / "methods", "one", "HEAD") as (base, head):
+        assert [(tree.root / "methods" / "a.py").read_text() for tree in (base, head)] == ["first", "second"]
+        assert (base.installed, base.environment) == (None, {})
+        assert base.name.startswith("one (")
+        roots = base.root, head.root
+    assert not any(root.exists() for root in roots)
+    assert len(repository.git("worktree", "list").splitlines()) == 1
+    with pytest.raises(ZeroDivisionError), trees(repository.root, "one", "one") as (base, _):
+        raise ZeroDivisionError
+    assert not base.root.exists()
+    assert len(repository.git("worktree", "list").splitlines()) == 1
+
+
+def test_the_work_tree_is_a_snapshot_without_ignored_files(repository: Repository) -> None:
+    repository.commit({"a.py": "committed", "gone.py": "", ".gitignore": "data/\n"}, "one")
+    repository.write("a.py", "edited")
+    repository.write("new.py", "untracked")
+    repository.write("data/huge", "ignored")
+    (repository.root / "gone.py").unlink()
+    with trees(repository.root, "one", None) as (base, head):
+        repository.write("a.py", "edited while it runs")
+        assert (base.root / "a.py").read_text() == "committed"
+        assert head.name == WORK_TREE
+        found = {path.name: path.read_text() for path in head.root.rglob("*") if path.is_file()}
+    assert found == {"a.py": "edited", "new.py": "untracked", ".gitignore": "data/\n"}
+
+
+def test_each_side_of_a_package_imports_its_own_code(repository: Repository) -> None:
+    settings = '[build-system]\nrequires = ["setuptools"]\nbuild-backend = "setuptools.build_meta"\n'
+    settings += '[project]\nname = "mine"\nversion = "1"\n[project.entry-points."tpme.methods"]\nmine = "mine:M"\n'
+    repository.commit({"pyproject.toml": settings, "mine.py": "SIDE = 'base'\n"}, "one")
+    repository.commit({"mine.py": "SIDE = 'head'\n"}, "two")
+    code = "import mine, importlib.metadata as m; print(mine.SIDE, *m.entry_points(group='tpme.methods').names)"
+
+    def told(tree: Tree) -> str:
+        command = [sys.executable, "-P", "-c", code]
+        environment = os.environ | tree.environment
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+
+    with trees(repository.root, "one", "two") as sides:
+        assert [told(tree) for tree in sides] == ["base mine", "head mine"]
+
+
+@pytest.mark.parametrize(
+    ("base", "files", "words"),
+    [
+        ("nowhere", {}, "nowhere: no such revision in "),
+        ("one", {"pyproject.toml": "[project\n"}, "pyproject.toml is not readable"),
+        ("one", {"setup.py": "raise SystemExit('broken on purpose')\n"}, "cannot be installed"),
+    ],
+)
+def test_what_cannot_be_checked_out_is_one_line(
+    repository: Repository, base: str, files: dict[str, str], words: str
+) -> None:
+    repository.commit({"a.py": ""} | files, "one")
+    with pytest.raises(UserError, match=words) as caught, trees(repository.root, base, None):
+        pass
+    assert "\n" not in str(caught.value)
+    assert len(repository.git("worktree", "list").splitlines()) == 1
+
+
+def test_a_folder_that_is_no_repository_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not in a git repository"), trees(tmp_path, "one", None):
+        pass
+
+
+# --- the command -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ab(harness: ModuleType, world: Any, repository: Repository, tmp_path: Path) -> Any:
+    """``ab("one", "two", methods, ...)``: the command on a matrix of these methods; returns process and report."""
+
+    def run(base: str, head: str, methods: list[str], *arguments: str) -> tuple[Any, Any]:
+        training = {"users_per_batch": 4, "max_steps_per_epoch": 12}
+        matrix = world.write(tmp_path / "matrix.toml", world.matrix(methods, training=training))
+        report = tmp_path / "report.json"
+        folders = ["--repository", str(repository.root), "--methods-path", str(repository.root / "mine")]
+        files = ["--out", str(tmp_path / "ab"), "--json", str(report)]
+        done = harness.tpme("ab", base, head, "--matrix", str(matrix), *folders, *files, *arguments, cwd=tmp_path)
+        return done, json.loads(report.read_text()) if report.exists() else None
+
+    return run
+
+
+@pytest.mark.slow
+def test_a_slower_and_larger_method_is_found_and_measured_twice(
+    ab: Any, repository: Repository, tmp_path: Path
+) -> None:
+    repository.commit({"mine/mine.py": METHOD}, "one")
+    changed = METHOD.replace("WIDTH, PAUSE_S = 4, 0.0", "WIDTH, PAUSE_S = 8, 0.2")
+    repository.commit({"mine/mine.py": changed}, "two")
+    done, report = ab("one", "two", ["mine"], "--rounds", "1")
+    assert done.returncode == 1, done.stdout + done.stderr
+    (cell,) = report["cells"]
+    found = {one["metric"]: one for one in cell["comparisons"]}
+    assert found["trainable_parameters"]["verdict"] == found["step_s"]["verdict"] == "regressed"
+    assert found["step_s"]["head"] > found["step_s"]["base"] + 0.19
+    assert found["step_s"]["low"] <= found["step_s"]["ratio"] <= found["step_s"]["high"]
+    assert found["host_rss_bytes"]["base"] > 0
+    assert report["notes"] == ["measured twice before judging: mine"]
+    records = sorted(path.relative_to(tmp_path / "ab" / "1") for path in (tmp_path / "ab").rglob("attempt-1.json"))
+    assert [(path.parts[0], path.parts[2]) for path in records] == [
+        ("base", "run-1"),
+        ("base", "run-2"),
+        ("head", "run-1"),
+        ("head", "run-2"),
+    ]
+
+
+@pytest.mark.slow
+def test_a_cell_of_one_side_alone_is_listed_and_nothing_compared_is_no_pass(ab: Any, repository: Repository) -> None:
+    repository.commit({"mine/other.py": METHOD}, "one")
+    repository.commit({"mine/mine.py": METHOD}, "two")
+    done, report = ab("one", "two", ["mine"])
+    assert done.returncode == 2, done.stdout + done.stderr
+    (cell,) = report["cells"]
+    assert (cell["name"], cell["state"]) == ("mine", "new")
+    assert "unknown method 'mine'" in cell["note"]
+
+
+def test_a_mistake_is_one_line_and_exit_code_3(ab: Any, repository: Repository) -> None:
+    repository.commit({"mine/mine.py": METHOD}, "one")
+    done, report = ab("one", "nowhere", ["mine"])
+    assert (done.returncode, report) == (3, None)
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("tpme: nowhere: no such revision")
