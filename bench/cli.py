@@ -15,8 +15,8 @@ import typer
 from tpme.bench import gate_cli
 from tpme.bench.errors import UserError
 
-INTERRUPTED = 130
-"""The exit code that typer turns a KeyboardInterrupt into: 128 + SIGINT."""
+INTERRUPTED = (129, 130, 143)
+"""Exit codes of SIGHUP, SIGINT (into which typer turns a KeyboardInterrupt) and SIGTERM: 128 + the signal."""
 
 app = typer.Typer(
     name="tpme",
@@ -106,7 +106,7 @@ def prepare_tables(
 def prepare_synthetic(
     destination: Destination,
     users: Annotated[int, typer.Option(min=1, help="Number of users.")] = 1000,
-    items: Annotated[int, typer.Option(min=40, help="Number of items.")] = 600,
+    items: Annotated[int, typer.Option(min=40, help="Number of items.")] = 1000,
     seed: Annotated[int, typer.Option(help="Equal settings and seed give equal data.")] = 12345,
     image_size: ImageSize = 32,
     max_seq_len: MaxSeqLen = 10,
@@ -282,7 +282,7 @@ def main() -> NoReturn:
         print(f"tpme: {error}", file=sys.stderr)  # noqa: T201
         sys.exit(2)
     except SystemExit as stop:
-        if stop.code == INTERRUPTED:
+        if stop.code in INTERRUPTED:
             print("tpme: interrupted; what was finished is kept, the same command goes on from there", file=sys.stderr)  # noqa: T201
         raise
     sys.exit(0)
