@@ -57,6 +57,7 @@ from tpme.bench.train.cached import cached_states
 from tpme.bench.train.ending import TimeLimitReached, failure_of, status_of
 from tpme.bench.train.facts import Arrays, epoch_time, parameter_counts, ranks, reported, samples, throughput
 from tpme.bench.train.loop import WARMUP_EPOCHS, Outcome, Trainer
+from tpme.bench.train.split import PARTS, step_split
 from tpme.methods.base import Method, Plan, TaskShape
 from tpme.methods.registry import create
 
@@ -126,8 +127,12 @@ class Story:
         self.known.trainer, self.known.outcome = trainer, trainer.outcome
         _seed(self.cell.seed)
         trainer.run()
+        with self.phases.phase("export", "counts"):
+            self._export_counts(trainer)
+        self._split(trainer)
         with self.phases.phase("export"):
-            self._export(trainer)
+            method.prepare_inference(model)
+            self.known.throughput = throughput(trainer)
 
     # --- its parts --------------------------------------------------------------------------------------------------
 
@@ -219,13 +224,21 @@ class Story:
         whole = -(-dataset.manifest.users // self.cell.training.users_per_batch)
         return min(whole, self.cell.training.max_steps_per_epoch or whole)
 
-    def _export(self, trainer: Trainer) -> None:
+    def _export_counts(self, trainer: Trainer) -> None:
         model, method = trainer.model, trainer.method
         self.known.parameters = parameter_counts(model, method, trainer.outcome.trainable_max)
         for name, value in method.report(model).items():
             self.known.counters[name] = reported(float(value), f"report() of {self.cell.method}")
-        method.prepare_inference(model)
-        self.known.throughput = throughput(trainer)
+
+    def _split(self, trainer: Trainer) -> None:
+        """The parts of a step. All results are in: whatever goes wrong here costs these readings alone."""
+        try:
+            with self.phases.phase("estimate", "parts of a step"):
+                self.progress("parts of a step", 0.0)
+                self.known.counters |= step_split(trainer)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            self.known.counters |= dict.fromkeys(PARTS, Reading.missing("steps after training", reason))
 
     def _flag_encoders(self, model: Recommender, method: Method) -> None:
         random = [m for m, spec in self._specs(method).items() if spec.weights == "random"]

@@ -60,14 +60,14 @@ def pinned(spec: EncoderSpec) -> EncoderSpec:
 
 
 def code_version(method_file: Path | None = None) -> str:
-    """Version of the measured code: 12 hex digits over the sources of task, loop, instruments and methods.
+    """Version of the measured code: 12 hex digits over the sources of task, loop, instruments, counters and methods.
 
     Reports, the command line and documentation may change without making results stale. A method from elsewhere adds
     its own file, so that a change of it makes only its own cells stale.
     """
     bench = Path(str(files("tpme.bench")))
     sources = [bench / "cell.py", *Path(str(files("tpme.methods"))).rglob("*.py")]
-    sources += [path for part in ("task", "train", "measure") for path in (bench / part).rglob("*.py")]
+    sources += [path for part in ("task", "train", "measure", "counting") for path in (bench / part).rglob("*.py")]
     if method_file is not None and method_file not in sources:
         sources.append(method_file)
     # Sorted by name and content, not by place: where something is installed does not matter.

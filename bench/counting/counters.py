@@ -14,17 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.autograd import Variable
-from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tpme.bench.counting.meta import MetaCell
 from tpme.bench.counting.modes import Target, Tracker
 from tpme.bench.record import Reading
 from tpme.bench.task.items import map_tensors
-from tpme.bench.task.loss import in_batch_logits
-from tpme.methods.base import PassOutput
-
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+from tpme.bench.train.step import AUTOCAST, total_loss
 
 
 @dataclass(frozen=True)
@@ -102,14 +98,15 @@ def run_step(of: MetaCell, *, fused_attention: bool) -> Step:
     Args:
         of: the cell. fused_attention: attention by the kernel that CUDA would choose, in place of torch's math.
     """
-    dtype = _AUTOCAST.get(of.cell.training.precision)
+    dtype = AUTOCAST.get(of.cell.training.precision)
     target = Target(dtype, fused_attention=fused_attention)
     batch: list[Tensor] = []
     map_tensors(of.batch, lambda tensor: batch.append(tensor) or tensor)  # type: ignore[func-returns-value]
     tracker = Tracker([*_weights(of), *batch])
     with sdpa_kernel(SDPBackend.MATH), tracker:
         with target, tracker.saving():
-            loss = _loss(of)
+            of.method.before_step(of.state)
+            loss = total_loss(of.method, of.model, of.batch)
         target.end_forward()
         forward, saved = tracker.flops, tracker.saved_bytes()
         if loss.requires_grad:
@@ -125,21 +122,6 @@ def run_step(of: MetaCell, *, fused_attention: bool) -> Step:
         uncounted=tuple(sorted(tracker.uncounted)),
         work=tracker.work,
     )
-
-
-def _loss(of: MetaCell) -> Tensor:
-    """The loss of a step, as the training loop computes it."""
-    method, model, batch = of.method, of.model, of.batch
-    method.before_step(of.state)
-    outputs = {}
-    for name in method.passes():
-        method.begin_pass(name, model)
-        vectors = model.encode_items(batch.items)
-        users = model.user_vectors(vectors[batch.slot[:, :-1]], batch.mask)
-        logits = in_batch_logits(users, vectors, batch.candidates)
-        target = batch.candidates.target
-        outputs[name] = PassOutput(functional.cross_entropy(logits, target), logits, target)
-    return torch.stack(list(method.losses(outputs).values())).sum()
 
 
 def _backward(loss: Tensor) -> None:

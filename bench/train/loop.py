@@ -19,22 +19,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
 from tpme.bench.measure.phases import PhaseLog
 from tpme.bench.record import Cell, Epoch
 from tpme.bench.task.batches import Batch, ItemStore, TrainBatches
 from tpme.bench.task.dataset import Dataset
 from tpme.bench.task.evaluate import item_matrix, rank_split, recall_and_ndcg
-from tpme.bench.task.loss import in_batch_logits
 from tpme.bench.task.recommender import Recommender
+from tpme.bench.train.step import AUTOCAST, forward, total_loss
 from tpme.bench.train.timing import StepTimer
-from tpme.methods.base import Method, PassOutput, Plan, Stage, StepState
+from tpme.methods.base import Method, Plan, Stage, StepState
 
 CHECK_EVERY_STEPS = 50
 WARMUP_EPOCHS = 1
 """Leading epochs that do not count towards the epoch time, where there are at least three."""
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class DivergedError(ArithmeticError):
@@ -57,6 +55,10 @@ class Outcome:
     test_ranks: NDArray[np.int32] | None = None
     trainable_max: int = 0
     """The most parameters that trained at one time."""
+
+
+def _go_on() -> None:
+    """Nobody times the parts of a step."""
 
 
 class Trainer:
@@ -96,7 +98,7 @@ class Trainer:
         self.outcome = Outcome()
         self._own_batches = self._endless_batches()
         precision = cell.training.precision
-        self.autocast_dtype = _AUTOCAST.get(precision)
+        self.autocast_dtype = AUTOCAST.get(precision)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
     # --- the procedure --------------------------------------------------------------------------------------------
@@ -122,8 +124,7 @@ class Trainer:
             self.state.stage = stage
             self.method.begin_stage(self.state)
             self._count_trainable()
-            groups = self.method.param_groups(self.model, self.cell.lr)
-            optimizer = self.method.optimizer(groups, fused=True)
+            optimizer = self.optimizer()
             stale = 0
             for _ in range(epochs):
                 self.state.epoch += 1
@@ -132,12 +133,16 @@ class Trainer:
                 if stale >= self.cell.training.patience:
                     break
 
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The method's optimiser of what trains now."""
+        return self.method.optimizer(self.method.param_groups(self.model, self.cell.lr), fused=True)
+
     def training_losses(self, steps: int) -> Iterator[Tensor]:
         """The task's loss, with its graph, on the next ``steps`` training batches of an order of their own."""
         for batch in itertools.islice(self._own_batches, steps):
             self.model.train()
-            with self._autocast():
-                loss = self._forward(batch).loss
+            with self.autocast():
+                loss = forward(self.model, batch).loss
             yield loss
 
     def _endless_batches(self) -> Iterator[Batch]:
@@ -152,7 +157,12 @@ class Trainer:
 
     def _epoch(self, optimizer: torch.optim.Optimizer, stage: Stage) -> bool:
         number = self.state.epoch
-        name = f"{stage.name} epoch {number}".strip()
+        steps, loss = self.train_epoch(optimizer, f"{stage.name} epoch {number}".strip())
+        return self._validate(number, train_s=self.phases.phases[-1].wall_s, steps=steps, loss=loss)
+
+    def train_epoch(self, optimizer: torch.optim.Optimizer, name: str) -> tuple[int, float]:
+        """The measured region: one ``train`` phase called ``name``; returns its steps and mean loss."""
+        number = self.state.epoch
         self.model.train()
         timer, losses = StepTimer(self.device), []
         with self.phases.phase("train", name):
@@ -160,7 +170,7 @@ class Trainer:
             self.step_of_epoch = 1
             for step, batch in enumerate(self.batches.epoch(number), start=1):
                 self.step_of_epoch = step
-                losses.append(self._step(batch, optimizer))
+                losses.append(self.step(batch, optimizer))
                 timer.lap()
                 if step % CHECK_EVERY_STEPS == 0:
                     self._check(losses, number)
@@ -171,19 +181,20 @@ class Trainer:
         self._count_trainable()
         self.outcome.step_s += timer.seconds()
         self.outcome.step_epoch += [number] * len(losses)
-        return self._validate(number, train_s=self.phases.phases[-1].wall_s, steps=len(losses), loss=loss)
+        return len(losses), loss
 
-    def _step(self, batch: Batch, optimizer: torch.optim.Optimizer) -> Tensor:
-        """Forward, backward, update; returns the loss, detached, still on the device."""
+    def step(self, batch: Batch, optimizer: torch.optim.Optimizer, lap: Callable[[], None] = _go_on) -> Tensor:
+        """Forward, backward, update; returns the loss, detached, still on the device.
+
+        ``lap`` is called after the forward and after the backward pass.
+        """
         method, state = self.method, self.state
         method.before_step(state)
-        outputs = {}
-        with self._autocast():
-            for name in method.passes():
-                method.begin_pass(name, self.model)
-                outputs[name] = self._forward(batch)
-            loss = torch.stack(list(method.losses(outputs).values())).sum()
+        with self.autocast():
+            loss = total_loss(method, self.model, batch)
+        lap()
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        lap()
         if _overrides(method, "after_backward"):
             self.scaler.unscale_(optimizer)
             method.after_backward(state)
@@ -198,15 +209,9 @@ class Trainer:
         state.step += 1
         return loss.detach()
 
-    def _forward(self, batch: Batch) -> PassOutput:
-        vectors = self.model.encode_items(batch.items)
-        users = self.model.user_vectors(vectors[batch.slot[:, :-1]], batch.mask)
-        logits = in_batch_logits(users, vectors, batch.candidates)
-        target = batch.candidates.target
-        return PassOutput(functional.cross_entropy(logits, target), logits, target)
-
     @contextmanager
-    def _autocast(self) -> Iterator[None]:
+    def autocast(self) -> Iterator[None]:
+        """The precision of the cell's forward passes."""
         enabled = self.autocast_dtype is not None
         with torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=enabled):
             yield
@@ -223,7 +228,7 @@ class Trainer:
 
     def _validate(self, epoch: int | None, *, train_s: float = 0.0, steps: int = 0, loss: float = 0.0) -> bool:
         """Rank the validation targets and, where that improved, the test targets; returns whether it improved."""
-        with self.phases.phase("validate", f"epoch {epoch}" if epoch else ""), self._autocast():
+        with self.phases.phase("validate", f"epoch {epoch}" if epoch else ""), self.autocast():
             vectors = item_matrix(self.model, self.store, self.device, lambda share: self.progress("validate", share))
             recall, ndcg = recall_and_ndcg(rank_split(self.model, vectors, self.dataset.valid), k=10)
         outcome = self.outcome
@@ -234,7 +239,7 @@ class Trainer:
         improved = outcome.best_recall is None or recall > outcome.best_recall
         if improved:
             outcome.best_recall, outcome.best_epoch = recall, epoch
-            with self.phases.phase("rank", f"epoch {epoch}" if epoch else ""), self._autocast():
+            with self.phases.phase("rank", f"epoch {epoch}" if epoch else ""), self.autocast():
                 outcome.test_ranks = rank_split(self.model, vectors, self.dataset.test)
         return improved
 

@@ -15,6 +15,7 @@ from tpme.bench.task import evaluate
 from tpme.bench.task.batches import TrainBatches
 from tpme.bench.train import loop
 from tpme.bench.train.loop import DivergedError, Trainer
+from tpme.bench.train.step import forward
 from tpme.methods.base import Method, MethodConfig
 
 MakeTrainer = Callable[..., Trainer]
@@ -232,7 +233,7 @@ def kept_bytes(trainer: Trainer) -> int:
     trainer.model.train()
     batch = next(iter(trainer.batches.epoch(1)))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = trainer._forward(batch)
+        output = forward(trainer.model, batch)
     assert output.loss.requires_grad
     return sum(kept.values())
 

@@ -1,0 +1,69 @@
+"""Where the time of a training step goes: waiting for data, forward pass, backward pass, optimiser.
+
+A few more steps after training, in a pass of their own, because marks inside every step would be one more thing that
+the training time measures. The learning rates are 0, so that every parameter stays bit for bit as training left it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+
+from tpme.bench.measure.clock import now
+from tpme.bench.record import Reading
+from tpme.bench.train.loop import Trainer
+from tpme.bench.train.timing import StepTimer
+
+PARTS = ("data_wait_s", "forward_s", "backward_s", "update_s")
+WARMUP, FEWEST, MOST = 2, 3, 10
+"""Steps that are not counted (the optimiser sets its state up), and bounds of those that are."""
+SHARE, ALWAYS_S = 0.03, 1.0
+"""Of the training time, what the pass may take; a run so short that this is less may take the second (seconds)."""
+
+
+def step_split(trainer: Trainer) -> dict[str, Reading]:
+    """Medians of the four parts of a step; call it after training, in a phase of kind ``estimate``.
+
+    On a GPU the parts are what the device spends between CUDA events: waiting for data is time in which it had nothing
+    to do. The method's hooks count where they are called; what of a method's own state they change is not undone.
+    """
+    spent = trainer.outcome.step_s
+    source = f"median of up to {MOST} steps after training, " + (
+        "CUDA events" if trainer.device.type == "cuda" else "wall clock"
+    )
+    if not spent:
+        return dict.fromkeys(PARTS, Reading.missing(source, "no training step was finished"))
+    budget_s = max(SHARE * sum(spent), ALWAYS_S)
+    steps = min(int(budget_s / np.median(spent)) - WARMUP, MOST)
+    if steps < FEWEST:
+        reason = f"only {len(spent)} steps were trained: measuring some more would take longer than {SHARE:.0%} of that"
+        return dict.fromkeys(PARTS, Reading.missing(source, reason))
+    laps = np.array(_laps(trainer, WARMUP + steps)).reshape(-1, len(PARTS))[WARMUP:]
+    source = source.replace(f"up to {MOST}", str(len(laps)))
+    return {
+        name: Reading(value=float(value), source=source)
+        for name, value in zip(PARTS, np.median(laps, axis=0), strict=True)
+    }
+
+
+def _laps(trainer: Trainer, steps: int) -> list[float]:
+    """Seconds of every part of ``steps`` steps, in order."""
+    trainer.model.train()
+    optimizer = trainer.optimizer()
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    state, trainer.state = trainer.state, replace(trainer.state)
+    # As many epochs as that takes: a short one has fewer batches.
+    batches = itertools.chain.from_iterable(trainer.batches.epoch(trainer.state.epoch) for _ in itertools.count())
+    timer = StepTimer(trainer.device)
+    timer.start()
+    for batch in itertools.islice(batches, steps):
+        timer.lap()
+        trainer.step(batch, optimizer, timer.lap)
+        timer.lap()
+    now(trainer.device)
+    trainer.state = state
+    trainer.model.eval()  # as evaluation left it
+    return timer.seconds()

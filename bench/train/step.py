@@ -1,0 +1,33 @@
+"""The forward side of a training step, shared by the loop, the counters and the overhead's bare loop."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tpme.bench.task.batches import Batch
+from tpme.bench.task.loss import in_batch_logits
+from tpme.bench.task.recommender import Recommender
+from tpme.methods.base import Method, PassOutput
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""Type of the matrix products under each half precision; full precision runs without autocast."""
+
+
+def forward(model: Recommender, batch: Batch) -> PassOutput:
+    """One pass over ``batch``: the task's loss over the in-batch candidates."""
+    vectors = model.encode_items(batch.items)
+    users = model.user_vectors(vectors[batch.slot[:, :-1]], batch.mask)
+    logits = in_batch_logits(users, vectors, batch.candidates)
+    target = batch.candidates.target
+    return PassOutput(functional.cross_entropy(logits, target), logits, target)
+
+
+def total_loss(method: Method, model: Recommender, batch: Batch) -> Tensor:
+    """All passes of ``method`` over ``batch``; returns the sum of its losses, a scalar."""
+    outputs = {}
+    for name in method.passes():
+        method.begin_pass(name, model)
+        outputs[name] = forward(model, batch)
+    return torch.stack(list(method.losses(outputs).values())).sum()
