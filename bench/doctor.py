@@ -133,7 +133,7 @@ def try_out(device: str, nvml: Nvml) -> tuple[tuple[Quantity, ...], tuple[Flag, 
         log.baseline()
         with log.phase("train", "trial"):
             _work(device)
-    sampler = log.counters()["sampler_cpu_fraction"]
+    sampler = log.counters()["sampler_core_share"]
     return tuple(_quantities(device, log.phases[0], sampler)), tuple(log.flags())
 
 

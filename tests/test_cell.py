@@ -130,6 +130,21 @@ def test_a_real_allocation_that_fails(tell: Tell) -> None:
     assert (result.status, result.failure.bytes_requested) == ("oom", 2**55)
 
 
+def test_out_of_memory_leaves_a_lower_bound_of_what_would_have_been_needed(tell: Tell) -> None:
+    """In its very first step, when no epoch has an account of its memory yet."""
+    result = tell(
+        """
+        def before_step(self, state):
+            self.held = torch.ones(2**24)
+            torch.empty(2**55, dtype=torch.uint8)
+        """
+    )
+    assert (result.status, result.failure.epoch, result.failure.step) == ("oom", 1, 1)
+    failed = result.phases[-2]  # the counters come last
+    assert failed.kind == "train"
+    assert failed.memory.host_rss_bytes.value >= 4 * 2**24
+
+
 def test_other_runtime_errors_are_errors() -> None:
     assert status_of(RuntimeError("shapes differ")) == "error"
     assert status_of(TimeLimitReached()) == "timeout"

@@ -52,7 +52,7 @@ class PhaseLog:
         self._left: dict[PhaseKind, tuple[int, int]] = {}
         self._wait, self._waits = CoreWait(), list[tuple[float | None, float]]()
         """Of the training phases: the longest wait for a core, and the time (seconds)."""
-        self._facts: list[tuple[PhaseKind, GpuFacts]] = []
+        self._facts: list[tuple[PhaseKind, str, GpuFacts]] = []
         self._gpu: GpuWindow | None = None
         self._no_gpu, self._idle_flags = NO_CUDA, list[Flag]()
         if is_cuda(device):
@@ -118,16 +118,18 @@ class PhaseLog:
             flags.append(Flag(code="cpu-memory", message="CPU run: memory is resident memory over the baseline"))
         elif self._gpu is None:
             flags.append(Flag(code="no-nvml", message=f"no NVML readings: {self._no_gpu}"))
-        others = max((facts.other_processes for _, facts in self._facts), default=0)
+        others = max((facts.other_processes for _, _, facts in self._facts), default=0)
         if others:
-            flags.append(Flag(code="foreign-process", message=f"up to {others} other processes used the GPU"))
+            shared = self._while_training(lambda facts: facts.other_processes > 0)
+            flags.append(Flag(code="foreign-process", message=f"up to {others} other processes used the GPU{shared}"))
         held: dict[str, float] = {}
         for facts in self._training_facts():
             for words, share in facts.throttled.items():
                 held[words] = max(held.get(words, 0.0), share)
         if held:
             worst = ", ".join(f"{words} in {share:.0%} of readings" for words, share in held.items())
-            flags.append(Flag(code="throttled", message=f"the GPU's clock was held down while training: {worst}"))
+            where = self._while_training(lambda facts: bool(facts.throttled))
+            flags.append(Flag(code="throttled", message=f"the GPU's clock was held down{where}: {worst}"))
         waited = self._core_wait()
         if waited.value is not None and waited.value > CROWDED:
             message = (
@@ -142,7 +144,7 @@ class PhaseLog:
         """The instruments' own cost, what the run waited for cores, and on a GPU its state while training."""
         counters: dict[str, Reading] = {}
         if self.samples is not None:
-            counters["sampler_cpu_fraction"] = _or_missing(
+            counters["sampler_core_share"] = _or_missing(
                 self.samples.cpu_fraction, "processor time of the sampler, of one core", "the sampler ended early"
             )
         if self._waits:
@@ -169,7 +171,12 @@ class PhaseLog:
         return Reading(value=sum(waited for waited, _ in counted) / sum(wall_s for _, wall_s in counted), source=SOURCE)
 
     def _training_facts(self) -> list[GpuFacts]:
-        return [facts for kind, facts in self._facts if kind == "train"]
+        return [facts for kind, _, facts in self._facts if kind == "train"]
+
+    def _while_training(self, touched: Callable[[GpuFacts], bool]) -> str:
+        """The training phases for which ``touched`` holds, in words: their steps stay in, and are named instead."""
+        names = [name or kind for kind, name, facts in self._facts if kind == "train" and touched(facts)]
+        return f" while training ({', '.join(names)})" if names else ""
 
     def _begin(self, kind: PhaseKind) -> float:
         """Close the gap since the last phase and reset all peaks; returns the start of the measured stretch."""
@@ -214,7 +221,7 @@ class PhaseLog:
         host = self._host.peak(_sampled_host(rows))
         gpu = self._gpu_readings(end_s - start_s, rows, reserved)
         if gpu.facts is not None:
-            self._facts.append((kind, gpu.facts))
+            self._facts.append((kind, name, gpu.facts))
         self.phases.append(
             Phase(
                 kind=kind,

@@ -90,7 +90,7 @@ def test_the_sampler_sees_the_memory_and_the_work(told: dict[str, Any]) -> None:
     assert most - first >= 512 * MIB
     assert told["counters"]["gpu_utilisation_percent"]["value"] > 0
     assert told["counters"]["gpu_temperature_c"]["value"] > 0
-    assert told["counters"]["sampler_cpu_fraction"]["value"] < 0.05
+    assert told["counters"]["sampler_core_share"]["value"] < 0.05
 
 
 def test_the_device_is_found_by_its_uuid() -> None:

@@ -223,7 +223,7 @@ def test_the_samplers_cost_and_curve_come_with_the_log() -> None:
             time.sleep(0.2)
     assert log.samples is not None
     assert log.samples.t_s[0] > 0
-    assert log.counters()["sampler_cpu_fraction"].value == log.samples.cpu_fraction
+    assert log.counters()["sampler_core_share"].value == log.samples.cpu_fraction
     train = log.phases[0]
     inside = (log.samples.t_s >= train.start_s) & (log.samples.t_s <= train.start_s + train.wall_s)
     assert inside.sum() > 3
@@ -258,8 +258,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     return FakeGpu(used=GIB // 100)
 
 
-def train_on(gpu: FakeGpu, log: PhaseLog) -> None:
-    with log.phase("train"):
+def train_on(gpu: FakeGpu, log: PhaseLog, name: str = "") -> None:
+    with log.phase("train", name):
         gpu.used, gpu.processes = gpu.used + 2 * GIB, {os.getpid(): 2 * GIB}
         gpu.energy_mj += 30_000
         time.sleep(0.15)
@@ -285,7 +285,7 @@ def test_strangers_and_a_busy_start_are_flagged(gpu: FakeGpu) -> None:
     messages = [flag.message for flag in log.flags() if flag.code == "foreign-process"]
     assert len(messages) == 2
     assert "before this run" in messages[0]
-    assert "up to 1 other processes" in messages[1]
+    assert "up to 1 other processes used the GPU while training (train)" in messages[1]
 
 
 @pytest.mark.parametrize(
@@ -308,9 +308,16 @@ def test_throttling_while_training_is_flagged(gpu: FakeGpu, monkeypatch: pytest.
     log = PhaseLog("cuda", None, Nvml.open(fake_nvml(gpu)))
     ends = module.GpuWindow.end
     rows = {"t_s": np.zeros(4), "clock_limits": np.array([0x4, 0x4, 0x4, 0.0]), "temperature_c": np.full(4, 70.0)}
-    monkeypatch.setattr(module.GpuWindow, "end", lambda self, wall_s, _, floor: ends(self, wall_s, rows, floor))
-    train_on(gpu, log)
+    monkeypatch.setattr(
+        module.GpuWindow,
+        "end",
+        lambda self, wall_s, _, floor: ends(self, wall_s, rows if len(log.phases) == 1 else {}, floor),
+    )
+    for epoch in (1, 2, 3):
+        train_on(gpu, log, f"epoch {epoch}")
     (flag,) = log.flags()
     assert flag.code == "throttled"
+    assert "while training (epoch 2)" in flag.message
+    assert len(log.phases) == 3, "named, never dropped"
     assert "power cap in 75% of readings" in flag.message
     assert log.counters()["gpu_temperature_c"].value == 70.0
