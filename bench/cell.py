@@ -25,7 +25,7 @@ from typing import NoReturn
 import numpy as np
 import torch
 
-from tpme.bench.counting.recorded import exact_counters, utilisation
+from tpme.bench.counting.recorded import exact_counters, noise_floor, utilisation
 from tpme.bench.errors import UserError
 from tpme.bench.job import Job, pinned, progress_line, time_limit_message
 from tpme.bench.measure.environment import environment
@@ -106,6 +106,17 @@ class Story:
         return status
 
     def _tell(self) -> None:
+        trainer = self.prepare()
+        trainer.run()
+        with self.phases.phase("export", "counts"):
+            self._export_counts(trainer)
+        self._split(trainer)
+        with self.phases.phase("export"):
+            trainer.method.prepare_inference(trainer.model)
+            self.known.throughput = throughput(trainer)
+
+    def prepare(self) -> Trainer:
+        """Load data and encoders and let the method adapt them; returns what trains the cell."""
         _seed(self.cell.seed)
         method = create(self.cell.method, self.cell.options, self.job.methods_path)
         with self.phases.phase("load", "data"):
@@ -126,13 +137,7 @@ class Story:
         trainer = Trainer(self.cell, model, method, dataset, store, self.phases, self.device, self.progress)
         self.known.trainer, self.known.outcome = trainer, trainer.outcome
         _seed(self.cell.seed)
-        trainer.run()
-        with self.phases.phase("export", "counts"):
-            self._export_counts(trainer)
-        self._split(trainer)
-        with self.phases.phase("export"):
-            method.prepare_inference(model)
-            self.known.throughput = throughput(trainer)
+        return trainer
 
     # --- its parts --------------------------------------------------------------------------------------------------
 
@@ -271,7 +276,7 @@ class Story:
         try:
             with self.phases.phase("estimate", "counters"):
                 self.progress("count", 0.0)
-                known.counters |= exact_counters(self.job, trainer.dataset)
+                known.counters |= noise_floor(self.job) | exact_counters(self.job, trainer.dataset)
                 if status == "ok":
                     known.counters |= utilisation(self.job, trainer.outcome, known.counters)
         except (Exception, TimeLimitReached) as error:

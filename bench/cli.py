@@ -258,13 +258,26 @@ def list_encoders(as_json: AsJson = False) -> None:
 
 
 @app.command()
-def doctor(as_json: AsJson = False) -> None:
+def doctor(
+    as_json: AsJson = False,
+    noise: Annotated[
+        bool, typer.Option("--noise", help="Measure how far equal runs lie apart here first (two minutes).")
+    ] = False,
+    store: Annotated[Path | None, typer.Option(help="Where device profiles are kept.")] = None,
+) -> None:
     """Show versions and devices, and how each quantity is measured on this machine."""
     from rich.console import Console
 
     from tpme.bench.doctor import diagnose, render
+    from tpme.bench.launch import store_folder
 
-    diagnosis = diagnose()
+    folder = store_folder(store)
+    if noise:
+        from tpme.bench.noise import measure_noise
+        from tpme.bench.run_command import choose_device
+
+        measure_noise(choose_device("auto"), folder, Console(stderr=True))
+    diagnosis = diagnose(folder)
     if as_json:
         print(diagnosis.model_dump_json(indent=1))  # noqa: T201
     else:

@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
@@ -24,6 +24,20 @@ EFFICIENCY_OF_DATASHEET, EFFICIENCY_OF_MEASURED = 0.5, 0.75
 reaches, a measured profile what one large product does."""
 _LONGEST_MATMUL_S, _SMALLEST, _LARGEST = 0.1, 1024, 8192
 _COPY_BYTES, _CALLS, _REPEAT_S = 128 << 20, 3, 0.05
+
+
+class DeviceNoise(Frozen):
+    """What ``tpme doctor --noise`` found on a device; ratios, 0.03 is 3 %."""
+
+    RATIOS: ClassVar = ("noise_time_ratio", "noise_memory_ratio", "overhead_ratio")
+
+    noise_time_ratio: float
+    """Of the median step times of two runs of the same cell."""
+    noise_memory_ratio: float
+    """Of their peaks."""
+    overhead_ratio: float
+    """What the harness adds to an epoch of a bare loop over the same model and batches."""
+    source: str
 
 
 class DeviceProfile(Frozen):
@@ -45,6 +59,7 @@ class DeviceProfile(Frozen):
     """Time the host needs to start one operator: what bounds a step of many small ones."""
     workspace_bytes: NonNegativeInt = 0
     """What the matrix library takes from torch's allocator besides all tensors."""
+    noise: DeviceNoise | None = None
 
     def rate(self, precision: Precision) -> float:
         """Peak FLOP/s of matrix products in ``precision``."""
@@ -122,14 +137,29 @@ def measured_profile(device: str, store: Path) -> DeviceProfile:
     from tpme.bench.measure.environment import environment
 
     key = environment(device).device_key
-    slug = re.sub(r"[^A-Za-z0-9]+", "-", key).strip("-")[:60]
-    path = store / "devices" / f"{slug}-{hashlib.sha256(key.encode()).hexdigest()[:8]}.json"
-    try:
-        return DeviceProfile.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError):  # not there yet, or of another version
+    profile = known_profile(key, store)
+    if profile is None:
         profile = calibrate(device, name=key)
-        write_atomically(path, (profile.model_dump_json(indent=1) + "\n").encode())
-        return profile
+        keep_profile(profile, store)
+    return profile
+
+
+def known_profile(key: str, store: Path) -> DeviceProfile | None:
+    """The profile measured earlier of the device ``key``, which is an environment's ``device_key``."""
+    try:
+        return DeviceProfile.model_validate_json(_file(key, store).read_bytes())
+    except (OSError, ValidationError):  # not there yet, or of another version
+        return None
+
+
+def keep_profile(profile: DeviceProfile, store: Path) -> None:
+    """Keep a measured profile under its name, which is the device's key."""
+    write_atomically(_file(profile.name, store), (profile.model_dump_json(indent=1) + "\n").encode())
+
+
+def _file(key: str, store: Path) -> Path:
+    slug = re.sub(r"[^A-Za-z0-9]+", "-", key).strip("-")[:60]
+    return store / "devices" / f"{slug}-{hashlib.sha256(key.encode()).hexdigest()[:8]}.json"
 
 
 def calibrate(device: str, name: str | None = None) -> DeviceProfile:

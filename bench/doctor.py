@@ -18,11 +18,13 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from tpme.bench.devices import DeviceNoise, known_profile
 from tpme.bench.measure.clock import is_cuda
 from tpme.bench.measure.environment import (
     allocator,
     cpu_model,
     cpu_threads,
+    environment,
     git_state,
     package_versions,
     usable_cores,
@@ -88,18 +90,26 @@ class Diagnosis(Frozen):
     hub: Hub
     quantities: tuple[Quantity, ...]
     flags: tuple[Flag, ...]
+    noise: DeviceNoise | None
+    """As measured on this device once; None where it never was."""
 
 
-def diagnose() -> Diagnosis:
-    """Look at this machine and try the instruments out (about two seconds, more where CUDA must start)."""
+def diagnose(store: Path) -> Diagnosis:
+    """Look at this machine and try the instruments out (about two seconds, more where CUDA must start).
+
+    Args:
+        store: where the profiles of devices are.
+    """
     import psutil
     import torch
 
     nvml = Nvml.open()  # before CUDA starts, for its idle baselines
     gpus = tuple(_gpus(nvml))
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
+    profile = None
     try:
         quantities, flags = try_out(device, nvml)
+        profile = known_profile(environment(device).device_key, store)
     except RuntimeError as error:  # a GPU that is there, but broken or full
         message = str(error).splitlines()[0]
         quantities, flags = (Quantity(name="all", how="a moment of work", state="no", why=message),), ()
@@ -124,6 +134,7 @@ def diagnose() -> Diagnosis:
         hub=_hub(),
         quantities=quantities,
         flags=flags,
+        noise=profile.noise if profile else None,
     )
 
 
@@ -235,8 +246,18 @@ def render(diagnosis: Diagnosis, console: Console) -> None:
         how = quantity.how if quantity.why is None else f"{quantity.how}: {quantity.why}"
         table.add_row(quantity.name, _MARKS[quantity.state], how)
     _print(console, f"What is measured on this {'GPU' if diagnosis.device == 'cuda' else 'CPU'}", table)
+    console.print(_noise(diagnosis.noise))
     for flag in diagnosis.flags:
         console.print(Text(f"! {flag.message}", "yellow"))
+
+
+def _noise(noise: DeviceNoise | None) -> Text:
+    if noise is None:
+        return Text("Noise floor of this device: not measured yet; tpme doctor --noise", "dim")
+    return Text(
+        f"Noise floor of this device: time ±{noise.noise_time_ratio:.1%}, memory ±{noise.noise_memory_ratio:.1%} "
+        f"({noise.source}); the harness adds {noise.overhead_ratio:.2%} to an epoch"
+    )
 
 
 def _print(console: Console, title: str, body: RenderableType) -> None:

@@ -162,7 +162,7 @@ def run_matrix(
         for task in tasks:
             result = latest_attempt(task.folder)
             if result is None or not _is_done(result, limit_s):
-                job = _job(task, paths[task.cell.dataset], store, methods_path, matrix.cache_limit_bytes, limit_s)
+                job = job_of(task, paths[task.cell.dataset], store, methods_path, matrix.cache_limit_bytes, limit_s)
                 result = _run_cell(job, bars)
                 bars.console.print(_line(result))
             results.append(result)
@@ -203,9 +203,10 @@ def _progress(console: Console) -> Progress:
     )
 
 
-def _job(
+def job_of(
     task: Task, dataset: Path, store: Path, methods_path: Sequence[Path], cache_limit_bytes: int, limit_s: float
 ) -> Job:
+    """The next attempt at the cell of ``task``."""
     attempts = [attempt_number(path) for path in task.folder.glob("attempt-*.json")]
     return Job(
         cell=task.cell,

@@ -9,8 +9,9 @@ import numpy as np
 from tpme.bench.counting.batch import DataShape
 from tpme.bench.counting.counters import count
 from tpme.bench.counting.meta import MetaCell
-from tpme.bench.devices import measured_profile, mfu
+from tpme.bench.devices import DeviceNoise, known_profile, measured_profile, mfu
 from tpme.bench.job import Job
+from tpme.bench.measure.environment import environment
 from tpme.bench.record import Reading
 from tpme.bench.task.dataset import Dataset
 from tpme.bench.train.loop import WARMUP_EPOCHS, Outcome
@@ -19,6 +20,16 @@ from tpme.bench.train.loop import WARMUP_EPOCHS, Outcome
 def exact_counters(job: Job, dataset: Dataset) -> dict[str, Reading]:
     """The exact counters of the cell of ``job``, by name."""
     return count(MetaCell(job.cell, DataShape.of(dataset), methods_path=job.methods_path)).readings()
+
+
+def noise_floor(job: Job) -> dict[str, Reading]:
+    """How far runs of one cell lie apart on the device of ``job``, and what the harness costs there, where measured."""
+    profile = known_profile(environment(job.cell.device).device_key, job.store)
+    noise = profile.noise if profile else None
+    if noise is None:
+        reason = "not measured on this device yet; 'tpme doctor --noise' does"
+        return dict.fromkeys(DeviceNoise.RATIOS, Reading.missing("A/A runs", reason))
+    return {name: Reading(value=getattr(noise, name), source=noise.source) for name in DeviceNoise.RATIOS}
 
 
 def utilisation(job: Job, outcome: Outcome, counters: Mapping[str, Reading]) -> dict[str, Reading]:

@@ -248,7 +248,10 @@ def _device(runs: Sequence[Recorded]) -> Device:
 
 
 def noise(runs: Sequence[Recorded]) -> Noise:
-    """How far repeats of the same cell lie apart; where there are none, how far the epochs of one run do."""
+    """How far repeats of the same cell lie apart; where there are none, how far the epochs of one run do.
+
+    The noise floor of the device, which a record carries where it was measured, raises the latter.
+    """
     whole = [recorded for recorded in runs if recorded.result.status == "ok"]
     repeats: dict[str, list[Recorded]] = {}
     for recorded in whole:
@@ -256,9 +259,18 @@ def noise(runs: Sequence[Recorded]) -> Noise:
     groups = [group for group in repeats.values() if len(group) > 1]
     if not groups:
         times = [time for recorded in whole for time in _gaps(_epoch_medians(recorded))]
-        if not times:
+        floor, source = _carried(whole, "noise_time_ratio"), "epochs of single runs; repeat the runs to know more"
+        if floor:
+            source = f"{source.partition(';')[0]}, and the device's noise floor"
+        if not times and not floor:
             return Noise()
-        return Noise(time=_high(times), pairs=0, source="epochs of single runs; repeat the runs to know more")
+        memory_floor = _carried(whole, "noise_memory_ratio")
+        return Noise(
+            time=max([*floor, *([_high(times)] if times else [])]),
+            memory={name: max(memory_floor) for recorded in whole if memory_floor for name in memory(recorded.result)},
+            pairs=0,
+            source=source,
+        )
     times = [time for group in groups for time in _gaps(_run_medians(group))]
     peaks: dict[str, list[float]] = {}
     for group in groups:
@@ -272,6 +284,11 @@ def noise(runs: Sequence[Recorded]) -> Noise:
         pairs=pairs,
         source=f"{sum(map(len, groups))} runs of {len(groups)} cells",
     )
+
+
+def _carried(runs: Sequence[Recorded], name: str) -> list[float]:
+    readings = [recorded.result.counters.get(name) for recorded in runs]
+    return [reading.value for reading in readings if reading is not None and reading.value is not None]
 
 
 def _run_medians(runs: Sequence[Recorded]) -> list[float]:

@@ -13,7 +13,9 @@ from typer.testing import CliRunner
 
 from tpme.bench import doctor
 from tpme.bench.cli import app
+from tpme.bench.devices import PROFILES, DeviceNoise, keep_profile
 from tpme.bench.doctor import Diagnosis, Quantity, diagnose, render
+from tpme.bench.measure.environment import environment
 from tpme.bench.measure.fake_nvml import FakeGpu, fake_nvml
 from tpme.bench.measure.nvml import Nvml
 
@@ -22,7 +24,7 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="what is said with
 
 @pytest.fixture(scope="module")
 def diagnosis() -> Diagnosis:
-    return diagnose()
+    return diagnose(Path("no store"))
 
 
 def test_every_quantity_is_measured_or_says_why_not(diagnosis: Diagnosis) -> None:
@@ -65,7 +67,7 @@ def test_gpus_are_listed_with_their_state(monkeypatch: pytest.MonkeyPatch) -> No
     nvml = Nvml.open(fake_nvml(*gpus))
     monkeypatch.setattr(Nvml, "open", lambda: nvml)
     monkeypatch.setattr(doctor, "try_out", lambda device, nvml: ((), ()))
-    found = diagnose()
+    found = diagnose(Path())
     assert [gpu.processes for gpu in found.gpus] == [1, None]
     assert found.nvml is None
     output = io.StringIO()
@@ -80,7 +82,7 @@ def test_a_broken_gpu_is_a_finding_not_a_crash(monkeypatch: pytest.MonkeyPatch) 
         raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be ...")
 
     monkeypatch.setattr(doctor, "try_out", fail)
-    assert diagnose().quantities == (
+    assert diagnose(Path()).quantities == (
         Quantity(name="all", how="a moment of work", state="no", why="CUDA error: out of memory"),
     )
 
@@ -91,5 +93,19 @@ def test_downloaded_encoders_are_named(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "datasets--a--b" / "snapshots" / "abc").mkdir(parents=True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(doctor, "try_out", lambda device, nvml: ((), ()))
-    told = json.loads(diagnose().model_dump_json())
+    told = json.loads(diagnose(tmp_path).model_dump_json())
     assert told["hub"]["models"] == ["google/vit-base"]
+
+
+def test_the_noise_floor_is_shown_once_it_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def shown() -> str:
+        output = io.StringIO()
+        render(diagnose(tmp_path), Console(file=output, width=200))
+        return output.getvalue()
+
+    monkeypatch.setattr(doctor, "try_out", lambda device, nvml: ((), ()))
+    assert "not measured yet; tpme doctor --noise" in shown()
+    key = environment("cuda" if torch.cuda.is_available() else "cpu").device_key
+    noise = DeviceNoise(noise_time_ratio=0.031, noise_memory_ratio=0.002, overhead_ratio=0.004, source="6 A/A runs")
+    keep_profile(PROFILES["cpu-generic"].model_copy(update={"name": key, "noise": noise}), tmp_path)
+    assert "time ±3.1%, memory ±0.2% (6 A/A runs); the harness adds 0.40% to an epoch" in shown()
