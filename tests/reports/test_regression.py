@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tpme.bench.errors import UserError
+from tpme.bench.record import Reading, read_result, write_result
 from tpme.reports.regression.baseline import (
     Baseline,
     from_records,
@@ -198,6 +199,24 @@ def test_without_repeats_the_epochs_tell_the_noise(factory: Any) -> None:
     (device,) = from_records([factory.root]).devices.values()
     assert device.noise.time == 0.0  # the factory's epochs take equally long
     assert "single runs" in device.noise.source
+
+
+def test_a_floor_that_a_record_carries_raises_the_bar_of_a_single_run(sides: tuple[Any, Any]) -> None:
+    base, head = sides
+    path = base.write("lora", peak=1e9)
+    floor = {
+        name: Reading(value=value, source="6 A/A runs")
+        for name, value in (("noise_time_ratio", 0.3), ("noise_memory_ratio", 0.2))
+    }
+    record = read_result(path).model_copy(update={"counters": floor})
+    path.unlink()
+    write_result(record, path)
+    head.write("lora", time=12.5, peak=1.15e9, code="n")
+    report = report_of(base.root, head.root)
+    times = one(report, "step_s")
+    assert (times.verdict, times.bound) == ("same", 0.3)
+    memory = one(report, "host_rss_bytes")
+    assert (memory.verdict, memory.bound) == ("same", 0.2)
 
 
 def test_time_and_memory_are_never_compared_between_devices(sides: tuple[Any, Any]) -> None:
