@@ -13,8 +13,9 @@ from tpme.bench import noise
 from tpme.bench.cell import Story
 from tpme.bench.devices import DeviceNoise, known_profile
 from tpme.bench.errors import UserError
+from tpme.bench.launch import plan
 from tpme.bench.measure.phases import PhaseLog
-from tpme.bench.noise import measure_noise, overhead_ratio
+from tpme.bench.noise import MATRIX, measure_noise, overhead_ratio
 
 NAMES = ("noise_time_ratio", "noise_memory_ratio", "overhead_ratio")
 
@@ -69,3 +70,8 @@ def test_overhead_is_what_the_harness_adds(world: Any, tmp_path: Path, monkeypat
     around_them = overhead_ratio(trainer, rounds=3)
     assert min(in_steps, around_them) > plain + 0.5 * abs(plain)
     assert min(in_steps, around_them) > 0.1
+
+
+def test_the_cell_of_the_noise_floor_can_be_planned(tmp_path: Path) -> None:
+    [task] = plan(MATRIX, tmp_path, tmp_path, device="cpu", methods_path=(), console=Console(quiet=True))[0]
+    assert task.cell.training.epochs > 2, "or the first one, which warms up, would count"
