@@ -125,7 +125,7 @@ def baseline_command(
         _show_changes(old, new, out, console)
     write_baseline(new, out)
     console.print(
-        f"{out}: {len(new.cells)} cells, {out.stat().st_size / 1e3:.1f} kB, "
+        f"{out}: {len(new.cells)} cell{'s' * (len(new.cells) != 1)}, {out.stat().st_size / 1e3:.1f} kB, "
         f"measured on {', '.join(new.devices) or 'no device: exact counters alone'}",
         markup=False,
         highlight=False,

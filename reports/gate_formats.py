@@ -37,7 +37,7 @@ def headline(report: GateReport) -> str:
     cells = len(report.state("compared"))
     return (
         f"tpme {report.command}: {_HEADLINES[report.overall]} "
-        f"({regressed} regressed, {improved} improved, {numbers} numbers of {cells} cells compared)"
+        f"({regressed} regressed, {improved} improved, {numbers} numbers of {cells} cell{'s' * (cells != 1)} compared)"
     )
 
 

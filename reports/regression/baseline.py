@@ -282,7 +282,7 @@ def noise(runs: Sequence[Recorded]) -> Noise:
         time=_high(times) if times else None,
         memory={name: _high(gaps) for name, gaps in peaks.items() if gaps},
         pairs=pairs,
-        source=f"{sum(map(len, groups))} runs of {len(groups)} cells",
+        source=f"{sum(map(len, groups))} runs of {len(groups)} cell{'s' * (len(groups) != 1)}",
     )
 
 

@@ -185,7 +185,7 @@ def test_the_noise_floor_of_the_device_raises_the_bar(make_factory: Make, tmp_pa
     baseline = from_records([tmp_path / f"run{number}" for number in range(3)])
     (device,) = baseline.devices.values()
     assert device.noise.time == pytest.approx(0.3, abs=0.05)
-    assert (device.noise.pairs, device.noise.source) == (3, "3 runs of 1 cells")
+    assert (device.noise.pairs, device.noise.source) == (3, "3 runs of 1 cell")
     write_baseline(baseline, tmp_path / "baseline.json")
     head = make_factory(tmp_path / "head")
     head.write("lora", time=13.5, code="n")
