@@ -17,6 +17,8 @@ from tpme.bench.matrix import load_matrix
 from tpme.bench.plan import MatrixPlan, PlannedCell, Work, plan_matrix
 from tpme.bench.record import Cell
 
+NARROWEST = 110
+"""Columns: a number that is cut to fit a narrow screen, or a pipe, would be a wrong number."""
 _NONE = "–"
 _FITS = {"yes": Text("yes", "green"), "tight": Text("tight", "yellow"), "no": Text("no", "red")}
 
@@ -53,7 +55,9 @@ def plan_command(
     if as_json:
         print(plan.model_dump_json(indent=1))  # noqa: T201
     else:
-        render(plan, Console())
+        console = Console()
+        console.width = max(console.width, NARROWEST)
+        render(plan, console)
     return 1 if any(cell.problem for cell in plan.cells) else 0
 
 

@@ -171,6 +171,13 @@ def test_a_data_set_of_another_size(harness: ModuleType, tmp_path: Path) -> None
 # --- the command ---------------------------------------------------------------------------------------------------
 
 
+def test_no_number_is_cut_on_a_narrow_screen(world: Any, harness: ModuleType, tmp_path: Path) -> None:
+    file = world.write(tmp_path / "matrix.toml", world.matrix(["fft"]))
+    told = harness.tpme("plan", str(file), "--store", str(world.store), env={"COLUMNS": "40"}, cwd=tmp_path)
+    assert "fft" in told.stdout
+    assert "…" not in told.stdout
+
+
 def test_json_from_the_command_line(world: Any, harness: ModuleType, tmp_path: Path) -> None:
     matrix = world.write(tmp_path / "small.toml", world.matrix(["frozen", "popularity"]))
     ran = harness.tpme(
