@@ -16,7 +16,6 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from tpme.bench.task.dataset import Dataset
 from tpme.bench.task.prepare import prepare
