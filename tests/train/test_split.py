@@ -102,3 +102,18 @@ def test_what_trains_nothing_says_so(make_trainer: MakeTrainer) -> None:
     found = step_split(trainer)
     assert [found[name].value for name in PARTS] == [None] * 4
     assert all("no training step" in str(found[name].reason) for name in PARTS)
+
+
+def test_every_row_that_trains_has_the_parts_of_its_step(card_run: Any) -> None:
+    """Whatever its loop, with hooks or on cached states; and one that trains nothing says why it has none."""
+    for label, result in card_run[2].items():
+        assert result.status == "ok", (label, result.failure)
+        parts = [result.counters[name] for name in PARTS]
+        if label == "popularity":
+            assert all("no training step" in str(part.reason) for part in parts)
+            continue
+        values = [part.value for part in parts]
+        assert all(value is not None and value > 0 for value in values), label
+        phase = next(phase for phase in result.phases if phase.name == "parts of a step")
+        assert phase.kind == "estimate"
+        assert result.phases.index(phase) > max(i for i, one in enumerate(result.phases) if one.kind == "rank")
