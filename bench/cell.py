@@ -54,6 +54,7 @@ from tpme.bench.task.recommender import Recommender
 from tpme.bench.task.sequential import SequentialEncoder
 from tpme.bench.task.tokens import tokenise
 from tpme.bench.train.cached import cached_states
+from tpme.bench.train.compiling import compile_model
 from tpme.bench.train.ending import TimeLimitReached, failure_of, status_of
 from tpme.bench.train.facts import Arrays, epoch_time, parameter_counts, ranks, reported, samples, throughput
 from tpme.bench.train.loop import WARMUP_EPOCHS, Outcome, Trainer
@@ -132,6 +133,8 @@ class Story:
                 for view in model.views.values():
                     view.checkpoint_activations()
             model.to(self.device)
+            if self.cell.training.compile:
+                self._compile(model)
             self._flag_encoders(model, method)
             self.known.parameters = parameter_counts(model, method)
         trainer = Trainer(self.cell, model, method, dataset, store, self.phases, self.device, self.progress)
@@ -244,6 +247,12 @@ class Story:
         except Exception as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             self.known.counters |= dict.fromkeys(PARTS, Reading.missing("steps after training", reason))
+
+    def _compile(self, model: Recommender) -> None:
+        if model.parameter_groups():
+            compile_model(model)
+        else:
+            self._flag("not-compiled", "nothing trains: nothing to compile")
 
     def _flag_encoders(self, model: Recommender, method: Method) -> None:
         random = [m for m, spec in self._specs(method).items() if spec.weights == "random"]

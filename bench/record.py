@@ -68,6 +68,8 @@ class Training(Frozen):
     users_per_batch: PositiveInt = 32
     precision: Precision = "fp32"
     activation_checkpointing: bool = False
+    compile: bool = False
+    """Run encoder layers, item encoder and sequential encoder through torch.compile."""
     embedding_dim: PositiveInt = 64
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     blocks: PositiveInt = 2

@@ -343,6 +343,7 @@ CHANGES: dict[str, dict[str, Any]] = {
             "users_per_batch": 16,
             "precision": "bf16",
             "activation_checkpointing": True,
+            "compile": True,
             "embedding_dim": 32,
             "dropout": 0.2,
             "blocks": 1,

@@ -119,7 +119,7 @@ def _loss_of(model: Recommender, vectors: Tensor, ids: Tensor, log_p: Tensor) ->
 class StateFiles:
     """Cached states as one file an item and modality, (13, D) float32 each; every second one is used.
 
-    As tensors (``torch.load``), whose time is nearest below the printed one of loading; ``np.load`` takes a third of it.
+    As tensors (``torch.load``): nearest below the printed time of loading; ``np.load`` would take a third of it.
     """
 
     def __init__(self, folder: Path, states: Mapping[Modality, Tensor]) -> None:

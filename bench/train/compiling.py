@@ -1,0 +1,38 @@
+"""``compile = true``: the parts of a model that are the same for every method run through torch.compile."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+
+import torch
+from torch import nn
+
+from tpme.bench.errors import UserError
+from tpme.bench.task.recommender import Recommender
+
+COMPILERS = ("c++", "g++", "clang++")
+
+
+def compile_model(model: Recommender) -> None:
+    """Compile, in place, every encoder layer, the item encoder and the sequential encoder of an adapted model.
+
+    Layer by layer, because hooks on whole layers pick the hidden states that are read, and stay outside. Numbers of
+    items and positions change with every batch, so shapes are dynamic, and no CUDA graph is recorded. Random numbers
+    are drawn as without compilation: dropout stays the same.
+
+    Raises UserError where there is no C++ compiler.
+    """
+    if sys.platform != "win32" and not any(map(shutil.which, COMPILERS)):
+        raise UserError(f"compile = true needs a C++ compiler ({', '.join(COMPILERS)}); install one or turn it off")
+    import torch._inductor.config as inductor
+
+    inductor.fallback_random = True
+    layers = [layer for view in model.views.values() for layer in view.layers]
+    for part in (*layers, model.item_encoder, model.sequence):
+        _compile(part)
+
+
+def _compile(part: nn.Module) -> None:
+    # forward, not the module: a hook that comes and goes with each call must not be part of what is compiled.
+    part.forward = torch.compile(part.forward, dynamic=True)  # type: ignore[method-assign]
