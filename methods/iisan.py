@@ -135,7 +135,9 @@ class Head(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (n, D) to (n, d)."""
-        first, last = self[0], self[1]
+        first, last = self
+        assert isinstance(first, nn.Linear)
+        assert isinstance(last, nn.Linear)
         if len(x) <= last.out_features:
             plain: Tensor = last(first(x))
             return plain
