@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from tpme.reports import shares
 from tpme.reports.fields import byte_unit, millions
+from tpme.reports.figure import Plot, row_label
 from tpme.reports.labels import halo, place_labels
 from tpme.reports.load import Array, Samples, load_samples
 from tpme.reports.section import Section
@@ -30,7 +31,6 @@ from tpme.reports.style import (
     VERMILION,
     margins,
     new_figure,
-    shorten,
     style,
     text_width,
 )
@@ -41,19 +41,11 @@ LOG_FROM = 20
 """A bar axis is logarithmic where the largest value is so many times the smallest."""
 
 
-@dataclass(frozen=True)
-class Plot:
-    """A finished figure; ``name`` is the file name it is saved under, without the ending."""
-
-    name: str
-    title: str
-    caption: str
-    figure: Figure
-
-
 def all_plots(section: Section) -> list[Plot]:
     """Every figure there is something to show in."""
-    makers: tuple[Callable[[Section], Plot | None], ...] = (quality_tpme, costs, memory_over_time, step_times)
+    makers: tuple[Callable[[Section], Plot | None], ...] = (
+        quality_tpme, shares.weights, costs, shares.phases, memory_over_time, step_times,
+    )  # fmt: skip
     made = []
     for make in makers:
         with style():
@@ -86,7 +78,7 @@ def quality_tpme(section: Section) -> Plot | None:
     margins(figure, 0.55, 0.05 + right, 0.36 + 0.12 * lines, 0.28)
     figure.legend(loc="upper left", ncols=2, frameon=False, fontsize=6)
     order = np.lexsort((y, x))
-    place_labels(axes, [(x.iloc[i], y.iloc[i]) for i in order], [_name(section, shown.index[i]) for i in order])
+    place_labels(axes, [(x.iloc[i], y.iloc[i]) for i in order], [row_label(section, shown.index[i]) for i in order])
     caption = (
         "Recall@10 with 95 % intervals over users against TPME; up and left is better. Diamonds: no other row is "
         "better in both. Dotted lines: rows without a TPME, those far below named at the foot."
@@ -124,7 +116,7 @@ def costs(section: Section) -> Plot | None:
         axes.set_xlabel("× FFT" if base else per, labelpad=1)
         if base:
             axes.axvline(1, color=GREY, lw=0.5, ls=(0, (2, 2)), zorder=0)
-    _name_rows(figure, panels[0], position, [_name(section, name) for name in shown.index])
+    _name_rows(figure, panels[0], position, [row_label(section, name) for name in shown.index])
     caption = "Epoch time T, trainable parameters P and peak memory M; the numbers are the raw values, lower is better."
     if len(full):
         caption += f" Bars are relative to {full.index[0]}, the dashed line."
@@ -152,7 +144,7 @@ def memory_over_time(section: Section) -> Plot | None:
         time_s, used = drawn[name][0], drawn[name][1] / scale
         axes.fill_between(time_s, used, color=BLUE, alpha=0.25, lw=0)
         axes.plot(time_s, used, color=BLUE, lw=0.8)
-        axes.set_title(_name(section, name, 18), pad=2, fontsize=6)
+        axes.set_title(row_label(section, name, 18), pad=2, fontsize=6)
         axes.xaxis.set_major_locator(MaxNLocator(3))
         axes.yaxis.set_major_locator(MaxNLocator(3))
     for axes in panels.flat[len(curves) :]:
@@ -195,7 +187,7 @@ def step_times(section: Section) -> Plot | None:
     middle = [float(np.median(steps)) for steps in times.values()]
     if max(middle) > LOG_FROM * min(middle):
         _log_axis(axes, 6)
-    _name_rows(figure, axes, position, [_name(section, name) for name in times], top=0.05)
+    _name_rows(figure, axes, position, [row_label(section, name) for name in times], top=0.05)
     axes.set_xlabel("training step (ms)")
     caption = (
         "Training steps of one cell of each row (its first seed) after the warm-up epochs: median, quartiles, "
@@ -265,7 +257,7 @@ def _draw_references(section: Section, axes: Any, shown: pd.DataFrame) -> tuple[
     rest = section.summary[section.summary["tpme"].isna() & section.summary["recall_10"].notna()]
     low, high = shown["recall_10_low"].min(), shown["recall_10_high"].max()
     near = (rest["recall_10"] >= low - (high - low) / 2) & (rest["recall_10"] <= high + (high - low) / 2)
-    names = {name: _name(section, str(name)) for name in rest.index}
+    names = {name: row_label(section, str(name)) for name in rest.index}
     lines = rest.loc[near, "recall_10"].sort_values()
     for value in lines:
         axes.axhline(value, color=GREY, lw=0.6, ls=(0, (2, 2)), zorder=0)
@@ -288,12 +280,6 @@ def _apart(values: list[float], least: float) -> list[float]:
     for value in values:
         spread.append(max(value, spread[-1] + least) if spread else value)
     return spread
-
-
-def _name(section: Section, name: str, limit: int = 24) -> str:
-    status = str(section.summary.loc[name, "status"])
-    mark = "*" if section.notes.marks[name] else ""
-    return shorten(name, limit) + mark + ("" if status == "ok" else f" ({status})")
 
 
 def _with_warning(section: Section, caption: str) -> str:

@@ -15,9 +15,10 @@ from rich.console import Console
 from tpme.bench.errors import UserError
 from tpme.bench.record import write_atomically
 from tpme.reports.explain import headline, reading_guide
+from tpme.reports.figure import Plot
 from tpme.reports.load import read, to_frame
 from tpme.reports.page import page
-from tpme.reports.plots import Plot, all_plots
+from tpme.reports.plots import all_plots
 from tpme.reports.section import Section, check_rows, make_section
 from tpme.reports.style import save
 from tpme.reports.table import Table, escape_markdown, to_csv, to_json, to_latex, to_markdown, to_terminal
@@ -26,7 +27,7 @@ from tpme.reports.tpme import DEFAULT, Frame, Weights, read_frames, write_frames
 from tpme.reports.trials import names, split
 
 TABLE_FORMATS = {"csv": to_csv, "json": to_json, "tex": to_latex}
-PLOT_FORMATS = ("png", "svg")
+PLOT_FORMATS = ("png", "svg", "pdf")
 FORMATS = (*TABLE_FORMATS, *PLOT_FORMATS, "html")
 
 
@@ -185,7 +186,7 @@ def _markdown(
         for index, section in enumerate(report.sections):
             lines += _heading(several, index, section, "Figures")
             for plot in plots[index]:
-                lines += _figure(plot, _file(plot.name, index), "svg" in formats)
+                lines += _figure(plot, _file(plot.name, index), formats)
     for index, section in enumerate(report.sections):
         lines += _heading(several, index, section, "More tables")
         for table in tables[index][1:]:
@@ -200,14 +201,14 @@ def _heading(several: bool, index: int, section: Section, title: str) -> list[st
     return [f"## {title}, group {index + 1}: {escape_markdown(section.name)}" if several else f"## {title}", ""]
 
 
-def _figure(plot: Plot, file: str, svg: bool) -> list[str]:
-    link = f" [SVG](plots/{file}.svg)" if svg else ""
+def _figure(plot: Plot, file: str, formats: Sequence[str]) -> list[str]:
+    links = "".join(f" [{one.upper()}](plots/{file}.{one})" for one in PLOT_FORMATS[1:] if one in formats)
     return [
         f"### {escape_markdown(plot.title)}",
         "",
         f"![{escape_markdown(plot.title)}](plots/{file}.png)",
         "",
-        f"{escape_markdown(plot.caption)}{link}",
+        f"{escape_markdown(plot.caption)}{links}",
         "",
     ]
 

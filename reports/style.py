@@ -18,6 +18,8 @@ from matplotlib.figure import Figure
 COLUMN_INCHES = 3.5
 
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+COLOURS = (BLUE, ORANGE, GREEN, VERMILION, "#CC79A7", "#56B4E9", "#F0E442")
+"""Of parts of a whole, in this order."""
 GREY, SILVER, PALE = "#666666", "#AAAAAA", "#DDDDDD"
 
 SETTINGS = {
@@ -43,6 +45,7 @@ SETTINGS = {
     "text.parse_math": False,
     "svg.hashsalt": "tpme",
     "svg.fonttype": "path",
+    "pdf.fonttype": 42,  # TrueType: many conferences refuse Type 3
 }
 
 
@@ -92,10 +95,13 @@ def text_width(figure: Figure, texts: Iterable[str], size: float) -> float:
     return float(max(widths) / figure.dpi)
 
 
+PDF_METADATA = {"CreationDate": None, "Creator": None, "Producer": None}
+
+
 def save(figure: Figure, ending: str) -> bytes:
-    """The figure as ``png`` or ``svg``, without dates or versions in it."""
+    """The figure as ``png``, ``svg`` or ``pdf``, without dates or versions in it."""
     file = io.BytesIO()
-    metadata = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}[ending]
+    metadata = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}, "pdf": PDF_METADATA}[ending]
     with style():
         figure.savefig(file, format=ending, metadata=metadata)
     return file.getvalue()

@@ -62,7 +62,7 @@ def test_no_text_covers_another(factory, count):
     methods(factory, count)
     (section,) = make_report([factory.root]).sections
     plots = all_plots(section)
-    assert [plot.name for plot in plots] == ["quality-tpme", "costs", "memory-time", "step-times"]
+    assert [plot.name for plot in plots] == ["quality-tpme", "weights", "costs", "phases", "memory-time", "step-times"]
     for plot in plots:
         with style():
             assert overlapping(plot.figure) == [], plot.name
@@ -99,7 +99,7 @@ def test_files_carry_no_date_and_are_the_same_twice(factory):
     files = []
     for _ in range(2):
         (section,) = make_report([factory.root]).sections
-        files.append([save(plot.figure, ending) for plot in all_plots(section) for ending in ("png", "svg")])
+        files.append([save(plot.figure, ending) for plot in all_plots(section) for ending in ("png", "svg", "pdf")])
     assert files[0] == files[1]
     for file in files[0]:
         assert b"Matplotlib" not in file
@@ -114,6 +114,8 @@ def test_names_are_never_read_as_mathematics_or_markup(factory):
         svg = save(plot.figure, "svg")
         assert b"<script" not in svg
         assert ElementTree.fromstring(svg).tag.endswith("svg")
+        if plot.name == "weights":  # names winners alone
+            continue
         with style():
             assert "$broken" in [text for text, _ in boxes(plot.figure)]
 
@@ -142,8 +144,33 @@ def test_a_row_out_of_memory_is_a_hatched_bar(factory):
 def test_one_row_has_no_quality_figure_and_no_samples_no_curves(factory):
     path = factory.write("lora")
     (section,) = make_report([factory.root]).sections
-    assert [plot.name for plot in all_plots(section)] == ["costs", "memory-time", "step-times"]
+    assert [plot.name for plot in all_plots(section)] == ["costs", "phases", "memory-time", "step-times"]
     raw = path.read_text()
     path.write_text(raw.replace('"samples": "samples-1.npz",', ""))
     (section,) = make_report([factory.root]).sections
-    assert [plot.name for plot in all_plots(section)] == ["costs"]
+    assert [plot.name for plot in all_plots(section)] == ["costs", "phases"]
+
+
+def test_the_simplex_of_weights_shows_who_wins_where_and_how_often(factory):
+    for method, time, millions, peak in (("fft", 10, 10, 10e9), ("fast", 0, 10, 10e9), ("small", 10, 0, 10e9)):
+        factory.write(method, time=time + 1.0, millions=millions + 1.0, peak=peak)
+    (section,) = make_report([factory.root]).sections
+    figure = next(plot for plot in all_plots(section) if plot.name == "weights").figure
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    # M is the same for all, so whoever of T and P weighs more decides; fft is never alone the best.
+    assert labels == ["fast (50 %)", "small (50 %)"]
+
+
+def test_the_region_of_a_row_is_where_its_tpme_is_lowest(factory):
+    methods(factory, 12)
+    (section,) = make_report([factory.root]).sections
+    costs = section.summary.loc[section.compared, ["epoch_time_s", "trainable_millions", "memory_bytes"]].to_numpy()
+    terms = (costs - costs.min(axis=0)) / (costs.max(axis=0) - costs.min(axis=0))
+    draws = np.random.default_rng(1).dirichlet((1, 1, 1), 20_000)
+    drawn = np.bincount((draws @ terms.T).argmin(axis=1), minlength=len(terms)) / len(draws)
+    figure = next(plot for plot in all_plots(section) if plot.name == "weights").figure
+    told = dict(
+        re.fullmatch(r"(.*?)\*? \((?:< )?(\d+) %\)", text.get_text()).groups() for text in figure.legends[0].get_texts()
+    )
+    for name, share in zip(section.compared, drawn, strict=True):
+        assert abs(100 * share - float(told.get(name, 0))) < 2

@@ -16,7 +16,7 @@ from tpme.reports.tables import all_tables, failures, learning_rates, results
 from tpme.reports.tpme import Weights
 
 TABLES = ("results", "cutoffs", "warm-cold", "costs", "phases", "lr", "failures", "environment")
-PLOTS = ("quality-tpme", "costs", "memory-time", "step-times")
+PLOTS = ("quality-tpme", "weights", "costs", "phases", "memory-time", "step-times")
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -46,7 +46,7 @@ def test_the_folder_holds_every_table_and_plot_and_report_md_shows_them(written)
         "report.md",
         "index.html",
         *(f"tables/{name}.{ending}" for name in TABLES for ending in ("csv", "json", "tex")),
-        *(f"plots/{name}.{ending}" for name in PLOTS for ending in ("png", "svg")),
+        *(f"plots/{name}.{ending}" for name in PLOTS for ending in ("png", "svg", "pdf")),
     }
     text = (written / "report.md").read_text()
     links = re.findall(r"\]\(((?:plots|tables)/[^)]+)\)", text)
@@ -231,8 +231,8 @@ def test_a_report_inside_the_run_is_not_read_back(factory):
 
 def test_nothing_is_written_on_bad_input(factory, tmp_path):
     factory.write("lora")
-    with pytest.raises(UserError, match="format 'pdf'"):
-        write_report([factory.root], tmp_path / "out", formats=("pdf",))
+    with pytest.raises(UserError, match="format 'docx'"):
+        write_report([factory.root], tmp_path / "out", formats=("docx",))
     with pytest.raises(UserError, match="row 'fff'"):
         write_report([factory.root], tmp_path / "out", rows=["fff"])
     assert not (tmp_path / "out").exists()
