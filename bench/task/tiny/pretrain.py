@@ -6,9 +6,9 @@ learns three things at once, in the field's spirit at a small scale:
 
 - *reconstruction at the last layer*: masked words (BERT), the pixels of masked patches (SimMIM, arXiv:2111.09886);
 - *a coarse class from the last layer's token 0*, as BERT's sentence-level task and ViT's labels have it: which
-  department an item belongs to, which quarter of the colour wheel it lies in, with token 0 drawn towards the mean of its
-  class: a long supervised pretraining ends there (neural collapse, Papyan et al., PNAS 2020), a short one has to be
-  asked;
+  department an item belongs to, which quarter of the colour wheel it lies in, with token 0 drawn towards the mean of
+  its class: a long supervised pretraining ends there (neural collapse, Papyan et al., PNAS 2020), a short one has to
+  be asked;
 - *deep supervision half-way*: token 0 after the second layer predicts which words the title holds (a bag of words), or
   an image's shape, colour and texture (tags). Without it, token 0 of so small an encoder holds next to nothing.
 
@@ -77,7 +77,7 @@ class Pretraining(Frozen):
     """In every second image; the others are whole."""
     coarse: PositiveFloat = 0.3
     """Weight of the coarse class in the loss."""
-    scatter: PositiveFloat = 0.3
+    scatter: PositiveFloat = 1.0
     """Weight of token 0's scatter within the coarse classes."""
     pixels: PositiveFloat = 5.0
     """Weight of the reconstruction of pixels."""
