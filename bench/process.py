@@ -23,11 +23,12 @@ from tpme.bench.job import parse_progress
 GRACE_S = 10.0
 """What a process gets to write its record, or to clean up, before it is killed."""
 POLL_S = 0.2
-PATIENT = {"GOMP_SPINCOUNT": "1000"}
+PATIENT = {"GOMP_SPINCOUNT": "5000"}
 """Threads of torch's CPU kernels wait for each other by spinning, for milliseconds by default. Where anything else
-runs on the cores, they then spin while the thread they wait for cannot run, and a step takes many times as long. This
-bound is the one libgomp takes by itself when it knows that it has more threads than cores; the environment may set
-another."""
+runs on the cores, they then spin while the thread they wait for cannot run, and a step takes many times as long. On two
+idle cores this bound takes nothing from a step (libgomp's own for crowded cores, 1000, made it 1.5 times as long);
+beside a busy process a step took 4 times as long, with 20 times this bound 37 times. The environment may set another.
+"""
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
