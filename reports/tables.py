@@ -9,6 +9,7 @@ import pandas as pd
 
 from tpme.bench.record import Phase, PhaseKind
 from tpme.reports import fields
+from tpme.reports.differences import table as differences
 from tpme.reports.environment import environment
 from tpme.reports.fields import Field, byte_unit, bytes_text, decimals, table_of, value_of
 from tpme.reports.metrics import LEVEL
@@ -16,12 +17,14 @@ from tpme.reports.section import NO_ADAPTATION, Section
 from tpme.reports.table import MISSING, Column, Entry, Table, number
 
 METRICS = (("recall", "Recall"), ("ndcg", "NDCG"))
+STEP_PARTS = {"data_wait_s": "Data wait", "forward_s": "FP", "backward_s": "BP", "update_s": "WU"}
+"""The parts of a training step, as counters of a record and as the paper calls them."""
 
 
 def all_tables(section: Section) -> list[Table]:
     """Every table that has something to say, results first."""
-    made = [results(section), cutoffs(section), warm_and_cold(section), costs(section), phases(section)]
-    made += [learning_rates(section), failures(section), environment(section)]
+    made = [results(section), differences(section), cutoffs(section), warm_and_cold(section), costs(section)]
+    made += [steps(section), phases(section), learning_rates(section), failures(section), environment(section)]
     return [table for table in made if table.rows]
 
 
@@ -94,6 +97,34 @@ def costs(section: Section) -> Table:
         "validation and ranking included. Stored: what must be kept beside the untouched encoders."
     )
     return table_of(section, "costs", "Costs in full", made, notes=[note])
+
+
+def steps(section: Section) -> Table:
+    """Where a training step goes: forward and backward propagation and weight update, medians, mean over seeds."""
+    parts: dict[tuple[str, str], list[float]] = {}
+    by_path = {str(recorded.path): recorded.result for recorded in section.records}
+    shown = _shown_cells(section)
+    for name, path in zip(shown["row"], shown["path"], strict=True):
+        for key in STEP_PARTS:
+            reading = by_path[path].counters.get(key)
+            if reading is not None and reading.valid and reading.value is not None:
+                parts.setdefault((name, key), []).append(reading.value)
+
+    def part(key: str, header: str) -> Field:
+        def entry(name: str, line: pd.Series[Any]) -> Entry:
+            values = parts.get((name, key))
+            mean = sum(values) / len(values) if values else None
+            return Entry(number(None if mean is None else 1e3 * mean), mean)
+
+        return Column(key, f"{header} (ms)"), entry
+
+    rows = [name for name in map(str, section.summary.index) if any(name == key[0] for key in parts)]
+    made = [fields.method(section), *(part(key, header) for key, header in STEP_PARTS.items())]
+    note = (
+        "Medians over a few steps in a pass of its own after training. FP: forward propagation and loss, BP: backward "
+        "propagation, WU: weight update."
+    )
+    return table_of(section, "steps", "Where a training step goes", made, rows, notes=[note])
 
 
 def phases(section: Section) -> Table:

@@ -2,7 +2,7 @@
 
 Every slot is encoded, padding included; the loss loops over users and positions; evaluation sorts the whole catalogue
 once a user; cached states are one file an item and modality, with all 13 hidden states in it. Nothing is slowed down on
-purpose: where the way itself leaves a choice, the faster one is taken.
+purpose. The one choice that is not the fastest is the format of those files (``StateFiles`` says why).
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from tpme.reports.report import make_report, write_report
 from tpme.reports.tables import all_tables, failures, learning_rates, results
 from tpme.reports.tpme import Weights
 
-TABLES = ("results", "cutoffs", "warm-cold", "costs", "phases", "lr", "failures", "environment")
+TABLES = ("results", "differences", "cutoffs", "warm-cold", "costs", "phases", "lr", "failures", "environment")
 PLOTS = ("quality-tpme", "weights", "costs", "phases", "memory-time", "step-times")
 
 

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tpme.bench.record import Reading, read_result
+from tpme.reports.differences import differences, table
+from tpme.reports.load import load_ranks
+from tpme.reports.metrics import gains
+from tpme.reports.regression.stats import paired
+from tpme.reports.report import make_report
+from tpme.reports.tables import steps
+
+
+def section_of(factory):
+    [section] = make_report([factory.root]).sections
+    return section
+
+
+def test_rows_far_apart_are_told_apart_and_rows_alike_are_not(factory):
+    factory.users = 1000
+    factory.write("fft", skill=0.6, seed=1)
+    factory.write("lora", skill=0.6, seed=2)
+    factory.write("bitfit", skill=0.02, seed=3)
+    section = section_of(factory)
+    found = {frozenset((one.first, one.second)): one for one in differences(section)}
+    assert len(found) == 3
+    assert found[frozenset(("fft", "bitfit"))].significant
+    assert found[frozenset(("lora", "bitfit"))].significant
+    assert not found[frozenset(("fft", "lora"))].significant
+    alike = {row[0].value: row[-1].text for row in table(section).rows}
+    assert alike == {"fft": "lora", "lora": "fft", "bitfit": "–"}
+
+
+def test_the_only_pair_is_the_plain_paired_test_and_seeds_are_averaged_by_user(factory):
+    gain = {}
+    for method, skill in (("fft", 0.3), ("lora", 0.25)):
+        paths = [factory.write(method, skill=skill, seed=seed) for seed in (1, 2)]
+        kept = [load_ranks(path.parent / read_result(path).files["ranks"]) for path in paths]
+        gain[method] = np.mean([gains(ranks, "ndcg", 10) for ranks in kept], axis=0)
+    [one] = differences(section_of(factory))
+    assert one.p == pytest.approx(paired(gain["fft"] - gain["lora"]))
+    assert abs(one.difference) == pytest.approx(abs(float((gain["fft"] - gain["lora"]).mean())))
+
+
+def test_equal_rows_are_rarely_told_apart(factory):
+    factory.users = 400
+    for number in range(12):
+        factory.write(f"method-{number:02d}", skill=0.3, seed=number)
+    assert sum(one.significant for one in differences(section_of(factory))) <= 1
+
+
+def test_the_parts_of_a_step_are_shown_in_milliseconds_where_they_were_measured(factory):
+    path = factory.write("lora")
+    factory.write("fft")
+    result = read_result(path)
+    parts = {"data_wait_s": 0.0005, "forward_s": 0.02, "backward_s": 0.03, "update_s": 0.001}
+    counters = {name: Reading(value=value, source="test") for name, value in parts.items()}
+    path.write_text(result.model_copy(update={"counters": counters}).model_dump_json())
+    made = steps(section_of(factory))
+    assert [row[0].value for row in made.rows] == ["lora"]
+    assert [entry.text for entry in made.rows[0][1:]] == ["0.500", "20.0", "30.0", "1.00"]
+    assert [entry.value for entry in made.rows[0][1:]] == list(parts.values())
