@@ -41,7 +41,7 @@ class ItemStore:
         """The inputs of items ``ids`` (n,), on the host; cached states come from wherever they are kept."""
         index = torch.from_numpy(ids)
         if self.states is not None:
-            return Items(index, states={m: table[index.to(table.device)] for m, table in self.states.items()})
+            return Items(index, states={m: _rows(table, ids) for m, table in self.states.items()})
         tokens = mask = image = None
         if self.tokens is not None:
             tokens = torch.from_numpy(self.tokens.ids[ids].astype(np.int64))
@@ -52,6 +52,14 @@ class ItemStore:
         if self.images:
             image = torch.from_numpy(self.dataset.gather_images(ids))
         return Items(index, tokens, mask, image)
+
+
+def _rows(table: Tensor, ids: NDArray[np.int64]) -> Tensor:
+    """Rows ``ids`` (n,) of a table, where it is. On the host by numpy: from the thread that assembles batches, torch would
+    start CPU threads of its own beside those of the training step, and the step then takes a multiple of its time."""
+    if table.device.type == "cpu":
+        return torch.from_numpy(table.numpy()[ids])
+    return table[torch.from_numpy(ids).to(table.device)]
 
 
 @dataclass(frozen=True)

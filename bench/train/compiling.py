@@ -35,4 +35,4 @@ def compile_model(model: Recommender) -> None:
 
 def _compile(part: nn.Module) -> None:
     # forward, not the module: a hook that comes and goes with each call must not be part of what is compiled.
-    part.forward = torch.compile(part.forward, dynamic=True)  # type: ignore[method-assign]
+    part.forward = torch.compile(part.forward, dynamic=True)
