@@ -57,8 +57,8 @@ class ItemStore:
 def _rows(table: Tensor, ids: NDArray[np.int64]) -> Tensor:
     """Rows ``ids`` (n,) of a table, where it is.
 
-    On the host by numpy: from the thread that assembles batches, torch would start CPU threads of its own beside those of
-    the training step, and the step would then take a multiple of its time.
+    On the host by numpy: from the thread that assembles batches, torch would start CPU threads of its own beside those
+    of the training step, and the step would then take a multiple of its time.
     """
     if table.device.type == "cpu":
         return torch.from_numpy(table.numpy()[ids])
