@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from tpme.bench import noise
@@ -23,6 +24,7 @@ NAMES = ("noise_time_ratio", "noise_memory_ratio", "overhead_ratio")
 @pytest.fixture
 def measured(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DeviceNoise:
     """Three runs of a small cell, measured into a store of this test's own."""
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
     monkeypatch.setattr(noise, "RUNS", 3)
     monkeypatch.setattr(noise, "overhead_ratio", lambda trainer: 0.004)
     return measure_noise("cpu", tmp_path / "store", Console(quiet=True), world.matrix(["id"], training={"epochs": 3}))
