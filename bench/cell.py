@@ -94,7 +94,7 @@ class Story:
         """Run the cell; every way it can end is a status."""
         try:
             with self.phases.phase("load", "libraries"):
-                _load_libraries(self.device)
+                load_libraries(self.device)
                 # A million objects of libraries: no collection shall walk them again, between phases or in a step.
                 gc.freeze()
             self.phases.baseline()
@@ -330,7 +330,7 @@ class Story:
         )
 
 
-def _load_libraries(device: torch.device) -> None:
+def load_libraries(device: torch.device) -> None:
     """One step of a toy model: torch imports and sets up much on first use, which is no method's memory or time."""
     layer = torch.nn.Linear(8, 8, device=device)
     optimizer = torch.optim.Adam(layer.parameters(), fused=True)
