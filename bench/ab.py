@@ -39,11 +39,13 @@ from tpme.bench.record import (
 )
 from tpme.bench.run_command import choose_device
 from tpme.reports.load import Recorded
-from tpme.reports.regression.interleaved import judge_runs, suspicious
+from tpme.reports.regression.interleaved import judge_runs, suspicious, undecided
 from tpme.reports.regression.measures import cell_key
 from tpme.reports.regression.verdict import CellVerdict, GateReport, Policy, conclude
 
 SIDES = ("base", "head")
+MOST_TIMES = 4
+"""How often a cell is measured at most: twice where it looks changed, more often where noise hides how much."""
 _SIDE_SCRIPT = Path(__file__).with_name("ab_side.py")
 
 
@@ -101,7 +103,7 @@ def compare(
     started: float,
     console: Console,
 ) -> GateReport:
-    """Run all cells on both sides, what looks changed once more, and judge.
+    """Run all cells on both sides, what looks changed once more, what noise hides up to ``MOST_TIMES``, and judge.
 
     Args:
         pairs: planned by ``plan_pairs``. sides: base and head. folder: for the records. rounds: pairs of runs of each
@@ -109,7 +111,7 @@ def compare(
     """
     environments = {side: tree.environment for side, tree in zip(SIDES, sides, strict=True)}
     both = [pair for pair in pairs if len(pair.jobs) == len(SIDES)]
-    names, notes = (sides[0].name, sides[1].name), []
+    names = (sides[0].name, sides[1].name)
 
     def measure(chosen: Sequence[Pair], why: str) -> None:
         for pair in chosen:
@@ -123,11 +125,15 @@ def compare(
     measure(both, "base and head in turn")
     verdicts = judge({})
     doubtful = {cell.key for cell in verdicts if suspicious(cell, policy)}
-    if doubtful:
+    times: dict[str, int] = {}
+    for number in range(2, MOST_TIMES + 1):
         again = [pair for pair in both if pair.key in doubtful]
+        if not again:
+            break
         measure(again, "once more, to be sure")
-        verdicts = judge({pair.key: rounds for pair in again})
-        notes.append(f"measured twice before judging: {', '.join(pair.cell.label for pair in again)}")
+        times |= {pair.key: number for pair in again}
+        verdicts = judge(dict.fromkeys(times, rounds))
+        doubtful = {cell.key for cell in verdicts if undecided(cell, policy)}
     devices = tuple(sorted({run.device_key for pair in both for runs in pair.runs.values() for run in runs}))
     return conclude(
         [*verdicts, *(_alone(pair) for pair in pairs if pair not in both)],
@@ -137,9 +143,15 @@ def compare(
         head=names[1],
         base_devices=devices,
         head_devices=devices,
-        notes=notes,
+        notes=_told(times, both),
         duration_s=time.perf_counter() - started,
     )
+
+
+def _told(times: dict[str, int], pairs: Sequence[Pair]) -> list[str]:
+    """Which cells were measured more than once."""
+    labels = {number: [pair.cell.label for pair in pairs if times.get(pair.key) == number] for number in times.values()}
+    return [f"measured {number} times before judging: {', '.join(labels[number])}" for number in sorted(labels)]
 
 
 def _alone(pair: Pair) -> CellVerdict:

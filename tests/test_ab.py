@@ -189,7 +189,7 @@ def test_a_slower_and_larger_method_is_found_and_measured_twice(
     assert found["step_s"]["head"] > found["step_s"]["base"] + 0.19
     assert found["step_s"]["low"] <= found["step_s"]["ratio"] <= found["step_s"]["high"]
     assert found["host_rss_bytes"]["base"] > 0
-    assert report["notes"] == ["measured twice before judging: mine"]
+    assert report["notes"] == ["measured 2 times before judging: mine"]
     records = sorted(path.relative_to(tmp_path / "ab" / "1") for path in (tmp_path / "ab").rglob("attempt-1.json"))
     assert [(path.parts[0], path.parts[2]) for path in records] == [
         ("base", "run-1"),

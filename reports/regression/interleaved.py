@@ -67,6 +67,18 @@ def suspicious(cell: CellVerdict, policy: Policy) -> bool:
     return False
 
 
+def undecided(cell: CellVerdict, policy: Policy) -> bool:
+    """Whether a change of time is beyond the threshold, but not beyond the noise: only more runs can tell."""
+    return any(
+        one.kind == "time"
+        and one.ratio is not None
+        and one.bound is not None
+        and direction(one.ratio, policy.time_threshold) != "same"
+        and direction(one.ratio, one.bound) == "same"
+        for one in cell.comparisons
+    )
+
+
 def _side(name: str, runs: Runs) -> Side:
     """Counters, ranks and ends; times and peaks are left to this module."""
     cells = [one for recorded in runs.values() for one in measure(_of_the_usual_end(recorded))]
@@ -117,7 +129,11 @@ def compare_times(name: str, base: Sequence[Floats], head: Sequence[Floats], pol
     p = rank_test(best[0], best[1], policy.alpha)
     p = rank_test(np.concatenate(base), np.concatenate(head), policy.alpha) if p is None else p
     verdict: Verdict = "not compared" if p is None else direction(ratio, bound) if p < policy.alpha else "same"
-    runs = f"fastest of {len(base)} and {len(head)} runs"
+    note = f"fastest of {len(base)} and {len(head)} runs"
+    if p is None:
+        note = f"too few steps for a test, {note}"
+    elif direction(ratio, policy.time_threshold) != direction(ratio, bound):
+        note = f"within the noise of these runs ({bound:.0%}), {note}"
     return Comparison(
         metric=name,
         kind="time",
@@ -129,7 +145,7 @@ def compare_times(name: str, base: Sequence[Floats], head: Sequence[Floats], pol
         bound=bound,
         p=p,
         verdict=verdict,
-        note=f"too few steps for a test, {runs}" if p is None else runs,
+        note=note,
     )
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from tpme.bench.record import read_result
 from tpme.reports.load import Recorded
-from tpme.reports.regression.interleaved import compare_peaks, compare_times, judge_runs, suspicious
+from tpme.reports.regression.interleaved import compare_peaks, compare_times, judge_runs, suspicious, undecided
 from tpme.reports.regression.measures import cell_key
 from tpme.reports.regression.verdict import CellVerdict, Comparison, Policy
 
@@ -68,6 +68,12 @@ def test_noise_raises_the_bar() -> None:
     assert compared.verdict == "same"
     cell = CellVerdict(key="k", name="n", dataset="d", state="compared", comparisons=(compared,))
     assert suspicious(cell, POLICY)
+    assert undecided(cell, POLICY)
+    assert compared.note is not None
+    assert "within the noise of these runs (50%)" in compared.note
+    more = compare_times("step_s", [*base, base[0]], head, POLICY)  # a second quick run settles it
+    assert more.verdict == "regressed"
+    assert not undecided(cell.model_copy(update={"comparisons": (more,)}), POLICY)
 
 
 def test_epochs_of_all_runs_are_tested_together_where_one_run_has_few() -> None:
