@@ -16,7 +16,7 @@ from tpme.reports.load import Recorded
 from tpme.reports.regression.baseline import Side
 from tpme.reports.regression.check import direction, judge, rank_test
 from tpme.reports.regression.measures import epoch_times, measure, memory, step_times
-from tpme.reports.regression.stats import Floats
+from tpme.reports.regression.stats import Floats, mann_whitney, smallest_p
 from tpme.reports.regression.verdict import CellVerdict, Comparison, Policy, Verdict
 
 RESAMPLES = 1000
@@ -24,6 +24,10 @@ LEVEL = 0.95
 TIMES = {"step_s": step_times, "epoch_s": epoch_times}
 SUSPICIOUS = 0.5
 """Share of a bound from which a change of time or memory is measured again before anything is said about it."""
+NEAR = 0.75
+"""Share of the bound from which a change of memory is not settled by the runs that are there."""
+RUNS_TELL = ("time", "memory")
+"""Kinds of numbers of which more runs tell more."""
 
 Runs = Mapping[str, Sequence[Recorded]]
 """The runs of each cell, by its key, in the order in which they ran."""
@@ -57,9 +61,9 @@ def suspicious(cell: CellVerdict, policy: Policy) -> bool:
     times is larger than the threshold.
     """
     for one in cell.comparisons:
-        if one.kind == "status" and one.verdict != "same":
+        if one.kind == "status" and one.verdict not in ("same", "not compared"):
             return True
-        if one.kind not in ("time", "memory") or one.ratio is None or one.bound is None:
+        if one.kind not in RUNS_TELL or one.ratio is None or one.bound is None:
             continue
         threshold = policy.time_threshold if one.kind == "time" else one.bound
         if max(one.ratio, 1 / one.ratio) > 1 + SUSPICIOUS * threshold or one.bound > threshold:
@@ -68,15 +72,14 @@ def suspicious(cell: CellVerdict, policy: Policy) -> bool:
 
 
 def undecided(cell: CellVerdict, policy: Policy) -> bool:
-    """Whether a change of time is beyond the threshold, but not beyond the noise: only more runs can tell."""
-    return any(
-        one.kind == "time"
-        and one.ratio is not None
-        and one.bound is not None
-        and direction(one.ratio, policy.time_threshold) != "same"
-        and direction(one.ratio, one.bound) == "same"
-        for one in cell.comparisons
-    )
+    """Whether only more runs can tell: time beyond the threshold but not beyond the noise, or memory near its bound."""
+    for one in cell.comparisons:
+        if one.kind not in RUNS_TELL or one.ratio is None or one.bound is None or one.verdict != "same":
+            continue
+        threshold = policy.time_threshold if one.kind == "time" else NEAR * one.bound
+        if direction(one.ratio, threshold) != "same" and "not confirmed" not in (one.note or ""):
+            return True
+    return False
 
 
 def _side(name: str, runs: Runs) -> Side:
@@ -150,27 +153,30 @@ def compare_times(name: str, base: Sequence[Floats], head: Sequence[Floats], pol
 
 
 def compare_peaks(name: str, base: Sequence[float], head: Sequence[float], policy: Policy) -> Comparison:
-    """Memory: the smallest peak of each side, and every run of one side beyond every run of the other (bytes)."""
+    """Memory: the median peaks differ beyond the bound, and the peaks of the sides hardly mix (bytes).
+
+    They must not mix at all, or so little that a rank test rejects as it would of four runs apart from four.
+    """
     if min(base) <= 0:
         return Comparison(metric=name, kind="memory", verdict="not compared", note="the base holds no positive peak")
-    ratio, bound = min(head) / min(base), policy.memory_bound(name)
-    verdict: Verdict = "same"
-    if ratio > 1 + bound and min(head) > max(base):
-        verdict = "regressed"
-    elif ratio < 1 / (1 + bound) and max(head) < min(base):
-        verdict = "improved"
-    low, high = _interval([np.array([peak]) for peak in base], [np.array([peak]) for peak in head])
+    medians = float(np.median(base)), float(np.median(head))
+    ratio, bound = medians[1] / medians[0], policy.memory_bound(name)
+    p = mann_whitney(np.array(base), np.array(head))
+    apart = min(head) > max(base) or max(head) < min(base) or p <= smallest_p(4, 4)
+    verdict = direction(ratio, bound) if apart else "same"
+    low, high = _interval_of_medians(base, head)
     return Comparison(
         metric=name,
         kind="memory",
-        base=min(base),
-        head=min(head),
+        base=medians[0],
+        head=medians[1],
         ratio=ratio,
         low=low,
         high=high,
         bound=bound,
+        p=p,
         verdict=verdict,
-        note=f"smallest of {len(base)} and {len(head)} runs",
+        note=f"median of {len(base)} and {len(head)} runs",
     )
 
 
@@ -219,4 +225,12 @@ def _interval(base: Sequence[Floats], head: Sequence[Floats]) -> tuple[float, fl
         ]
         ratios.append(means[1] / means[0])
     low, high = np.quantile(ratios, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def _interval_of_medians(base: Sequence[float], head: Sequence[float]) -> tuple[float, float]:
+    """95 % bootstrap interval of the ratio of medians over runs."""
+    rng = np.random.default_rng(0)
+    drawn = [np.median(rng.choice(np.array(side), (RESAMPLES, len(side))), axis=1) for side in (base, head)]
+    low, high = np.quantile(drawn[1] / drawn[0], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)

@@ -91,14 +91,32 @@ def test_epochs_of_all_runs_are_tested_together_where_one_run_has_few() -> None:
         ([104.0, 104.0], "same"),
         ([90.0, 91.0], "improved"),
         ([90.0, 100.5], "same"),  # the smallest alone proves nothing
+        ([110.0, 100.5, 110.0, 111.0, 112.0, 110.5], "same"),  # nor do six runs against two
     ],
 )
-def test_memory_needs_every_run_of_one_side_beyond_the_other(head: Sequence[float], verdict: str) -> None:
+def test_memory_needs_runs_apart(head: Sequence[float], verdict: str) -> None:
     compared = compare_peaks("host_rss_bytes", [100.0, 101.0], head, POLICY)
     assert compared.verdict == verdict
     assert compared.low is not None
     assert compared.ratio is not None
     assert compared.low <= compared.ratio
+
+
+def test_one_low_peak_of_many_hides_no_growth() -> None:
+    base = [100.0, 101.0, 103.0, 102.0, 107.0, 101.5, 104.0, 100.5]
+    head = [110.0, 99.0, 113.0, 112.0, 117.0, 111.5, 114.0, 110.5]
+    compared = compare_peaks("host_rss_bytes", base, head, POLICY)
+    assert compared.verdict == "regressed"
+    assert compared.ratio == pytest.approx(111.75 / 101.75)
+
+
+@pytest.mark.parametrize(
+    ("peaks", "more"), [([104.5, 99.0], False), ([106.0, 102.5], True), ([90.0, 102.0], True), ([110.0, 111.0], False)]
+)
+def test_memory_at_its_bound_needs_more_runs(peaks: Sequence[float], more: bool) -> None:
+    compared = compare_peaks("host_rss_bytes", [100.0, 100.0], peaks, POLICY)
+    cell = CellVerdict(key="k", name="n", dataset="d", state="compared", comparisons=(compared,))
+    assert undecided(cell, POLICY) is more
 
 
 @pytest.mark.parametrize(
@@ -156,6 +174,13 @@ def test_a_slowdown_that_does_not_come_back_is_withdrawn(sides: Callable[..., An
     assert verdicts(judge_runs(base, head, POLICY, ("a", "b"), {key: 2}))["step_s"] == "regressed"
     once = sides("once", [{"time": 13.0}, {"time": 13.0}, {"time": 10.0}, {"time": 10.0}])
     assert verdicts(judge_runs(base, once, POLICY, ("a", "b"), {key: 2}))["step_s"] == "same"
+
+
+def test_what_only_one_side_could_measure_is_told(sides: Callable[..., Any]) -> None:
+    base, head = sides("base", [{}, {}]), sides("head", [{"peak": None}, {"peak": None}])
+    ((cell),) = judge_runs(base, head, POLICY, ("a", "b"))
+    (peak,) = (one for one in cell.comparisons if one.metric == "host_rss_bytes")
+    assert (peak.verdict, peak.note) == ("not compared", "not measured by the runs")
 
 
 def test_one_lost_run_of_many_is_no_end(sides: Callable[..., Any]) -> None:
