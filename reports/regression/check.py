@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 
 from tpme.bench.errors import UserError
-from tpme.bench.record import Cell
+from tpme.bench.record import Cell, Status
 from tpme.reports.regression.baseline import Noise, Side
 from tpme.reports.regression.measures import Measured, Timing, cell_key, sort_cells
 from tpme.reports.regression.metrics import METRICS, metric
@@ -18,6 +18,8 @@ from tpme.reports.regression.verdict import CellVerdict, Comparison, Policy, Ver
 
 TIMES = ("step_s", "epoch_s")
 QUALITIES = ("recall_10", "ndcg_10")
+BROKEN: frozenset[Status] = frozenset({"error", "killed", "timeout", "skipped"})
+"""Ends that say nothing about what a cell costs: where both sides end so, nothing was compared."""
 
 
 def judge(base: Side, head: Side, policy: Policy) -> list[CellVerdict]:
@@ -63,7 +65,10 @@ def _nearest(cell: Cell, there: Side, here: Side) -> str | None:
 
 
 def _cell(old: Measured, new: Measured, base: Side, head: Side, policy: Policy) -> Iterator[Comparison]:
-    yield _status(old, new)
+    status = _status(old, new)
+    yield status
+    if status.verdict == "not compared":
+        return
     if old.status != "ok" or new.status != "ok":  # what a broken cell never reached is no news
         yield from (one for one in counters(old, new) if one.verdict != "not compared")
         return
@@ -86,10 +91,19 @@ def _listed(devices: Iterable[str]) -> str:
 
 
 def _status(old: Measured, new: Measured) -> Comparison:
+    seen = partial(Comparison, metric="status", kind="status", base=old.status, head=new.status)
+    if {old.status, new.status} <= BROKEN:
+        return seen(verdict="not compared", note=f"it failed on both sides ({old.status}, {new.status})")
     verdict: Verdict = "same"
     if old.status != new.status:
         verdict = "regressed" if old.status == "ok" else "improved" if new.status == "ok" else "changed"
-    return Comparison(metric="status", kind="status", base=old.status, head=new.status, verdict=verdict)
+    return seen(verdict=verdict)
+
+
+def one_sided(name: str, base: float | None, head: float | None) -> Comparison:
+    """A number that only one side has: said, not judged."""
+    note = "not in the base" if base is None else "not measured by the runs"
+    return Comparison(metric=name, kind=metric(name).kind, base=base, head=head, verdict="not compared", note=note)
 
 
 def counters(old: Measured, new: Measured) -> Iterator[Comparison]:
@@ -105,8 +119,7 @@ def counters(old: Measured, new: Measured) -> Iterator[Comparison]:
 
 def _counter(name: str, old: float | None, new: float | None, *, judged: bool) -> Comparison:
     if old is None or new is None:
-        note = "not in the baseline" if old is None else "not counted by the runs"
-        return Comparison(metric=name, kind="counter", base=old, head=new, verdict="not compared", note=note)
+        return one_sided(name, old, new)
     verdict: Verdict = "same"
     if old != new:
         verdict = ("regressed" if new > old else "improved") if judged else "changed"
@@ -120,6 +133,8 @@ def _times(old: Timing, new: Timing, noise: Noise, policy: Policy) -> Iterator[C
         a, b = (np.array(getattr(side, name), dtype=np.float64) for side in (old, new))
         if len(a) and len(b):
             yield time(name, a, b, bound, policy.alpha)
+        elif len(a) or len(b):
+            yield one_sided(name, *(float(np.median(values)) if len(values) else None for values in (a, b)))
 
 
 def time(name: str, old: Floats, new: Floats, bound: float, alpha: float) -> Comparison:
@@ -155,7 +170,10 @@ def direction(ratio: float, bound: float) -> Verdict:
 
 
 def _memory(old: dict[str, float], new: dict[str, float], noise: Noise, policy: Policy) -> Iterator[Comparison]:
-    for name in sorted(old.keys() & new.keys()):
+    for name in sorted(old.keys() | new.keys()):
+        if name not in old or name not in new:
+            yield one_sided(name, old.get(name), new.get(name))
+            continue
         bound = max(policy.memory_bound(name), noise.memory.get(name, 0.0))
         seen = partial(Comparison, metric=name, kind="memory", base=old[name], head=new[name], bound=bound)
         if old[name] <= 0:
@@ -210,7 +228,9 @@ def _unpaired(old: Measured, new: Measured) -> str | None:
         return ""
     if old.quality is None or new.quality is None:
         return old.no_quality or new.no_quality or ("" if new.quality is None else "no ranks in the baseline")
-    if old.quality.users != new.quality.users:
+    if old.quality.users != new.quality.users or len(old.quality.gains("recall_10")) != len(
+        new.quality.gains("recall_10")
+    ):
         return "the baseline was tested on other users or targets"
     return None
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from tpme.reports.load import Recorded
 from tpme.reports.regression.baseline import Side
-from tpme.reports.regression.check import direction, judge, rank_test
+from tpme.reports.regression.check import direction, judge, one_sided, rank_test
 from tpme.reports.regression.measures import epoch_times, measure, memory, step_times
 from tpme.reports.regression.stats import Floats, mann_whitney, smallest_p
 from tpme.reports.regression.verdict import CellVerdict, Comparison, Policy, Verdict
@@ -110,10 +110,15 @@ def _measured(base: Sequence[Recorded], head: Sequence[Recorded], policy: Policy
         if old and new:
             compared = compare_times(name, old, new, policy)
             found.append(_confirmed(compared, old[first:], new[first:], policy) if first else compared)
+        elif old or new:
+            found.append(one_sided(name, *(float(_fastest(runs).mean()) if runs else None for runs in (old, new))))
     peaks = [[memory(recorded.result) for recorded in runs] for runs in sides]
-    for name in sorted(set(peaks[0][0]) & set(peaks[1][0])):
+    for name in sorted({name for runs in peaks for one in runs for name in one}):
         before, after = ([one[name] for one in runs if name in one] for runs in peaks)
-        found.append(compare_peaks(name, before, after, policy))
+        if before and after:
+            found.append(compare_peaks(name, before, after, policy))
+        else:
+            found.append(one_sided(name, min(before, default=None), min(after, default=None)))
     return found
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import field_validator
+from pydantic import PositiveFloat, field_validator, model_validator
 
 from tpme.bench.errors import UserError
-from tpme.bench.record import Cell, CellResult, Frozen, Status, attempt_number, find_results, read_result
+from tpme.bench.record import Cell, CellResult, Frozen, RecordError, Status, attempt_number, find_results, read_result
 from tpme.reports.load import Ranks, Recorded, load_ranks, load_samples
 from tpme.reports.metrics import gains
 from tpme.reports.regression.metrics import COUNTERS
@@ -34,8 +34,8 @@ class Timing(Frozen):
     a test that takes them for drawn ones errs on the quiet side.
     """
 
-    step_s: tuple[float, ...] = ()
-    epoch_s: tuple[float, ...] = ()
+    step_s: tuple[PositiveFloat, ...] = ()
+    epoch_s: tuple[PositiveFloat, ...] = ()
 
 
 class OnDevice(Frozen):
@@ -75,6 +75,13 @@ class Quality(Frozen):
         except (binascii.Error, zlib.error):
             raise ValueError("not the ranks that 'tpme baseline' wrote") from None
         return text
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Quality:
+        for name, told in (("recall_10", self.recall_10), ("ndcg_10", self.ndcg_10)):
+            if not abs(float(self.gains(name).mean()) - told) < 1e-5:
+                raise ValueError(f"{name} is not what the ranks beside it say")
+        return self
 
     def gains(self, name: str) -> Floats:
         """What each user adds to ``recall_10`` or ``ndcg_10``, shape ``(users,)``."""
@@ -248,8 +255,11 @@ def step_times(recorded: Recorded) -> Floats:
     name, warmup = recorded.result.files.get("samples"), recorded.result.warmup_epochs
     if name is None:
         return np.empty(0)
-    samples = load_samples(recorded.path.parent / name)
+    path = recorded.path.parent / name
+    samples = load_samples(path)
     counted: Floats = np.asarray(samples.step_s, dtype=np.float64)
+    if len(counted) != len(samples.step_epoch) or not (np.isfinite(counted) & (counted > 0)).all():
+        raise RecordError(f"{path}: its step times are not positive, or not one an epoch number; run the cell again")
     return counted[samples.step_epoch > warmup] if warmup else counted[1:]
 
 

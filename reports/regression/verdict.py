@@ -34,7 +34,7 @@ class Policy(Frozen):
     quality_alpha: float = 0.01
     """Level of the family of all quality tests of one check."""
     strict: bool = False
-    """Any changed exact counter, missing or new cell fails: the baseline must be updated on purpose."""
+    """Any changed or lost exact counter, missing or new cell fails: the baseline must be updated on purpose."""
     require: tuple[Kind, ...] = ()
     """Kinds of which something must have been compared."""
 
@@ -121,7 +121,7 @@ def conclude(cells: Sequence[CellVerdict], policy: Policy, **fields: Any) -> Gat
         overall = "regressed"
     elif policy.strict and (
         any(cell.state != "compared" for cell in cells)
-        or any(one.kind == "counter" and one.verdict not in ("same", "not compared") for one in all_of)
+        or any(one.kind == "counter" and (one.verdict not in ("same", "not compared") or _lost(one)) for one in all_of)
     ):
         overall = "baseline out of date"
     elif lacking or not any(compared[kind] for kind in KINDS if kind != "status"):
@@ -137,6 +137,11 @@ def conclude(cells: Sequence[CellVerdict], policy: Policy, **fields: Any) -> Gat
         notes=tuple(notes),
         **fields,
     )
+
+
+def _lost(one: Comparison) -> bool:
+    """A counter that the runs no longer count; the number of steps is not, where validation stopped the training."""
+    return one.base is not None and one.head is None and one.metric != "steps"
 
 
 def names(cells: Iterable[Cell]) -> list[str]:

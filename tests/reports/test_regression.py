@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -301,6 +302,39 @@ def test_a_cell_that_no_longer_ends_is_a_regression(sides: tuple[Any, Any]) -> N
     assert [c.metric for _, c in report_of(head.root, base.root).found("improved")] == ["status"]
 
 
+@pytest.mark.parametrize(("before", "after"), [("error", "error"), ("error", "killed"), ("timeout", "timeout")])
+def test_a_cell_that_failed_on_both_sides_was_not_compared(sides: tuple[Any, Any], before: str, after: str) -> None:
+    """Its parameters may have been counted before it broke: that is no comparison to pass on."""
+    for factory, status in zip(sides, (before, after), strict=True):
+        factory.write("lora", status=status, time=None)
+    report = report_of(sides[0].root, sides[1].root)
+    assert (report.overall, report.exit_code) == ("nothing compared", 2)
+    assert one(report, "status").note == f"it failed on both sides ({before}, {after})"
+    assert verdicts(report) == {"status": "not compared"}
+
+
+def test_an_end_that_says_something_is_compared(sides: tuple[Any, Any]) -> None:
+    for factory in sides:
+        factory.write("lora", status="oom", time=None)
+    report = report_of(sides[0].root, sides[1].root)
+    assert (report.overall, one(report, "trainable_parameters").verdict) == ("fine", "same")
+
+
+def test_numbers_of_one_side_alone_are_told(sides: tuple[Any, Any]) -> None:
+    base, head = sides
+    base.write("lora")
+    path = head.write("lora", code="n")
+    missing = {"value": None, "source": "VmHWM", "valid": False, "reason": "no /proc"}
+    edited(path, lambda raw: raw["training_memory"].update(host_rss_bytes=missing))
+    edited(path, lambda raw: raw["files"].pop("samples"))
+    report = report_of(base.root, head.root)
+    for name in ("step_s", "host_rss_bytes"):
+        assert (one(report, name).verdict, one(report, name).note) == ("not compared", "not measured by the runs")
+        assert one(report, name).base is not None
+    assert one(report_of(head.root, base.root), "step_s").note == "not in the base"
+    assert report_of(base.root, head.root, require=("memory",)).exit_code == 2
+
+
 def test_nothing_in_common_is_not_a_pass(sides: tuple[Any, Any]) -> None:
     base, head = sides
     base.write("lora")
@@ -316,6 +350,18 @@ def test_strict_asks_for_an_update_also_after_an_improvement(sides: tuple[Any, A
     assert report_of(base.root, head.root).exit_code == 0
     report = report_of(base.root, head.root, strict=True)
     assert (report.overall, report.exit_code) == ("baseline out of date", 1)
+
+
+def test_strict_misses_a_counter_that_is_not_counted_any_more(sides: tuple[Any, Any]) -> None:
+    base, head = sides
+    counted(base.write("lora", training={"epochs": 4}), saved_bytes=1000)
+    path = head.write("lora", training={"epochs": 4}, code="n")
+    assert report_of(base.root, head.root).exit_code == 0
+    assert report_of(base.root, head.root, strict=True).overall == "baseline out of date"
+    counted(path, saved_bytes=1000)
+    edited(path, lambda raw: raw["epochs"].pop())  # validation stopped it: the number of steps is not exact
+    report = report_of(base.root, head.root, strict=True)
+    assert (report.overall, one(report, "steps").verdict) == ("fine", "not compared")
 
 
 def test_only_the_latest_code_of_a_run_folder_counts(sides: tuple[Any, Any]) -> None:
@@ -423,6 +469,8 @@ def refused(read: Callable[[], object]) -> str:
         (lambda text: text.replace('"saved_bytes": 123456', '"saved_bytes": "many"'), "counters.saved_bytes"),
         (lambda text: text.replace('"seed": 1', '"seed": 2'), "does not fit its key"),
         (lambda text: text.replace('"ranks": "e', '"ranks": "%'), "not the ranks"),
+        (lambda text: re.sub(r'"recall_10": 0\.\d', '"recall_10": 0.9', text), "not what the ranks beside it say"),
+        (lambda text: re.sub(r'"step_s": \[[\d.]+', '"step_s": [0.0', text), "greater than 0"),
         (lambda text: "[]", 'lacks "format"'),
         (lambda text: "", "not a readable baseline"),
     ],
@@ -445,6 +493,12 @@ def test_broken_records_are_one_clear_line(factory: Any, tmp_path: Path) -> None
     path.write_text(whole.replace('"wall_s"', '"wall"', 1))
     assert "the record was changed or truncated" in refused(lambda: load_runs([factory.root]))
     path.write_text(whole)
+    with_steps(path, [1.0, -1.0, 1.0])
+    assert "samples-1.npz: its step times are not positive" in refused(lambda: load_runs([factory.root]))
+    with np.load(path.parent / "samples-1.npz") as old:
+        arrays = dict(old) | {"step_s": np.ones(7)}
+    np.savez(path.parent / "samples-1.npz", **arrays)
+    assert "samples-1.npz: its step times" in refused(lambda: load_runs([factory.root]))
     (path.parent / "samples-1.npz").write_bytes(b"PK")
     assert "samples-1.npz" in refused(lambda: load_runs([factory.root]))
     empty = tmp_path / "empty"

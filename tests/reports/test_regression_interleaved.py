@@ -176,9 +176,16 @@ def test_a_slowdown_that_does_not_come_back_is_withdrawn(sides: Callable[..., An
     assert verdicts(judge_runs(base, once, POLICY, ("a", "b"), {key: 2}))["step_s"] == "same"
 
 
+def test_a_cell_that_fails_on_both_sides_is_no_pass_and_not_run_again(sides: Callable[..., Any]) -> None:
+    base, head = (sides(name, [{"status": "error", "time": None}] * 2) for name in ("base", "head"))
+    found = judge_runs(base, head, POLICY, ("a", "b"))
+    assert verdicts(found) == {"status": "not compared"}
+    assert not suspicious(found[0], POLICY)
+
+
 def test_what_only_one_side_could_measure_is_told(sides: Callable[..., Any]) -> None:
     base, head = sides("base", [{}, {}]), sides("head", [{"peak": None}, {"peak": None}])
-    ((cell),) = judge_runs(base, head, POLICY, ("a", "b"))
+    (cell,) = judge_runs(base, head, POLICY, ("a", "b"))
     (peak,) = (one for one in cell.comparisons if one.metric == "host_rss_bytes")
     assert (peak.verdict, peak.note) == ("not compared", "not measured by the runs")
 
