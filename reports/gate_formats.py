@@ -6,6 +6,7 @@ Every format says the same, and an improvement is told wherever a regression wou
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from tpme.reports.regression.metrics import metric, shown
 from tpme.reports.regression.verdict import CellVerdict, Comparison, GateReport, Verdict
 
 _COLOURS: dict[Verdict, str] = {"regressed": "red", "improved": "green", "changed": "yellow"}
-_MARKS: dict[Verdict, str] = {"regressed": "🔴", "improved": "🟢", "changed": "🟡"}
+_MARKS: dict[Verdict, str] = {"regressed": "🔴", "improved": "🟢", "changed": "🟡", "same": "⚪"}
 _HEADLINES = {
     "fine": "no regression",
     "regressed": "regressed",
@@ -93,29 +94,40 @@ def changed(report: GateReport) -> list[tuple[CellVerdict, Comparison]]:
     return [*report.found("regressed"), *report.found("improved"), *report.found("changed")]
 
 
+def listed(report: GateReport, *, everything: bool = False) -> list[tuple[CellVerdict, Comparison]]:
+    """What a table shows: changes, and of what stayed the same all that has an interval, or ``everything``."""
+    same = [(cell, one) for cell, one in report.found("same") if everything or one.low is not None]
+    return [*changed(report), *same]
+
+
 def show(report: GateReport, console: Console, *, everything: bool = False) -> None:
-    """Print the report: what changed (or, with ``everything``, all that was compared), remarks, the verdict last."""
-    rows = changed(report)
-    rows += report.found("same") if everything else []
+    """Print the report: what is ``listed``, remarks, the verdict last."""
+    rows = listed(report, everything=everything)
     if rows:
-        title = escape(f"{report.base} -> {report.head}")
+        title = escape(_line(f"{report.base} -> {report.head}"))
         table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="dim")
         for name in ("Verdict", *_COLUMNS[1:]):
             table.add_column(name, justify="right" if name in ("Base", "Head", "Change") else "left")
         for cell, one in rows:
-            table.add_row(one.verdict, *map(escape, _row(cell, one)), style=_COLOURS.get(one.verdict, ""))
+            texts = (escape(_line(text)) for text in _row(cell, one))
+            table.add_row(one.verdict, *texts, style=_COLOURS.get(one.verdict, ""))
         console.print(table)
     for remark in remarks(report):
-        console.print(remark, markup=False, highlight=False)
+        console.print(_line(remark), markup=False, highlight=False)
     colour = "red" if report.exit_code else "green"
     console.print(f"[bold {colour}]{escape(headline(report))}[/]", highlight=False)
+
+
+def _line(text: str) -> str:
+    """On one line: where annotations are read, a line of somebody's message that starts with ``::`` would be one."""
+    return " ".join(text.splitlines())
 
 
 def markdown(report: GateReport) -> str:
     """For a pull request: the verdict, the changes as a table, the rest folded away."""
     lines = [f"### {'❌' if report.exit_code else '✅'} {headline(report)}", ""]
-    lines += [f"`{report.base}` → `{report.head}`", ""]
-    rows = changed(report)
+    lines += [f"{_plain(report.base)} → {_plain(report.head)}", ""]
+    rows = listed(report)
     if rows:
         lines += [_pipes(_COLUMNS), _pipes(["---"] * len(_COLUMNS))]
         lines += [_pipes([f"{_MARKS[one.verdict]} {one.verdict}", *_row(cell, one)]) for cell, one in rows]
@@ -147,7 +159,7 @@ def junit(report: GateReport) -> str:
     failures = skipped = 0
     for cell in report.cells:
         for one in cell.comparisons:
-            case = ElementTree.SubElement(suite, "testcase", classname=_xml(cell.name), name=one.metric)
+            case = ElementTree.SubElement(suite, "testcase", classname=_xml(cell.name), name=_xml(one.metric))
             failures += one.verdict == "regressed"
             skipped += one.verdict == "not compared"
             _outcome(case, one)
@@ -176,9 +188,12 @@ def _outcome(case: ElementTree.Element, one: Comparison) -> None:
         ElementTree.SubElement(case, "system-out").text = _xml(f"{one.verdict}: {told(one)}")
 
 
+_NOT_XML = re.compile("[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
 def _xml(text: str) -> str:
-    """Without the control characters that XML 1.0 cannot hold."""
-    return "".join(sign if sign >= " " or sign in "\t\n" else " " for sign in text)
+    """Without the characters that XML 1.0 cannot hold."""
+    return _NOT_XML.sub(" ", text)
 
 
 def github_annotations(report: GateReport) -> list[str]:
@@ -189,6 +204,8 @@ def github_annotations(report: GateReport) -> list[str]:
         lines.append(_command(levels[one.verdict], f"{cell.name}: {one.title} {one.verdict}", told(one)))
     for cell in report.state("missing"):
         lines.append(_command("warning", f"{cell.name}: missing", "in the base, but not in the runs"))
+    for cell in report.state("new"):
+        lines.append(_command("notice", f"{cell.name}: new", "in the runs, but not in the base"))
     level = "notice" if report.exit_code == 0 else "error"
     return [*lines, _command(level, f"tpme {report.command}", headline(report))]
 
@@ -202,7 +219,7 @@ def _command(level: str, title: str, message: str) -> str:
 
 
 def smaller_is_better(report: GateReport) -> list[dict[str, Any]]:
-    """Entries of github-action-benchmark's ``customSmallerIsBetter``: every measured cost of the head."""
+    """Entries of github-action-benchmark's ``customSmallerIsBetter``: the head's costs in all cells of both sides."""
     entries = []
     for cell in report.cells:
         for one in cell.comparisons:

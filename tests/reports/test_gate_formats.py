@@ -14,18 +14,20 @@ from tpme.reports import gate_formats
 from tpme.reports.regression.metrics import shown
 from tpme.reports.regression.verdict import CellVerdict, Comparison, GateReport, Policy, conclude
 
-NASTY = "a|b [red]<c>&*`_ 50%\n::error::x\x07"
+NASTY = "a|b [red]<c>&*`_ 50%\n::error::x\x07\ufffe"
 STEP = Comparison(metric="step_s", kind="time", base=0.02, head=0.03, ratio=1.5, bound=0.1, p=1e-6, verdict="regressed")
 
 
-def report(*comparisons: Comparison, name: str = "lora", policy: Policy | None = None) -> GateReport:
+def report(
+    *comparisons: Comparison, name: str = "lora", head: str = "runs", policy: Policy | None = None
+) -> GateReport:
     cells = [
         CellVerdict(key="1", name=name, dataset="demo", state="compared", comparisons=comparisons),
         CellVerdict(key="2", name="gone", dataset="demo", state="missing", note="differs in seed"),
         CellVerdict(key="3", name="fresh", dataset="demo", state="new"),
     ]
     return conclude(
-        cells, policy or Policy(), command="check", base="b.json", head="runs", notes=("a note",), duration_s=0.25
+        cells, policy or Policy(), command="check", base="b.json", head=head, notes=("a note",), duration_s=0.25
     )
 
 
@@ -57,7 +59,14 @@ def test_improvements_are_told_as_loudly_as_regressions(full: GateReport) -> Non
         assert "-50.00%" in text
         assert "1 regressed, 1 improved" in text
     lines = gate_formats.github_annotations(full)
-    assert [line.split(" ")[0] for line in lines] == ["::error", "::notice", "::notice", "::warning", "::error"]
+    assert [line.split(" ")[0] for line in lines] == [
+        "::error",
+        "::notice",
+        "::notice",
+        "::warning",
+        "::notice",
+        "::error",
+    ]
 
 
 def test_what_was_not_judged_is_said(full: GateReport) -> None:
@@ -102,18 +111,27 @@ def test_benchmark_entries_are_smaller_is_better(full: GateReport) -> None:
 
 
 def test_text_from_outside_breaks_no_format(tmp_path: Path) -> None:
-    nasty = report(STEP.model_copy(update={"note": NASTY}), name=NASTY)
+    lost = Comparison(metric=NASTY, kind="counter", verdict="not compared", note=NASTY)
+    nasty = report(STEP.model_copy(update={"note": NASTY}), lost, name=NASTY, head=NASTY)
     assert "[red]" in printed(nasty)
+    assert not [line for line in printed(nasty).splitlines() if line.startswith("::")], "no annotation by accident"
     rows = [line for line in gate_formats.markdown(nasty).splitlines() if line.startswith("| 🔴")]
     assert len(rows) == 1
     assert rows[0].replace("\\|", "").count("|") == 8
     assert "<c>" not in rows[0]
-    ElementTree.fromstring(gate_formats.junit(nasty))
+    ElementTree.fromstring(gate_formats.junit(nasty).encode())
     for line in gate_formats.github_annotations(nasty):
         assert "\n" not in line
     gate_formats.write(nasty, as_json=tmp_path / "a" / "r.json", as_benchmark=tmp_path / "b.json")
     assert GateReport.model_validate_json((tmp_path / "a" / "r.json").read_bytes()) == nasty
     assert json.loads((tmp_path / "b.json").read_text())[0]["value"] == 0.03
+
+
+def test_what_has_an_interval_is_shown_also_where_it_did_not_change() -> None:
+    same = STEP.model_copy(update={"verdict": "same", "ratio": 1.01, "low": 0.98, "high": 1.04, "note": "2 runs"})
+    for text in (printed(report(same)), gate_formats.markdown(report(same))):
+        assert "+1.00% [-2.0%, +4.0%]" in text.replace("\\", "")
+    assert "+1.00%" not in printed(report(same.model_copy(update={"low": None, "high": None})))
 
 
 def test_an_interval_is_shown_with_its_change() -> None:
