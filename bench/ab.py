@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -109,14 +108,14 @@ def compare(
         pairs: planned by ``plan_pairs``. sides: base and head. folder: for the records. rounds: pairs of runs of each
             cell before it is judged. started: ``time.perf_counter`` of when the command began.
     """
-    environments = {side: tree.environment for side, tree in zip(SIDES, sides, strict=True)}
+    commands = {side: tree.command for side, tree in zip(SIDES, sides, strict=True)}
     both = [pair for pair in pairs if len(pair.jobs) == len(SIDES)]
     names = (sides[0].name, sides[1].name)
 
     def measure(chosen: Sequence[Pair], why: str) -> None:
         for pair in chosen:
             with console.status(escape(f"{pair.cell.label}: {why}")):
-                _interleave(pair, environments, folder, rounds)
+                _interleave(pair, commands, folder, rounds)
 
     def judge(confirmed: dict[str, int]) -> list[CellVerdict]:
         base, head = ({pair.key: pair.runs[side] for pair in both} for side in SIDES)
@@ -181,8 +180,7 @@ def plan_pairs(sides: tuple[Tree, Tree], request: Request, folder: Path, reposit
                 raise UserError(f"{tree.name}: its cells are not those of this tpme ({first})") from None
             pairs.setdefault(cell_key(cell), Pair(cell_key(cell), cell)).jobs[side] = job
     if not pairs:
-        told = "; ".join(problems.values()) or f"{request.matrix} has none of the methods {', '.join(request.methods)}"
-        raise UserError(f"nothing to run: {told}")
+        raise UserError(f"nothing to run: {'; '.join(problems.values())}")
     for pair in pairs.values():
         pair.problem = problems.get(pair.cell.method)
     return list(pairs.values())
@@ -204,9 +202,8 @@ def _ask_side(side: str, tree: Tree, request: Request, folder: Path, repository:
         "answer": str(answer.resolve()),
     }
     write_atomically(asked, json.dumps(content, indent=1).encode())
-    done = subprocess.run(
-        [*_python(tree.environment), str(_SIDE_SCRIPT), str(asked)], capture_output=True, text=True, check=False
-    )
+    command = [*tree.command, str(_SIDE_SCRIPT), str(asked)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         told = done.stderr.strip().splitlines() or ["no output"]
         raise UserError(f"{tree.name}: cannot plan its cells: {told[-1].removeprefix('tpme: ')}")
@@ -223,14 +220,14 @@ def _of_side(path: Path, tree: Tree, repository: Path) -> Path:
 # --- running -------------------------------------------------------------------------------------------------
 
 
-def _interleave(pair: Pair, environments: dict[str, dict[str, str]], folder: Path, rounds: int) -> None:
+def _interleave(pair: Pair, commands: dict[str, list[str]], folder: Path, rounds: int) -> None:
     """Run a cell ``rounds`` times on each side: A B, B A, A B ..."""
     for number in range(rounds):
         for side in SIDES if number % 2 == 0 else SIDES[::-1]:
-            pair.runs[side].append(_run(pair, side, environments[side], folder))
+            pair.runs[side].append(_run(pair, side, commands[side], folder))
 
 
-def _run(pair: Pair, side: str, environment: dict[str, str], folder: Path) -> Recorded:
+def _run(pair: Pair, side: str, python: list[str], folder: Path) -> Recorded:
     """One run of a cell in the environment of its side; one that leaves no record becomes one."""
     slug = re.sub(r"[^A-Za-z0-9]+", "-", pair.cell.label).strip("-")
     home = folder / side / f"{slug}-{pair.key}" / f"run-{len(pair.runs[side]) + 1}"
@@ -239,8 +236,7 @@ def _run(pair: Pair, side: str, environment: dict[str, str], folder: Path) -> Re
     write_atomically(job_file, json.dumps(job, indent=1).encode())
     began, started = datetime.now(UTC), time.monotonic()
     limit_s = float(job["time_limit_s"])
-    words = command(job_file)
-    ending = run_process([*_python(environment), *words[2:]], log=log, limit_s=limit_s)
+    ending = run_process([*python, *command(job_file)[2:]], log=log, limit_s=limit_s)
     if not record.exists():
         status: Status = "timeout" if ending.timed_out else "killed" if ending.code < 0 else "error"
         message = f"its process ended with code {ending.code} and left no record (log: {log})"
@@ -258,11 +254,6 @@ def _run(pair: Pair, side: str, environment: dict[str, str], folder: Path) -> Re
         write_result(result, record)
     result = read_result(record)
     return Recorded(record, result, result.environment.device_key if result.environment else "unknown device")
-
-
-def _python(environment: dict[str, str]) -> list[str]:
-    """The command of a Python whose imports are a side's; ``-P``: and not the working directory's."""
-    return ["env", *(f"{name}={value}" for name, value in environment.items()), sys.executable, "-P"]
 
 
 def _fresh(parent: Path) -> Path:

@@ -34,6 +34,10 @@ def main() -> None:
 
 def _parts(matrix: MatrixFile, wanted: list[str]) -> list[MatrixFile]:
     """A matrix for each method: one that a revision does not know must not hide the others."""
+    names = [entry.name for entry in matrix.methods]
+    for name in wanted:
+        if name not in names:
+            raise UserError(f"--methods {name}: the matrix has no such row, only {', '.join(dict.fromkeys(names))}")
     chosen = [entry for entry in matrix.methods if not wanted or entry.name in wanted]
     return [matrix.model_copy(update={"methods": (entry,)}) for entry in chosen]
 

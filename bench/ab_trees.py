@@ -1,8 +1,8 @@
-"""Two revisions of a repository side by side, each installed apart from the other.
+"""Two revisions of a repository side by side, each in an environment of its own.
 
-A repository that is a Python package is installed from its checkout into a folder of its own, without dependencies and
-without the network; the folder comes first on that side's ``PYTHONPATH``, and everything else is shared. A repository
-that only holds method files needs no installation.
+A repository that is a Python package is installed from its checkout into a virtual environment of that side, with the
+dependencies that the revision itself asks for. What this Python has already, and the revision accepts, is not installed
+again but shared. A repository that only holds method files needs no installation: both sides run in this Python.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import tomllib
+import venv
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tpme.bench.errors import UserError
@@ -25,19 +27,19 @@ WORK_TREE = "work tree"
 
 @dataclass(frozen=True)
 class Tree:
-    """One side: what it is called, where its files are, and where its package is installed, if it is one."""
+    """One side: what it is called, where its files are, and what runs its code."""
 
     name: str
     root: Path
-    installed: Path | None
+    python: str = sys.executable
+    """The interpreter of its environment."""
+    variables: dict[str, str] = field(default_factory=dict)
+    """What that must find set."""
 
     @property
-    def environment(self) -> dict[str, str]:
-        """Variables with which a Python process uses this side's code."""
-        if self.installed is None:
-            return {}
-        paths = [str(self.installed), *filter(None, [os.environ.get("PYTHONPATH")])]
-        return {"PYTHONPATH": os.pathsep.join(paths)}
+    def command(self) -> list[str]:
+        """A Python whose imports are this side's; ``-P``: and not the working directory's."""
+        return ["env", *(f"{name}={value}" for name, value in self.variables.items()), self.python, "-P"]
 
 
 @contextmanager
@@ -49,7 +51,7 @@ def trees(repository: Path, base: str, head: str | None) -> Iterator[tuple[Tree,
             files, without its ignored ones.
 
     Raises:
-        UserError: no repository, no such revision, or a package that cannot be installed.
+        UserError: no repository, no such revision, or a package that cannot be installed with what it needs.
     """
     top = Path(_git(repository, "rev-parse", "--show-toplevel", wrong=f"{repository}: not in a git repository"))
     folder = Path(tempfile.mkdtemp(prefix="tpme-ab-"))
@@ -74,7 +76,11 @@ def _tree(top: Path, revision: str | None, folder: Path) -> Tree:
         commit = _git(top, "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}", wrong=wrong)
         _git(top, "worktree", "add", "--detach", str(folder), commit, wrong=f"{revision}: cannot be checked out")
         name = f"{revision} ({commit[:10]})" if revision != commit[: len(revision)] else commit[:10]
-    return Tree(name, folder, _install(folder, folder.with_name(f"{folder.name}-installed"), name))
+    python, site = sys.executable, None
+    if _is_package(folder, name):
+        python, site = _environment(folder.with_name(f"{folder.name}-environment"))
+        _install(folder, python, name)
+    return Tree(name, folder, python, _variables(top, folder, site))
 
 
 def _copy_work_tree(top: Path, folder: Path) -> None:
@@ -82,25 +88,45 @@ def _copy_work_tree(top: Path, folder: Path) -> None:
     listed = _git(top, "ls-files", "-z", "--cached", "--others", "--exclude-standard", wrong=f"{top}: cannot be listed")
     for name in filter(None, listed.split("\0")):
         source, target = top / name, folder / name
-        if source.is_file():  # a deleted file is still listed; a submodule is a folder
+        if source.is_symlink() or source.is_file():  # a deleted file is still listed; a submodule is a folder
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(source, target)
+            shutil.copy2(source, target, follow_symlinks=False)
     folder.mkdir(exist_ok=True)
 
 
-def _install(checkout: Path, target: Path, name: str) -> Path | None:
-    if not _is_package(checkout, name):
-        return None
-    # What the build needs is usually installed; only where it is not, pip may fetch it.
+def _environment(folder: Path) -> tuple[str, Path]:
+    """A virtual environment that sees the packages of this one behind its own: its interpreter and its packages.
+
+    ``venv``'s own ``system_site_packages`` would show the packages of the Python that *this* environment was made from.
+    """
+    venv.create(folder, symlinks=os.name != "nt")
+    where = {"base": str(folder), "platbase": str(folder)}
+    site = Path(sysconfig.get_path("purelib", "venv", where))
+    shared = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    lines = [f"import site; site.addsitedir({path!r})" for path in shared]
+    (site / "shared.pth").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(Path(sysconfig.get_path("scripts", "venv", where)) / "python"), site
+
+
+def _install(checkout: Path, python: str, name: str) -> None:
     told = "no output"
+    # What build and package need is usually here; only where it is not, pip may fetch it.
     for options in (["--no-build-isolation", "--no-index"], []):
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--disable-pip-version-check"]
-        done = _run([*command, *options, "--target", str(target), str(checkout)])
+        command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *options, str(checkout)]
+        done = _run(command)
         if done.returncode == 0:
-            return target
+            return
         told = (done.stderr.strip() or done.stdout.strip() or told).splitlines()[-1]
-        shutil.rmtree(target, ignore_errors=True)
     raise UserError(f"{name}: cannot be installed: {told}")
+
+
+def _variables(top: Path, checkout: Path, site: Path | None) -> dict[str, str]:
+    """``PYTHONPATH`` with the side's own packages first; a folder of the repository in it is the checkout's."""
+    paths = [] if site is None else [site]
+    for path in map(Path.resolve, map(Path, filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))):
+        own = checkout / path.relative_to(top) if path.is_relative_to(top) else path
+        paths.append(own if own.exists() else path)
+    return {"PYTHONPATH": os.pathsep.join(map(str, paths))} if paths else {}
 
 
 def _is_package(checkout: Path, name: str) -> bool:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tpme.bench.ab_trees import WORK_TREE, Tree, trees
@@ -91,7 +94,7 @@ def test_two_revisions_lie_side_by_side_and_leave_nothing(repository: Repository
     repository.commit({"methods/a.py": "second"}, "two")
     with trees(repository.root / "methods", "one", "HEAD") as (base, head):
         assert [(tree.root / "methods" / "a.py").read_text() for tree in (base, head)] == ["first", "second"]
-        assert (base.installed, base.environment) == (None, {})
+        assert base.command == head.command == ["env", sys.executable, "-P"], "nothing to install: one environment"
         assert base.name.startswith("one (")
         roots = base.root, head.root
     assert not any(root.exists() for root in roots)
@@ -107,29 +110,63 @@ def test_the_work_tree_is_a_snapshot_without_ignored_files(repository: Repositor
     repository.write("a.py", "edited")
     repository.write("new.py", "untracked")
     repository.write("data/huge", "ignored")
+    (repository.root / "link.py").symlink_to("a.py")
+    (repository.root / "folder").symlink_to("data")
     (repository.root / "gone.py").unlink()
     with trees(repository.root, "one", None) as (base, head):
         repository.write("a.py", "edited while it runs")
         assert (base.root / "a.py").read_text() == "committed"
         assert head.name == WORK_TREE
         found = {path.name: path.read_text() for path in head.root.rglob("*") if path.is_file()}
-    assert found == {"a.py": "edited", "new.py": "untracked", ".gitignore": "data/\n"}
+        assert str((head.root / "folder").readlink()) == "data", "links stay links, as git checks them out"
+    assert found == {"a.py": "edited", "link.py": "edited", "new.py": "untracked", ".gitignore": "data/\n"}
 
 
-def test_each_side_of_a_package_imports_its_own_code(repository: Repository) -> None:
+def test_each_side_of_a_package_imports_its_own_code(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = '[build-system]\nrequires = ["setuptools"]\nbuild-backend = "setuptools.build_meta"\n'
     settings += '[project]\nname = "mine"\nversion = "1"\n[project.entry-points."tpme.methods"]\nmine = "mine:M"\n'
     repository.commit({"pyproject.toml": settings, "mine.py": "SIDE = 'base'\n"}, "one")
     repository.commit({"mine.py": "SIDE = 'head'\n"}, "two")
     code = "import mine, importlib.metadata as m; print(mine.SIDE, *m.entry_points(group='tpme.methods').names)"
 
-    def told(tree: Tree) -> str:
-        command = [sys.executable, "-P", "-c", code]
-        environment = os.environ | tree.environment
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
-
+    monkeypatch.setenv("PYTHONPATH", str(repository.root))  # as one works on it; it must not come first
     with trees(repository.root, "one", "two") as sides:
-        assert [told(tree) for tree in sides] == ["base mine", "head mine"]
+        assert [told(tree, code) for tree in sides] == ["base mine", "head mine"]
+
+
+def told(tree: Tree, code: str) -> str:
+    """What a Python of this side prints."""
+    return subprocess.run([*tree.command, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.mark.slow
+def test_each_side_has_the_dependencies_it_asks_for(repository: Repository, tmp_path: Path) -> None:
+    """What the revisions need differs; what they share, torch for one, is that of this environment."""
+    settings = '[build-system]\nrequires = ["setuptools"]\nbuild-backend = "setuptools.build_meta"\n[project]\n'
+    for version in ("1", "2"):
+        helper = tmp_path / f"helper-{version}"
+        helper.mkdir()
+        (helper / "pyproject.toml").write_text(f'{settings}name = "tpme-test-helper"\nversion = "{version}"\n')
+        (helper / "tpme_test_helper.py").write_text(f"VERSION = {version}\n")
+        needs = f'name = "mine"\nversion = "1"\ndependencies = ["numpy", "tpme-test-helper @ {helper.as_uri()}"]\n'
+        repository.commit({"pyproject.toml": settings + needs, "mine.py": ""}, f"v{version}")
+    code = "import sys, tpme_test_helper, mine, numpy; print(tpme_test_helper.VERSION, numpy.__file__)"
+    with trees(repository.root, "v1", "v2") as sides:
+        assert [told(tree, code) for tree in sides] == [f"1 {np.__file__}", f"2 {np.__file__}"]
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("tpme_test_helper")
+
+
+def test_a_path_into_the_repository_leads_into_each_checkout(
+    repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository.commit({"lib/shared_by_methods.py": "SIDE = 'base'\n"}, "one")
+    repository.write("lib/shared_by_methods.py", "SIDE = 'head'\n")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(repository.root / "lib"), str(tmp_path / "elsewhere")]))
+    code = "import sys, shared_by_methods; print(shared_by_methods.SIDE, sys.path[1].rpartition('/')[2])"
+    with trees(repository.root, "one", None) as sides:
+        assert [told(tree, code) for tree in sides] == ["base elsewhere", "head elsewhere"]
 
 
 @pytest.mark.parametrize(
@@ -186,17 +223,15 @@ def test_a_slower_and_larger_method_is_found_and_measured_twice(
     (cell,) = report["cells"]
     found = {one["metric"]: one for one in cell["comparisons"]}
     assert found["trainable_parameters"]["verdict"] == found["step_s"]["verdict"] == "regressed"
-    assert found["step_s"]["head"] > found["step_s"]["base"] + 0.19
+    assert found["step_s"]["head"] > 0.2
     assert found["step_s"]["low"] <= found["step_s"]["ratio"] <= found["step_s"]["high"]
     assert found["host_rss_bytes"]["base"] > 0
-    assert report["notes"] == ["measured 2 times before judging: mine"]
-    records = sorted(path.relative_to(tmp_path / "ab" / "1") for path in (tmp_path / "ab").rglob("attempt-1.json"))
-    assert [(path.parts[0], path.parts[2]) for path in records] == [
-        ("base", "run-1"),
-        ("base", "run-2"),
-        ("head", "run-1"),
-        ("head", "run-2"),
-    ]
+    (note,) = report["notes"]
+    times = int(re.fullmatch(r"measured (\d) times before judging: mine", note)[1])  # type: ignore[index]
+    assert times >= 2  # more on a machine that is busy
+    records = [path.relative_to(tmp_path / "ab" / "1") for path in (tmp_path / "ab").rglob("attempt-1.json")]
+    expected = [(side, f"run-{number}") for side in ("base", "head") for number in range(1, times + 1)]
+    assert sorted((path.parts[0], path.parts[2]) for path in records) == expected
 
 
 @pytest.mark.slow
@@ -210,9 +245,19 @@ def test_a_cell_of_one_side_alone_is_listed_and_nothing_compared_is_no_pass(ab: 
     assert "unknown method 'mine'" in cell["note"]
 
 
-def test_a_mistake_is_one_line_and_exit_code_3(ab: Any, repository: Repository) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["one", "nowhere"], "tpme: nowhere: no such revision"),
+        (["one", "one", "--methods", "mine,lorra"], "tpme: one ("),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_3(
+    ab: Any, repository: Repository, arguments: list[str], words: str
+) -> None:
     repository.commit({"mine/mine.py": METHOD}, "one")
-    done, report = ab("one", "nowhere", ["mine"])
+    done, report = ab(*arguments[:2], ["mine"], *arguments[2:])
     assert (done.returncode, report) == (3, None)
     (line,) = done.stderr.strip().splitlines()
-    assert line.startswith("tpme: nowhere: no such revision")
+    assert line.startswith(words)
+    assert len(arguments) == 2 or line.endswith("--methods lorra: the matrix has no such row, only mine")
