@@ -57,6 +57,7 @@ from tpme.bench.train.cached import cached_states
 from tpme.bench.train.compiling import compile_model
 from tpme.bench.train.ending import TimeLimitReached, failure_of, status_of
 from tpme.bench.train.facts import Arrays, epoch_time, parameter_counts, ranks, reported, samples, throughput
+from tpme.bench.train.graphs import GraphedLoss, why_not
 from tpme.bench.train.loop import WARMUP_EPOCHS, Outcome, Trainer
 from tpme.bench.train.split import PARTS, step_split
 from tpme.methods.base import Method, Plan, TaskShape
@@ -138,6 +139,8 @@ class Story:
             self._flag_encoders(model, method)
             self.known.parameters = parameter_counts(model, method)
         trainer = Trainer(self.cell, model, method, dataset, store, self.phases, self.device, self.progress)
+        if self.cell.training.cuda_graphs:
+            self._record_graphs(trainer)
         self.known.trainer, self.known.outcome = trainer, trainer.outcome
         _seed(self.cell.seed)
         return trainer
@@ -253,6 +256,16 @@ class Story:
             compile_model(model)
         else:
             self._flag("not-compiled", "nothing trains: nothing to compile")
+
+    def _record_graphs(self, trainer: Trainer) -> None:
+        if self.device.type != "cuda":
+            raise UserError("cuda_graphs = true needs a CUDA device; turn it off or run with --device cuda")
+        reason = why_not(trainer.method, trainer.model)
+        if reason is None:
+            users = self.cell.training.users_per_batch
+            trainer.loss_of = GraphedLoss(trainer.method, trainer.model, users)
+        else:
+            self._flag("no-cuda-graphs", f"steps are not recorded as CUDA graphs: {reason}")
 
     def _flag_encoders(self, model: Recommender, method: Method) -> None:
         random = [m for m, spec in self._specs(method).items() if spec.weights == "random"]

@@ -70,6 +70,8 @@ class Training(Frozen):
     activation_checkpointing: bool = False
     compile: bool = False
     """Run encoder layers, item encoder and sequential encoder through torch.compile."""
+    cuda_graphs: bool = False
+    """Replay the steps of rows in which no encoder runs as CUDA graphs."""
     embedding_dim: PositiveInt = 64
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     blocks: PositiveInt = 2
@@ -77,6 +79,12 @@ class Training(Frozen):
     title_tokens: PositiveInt = 30
     max_steps_per_epoch: PositiveInt | None = None
     """Cuts every epoch after this many steps; ``None`` trains on all users."""
+
+    @model_validator(mode="after")
+    def _compiled_or_recorded(self) -> Training:
+        if self.compile and self.cuda_graphs:
+            raise ValueError("compile and cuda_graphs exclude each other: a graph is recorded of what runs without")
+        return self
 
 
 class Cell(Frozen):

@@ -345,6 +345,7 @@ CHANGES: dict[str, dict[str, Any]] = {
             "precision": "bf16",
             "activation_checkpointing": True,
             "compile": True,
+            "cuda_graphs": True,
             "embedding_dim": 32,
             "dropout": 0.2,
             "blocks": 1,

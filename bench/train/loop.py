@@ -14,6 +14,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -100,6 +101,8 @@ class Trainer:
         precision = cell.training.precision
         self.autocast_dtype = AUTOCAST.get(precision)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.loss_of: Callable[[Batch], Tensor] = partial(total_loss, method, model)
+        """The sum of the losses of a batch, with its graph; another way to compute the same may be put in its place."""
 
     # --- the procedure --------------------------------------------------------------------------------------------
 
@@ -191,7 +194,7 @@ class Trainer:
         method, state = self.method, self.state
         method.before_step(state)
         with self.autocast():
-            loss = total_loss(method, self.model, batch)
+            loss = self.loss_of(batch)
         lap()
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         lap()

@@ -1,0 +1,118 @@
+"""Steps as CUDA graphs: what is recorded computes what a step computes, and who cannot have one is told."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tpme.bench.record import LearningRates, Training
+from tpme.bench.task.batches import Batch, ItemStore, build_batch, log_popularity
+from tpme.bench.task.items import map_tensors
+from tpme.bench.task.recommender import Recommender
+from tpme.bench.train.graphs import GraphedLoss, PaddedLoss, why_not
+from tpme.bench.train.step import total_loss
+from tpme.methods.base import Method
+from tpme.methods.bitfit import BitFit
+from tpme.methods.iisan import IISAN
+
+USERS = 7
+
+
+def without_encoders(tiny: ModuleType, name: str, dropout: float = 0.0) -> tuple[Method, Recommender]:
+    method, model = tiny.build(name, with_views=False, dropout=dropout)
+    return method, model.train()
+
+
+def batches(tiny: ModuleType, model: Recommender, protocol: str = "suite") -> list[Batch]:
+    """Batches of the same users in number, with ever fewer items."""
+    found = []
+    for seed, items in enumerate((tiny.ITEMS, 4, 3)):
+        data = tiny.catalogue(USERS, items, seed)
+        reads = model.item_encoder.reads
+        states = {m: torch.randn(items + 1, read.count, tiny.WIDTH).half() for m, read in reads.items()}
+        store = ItemStore(data, states=states) if states else ItemStore(data)
+        found.append(build_batch(data.train_slots, log_popularity(data), store, protocol))  # type: ignore[arg-type]
+    return found
+
+
+@pytest.mark.parametrize("protocol", ["suite", "paper"])
+@pytest.mark.parametrize("name", ["iisan", "id", "frozen"])
+def test_room_that_is_not_filled_changes_nothing(tiny: ModuleType, name: str, protocol: str) -> None:
+    method, model = without_encoders(tiny, name, dropout=0.1)
+    given = batches(tiny, model, protocol)
+    assert len({len(batch.candidates.rows) for batch in given}) > 1
+    padded = PaddedLoss(model, given[0])
+    places = [tensor.data_ptr() for tensor in padded.inputs]
+    for batch in given:  # what an earlier, larger one leaves behind must not count
+        found = {}
+        for way in ("plain", "padded"):
+            torch.manual_seed(3)
+            model.zero_grad()
+            loss = total_loss(method, model, batch) if way == "plain" else padded(*padded.fill(batch))
+            loss.backward()
+            found[way] = (loss.detach(), tiny.gradients(model))
+        assert float(found["padded"][0]) == pytest.approx(float(found["plain"][0]), rel=1e-6)
+        assert found["padded"][1].keys() == found["plain"][1].keys()
+        for key, gradient in found["plain"][1].items():
+            assert torch.allclose(found["padded"][1][key], gradient, atol=1e-6), key
+    assert [tensor.data_ptr() for tensor in padded.inputs] == places
+
+
+class Scheduled(IISAN):
+    """Changes something before each step."""
+
+    def before_step(self, state: Any) -> None:
+        pass
+
+
+def test_who_cannot_be_recorded_is_told_why(tiny: ModuleType) -> None:
+    assert why_not(*without_encoders(tiny, "iisan")) is None
+    assert why_not(*without_encoders(tiny, "id")) is None
+    assert why_not(*tiny.build("iisan")) == "encoders run in every step: it is not bound by starting kernels"
+    assert why_not(*tiny.build("bitfit")) is not None
+    assert why_not(*without_encoders(tiny, "popularity")) == "nothing trains"
+    method, model = without_encoders(tiny, "iisan")
+    assert "before_step()" in (why_not(Scheduled(method.config), model) or "")
+    assert BitFit.before_step is Method.before_step  # else the test above would say nothing
+
+
+def test_compiled_and_recorded_at_once_is_refused() -> None:
+    with pytest.raises(ValueError, match="exclude each other"):
+        Training(compile=True, cuda_graphs=True)
+
+
+def test_a_cpu_cannot_replay_graphs(world: Any, tmp_path: Any) -> None:
+    matrix = world.matrix([{"name": "id"}], training={"epochs": 1, "cuda_graphs": True})
+    result = world.tell(matrix, tmp_path)
+    assert result.status == "error"
+    assert result.cell.training.cuda_graphs
+    assert "cuda_graphs = true needs a CUDA device" in result.failure.message
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+@pytest.mark.parametrize("name", ["iisan", "id"])
+def test_graphs_train_as_plain_steps_do(tiny: ModuleType, name: str, precision: torch.dtype | None) -> None:
+    device, losses = torch.device("cuda"), {}
+    for way in ("plain", "graphs"):
+        method, model = without_encoders(tiny, name, dropout=0.1)
+        given = [map_tensors(batch, lambda tensor: tensor.to(device)) for batch in batches(tiny, model)]
+        model.to(device)
+        loss_of = GraphedLoss(method, model, USERS)
+        optimizer = method.optimizer(method.param_groups(model, LearningRates()), fused=True)
+        torch.manual_seed(5)
+        losses[way] = []
+        for batch in given * 3:
+            with torch.autocast("cuda", dtype=precision, enabled=precision is not None):
+                loss = loss_of(batch) if way == "graphs" else total_loss(method, model, batch)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses[way].append(float(loss.detach()))
+    assert np.allclose(losses["plain"], losses["graphs"], rtol=1e-5 if precision is None else 1e-2)
+    assert losses["plain"][0] != losses["plain"][3]
