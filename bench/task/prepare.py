@@ -11,7 +11,7 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -274,9 +274,20 @@ def _write_good_images(raw: RawData, path: Path, settings: Settings, progress: P
     images = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
     rows = np.concatenate(([0], np.searchsorted(every.items, kept.items) + 1))
     for start in range(0, len(rows), _CHUNK):
-        images[start : start + _CHUNK] = decoded[rows[start : start + _CHUNK]]
+        _mapped_anew(images, "r+")[start : start + _CHUNK] = _mapped_anew(decoded)[rows[start : start + _CHUNK]]
     scratch.unlink()
     return kept
+
+
+def _mapped_anew(array: NDArray[Any], mode: Literal["r", "r+"] = "r") -> NDArray[Any]:
+    """The same array through a mapping of its own, if it is a mapped file.
+
+    Pages that were touched count as this process's memory until their mapping goes: with one mapping for all rows,
+    memory would grow with the number of items.
+    """
+    if isinstance(array, np.memmap):
+        return np.memmap(array.filename, array.dtype, mode, array.offset, array.shape)
+    return array
 
 
 def _fingerprint(
@@ -292,6 +303,6 @@ def _fingerprint(
         digest.update(f"\n{name} {array.dtype.str} {array.shape}\n".encode())
         task = progress.add_task("Checksum", total=len(array), visible=name == "images")
         for start in range(0, len(array), _CHUNK):
-            digest.update(np.ascontiguousarray(array[start : start + _CHUNK]).data)
+            digest.update(np.ascontiguousarray(_mapped_anew(array)[start : start + _CHUNK]).data)
             progress.advance(task, len(array[start : start + _CHUNK]))
     return digest.hexdigest()
