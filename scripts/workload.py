@@ -1,0 +1,185 @@
+"""Made-up catalogues, encoders and trainers of any size, for the scripts that measure beside this file.
+
+Values are made up, shapes are not: user lengths are those of Amazon Scientific, encoders have the configuration of BERT
+and ViT, and what trains is what ``tpme run`` trains. Nothing is downloaded; images are a file of zeros without blocks.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tpme.bench.counting.batch import SCIENTIFIC_LENGTHS
+from tpme.bench.counting.meta import BERT_BASE, VIT_BASE
+from tpme.bench.measure.phases import PhaseLog
+from tpme.bench.record import Cell, EncoderSpec, Modality, Training
+from tpme.bench.task.batches import ItemStore
+from tpme.bench.task.dataset import Dataset, Manifest
+from tpme.bench.task.encoders import load_encoder
+from tpme.bench.task.items import EncoderShape
+from tpme.bench.task.recommender import Recommender
+from tpme.bench.task.sequential import SequentialEncoder
+from tpme.bench.task.tokens import TokenTable
+from tpme.bench.train.loop import Trainer
+from tpme.methods.base import Plan, TaskShape
+from tpme.methods.registry import create
+
+SEED, TITLE_TOKENS, VOCABULARY = 12345, 30, 30522
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """Shape of a text and an image encoder: both have this width and depth; images are ``side`` pixels wide."""
+
+    width: int
+    depth: int
+    side: int = 224
+    patch: int = 16
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of an image, the class token included."""
+        return (self.side // self.patch) ** 2 + 1
+
+
+ENCODERS = {
+    "built-in": Encoders(64, 4, side=32, patch=8),
+    "tiny": Encoders(128, 2),
+    "mini": Encoders(256, 4),
+    "small": Encoders(512, 4),
+    "medium": Encoders(512, 8),
+    "base": Encoders(768, 12),
+}
+"""The shape of the shipped encoders, and those of the BERT miniatures (Turc et al., 2019) with a ViT/16 alike."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is trained, and how large it is. ``full``: every user fills all slots, else lengths are Scientific's."""
+
+    method: str
+    cached: bool = False
+    encoders: str = "built-in"
+    users: int = 4096
+    items: int = 20_000
+    batch: int = 32
+    max_seq_len: int = 10
+    full: bool = False
+    modalities: tuple[Modality, ...] = ("text", "image")
+
+
+def made_up_data(size: Size, folder: Path) -> Dataset:
+    """A data set of that size, which is nowhere on the disk but for its images."""
+    rng = np.random.default_rng(SEED)
+    slots = np.full(size.users, size.max_seq_len + 1)
+    if not size.full:
+        known = np.array(list(SCIENTIFIC_LENGTHS.values()))
+        slots = rng.choice(list(SCIENTIFIC_LENGTHS), size.users, p=known / known.sum())
+    offsets = np.concatenate(([0], np.cumsum(slots + 2)))
+    side = ENCODERS[size.encoders].side
+    manifest = Manifest(
+        name="made-up",
+        source="made up",
+        modalities=size.modalities,
+        users=size.users,
+        items=size.items,
+        interactions=int(offsets[-1]),
+        max_seq_len=size.max_seq_len,
+        image_size=side,
+        skipped={},
+        fingerprint="made up",
+    )
+    images = None
+    if not size.cached and size.method != "id" and "image" in size.modalities:
+        shape = (size.items + 1, 3, side, side)
+        images = np.lib.format.open_memmap(folder / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
+    sequences = rng.integers(1, size.items + 1, manifest.interactions, dtype=np.int32)
+    return Dataset(folder, manifest, sequences=sequences, offsets=offsets, titles=None, images=images)
+
+
+def make_cell(size: Size, folder: Path, device: Literal["cpu", "cuda"]) -> Cell:
+    """The cell; configurations of its encoders are written to ``folder``."""
+    shape = ENCODERS[size.encoders]
+    common = {
+        "hidden_size": shape.width,
+        "num_hidden_layers": shape.depth,
+        "num_attention_heads": max(2, shape.width // 64),
+        "intermediate_size": 4 * shape.width,
+    }
+    specs: dict[Modality, EncoderSpec] = {}
+    kinds: dict[Modality, dict[str, object]] = {
+        "text": BERT_BASE,
+        "image": VIT_BASE | {"image_size": shape.side, "patch_size": shape.patch},
+    }
+    for modality in size.modalities:
+        place = folder / modality
+        place.mkdir(exist_ok=True)
+        (place / "config.json").write_text(json.dumps(kinds[modality] | common))
+        specs[modality] = EncoderSpec(source=str(place), weights="random")
+    return Cell(
+        method=size.method,
+        cached=size.cached,
+        dataset="made-up",
+        dataset_fingerprint="made up",
+        modalities=size.modalities,
+        text_encoder=specs.get("text"),
+        image_encoder=specs.get("image"),
+        training=Training(epochs=1, users_per_batch=size.batch, title_tokens=TITLE_TOKENS),
+        device=device,
+        seed=SEED,
+    )
+
+
+def make_trainer(size: Size, folder: Path, phases: PhaseLog, device: Literal["cpu", "cuda"] = "cpu") -> Trainer:
+    """What trains a cell of that size, on data and weights that are made up; ``folder`` is for its files."""
+    torch.manual_seed(SEED)
+    cell, dataset = make_cell(size, folder, device), made_up_data(size, folder)
+    method, training = create(size.method, {}), cell.training
+    used = size.modalities if method.modalities is None else method.modalities
+    specs = {"text": cell.text_encoder, "image": cell.image_encoder}
+    width, depth = ENCODERS[size.encoders].width, ENCODERS[size.encoders].depth
+    task = TaskShape(training.embedding_dim, size.items, {m: EncoderShape(width, depth) for m in used})
+    item_encoder = method.item_encoder(task)
+    sequence = SequentialEncoder(
+        training.embedding_dim, size.max_seq_len, training.blocks, training.heads, training.dropout
+    )
+    if size.cached:
+        views = {}
+        shapes = {m: (size.items + 1, reads.count, width) for m, reads in item_encoder.reads.items()}
+        # Written, and not only asked for: memory that was never touched would not count.
+        states = {m: torch.full(shape, 0.1, dtype=torch.float16, device=device) for m, shape in shapes.items()}
+        store = ItemStore(dataset, states=states)
+    else:
+        views = {m: load_encoder(spec, m, seed=SEED).view for m in used if (spec := specs[m]) is not None}
+        tokens = _tokens(size.items) if "text" in used else None
+        store = ItemStore(dataset, tokens=tokens, images="image" in used)
+    model = Recommender(views, item_encoder, sequence, decoupled=method.decoupled)
+    method.adapt(model, Plan(1, -(-size.users // size.batch), dataset.popularity))
+    model.to(device)
+    return Trainer(cell, model, method, dataset, store, phases, torch.device(device), lambda _what, _share: None)
+
+
+def _tokens(items: int) -> TokenTable:
+    ids: NDArray[np.int32] = np.random.default_rng(SEED).integers(
+        1000, VOCABULARY, (items + 1, TITLE_TOKENS), dtype=np.int32
+    )
+    return TokenTable(ids, np.full(items + 1, TITLE_TOKENS, np.int32))
+
+
+def put(text: str, document: Path, mark: str) -> None:
+    """Replace what stands in ``document`` between ``<!-- MARK -->`` and ``<!-- /MARK -->``.
+
+    Raises ValueError where the marks are missing.
+    """
+    start, end = f"<!-- {mark} -->", f"<!-- /{mark} -->"
+    whole = document.read_text(encoding="utf-8")
+    if start not in whole or end not in whole:
+        raise ValueError(f"{document}: has no {start} ... {end}")
+    before, after = whole.split(start)[0], whole.split(end)[1]
+    document.write_text(f"{before}{start}\n{text}\n{end}{after}", encoding="utf-8")

@@ -1,0 +1,121 @@
+"""The scripts that measure: what they keep, what they put into documents, and that a step in parts is a step."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``script(name)``: one of ``scripts/``, which import each other as files of one folder."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    return importlib.import_module
+
+
+@pytest.fixture
+def scaling(script: Any) -> ModuleType:
+    module: ModuleType = script("scaling")
+    return module
+
+
+def line(scaling: ModuleType, point: Any, seconds: float) -> Any:
+    return scaling.Measured(point=point, seconds=seconds, memory_bytes=2**20 * seconds, parts={"step_s": 0.1})
+
+
+def test_growth_is_an_exponent(scaling: ModuleType) -> None:
+    points = [scaling.Point(axis="users", value=v, method="fft", cached=False, device="cpu") for v in (10, 100, 1000)]
+    lines = [line(scaling, point, seconds) for point, seconds in zip(points, (1.0, 10.0, 1000.0), strict=True)]
+    assert scaling.growth(lines) == [None, pytest.approx(1.0), pytest.approx(2.0)]
+
+
+def test_an_interrupted_run_goes_on(scaling: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, document, asked = tmp_path / "points.jsonl", tmp_path / "scaling.md", []
+    document.write_text("before\n<!-- users -->\nold\n<!-- /users -->\nafter\n")
+
+    def measured(point: Any, place: Path) -> Any:
+        asked.append(point)
+        found = line(scaling, point, float(point.value))
+        with place.open("a") as file:
+            file.write(found.model_dump_json() + "\n")
+        return found
+
+    monkeypatch.setattr(scaling, "_in_own_process", measured)
+    given = ["--only", "users", "--out", str(out), "--docs", str(document)]
+    assert scaling.main(given) == 0
+    every = list(scaling.AXES["users"].points("users", "cpu"))
+    assert asked == every
+    whole = document.read_text()
+    assert whole.startswith("before\n<!-- users -->\n![")
+    assert whole.endswith("<!-- /users -->\nafter\n")
+    assert "old" not in whole
+    assert whole.count("| fft | ") == len(scaling.AXES["users"].values)
+    assert (tmp_path / "scaling" / "users.png").read_bytes().startswith(b"\x89PNG")
+    out.write_text("\n".join(out.read_text().splitlines()[:-1]) + '\n{"point": {"axis": "us')  # killed while writing
+    asked.clear()
+    assert scaling.main(given) == 0
+    assert asked == every[-1:]
+    assert document.read_text() == whole
+
+
+def test_a_point_that_fails_is_told_and_not_kept(
+    scaling: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    point = scaling.Point(axis="users", value=10, method="no-such-method", cached=False, device="cpu")
+    monkeypatch.setattr(scaling.Axis, "points", lambda *_: iter([point]))
+    assert scaling.main(["--only", "users", "--out", str(tmp_path / "points.jsonl")]) == 1
+    assert "unknown method 'no-such-method'" in capsys.readouterr().err
+    assert not (tmp_path / "points.jsonl").exists()
+
+
+@pytest.mark.parametrize("axis", ["batch", "depth", "evaluation"])
+def test_a_point_is_measured(scaling: ModuleType, axis: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"users": 30, "items": 40}
+    monkeypatch.setitem(scaling.AXES, axis, replace(scaling.AXES[axis], size={"batch": 8} | small))
+    value = {"batch": 8, "depth": "tiny", "evaluation": 40}[axis]
+    method, cached = ("iisan", True) if axis == "depth" else ("id", False)
+    found = scaling.measure(scaling.Point(axis=axis, value=value, method=method, cached=cached, device="cpu"))
+    assert found.seconds > 0
+    assert found.memory_bytes > 0
+    wanted = {
+        "batch": {"step_s"},
+        "depth": {"step_s", "flops", "counted_bytes"},
+        "evaluation": {"validate_s", "rank_s"},
+    }
+    assert set(found.parts) == wanted[axis]
+    if axis == "batch":
+        assert found.seconds == pytest.approx(4 * found.parts["step_s"])  # 30 users, 8 a step
+    assert json.loads(found.model_dump_json())["point"]["axis"] == axis
+
+
+@pytest.mark.parametrize("name", ["lora", "iisan", "iisan (cached)", "id"])
+def test_a_step_in_parts_is_a_step(script: Any, name: str, tmp_path: Path) -> None:
+    import numpy as np
+    import torch
+
+    from tpme.bench.measure.phases import PhaseLog
+    from tpme.bench.task.batches import build_batch
+
+    module, workload = script("profile_methods"), script("workload")
+    size = replace(module.SIZES[name], encoders="built-in", users=20, items=40, batch=5)
+    weights = {}
+    for parts in (False, True):
+        trainer = workload.make_trainer(size, tmp_path, PhaseLog("cpu", None, None))
+        trainer.model.train()
+        optimizer, users, of = trainer.optimizer(), np.arange(5), trainer.batches
+        torch.manual_seed(0)
+        if parts:
+            module.staged_step(trainer, users, optimizer)
+        else:
+            trainer.step(build_batch(of.slots[users], of.log_p, of.store, "suite"), optimizer)
+        weights[parts] = {key: value.detach().clone() for key, value in trainer.model.named_parameters()}
+    for key, value in weights[False].items():
+        assert torch.allclose(weights[True][key], value, atol=1e-6), key
