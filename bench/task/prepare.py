@@ -286,6 +286,7 @@ def _mapped_anew(array: NDArray[Any], mode: Literal["r", "r+"] = "r") -> NDArray
     memory would grow with the number of items.
     """
     if isinstance(array, np.memmap):
+        assert array.filename is not None
         return np.memmap(array.filename, array.dtype, mode, array.offset, array.shape)
     return array
 

@@ -9,6 +9,7 @@ they do not fill is masked like padding: loss and gradients stay what they are.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -134,6 +135,6 @@ def _recorded(padded: PaddedLoss, inputs: tuple[Tensor, ...]) -> Callable[..., T
     random = torch.cuda.get_rng_state(device)  # recording runs the step a few times
     # Without the cache of cast weights: a graph must cast the weights as they are when it is replayed.
     with torch.autocast("cuda", dtype=dtype, enabled=enabled, cache_enabled=False):
-        run: Callable[..., Tensor] = torch.cuda.make_graphed_callables(padded, inputs, allow_unused_input=True)
+        run = torch.cuda.make_graphed_callables(padded, inputs, allow_unused_input=True)
     torch.cuda.set_rng_state(random, device)
-    return run
+    return cast("Callable[..., Tensor]", run)
