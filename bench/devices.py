@@ -168,7 +168,6 @@ def calibrate(device: str, name: str | None = None) -> DeviceProfile:
     import torch
 
     cuda = device.startswith("cuda")
-    workspace = 0 if not cuda else _HOPPER if torch.cuda.get_device_capability(device)[0] == 9 else _OTHER
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     rates: dict[Precision, float] = {
         precision: _matmul_rate(device, dtypes[precision]) for precision in get_args(Precision)
@@ -180,8 +179,17 @@ def calibrate(device: str, name: str | None = None) -> DeviceProfile:
         memory_bytes_per_s=_copy_rate(device),
         memory_bytes=torch.cuda.get_device_properties(device).total_memory if cuda else psutil.virtual_memory().total,
         efficiency=EFFICIENCY_OF_MEASURED,
-        workspace_bytes=workspace,
+        workspace_bytes=workspace_bytes(device),
     )
+
+
+def workspace_bytes(device: str) -> int:
+    """What cuBLAS takes from torch's allocator on ``device``; nothing on a CPU."""
+    import torch
+
+    if not device.startswith("cuda"):
+        return 0
+    return _HOPPER if torch.cuda.get_device_capability(device)[0] == 9 else _OTHER
 
 
 def _matmul_rate(device: str, dtype: Any) -> float:

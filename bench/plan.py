@@ -17,9 +17,8 @@ import torch
 from rich.console import Console
 
 from tpme.bench.counting.batch import DataShape
-from tpme.bench.counting.counters import Counts, Step, count, run_step
+from tpme.bench.counting.counters import Counts, Step, count, planned_peak, run_step
 from tpme.bench.counting.meta import EncoderShelf, MetaCell
-from tpme.bench.counting.modes import rounded
 from tpme.bench.devices import DeviceProfile
 from tpme.bench.errors import UserError
 from tpme.bench.launch import prepare_datasets
@@ -184,10 +183,6 @@ def _plan_cell(
 def _work(meta: MetaCell, counts: Counts, step: Step, device: DeviceProfile | None) -> Work:
     whole = min(meta.cell.training.users_per_batch, meta.data.users)
     batches = min(meta.steps, meta.data.users / whole) if counts.trainable else 0.0
-    held = step.peak_bytes + rounded(counts.optimizer_bytes) + (device.workspace_bytes if device else 0)
-    cache = counts.cache_bytes or 0
-    if device is None or cache <= (device.memory_bytes - counts.weight_bytes) // 2:  # the rule of features.load
-        held += rounded(cache)
     return Work(
         batch=counts.batch,
         trainable=counts.trainable,
@@ -198,7 +193,9 @@ def _work(meta: MetaCell, counts: Counts, step: Step, device: DeviceProfile | No
         cache_bytes=counts.cache_bytes,
         saved_bytes=step.saved_bytes,
         saved_bytes_math=counts.step.saved_bytes,
-        peak_bytes=held,
+        peak_bytes=planned_peak(
+            counts, step, device.memory_bytes if device else None, device.workspace_bytes if device else 0
+        ),
         forward_flops=counts.step.forward_flops,
         backward_flops=counts.step.backward_flops,
         epoch_steps=batches,

@@ -46,6 +46,7 @@ def test_the_plan_is_what_the_records_say(card_run: Any, world: Any, harness: Mo
         for name in EXACT:
             assert getattr(cell.work, name) == record.counters[name].value, (cell.label, name)
         assert cell.work.saved_bytes_math == record.counters["saved_bytes"].value
+        assert cell.work.peak_bytes == record.counters["planned_peak_bytes"].value
         assert cell.work.trainable == record.parameters.trainable
         assert cell.measured.records == 1
         assert cell.measured.step_flops == cell.work.forward_flops + cell.work.backward_flops

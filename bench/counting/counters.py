@@ -17,7 +17,7 @@ from torch.autograd import Variable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tpme.bench.counting.meta import MetaCell
-from tpme.bench.counting.modes import Target, Tracker
+from tpme.bench.counting.modes import Target, Tracker, rounded
 from tpme.bench.record import Reading
 from tpme.bench.task.items import map_tensors
 from tpme.bench.train.step import AUTOCAST, total_loss
@@ -122,6 +122,20 @@ def run_step(of: MetaCell, *, fused_attention: bool) -> Step:
         uncounted=tuple(sorted(tracker.uncounted)),
         work=tracker.work,
     )
+
+
+def planned_peak(counts: Counts, step: Step, memory_bytes: int | None, workspace_bytes: int) -> int:
+    """The most memory that training takes on its device: a step, the optimiser's state, and the cache if it fits.
+
+    Args:
+        counts: of the cell. step: with the attention of the device. memory_bytes: of the device; ``None`` for one where
+            everything fits. workspace_bytes: what its matrix library takes from torch's allocator.
+    """
+    held = step.peak_bytes + rounded(counts.optimizer_bytes) + workspace_bytes
+    cache = counts.cache_bytes or 0
+    if memory_bytes is None or cache <= (memory_bytes - counts.weight_bytes) // 2:  # the rule of features.load
+        held += rounded(cache)
+    return held
 
 
 def _backward(loss: Tensor) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+import torch
 
 from tpme.bench.counting.batch import DataShape
-from tpme.bench.counting.counters import count
+from tpme.bench.counting.counters import count, planned_peak, run_step
 from tpme.bench.counting.meta import MetaCell
-from tpme.bench.devices import DeviceNoise, known_profile, measured_profile, mfu
+from tpme.bench.devices import DeviceNoise, known_profile, measured_profile, mfu, workspace_bytes
 from tpme.bench.job import Job
 from tpme.bench.measure.environment import environment
 from tpme.bench.record import Reading
@@ -18,8 +19,16 @@ from tpme.bench.train.loop import WARMUP_EPOCHS, Outcome
 
 
 def exact_counters(job: Job, dataset: Dataset) -> dict[str, Reading]:
-    """The exact counters of the cell of ``job``, by name."""
-    return count(MetaCell(job.cell, DataShape.of(dataset), methods_path=job.methods_path)).readings()
+    """The exact counters of the cell of ``job``, by name, and the peak of memory that ``tpme plan`` would tell."""
+    meta = MetaCell(job.cell, DataShape.of(dataset), methods_path=job.methods_path)
+    counts, step = count(meta), run_step(meta, fused_attention=True)
+    device = job.cell.device
+    memory_bytes = torch.cuda.mem_get_info()[1] if device == "cuda" else None
+    peak = Reading(
+        value=planned_peak(counts, step, memory_bytes, workspace_bytes(device)),
+        source="most memory alive in a step simulated as on a GPU, optimiser and cache included",
+    )
+    return counts.readings() | {"planned_peak_bytes": peak}
 
 
 def noise_floor(job: Job) -> dict[str, Reading]:
