@@ -17,6 +17,7 @@ from tpme.bench.errors import UserError
 
 INTERRUPTED = (129, 130, 143)
 """Exit codes of SIGHUP, SIGINT (into which typer turns a KeyboardInterrupt) and SIGTERM: 128 + the signal."""
+ON_INTERRUPT = "interrupted; nothing half-written is left, the same command goes on from what is finished"
 
 app = typer.Typer(
     name="tpme",
@@ -108,18 +109,20 @@ def prepare_synthetic(
     users: Annotated[int, typer.Option(min=1, help="Number of users.")] = 1000,
     items: Annotated[int, typer.Option(min=40, help="Number of items.")] = 1000,
     seed: Annotated[int, typer.Option(help="Equal settings and seed give equal data.")] = 12345,
+    modalities: Modalities = None,
     image_size: ImageSize = 32,
     max_seq_len: MaxSeqLen = 10,
     workers: Workers = None,
     force: Force = False,
 ) -> None:
     """The built-in catalogue: invented items and users, with structure to be found."""
-    from tpme.bench.task.prepare_command import run_prepare
+    from tpme.bench.task.prepare_command import parse_modalities, run_prepare
     from tpme.bench.task.sources.synthetic import Synthetic, generate
 
     config = Synthetic(users=users, items=items, seed=seed)
+    chosen = parse_modalities(modalities) or ("text", "image")
     run_prepare(
-        lambda: generate(config),
+        lambda: generate(config).only(chosen),
         destination,
         max_seq_len=max_seq_len,
         image_size=image_size,
@@ -288,15 +291,24 @@ gate_cli.register(app)
 
 
 def main() -> NoReturn:
-    """Entry point: a UserError becomes one line on stderr and exit code 2, Ctrl-C one line and exit code 130."""
+    """Entry point: a UserError becomes one line on stderr and exit code 2, Ctrl-C one line and exit code 130.
+
+    So does what the file system refuses: no permission, a full disk.
+    """
     try:
         app()
     except UserError as error:
         print(f"tpme: {error}", file=sys.stderr)  # noqa: T201
         sys.exit(2)
+    except OSError as error:
+        if error.strerror is None:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"tpme: {where}{error.strerror}", file=sys.stderr)  # noqa: T201
+        sys.exit(2)
     except SystemExit as stop:
         if stop.code in INTERRUPTED:
-            print("tpme: interrupted; what was finished is kept, the same command goes on from there", file=sys.stderr)  # noqa: T201
+            print(f"tpme: {ON_INTERRUPT}", file=sys.stderr)  # noqa: T201
         raise
     sys.exit(0)
 

@@ -105,7 +105,8 @@ def _synthetic(entry: DatasetEntry, store: Path, console: Console) -> Path:
     path = store / "datasets" / f"synthetic-{name}"
     if not (path / "dataset.json").is_file():
         console.print(f"Preparing the built-in catalogue '{entry.name}' ...")
-        prepare(generate(settings), path, image_size=entry.image_size)
+        progress = Progress(console=console, disable=True)
+        prepare(generate(settings), path, image_size=entry.image_size, progress=progress)
     return path
 
 

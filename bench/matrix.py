@@ -14,7 +14,17 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    Discriminator,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from tpme.bench.errors import UserError
 from tpme.bench.job import pinned
@@ -47,14 +57,24 @@ class EncoderEntry(Frozen):
     image: EncoderSpec | None = None
 
 
+def _kind_of_trial(value: object) -> str:
+    return "number" if isinstance(value, int | float) else "table"
+
+
+Trial = Annotated[
+    Annotated[PositiveFloat, Tag("number")] | Annotated[LearningRates, Tag("table")], Discriminator(_kind_of_trial)
+]
+_TRIALS: TypeAdapter[tuple[LearningRates | float, ...]] = TypeAdapter(tuple[Trial, ...])
+
+
 class MethodEntry(Frozen):
     """One method: its options, whether its cells are cached, and its learning-rate trials."""
 
     name: str
     options: dict[str, Any] = {}
     cached: bool | Annotated[tuple[bool, ...], Field(min_length=1)] = False
-    lr: Annotated[tuple[LearningRates | PositiveFloat, ...], Field(min_length=1)] | None = None
-    """Trials, laid over the matrix's ``lr``; a number stands for ``text``, ``image`` and ``method``."""
+    lr: Annotated[tuple[Trial, ...], Field(min_length=1)] | None = None
+    """Trials in place of ``axes.lr``, laid over the matrix's ``lr``; a number stands for all but ``recommender``."""
     training: dict[str, Any] = {}
 
 
@@ -70,7 +90,8 @@ class MatrixFile(Frozen):
     encoders: tuple[EncoderEntry, ...] = Field(min_length=1)
     training: Training = Training()
     axes: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = {}
-    """Further axes over training settings, such as ``precision = ["fp32", "bf16"]``."""
+    """Further axes over training settings, such as ``precision = ["fp32", "bf16"]``; ``lr`` lists the learning-rate
+    trials of every method that has none of its own."""
     lr: LearningRates = LearningRates()
     methods: tuple[MethodEntry, ...] = Field(min_length=1)
     time_limit_s: PositiveInt = 6 * 3600
@@ -229,10 +250,11 @@ def _modalities(matrix: MatrixFile, entry: DatasetEntry, data: Dataset, pair: En
 
 def _trainings(matrix: MatrixFile) -> list[Training]:
     base = matrix.training.model_dump()
+    axes = {name: values for name, values in matrix.axes.items() if name != "lr"}
     try:
         return [
-            Training.model_validate(base | dict(zip(matrix.axes, values, strict=True)))
-            for values in itertools.product(*matrix.axes.values())
+            Training.model_validate(base | dict(zip(axes, values, strict=True)))
+            for values in itertools.product(*axes.values())
         ]
     except ValidationError as error:
         raise UserError(f"matrix '{matrix.name}', axes: {_first(error)}") from None
@@ -253,11 +275,11 @@ def _overridden(training: Training, method: MethodEntry, matrix: MatrixFile) -> 
 
 def _learning_rates(matrix: MatrixFile) -> dict[int, list[LearningRates]]:
     """The trials of each method entry, by its identity; all of the same number."""
-    base = matrix.lr
-    found = {
-        id(method): [base] if method.lr is None else [_laid_over(base, lr) for lr in method.lr]
-        for method in matrix.methods
-    }
+    try:
+        common = _TRIALS.validate_python(matrix.axes.get("lr", ({},)))
+    except ValidationError as error:
+        raise UserError(f"matrix '{matrix.name}', axes.lr: {_first(error)}") from None
+    found = {id(method): [_laid_over(matrix.lr, lr) for lr in method.lr or common] for method in matrix.methods}
     if len({len(trials) for trials in found.values()}) > 1:
         told = ", ".join(f"{method.name} {len(found[id(method)])}" for method in matrix.methods)
         raise UserError(f"matrix '{matrix.name}': every method must get the same number of lr trials, there are {told}")

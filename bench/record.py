@@ -199,17 +199,6 @@ class Parameters(Frozen):
     """What must be kept to use the adapted model later, beside the untouched encoders."""
 
 
-class CacheFacts(Frozen):
-    """The feature cache a cell trained on. Built by a process of its own, paid once per dataset and encoders."""
-
-    build_s: float
-    bytes: int
-    items: int
-    dtype: str
-    built_by_attempt: bool
-    """False when an earlier cell had already built it; ``build_s`` is then what that build took."""
-
-
 class EncoderFacts(Frozen):
     """The encoder that was really loaded."""
 
@@ -220,6 +209,19 @@ class EncoderFacts(Frozen):
     width: int
     depth: int
     parameters: int
+
+
+class CacheFacts(Frozen):
+    """The feature cache a cell trained on. Built by a process of its own, paid once per dataset and encoders."""
+
+    build_s: float
+    bytes: int
+    items: int
+    dtype: str
+    built_by_attempt: bool
+    """False when an earlier cell had already built it; ``build_s`` is then what that build took."""
+    encoders: dict[Modality, EncoderFacts] = {}
+    """The encoders whose states it holds; the cell itself loads none."""
 
 
 class DatasetFacts(Frozen):

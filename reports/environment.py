@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from tpme.bench.record import CellResult, EncoderFacts, LearningRates
+from tpme.bench.record import CellResult, LearningRates, Modality
 from tpme.reports.section import Section
 from tpme.reports.table import MISSING, Column, Entry, Table
 from tpme.reports.trials import own_path
@@ -41,8 +41,8 @@ def _properties(section: Section, results: list[CellResult]) -> Iterator[tuple[s
     yield "Protocol", [section.group.key["protocol"]]
     yield "Precision", [section.group.key["precision"]]
     yield "Dataset", _datasets(results)
-    yield "Text encoder", (_encoder(result.text_encoder) for result in results)
-    yield "Image encoder", (_encoder(result.image_encoder) for result in results)
+    yield "Text encoder", (_encoder(result, "text") for result in results)
+    yield "Image encoder", (_encoder(result, "image") for result in results)
     training = [result.cell.training.model_dump(mode="json", exclude={"precision"}) for result in results]
     for name in training[0]:
         yield name.replace("_", " ").capitalize(), (one[name] for one in training)
@@ -62,7 +62,11 @@ def _datasets(results: list[CellResult]) -> list[str]:
     ]
 
 
-def _encoder(facts: EncoderFacts | None) -> str | None:
+def _encoder(result: CellResult, modality: Modality) -> str | None:
+    """The encoder that was loaded, by the cell or by the builder of its feature cache."""
+    facts = result.text_encoder if modality == "text" else result.image_encoder
+    if facts is None and result.cache is not None:
+        facts = result.cache.encoders.get(modality)
     if facts is None:
         return None
     revision = f"@{facts.revision}" if facts.revision else ""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
 
 import pytest
+
+from tpme.bench import cli
 
 
 def tpme(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -40,6 +43,7 @@ def test_lists_are_valid_json() -> None:
         (("run", "demo", "--device", "tpu"), "choose cpu, cuda or auto"),
         (("run", "demo", "--set", "training.epochs"), "write it as key=value"),
         (("report", "no-such-folder"), "no-such-folder"),
+        (("run", "demo", "--store", "/dev/null/store"), "/dev/null/store"),
     ],
 )
 def test_a_mistake_is_one_line_and_code_2(arguments: tuple[str, ...], told: str) -> None:
@@ -47,3 +51,22 @@ def test_a_mistake_is_one_line_and_code_2(arguments: tuple[str, ...], told: str)
     assert done.returncode == 2
     assert told in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied", "runs/demo"), "tpme: runs/demo: Permission denied\n"),
+        (OSError(errno.ENOSPC, "No space left on device"), "tpme: No space left on device\n"),
+    ],
+)
+def test_what_the_file_system_refuses_is_one_line(
+    error: OSError, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse() -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "app", refuse)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert (ended.value.code, capsys.readouterr().err) == (2, told)

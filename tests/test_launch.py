@@ -343,6 +343,7 @@ def test_a_cached_cell_never_holds_the_encoders(card_run: Any) -> None:
     assert (cached.text_encoder, cached.image_encoder) == (None, None)
     assert [phase.name for phase in cached.phases if phase.kind == "load"] == ["libraries", "data", "cache"]
     assert cached.cache.built_by_attempt
+    assert cached.cache.encoders == {"text": plain.text_encoder, "image": plain.image_encoder}
     assert cached.cache.bytes == cached.counters["cache_bytes"].value
     assert 0 < cached.cache.build_s < next(phase.wall_s for phase in cached.phases if phase.kind == "cache")
     assert plain.cache is None

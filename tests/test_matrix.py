@@ -119,6 +119,23 @@ def test_trials_are_laid_over_the_learning_rates_of_the_matrix() -> None:
     assert [(cell.lr_trial, cell.lr_trials) for cell in found] == [(0, 3), (1, 3), (2, 3)]
 
 
+def test_learning_rates_are_an_axis_of_the_matrix() -> None:
+    """Every method gets the trials of the axis, or as many of its own."""
+    base = {"recommender": 1e-3, "text": 2e-3, "image": 3e-3, "method": 4e-3}
+    own = {"name": "fft", "lr": [1e-5, 2e-5]}
+    found = cells(methods=[own, {"name": "id"}, {"name": "popularity"}], lr=base, axes={"lr": [5e-3, {"text": 6e-3}]})
+    assert [(cell.method, cell.lr_trial, cell.lr_trials, cell.lr.text) for cell in found] == [
+        ("fft", 0, 2, 1e-5),
+        ("fft", 1, 2, 2e-5),
+        ("id", 0, 2, 5e-3),
+        ("id", 1, 2, 6e-3),
+        ("popularity", 0, 2, 5e-3),
+        ("popularity", 1, 2, 6e-3),
+    ]
+    assert {cell.lr.recommender for cell in found} == {1e-3}
+    assert {cell.training for cell in found} == {found[0].training}
+
+
 def test_modalities_are_those_of_the_data_or_those_asked_for() -> None:
     (cell, _) = cells()
     assert cell.modalities == ("text", "image")
@@ -155,6 +172,7 @@ def test_all_presets_expand() -> None:
         "iisan": 64,
         "iisan (cached)": 64,
     }
+    assert paper["lora"].options == {"rank": 8, "alpha": 1}
     assert paper["fft"].lr.model_dump(exclude={"method"}) == {"recommender": 1e-4, "text": 5e-5, "image": 1e-4}
     assert (paper["iisan"].lr.recommender, paper["iisan"].lr.method) == (2e-4, 1e-4)
     text = found["scientific-text"]
@@ -188,7 +206,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "zero epochs": ({"training": {"epochs": 0}}, "training.epochs: .*greater than 0"),
     "text for a number": ({"training": {"epochs": "many"}}, "training.epochs: .*valid integer"),
     "an infinite learning rate": ({"lr": {"text": float("inf")}}, "lr.text: .*finite"),
-    "a negative trial": ({"methods": [{"name": "fft", "lr": [-1e-3]}]}, "methods.0.lr.0"),
+    "a negative trial": ({"methods": [{"name": "fft", "lr": [-1e-3]}]}, "methods.0.lr.0.number: .*greater than 0"),
     "no name": ({"name": None}, "name: Field required"),
     "a limit of nothing": ({"time_limit_s": 0}, "time_limit_s: .*greater than 0"),
 }
@@ -209,6 +227,15 @@ CONFLICTS: dict[str, tuple[dict[str, Any], str]] = {
         {"methods": [{"name": "lora", "lr": [1e-3, 1e-4]}, {"name": "lora", "options": {"rank": 4}, "lr": [1e-3]}]},
         "same number of lr trials, there are lora 2, lora 1",
     ),
+    "unequal trials beside an axis": (
+        {"methods": [{"name": "fft", "lr": [1e-3]}, {"name": "lora"}], "axes": {"lr": [1e-3, 1e-4]}},
+        "same number of lr trials, there are fft 1, lora 2",
+    ),
+    "a bad learning rate on an axis": (
+        {"axes": {"lr": [1e-3, -1]}},
+        "axes.lr: 1.number: Input should be greater than 0",
+    ),
+    "an unknown part on an axis": ({"axes": {"lr": [{"txt": 1e-3}]}}, "axes.lr: 0.table.txt: no such setting"),
     "an unknown axis": ({"axes": {"colour": ["red"]}}, "axes: colour: no such setting"),
     "a bad value on an axis": ({"axes": {"precision": ["fp32", "fp8"]}}, "axes: precision: Input should be 'fp32'"),
     "a batch of its own": (

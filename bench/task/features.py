@@ -28,7 +28,7 @@ from torch import Tensor
 
 from tpme.bench.errors import UserError
 from tpme.bench.job import progress_line
-from tpme.bench.record import EncoderSpec, Frozen, Modality, write_atomically
+from tpme.bench.record import EncoderFacts, EncoderSpec, Frozen, Modality, write_atomically
 from tpme.bench.task.batches import ItemStore
 from tpme.bench.task.dataset import Dataset
 from tpme.bench.task.encoders import Encoder, encoder_digest, encoder_shape, load_encoder
@@ -67,6 +67,8 @@ class FeatureManifest(Frozen):
     bytes: int
     items: int
     dtype: str
+    encoders: dict[Modality, EncoderFacts]
+    """As its builder loaded them, with their revisions."""
     sha256: dict[Modality, str]
 
 
@@ -143,6 +145,7 @@ def _build(job: FeatureJob, dataset: Dataset, folder: Path, tick: Callable[[floa
         bytes=size,
         items=items,
         dtype=DTYPE,
+        encoders={m: encoder.facts for m, encoder in encoders.items()},
         sha256={m: _sha256(folder / f"{m}.npy") for m in job.encoders},
     )
     write_atomically(folder / "manifest.json", manifest.model_dump_json(indent=1).encode())

@@ -32,7 +32,7 @@ def repository_file(repository: str, name: str, revision: str | None, what: str)
         return Path(found)
     if found is not None:  # the cache remembers that there is no such file
         return None
-    _reach(repository, name, revision, what)
+    reach(repository, name, revision, what)
     try:
         return Path(hf_hub_download(repository, name, revision=revision))
     except EntryNotFoundError:
@@ -41,7 +41,7 @@ def repository_file(repository: str, name: str, revision: str | None, what: str)
         raise UserError(f"{what}: cannot be fetched from the hub ({first_line(error)})") from None
 
 
-def _reach(repository: str, name: str, revision: str | None, what: str) -> None:
+def reach(repository: str, name: str, revision: str | None, what: str) -> None:
     """Ask the hub once for a file. Raises UserError where it does not answer or has no such repository."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.console import Console
 from rich.progress import Progress
 
 from tpme.bench.errors import UserError
@@ -67,7 +68,8 @@ def prepare(
 ) -> Manifest:
     """Write ``raw`` as a prepared data set to the folder ``destination``.
 
-    Either the whole data set is there in the end or nothing of it. An equal one that is there already is left alone.
+    Either the whole data set is there in the end or nothing of it. An equal one that is there already is left alone;
+    while another process is preparing one there, this one waits and says so.
 
     Args:
         raw: what a source read.
@@ -93,12 +95,17 @@ def prepare(
         max_seq_len, min_interactions, image_size if raw.pictures is not None else None, workers, skip_bad
     )
     destination = destination.expanduser().resolve()
-    existing = _existing(destination, force=force)
-    progress = progress or Progress(disable=True)
+    progress = progress or Progress(console=Console(stderr=True), disable=True)
     kept = keep(raw, last=max_seq_len + 3, min_interactions=min_interactions)
-    if existing is not None and not skip_bad and not _alike(existing, raw, kept, settings):
-        raise _refusal(destination)
-    with workspace(destination) as space:
+
+    def waiting() -> None:
+        told = f"{destination}: another process is preparing it; waiting for it to end"
+        progress.console.print(told, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+    with workspace(destination, waiting) as space:
+        existing = _existing(destination, force=force)
+        if existing is not None and not skip_bad and not _alike(existing, raw, kept, settings):
+            raise _refusal(destination)
         folder = space / "dataset"
         folder.mkdir()
         manifest = _build(raw, kept, folder, settings, progress)

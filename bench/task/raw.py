@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
+
+from tpme.bench.record import Modality
 
 Picture = Callable[[int], NDArray[np.uint8]]
 """``picture(size)``: one decoded item image, uint8 (3, size, size), RGB. Called in worker processes: picklable.
@@ -33,3 +35,8 @@ class RawData:
     """What ``--skip-bad`` left out, by reason."""
     source: str = ""
     """Kind and place it was read from, for people; empty where the name says it all."""
+
+    def only(self, modalities: tuple[Modality, ...]) -> RawData:
+        """The same with these modalities alone."""
+        titles = self.titles if "text" in modalities else None
+        return replace(self, titles=titles, pictures=self.pictures if "image" in modalities else None)

@@ -20,10 +20,9 @@ from numpy.typing import NDArray
 from tpme.bench.errors import UserError
 from tpme.bench.record import write_atomically
 from tpme.bench.task.dataset import Dataset
+from tpme.bench.task.hub import first_line, reach
 
 _TITLES_PER_CALL = 4096
-
-_HUB_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -87,10 +86,10 @@ def load_tokenizer(source: str, revision: str | None) -> Any:
     place = encoder_source(source)
     tokenizer = _load(place, revision, local_files_only=True)
     if isinstance(tokenizer, Exception) and not Path(place).is_dir():
-        _reach(place, revision)
+        reach(place, "tokenizer_config.json", revision, f"tokenizer '{source}'")
         tokenizer = _load(place, revision, local_files_only=False)
     if isinstance(tokenizer, Exception):
-        raise UserError(f"tokenizer '{source}': cannot be loaded from there ({_first_line(tokenizer)})")
+        raise UserError(f"tokenizer '{source}': cannot be loaded from there ({first_line(tokenizer)})")
     return tokenizer
 
 
@@ -108,28 +107,6 @@ def _load(place: str, revision: str | None, *, local_files_only: bool) -> Any:
     if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
         return ValueError("its vocabulary is empty; is tokenizer.json there?")
     return tokenizer
-
-
-def _reach(repository: str, revision: str | None) -> None:
-    """Ask the hub once for a file. transformers itself would retry for most of a minute without a network."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-    from huggingface_hub.errors import EntryNotFoundError
-
-    try:
-        url = hf_hub_url(repository, "config.json", revision=revision)
-        get_hf_file_metadata(url, timeout=_HUB_TIMEOUT_S)
-    except EntryNotFoundError:
-        return
-    except Exception as error:  # every HTTP library has exceptions of its own, and hub versions changed theirs
-        raise UserError(
-            f"tokenizer '{repository}': no such folder, not in the local cache, and the hub does not give it "
-            f"({_first_line(error)}); give a folder saved by transformers, or fetch it where there is a network"
-        ) from None
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def _content(tokenizer: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -14,17 +14,17 @@ from tpme.bench.errors import UserError
 
 
 @contextmanager
-def workspace(destination: Path) -> Iterator[Path]:
+def workspace(destination: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[Path]:
     """An empty folder beside ``destination`` to build in; it is removed at the end, whatever happens.
 
-    One process at a time may build for one destination. The lock dies with its process, so what an interrupted or
-    killed one left behind is cleared by the next.
+    One process at a time may build for one destination; another one calls ``waiting`` and waits. The lock dies with
+    its process, so what an interrupted or killed one left behind is cleared by the next.
 
     Raises:
-        UserError: another process is building for this destination, or the folder cannot be made.
+        UserError: the folder cannot be made.
     """
     folder = destination.parent / f".{destination.name}.preparing"
-    lock = _locked(folder, destination)
+    lock = _locked(folder, destination, waiting)
     try:
         previous = folder / "previous"
         if previous.exists() and not destination.exists():
@@ -54,18 +54,20 @@ def publish(folder: Path, destination: Path, *, replace: bool) -> None:
         raise UserError(f"{destination}: cannot be put there ({error.strerror})") from None
 
 
-def _locked(folder: Path, destination: Path) -> IO[str]:
+def _locked(folder: Path, destination: Path, waiting: Callable[[], None]) -> IO[str]:
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lock = (folder / "lock").open("w")
+        except FileNotFoundError:
+            continue  # its holder has just removed the folder
         except OSError as error:
             raise UserError(f"{destination}: cannot be written ({error.strerror}: {error.filename})") from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            lock.close()
-            raise UserError(f"{destination}: another process is preparing it; wait for it to end") from None
+            waiting()
+            fcntl.flock(lock, fcntl.LOCK_EX)
         try:
             # The previous holder may have removed the folder between open and lock.
             if os.fstat(lock.fileno()).st_ino == (folder / "lock").stat().st_ino:

@@ -52,6 +52,7 @@ def cached_states(job: FeatureJob, fingerprint: str, phases: PhaseLog, progress:
         items=manifest.items,
         dtype=manifest.dtype,
         built_by_attempt=not there,
+        encoders=manifest.encoders,
     )
     return CachedStates(states, placement, facts)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -11,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from tpme.bench.counting.meta import EncoderShelf
 from tpme.bench.record import EncoderSpec, Modality
-from tpme.bench.task.encoders import load_encoder
 from tpme.bench.task.items import Items
 from tpme.bench.task.recommender import Recommender
 from tpme.bench.task.sequential import SequentialEncoder
@@ -43,14 +42,23 @@ PAPER: dict[str, tuple[str, dict[str, Any], int]] = {
 }
 
 
-def paper_model(shared: Callable[..., Path], name: str, options: Mapping[str, Any]) -> Recommender:
+ENCODERS: dict[Modality, EncoderSpec] = {
+    "text": EncoderSpec(source="bert-base-uncased"),
+    "image": EncoderSpec(source="google/vit-base-patch16-224"),
+}
+"""Their configurations are known without a network; another test compares them with the released ones."""
+
+
+@pytest.fixture(scope="module")
+def shelf() -> EncoderShelf:
+    return EncoderShelf()
+
+
+def paper_model(shelf: EncoderShelf, name: str, options: Mapping[str, Any]) -> Recommender:
     """The method at BERT-base + ViT-B/16 and d = 64, without memory for the weights."""
     method = create(name, options)
-    folders: dict[Modality, str] = {"text": "bert-base-uncased", "image": "vit-base-patch16-224"}
-    used = tuple(folders) if method.modalities is None else method.modalities
-    views = {
-        m: load_encoder(EncoderSpec(source=str(shared("pretrained", folders[m]))), m, device="meta").view for m in used
-    }
+    used = tuple(ENCODERS) if method.modalities is None else method.modalities
+    views = {m: shelf.view(ENCODERS[m], m) for m in used}
     task = TaskShape(64, ITEMS, {m: view.shape for m, view in views.items()})
     model = Recommender(
         views, method.item_encoder(task), SequentialEncoder(64, 10, 2, 2, 0.1), decoupled=method.decoupled
@@ -64,8 +72,8 @@ def trainable(model: Recommender) -> int:
 
 
 @pytest.mark.parametrize(("name", "options", "expected"), PAPER.values(), ids=PAPER)
-def test_at_the_papers_shapes(shared: Callable[..., Path], name: str, options: dict[str, Any], expected: int) -> None:
-    model = paper_model(shared, name, options)
+def test_at_the_papers_shapes(shelf: EncoderShelf, name: str, options: dict[str, Any], expected: int) -> None:
+    model = paper_model(shelf, name, options)
     assert trainable(model) == expected
     assert trainable(model) == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
@@ -81,8 +89,8 @@ def whole_mask(_module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> t
 
 
 @pytest.mark.parametrize("name", sorted(BUILTIN))
-def test_an_adapted_model_runs_on_the_meta_device(shared: Callable[..., Path], name: str) -> None:
-    model = paper_model(shared, name, {}).to("meta").eval()
+def test_an_adapted_model_runs_on_the_meta_device(shelf: EncoderShelf, name: str) -> None:
+    model = paper_model(shelf, name, {}).to("meta").eval()
     if "text" in model.views:
         model.views["text"].module.register_forward_pre_hook(whole_mask, with_kwargs=True)
     items = Items(

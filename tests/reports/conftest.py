@@ -129,9 +129,7 @@ class Factory:
             best_epoch=3 if epochs else None,
             epoch_time_s=time_reading or reading,
             training_memory=measured,
-            cache=CacheFacts(build_s=4.2, bytes=12_000_000, items=self.items, dtype="float16", built_by_attempt=True)
-            if what.cached
-            else None,
+            cache=self._cache() if what.cached else None,
             flags=flags,
             files=self._files(folder, attempt, what.seed, skill, time or 1.0, peak or 1e8, status),
         )
@@ -162,6 +160,16 @@ class Factory:
             interactions=8 * self.users,
             items_never_trained=60,
             modalities=("text", "image"),
+        )
+
+    def _cache(self) -> CacheFacts:
+        return CacheFacts(
+            build_s=4.2,
+            bytes=12_000_000,
+            items=self.items,
+            dtype="float16",
+            built_by_attempt=True,
+            encoders={"text": facts("builtin:tiny-text"), "image": facts("builtin:tiny-image")},
         )
 
     def _parameters(self, millions: float) -> Parameters:

@@ -222,6 +222,13 @@ def test_the_same_records_give_the_same_bytes(make_factory, tmp_path):
     assert [name for name in one if one[name] != other[name]] == []
 
 
+def test_the_encoders_behind_a_feature_cache_are_told(factory, tmp_path):
+    factory.write("iisan", cached=True)
+    write_report([factory.root], tmp_path / "report")
+    told = json.loads((tmp_path / "report" / "tables" / "environment.json").read_text())
+    assert "builtin:tiny-text: BertModel, pretrained weights" in json.dumps(told)
+
+
 def test_a_report_inside_the_run_is_not_read_back(factory):
     factory.write("lora")
     write_report([factory.root], factory.root / "report")

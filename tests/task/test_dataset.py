@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -191,8 +193,10 @@ def golden(shared: Callable[..., Path]) -> Golden:
 
 @pytest.fixture(scope="module")
 def scientific(shared: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """As the command prepares it, with its defaults."""
     folder = tmp_path_factory.mktemp("scientific") / "prepared"
-    prepare(read_iisan(shared("data", "amazon-scientific")), folder)
+    command = ["tpme.bench.cli", "prepare", "iisan", str(shared("data", "amazon-scientific")), str(folder)]
+    subprocess.run([sys.executable, "-m", *command], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return Dataset.open(folder)
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +23,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from rich.console import Console
 from rich.progress import Progress
 
 from tpme.bench import cli
@@ -341,10 +345,49 @@ def test_something_that_appears_meanwhile_is_kept(destination: Path, monkeypatch
     assert [path.name for path in destination.iterdir()] == ["mine"]
 
 
-def test_two_at_a_time_for_one_destination_are_refused(destination: Path) -> None:
-    with workspace.workspace(destination), pytest.raises(UserError, match="another process is preparing it"):
-        prepare(ONE, destination, image_size=2)
-    prepare(ONE, destination, image_size=2)
+class Second:
+    """A preparation of ``raw`` in a thread, and what it says."""
+
+    def __init__(self, raw: RawData, destination: Path) -> None:
+        self._screen = io.StringIO()
+        progress = Progress(console=Console(file=self._screen, width=20), disable=True)
+        self._pool = ThreadPoolExecutor(1)
+        self.result = self._pool.submit(prepare, raw, destination, image_size=2, progress=progress)
+
+    def wait_until_it_waits(self) -> None:
+        wait_until(lambda: self.said.endswith("another process is preparing it; waiting for it to end\n"))
+        assert not self.result.done()
+
+    @property
+    def said(self) -> str:
+        return self._screen.getvalue()
+
+
+@pytest.mark.parametrize("other", [False, True], ids=["the same", "another"])
+def test_a_second_preparation_waits_for_the_first(tmp_path: Path, destination: Path, other: bool) -> None:
+    first = prepare(ONE, tmp_path / "elsewhere", image_size=2)
+    with workspace.workspace(destination) as space:
+        second = Second(OTHER if other else ONE, destination)
+        second.wait_until_it_waits()
+        shutil.copytree(tmp_path / "elsewhere", space / "dataset")
+        workspace.publish(space / "dataset", destination, replace=False)
+    if other:
+        with pytest.raises(UserError, match="holds another data set"):
+            second.result.result(timeout=60)
+    else:
+        assert second.result.result(timeout=60) == first
+    assert second.said == f"{destination}: another process is preparing it; waiting for it to end\n"
+    assert list(destination.parent.iterdir()) == [destination]
+    assert Dataset.open(destination).manifest == first
+
+
+def test_a_second_preparation_does_the_work_where_the_first_gave_up(destination: Path) -> None:
+    with workspace.workspace(destination):
+        second = Second(ONE, destination)
+        second.wait_until_it_waits()
+    manifest = second.result.result(timeout=60)
+    assert Dataset.open(destination).manifest == manifest
+    assert list(destination.parent.iterdir()) == [destination]
 
 
 # --- interruption ------------------------------------------------------------------------------------------
@@ -393,10 +436,12 @@ def test_a_lock_that_is_held_protects_its_folder(destination: Path) -> None:
     folder.mkdir(parents=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        (folder / "precious").write_text("")
-        with pytest.raises(UserError, match="another process is preparing it"):
-            prepare(ONE, destination, image_size=2)
-        assert (folder / "precious").exists()
+        (folder / "half").write_text("")
+        second = Second(ONE, destination)
+        second.wait_until_it_waits()
+        assert (folder / "half").exists()
+    second.result.result(timeout=60)
+    assert list(destination.parent.iterdir()) == [destination]
 
 
 def test_killed_between_the_two_renames_of_a_replacement(destination: Path) -> None:
@@ -511,6 +556,19 @@ def test_the_command_prints_what_came_out(
     assert any(line.startswith("items ") and line.endswith(str(manifest.items)) for line in printed)
     assert any(line.startswith("cold test targets") and line.endswith("%") for line in printed)
     assert any(line.startswith("fingerprint") and line.endswith(manifest.fingerprint[:12]) for line in printed)
+
+
+@pytest.mark.parametrize(("chosen", "files"), [("text", {"titles.bin"}), ("image", {"images.npy"})])
+def test_the_built_in_catalogue_with_one_modality(
+    destination: Path, monkeypatch: pytest.MonkeyPatch, chosen: str, files: set[str]
+) -> None:
+    arguments = ["prepare", "synthetic", str(destination), "--users", "50", "--items", "60", "--modalities", chosen]
+    monkeypatch.setattr("sys.argv", ["tpme", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+    assert Dataset.open(destination).manifest.modalities == (chosen,)
+    assert {path.name for path in destination.iterdir()} & {"titles.bin", "images.npy"} == files
 
 
 def test_preparing_needs_no_torch(destination: Path) -> None:
