@@ -62,6 +62,8 @@ def reading_guide(sections: Sequence[Section]) -> list[str]:
         f"**M**: {memory}." + (f" Here by: {escape_markdown('; '.join(sources))}." if sources else ""),
         "**TPME**: T, P and M, each scaled to 0..1 between the smallest and the largest of the compared rows, weighted "
         f"{_weights(sections[0])} and added; in percent, lower is better. It says nothing across tables.",
+        "**95 %** behind TPME: where it lies in 95 % of the resamplings of every row's seeds and epochs; rows whose "
+        "intervals overlap may change places.",
         "**Rank**: by TPME. **Seeds**: runs that finished, of those started; ± behind T and M is the standard "
         "deviation over them.",
         "**Bold**: the best of its column; for T, P, M and TPME among the rows with a TPME.",

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
+from tpme.reports.resampling import LEVEL
 from tpme.reports.section import Section
 from tpme.reports.table import MISSING, Column, Entry, Table, Value, number
 
@@ -104,8 +105,17 @@ def memory(section: Section, header: str, scale: float) -> list[Field]:
     return [(column, entry), spread, seen, source]
 
 
+def energy(section: Section) -> list[Field]:
+    """Energy of a training epoch, all epochs alike; no column where no row has any."""
+    joules = section.summary["energy_epoch_j"]
+    if joules.isna().all():
+        return []
+    unit, scale = ("kJ", 1e3) if joules.max() >= 1e4 else ("J", 1.0)
+    return cost(section, "energy_epoch_j", f"Energy ({unit}/epoch)", scale=scale)
+
+
 def tpme(section: Section) -> list[Field]:
-    """TPME in percent and the rank by it; of a row that ran out of memory the lower bound."""
+    """TPME in percent with its interval, and the rank by it; of a row that ran out of memory the lower bound."""
     best = best_rows(section.summary["tpme"], "lower")
 
     def percent(name: str, line: pd.Series[Any]) -> Entry:
@@ -118,12 +128,23 @@ def tpme(section: Section) -> list[Field]:
     def bound(name: str, line: pd.Series[Any]) -> Entry:
         return Entry("", 100 * line["tpme_lower_bound"])
 
+    def interval(name: str, line: pd.Series[Any]) -> Entry:
+        if pd.isna(line["tpme_low"]):
+            return Entry(MISSING)
+        low, high = 100 * line["tpme_low"], 100 * line["tpme_high"]
+        return Entry(f"{low:.1f}–{high:.1f}", low)
+
+    def high(name: str, line: pd.Series[Any]) -> Entry:
+        return Entry("", 100 * line["tpme_high"])
+
     def rank(name: str, line: pd.Series[Any]) -> Entry:
         known = pd.notna(line["tpme_rank"])
         return Entry(str(int(line["tpme_rank"])), int(line["tpme_rank"])) if known else Entry(MISSING)
 
     return [
         (Column("tpme_percent", "TPME (%)", "lower"), percent),
+        (Column("tpme_low_percent", f"{100 * LEVEL:.0f} %"), interval),
+        (Column("tpme_high_percent", machine_only=True), high),
         (Column("tpme_lower_bound_percent", machine_only=True), bound),
         (Column("tpme_rank", "Rank"), rank),
     ]

@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 
 from tpme.bench.record import Cell, CellResult
+from tpme.reports.instruments import instruments
 from tpme.reports.load import load_samples
 from tpme.reports.plots import thin
 from tpme.reports.section import Section
@@ -62,7 +63,7 @@ def _group(section: Section) -> dict[str, Any]:
         if frame is None
         else {short: [getattr(frame, name).min, getattr(frame, name).max] for name, short in SHORT.items()},
         "frozen": section.frame_from,
-        "shared": [own_path(text) for text in section.notes.shared],
+        "shared": [own_path(text) for text in (*section.notes.shared, instruments(section))],
         "footnotes": [own_path(text) for text in section.notes.footnotes],
         "rows": [
             _row(section, index, str(name), line, bool(usable.iloc[index]))

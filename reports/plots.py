@@ -44,7 +44,7 @@ LOG_FROM = 20
 def all_plots(section: Section) -> list[Plot]:
     """Every figure there is something to show in."""
     makers: tuple[Callable[[Section], Plot | None], ...] = (
-        quality_tpme, shares.weights, costs, shares.phases, memory_over_time, step_times,
+        quality_tpme, shares.ranks, shares.weights, costs, shares.phases, memory_over_time, step_times,
     )  # fmt: skip
     made = []
     for make in makers:

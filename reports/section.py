@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,11 @@ import numpy as np
 import pandas as pd
 
 from tpme.bench.errors import UserError
-from tpme.reports.load import Recorded, load_ranks
+from tpme.bench.record import CellResult
+from tpme.reports.load import Recorded, load_ranks, memory_of_tpme
 from tpme.reports.metrics import quality
 from tpme.reports.notes import Notes, notes_of
+from tpme.reports.resampling import Repeats, Resampled, resample
 from tpme.reports.tpme import Frame, Weights, frame_of, lower_bound, tpme
 from tpme.reports.trials import Group
 
@@ -36,6 +38,10 @@ class Section:
     """The records of ``group.cells``, in its order."""
     summary: pd.DataFrame
     """One line a row, best TPME first, then rows without one by quality, then what did not finish."""
+    behind: Mapping[str, tuple[CellResult, ...]]
+    """The records behind each row: its finished seeds, or where there are none the failed ones."""
+    resampled: Resampled | None
+    """TPME of the K rows in every draw; None where there are none."""
     weights: Weights
     frame: Frame | None
     frame_from: str | None
@@ -83,8 +89,11 @@ def make_section(
         ["order", "tpme_rank", "ndcg_10", "name"], ascending=[True, True, False, True], na_position="last"
     )
     summary = summary.drop(columns=["order", "name"])
+    behind = _behind(group.cells, summary, records)
+    resampled = _resample(summary, behind, weights, frozen[0] if frozen else None)
     notes = notes_of(group.cells, summary)
-    return Section(name, group, tuple(records), summary, weights, frame, frozen[1] if frozen else None, notes)
+    frame_from = frozen[1] if frozen else None
+    return Section(name, group, tuple(records), summary, behind, resampled, weights, frame, frame_from, notes)
 
 
 def summarise(cells: pd.DataFrame) -> pd.DataFrame:
@@ -110,6 +119,7 @@ def _line(cells: pd.DataFrame) -> dict[str, Any]:
         line[f"{name}_sd"] = float(used[name].astype(float).std(ddof=1)) if len(used) > 1 else np.nan
     for name in MEANS:
         line[name] = _mean(used[name])
+    line["energy_epoch_j"] = _mean(finished["training_energy_j"].astype(float) / finished["epochs_run"])
     for name in ("trainable_millions", "total_millions", "stored_bytes", "memory_seen_bytes", "cache_bytes"):
         line[name] = used[name].astype(float).max()
     for name in ("epoch_time", "memory"):
@@ -135,6 +145,46 @@ MEANS = (
 
 def _mean(values: pd.Series[Any]) -> float:
     return float(values.astype(float).mean())
+
+
+def _behind(
+    cells: pd.DataFrame, summary: pd.DataFrame, records: Sequence[Recorded]
+) -> dict[str, tuple[CellResult, ...]]:
+    found: dict[str, list[CellResult]] = {str(name): [] for name in summary.index}
+    for name, selected, recorded in zip(cells["row"], cells["selected"], records, strict=True):
+        if selected and (summary["status"][name] != "ok" or recorded.result.status == "ok"):
+            found[name].append(recorded.result)
+    return {name: tuple(results) for name, results in found.items()}
+
+
+def _resample(
+    summary: pd.DataFrame, behind: Mapping[str, tuple[CellResult, ...]], weights: Weights, frame: Frame | None
+) -> Resampled | None:
+    """Resample the K rows; adds ``tpme_low`` and ``tpme_high`` to ``summary``."""
+    summary[["tpme_low", "tpme_high"]] = np.nan
+    repeats = {name: _repeats(behind[name]) for name in map(str, summary.index[summary["tpme"].notna()])}
+    if not repeats:
+        return None
+    resampled = resample(repeats, weights, frame)
+    for name, row in repeats.items():
+        if row.several:
+            value = float(summary["tpme"][name])
+            summary.loc[name, ["tpme_low", "tpme_high"]] = resampled.interval(name, value)
+    return resampled
+
+
+def _repeats(seeds: Sequence[CellResult]) -> Repeats:
+    """What is repeated of a row with a TPME, so its T, P and M are known."""
+    times: list[list[float | None]] = [
+        [epoch.train_s for epoch in result.epochs[result.warmup_epochs :]] or [result.epoch_time_s.value]
+        for result in seeds
+    ]
+    memory = [memory_of_tpme(result.training_memory, result.cell.device).value for result in seeds]
+    return Repeats(
+        epochs_s=tuple(np.array(one, dtype=np.float64) for one in times),
+        memory_bytes=np.array(memory, dtype=np.float64),
+        trainable_millions=max(result.parameters.trainable for result in seeds if result.parameters) / 1e6,
+    )
 
 
 def _ranks(cells: pd.DataFrame, summary: pd.DataFrame) -> dict[str, list[Any]]:

@@ -1,15 +1,18 @@
-"""Figures of parts of a whole: the wall time of a cell by phase, and the weights of TPME by the row that wins there."""
+"""Figures of shares: of wall time by phase, of TPME's weights by who wins there, of ranks by who holds them."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
+from matplotlib.colors import LinearSegmentedColormap
 
 from tpme.reports.figure import Plot, row_label
 from tpme.reports.load import Array
+from tpme.reports.resampling import DRAWS, LEVEL
 from tpme.reports.section import Section
-from tpme.reports.style import COLOURS, COLUMN_INCHES, SILVER, margins, new_figure, text_width
+from tpme.reports.style import BLUE, COLOURS, COLUMN_INCHES, PALE, SILVER, margins, new_figure, text_width
 from tpme.reports.tables import phases as phase_table
 from tpme.reports.tpme import COLUMNS
 
@@ -89,6 +92,49 @@ def weights(section: Section) -> Plot | None:
         "report's choice. In brackets the share of all choices that a row wins."
     )
     return Plot("weights", "Which row wins under which weights", caption, figure)
+
+
+def ranks(section: Section) -> Plot | None:
+    """How often every row holds every rank by TPME when epochs and seeds are resampled; None for a single row."""
+    resampled = section.resampled
+    if resampled is None or len(resampled.rows) < 2:
+        return None
+    count, share = len(resampled.rows), 100 * resampled.rank_shares()
+    names = [row_label(section, name) for name in resampled.rows]
+    left, right, top = 0.12, 0.42, 0.3
+    figure = new_figure(COLUMN_INCHES, 0.38 + top + 0.15 * count)
+    axes = figure.add_subplot()
+    left += text_width(figure, names, 6.5)
+    margins(figure, left, right, 0.38, top)
+    edges = np.arange(count + 1) + 0.5
+    shades = LinearSegmentedColormap.from_list("share", ["white", BLUE])
+    drawn = axes.pcolormesh(edges, edges, share, cmap=shades, vmin=0, vmax=100, edgecolors=PALE, linewidth=0.3)
+    if (COLUMN_INCHES - left - right) / count > 0.18:  # else the numbers would not fit
+        for row, column in np.argwhere(share >= 0.5):
+            told, colour = f"{share[row, column]:.0f}", "white" if share[row, column] > 90 else "black"
+            axes.text(column + 1, row + 1, told, fontsize=5.5, ha="center", va="center", color=colour)
+    beside: dict[str, Any] = {"xytext": (3, 0), "textcoords": "offset points", "fontsize": 6, "annotation_clip": False}
+    axes.annotate(f"{100 * LEVEL:.0f} %", (count + 0.5, 0.5), va="bottom", **beside)
+    for place, name in enumerate(resampled.rows, start=1):
+        held = "–".join(dict.fromkeys(map(str, resampled.rank_interval(name))))
+        axes.annotate(held, (count + 0.5, place), va="center", **beside)
+    axes.set_yticks(np.arange(1, count + 1), names)
+    axes.set_xticks([rank for rank in range(1, count + 1) if count <= 12 or rank == 1 or rank % 5 == 0])
+    axes.tick_params(length=0)
+    axes.invert_yaxis()
+    axes.grid(False)
+    axes.set_xlabel("rank by TPME (1 is best)")
+    height = figure.get_figheight()
+    scale = figure.add_axes((left / COLUMN_INCHES, 1 - 0.1 / height, 0.7 / COLUMN_INCHES, 0.06 / height))
+    figure.colorbar(drawn, cax=scale, orientation="horizontal", ticks=[])
+    figure.text((left + 0.75) / COLUMN_INCHES, 1 - 0.07 / height, "0 to 100 % of the draws", fontsize=6, va="center")
+    seeds = section.summary.loc[list(resampled.rows), "seeds_ok"]
+    what = "epochs (one seed a row)" if (seeds == 1).all() else "seeds and epochs"
+    caption = (
+        f"How often each row holds each rank by TPME in {DRAWS:,} resamplings of {what}; on the right the ranks it "
+        f"holds in {100 * LEVEL:.0f} % of them."
+    )
+    return Plot("ranks", "TPME rank under resampling", caption, figure)
 
 
 def _flat(weights: Array) -> Array:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any, get_args
 
 import pandas as pd
 
-from tpme.bench.record import Phase, PhaseKind
+from tpme.bench.record import CellResult, Phase, PhaseKind
 from tpme.reports import fields
 from tpme.reports.differences import table as differences
 from tpme.reports.environment import environment
 from tpme.reports.fields import Field, byte_unit, bytes_text, decimals, table_of, value_of
+from tpme.reports.instruments import instruments
 from tpme.reports.metrics import LEVEL
+from tpme.reports.paper import paper
+from tpme.reports.planned import planned
+from tpme.reports.resampling import DRAWS
 from tpme.reports.section import NO_ADAPTATION, Section
 from tpme.reports.table import MISSING, Column, Entry, Table, number
 
@@ -24,7 +29,8 @@ STEP_PARTS = {"data_wait_s": "Data wait", "forward_s": "FP", "backward_s": "BP",
 def all_tables(section: Section) -> list[Table]:
     """Every table that has something to say, results first."""
     made = [results(section), differences(section), cutoffs(section), warm_and_cold(section), costs(section)]
-    made += [steps(section), phases(section), learning_rates(section), failures(section), environment(section)]
+    made += [steps(section), planned(section), phases(section), paper(section)]
+    made += [learning_rates(section), failures(section), environment(section)]
     return [table for table in made if table.rows]
 
 
@@ -39,6 +45,7 @@ def results(section: Section) -> Table:
         *fields.cost(section, "epoch_time_s", "T (s)"),
         *fields.cost(section, "trainable_millions", "P (M)", fields.millions),
         *fields.memory(section, f"M ({unit})", scale),
+        *fields.energy(section),
         *fields.tpme(section),
     ]
     return table_of(section, "results", "Quality and cost of every method", made, notes=_result_notes(section))
@@ -102,11 +109,9 @@ def costs(section: Section) -> Table:
 def steps(section: Section) -> Table:
     """Where a training step goes: forward and backward propagation and weight update, medians, mean over seeds."""
     parts: dict[tuple[str, str], list[float]] = {}
-    by_path = {str(recorded.path): recorded.result for recorded in section.records}
-    shown = _shown_cells(section)
-    for name, path in zip(shown["row"], shown["path"], strict=True):
+    for name, result in _behind(section):
         for key in STEP_PARTS:
-            reading = by_path[path].counters.get(key)
+            reading = result.counters.get(key)
             if reading is not None and reading.valid and reading.value is not None:
                 parts.setdefault((name, key), []).append(reading.value)
 
@@ -131,12 +136,10 @@ def phases(section: Section) -> Table:
     """Wall time by kind of phase, mean over the finished seeds; the peak memory of each goes to CSV and JSON."""
     spent: dict[tuple[str, str], list[float]] = {}
     peaks: dict[tuple[str, str], float] = {}
-    shown = _shown_cells(section)
-    by_path = {str(recorded.path): recorded.result for recorded in section.records}
-    for name, path in zip(shown["row"], shown["path"], strict=True):
-        for kind, found in _by_kind(by_path[path].phases).items():
+    for name, result in _behind(section):
+        for kind, found in _by_kind(result.phases).items():
             spent.setdefault((name, kind), []).append(sum(phase.wall_s for phase in found))
-            values = [_phase_peak(phase, section.group.device) for phase in found]
+            values = [_phase_peak(phase, result.cell.device) for phase in found]
             known = [value for value in (*values, peaks.get((name, kind))) if value is not None]
             if known:
                 peaks[name, kind] = max(known)
@@ -241,11 +244,9 @@ def _ranked(section: Section) -> list[str]:
     return [str(name) for name in section.summary.index[section.summary["ndcg_10"].notna()]]
 
 
-def _shown_cells(section: Section) -> pd.DataFrame:
-    """The cells behind each row of the summary: its finished seeds, or where there are none the failed ones."""
-    cells = section.cells[section.cells["selected"]]
-    row_finished = cells["row"].map(section.summary["status"]) == "ok"
-    return cells[~row_finished | (cells["status"] == "ok")]
+def _behind(section: Section) -> Iterator[tuple[str, CellResult]]:
+    """Every record behind a row, with its name."""
+    return ((name, result) for name, results in section.behind.items() for result in results)
 
 
 def _in_order(section: Section, cells: pd.DataFrame) -> pd.DataFrame:
@@ -273,6 +274,7 @@ def _result_notes(section: Section) -> list[str]:
         whose = f"the frame of {section.frame_from}" if section.frame_from else "their own min and max"
         weights = str(section.weights).replace(",", ", ")
         notes.append(f"TPME over K = {len(names)} rows ({', '.join(names)}), weights of T, P, M {weights}, {whose}.")
+        notes.append(_interval_note(section))
     else:
         notes.append("No row has a TPME: none that adapts an encoder finished with a trusted T, P and M.")
     if len(names) == 1 and section.frame_from is None:
@@ -283,4 +285,23 @@ def _result_notes(section: Section) -> list[str]:
     sources = sorted(set(summary.loc[summary["tpme"].notna(), "memory_source"]))
     if len(sources) == 1:
         notes.append(f"M measured as: {sources[0]}.")
-    return notes
+    if summary["energy_epoch_j"].notna().any():
+        notes.append(
+            "Energy: that of all training phases by the GPU's counter, over the epochs; the host's is not in it."
+        )
+    return [*notes, instruments(section)]
+
+
+def _interval_note(section: Section) -> str:
+    """What the interval behind TPME says, and what it cannot say."""
+    seeds = section.summary.loc[section.compared, "seeds_ok"]
+    what = "epochs" if (seeds == 1).all() else "seeds and epochs"
+    frame = "within the frozen frame" if section.frame_from else "the frame taken anew each time"
+    note = (
+        f"{100 * LEVEL:.0f} %: interval of TPME over {DRAWS:,} resamplings of every row's {what}, {frame}; P is exact."
+    )
+    alone = [str(name) for name in seeds.index[seeds == 1]]
+    if alone:
+        whose = "One seed a row" if len(alone) == len(seeds) else f"Of one seed ({', '.join(alone)})"
+        note += f" {whose}: what another one would change is not in it."
+    return note

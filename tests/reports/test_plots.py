@@ -62,7 +62,9 @@ def test_no_text_covers_another(factory, count):
     methods(factory, count)
     (section,) = make_report([factory.root]).sections
     plots = all_plots(section)
-    assert [plot.name for plot in plots] == ["quality-tpme", "weights", "costs", "phases", "memory-time", "step-times"]
+    assert [plot.name for plot in plots] == [
+        "quality-tpme", "ranks", "weights", "costs", "phases", "memory-time", "step-times",
+    ]  # fmt: skip
     for plot in plots:
         with style():
             assert overlapping(plot.figure) == [], plot.name
@@ -174,3 +176,25 @@ def test_the_region_of_a_row_is_where_its_tpme_is_lowest(factory):
     )
     for name, share in zip(section.compared, drawn, strict=True):
         assert abs(100 * share - float(told.get(name, 0))) < 2
+
+
+def test_ranks_under_resampling_are_drawn_row_by_row(factory):
+    for method, times in (("fft", (20.0, 21.0)), ("lora", (9.0, 12.0)), ("bitfit", (9.5, 11.5))):
+        for seed, time in enumerate(times):
+            factory.write(method, time=time, seed=seed)
+    (section,) = make_report([factory.root]).sections
+    plot = next(plot for plot in all_plots(section) if plot.name == "ranks")
+    assert "seeds and epochs" in plot.caption
+    axes = plot.figure.axes[0]
+    [mesh] = axes.collections
+    share = np.asarray(mesh.get_array()).reshape(3, 3)
+    assert share.sum(axis=1) == pytest.approx([100] * 3)
+    assert [label.get_text() for label in axes.get_yticklabels()] == section.compared
+    place = section.compared.index("fft")
+    assert share[place].tolist() == [0, 0, 100]
+    others = np.delete(share, place, axis=0)
+    assert (others[:, :2] > 5).all(), "lora and bitfit change places"
+    with style():
+        written = [text for text, _ in boxes(plot.figure)]
+    assert written.count("1–2") == 2
+    assert "100" in written

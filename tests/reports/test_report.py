@@ -16,7 +16,7 @@ from tpme.reports.tables import all_tables, failures, learning_rates, results
 from tpme.reports.tpme import Weights
 
 TABLES = ("results", "differences", "cutoffs", "warm-cold", "costs", "phases", "lr", "failures", "environment")
-PLOTS = ("quality-tpme", "weights", "costs", "phases", "memory-time", "step-times")
+PLOTS = ("quality-tpme", "ranks", "weights", "costs", "phases", "memory-time", "step-times")
 
 
 def files(folder: Path) -> dict[str, bytes]:
