@@ -360,20 +360,26 @@ def write_result(result: CellResult, path: Path) -> None:
 def read_result(path: Path) -> CellResult:
     """Read one record. Raises RecordError with one clear line for anything that is not a whole, known record."""
     try:
-        raw = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+        data = path.read_bytes()
+        return CellResult.model_validate_json(data)
+    except OSError as error:
         raise RecordError(f"{path}: not a readable record ({error}); delete it and run its cell again") from None
+    except ValidationError as error:
+        raise RecordError(f"{path}: {_refusal(data, error)}") from None
+
+
+def _refusal(data: bytes, error: ValidationError) -> str:
+    """Why a record is not read: it is no JSON, of another version, or, of this version, the first wrong field."""
+    try:
+        raw = json.loads(data)
+    except ValueError as broken:
+        return f"not a readable record ({broken}); delete it and run its cell again"
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if version != SCHEMA_VERSION:
-        raise RecordError(
-            f"{path}: schema version {version!r}, this tpme reads {SCHEMA_VERSION}; use the tpme that wrote it"
-        )
-    try:
-        return CellResult.model_validate(raw)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise RecordError(f"{path}: field '{where}': {first['msg']}; the record was changed or truncated") from None
+        return f"schema version {version!r}, this tpme reads {SCHEMA_VERSION}; use the tpme that wrote it"
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return f"field '{where}': {first['msg']}; the record was changed or truncated"
 
 
 def find_results(roots: list[Path]) -> list[Path]:

@@ -1,7 +1,7 @@
 """Records in, one table out: ``load(paths)`` gives a row for every cell, units in the column names.
 
-Only the latest attempt of a cell counts. Ranks and samples stay in their files until somebody asks: the columns
-``ranks_path`` and ``samples_path`` lead to them, ``load_ranks`` and ``load_samples`` read them.
+Only the latest attempt of a cell counts. Ranks and samples stay in their files: the columns ``ranks_path`` and
+``samples_path`` lead to them, ``load_ranks`` and ``load_samples`` read them.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +30,7 @@ from tpme.bench.record import (
     find_results,
     read_result,
 )
+from tpme.reports.metrics import CUTOFFS, METRICS, gains
 from tpme.reports.trials import select_trials
 
 Array = npt.NDArray[Any]
@@ -77,12 +79,13 @@ def load(paths: Iterable[Path | str]) -> pd.DataFrame:
     """One row a cell from all records below ``paths`` (folders or record files).
 
     Rows that are learning-rate trials of one method carry ``selected``, ``search_trials`` and ``search_wall_s``
-    (see ``tpme.reports.trials``). Missing values are NaN or None; the ``*_reason`` column beside them says why.
+    (see ``tpme.reports.trials``). ``recall_10``, ``ndcg_10`` and the other cut-offs are means over the test users.
+    Missing values are NaN or None; the ``*_reason`` column beside them says why.
 
     Raises:
         UserError: there is no record, or one cannot be read; the message names the file.
     """
-    return to_frame(read(paths))
+    return with_quality(to_frame(read(paths)))
 
 
 def read(paths: Iterable[Path | str]) -> list[Recorded]:
@@ -108,9 +111,15 @@ def read(paths: Iterable[Path | str]) -> list[Recorded]:
 
 
 def to_frame(records: Sequence[Recorded]) -> pd.DataFrame:
-    """The table of ``load`` from records already read; row ``i`` describes ``records[i]``."""
+    """The table of ``load`` without the test quality, from records already read; row ``i`` is ``records[i]``."""
     frame = pd.DataFrame([_row(recorded) for recorded in records])
     return select_trials(frame)
+
+
+def with_quality(frame: pd.DataFrame) -> pd.DataFrame:
+    """A table of cells with test Recall and NDCG at the reported cut-offs; NaN where a cell left no ranks."""
+    names = [f"{metric}_{k}" for k, metric in product(CUTOFFS, METRICS)]
+    return frame.join(pd.DataFrame(list(map(_means, frame["ranks_path"])), columns=names, index=frame.index))
 
 
 def load_ranks(path: Path | str) -> Ranks:
@@ -232,6 +241,13 @@ def _epoch_columns(result: CellResult) -> dict[str, Any]:
         "valid_recall_10": best.valid_recall_10 if best else None,
         "valid_ndcg_10": best.valid_ndcg_10 if best else None,
     }
+
+
+def _means(path: Any) -> list[float]:
+    ranks = load_ranks(path) if isinstance(path, str) else None  # pandas may turn None into NaN
+    if ranks is None or not len(ranks.rank):
+        return [np.nan] * (len(METRICS) * len(CUTOFFS))
+    return [float(gains(ranks, metric, k).mean()) for k, metric in product(CUTOFFS, METRICS)]
 
 
 def _encoder(spec: EncoderSpec, modality: str) -> str:

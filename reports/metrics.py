@@ -7,14 +7,16 @@ DCG is 1). A target the user already had is masked in the ranking and never hits
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
 from tpme.bench.errors import UserError
-from tpme.reports.load import Ranks
+
+if TYPE_CHECKING:  # load.py reports what is computed here
+    from tpme.reports.load import Ranks
 
 Floats = npt.NDArray[np.float64]
 Metric = Literal["recall", "ndcg"]
@@ -73,16 +75,15 @@ def quality(
     """
     columns = ["users", "users_cold", "cannot_hit"]
     columns += [f"{name}{end}" for name, *_ in _columns(cutoffs) for end in ("", "_low", "_high", "_sd")]
-    table = pd.DataFrame(np.nan, index=list(rows), columns=columns)
+    lines: dict[str, dict[str, float]] = {}
     by_users: dict[int, list[str]] = {}
     for name, seeds in rows.items():
         by_users.setdefault(len(seeds[0].rank), []).append(name)
-        for column, value in _one_row(name, seeds, cutoffs).items():
-            table.loc[name, column] = value
+        lines[name] = _one_row(name, seeds, cutoffs)
     for users, names in by_users.items():
         if users:
-            _add_intervals(table, {name: rows[name] for name in names}, cutoffs, resamples, seed)
-    return table
+            _add_intervals(lines, {name: rows[name] for name in names}, cutoffs, resamples, seed)
+    return pd.DataFrame.from_dict(lines, orient="index", columns=columns, dtype=np.float64)
 
 
 def _columns(cutoffs: Sequence[int]) -> list[tuple[str, Metric, int, str]]:
@@ -120,7 +121,11 @@ def _one_row(name: str, seeds: Sequence[Ranks], cutoffs: Sequence[int]) -> dict[
 
 
 def _add_intervals(
-    table: pd.DataFrame, rows: Mapping[str, Sequence[Ranks]], cutoffs: Sequence[int], resamples: int, seed: int
+    lines: dict[str, dict[str, float]],
+    rows: Mapping[str, Sequence[Ranks]],
+    cutoffs: Sequence[int],
+    resamples: int,
+    seed: int,
 ) -> None:
     values, members, cells = [], [], []
     for name, seeds in rows.items():
@@ -131,8 +136,7 @@ def _add_intervals(
     means = bootstrap_means(np.stack(values, axis=1), np.stack(members, axis=1), resamples, seed)
     low, high = _interval(means)
     for (name, column), bottom, top in zip(cells, low, high, strict=True):
-        table.loc[name, f"{column}_low"] = bottom
-        table.loc[name, f"{column}_high"] = top
+        lines[name] |= {f"{column}_low": float(bottom), f"{column}_high": float(top)}
 
 
 def _interval(means: Floats) -> tuple[Any, Any]:

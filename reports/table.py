@@ -199,46 +199,60 @@ _LATEX = {
     "[": "{[}",  # else an optional argument of the \\ before it
     "]": "{]}",
     "|": r"\textbar{}",
-    '"': r"\textquotedbl{}",
+    '"': r"\char34{}",  # straight in T1, curly in OT1; \textquotedbl is an error there
     "↑": r"$\uparrow$",
     "↓": r"$\downarrow$",
     "±": r"$\pm$",
     "≥": r"$\geq$",
     "×": r"$\times$",
-    "–": "--",
+    "–": r"\textendash{}",
     "·": r"$\cdot$",
     "✓": r"$\checkmark$",
 }
 
 
+_LATEX_LETTERS = "\u017f"
+"""Up to here LaTeX has a glyph for every letter; of what lies beyond, for a few signs."""
+
+
 def escape_latex(text: str) -> str:
-    """Text that LaTeX prints as it is."""
-    return "".join(_LATEX.get(character, character) for character in " ".join(text.split()))
+    """Text that LaTeX prints as it is; a character it has no glyph for becomes its code, such as U+4E2D."""
+    escaped = "".join(map(_latex_character, " ".join(text.split())))
+    return re.sub(r"([-`',])(?=\1)", r"\1{}", escaped)  # else -- becomes a dash
+
+
+def _latex_character(character: str) -> str:
+    if character in _LATEX:
+        return _LATEX[character]
+    known = character.isprintable() and (character <= _LATEX_LETTERS or character in "‘’“”—…€")
+    return character if known else rf"\texttt{{U+{ord(character):04X}}}"
 
 
 def to_latex(table: Table) -> str:
-    """A ``table`` environment with booktabs rules; notes and footnotes below in small print."""
+    """A ``table`` environment with booktabs rules, shrunk where the line is too short; notes below in small print."""
     columns = [table.columns[index] for index in table.shown]
     layout = "".join(_latex_layout(table, index) for index in table.shown)
     rows = [" & ".join(_latex_entry(row[index]) for index in table.shown) + r" \\" for row in table.rows]
     below = [escape_latex(note) for note in (*table.notes, *table.warnings)]
     below += [rf"\textsuperscript{{{mark}}}\,{escape_latex(text)}" for mark, text in table.used_footnotes]
     lines = [
-        "% needs \\usepackage{booktabs,amssymb,textcomp} and, before LaTeX of 2018, \\usepackage[utf8]{inputenc}",
+        r"% needs \usepackage{booktabs,amssymb,graphicx,textcomp}; LaTeX before 2018: \usepackage[utf8]{inputenc}",
         r"\begin{table}",
         r"\centering",
         r"\small",
         r"\setlength{\tabcolsep}{4pt}",
         rf"\caption{{{escape_latex(table.caption)}}}",
         rf"\label{{tab:{table.name}}}",
+        r"\smallskip",
+        r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
         rf"\begin{{tabular}}{{@{{}}{layout}@{{}}}}",
         r"\toprule",
         " & ".join(escape_latex(column.title) for column in columns) + r" \\",
         r"\midrule",
         *rows,
         r"\bottomrule",
-        r"\end{tabular}",
-        *([r"\par\medskip", r"\begin{minipage}{\linewidth}\footnotesize"] if below else []),
+        r"\end{tabular}}",
+        *([r"\par\medskip", r"\begin{minipage}{\linewidth}\footnotesize\raggedright"] if below else []),
         *(rf"{line}\par" for line in below),
         *([r"\end{minipage}"] if below else []),
         r"\end{table}",

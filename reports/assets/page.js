@@ -2,6 +2,7 @@
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const SVG = "http://www.w3.org/2000/svg";
 const AXES = ["t", "p", "m"];
+const NARROW = matchMedia("screen and (max-width: 760px)");
 const byId = (id) => document.getElementById(id);
 const known = (value) => value !== null && value !== undefined;
 
@@ -92,7 +93,8 @@ function number(value, digits = 3) {
   const size = Math.floor(Math.log10(Math.abs(value)));
   return size < -4 || size > 8 ? value.toExponential(digits - 1) : value.toFixed(Math.max(0, digits - 1 - size));
 }
-const bytes = (value) => (known(value) ? (value >= 1e9 ? `${number(value / 1e9)} GB` : `${number(value / 1e6)} MB`) : "–");
+const bytes = (value, digits = 3) => (known(value) ? (value >= 1e9 ? `${number(value / 1e9, digits)} GB` : `${number(value / 1e6, digits)} MB`) : "–");
+const usedMemory = (row, digits = 3) => (row.status === "oom" && known(row.seen) ? `≥ ${bytes(row.seen, digits)}` : bytes(row.m, digits));
 const quality = (row, key) => (known(row[key]) ? row[key].toFixed(4) : "–");
 const percent = (row) => (known(row.tpme) ? (100 * row.tpme).toFixed(2) : known(row.bound) ? `≥ ${(100 * row.bound).toFixed(2)}` : "–");
 const ranged = (row, key) => (known(row[key]) && known(row[`${key}_low`]) ? `${quality(row, key)} ± ${((row[`${key}_high`] - row[`${key}_low`]) / 2).toFixed(4)}` : quality(row, key));
@@ -105,7 +107,7 @@ const COLUMNS = [
   { key: "ndcg_10", title: "NDCG@10 ↑", num: true, better: 1, text: (row) => ranged(row, "ndcg_10") },
   { key: "t", title: "T (s) ↓", num: true, better: -1, text: (row) => number(row.t), csv: "epoch_time_s" },
   { key: "p", title: "P (M) ↓", num: true, better: -1, text: (row) => (known(row.p) ? (row.p >= 1e-3 ? row.p.toFixed(3) : number(row.p, 2)) : "–"), csv: "trainable_millions" },
-  { key: "m", title: "M ↓", num: true, better: -1, text: (row) => (row.status === "oom" && known(row.seen) ? `≥ ${bytes(row.seen)}` : bytes(row.m)), csv: "memory_bytes" },
+  { key: "m", title: "M ↓", num: true, better: -1, text: (row) => usedMemory(row), csv: "memory_bytes" },
   { key: "seeds", title: "Seeds", num: true, text: (row) => String(row.seeds) },
   { key: "status", title: "End" },
 ];
@@ -128,7 +130,7 @@ function visible(rows) {
 
 function drawTable(rows) {
   const head = byId("head");
-  head.replaceChildren(make("th", { scope: "col", class: "choose" }, "K"), ...COLUMNS.map((column) => {
+  head.replaceChildren(make("th", { scope: "col", class: "choose" }, make("abbr", { title: "compared in TPME" }, "K")), ...COLUMNS.map((column) => {
     const active = state.sort === column.key;
     const arrow = active ? (state.down ? " ▼" : " ▲") : "";
     const sort = make("button", { type: "button", "data-sort": column.key, onclick: () => change({ sort: column.key, down: active ? !state.down : column.better === 1 }, `[data-sort="${column.key}"]`) }, column.title + arrow);
@@ -140,7 +142,7 @@ function drawTable(rows) {
   }));
   const shown = visible(rows);
   byId("body").replaceChildren(...shown.flatMap((row) => tableRow(row, best)));
-  byId("count").textContent = `${shown.length} of ${rows.length} rows shown`;
+  say("count", `${shown.length} of ${rows.length} rows shown`);
 }
 
 function tableRow(row, best) {
@@ -152,14 +154,16 @@ function tableRow(row, best) {
     change({ rows }, `[data-choose="${place}"]`);
   } });
   choose.checked = row.inside;
-  const open = make("button", { type: "button", class: "open", "data-open": place, "aria-expanded": String(opened), onclick: () => change({ open: opened ? "" : row.name }, `[data-open="${place}"]`) }, row.name);
-  const marks = row.notes.length ? make("span", { class: "mark", title: row.notes.map((mark) => group().footnotes[mark - 1]).join("\n") }, ` ${row.notes.join(",")}`) : null;
+  const open = make("button", { type: "button", class: "open", "data-open": place, "aria-expanded": String(opened), "aria-controls": opened ? `cell-${place}` : null, onmouseenter: () => tip(open, telling(row)), onmouseleave: hideTip, onclick: () => change({ open: opened ? "" : row.name }, `[data-open="${place}"]`) }, row.name);
+  const unseen = (text) => make("span", { class: "unseen" }, text);
+  const marks = row.notes.length ? make("sup", { class: "mark" }, unseen(", footnote "), row.notes.join(",")) : null;
+  const front = row.front ? make("span", { class: "mark" }, make("span", { "aria-hidden": "true" }, " ◆"), unseen(", on the Pareto front")) : null;
   const line = make("tr", { "data-row": row.name }, make("td", { class: "choose" }, choose), ...COLUMNS.map((column) => {
-    if (column.key === "name") return make("th", { scope: "row" }, open, marks, row.front ? make("span", { class: "mark", title: "on the Pareto front" }, " ◆") : null);
+    if (column.key === "name") return make("th", { scope: "row" }, open, marks, front);
     const value = valueOf(column, row);
     return make("td", { class: [column.num ? "num" : "", known(value) && value === best[column.key] ? "best" : ""].join(" ").trim() || null, "data-key": column.key, "data-value": known(value) ? String(value) : "" }, column.text ? column.text(row) : String(value));
   }));
-  return opened ? [line, make("tr", { class: "detail" }, make("td", { colspan: COLUMNS.length + 1 }, detail(row)))] : [line];
+  return opened ? [line, make("tr", { class: "detail", id: `cell-${place}` }, make("td", { colspan: COLUMNS.length + 1 }, detail(row)))] : [line];
 }
 
 /* ---- one cell, opened ---- */
@@ -172,8 +176,9 @@ function detail(row) {
   if (row.notes.length) parts.push(part("Notes", ...row.notes.map((mark) => make("p", { class: "notes" }, `${mark} ${group().footnotes[mark - 1]}`))));
   if (cell.phases.length) parts.push(part("Phases (s)", phaseBars(cell.phases)));
   if (cell.curve.length > 1) parts.push(part("Memory over time", memoryCurve(cell.curve)));
-  parts.push(part("Configuration", make("pre", { tabindex: 0 }, cell.configuration)), part("Measured on", pairs(cell.environment)));
-  parts.push(part("To repeat it", make("p", { class: "soft" }, "Save the configuration as cell.toml, with your prepared data in path, then:"), make("pre", { tabindex: 0 }, cell.command)));
+  const code = (what, text) => make("pre", { tabindex: 0, role: "region", "aria-label": what }, text);
+  parts.push(part("Configuration", code("Configuration", cell.configuration)), part("Measured on", pairs(cell.environment)));
+  parts.push(part("To repeat it", make("p", { class: "soft" }, "Save the configuration as cell.toml, with your prepared data in path, then:"), code("Command", cell.command)));
   return make("div", { class: "cell" }, make("p", { class: "soft" }, `Cell ${cell.id}, seed ${cell.seed}, attempt ${cell.attempt}, measured code ${cell.code}`), ...parts);
 }
 
@@ -206,7 +211,7 @@ function ticks(low, high, wanted = 8) {
 }
 
 function drawChart(rows) {
-  const narrow = matchMedia("(max-width: 760px)").matches;
+  const narrow = NARROW.matches;
   const [width, height, left, right, top, bottom] = narrow ? [560, 560, 74, 20, 18, 56] : [760, 420, 62, 24, 14, 44];
   const chart = byId("chart");
   chart.setAttribute("viewBox", `0 0 ${width} ${height}`);
@@ -228,16 +233,35 @@ function drawChart(rows) {
   chart.append(make("svg:path", { class: "step", d: front.map((row, i) => (i ? `H${x(100 * row.tpme)}V${y(row[key])}` : `M${x(100 * row.tpme)},${y(row[key])}`)).join("") }));
   const spots = shown.map((row) => ({ row, x: x(100 * row.tpme), y: y(row[key]) }));
   for (const { row, x: at } of spots) if (known(row[`${key}_low`])) chart.append(make("svg:line", { class: "reach", x1: at, x2: at, y1: y(row[`${key}_low`]), y2: y(row[`${key}_high`]) }));
-  spots.forEach((spot) => chart.append(drawPoint(spot)));
+  spots.forEach((spot, i) => chart.append(drawPoint(spot, i === 0)));
   placeNames(chart, spots, [left, top, width - right, height - bottom]);
 }
 
-function drawPoint({ row, x, y }) {
-  const text = `${row.name}\nRank ${row.rank}, TPME ${percent(row)} %${row.front ? ", on the Pareto front" : ""}\nRecall@10 ${ranged(row, "recall_10")}, NDCG@10 ${ranged(row, "ndcg_10")}\nT ${number(row.t)} s, P ${number(row.p, 4)} M, M ${bytes(row.m)} (${row.source})${row.notes.map((mark) => `\n${mark} ${group().footnotes[mark - 1]}`).join("")}`;
+/* The raw numbers of a row and its flags. */
+function telling(row) {
+  const place = known(row.rank) ? `Rank ${row.rank}, TPME ${percent(row)} %` : known(row.bound) ? `TPME ${percent(row)} %` : row.status === "ok" ? "no TPME" : `ended as ${row.status}`;
+  return [
+    row.name, place + (row.front ? ", on the Pareto front" : ""), `Recall@10 ${ranged(row, "recall_10")}, NDCG@10 ${ranged(row, "ndcg_10")}`,
+    `T ${number(row.t, 4)} s, P ${number(row.p, 4)} M, M ${usedMemory(row, 4)} (${row.source})`, ...row.notes.map((mark) => `${mark} ${group().footnotes[mark - 1]}`),
+  ].join("\n");
+}
+
+/* All points are one stop of the tab key; arrow keys go on from there. */
+function drawPoint({ row, x, y }, first) {
+  const text = telling(row);
   const shape = row.front ? make("svg:rect", { class: "dot", x: x - 5, y: y - 5, width: 10, height: 10, transform: `rotate(45 ${x} ${y})` }) : make("svg:circle", { class: "dot", cx: x, cy: y, r: 5 });
   const select = () => change({ open: row.name, filter: "", status: "" }, `[data-open="${row.index}"]`);
-  const node = make("svg:g", { class: row.front ? "point front" : "point", tabindex: 0, role: "button", "aria-label": text, "data-point": row.name, onclick: select, onfocus: () => tip(node, text), onmouseenter: () => tip(node, text), onblur: hideTip, onmouseleave: hideTip,
-    onkeydown: (event) => { if (event.key === "Enter" || event.key === " ") { event.preventDefault(); select(); } else if (event.key === "Escape") hideTip(); } }, shape);
+  const node = make("svg:g", { class: row.front ? "point front" : "point", tabindex: first ? 0 : -1, role: "button", "aria-label": text, "data-point": row.name, onclick: select, onfocus: () => tip(node, text), onmouseenter: () => tip(node, text), onblur: hideTip, onmouseleave: hideTip,
+    onkeydown: (event) => {
+      const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
+      if (event.key === "Escape") hideTip();
+      if (step || event.key === "Enter" || event.key === " ") event.preventDefault();
+      if (event.key === "Enter" || event.key === " ") select();
+      if (step) {
+        const points = [...byId("chart").querySelectorAll(".point")];
+        points[(points.indexOf(node) + step + points.length) % points.length].focus();
+      }
+    } }, shape);
   return node;
 }
 
@@ -278,6 +302,8 @@ function tip(node, text) {
   drawn.style.left = `${scrollX + Math.max(4, Math.min(box.right + 8, wide - drawn.offsetWidth - 4))}px`;
   drawn.style.top = `${scrollY + box.bottom + 6}px`;
 }
+/* A live region that is not touched stays silent. */
+function say(id, text) { if (byId(id).textContent !== text) byId(id).textContent = text; }
 function hideTip() { byId("tip").hidden = true; }
 
 /* ---- controls ---- */
@@ -320,7 +346,7 @@ function draw() {
   drawChart(rows);
   drawTable(rows);
   const ranked = rows.filter((row) => row.inside).sort((a, b) => a.rank - b.rank);
-  byId("said").textContent = ranked.length ? `K = ${ranked.length} rows; lowest TPME: ${ranked.filter((row) => row.rank === 1).map((row) => row.name).join(", ")}.` : "No row is chosen, so there is no TPME.";
+  say("said", ranked.length ? `K = ${ranked.length} rows; lowest TPME: ${ranked.filter((row) => row.rank === 1).map((row) => row.name).join(", ")}.` : "No row is chosen, so there is no TPME.");
   byId("shared").replaceChildren(...one.shared.map((text) => make("p", {}, text)));
   byId("footnotes").replaceChildren(...one.footnotes.map((text, i) => make("p", {}, `${i + 1} ${text}`)));
 }
@@ -351,6 +377,6 @@ byId("status").addEventListener("change", (event) => change({ status: event.targ
 byId("reset").addEventListener("click", () => change(initial(state.group)));
 byId("csv").addEventListener("click", download);
 addEventListener("hashchange", () => { readState(); draw(); });
-matchMedia("(max-width: 760px)").addEventListener("change", draw);
+NARROW.addEventListener("change", draw);
 readState();
 draw();

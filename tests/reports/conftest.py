@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -317,3 +318,49 @@ def make_factory() -> Callable[..., Factory]:
 def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a whole run; do not write into it."""
     return write_demo(Factory(tmp_path_factory.mktemp("demo") / "demo"))
+
+
+# --- a browser -----------------------------------------------------------------------------------------------
+
+CHROMIUM_FLAGS = (
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Chromium without a window; skips the calling test, saying so, where there is none."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("no chromium is installed (Debian: apt-get install chromium)")
+    with sync_api.sync_playwright() as driver:
+        started = driver.chromium.launch(executable_path=chromium, headless=True, args=list(CHROMIUM_FLAGS))
+        yield started
+        started.close()
+
+
+@pytest.fixture(scope="session")
+def written(demo_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of the demo run."""
+    from tpme.reports.report import write_report
+
+    out = tmp_path_factory.mktemp("page")
+    write_report([demo_run], out, formats=("html",))
+    return out / "index.html"
+
+
+@pytest.fixture
+def tab(browser: Any, written: Path) -> Iterator[Any]:
+    """A tab on the page; at the end nothing may have been logged, asked of the network or popped up."""
+    opened = browser.new_page(viewport={"width": 1280, "height": 900})
+    trouble: list[str] = []
+    opened.on("console", lambda message: trouble.append(f"console: {message.text}"))
+    opened.on("pageerror", lambda error: trouble.append(f"error: {error}"))
+    opened.on("request", lambda request: request.url.startswith(("file:", "blob:")) or trouble.append(request.url))
+    opened.on("dialog", lambda dialog: (trouble.append("a dialog"), dialog.dismiss()))
+    opened.goto(written.as_uri())
+    yield opened
+    opened.close()
+    assert trouble == []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import shutil
 import tomllib
 from pathlib import Path
 
@@ -16,50 +15,12 @@ from tpme.reports.report import make_report, write_report
 from tpme.reports.tpme import frame_of, tpme
 
 EVIL = "<script>alert(1)</script>"
-FLAGS = (
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-)  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    if chromium is None:
-        pytest.skip("no chromium is installed (Debian: apt-get install chromium)")
-    with sync_api.sync_playwright() as driver:
-        started = driver.chromium.launch(executable_path=chromium, headless=True, args=list(FLAGS))
-        yield started
-        started.close()
-
-
-@pytest.fixture(scope="module")
-def written(demo_run, tmp_path_factory):
-    out = tmp_path_factory.mktemp("page")
-    write_report([demo_run], out, formats=("html",))
-    return out / "index.html"
 
 
 @pytest.fixture(scope="module")
 def section(demo_run):
     (only,) = make_report([demo_run]).sections
     return only
-
-
-@pytest.fixture
-def tab(browser, written):
-    """A tab on the page; at the end nothing may have been logged, asked of the network or popped up."""
-    opened = browser.new_page(viewport={"width": 1280, "height": 900})
-    trouble: list[str] = []
-    opened.on("console", lambda message: trouble.append(f"console: {message.text}"))
-    opened.on("pageerror", lambda error: trouble.append(f"error: {error}"))
-    opened.on("request", lambda request: request.url.startswith(("file:", "blob:")) or trouble.append(request.url))
-    opened.on("dialog", lambda dialog: (trouble.append("a dialog"), dialog.dismiss()))
-    opened.goto(written.as_uri())
-    yield opened
-    opened.close()
-    assert trouble == []
 
 
 def shown(tab, key: str) -> dict[str, float]:
@@ -160,6 +121,11 @@ def test_points_tell_their_numbers_to_mouse_and_keyboard(tab):
     assert tab.locator("tr.detail").count() == 1
     tab.hover("[data-point=iisan]")
     assert tab.inner_text("#tip").startswith("iisan\n")
+    tab.hover("button.open:text-is('id')")  # in no chart, for it has no TPME
+    assert "no TPME" in tab.inner_text("#tip")
+    assert "the clock was throttled in 3 of 8 epochs" in tab.inner_text("#tip")
+    tab.hover("button.open:text-is('dyt')")
+    assert "M ≥ 2.400 GB" in tab.inner_text("#tip")
 
 
 def test_the_address_keeps_the_state(tab, browser):
@@ -174,6 +140,35 @@ def test_the_address_keeps_the_state(tab, browser):
     other.close()
     tab.click("#reset")
     assert "#" not in tab.url
+
+
+def test_an_address_that_changes_under_the_page_is_followed(tab):
+    tab.evaluate("location.hash = 'weights=0,1,0&filter=iisan&open=iisan'")
+    tab.wait_for_selector("tr.detail")
+    assert weights(tab) == (0, 1, 0)
+    assert sorted(names(tab)) == ["iisan", "iisan (cached)"]
+
+
+def test_groups_are_chosen_and_a_frozen_frame_is_kept(browser, make_factory, tmp_path):
+    for device, factor in (("one", 1.0), ("two", 5.0)):
+        for method, time_s in (("fft", 10.0), ("lora", 4.0)):
+            make_factory(tmp_path / device).write(method, time=time_s * factor, device_key=device)
+    frame = tmp_path / "frame.json"
+    write_report([tmp_path / "one", tmp_path / "two"], tmp_path / "first", write_frame=frame, formats=())
+    make_factory(tmp_path / "two").write("slow", time=100.0, device_key="two")
+    report = write_report([tmp_path / "one", tmp_path / "two"], tmp_path / "out", frame=frame, formats=("html",))
+    opened = browser.new_page()
+    opened.goto((tmp_path / "out" / "index.html").as_uri())
+    assert names(opened) == ["lora", "fft"]
+    opened.select_option("#group", "1")
+    assert opened.is_checked("input[name=frame][value=report]")
+    assert opened.inner_text("#frame-name") == "frozen in frame.json"
+    expected = (100 * report.sections[1].summary["tpme"]).to_dict()
+    assert expected["slow"] > 100
+    assert shown(opened, "tpme") == pytest.approx(expected, abs=1e-7)
+    opened.reload()
+    assert names(opened) == ["lora", "fft", "slow"]
+    opened.close()
 
 
 @pytest.mark.parametrize(

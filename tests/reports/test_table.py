@@ -93,8 +93,9 @@ def test_latex_is_balanced_and_every_row_is_complete():
 @given(st.text(alphabet=st.characters(codec="ascii"), max_size=30))
 def test_latex_escaping_leaves_no_special_character(text):
     escaped = escape_latex(text)
-    commands = r"\\(?:textbackslash|textasciitilde|textasciicircum|textless|textgreater|textbar|textquotedbl)\{\}"
-    rest = re.sub(rf"{commands}|\\[&%$#_{{}}]|\{{[\[\]]\}}", "", escaped)
+    commands = r"\\(?:textbackslash|textasciitilde|textasciicircum|textless|textgreater|textbar|char34)\{\}"
+    commands += r"|\\texttt\{U\+[0-9A-F]{4}\}"
+    rest = re.sub(rf"{commands}|\\[&%$#_{{}}]|\{{[\[\]]\}}|(?<=[-`',])\{{\}}", "", escaped)
     assert not set(rest) & set('\\&%$#_{}~^<>[]|"')
 
 
