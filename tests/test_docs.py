@@ -1,4 +1,4 @@
-"""What the documentation shows is executed: the method of docs/adding-a-method.md, file by file."""
+"""What the documentation shows holds: its method runs, its matrices load, its tables of settings are complete."""
 
 from __future__ import annotations
 
@@ -6,9 +6,14 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from tpme.bench.matrix import Dataset, DatasetEntry, MatrixFile, MethodEntry, expand
+from tpme.bench.record import EncoderSpec, Frozen, LearningRates, Training
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -40,3 +45,64 @@ def test_the_documented_method_runs(tmp_path: Path) -> None:
     # Two layers of each tiny encoder, two LayerNorms of width 64 a layer, scale and shift.
     assert trained.by_group["text"] == trained.by_group["image"] == 2 * 2 * 2 * 64
     assert (tmp_path / "runs" / "norms" / "report" / "report.md").is_file()
+
+
+def test_the_first_block_of_the_readme_is_the_two_commands_and_nothing_else() -> None:
+    """What continuous integration runs, as it stands there."""
+    first = re.findall(r"^```\w*\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)[0]
+    demo, tests = first.splitlines()
+    for command, last in ((demo, ".venv/bin/tpme run demo"), (tests, ".venv/bin/tox")):
+        assert command.startswith("python3 -m venv .venv && .venv/bin/pip install ")
+        assert command.endswith(f" && {last}")
+
+
+def expanded(text: str) -> int:
+    """How many cells a matrix has on a data set of titles and images."""
+    matrix = MatrixFile.model_validate(tomllib.loads(text))
+    data = {entry.name: Dataset(Path("mine"), "0" * 64, ("text", "image")) for entry in matrix.datasets}
+    return len(expand(matrix, data, device="cpu"))
+
+
+def test_the_matrices_shown_are_valid() -> None:
+    shown = re.findall(r"```toml\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert [expanded(text) for text in shown] == [12]
+    document = ROOT / "docs" / "matrix.md"
+    cells = expanded(blocks(document)["matrix.toml"])
+    assert f"= {cells} cells" in document.read_text()
+
+
+SECTIONS: dict[str, type[Frozen]] = {
+    "Top level": MatrixFile,
+    "`datasets`": DatasetEntry,
+    "`encoders`: `text` and `image`": EncoderSpec,
+    "`methods`": MethodEntry,
+    "`[training]`": Training,
+    "`[lr]`": LearningRates,
+}
+
+
+@pytest.mark.parametrize("title", SECTIONS)
+def test_every_setting_of_a_matrix_is_documented_with_its_default(title: str) -> None:
+    (section,) = re.findall(
+        rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)",
+        (ROOT / "docs" / "matrix.md").read_text(),
+        flags=re.DOTALL | re.MULTILINE,
+    )
+    told = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", section, flags=re.MULTILINE))
+    fields = SECTIONS[title].model_fields
+    assert list(told) == list(fields)
+    for name, field in fields.items():
+        if field.is_required():
+            assert told[name] == "required", name
+        elif told[name].startswith("`") and told[name] != "`axes.lr`":
+            assert value(told[name].strip("`")) == as_toml(field.get_default(call_default_factory=True)), name
+        else:
+            assert field.default is None or isinstance(field.default, Frozen), name
+
+
+def value(text: str) -> Any:
+    return tomllib.loads(f"value = {text}")["value"]
+
+
+def as_toml(default: Any) -> Any:
+    return list(default) if isinstance(default, tuple) else default
