@@ -169,6 +169,7 @@ def report_command(
     frame: Annotated[Path | None, typer.Option(help="Measure TPME against the frame in this file.")] = None,
     write_frame: Annotated[Path | None, typer.Option(help="Keep the frame of this report in this file.")] = None,
     rows: Annotated[str | None, typer.Option(help="Rows that get a TPME: fft,lora,...")] = None,
+    mix: Annotated[bool, typer.Option("--mix", help="One TPME over different devices, protocols or data.")] = False,
     title: Annotated[str | None, typer.Option(help="Title of report.md.")] = None,
 ) -> None:
     """Turn records into tables, figures and report.md."""
@@ -188,10 +189,56 @@ def report_command(
         frame=frame,
         write_frame=write_frame,
         rows=None if rows is None else parse_rows(rows),
+        mix=mix,
         title=title,
         console=console,
     )
     console.print(f"Written to {folder / 'report.md'}", markup=False)
+
+
+Records = Annotated[list[Path], typer.Argument(metavar="RUNS...", help="Run folders or record files.")]
+Share = Annotated[float | None, typer.Option(min=0, max=1, help="Least mean over the test users.")]
+
+
+@app.command()
+def choose(
+    runs: Records,
+    max_memory: Annotated[str | None, typer.Option(help="Most memory M: 8GB, 8GiB, 500MB.")] = None,
+    max_epoch_time: Annotated[str | None, typer.Option(help="Longest epoch T: 500ms, 60s, 2min.")] = None,
+    max_params: Annotated[str | None, typer.Option(help="Most trainable parameters P: 500K, 5M.")] = None,
+    min_ndcg10: Share = None,
+    min_recall10: Share = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, or a part of the device's name: H200.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,
+) -> None:
+    """Which rows keep your limits, best first, and why the others do not. Exit code 0 if any row does, 1 if none."""
+    from tpme.reports.choose import choose_command
+
+    raise typer.Exit(
+        choose_command(
+            runs,
+            max_memory=max_memory,
+            max_epoch_time=max_epoch_time,
+            max_params=max_params,
+            min_ndcg10=min_ndcg10,
+            min_recall10=min_recall10,
+            device=device,
+            as_json=as_json,
+        )
+    )
+
+
+@app.command()
+def export(
+    runs: Records,
+    out: Annotated[Path | None, typer.Option(help="FILE.csv, FILE.parquet or FILE.sqlite.")] = None,
+    mlflow: Annotated[str | None, typer.Option(metavar="URI", help="Push the cells to this MLflow server.")] = None,
+    experiment: Annotated[str, typer.Option(help="Experiment of MLflow.")] = "tpme",
+) -> None:
+    """Write all records to one tidy table, a row for every cell, or push them to MLflow."""
+    from tpme.reports.export import export_command
+
+    export_command(runs, out=out, mlflow=mlflow, experiment=experiment)
 
 
 @app.command()

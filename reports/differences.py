@@ -39,8 +39,11 @@ class Difference:
 def differences(section: Section, metric: Metric = "ndcg", k: int = 10) -> list[Difference]:
     """Every pair of finished rows, tested by paired randomisation over users (``stats.paired``).
 
-    A user counts with the mean over the seeds of a row. Users of both rows are the same: a section holds one data set.
+    A user counts with the mean over the seeds of a row. Users of both rows are the same: a section holds one data set,
+    and where data or protocols are mixed nothing is tested.
     """
+    if {"dataset_fingerprint", "protocol"} & set(section.group.mixed):
+        return []
     values = _by_user(section, metric, k)
     pairs = list(combinations(values, 2))
     adjusted = holm([paired(values[first] - values[second]) for first, second in pairs])

@@ -26,7 +26,7 @@ def headline(section: Section) -> str:
     failed = int((cells["status"] != "ok").sum())
     facts = next((recorded.result.dataset for recorded in section.records if recorded.result.dataset), None)
     data = section.group.key["dataset"]
-    if facts is not None:
+    if facts is not None and "dataset_fingerprint" not in section.group.mixed:
         data += f" ({facts.users:,} users, {facts.items:,} items, {' and '.join(facts.modalities)})"
     encoders = own_path(section.group.key["encoders"]) or "no encoders"
     told = [
@@ -47,7 +47,7 @@ def headline(section: Section) -> str:
 
 def reading_guide(sections: Sequence[Section]) -> list[str]:
     """A Markdown list: every column, what it means and how it was measured."""
-    devices = sorted({section.group.device for section in sections})
+    devices = sorted({device for section in sections for device in section.cells["device"]})
     memory = "; ".join(
         (f"on {device.upper()}: " if len(devices) > 1 else "") + MEASURED_M[device] for device in devices
     )

@@ -140,7 +140,7 @@ def load_samples(path: Path | str) -> Samples:
 def memory_of_tpme(memory: Memory | None, device: str) -> Reading:
     """M of TPME: on a GPU NVML of the process where it is valid, else of the device; on a CPU the RSS peak."""
     if memory is None:
-        return Reading.missing("none", "the attempt ended before its memory was read")
+        return Reading.missing("none", "nothing was trained, or the attempt ended before")
     if device == "cpu":
         return memory.host_rss_bytes
     process = memory.nvml_process_bytes

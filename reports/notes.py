@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from tpme.reports.trials import settings
+from tpme.reports.trials import Group, mixture, settings
 
 MANY = 3
 """So many flags that differ in their numbers alone become one footnote."""
@@ -49,6 +49,14 @@ def notes_of(cells: pd.DataFrame, summary: pd.DataFrame) -> Notes:
     number = {text: index for index, text in enumerate(footnotes, start=1)}
     marks = {name: tuple(sorted(number[text] for text in texts)) for name, texts in own.items()}
     return Notes(tuple(shared), tuple(footnotes), marks)
+
+
+def mixing(group: Group) -> str:
+    """What a reader of a mixed group must know first."""
+    told = f"Mixed: rows of different {mixture(group)} share this table and its TPME, which compares them all the same."
+    if group.cells["device"].nunique() > 1:
+        told += " M is not one quantity: resident memory over a baseline on a CPU, GPU memory by NVML on a GPU."
+    return told
 
 
 def _merged(messages: Iterable[str]) -> dict[str, str]:

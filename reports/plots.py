@@ -100,7 +100,7 @@ def costs(section: Section) -> Plot | None:
     shown = summary[summary[[name for name, *_ in columns]].notna().any(axis=1)]
     if shown.empty:
         return None
-    full = shown[(shown["method"] == "fft") & (shown["status"] == "ok")].head(1)
+    full = shown[(shown["method"] == "fft") & (shown["status"] == "ok")].head(0 if section.group.mixed else 1)
     figure = new_figure(COLUMN_INCHES, 0.6 + 0.17 * len(shown))
     panels = figure.subplots(1, 3, sharey=True)
     position = np.arange(len(shown))[::-1]

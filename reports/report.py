@@ -52,6 +52,7 @@ def make_report(
     weights: Weights = DEFAULT,
     frame: Path | None = None,
     rows: Sequence[str] | None = None,
+    mix: bool = False,
     title: str | None = None,
 ) -> Report:
     """Read all records below ``paths`` and sum them up, a section for each comparable group.
@@ -61,6 +62,7 @@ def make_report(
         weights: of T, P and M in TPME.
         frame: file with frozen frames, to use instead of each group's own min and max.
         rows: rows or methods that get a TPME; by default all that adapt an encoder.
+        mix: put all records into one section, whatever their device, protocol or data, and say so.
         title: of the report.
 
     Raises:
@@ -69,7 +71,7 @@ def make_report(
     roots = [Path(path) for path in paths]
     records = read(roots)
     by_path = {str(recorded.path): recorded for recorded in records}
-    groups = split(to_frame(records))
+    groups = split(to_frame(records), mix)
     if rows is not None:
         check_rows(rows, groups)
     frozen = {} if frame is None else {_key(one.group): one for one in read_frames(frame)}
@@ -82,7 +84,7 @@ def make_report(
         members = [by_path[path] for path in group.cells["path"]]
         sections.append(make_section(name, group, members, weights, rows, kept))
     return Report(
-        title or "What adaptation costs and what it buys", tuple(sections), _command(roots, weights, frame, rows)
+        title or "What adaptation costs and what it buys", tuple(sections), _command(roots, weights, frame, rows, mix)
     )
 
 
@@ -94,6 +96,7 @@ def write_report(
     frame: Path | None = None,
     write_frame: Path | None = None,
     rows: Sequence[str] | None = None,
+    mix: bool = False,
     title: str | None = None,
     formats: Sequence[str] = FORMATS,
     console: Console | None = None,
@@ -107,6 +110,7 @@ def write_report(
         frame: file with frozen frames, to use instead of each group's own min and max.
         write_frame: file to keep the frames of this report in.
         rows: rows or methods that get a TPME; by default all that adapt an encoder.
+        mix: put all records into one section, whatever their device, protocol or data, and say so.
         title: of the report.
         formats: of ``FORMATS``, those to write beside ``report.md``.
         console: where the main tables are printed, too.
@@ -117,7 +121,7 @@ def write_report(
     unknown = sorted(set(formats) - set(FORMATS))
     if unknown:
         raise UserError(f"format '{unknown[0]}': choose of {', '.join(FORMATS)}")
-    report = make_report(paths, weights=weights, frame=frame, rows=rows, title=title)
+    report = make_report(paths, weights=weights, frame=frame, rows=rows, mix=mix, title=title)
     tables = [all_tables(section) for section in report.sections]
     plots = [all_plots(section) for section in report.sections]
     for index, (of_tables, of_plots) in enumerate(zip(tables, plots, strict=True)):
@@ -154,10 +158,11 @@ def _file(name: str, index: int) -> str:
     return name if index == 0 else f"{name}-{index + 1}"
 
 
-def _command(roots: Sequence[Path], weights: Weights, frame: Path | None, rows: Sequence[str] | None) -> str:
+def _command(roots: Sequence[Path], weights: Weights, frame: Path | None, rows: Sequence[str] | None, mix: bool) -> str:
     parts = ["tpme", "report", *(root.resolve().name for root in roots), "--weights", str(weights)]
     parts += [] if frame is None else ["--frame", frame.name]
     parts += [] if rows is None else ["--rows", ",".join(rows)]
+    parts += ["--mix"] if mix else []
     return shlex.join(parts)
 
 
@@ -198,7 +203,9 @@ def _markdown(
 
 
 def _heading(several: bool, index: int, section: Section, title: str) -> list[str]:
-    return [f"## {title}, group {index + 1}: {escape_markdown(section.name)}" if several else f"## {title}", ""]
+    told = f", group {index + 1}" if several else ""
+    told += f": {escape_markdown(section.name)}" if several or section.group.mixed else ""
+    return [f"## {title}{told}", ""]
 
 
 def _figure(plot: Plot, file: str, formats: Sequence[str]) -> list[str]:

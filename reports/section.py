@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from tpme.bench.errors import UserError
 from tpme.bench.record import CellResult
 from tpme.reports.load import Recorded, load_ranks, memory_of_tpme
 from tpme.reports.metrics import quality
-from tpme.reports.notes import Notes, notes_of
+from tpme.reports.notes import Notes, mixing, notes_of
 from tpme.reports.resampling import Repeats, Resampled, resample
 from tpme.reports.tpme import Frame, Weights, frame_of, lower_bound, tpme
 from tpme.reports.trials import Group
@@ -92,6 +92,8 @@ def make_section(
     behind = _behind(group.cells, summary, records)
     resampled = _resample(summary, behind, weights, frozen[0] if frozen else None)
     notes = notes_of(group.cells, summary)
+    if group.mixed:
+        notes = replace(notes, shared=(mixing(group), *notes.shared))
     frame_from = frozen[1] if frozen else None
     return Section(name, group, tuple(records), summary, behind, resampled, weights, frame, frame_from, notes)
 

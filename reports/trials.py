@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import pandas as pd
@@ -19,24 +20,26 @@ import pandas as pd
 from tpme.bench.record import Training
 
 GROUP = ("device_key", "protocol", "dataset", "dataset_fingerprint", "modalities", "encoders", "precision")
-"""Rows that differ in any of these never share a frame: their costs or their task are not the same."""
+"""Rows that differ in any of these share a frame only where a reader asks for it: costs or task are not the same."""
 
 ROW = ("label", "options", "training", "code_version")
+
+PLURAL = dict(zip(GROUP, ("devices", "protocols", "data", "data", "modalities", "encoders", "precisions"), strict=True))
 
 
 @dataclass(frozen=True)
 class Group:
-    """Cells that may be compared with each other."""
+    """Cells that may be compared with each other, or that a reader mixed."""
 
     key: dict[str, str]
-    """One value for each name in ``GROUP``."""
+    """The value of each name in ``GROUP``; those of a mixed group are joined by "and"."""
     cells: pd.DataFrame
     """The cells with a column ``row``: how the row is called in every table and plot."""
 
-    @property
-    def device(self) -> str:
-        """``cpu`` or ``cuda``."""
-        return str(self.cells["device"].iloc[0])
+    @cached_property
+    def mixed(self) -> tuple[str, ...]:
+        """The names in ``GROUP`` in which the rows differ; empty unless groups were mixed."""
+        return _mixed(self.cells)
 
 
 def select_trials(frame: pd.DataFrame) -> pd.DataFrame:
@@ -68,14 +71,14 @@ def select_trials(frame: pd.DataFrame) -> pd.DataFrame:
     return frame
 
 
-def split(frame: pd.DataFrame) -> list[Group]:
-    """The groups of a table, sorted by their key. Cells that read no encoder join every group of the same rest."""
-    groups = []
-    for key, cells in _with_free_cells(frame).groupby(list(GROUP), sort=True):
-        named = cells.copy()
-        named["row"] = _row_names(cells)
-        groups.append(Group(dict(zip(GROUP, map(str, key), strict=True)), named))
-    return groups
+def split(frame: pd.DataFrame, mix: bool = False) -> list[Group]:
+    """The groups of a table, sorted by their key. Cells that read no encoder join every group of the same rest.
+
+    With ``mix`` everything is one group, and the names of its rows carry what differs.
+    """
+    if mix:
+        return [_group(frame)]
+    return [_group(cells) for _, cells in _with_free_cells(frame).groupby(list(GROUP), sort=True)]
 
 
 def names(groups: Sequence[Group]) -> list[str]:
@@ -83,7 +86,8 @@ def names(groups: Sequence[Group]) -> list[str]:
     rest = ("dataset_fingerprint", "modalities", "encoders")
     told = [key for key in rest if len({group.key[key] for group in groups}) > 1]
     return [
-        ", ".join(
+        (f"rows of different {mixture(group)} mixed: " if group.mixed else "")
+        + ", ".join(
             [
                 group.key["dataset"],
                 f"{group.key['protocol']} protocol",
@@ -94,6 +98,11 @@ def names(groups: Sequence[Group]) -> list[str]:
         )
         for group in groups
     ]
+
+
+def mixture(group: Group) -> str:
+    """What a mixed group mixes: "devices and protocols"."""
+    return " and ".join(dict.fromkeys(PLURAL[name] for name in group.mixed))
 
 
 def own_path(text: str) -> str:
@@ -117,24 +126,51 @@ def _with_free_cells(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
+def _group(cells: pd.DataFrame) -> Group:
+    key = {name: " and ".join(sorted({str(value) for value in cells[name]} - {""})) for name in GROUP}
+    return Group(key, cells.assign(row=_row_names(cells)))
+
+
+def _mixed(cells: pd.DataFrame) -> tuple[str, ...]:
+    """Cells that read no encoder do not differ from others in it."""
+    return tuple(name for name in GROUP if len(set(cells[name]) - {""}) > 1)
+
+
 def _row_names(cells: pd.DataFrame) -> pd.Series[str]:
     """The label, followed by what sets the row apart: options, unusual training settings, code version.
 
-    Options are left out where no other row has the label; a footnote gives them.
+    Options are left out where no other row has the label; a footnote gives them. In a mixed group device, protocol,
+    data and so on follow where they differ.
     """
     distinct = cells.drop_duplicates(list(ROW))
     variants = distinct.groupby("label")["options"].nunique()
     usual = _usual_training(distinct)
     versions = distinct["code_version"].nunique() > 1
+    apart = {name: _telling(sorted(set(cells[name]) - {""})) for name in _mixed(cells)}
+    if (cells.groupby("dataset")["dataset_fingerprint"].nunique() == 1).all():
+        apart.pop("dataset_fingerprint", None)  # the name says it
 
     def name(cell: pd.Series[Any]) -> str:
         extra = settings(cell["options"]) if variants[cell["label"]] > 1 else []
         training = json.loads(cell["training"])
         extra += [_setting(key, value) for key, value in training.items() if json.dumps(value) != usual[key]]
         extra += [f"@{cell['code_version'][:7]}"] if versions else []
+        extra += [texts[cell[name]] for name, texts in apart.items() if cell[name]]
         return f"{cell['label']} [{', '.join(extra)}]" if extra else str(cell["label"])
 
     return cells.apply(name, axis=1)
+
+
+def _telling(values: Sequence[str]) -> dict[str, str]:
+    """A short text for each value that tells it from the others: of its parts the first, or all, that not all share."""
+    texts = [re.sub(r"\((?:R|TM)\)| Processor\b", "", own_path(value)) for value in values]
+    texts = [text[:12] if re.fullmatch("[0-9a-f]{64}", text) else text for text in texts]  # fingerprints
+    parts = [re.split(r", (?![^()]*\))", text) for text in texts]  # commas in brackets part nothing
+    own = [[part for part in one if not all(part in other for other in parts)] or one for one in parts]
+    for short in ([one[0] for one in own], [", ".join(one) for one in own]):
+        if len(set(short)) == len(values):
+            return dict(zip(values, short, strict=True))
+    return {value: f"{text} ({number})" for number, (value, text) in enumerate(zip(values, texts, strict=True), 1)}
 
 
 def _usual_training(rows: pd.DataFrame) -> dict[str, str]:

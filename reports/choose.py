@@ -1,0 +1,308 @@
+"""``tpme choose``: which rows keep an engineer's limits, best first, and why each of the others does not."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+
+from tpme.bench.errors import UserError
+from tpme.reports import fields
+from tpme.reports.fields import QUALITY_DIGITS, byte_unit, table_of
+from tpme.reports.report import make_report
+from tpme.reports.section import Section
+from tpme.reports.table import Column, Entry, Table, number, plain, to_terminal
+
+BYTES = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+SECONDS = {"ms": 1e-3, "s": 1, "min": 60, "h": 3600}
+MILLIONS = {"": 1e-6, "K": 1e-3, "M": 1, "B": 1e3}
+
+NAMES = {
+    "memory_bytes": "M",
+    "epoch_time_s": "T",
+    "trainable_millions": "P",
+    "ndcg_10": "NDCG@10",
+    "recall_10": "Recall@10",
+}
+"""The columns of a summary that can be limited, and what tables call them."""
+QUALITY = ("ndcg_10", "recall_10")
+"""Of these a limit is the least; of the others it is the most."""
+TRUST = {"memory_bytes": "memory", "epoch_time_s": "epoch_time"}
+"""Columns whose readings may not be trusted: ``<name>_valid`` and ``<name>_reason`` stand beside them."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is asked of a row."""
+
+    bounds: Mapping[str, float]
+    """Column of ``NAMES`` to its limit, in the unit of the column."""
+    device: str | None = None
+    """``cpu``, ``cuda``, or a part of the name of a device."""
+
+    def __str__(self) -> str:
+        told = [f"{NAMES[key]} {'≥' if key in QUALITY else '≤'} {_amount(key, bound)}" for key, bound in self.items]
+        return ", ".join([*told, *([f"device {self.device}"] if self.device else [])]) or "nothing"
+
+    @property
+    def items(self) -> list[tuple[str, float]]:
+        """The limits in the order of ``NAMES``."""
+        return [(key, self.bounds[key]) for key in NAMES if key in self.bounds]
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why a row does not qualify."""
+
+    code: str
+    """``limit``, ``missing``, ``untrusted``, ``random-weights``, ``oom``, ``failed`` or ``device``."""
+    text: str
+    """For people, with value and limit."""
+    quantity: str | None = None
+    """Column of ``NAMES`` that it is about."""
+    value: float | None = None
+    limit: float | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The answer for one group of comparable records."""
+
+    section: Section
+    """Without the quality of rows whose encoders have random weights."""
+    qualifying: tuple[str, ...]
+    """Best first: by NDCG@10 as tables print it, then by TPME."""
+    rejected: dict[str, tuple[Reason, ...]]
+
+
+def parse_quantity(option: str, text: str, units: Mapping[str, float], example: str) -> float:
+    """``"8GB"`` in the unit of ``units`` (name to factor, upper and lower case alike). Raises UserError."""
+    factors = {unit.lower(): factor for unit, factor in units.items()}
+    found = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)", text.strip().lower())
+    if found is None or found[2] not in factors:
+        names = ", ".join(unit for unit in units if unit)
+        raise UserError(f"{option} '{text}': give a number and a unit ({names}) such as {example}")
+    return float(found[1]) * factors[found[2]]
+
+
+def choose(sections: Sequence[Section], limits: Limits) -> list[Choice]:
+    """Judge every row of every section; sections are answered apart, those where a row qualifies first.
+
+    A limit is compared with the mean over the seeds that finished. Quality of random weights counts as missing.
+
+    Raises:
+        UserError: none of the sections is of the device that is asked for.
+    """
+    keys = sorted({section.group.key["device_key"] for section in sections})
+    if limits.device is not None and not any(_on(section, limits.device) for section in sections):
+        raise UserError(f"--device {limits.device}: none of these records is from there, but from {'; '.join(keys)}")
+    return sorted((_judge(section, limits) for section in sections), key=lambda choice: not choice.qualifying)
+
+
+def _judge(section: Section, limits: Limits) -> Choice:
+    cells = section.cells[section.cells["selected"]]
+    random = {
+        str(row)
+        for row, flags in zip(cells["row"], cells["flags"], strict=True)
+        if any(code == "random-weights" for code, _ in flags)
+    }
+    summary = section.summary.copy()
+    told = [name for name in summary.columns if name.startswith(("recall_", "ndcg_"))]
+    summary.loc[summary.index.isin(random), told] = math.nan
+    section = replace(section, summary=summary)
+    reasons = {
+        str(name): tuple(_reasons(section, line, limits, str(name) in random)) for name, line in summary.iterrows()
+    }
+
+    def order(name: str) -> tuple[float, float, str]:
+        ndcg, tpme = (float(summary[key][name]) for key in ("ndcg_10", "tpme"))
+        return (
+            math.inf if math.isnan(ndcg) else -round(ndcg, QUALITY_DIGITS),
+            math.inf if math.isnan(tpme) else tpme,
+            name,
+        )
+
+    qualifying = sorted((name for name, found in reasons.items() if not found), key=order)
+    return Choice(section, tuple(qualifying), {name: found for name, found in reasons.items() if found})
+
+
+def _reasons(section: Section, line: pd.Series[Any], limits: Limits, random: bool) -> Iterator[Reason]:
+    if limits.device is not None and not _on(section, limits.device):
+        yield Reason("device", f"measured on {section.group.key['device_key']}")
+    elif line["status"] == "oom":
+        yield _out_of_memory(line, limits.bounds.get("memory_bytes"))
+    elif line["status"] != "ok":
+        yield Reason("failed", f"did not finish: {line['status']}")
+    else:
+        for key, limit in limits.items:
+            reason = _against(key, limit, line, random)
+            if reason is not None:
+                yield reason
+
+
+def _out_of_memory(line: pd.Series[Any], limit: float | None) -> Reason:
+    seen = None if pd.isna(line["memory_seen_bytes"]) else float(line["memory_seen_bytes"])
+    text = "out of memory"
+    text += "" if seen is None else f", M at least {fields.bytes_text(seen)}"
+    text += "" if limit is None else f" (limit {_amount('memory_bytes', limit)})"
+    return Reason("oom", text, "memory_bytes", seen, limit)
+
+
+def _against(key: str, limit: float, line: pd.Series[Any], random: bool) -> Reason | None:
+    """Why a finished row does not keep one limit; None where it does."""
+    name, value = NAMES[key], None if pd.isna(line[key]) else float(line[key])
+    least = key in QUALITY
+    told = f"(limit {_amount(key, limit)})"
+    if random and least:
+        return Reason("random-weights", f"{name} means nothing with random weights {told}", key, None, limit)
+    if value is None:
+        why = f": {line[f'{TRUST[key]}_reason']}" if key in TRUST else ""
+        return Reason("missing", f"no {name} {told}{why}", key, None, limit)
+    if key in TRUST and not line[f"{TRUST[key]}_valid"]:
+        text = f"{name} {_amount(key, value)} is not to be trusted {told}: {line[f'{TRUST[key]}_reason']}"
+        return Reason("untrusted", text, key, value, limit)
+    if value >= limit if least else value <= limit:
+        return None
+    return Reason("limit", f"{name} {_beside(key, value, limit)}", key, value, limit)
+
+
+def _beside(key: str, value: float, limit: float) -> str:
+    """A value that breaks its limit, with as many digits as it takes to see that."""
+    unit, scale = _unit(key, limit)
+    texts = (number(value / scale, digits) for digits in range(3, 17))
+    shown = next((text for text in texts if float(text) != limit / scale), repr(value / scale))
+    return f"{shown}{unit} {'<' if key in QUALITY else '>'} {limit / scale:g}{unit}"
+
+
+def _amount(key: str, value: float) -> str:
+    unit, scale = _unit(key, value)
+    return f"{value / scale:.4g}{unit}"
+
+
+def _unit(key: str, value: float) -> tuple[str, float]:
+    """The unit to print a value of a column in, with a space before it, and its factor."""
+    if key == "memory_bytes":
+        unit, scale = byte_unit(pd.Series([value]))
+        return f" {unit}", scale
+    return {"epoch_time_s": " s", "trainable_millions": " M"}.get(key, ""), 1.0
+
+
+def _on(section: Section, device: str) -> bool:
+    wanted = device.lower()
+    return wanted in set(section.cells["device"]) or wanted in section.group.key["device_key"].lower()
+
+
+# --- answers -------------------------------------------------------------------------------------------------
+
+
+def qualifying_table(choice: Choice, limits: Limits) -> Table:
+    """The rows that qualify, best first; bold is the best among them."""
+    summary = choice.section.summary
+    chosen = replace(choice.section, summary=summary.loc[list(choice.qualifying)])
+    unit, scale = byte_unit(summary["memory_seen_bytes"])
+    place = {name: index for index, name in enumerate(choice.qualifying, start=1)}
+    made = [
+        (Column("place", "#"), lambda name, line: Entry(str(place[name]), place[name])),
+        fields.method(choice.section),
+        *fields.quality(chosen, "ndcg_10", "NDCG@10"),
+        *fields.quality(chosen, "recall_10", "Recall@10"),
+        *fields.cost(chosen, "epoch_time_s", "T (s)"),
+        *fields.cost(chosen, "trainable_millions", "P (M)", fields.millions),
+        *fields.memory(chosen, f"M ({unit})", scale),
+        *(field for field in fields.tpme(chosen) if field[0].key.startswith(("tpme_percent", "tpme_lower_bound"))),
+    ]
+    title = f"{len(choice.qualifying)} of {len(summary)} rows qualify"
+    notes = [f"Asked for: {limits}.", "In order of NDCG@10, then of TPME, which is that of 'tpme report'."]
+    return table_of(chosen, "choose", title, made, choice.qualifying, notes)
+
+
+def rejected_table(choice: Choice, limits: Limits) -> Table:
+    """The rows that do not qualify and what keeps them out."""
+
+    def reasons(name: str, line: pd.Series[Any]) -> Entry:
+        text = "; ".join(reason.text for reason in choice.rejected[name])
+        return Entry(text, text)
+
+    made = [fields.method(choice.section), (Column("reasons", "Why not", numeric=False), reasons)]
+    some = bool(choice.qualifying)
+    title = f"{len(choice.rejected)} do not" if some else f"None of {len(choice.section.summary)} rows qualifies"
+    table = table_of(choice.section, "rejected", title, made, choice.rejected)
+    return replace(table, subject="", warnings=()) if some else replace(table, notes=(f"Asked for: {limits}.",))
+
+
+def to_json(choices: Sequence[Choice], limits: Limits) -> str:
+    """Limits, and for every group the rows that qualify, in order, and the reasons of the others."""
+    groups = []
+    for choice in choices:
+        table = qualifying_table(choice, limits)
+        keys = [column.key for column in table.columns]
+        groups.append(
+            {
+                "name": choice.section.name,
+                **choice.section.group.key,
+                "qualifying": [
+                    dict(zip(keys, (plain(entry.value) for entry in row), strict=True)) for row in table.rows
+                ],
+                "rejected": [
+                    {"method": name, "reasons": [asdict(reason) for reason in found]}
+                    for name, found in choice.rejected.items()
+                ],
+            }
+        )
+    content = {"limits": dict(limits.items), "device": limits.device, "groups": groups}
+    return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+
+
+def choose_command(
+    runs: Sequence[Path],
+    *,
+    max_memory: str | None,
+    max_epoch_time: str | None,
+    max_params: str | None,
+    min_ndcg10: float | None,
+    min_recall10: float | None,
+    device: str | None,
+    as_json: bool,
+) -> int:
+    """Print the answer and return the exit code: 0 where a row qualifies, 1 where none does."""
+
+    def given(option: str, text: str | None, units: Mapping[str, float], example: str) -> float | None:
+        return None if text is None else parse_quantity(option, text, units, example)
+
+    asked = {
+        "memory_bytes": given("--max-memory", max_memory, BYTES, "8GB"),
+        "epoch_time_s": given("--max-epoch-time", max_epoch_time, SECONDS, "60s"),
+        "trainable_millions": given("--max-params", max_params, MILLIONS, "5M"),
+        "ndcg_10": min_ndcg10,
+        "recall_10": min_recall10,
+    }
+    limits = Limits({key: bound for key, bound in asked.items() if bound is not None}, device)
+    choices = choose(make_report(runs).sections, limits)
+    if as_json:
+        print(to_json(choices, limits))  # noqa: T201
+    else:
+        console = Console()
+        for choice in choices:
+            if choice.qualifying:
+                _show(qualifying_table(choice, limits), console)
+            if choice.rejected:
+                _show(rejected_table(choice, limits), console)
+    return 0 if any(choice.qualifying for choice in choices) else 1
+
+
+def _show(table: Table, console: Console) -> None:
+    """Title and notes over the whole width: those of a narrow table would be as narrow as it is."""
+    drawn = to_terminal(table, console.width)
+    above, below = drawn.title, drawn.caption
+    drawn.title = drawn.caption = None
+    for column in drawn.columns if table.name == "rejected" else ():
+        column.vertical = "top"  # a name beside the first line of its reasons
+    for part in (above, drawn, below, ""):
+        console.print(part)
