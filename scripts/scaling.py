@@ -23,12 +23,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
+from matplotlib.ticker import FuncFormatter, NullLocator
 from workload import ENCODERS, Size, make_trainer, put
 
 from tpme.bench.measure.phases import PhaseLog, measuring
 from tpme.bench.process import PATIENT
 from tpme.bench.record import Frozen
-from tpme.reports.style import COLOURS, COLUMN_INCHES, GREY, margins, new_figure, save, style
+from tpme.reports.style import COLOURS, COLUMN_INCHES, SILVER, margins, new_figure, save, style
 
 STEPS, WARMUP = 8, 2
 SHORT = 3
@@ -347,16 +348,19 @@ def plot(name: str, lines: Sequence[Measured]) -> bytes:
             for axes, y in zip(panels, _curves(own), strict=True):
                 axes.plot(x, y, "o-", ms=3, lw=1, color=colour, label=label)
                 if name != "depth":
-                    axes.plot([x[0], x[-1]], [y[0], y[0] * x[-1] / x[0]], "--", lw=0.6, color=GREY, zorder=0)
+                    axes.plot([x[0], x[-1]], [y[0], y[0] * x[-1] / x[0]], "--", lw=0.6, color=SILVER, zorder=0)
+        places = range(len(axis.values)) if name == "depth" else axis.values
+        names = [f"{value:,}" if isinstance(value, int) else value for value in axis.values]
         for axes, title in zip(panels, (f"{axis.unit} (s)", "peak memory (MiB)"), strict=True):
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
             axes.set_xlabel(axis.title)
             axes.set_ylabel(title)
-            if name == "depth":
-                axes.set_xticks(range(len(axis.values)), axis.values)
-            else:
-                axes.set_xscale("log")
-        margins(figure, 0.55, 0.1, 0.4, 0.3, across=0.65)
+            axes.set_xscale("linear" if name == "depth" else "log")
+            axes.set_xticks(places, names)
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.yaxis.set_minor_locator(NullLocator())
+        margins(figure, 0.6, 0.25, 0.4, 0.3, across=0.75)
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="upper center", ncols=len(labels), frameon=False, fontsize=7)
         return save(figure, "png")
