@@ -2,12 +2,12 @@
 
 Every slot is encoded, padding included; the loss loops over users and positions; evaluation sorts the whole catalogue
 once a user; cached states are one file an item and modality, with all 13 hidden states in it. Nothing is slowed down on
-purpose. The one choice that is not the fastest is the format of those files (``StateFiles`` says why).
+purpose. The format of those files is the one whose time a file is nearest to the printed one (``FORMATS``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -116,34 +116,59 @@ def _loss_of(model: Recommender, vectors: Tensor, ids: Tensor, log_p: Tensor) ->
     return loss(ids, log_p, vectors, model.user_vectors(sequences, ids[:, :-1] > 0))
 
 
+def _save_npz(path: Path, states: Tensor) -> None:
+    with path.open("wb") as file:  # given a path, it would add an ending
+        np.savez(file, states=states.numpy())
+
+
+def _save_npy(path: Path, states: Tensor) -> None:
+    with path.open("wb") as file:
+        np.save(file, states.numpy())
+
+
+FORMATS: dict[str, tuple[Callable[[Path, Tensor], object], Callable[[Path], Tensor]]] = {
+    "npy": (_save_npy, lambda path: torch.from_numpy(np.load(path))),
+    "npz": (_save_npz, lambda path: torch.from_numpy(np.load(path)["states"])),
+    "tensor": (lambda path, states: torch.save(states, path), lambda path: torch.load(path)),
+    "list of tensors": (
+        lambda path, states: torch.save([state.clone() for state in states], path),
+        lambda path: torch.stack(torch.load(path)),
+    ),
+}
+"""How a file of states may be written and read; which one the reference has is not known, what it takes is."""
+
+
 class StateFiles:
     """Cached states as one file an item and modality, (13, D) float32 each; every second one is used.
 
-    As tensors (``torch.load``): nearest below the printed time of loading; ``np.load`` would take a third of it.
+    Args:
+        folder: for the files. states: (N+1, 7, D) by modality. kind: one of ``FORMATS``.
     """
 
-    def __init__(self, folder: Path, states: Mapping[Modality, Tensor]) -> None:
-        self.folder, self.modalities = folder, tuple(states)
+    def __init__(self, folder: Path, states: Mapping[Modality, Tensor], kind: str) -> None:
+        self.folder, self.states = folder, states
         self.width = next(iter(states.values())).shape[-1]
+        self.save, self.load = FORMATS[kind]
 
-    def write(self, ids: NDArray[np.int64], states: Mapping[Modality, Tensor]) -> None:
-        """Write items ``ids``; states: (N+1, 7, D) by modality."""
-        for modality, table in states.items():
+    def write(self, ids: NDArray[np.int64]) -> None:
+        """Write the states of items ``ids``."""
+        for modality, table in self.states.items():
             for item in ids:
                 full = torch.zeros(STATES, self.width)
                 full[::2] = table[item]
-                torch.save(full, self.folder / f"{modality}-{item}.pt")
+                self.save(self._path(modality, item), full)
 
     def read(self, ids: Tensor) -> dict[Modality, Tensor]:
         """States (B S, 13, D) of all slots; zeros for padding."""
         flat = ids.flatten().tolist()
         nothing = torch.zeros(STATES, self.width)
         return {
-            modality: torch.stack(
-                [torch.load(self.folder / f"{modality}-{item}.pt") if item else nothing for item in flat]
-            )
-            for modality in self.modalities
+            modality: torch.stack([self.load(self._path(modality, item)) if item else nothing for item in flat])
+            for modality in self.states
         }
+
+    def _path(self, modality: Modality, item: int) -> Path:
+        return self.folder / f"{modality}-{item}"
 
 
 def cached_loss(model: Recommender, states: Mapping[Modality, Tensor], ids: Tensor, log_p: Tensor) -> Tensor:
