@@ -50,6 +50,8 @@ def guarded(work: Callable[[], int]) -> int:
         return work()
     except UserError as error:
         print(f"tpme: {error}", file=sys.stderr)  # noqa: T201
+    except OSError as error:  # no permission, a full disk
+        print(f"tpme: {error.filename}: {error.strerror}" if error.filename else f"tpme: {error}", file=sys.stderr)  # noqa: T201
     except Exception:
         traceback.print_exc()
     return ERROR
@@ -117,10 +119,10 @@ def baseline_command(
         raise UserError("give either run folders or --count MATRIX")
     if out.exists() and mode == "new":
         raise UserError(f"{out}: is there already; --update keeps what was not measured again, --replace nothing")
-    new = _counted(count, settings, methods_path, store) if count else from_records(runs)
     console = Console()
-    if out.exists():
-        old = read_baseline(out)
+    old = _replaced(out, mode, console) if out.exists() else None
+    new = _counted(count, settings, methods_path, store) if count else from_records(runs)
+    if old is not None:
         new = updated(old, new) if mode == "update" else new
         _show_changes(old, new, out, console)
     write_baseline(new, out)
@@ -136,6 +138,17 @@ def baseline_command(
         told = f"noise of time {floor} on {name} ({device.noise.source})"
         console.print(told, markup=False, highlight=False, soft_wrap=True)
     return 0
+
+
+def _replaced(out: Path, mode: str, console: Console) -> Baseline | None:
+    """The baseline that stands there; ``None`` for one of another version or a broken one, which can be replaced."""
+    try:
+        return read_baseline(out)
+    except UserError as error:
+        if mode == "update":
+            raise
+        console.print(f"replacing what cannot be compared with: {error}", markup=False, highlight=False, soft_wrap=True)
+        return None
 
 
 def _show_changes(old: Baseline, new: Baseline, out: Path, console: Console) -> None:

@@ -76,6 +76,12 @@ def test_a_baseline_is_not_replaced_by_accident(counted: Path, harness: ModuleTy
     assert done.returncode == 0
     assert "improved  bitfit  trainable parameters" in done.stdout  # an update says what it accepts
     assert '"trainable_parameters": 411968' in kept.read_text()
+    kept.write_text(edited.replace('"schema_version": 1', '"schema_version": 0'))
+    done = harness.tpme(*command, "--update")
+    assert (done.returncode, done.stderr.count("schema version 0")) == (2, 1)
+    done = harness.tpme(*command, "--replace")  # what the message above tells to do
+    assert done.returncode == 0, done.stderr
+    assert '"trainable_parameters": 411968' in kept.read_text()
 
 
 def test_the_documentation_names_every_field_of_the_report() -> None:
@@ -137,6 +143,7 @@ def test_the_exit_codes_and_all_files(check: Tpme, counted: Path, tmp_path: Path
         ["nowhere", "--baseline", "FILE"],
         ["FILE", "--baseline", "FILE", "--require", "speed"],
         ["FILE", "--baseline", "FILE", "--time-threshold", "lots"],
+        ["FILE", "--baseline", "FILE", "--json", "/dev/null/report.json"],
     ],
 )
 def test_mistakes_exit_with_3(check: Tpme, counted: Path, arguments: list[str]) -> None:

@@ -111,9 +111,10 @@ def cell_key(cell: Cell) -> str:
     """Identity of a cell for comparisons: 12 hex digits over all that was run.
 
     Unlike the cell's id it leaves out the code's version, which is what is compared, the device, which bounds only
-    time and memory, and the place among learning-rate trials.
+    time and memory, and the place among learning-rate trials; and settings at their defaults, so that a baseline
+    stays one when a later version knows further settings.
     """
-    what = cell.model_dump(mode="json", exclude={"device", "lr_trial", "lr_trials"})
+    what = cell.model_dump(mode="json", exclude={"device", "lr_trial", "lr_trials"}, exclude_defaults=True)
     canonical = json.dumps(what, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 

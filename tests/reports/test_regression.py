@@ -391,6 +391,14 @@ def test_the_key_of_a_cell_leaves_out_only_code_device_and_trial(factory: Any) -
         assert cell_key(cell.model_copy(update=change)) != cell_key(cell)
 
 
+def test_a_further_setting_leaves_a_baseline_valid(baseline: Path) -> None:
+    """As an older version wrote it, which did not know the setting yet: it ran with what is the default now."""
+    text = re.sub(r', "compile": false', "", baseline.read_text())
+    assert text != baseline.read_text()
+    baseline.write_text(text)
+    assert len(read_baseline(baseline).cells) == 2
+
+
 # --- the file ----------------------------------------------------------------------------------------------------
 
 
