@@ -101,6 +101,29 @@ def test_no_matrix(tpme_cell):
     )
 
 
+def test_limits_hold_for_classes_and_under_xdist(session: Any) -> None:
+    """Two processes share the store; pytest-benchmark times nothing there, and the limits hold all the same."""
+    pytest.importorskip("xdist")
+    result = session(
+        """
+@pytest.mark.tpme(max_params=10)
+class TestCosts:
+    def test_one(self, tpme_cell):
+        tpme_cell("frozen", matrix="small.toml")
+
+    def test_two(self, tpme_cell):
+        tpme_cell("iisan", matrix="small.toml", cached=True)
+
+@pytest.mark.tpme(max_params=10**9)
+def test_within(tpme_cell):
+    assert tpme_cell("iisan", matrix="small.toml", cached=True).result.cell.cached
+""",
+        "-n2",
+    )
+    result.assert_outcomes(passed=1, failed=2)
+    result.stdout.fnmatch_lines_random(["*frozen has trainable_parameters*", "*iisan (cached) has trainable_param*"])
+
+
 def test_loading_the_plugin_costs_nothing(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(
         """
