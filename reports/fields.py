@@ -50,7 +50,7 @@ def seeds() -> Field:
         finished, seeds = int(line["seeds_ok"]), int(line["seeds"])
         return Entry(str(seeds) if finished == seeds else f"{finished} of {seeds}", finished)
 
-    return Column("seeds_finished", "Seeds"), entry
+    return Column("seeds_finished", "Seeds", wide_only=True), entry
 
 
 def quality(section: Section, key: str, header: str) -> list[Field]:
@@ -106,12 +106,12 @@ def memory(section: Section, header: str, scale: float) -> list[Field]:
 
 
 def energy(section: Section) -> list[Field]:
-    """Energy of a training epoch, all epochs alike; no column where no row has any."""
+    """E, the energy of a training epoch; no column where no row has any."""
     joules = section.summary["energy_epoch_j"]
     if joules.isna().all():
         return []
     unit, scale = ("kJ", 1e3) if joules.max() >= 1e4 else ("J", 1.0)
-    return cost(section, "energy_epoch_j", f"Energy ({unit}/epoch)", scale=scale)
+    return cost(section, "energy_epoch_j", f"E ({unit})", scale=scale)
 
 
 def tpme(section: Section) -> list[Field]:
@@ -132,7 +132,7 @@ def tpme(section: Section) -> list[Field]:
         if pd.isna(line["tpme_low"]):
             return Entry(MISSING)
         low, high = 100 * line["tpme_low"], 100 * line["tpme_high"]
-        return Entry(f"{low:.1f}–{high:.1f}", low)
+        return Entry(f"{low:.2f}–{high:.2f}", low, short=f"{low:.1f}–{high:.1f}")
 
     def high(name: str, line: pd.Series[Any]) -> Entry:
         return Entry("", 100 * line["tpme_high"])
@@ -143,7 +143,7 @@ def tpme(section: Section) -> list[Field]:
 
     return [
         (Column("tpme_percent", "TPME (%)", "lower"), percent),
-        (Column("tpme_low_percent", f"{100 * LEVEL:.0f} %"), interval),
+        (Column("tpme_low_percent", f"{100 * LEVEL:.0f} %", wide_only=True), interval),
         (Column("tpme_high_percent", machine_only=True), high),
         (Column("tpme_lower_bound_percent", machine_only=True), bound),
         (Column("tpme_rank", "Rank"), rank),

@@ -13,6 +13,7 @@ import html
 import json
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
+from pathlib import Path
 from string import Template
 from typing import Any
 
@@ -21,7 +22,7 @@ import pandas as pd
 
 from tpme.bench.record import Cell, CellResult
 from tpme.reports.instruments import instruments
-from tpme.reports.load import load_samples
+from tpme.reports.load import Recorded, load_samples
 from tpme.reports.plots import thin
 from tpme.reports.section import Section
 from tpme.reports.tpme import COLUMNS, Weights, members
@@ -57,6 +58,7 @@ def _hash(text: str) -> str:
 def _group(section: Section) -> dict[str, Any]:
     frame = section.frame
     usable = members(section.summary)
+    firsts = _firsts(section)
     return {
         "name": section.name,
         "frame": None
@@ -66,13 +68,15 @@ def _group(section: Section) -> dict[str, Any]:
         "shared": [own_path(text) for text in (*section.notes.shared, instruments(section))],
         "footnotes": [own_path(text) for text in section.notes.footnotes],
         "rows": [
-            _row(section, index, str(name), line, bool(usable.iloc[index]))
+            _row(section, index, str(name), line, bool(usable.iloc[index]), firsts[str(name)])
             for index, (name, line) in enumerate(section.summary.iterrows())
         ],
     }
 
 
-def _row(section: Section, index: int, name: str, line: pd.Series[Any], usable: bool) -> dict[str, Any]:
+def _row(
+    section: Section, index: int, name: str, line: pd.Series[Any], usable: bool, first: Recorded
+) -> dict[str, Any]:
     return {
         "index": index,
         "name": name,
@@ -85,7 +89,7 @@ def _row(section: Section, index: int, name: str, line: pd.Series[Any], usable: 
         "source": line["memory_source"],
         "seeds": int(line["seeds_ok"]),
         "notes": section.notes.marks[name],
-        "cell": _cell(section, name),
+        "cell": _cell(first),
     }
 
 
@@ -96,11 +100,21 @@ def _number(value: Any) -> float | None:
 # --- the cell behind a row -----------------------------------------------------------------------------------
 
 
-def _cell(section: Section, name: str) -> dict[str, Any]:
-    """The first seed of the row, a finished one where there is one."""
-    cells = section.cells[(section.cells["row"] == name) & section.cells["selected"]]
-    first = cells.assign(failed=cells["status"] != "ok").sort_values(["failed", "seed", "path"]).iloc[0]
-    result = next(one.result for one in section.records if str(one.path) == first["path"])
+def _firsts(section: Section) -> dict[str, Recorded]:
+    """The first seed of every row, a finished one where there is one."""
+
+    def order(one: Recorded) -> tuple[bool, int, Path]:
+        return one.result.status != "ok", one.result.cell.seed, one.path
+
+    firsts: dict[str, Recorded] = {}
+    for name, selected, one in zip(section.cells["row"], section.cells["selected"], section.records, strict=True):
+        if selected and (name not in firsts or order(one) < order(firsts[name])):
+            firsts[name] = one
+    return firsts
+
+
+def _cell(recorded: Recorded) -> dict[str, Any]:
+    result = recorded.result
     failure = result.failure
     return {
         "id": result.cell_id,
@@ -109,7 +123,7 @@ def _cell(section: Section, name: str) -> dict[str, Any]:
         "code": result.code_version[:12],
         "failure": own_path(f"during {failure.phase}: {failure.message}") if failure else None,
         "phases": _phases(result),
-        "curve": _curve(first["samples_path"]),
+        "curve": _curve(recorded),
         "configuration": matrix_of(result.cell),
         "environment": _environment(result),
         "command": f"tpme run cell.toml --device {result.cell.device}",
@@ -123,10 +137,10 @@ def _phases(result: CellResult) -> list[tuple[str, float]]:
     return [(kind, float(f"{seconds:.6g}")) for kind, seconds in spent.items()]
 
 
-def _curve(path: Any) -> list[tuple[float, int]]:
-    if not isinstance(path, str):
+def _curve(recorded: Recorded) -> list[tuple[float, int]]:
+    if "samples" not in recorded.result.files:
         return []
-    samples = load_samples(path)
+    samples = load_samples(recorded.path.parent / recorded.result.files["samples"])
     if not len(samples.sample_t_s):
         return []
     time_s, used = thin(samples, CURVE_POINTS)

@@ -43,7 +43,8 @@ def planned(section: Section) -> Table:
             _of(frame, "measured_peak_bytes", f"measured ({unit})", scale),
             _of(frame, "peak_ratio", "Ratio"),
         ]
-    made.append(_of(frame, "flops", "GFLOP/step", 1e9))
+    flop, per = ("TFLOP", 1e12) if frame["flops"].max() >= 1e12 else ("GFLOP", 1e9)
+    made.append(_of(frame, "flops", f"{flop}/step", per))
     if frame["mfu"].notna().any():
         frame["mfu_percent"] = 100 * frame["mfu"]
         made.append(_of(frame, "mfu_percent", "MFU (%)"))

@@ -286,9 +286,7 @@ def _result_notes(section: Section) -> list[str]:
     if len(sources) == 1:
         notes.append(f"M measured as: {sources[0]}.")
     if summary["energy_epoch_j"].notna().any():
-        notes.append(
-            "Energy: that of all training phases by the GPU's counter, over the epochs; the host's is not in it."
-        )
+        notes.append("E: energy of a training epoch by the GPU's counter, mean of all epochs; the host's is not in it.")
     return [*notes, instruments(section)]
 
 

@@ -74,10 +74,10 @@ def test_energy_is_a_column_where_there_is_any(factory):
     change(path, phases=tuple(phases))
     table = results(section_of(factory))
     [column] = [column for column in table.columns if column.key == "energy_epoch_j"]
-    assert column.title == "Energy (J/epoch) ↓"
+    assert column.title == "E (J) ↓"
     assert line(table, "fft")["energy_epoch_j"] == "6000"  # 24 kJ over four epochs
     assert line(table, "lora")["energy_epoch_j"] == "–"
-    assert any(note.startswith("Energy: ") for note in table.notes)
+    assert any(note.startswith("E: energy of a training epoch") for note in table.notes)
 
 
 # --- the paper -------------------------------------------------------------------------------------------------
