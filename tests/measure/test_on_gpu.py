@@ -6,10 +6,15 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+
+from tpme.bench.launch import run_matrix
+from tpme.bench.train.split import PARTS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -119,3 +124,26 @@ def test_time_is_read_after_the_work_is_done() -> None:
     queued = time.perf_counter() - start
     done = now("cuda") - start
     assert done > 2 * queued
+
+
+def test_a_cell_is_measured_and_counts_what_a_cpu_counts(world: Any, harness: ModuleType, tmp_path: Path) -> None:
+    """The whole way, at a tiny shape: training, cache, phases, parts of a step; and the counters of another machine."""
+    methods = ["lora", {"name": "iisan", "cached": [False, True]}]
+    matrix = world.matrix(methods, protocol="paper", training={"epochs": 3, "precision": "fp16"})
+    settings = {"store": world.store, "console": harness.quiet()}
+    here, there = (run_matrix(matrix, tmp_path / device, device=device, **settings) for device in ("cuda", "cpu"))
+    for on_gpu, on_cpu in zip(here, there, strict=True):
+        assert on_gpu.status == on_cpu.status == "ok", (on_gpu.failure, on_cpu.failure)
+        assert sum(phase.wall_s for phase in on_gpu.phases) == pytest.approx(on_gpu.wall_s, rel=0.01)
+        memory, counters = on_gpu.training_memory, on_gpu.counters
+        assert memory is not None
+        allocated, device = memory.torch_allocated_bytes.value, memory.nvml_device_bytes
+        assert allocated is not None
+        assert device.value is None or not device.valid or device.value >= allocated
+        for name in PARTS:
+            assert (counters[name].value or 0) > 0, counters[name].reason
+            assert "CUDA events" in counters[name].source
+        assert 0 < (counters["mfu"].value or 0) < 1
+        exact = [name for name, reading in counters.items() if "on meta" in reading.source or name.endswith("_bytes")]
+        assert "forward_flops" in exact
+        assert [counters[name] for name in exact] == [on_cpu.counters[name] for name in exact]

@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# The iisan-paper matrix on a GPU under both protocols, in pieces of at most ten minutes (docs/gpu.md):
+#   scripts/gpu_matrix.sh DATA OUT [--set KEY=VALUE ...]
+# DATA holds items.tsv and users.tsv. Without an images folder or images.zip there, every item gets a picture of noise.
+# Call it again until it exits with 0; 75 says that there is more to do. A cell that was cut off starts anew.
+set -euo pipefail
+[ $# -ge 2 ] || { sed -n '2,5s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+data=$1 out=$2 device=${DEVICE:-cuda}
+shift 2
+here=$(cd "$(dirname "$0")" && pwd)
+until=$((SECONDS + ${PIECE_S:-570}))
+mkdir -p "$out"
+export TPME_STORE=${TPME_STORE:-$out/store}
+
+# Encoders: hub ids or folders with configuration and tokenizer. WEIGHTS=pretrained needs their weights, too.
+settings=(
+    --set "datasets.path=$out/data" --set "training.epochs=${EPOCHS:-3}"
+    --set "encoders.text.source=${TEXT:-bert-base-uncased}" --set "encoders.text.weights=${WEIGHTS:-random}"
+    --set "encoders.image.source=${IMAGE:-google/vit-base-patch16-224}" --set "encoders.image.weights=${WEIGHTS:-random}"
+)
+
+piece() { # runs a command in what is left of this piece
+    local left=$((until - SECONDS)) code=0
+    [ "$left" -gt 0 ] && timeout "$left" "$@" || code=$?
+    if [ "$left" -le 0 ] || [ "$code" -eq 124 ]; then
+        echo "The time of this piece is up: call again." >&2
+        exit 75
+    fi
+    return "$code"
+}
+
+if [ ! -s "$out/doctor.json" ]; then
+    noise=(--noise) # the noise floor of the device: every record carries it
+    [ "$device" = cuda ] || noise=()
+    piece tpme doctor "${noise[@]}" --json > "$out/doctor.partial"
+    mv "$out/doctor.partial" "$out/doctor.json"
+fi
+if [ ! -s "$out/data/dataset.json" ]; then
+    images=$data/images
+    [ -e "$images" ] || images=$data/images.zip
+    if [ ! -e "$images" ]; then
+        images=$out/noise.zip
+        [ -e "$images" ] || piece python "$here/noise_images.py" "$data/items.tsv" "$images"
+    fi
+    piece tpme prepare iisan "$data" "$out/data" --images "$images" --image-size "${IMAGE_SIZE:-224}"
+fi
+failed=0
+for protocol in ${PROTOCOLS:-paper suite}; do
+    own=()
+    # Batch sizes of their own are the paper's protocol alone.
+    [ "$protocol" = paper ] || own=(--set "protocol=$protocol" --set "methods.training={}")
+    # 1: a cell failed; the others and its record are there all the same.
+    piece tpme run iisan-paper --device "$device" --out "$out/$protocol" --no-report \
+        "${settings[@]}" "${own[@]}" "$@" || { [ $? -eq 1 ] && failed=1; }
+    piece tpme plan iisan-paper --runs "$out/$protocol" --device-profile here \
+        "${settings[@]}" "${own[@]}" "$@" > "$out/plan-$protocol.txt" || true
+    (cd "$out/$protocol" && find cells -name 'attempt-*.json' -o -name 'attempt-*.npz') |
+        while read -r file; do
+            mkdir -p "$out/records/$protocol/$(dirname "$file")"
+            cp "$out/$protocol/$file" "$out/records/$protocol/$file"
+        done
+done
+piece tpme report "$out/records" --out "$out/report" --title "iisan-paper on a GPU"
+exit "$failed"
