@@ -22,6 +22,8 @@ from rich.text import Text
 Value = str | int | float | None
 
 MISSING = "–"
+LONGEST_WORD = 12
+"""Characters of a name that a terminal does not break within a word."""
 ARROWS = {"higher": " ↑", "lower": " ↓", None: ""}
 
 
@@ -48,6 +50,8 @@ class Column:
     numeric: bool = True
     machine_only: bool = False
     """Left out of the formats for people: the bounds of an interval, for example."""
+    wide_only: bool = False
+    """Left out of a terminal that is too narrow for all columns."""
 
     @property
     def title(self) -> str:
@@ -109,24 +113,29 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def to_terminal(table: Table, width: int = 120) -> rich.table.Table:
-    """A rich table whose caption holds notes and footnotes; where ``width`` is too narrow, shorter texts are used."""
+    """A rich table whose caption holds notes and footnotes.
+
+    Where ``width`` is too narrow, shorter texts are used and the columns that are ``wide_only`` left out.
+    """
     notes = [*table.notes, *table.warnings, *(f"{mark}  {text}" for mark, text in table.used_footnotes)]
     short = _natural_width(table) > width
     drawn = rich.table.Table(
         title=Text(table.caption), title_justify="left", caption=Text("\n".join(notes)), caption_justify="left",
         box=rich.box.SIMPLE_HEAD, padding=(0, 0, 0, 0 if short else 1), pad_edge=False,
     )  # fmt: skip
-    for index in table.shown:
+    columns = [index for index in table.shown if not (short and table.columns[index].wide_only)]
+    for index in columns:
         column = table.columns[index]
         texts = [_terminal_entry(row[index], short) for row in table.rows]
-        # Names may be broken anywhere, numbers nowhere, headers between words.
-        words = [*map(len, column.title.split()), *map(len, texts)] if column.numeric else [0]
+        # Names may be broken between words, long ones anywhere; numbers nowhere, headers between words.
+        words = [len(word) for text in (column.title, *map(str, texts)) for word in text.split()]
+        words = [*words, *map(len, texts)] if column.numeric else [min(max(words), LONGEST_WORD)]
         drawn.add_column(
             Text(column.title), justify="right" if column.numeric else "left", overflow="fold", vertical="bottom",
             min_width=max(words),
         )  # fmt: skip
     for row in table.rows:
-        drawn.add_row(*(_terminal_entry(row[index], short) for index in table.shown))
+        drawn.add_row(*(_terminal_entry(row[index], short) for index in columns))
     return drawn
 
 

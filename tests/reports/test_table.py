@@ -141,6 +141,18 @@ def test_terminal_prints_names_as_they_are_and_fits(width, shown, hidden):
     assert max(map(len, text.splitlines())) <= width
 
 
+@pytest.mark.parametrize(("width", "there"), [(60, True), (24, False)])
+def test_a_narrow_terminal_leaves_out_columns_before_it_breaks_names(width, there):
+    columns = (Column("method", "Method", numeric=False), Column("seeds", "Seeds", wide_only=True), Column("x", "X"))
+    one = Table("t", "t", columns, ((Entry("popularity"), Entry("17 of 20"), Entry("12.5 ± 0.1")),))
+    console = Console(width=width, record=True, file=io.StringIO(), color_system=None)
+    console.print(to_terminal(one, width))
+    text = console.export_text()
+    assert ("17 of 20" in text) is there
+    assert "popularity" in text
+    assert "12.5" in text
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [
