@@ -14,6 +14,7 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
+from tpme.bench.errors import UserError
 from tpme.bench.task.recommender import Recommender
 from tpme.bench.task.view import EncoderView
 from tpme.methods.base import Method, MethodConfig, Plan
@@ -84,7 +85,12 @@ def _extend_mask(length: int, _module: nn.Module, args: Any, kwargs: dict[str, A
     return args, kwargs
 
 
-def _insert(prompts: Prompts, _module: nn.Module, _args: object, hidden: Tensor) -> Tensor:
+def _insert(prompts: Prompts, module: nn.Module, _args: object, hidden: Any) -> Tensor:
+    if not isinstance(hidden, Tensor) or hidden.shape[-1] != prompts.vectors.shape[-1]:
+        raise UserError(
+            f"method 'prompt': what {type(module).__name__} returns is not the input of the first layer, so prompts "
+            "have no place there; choose another encoder"
+        )
     return prompts.insert(hidden)
 
 

@@ -22,7 +22,7 @@ from tpme.bench.task.items import EncoderShape, Reads
 
 Role = Literal["query", "key", "value", "attention_output", "ffn_in", "ffn_out"]
 
-_LAYER_LISTS = ("encoder.layer", "layers", "encoder.layers", "transformer.layer")
+_LAYER_LISTS = ("encoder.layer", "layers", "encoder.layers", "transformer.layer", "model.layer")
 _ROLES: dict[Role, tuple[str, ...]] = {
     "query": (
         "attention.self.query",
@@ -31,6 +31,7 @@ _ROLES: dict[Role, tuple[str, ...]] = {
         "self_attn.q_proj",
         "attention.q_lin",
         "attention.attn.q",
+        "attention.self.query_proj",
     ),
     "key": (
         "attention.self.key",
@@ -39,6 +40,7 @@ _ROLES: dict[Role, tuple[str, ...]] = {
         "self_attn.k_proj",
         "attention.k_lin",
         "attention.attn.k",
+        "attention.self.key_proj",
     ),
     "value": (
         "attention.self.value",
@@ -47,6 +49,7 @@ _ROLES: dict[Role, tuple[str, ...]] = {
         "self_attn.v_proj",
         "attention.v_lin",
         "attention.attn.v",
+        "attention.self.value_proj",
     ),
     "attention_output": (
         "attention.output.dense",
@@ -55,8 +58,8 @@ _ROLES: dict[Role, tuple[str, ...]] = {
         "attention.out_lin",
         "attention.attn.o",
     ),
-    "ffn_in": ("intermediate.dense", "mlp.fc1", "ffn.lin1"),
-    "ffn_out": ("output.dense", "mlp.fc2", "ffn.lin2"),
+    "ffn_in": ("intermediate.dense", "mlp.fc1", "ffn.lin1", "mlp.up_proj"),
+    "ffn_out": ("output.dense", "mlp.fc2", "ffn.lin2", "mlp.down_proj"),
 }
 # Where a sub-layer's output is still without its residual. BERT drops out before it adds and normalises, so an
 # adapter after the dropout stands exactly where Houlsby et al. put it; elsewhere the projection's output is that place.
@@ -106,6 +109,11 @@ class EncoderView:
                 f"({', '.join(_LAYER_LISTS)}); choose an encoder of the BERT or ViT family"
             )
         self._layers_path = found[0]
+        if any(getattr(part, "is_causal", False) is True for part in module.modules()):
+            raise UserError(
+                f"{type(module).__name__} ({modality} encoder): its attention is causal, so token 0 knows nothing of "
+                "the rest; choose an encoder of the BERT or ViT family"
+            )
         for part in module.modules():
             setattr(part, _OWN, tuple(name for name, _ in part.named_parameters(recurse=False)))
 

@@ -174,6 +174,15 @@ def test_the_sequence_grows_by_the_prompts_once(tiny: ModuleType, deep: bool) ->
     assert seen == {"text": {tiny.TOKENS + 4}, "image": {1 + (tiny.SIDE // tiny.PATCH) ** 2 + 4}}
 
 
+def test_prompts_need_the_embeddings_to_be_the_input_of_the_first_layer(tiny: ModuleType) -> None:
+    _, model = tiny.build("prompt", {"length": 4}, ("text",))
+    module = model.views["text"].module
+    narrow = nn.Embedding(tiny.VOCAB, tiny.WIDTH // 2)  # an ELECTRA's are projected to the layers' width later
+    module.embeddings.forward = lambda input_ids, **_: narrow(input_ids)
+    with pytest.raises(UserError, match="'prompt': what BertEmbeddings returns is not the input of the first layer"):
+        encode(model.views["text"], tiny.items(("text",)))
+
+
 def test_prompts_start_uniformly_within_vpts_bound(tiny: ModuleType) -> None:
     _, model = tiny.build("prompt", {"length": 50})
     bounds = {"text": (6 / (2 * tiny.WIDTH)) ** 0.5, "image": (6 / (3 * tiny.PATCH**2 + tiny.WIDTH)) ** 0.5}

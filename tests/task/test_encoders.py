@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM, CLIPConfig
+from transformers import AutoConfig, BertConfig, BertForMaskedLM, CLIPConfig
 
 from tpme.bench.errors import UserError
 from tpme.bench.record import EncoderSpec, Modality
@@ -25,7 +26,7 @@ from tpme.bench.task.encoders import (
     image_size,
     load_encoder,
 )
-from tpme.bench.task.items import LAST, EncoderShape
+from tpme.bench.task.items import LAST, EncoderShape, Reads
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -221,6 +222,34 @@ def test_an_encoder_of_another_family(tmp_path: Path) -> None:
     refused(spec(folder, weights="random"), "text", "its list of layers is at none of the known places")
     with pytest.raises(UserError, match="BERT or ViT family"):
         encoder_shape(spec(folder))
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+WORDS = SMALL | {"vocab_size": 100, "max_position_embeddings": 40}
+PIXELS = SMALL | {"image_size": 32, "patch_size": 16}
+FAMILIES: dict[str, tuple[Modality, dict[str, Any]]] = {
+    **dict.fromkeys(("roberta", "electra", "mpnet", "deberta-v2"), ("text", WORDS)),
+    "distilbert": ("text", {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 2, "vocab_size": 100}),
+    **dict.fromkeys(("deit", "beit", "dinov2", "dinov3_vit", "clip_vision_model"), ("image", PIXELS)),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_relatives_of_bert_and_vit_have_all_parts(tmp_path: Path, family: str) -> None:
+    modality, settings = FAMILIES[family]
+    AutoConfig.for_model(family, **settings).save_pretrained(tmp_path)
+    view = load_encoder(spec(tmp_path, weights="random"), modality).view
+    assert len(view.projections("query", "key", "value", "attention_output", "ffn_in", "ffn_out")) == 2 * 6
+    assert len({part for layer in range(2) for part in view.sublayer_outputs(layer)}) == 2 * 2
+    words, pixels = torch.full((3, 6), 7), torch.zeros(3, 3, 32, 32, dtype=torch.uint8)
+    given = {"tokens": words, "token_mask": torch.ones_like(words)} if modality == "text" else {"image": pixels}
+    assert view.encode(Reads((0, 2), final=True), **given).shape == (3, 3, 32)
+
+
+def test_a_decoder_is_refused(tmp_path: Path) -> None:
+    """Token 0 sees nothing but itself there: every item would get one and the same vector."""
+    AutoConfig.for_model("llama", **WORDS, num_key_value_heads=2).save_pretrained(tmp_path)
+    refused(spec(tmp_path, weights="random"), "text", "its attention is causal")
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", '{"image_mean": ["x"]}'])
