@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -51,8 +52,17 @@ def all_plots(section: Section) -> list[Plot]:
         with style():
             plot = make(section)
         if plot is not None:
-            made.append(plot)
+            made.append(replace(plot, caption=f"{plot.caption}{_out_of_memory(section)}"))
     return made
+
+
+def _out_of_memory(section: Section) -> str:
+    """The rows that ran out of memory, for every caption: a figure of quality or time has no place for them."""
+    unit, scale = byte_unit(section.summary["memory_seen_bytes"])
+    rows = section.summary[section.summary["status"] == "oom"]
+    least = {name: number(seen / scale) for name, seen in rows["memory_seen_bytes"].items() if pd.notna(seen)}
+    told = [f"{name}, M ≥ {least[name]} {unit}" if name in least else str(name) for name in rows.index]
+    return f" Out of memory: {'; '.join(told)}." if told else ""
 
 
 def quality_tpme(section: Section) -> Plot | None:

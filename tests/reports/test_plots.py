@@ -143,6 +143,15 @@ def test_a_row_out_of_memory_is_a_hatched_bar(factory):
     assert len(hatched) == 1
 
 
+def test_a_row_out_of_memory_is_named_with_every_figure(factory):
+    for method, time_s in (("fft", 10.0), ("lora", 4.0)):
+        factory.write(method, time=time_s, peak=30e9)
+    factory.write("dyt", status="oom", time=None, peak=80e9)
+    plots = all_plots(make_report([factory.root]).sections[0])
+    assert {"quality-tpme", "weights", "costs", "phases", "memory-time", "step-times"} <= {plot.name for plot in plots}
+    assert all("Out of memory: dyt, M ≥ 80.0 GB." in plot.caption for plot in plots)
+
+
 def test_one_row_has_no_quality_figure_and_no_samples_no_curves(factory):
     path = factory.write("lora")
     (section,) = make_report([factory.root]).sections
