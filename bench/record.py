@@ -179,8 +179,8 @@ class Epoch(Frozen):
 
     index: int
     """From 1."""
-    train_s: float
-    steps: int
+    train_s: PositiveFloat
+    steps: PositiveInt
     loss: float
     valid_recall_10: float
     valid_ndcg_10: float

@@ -498,6 +498,8 @@ def test_broken_records_are_one_clear_line(factory: Any, tmp_path: Path) -> None
     assert "not a readable record" in refused(lambda: load_runs([factory.root]))
     path.write_text(whole.replace('"schema_version": 1', '"schema_version": 2'))
     assert "schema version 2, this tpme reads 1" in refused(lambda: load_runs([factory.root]))
+    path.write_text(whole.replace('"steps": 10', '"steps": 0', 1))
+    assert "field 'epochs.0.steps'" in refused(lambda: load_runs([factory.root]))
     path.write_text(whole.replace('"wall_s"', '"wall"', 1))
     assert "the record was changed or truncated" in refused(lambda: load_runs([factory.root]))
     path.write_text(whole)
