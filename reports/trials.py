@@ -83,7 +83,9 @@ def split(frame: pd.DataFrame, mix: bool = False) -> list[Group]:
 
 def names(groups: Sequence[Group]) -> list[str]:
     """A name for people for each group: data, protocol, precision and device, and whatever else sets it apart."""
-    rest = ("dataset_fingerprint", "modalities", "encoders")
+    data = {(group.key["dataset"], group.key["dataset_fingerprint"]) for group in groups}
+    namesakes = len({name for name, _ in data}) < len(data)
+    rest = [*(["dataset_fingerprint"] if namesakes else []), "modalities", "encoders"]
     told = [key for key in rest if len({group.key[key] for group in groups}) > 1]
     return [
         (f"rows of different {mixture(group)} mixed: " if group.mixed else "")

@@ -154,7 +154,7 @@ function tableRow(row, best) {
     change({ rows }, `[data-choose="${place}"]`);
   } });
   choose.checked = row.inside;
-  const open = make("button", { type: "button", class: "open", "data-open": place, "aria-expanded": String(opened), "aria-controls": opened ? `cell-${place}` : null, onmouseenter: () => tip(open, telling(row)), onmouseleave: hideTip, onclick: () => change({ open: opened ? "" : row.name }, `[data-open="${place}"]`) }, row.name);
+  const open = make("button", { type: "button", class: "open", "data-open": place, "aria-expanded": String(opened), "aria-controls": opened ? `cell-${place}` : null, onmouseenter: () => opened || tip(open, telling(row)), onmouseleave: hideTip, onclick: () => change({ open: opened ? "" : row.name }, `[data-open="${place}"]`) }, row.name);
   const unseen = (text) => make("span", { class: "unseen" }, text);
   const marks = row.notes.length ? make("sup", { class: "mark" }, unseen(", footnote "), row.notes.join(",")) : null;
   const front = row.front ? make("span", { class: "mark" }, make("span", { "aria-hidden": "true" }, " ◆"), unseen(", on the Pareto front")) : null;
@@ -234,7 +234,7 @@ function drawChart(rows) {
   const spots = shown.map((row) => ({ row, x: x(100 * row.tpme), y: y(row[key]) }));
   for (const { row, x: at } of spots) if (known(row[`${key}_low`])) chart.append(make("svg:line", { class: "reach", x1: at, x2: at, y1: y(row[`${key}_low`]), y2: y(row[`${key}_high`]) }));
   spots.forEach((spot, i) => chart.append(drawPoint(spot, i === 0)));
-  placeNames(chart, spots, [left, top, width - right, height - bottom]);
+  placeNames(chart, spots, [left, top, width - right, height - bottom], frontBoxes(spots.filter((spot) => spot.row.front)));
 }
 
 /* The raw numbers of a row and its flags. */
@@ -265,9 +265,14 @@ function drawPoint({ row, x, y }, first) {
   return node;
 }
 
+/* The line of the front, as boxes: from each point to the right, then up to the next. */
+function frontBoxes(front) {
+  return front.slice(1).flatMap((next, i) => [[front[i].x, front[i].y - 2, next.x, front[i].y + 2], [next.x - 2, next.y, next.x + 2, front[i].y]]);
+}
+
 /* Greedy: each name takes the nearest free place on rings around its point; without one it is left to the tooltip. */
-function placeNames(chart, spots, [left, top, right, bottom]) {
-  const taken = spots.map((spot) => [spot.x - 6, spot.y - 6, spot.x + 6, spot.y + 6]);
+function placeNames(chart, spots, [left, top, right, bottom], lines) {
+  const taken = [...lines, ...spots.map((spot) => [spot.x - 6, spot.y - 6, spot.x + 6, spot.y + 6])];
   const free = (box) => box[0] >= left && box[1] >= top && box[2] <= right && box[3] <= bottom && !taken.some((other) => box[0] < other[2] && other[0] < box[2] && box[1] < other[3] && other[1] < box[3]);
   for (const spot of spots) {
     const name = spot.row.name.length > 26 ? `${spot.row.name.slice(0, 25)}…` : spot.row.name;

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from tpme.bench.record import CellResult, Phase, find_results, read_result
-from tpme.reports.report import write_report
+from tpme.reports.report import PLOT_FORMATS, Report, write_report
 
 METHODS = ("fft", "adapter", "lora", "bitfit", "prompt", "iisan", "frozen", "id")
 EPOCHS = 8
@@ -91,19 +91,22 @@ def test_reading_a_record_takes_one_pass(thousand: Path, compare: Callable[..., 
         for path in paths:
             CellResult.model_validate(json.loads(path.read_bytes()))
 
-    assert compare("100 records", twice, lambda: list(map(read_result, paths))).ratio >= LEAST_GAIN
+    assert compare("100 records", twice, lambda: list(map(read_result, paths)), rounds=10).ratio >= LEAST_GAIN
 
 
 def test_a_report_of_a_thousand_records(thousand: Path, tmp_path: Path, say: Callable[[str], None]) -> None:
-    """No gate: it says how long the report took and how much of that was figures."""
-    seconds = {}
-    for what, formats in (("text and tables", ("csv", "json", "tex", "html")), ("figures, too", None)):
-        start = time.perf_counter()
-        arguments = {} if formats is None else {"formats": formats}
-        report = write_report([thousand], tmp_path / what, **arguments)  # type: ignore[arg-type]
-        seconds[what] = time.perf_counter() - start
+    """No gate. Figures are counted apart: what they take grows with the groups and rows, not with the records."""
+
+    def spent(runs: Path, name: str, formats: Sequence[str]) -> tuple[Report, float]:
+        start = time.process_time()
+        return write_report([runs], tmp_path / name, formats=formats), time.process_time() - start
+
+    report, text_s = spent(thousand, "text", ("csv", "json", "tex", "html"))
     assert sum(len(section.cells) for section in report.sections) == 1000
-    say("report of 1,000 records in 8 groups: " + ", ".join(f"{what} {took:.2f} s" for what, took in seconds.items()))
+    _, figures_s = spent(thousand / "data-0", "figures", PLOT_FORMATS)
+    say(
+        f"1,000 records, processor time: text, tables and page {text_s:.2f} s; one group with figures {figures_s:.2f} s"
+    )
 
 
 def test_help_comes_at_once(benchmark: Any, say: Callable[[str], None]) -> None:

@@ -112,6 +112,7 @@ def test_a_row_opens_its_cell(tab, section):
     for text in ("Phases", "Memory over time", "builtin:tiny-text", "Test CPU", "tpme run cell.toml --device cpu"):
         assert text in detail
     assert tab.get_attribute("button.open:text-is('lora')", "aria-expanded") == "true"
+    assert tab.is_hidden("#tip")  # the numbers would cover what was opened
 
 
 def test_points_tell_their_numbers_to_mouse_and_keyboard(tab):
