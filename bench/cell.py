@@ -298,7 +298,8 @@ class Story:
         try:
             with self.phases.phase("estimate", "counters"):
                 self.progress("count", 0.0)
-                known.counters |= noise_floor(self.job) | exact_counters(self.job, trainer.dataset)
+                known.counters |= noise_floor(self.job)
+                known.counters |= exact_counters(self.job, trainer.dataset)
                 if status == "ok":
                     known.counters |= utilisation(self.job, trainer.outcome, known.counters)
         except (Exception, TimeLimitReached) as error:

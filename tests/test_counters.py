@@ -421,6 +421,7 @@ def test_a_method_that_needs_values_loses_its_counters_not_its_record(
     assert result.status == "ok"
     assert result.counters["forward_flops"].value is None
     assert "meta" in result.counters["forward_flops"].reason
+    assert "noise_time_ratio" in result.counters, "the noise floor does not hang on them"
 
 
 # --- full shape ----------------------------------------------------------------------------------------------------
