@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import re
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
@@ -149,6 +150,7 @@ def push(records: Sequence[Recorded], uri: str, experiment: str) -> tuple[int, i
         from mlflow.exceptions import MlflowException
     except ImportError:
         raise UserError("--mlflow needs mlflow: pip install 'tpme-bench[mlflow]'") from None
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # else two lines for each run
     frame, new = records_frame(records), 0
     try:
         client = MlflowClient(tracking_uri=uri)
