@@ -6,9 +6,11 @@ Only the latest attempt of a cell counts. Ranks and samples stay in their files:
 
 from __future__ import annotations
 
+import gc
 import json
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
@@ -96,7 +98,8 @@ def read(paths: Iterable[Path | str]) -> list[Recorded]:
     if not files:
         where = ", ".join(str(root) for root in roots)
         raise UserError(f"{where}: no records (attempt-*.json) in there; name a folder that 'tpme run' wrote")
-    results = {path: read_result(path) for path in sorted(files.values())}
+    with _uncollected():
+        results = {path: read_result(path) for path in sorted(files.values())}
     keys = _device_keys(results)
     latest: dict[tuple[str, str], Recorded] = {}
     for path, result in results.items():
@@ -147,6 +150,18 @@ def memory_of_tpme(memory: Memory | None, device: str) -> Reading:
     if process.valid and process.value is not None:
         return process
     return memory.nvml_device_bytes
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage collection inside: all that is read stays, and every pass would walk again what was read before."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 # --- one row -------------------------------------------------------------------------------------------------

@@ -123,7 +123,8 @@ def write_report(
         raise UserError(f"format '{unknown[0]}': choose of {', '.join(FORMATS)}")
     report = make_report(paths, weights=weights, frame=frame, rows=rows, mix=mix, title=title)
     tables = [all_tables(section) for section in report.sections]
-    plots = [all_plots(section) for section in report.sections]
+    drawn = set(formats) & set(PLOT_FORMATS)
+    plots = [all_plots(section) if drawn else [] for section in report.sections]
     for index, (of_tables, of_plots) in enumerate(zip(tables, plots, strict=True)):
         for table in of_tables:
             for ending in (ending for ending in TABLE_FORMATS if ending in formats):
