@@ -171,11 +171,14 @@ def report_command(
     rows: Annotated[str | None, typer.Option(help="Rows that get a TPME: fft,lora,...")] = None,
     mix: Annotated[bool, typer.Option("--mix", help="One TPME over different devices, protocols or data.")] = False,
     title: Annotated[str | None, typer.Option(help="Title of report.md.")] = None,
+    formats: Annotated[
+        str | None, typer.Option(help="What to write beside report.md: html,csv,json,tex,png,svg,pdf; by default all.")
+    ] = None,
 ) -> None:
     """Turn records into tables, figures and report.md."""
     from rich.console import Console
 
-    from tpme.reports.report import write_report
+    from tpme.reports.report import FORMATS, write_report
     from tpme.reports.section import parse_rows
     from tpme.reports.tpme import Weights
 
@@ -191,6 +194,7 @@ def report_command(
         rows=None if rows is None else parse_rows(rows),
         mix=mix,
         title=title,
+        formats=FORMATS if formats is None else [name.strip() for name in formats.split(",") if name.strip()],
         console=console,
     )
     console.print(f"Written to {folder / 'report.md'}", markup=False)

@@ -36,6 +36,7 @@ def test_the_command_writes_beside_the_run_and_prints_the_table(factory, monkeyp
         (["--weights", "0.5,0.5,0.5"], "add up to 1.5"),
         (["--rows", "fft,lorra"], "did you mean 'lora'"),
         (["--frame", "nowhere.json"], "nowhere.json"),
+        (["--formats", "html,jpeg"], "format 'jpeg'"),
     ],
 )
 def test_bad_options_are_one_line(factory, monkeypatch, capsys, arguments, said):
@@ -47,6 +48,14 @@ def test_bad_options_are_one_line(factory, monkeypatch, capsys, arguments, said)
     assert told.count("\n") == 1
     assert said in told
     assert not (factory.root / "report").exists()
+
+
+def test_formats_that_were_not_asked_for_are_left_out(factory, monkeypatch):
+    factory.write("fft")
+    assert run(monkeypatch, factory.root, "--formats", "html, csv") == 0
+    report = factory.root / "report"
+    assert {path.suffix for path in report.rglob("*") if path.is_file()} == {".md", ".html", ".csv"}
+    assert "plots/" not in (report / "report.md").read_text()
 
 
 def test_an_empty_folder_is_one_line(tmp_path, monkeypatch, capsys):
