@@ -33,10 +33,9 @@ MATRIX = MatrixFile.model_validate(
     {
         "name": "noise",
         "datasets": [{"name": "synthetic", "synthetic": {"users": 1000}}],
-        "encoders": [{"text": {"source": "builtin:tiny-text"}}],
-        "modalities": ["text"],
+        "encoders": [{"text": {"source": "builtin:tiny-text"}, "image": {"source": "builtin:tiny-image"}}],
         "methods": [{"name": "lora"}],
-        "training": {"epochs": 3, "title_tokens": 16, "max_steps_per_epoch": 16},
+        "training": {"epochs": 3, "title_tokens": 14, "max_steps_per_epoch": 16, "users_per_batch": 16},
     }
 )
 

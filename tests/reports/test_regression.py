@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from tpme.reports.regression.baseline import (
 )
 from tpme.reports.regression.check import judge
 from tpme.reports.regression.measures import SAMPLE, cell_key
+from tpme.reports.regression.stats import student_t
 from tpme.reports.regression.verdict import CellVerdict, Comparison, GateReport, Policy, conclude
 
 Make = Callable[..., Any]
@@ -180,19 +181,44 @@ def test_a_large_effect_needs_the_test_and_a_sure_test_needs_the_effect(sides: t
     assert (found.verdict, found.p < 1e-9) == ("same", True)
 
 
-def test_the_noise_floor_of_the_device_raises_the_bar(make_factory: Make, tmp_path: Path) -> None:
-    for number, time in enumerate((10.0, 13.0, 11.0)):
-        make_factory(tmp_path / f"run{number}").write("lora", time=time)
-    baseline = from_records([tmp_path / f"run{number}" for number in range(3)])
+@pytest.mark.parametrize(
+    ("times", "repeats", "widened", "later", "verdict"),
+    [
+        ((10.0, 11.5, 10.6), 1, 3.853, 13.7, "same"),  # a slow moment: three runs do not know how slow one can be
+        ((10.0, 10.1, 10.05), 1, 3.853, 12.0, "regressed"),
+        ((10.0, 11.5, 10.6), 8, 1.134, 13.7, "regressed"),  # sixteen repeats beyond the first ones do
+    ],
+)
+def test_the_noise_of_repeats_raises_the_bar_and_few_repeats_more(
+    make_factory: Make,
+    tmp_path: Path,
+    times: Sequence[float],
+    repeats: int,
+    widened: float,
+    later: float,
+    verdict: str,
+) -> None:
+    runs = [tmp_path / f"run{number}" for number in range(len(times))]
+    for run, time in zip(runs, times, strict=True):
+        for seed in range(1, repeats + 1):
+            make_factory(run).write("lora", time=time, seed=seed)
+    baseline = from_records(runs)
     (device,) = baseline.devices.values()
-    assert device.noise.time == pytest.approx(0.3, abs=0.05)
-    assert (device.noise.pairs, device.noise.source) == (3, "3 runs of 1 cell")
+    assert device.noise.time == pytest.approx(widened * (max(times) / min(times) - 1), rel=0.15)
+    assert device.noise.pairs == 3 * repeats
     write_baseline(baseline, tmp_path / "baseline.json")
     head = make_factory(tmp_path / "head")
-    head.write("lora", time=13.5, code="n")
+    head.write("lora", time=later, code="n")
     found = one(report_of(tmp_path / "baseline.json", head.root), "step_s")
-    assert found.verdict == "same"  # +23 % against a floor of almost 30 %
-    assert found.bound == device.noise.time
+    assert found.verdict == verdict
+    assert found.bound == max(0.1, device.noise.time)
+
+
+@pytest.mark.parametrize(
+    ("freedom", "quantile"), [(1, 63.657), (10, 3.1693), (11, 3.1058), (30, 2.7500), (1e9, 2.5758)]
+)
+def test_student_t(freedom: float, quantile: float) -> None:
+    assert student_t(freedom) == pytest.approx(quantile, rel=0.005)
 
 
 def test_without_repeats_the_epochs_tell_the_noise(factory: Any) -> None:
