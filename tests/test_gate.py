@@ -231,6 +231,7 @@ def gate_step(world: Any, tmp_path: Path) -> Callable[[], tuple[int, str]]:
         "matrix": "matrix.toml",
         "methods-path": "my-methods",
         "baseline": "baseline.json",
+        "runs": "2",
         "check-arguments": "--time-threshold 3 --resident-bound 1",
     }
     given = {name: inputs[re.findall(r"inputs\.([a-z-]+)", text)[0]] for name, text in step["env"].items()}
