@@ -162,6 +162,21 @@ class Memory(Frozen):
     """Resident memory of the process tree over the baseline taken before data and model were loaded."""
 
 
+class GpuFacts(Frozen):
+    """The state of the GPU over one window, by NVML; None where it was not read."""
+
+    utilisation_percent: float | None
+    """Mean."""
+    temperature_c: float | None
+    """Maximum."""
+    sm_clock_mhz: float | None
+    """Median."""
+    other_processes: int
+    """The most seen at one time."""
+    throttled: dict[str, float] = {}
+    """What held the clock down, in words -> share of the readings."""
+
+
 class Phase(Frozen):
     """One stretch of a cell. Kinds may recur; the times of all phases add up to the wall time of the cell."""
 
@@ -172,6 +187,8 @@ class Phase(Frozen):
     wall_s: float
     memory: Memory
     energy_j: Reading
+    gpu: GpuFacts | None = None
+    """None where no GPU was used or it could not be asked."""
 
 
 class Epoch(Frozen):

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
+from tpme.reports.instruments import instruments
 from tpme.reports.resampling import LEVEL
 from tpme.reports.section import Section
 from tpme.reports.table import MISSING, Column, Entry, Table, Value, number
@@ -27,14 +28,13 @@ def table_of(
     rows: Iterable[str] | None = None,
     notes: Iterable[str] = (),
 ) -> Table:
-    """A table over the rows of the summary (all, or those named), with the section's footnotes."""
+    """A table over the rows of the summary (all, or those named), with the section's footnotes and instruments."""
     names = [str(row) for row in (section.summary.index if rows is None else rows)]
     lines = {str(row): line for row, line in section.summary.iterrows()}
     entries = tuple(tuple(entry(row, lines[row]) for _, entry in made) for row in names)
     columns = tuple(column for column, _ in made)
-    return Table(
-        name, title, columns, entries, tuple(notes), section.notes.shared, section.notes.footnotes, section.name
-    )
+    warnings = (*section.notes.shared, instruments(section))
+    return Table(name, title, columns, entries, tuple(notes), warnings, section.notes.footnotes, section.name)
 
 
 def method(section: Section) -> Field:

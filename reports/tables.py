@@ -13,7 +13,6 @@ from tpme.reports import fields
 from tpme.reports.differences import table as differences
 from tpme.reports.environment import environment
 from tpme.reports.fields import Field, byte_unit, bytes_text, decimals, table_of, value_of
-from tpme.reports.instruments import instruments
 from tpme.reports.metrics import LEVEL
 from tpme.reports.paper import paper
 from tpme.reports.planned import planned
@@ -287,7 +286,7 @@ def _result_notes(section: Section) -> list[str]:
         notes.append(f"M measured as: {sources[0]}.")
     if summary["energy_epoch_j"].notna().any():
         notes.append("E: energy of a training epoch by the GPU's counter, mean of all epochs; the host's is not in it.")
-    return [*notes, instruments(section)]
+    return notes
 
 
 def _interval_note(section: Section) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -17,7 +17,7 @@ import numpy as np
 from tpme.bench.measure.host import descendants
 from tpme.bench.measure.nvml import Device, Idle, NvmlError
 from tpme.bench.measure.sampler import Column
-from tpme.bench.record import Flag, Reading
+from tpme.bench.record import Flag, GpuFacts, Reading
 
 MIN_ENERGY_S = 0.1
 """The energy counter moves about every 20 to 100 ms; a shorter window would mostly measure that."""
@@ -25,22 +25,6 @@ CONTEXT_BYTES = 100 << 20
 """No CUDA context is smaller, so an idle device that uses more is used by someone."""
 _MIB = 1 << 20
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class GpuFacts:
-    """The state of the GPU over one window, from the sampler; None where it was not read."""
-
-    utilisation_percent: float | None
-    """Mean."""
-    temperature_c: float | None
-    """Maximum."""
-    sm_clock_mhz: float | None
-    """Median."""
-    other_processes: int
-    """The most seen at one time."""
-    throttled: Mapping[str, float] = field(default_factory=dict)
-    """What held the clock down, in words -> share of the readings."""
 
 
 @dataclass(frozen=True)

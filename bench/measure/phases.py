@@ -16,12 +16,12 @@ from contextlib import contextmanager
 
 from tpme.bench.measure.clock import is_cuda, now, sync
 from tpme.bench.measure.contention import CROWDED, SOURCE, CoreWait
-from tpme.bench.measure.gpu import GpuFacts, GpuReadings, GpuWindow, idle_flags, unreadable
+from tpme.bench.measure.gpu import GpuReadings, GpuWindow, idle_flags, unreadable
 from tpme.bench.measure.host import HostMemory, HostPeak, SampledHost, release_free_memory
 from tpme.bench.measure.nvml import Device, Nvml, NvmlError
 from tpme.bench.measure.sampler import PERIOD_S, Column, Sampler, Samples
 from tpme.bench.measure.torch_memory import NO_CUDA, peaks, release_cached, reserved_bytes, reset_peaks
-from tpme.bench.record import Flag, Memory, Phase, PhaseKind, Reading
+from tpme.bench.record import Flag, GpuFacts, Memory, Phase, PhaseKind, Reading
 
 _GROWN = 1.01
 """Memory left over by other phases that is worth handing back, relative to what this kind of phase left itself."""
@@ -52,7 +52,6 @@ class PhaseLog:
         self._left: dict[PhaseKind, tuple[int, int]] = {}
         self._wait, self._waits = CoreWait(), list[tuple[float | None, float]]()
         """Of the training phases: the longest wait for a core, and the time (seconds)."""
-        self._facts: list[tuple[PhaseKind, str, GpuFacts]] = []
         self._gpu: GpuWindow | None = None
         self._no_gpu, self._idle_flags = NO_CUDA, list[Flag]()
         if is_cuda(device):
@@ -118,7 +117,7 @@ class PhaseLog:
             flags.append(Flag(code="cpu-memory", message="CPU run: memory is resident memory over the baseline"))
         elif self._gpu is None:
             flags.append(Flag(code="no-nvml", message=f"no NVML readings: {self._no_gpu}"))
-        others = max((facts.other_processes for _, _, facts in self._facts), default=0)
+        others = max((phase.gpu.other_processes for phase in self.phases if phase.gpu), default=0)
         if others:
             shared = self._while_training(lambda facts: facts.other_processes > 0)
             flags.append(Flag(code="foreign-process", message=f"up to {others} other processes used the GPU{shared}"))
@@ -171,11 +170,12 @@ class PhaseLog:
         return Reading(value=sum(waited for waited, _ in counted) / sum(wall_s for _, wall_s in counted), source=SOURCE)
 
     def _training_facts(self) -> list[GpuFacts]:
-        return [facts for kind, _, facts in self._facts if kind == "train"]
+        return [phase.gpu for phase in self.phases if phase.kind == "train" and phase.gpu]
 
     def _while_training(self, touched: Callable[[GpuFacts], bool]) -> str:
         """The training phases for which ``touched`` holds, in words: their steps stay in, and are named instead."""
-        names = [name or kind for kind, name, facts in self._facts if kind == "train" and touched(facts)]
+        training = [phase for phase in self.phases if phase.kind == "train"]
+        names = [phase.name or phase.kind for phase in training if phase.gpu and touched(phase.gpu)]
         return f" while training ({', '.join(names)})" if names else ""
 
     def _begin(self, kind: PhaseKind) -> float:
@@ -220,8 +220,6 @@ class PhaseLog:
         rows = self._sampler.rows_since(self._mark) if self._sampler else {}
         host = self._host.peak(_sampled_host(rows))
         gpu = self._gpu_readings(end_s - start_s, rows, reserved)
-        if gpu.facts is not None:
-            self._facts.append((kind, name, gpu.facts))
         self.phases.append(
             Phase(
                 kind=kind,
@@ -236,6 +234,7 @@ class PhaseLog:
                     host_rss_bytes=_doubted(self._over_baseline(host), self._kept_host),
                 ),
                 energy_j=gpu.energy_j,
+                gpu=gpu.facts,
             )
         )
         self._end_s = end_s

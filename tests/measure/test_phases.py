@@ -345,3 +345,9 @@ def test_throttling_while_training_is_flagged(gpu: FakeGpu, monkeypatch: pytest.
     assert len(log.phases) == 3, "named, never dropped"
     assert "power cap in 75% of readings" in flag.message
     assert log.counters()["gpu_temperature_c"].value == 70.0
+    states = [phase.gpu for phase in log.phases]
+    assert [state and (state.temperature_c, state.throttled) for state in states] == [
+        (None, {}),
+        (70.0, {"power cap": 0.75}),
+        (None, {}),
+    ], "every phase keeps the state of the GPU in it"

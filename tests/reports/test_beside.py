@@ -43,19 +43,23 @@ def test_the_noise_floor_stands_under_the_results_and_on_the_page(factory, tmp_p
         "Noise floor of this device: time ±3.1 %, memory ±0.2 % between runs of the same cell; the harness adds 0.40 % "
         "to an epoch; the sampler took at most 0.6 % of one core."
     )
-    assert told in results(section_of(factory)).notes
-    write_report([factory.root], tmp_path / "out", formats=("html",))
+    rows = [table for table in all_tables(section_of(factory)) if table.columns[0].key == "method"]
+    assert {"results", "costs", "phases"} <= {table.name for table in rows}
+    assert all(told in table.warnings for table in rows if table.name not in ("differences", "lr", "failures"))
+    write_report([factory.root], tmp_path / "out", formats=("html", "tex"))
+    escaped = told.split(";")[0].replace("%", r"\%").split("±")[0]
+    assert escaped in (tmp_path / "out" / "tables" / "costs.tex").read_text()
     assert (tmp_path / "out" / "report.md").read_text().count(told.split(";")[0]) == 1
     assert (tmp_path / "out" / "index.html").read_text().count(told) == 1
 
 
 def test_a_noise_floor_that_was_not_measured_says_so(factory):
     path = factory.write("fft")
-    assert "Noise floor of this device: not measured (tpme doctor --noise)." in results(section_of(factory)).notes
+    assert "Noise floor of this device: not measured (tpme doctor --noise)." in results(section_of(factory)).warnings
     missing = {"noise_time_ratio": Reading.missing("A/A runs", "not measured on this device yet")}
     change(path, counters=missing | {"sampler_core_share": Reading(value=0.005, source="test")})
     told = "Noise floor of this device: not measured (tpme doctor --noise); the sampler took at most 0.5 % of one core."
-    assert told in results(section_of(factory)).notes
+    assert told in results(section_of(factory)).warnings
 
 
 # --- energy ----------------------------------------------------------------------------------------------------
