@@ -119,7 +119,7 @@ def test_flags_become_footnotes_once_and_shared_ones_a_warning(demo_run):
     for table in all_tables(section):
         if table.name in ("results", "costs", "phases"):
             assert table.warnings[0] == "M is resident memory of the process tree: the cells ran on a CPU"
-                assert len(table.warnings) == 2  # and what the instruments can tell apart
+            assert len(table.warnings) == 2  # and what the instruments can tell apart
             assert "the clock was throttled in 3 of 8 epochs" in [text for _, text in table.used_footnotes]
     mark = 1 + section.notes.footnotes.index("the clock was throttled in 3 of 8 epochs")
     marked = {row[0].value for row in results(section).rows if mark in row[0].marks}
