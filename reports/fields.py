@@ -159,6 +159,16 @@ def plain(key: str, header: str, digits: int, scale: float = 1) -> Field:
     return Column(key, header), entry
 
 
+def interval(key: str, header: str) -> list[Field]:
+    """The bounds of an interval, in one column for people and in two for programs."""
+
+    def entry(name: str, line: pd.Series[Any]) -> Entry:
+        low, high = line[f"{key}_low"], line[f"{key}_high"]
+        return Entry(f"{number(low)}–{number(high)}" if pd.notna(low) else MISSING, value_of(low))
+
+    return [(Column(f"{key}_low", header), entry), (Column(f"{key}_high", machine_only=True), hidden(f"{key}_high"))]
+
+
 def count(key: str, header: str) -> Field:
     """A count, or the mean of one over seeds."""
 

@@ -114,17 +114,28 @@ def _ranks(values: Floats) -> Ints:
     return ranks
 
 
+def time_interval(name: str, epochs_s: Sequence[Floats]) -> tuple[float, float]:
+    """Between which values T of a row lies in 95 % of the draws (seconds): seeds and epochs as for TPME."""
+    low, high = np.quantile(_draw_times(name, epochs_s)[0], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
 def _draw(name: str, row: Repeats) -> Floats:
-    """T, P and M of one row in every draw, shape ``(draws, 3)``.
+    """T, P and M of one row in every draw, shape ``(draws, 3)``."""
+    time_s, chosen = _draw_times(name, row.epochs_s)
+    memory = row.memory_bytes[chosen].mean(axis=1)
+    return np.column_stack([time_s, np.full(DRAWS, row.trainable_millions), memory])
+
+
+def _draw_times(name: str, epochs_s: Sequence[Floats]) -> tuple[Floats, Ints]:
+    """T in every draw, shape ``(draws,)``, and the seeds that were drawn for it, shape ``(draws, seeds)``.
 
     The generator belongs to the name, so that a further row leaves the draws of all others as they are.
     """
     generator = np.random.default_rng([_SEED, zlib.crc32(name.encode())])
-    seeds = len(row.epochs_s)
+    seeds = len(epochs_s)
     chosen = generator.integers(seeds, size=(DRAWS, seeds))
-    time_s = _medians(row.epochs_s, chosen, generator).mean(axis=1)
-    memory = row.memory_bytes[chosen].mean(axis=1)
-    return np.column_stack([time_s, np.full(DRAWS, row.trainable_millions), memory])
+    return _medians(epochs_s, chosen, generator).mean(axis=1), chosen
 
 
 def _medians(samples: Sequence[Floats], chosen: Ints, generator: np.random.Generator) -> Floats:

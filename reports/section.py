@@ -19,7 +19,7 @@ from tpme.bench.record import CellResult
 from tpme.reports.load import Recorded, load_ranks, memory_of_tpme
 from tpme.reports.metrics import quality
 from tpme.reports.notes import Notes, mixing, notes_of
-from tpme.reports.resampling import Repeats, Resampled, resample
+from tpme.reports.resampling import Repeats, Resampled, resample, time_interval
 from tpme.reports.tpme import Frame, Weights, frame_of, lower_bound, tpme
 from tpme.reports.trials import Group
 
@@ -162,9 +162,14 @@ def _behind(
 def _resample(
     summary: pd.DataFrame, behind: Mapping[str, tuple[CellResult, ...]], weights: Weights, frame: Frame | None
 ) -> Resampled | None:
-    """Resample the K rows; adds ``tpme_low`` and ``tpme_high`` to ``summary``."""
-    summary[["tpme_low", "tpme_high"]] = np.nan
-    repeats = {name: _repeats(behind[name]) for name in map(str, summary.index[summary["tpme"].notna()])}
+    """Resample the rows; adds ``tpme_low`` and ``tpme_high`` of the K rows to ``summary``, and the same of T of all."""
+    summary[["epoch_time_s_low", "epoch_time_s_high", "tpme_low", "tpme_high"]] = np.nan
+    trained = summary.index[(summary["status"] == "ok") & summary["epoch_time_s"].notna()]
+    every = {name: _repeats(behind[name]) for name in map(str, trained)}
+    for name, row in every.items():
+        if row.several:
+            summary.loc[name, ["epoch_time_s_low", "epoch_time_s_high"]] = time_interval(name, row.epochs_s)
+    repeats = {name: row for name, row in every.items() if pd.notna(summary["tpme"][name])}
     if not repeats:
         return None
     resampled = resample(repeats, weights, frame)
@@ -176,7 +181,7 @@ def _resample(
 
 
 def _repeats(seeds: Sequence[CellResult]) -> Repeats:
-    """What is repeated of a row with a TPME, so its T, P and M are known."""
+    """What is repeated of a row that trained; its M is NaN where it is not known."""
     times: list[list[float | None]] = [
         [epoch.train_s for epoch in result.epochs[result.warmup_epochs :]] or [result.epoch_time_s.value]
         for result in seeds

@@ -82,6 +82,7 @@ def costs(section: Section) -> Table:
     unit, scale = byte_unit(summary["stored_bytes"])
     made = [
         fields.method(section),
+        *fields.interval("epoch_time_s", f"T, {100 * LEVEL:.0f} % (s)"),
         fields.plain("time_to_best_s", "To best epoch (s)", 3),
         fields.count("best_epoch", "Best epoch"),
         fields.count("epochs_run", "Epochs"),
@@ -99,7 +100,8 @@ def costs(section: Section) -> Table:
     if (summary["search_trials"] > 1).any():
         made += [fields.count("search_trials", "lr trials"), fields.plain("search_wall_s", "lr search (s)", 3)]
     note = (
-        "Means over seeds. To best epoch: training time up to the best validation Recall@10. Whole cell: loading, "
+        "Means over seeds. T with a percentage: where it lies in so many resamplings of seeds and of epochs after "
+        "warm-up. To best epoch: training time up to the best validation Recall@10. Whole cell: loading, "
         "validation and ranking included. Stored: what must be kept beside the untouched encoders."
     )
     return table_of(section, "costs", "Costs in full", made, notes=[note])

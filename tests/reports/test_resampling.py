@@ -9,7 +9,7 @@ from tpme.bench.record import read_result
 from tpme.reports import resampling
 from tpme.reports.report import make_report
 from tpme.reports.resampling import DRAWS, Repeats, resample
-from tpme.reports.tables import results
+from tpme.reports.tables import costs, results
 from tpme.reports.tpme import DEFAULT, Frame, Span, Weights
 
 
@@ -160,6 +160,17 @@ def with_times(path, times_s: list[float]) -> None:
     reading = result.epoch_time_s.model_copy(update={"value": float(np.median(times_s[1:]))})
     changed = {"epochs": tuple(epochs), "epoch_time_s": reading, "warmup_epochs": 1}
     path.write_text(result.model_copy(update=changed).model_dump_json())
+
+
+def test_the_table_of_costs_carries_the_interval_of_the_epoch_time(factory):
+    with_times(factory.write("fft", time=20.0), [99.0, 20.0, 20.0, 20.0])
+    with_times(factory.write("id", time=10.0), [99.0, 8.0, 10.0, 12.0])  # no TPME, but an epoch time
+    factory.write("popularity", time=None)
+    [section] = make_report([factory.root]).sections
+    table = costs(section)
+    assert values(table, "epoch_time_s_low") == {"fft": 20.0, "id": 8.0, "popularity": None}
+    assert values(table, "epoch_time_s_high") == {"fft": 20.0, "id": 12.0, "popularity": None}
+    assert texts(table, "epoch_time_s_low") == {"fft": "20.0–20.0", "id": "8.00–12.0", "popularity": "–"}
 
 
 def test_the_table_of_results_carries_the_interval(factory):
