@@ -77,7 +77,9 @@ def undecided(cell: CellVerdict, policy: Policy) -> bool:
         if one.kind not in RUNS_TELL or one.ratio is None or one.bound is None or one.verdict != "same":
             continue
         threshold = policy.time_threshold if one.kind == "time" else NEAR * one.bound
-        if direction(one.ratio, threshold) != "same" and "not confirmed" not in (one.note or ""):
+        proven = one.kind == "time" and one.p is not None and one.p < policy.alpha
+        withdrawn = proven and direction(one.ratio, one.bound) != "same"  # more runs have told: it did not come back
+        if direction(one.ratio, threshold) != "same" and not withdrawn:
             return True
     return False
 

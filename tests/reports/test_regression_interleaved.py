@@ -120,6 +120,20 @@ def test_memory_at_its_bound_needs_more_runs(peaks: Sequence[float], more: bool)
 
 
 @pytest.mark.parametrize(
+    ("bound", "p", "more"),
+    [
+        (0.5, 1e-6, True),  # within the noise
+        (0.1, 0.5, True),  # beyond it, but the test does not believe it
+        (0.1, 1e-6, False),  # beyond both and yet the same: it did not come back when run again
+    ],
+)
+def test_time_is_undecided_unless_more_runs_have_told(bound: float, p: float, more: bool) -> None:
+    one = Comparison(metric="step_s", kind="time", ratio=1.3, bound=bound, p=p, verdict="same")
+    cell = CellVerdict(key="k", name="n", dataset="d", state="compared", comparisons=(one,))
+    assert undecided(cell, POLICY) is more
+
+
+@pytest.mark.parametrize(
     ("one", "again"),
     [
         (Comparison(metric="step_s", kind="time", ratio=1.06, bound=0.1, verdict="same"), True),
