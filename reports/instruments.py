@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tpme.reports.load import counter_values
 from tpme.reports.section import Section
 
 
@@ -29,5 +30,4 @@ def instruments(section: Section) -> str:
 
 
 def _largest(section: Section, name: str) -> float | None:
-    readings = [recorded.result.counters.get(name) for recorded in section.records]
-    return max((one.value for one in readings if one is not None and one.valid and one.value is not None), default=None)
+    return max(counter_values((recorded.result for recorded in section.records), name), default=None)

@@ -152,6 +152,12 @@ def memory_of_tpme(memory: Memory | None, device: str) -> Reading:
     return memory.nvml_device_bytes
 
 
+def counter_values(results: Iterable[CellResult], name: str) -> list[float]:
+    """The valid values of a counter, one for each record that has it."""
+    readings = (result.counters.get(name) for result in results)
+    return [one.value for one in readings if one is not None and one.valid and one.value is not None]
+
+
 @contextmanager
 def _uncollected() -> Iterator[None]:
     """No garbage collection inside: all that is read stays, and every pass would walk again what was read before."""

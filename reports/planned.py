@@ -9,6 +9,7 @@ import pandas as pd
 from tpme.bench.record import CellResult, Reading
 from tpme.reports import fields
 from tpme.reports.fields import Field, byte_unit
+from tpme.reports.load import counter_values
 from tpme.reports.section import Section
 from tpme.reports.table import MISSING, Column, Entry, Table, number
 
@@ -80,8 +81,7 @@ def _of(frame: pd.DataFrame, key: str, header: str, scale: float = 1) -> Field:
 
 def _counter(shown: tuple[CellResult, ...], name: str) -> float | None:
     """Mean over the seeds; the exact ones are the same in all."""
-    readings = [result.counters.get(name) for result in shown]
-    values = [one.value for one in readings if one is not None and one.valid and one.value is not None]
+    values = counter_values(shown, name)
     return sum(values) / len(values) if values else None
 
 

@@ -13,6 +13,7 @@ from tpme.reports import fields
 from tpme.reports.differences import table as differences
 from tpme.reports.environment import environment
 from tpme.reports.fields import Field, byte_unit, bytes_text, decimals, table_of, value_of
+from tpme.reports.load import counter_values
 from tpme.reports.metrics import LEVEL
 from tpme.reports.paper import paper
 from tpme.reports.planned import planned
@@ -109,22 +110,18 @@ def costs(section: Section) -> Table:
 
 def steps(section: Section) -> Table:
     """Where a training step goes: forward and backward propagation and weight update, medians, mean over seeds."""
-    parts: dict[tuple[str, str], list[float]] = {}
-    for name, result in _behind(section):
-        for key in STEP_PARTS:
-            reading = result.counters.get(key)
-            if reading is not None and reading.valid and reading.value is not None:
-                parts.setdefault((name, key), []).append(reading.value)
+    behind = section.behind.items()
+    parts = {(name, key): counter_values(results, key) for name, results in behind for key in STEP_PARTS}
 
     def part(key: str, header: str) -> Field:
         def entry(name: str, line: pd.Series[Any]) -> Entry:
-            values = parts.get((name, key))
+            values = parts[name, key]
             mean = sum(values) / len(values) if values else None
             return Entry(number(None if mean is None else 1e3 * mean), mean)
 
         return Column(key, f"{header} (ms)"), entry
 
-    rows = [name for name in map(str, section.summary.index) if any(name == key[0] for key in parts)]
+    rows = [name for name in map(str, section.summary.index) if any(parts[name, key] for key in STEP_PARTS)]
     made = [fields.method(section), *(part(key, header) for key, header in STEP_PARTS.items())]
     note = (
         "Medians over a few steps in a pass of its own after training. FP: forward propagation and loss, BP: backward "
