@@ -161,9 +161,13 @@ def run(
     )
 
 
+Records = Annotated[list[Path], typer.Argument(metavar="RUNS...", help="Run folders or record files.")]
+AsJson = Annotated[bool, typer.Option("--json", help="As JSON, for programs.")]
+
+
 @app.command("report")
 def report_command(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUNS...", help="Run folders or record files.")],
+    runs: Records,
     out: Annotated[Path | None, typer.Option(help="Folder; by default RUN/report, of several runs ./report.")] = None,
     weights: Annotated[str, typer.Option(help="Of T, P and M in TPME; they add up to 1.")] = "0.45,0.10,0.45",
     frame: Annotated[Path | None, typer.Option(help="Measure TPME against the frame in this file.")] = None,
@@ -200,7 +204,6 @@ def report_command(
     console.print(f"Written to {folder / 'report.md'}", markup=False)
 
 
-Records = Annotated[list[Path], typer.Argument(metavar="RUNS...", help="Run folders or record files.")]
 Share = Annotated[float | None, typer.Option(min=0, max=1, help="Least mean over the test users.")]
 
 
@@ -213,7 +216,7 @@ def choose(
     min_ndcg10: Share = None,
     min_recall10: Share = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, or a part of the device's name: H200.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Which rows keep your limits, best first, and why the others do not. Exit code 0 if any row does, 1 if none."""
     from tpme.reports.choose import choose_command
@@ -259,7 +262,7 @@ def plan(
     runs: Annotated[Path | None, typer.Option(help="Records to compare with; by default runs/NAME.")] = None,
     methods_path: Annotated[list[Path] | None, typer.Option(help="Folder with further methods.")] = None,
     store: Annotated[Path | None, typer.Option(help="Where catalogues and profiles are kept between runs.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """What a matrix would cost, without running it: memory, FLOPs and, for a device, time."""
     from tpme.bench.plan_command import plan_command
@@ -281,7 +284,6 @@ def plan(
 
 listing = typer.Typer(no_args_is_help=True, help="Show what there is to choose from.")
 app.add_typer(listing, name="list")
-AsJson = Annotated[bool, typer.Option("--json", help="As JSON, for programs.")]
 
 
 @listing.command("methods")
