@@ -42,18 +42,24 @@ LOG_FROM = 20
 """A bar axis is logarithmic where the largest value is so many times the smallest."""
 
 
+Maker = Callable[[Section], Plot | None]
+
+
+def makers() -> tuple[Maker, ...]:
+    """What draws the figures of a report, in their order."""
+    return quality_tpme, shares.ranks, shares.weights, costs, shares.phases, memory_over_time, step_times
+
+
 def all_plots(section: Section) -> list[Plot]:
     """Every figure there is something to show in."""
-    makers: tuple[Callable[[Section], Plot | None], ...] = (
-        quality_tpme, shares.ranks, shares.weights, costs, shares.phases, memory_over_time, step_times,
-    )  # fmt: skip
-    made = []
-    for make in makers:
-        with style():
-            plot = make(section)
-        if plot is not None:
-            made.append(replace(plot, caption=f"{plot.caption}{_out_of_memory(section)}"))
-    return made
+    return [plot for make in makers() if (plot := made(make, section)) is not None]
+
+
+def made(make: Maker, section: Section) -> Plot | None:
+    """One figure in the common look, its caption complete; None where there is nothing to show."""
+    with style():
+        plot = make(section)
+    return None if plot is None else replace(plot, caption=f"{plot.caption}{_out_of_memory(section)}")
 
 
 def _out_of_memory(section: Section) -> str:
