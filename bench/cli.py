@@ -161,7 +161,15 @@ def run(
     )
 
 
-Records = Annotated[list[Path], typer.Argument(metavar="RUNS...", help="Run folders or record files.")]
+Records = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="[RUNS]...",
+        help="Run folders or record files; by default all below ./runs.",
+        default_factory=lambda: [Path("runs")],
+        show_default=False,
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON, for programs.")]
 
 
@@ -170,8 +178,9 @@ def report_command(
     runs: Records,
     out: Annotated[Path | None, typer.Option(help="Folder; by default RUN/report, of several runs ./report.")] = None,
     weights: Annotated[str, typer.Option(help="Of T, P and M in TPME; they add up to 1.")] = "0.45,0.10,0.45",
-    frame: Annotated[Path | None, typer.Option(help="Measure TPME against the frame in this file.")] = None,
-    write_frame: Annotated[Path | None, typer.Option(help="Keep the frame of this report in this file.")] = None,
+    frame: Annotated[
+        Path | None, typer.Option(help="Measure TPME against the frame in this file; made where it is not there.")
+    ] = None,
     rows: Annotated[str | None, typer.Option(help="Rows that get a TPME: fft,lora,...")] = None,
     mix: Annotated[bool, typer.Option("--mix", help="One TPME over different devices, protocols or data.")] = False,
     title: Annotated[str | None, typer.Option(help="Title of report.md.")] = None,
@@ -194,7 +203,6 @@ def report_command(
         folder,
         weights=Weights.parse(weights),
         frame=frame,
-        write_frame=write_frame,
         rows=None if rows is None else parse_rows(rows),
         mix=mix,
         title=title,

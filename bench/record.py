@@ -404,7 +404,7 @@ def find_results(roots: list[Path]) -> list[Path]:
     latest: dict[Path, Path] = {}
     for root in roots:
         if not root.exists():
-            raise RecordError(f"{root}: no such file or folder")
+            raise RecordError(f"{root}: no such file or folder; name one that 'tpme run' wrote")
         found = [root] if root.is_file() else [path for path in root.rglob("attempt-*.json") if attempt_number(path)]
         for path in found:
             kept = latest.get(path.parent)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -94,7 +94,6 @@ def write_report(
     *,
     weights: Weights = DEFAULT,
     frame: Path | None = None,
-    write_frame: Path | None = None,
     rows: Sequence[str] | None = None,
     mix: bool = False,
     title: str | None = None,
@@ -107,8 +106,8 @@ def write_report(
         paths: run folders or record files.
         out: the folder; made where it is not there.
         weights: of T, P and M in TPME.
-        frame: file with frozen frames, to use instead of each group's own min and max.
-        write_frame: file to keep the frames of this report in.
+        frame: file with frozen frames, to use instead of each group's own min and max; where it is not there, it is
+            made of these records first.
         rows: rows or methods that get a TPME; by default all that adapt an encoder.
         mix: put all records into one section, whatever their device, protocol or data, and say so.
         title: of the report.
@@ -121,6 +120,8 @@ def write_report(
     unknown = sorted(set(formats) - set(FORMATS))
     if unknown:
         raise UserError(f"format '{unknown[0]}': choose of {', '.join(FORMATS)}")
+    if frame is not None and not frame.exists():
+        freeze(frame, make_report(paths, weights=weights, rows=rows, mix=mix), console)
     report = make_report(paths, weights=weights, frame=frame, rows=rows, mix=mix, title=title)
     tables = [all_tables(section) for section in report.sections]
     drawn = set(formats) & set(PLOT_FORMATS)
@@ -128,19 +129,27 @@ def write_report(
     for index, (of_tables, of_plots) in enumerate(zip(tables, plots, strict=True)):
         for table in of_tables:
             for ending in (ending for ending in TABLE_FORMATS if ending in formats):
-                text = TABLE_FORMATS[ending](table)
-                write_atomically(out / "tables" / f"{_file(table.name, index)}.{ending}", text.encode())
+                file = _file(table.name, index)
+                text = TABLE_FORMATS[ending](replace(table, name=file))  # of several groups, too, each LaTeX label once
+                write_atomically(out / "tables" / f"{file}.{ending}", text.encode())
         for plot in of_plots:
             for ending in (ending for ending in PLOT_FORMATS if ending in formats):
                 write_atomically(out / "plots" / f"{_file(plot.name, index)}.{ending}", save(plot.figure, ending))
     if "html" in formats:
         write_atomically(out / "index.html", page(report.title, report.sections, weights).encode())
     write_atomically(out / "report.md", _markdown(report, tables, plots, formats).encode())
-    if write_frame is not None:
-        write_frames(write_frame, report.frames)
     if console is not None:
         show(report, console)
     return report
+
+
+def freeze(frame: Path, report: Report, console: Console | None) -> None:
+    """Keep the frames of a report in a file. Raises UserError where no row has a TPME."""
+    if not report.frames:
+        raise UserError(f"{frame}: not made, for none of these rows has a TPME")
+    write_frames(frame, report.frames)
+    if console is not None:
+        console.print(f"{frame}: was not there; holds the frame of these records now", markup=False, soft_wrap=True)
 
 
 def show(report: Report, console: Console) -> None:

@@ -94,7 +94,7 @@ class Frame(Frozen):
 
 
 class FrameFile(Frozen):
-    """What ``--write-frame`` keeps: one frame for each comparable group."""
+    """What ``--frame`` keeps: one frame for each comparable group."""
 
     schema_version: Literal[1] = 1
     frames: tuple[Frame, ...]
@@ -204,8 +204,10 @@ def read_frames(path: Path) -> list[Frame]:
         raw: Any = json.loads(path.read_bytes())
         return list(FrameFile.model_validate(raw).frames)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not a readable frame ({error}); write one with --write-frame") from None
+        raise UserError(
+            f"{path}: not a readable frame ({error}); name a file that --frame made, or one that is not there"
+        ) from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{path}: field '{where}': {first['msg']}; write a new frame with --write-frame") from None
+        raise UserError(f"{path}: field '{where}': {first['msg']}; delete it, and --frame makes it anew") from None

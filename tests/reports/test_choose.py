@@ -193,6 +193,15 @@ def test_none_is_exit_code_1_and_bad_input_2(factory, monkeypatch, capsys):
     assert run(monkeypatch, factory.root, "--min-ndcg10", "4") == 2
 
 
+def test_without_a_folder_all_runs_are_judged(factory, monkeypatch, capsys):
+    monkeypatch.chdir(factory.root.parent)
+    assert run(monkeypatch, "--max-memory", "8GB") == 2
+    assert capsys.readouterr().err == "tpme: runs: no such file or folder; name one that 'tpme run' wrote\n"
+    type(factory)(factory.root.parent / "runs" / "mine").write("lora")
+    assert run(monkeypatch, "--max-memory", "8GB") == 0
+    assert "1 of 1 rows qualify" in capsys.readouterr().out
+
+
 def test_it_needs_no_torch(factory):
     factory.write("lora")
     code = (

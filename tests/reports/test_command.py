@@ -35,7 +35,7 @@ def test_the_command_writes_beside_the_run_and_prints_the_table(factory, monkeyp
     [
         (["--weights", "0.5,0.5,0.5"], "add up to 1.5"),
         (["--rows", "fft,lorra"], "did you mean 'lora'"),
-        (["--frame", "nowhere.json"], "nowhere.json"),
+        (["--frame", "/dev/null"], "/dev/null: not a readable frame"),
         (["--formats", "html,jpeg"], "format 'jpeg'"),
     ],
 )
@@ -48,6 +48,29 @@ def test_bad_options_are_one_line(factory, monkeypatch, capsys, arguments, said)
     assert told.count("\n") == 1
     assert said in told
     assert not (factory.root / "report").exists()
+
+
+def test_the_frame_is_kept_where_it_is_not_there(factory, monkeypatch, capsys):
+    factory.write("lora")
+    factory.write("fft", time=20.0)
+    monkeypatch.chdir(factory.root.parent)
+    for made in (True, False):
+        assert run(monkeypatch, factory.root, "--frame", "frame.json", "--formats", "csv") == 0
+        printed = capsys.readouterr().out
+        assert ("frame.json: was not there; holds the frame of these records now\n" in printed) == made
+        assert "the frame of frame.json" in " ".join(printed.split())
+
+
+def test_without_a_folder_all_runs_are_read(factory, make_factory, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch) == 2
+    assert capsys.readouterr().err == "tpme: runs: no such file or folder; name one that 'tpme run' wrote\n"
+    make_factory(tmp_path / "runs" / "one").write("lora")
+    make_factory(tmp_path / "runs" / "two").write("fft", time=20.0)
+    assert run(monkeypatch, "--formats", "csv") == 0
+    text = (tmp_path / "runs" / "report" / "report.md").read_text()
+    assert "| fft |" in text
+    assert "| lora |" in text
 
 
 def test_formats_that_were_not_asked_for_are_left_out(factory, monkeypatch):

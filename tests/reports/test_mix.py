@@ -130,7 +130,7 @@ def test_users_of_different_data_are_not_paired(factory, make_factory):
 
 def test_a_frozen_frame_of_a_mixture_fits_that_mixture_alone(factory, tmp_path):
     frame = tmp_path / "frame.json"
-    report = write_report([two_devices(factory)], tmp_path / "out", mix=True, write_frame=frame, formats=())
+    report = write_report([two_devices(factory)], tmp_path / "out", mix=True, frame=frame, formats=())
     again = make_report([factory.root], mix=True, frame=frame)
     assert again.sections[0].frame == report.sections[0].frame
     with pytest.raises(Exception, match="made on another device"):

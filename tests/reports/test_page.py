@@ -155,7 +155,7 @@ def test_groups_are_chosen_and_a_frozen_frame_is_kept(browser, make_factory, tmp
         for method, time_s in (("fft", 10.0), ("lora", 4.0)):
             make_factory(tmp_path / device).write(method, time=time_s * factor, device_key=device)
     frame = tmp_path / "frame.json"
-    write_report([tmp_path / "one", tmp_path / "two"], tmp_path / "first", write_frame=frame, formats=())
+    write_report([tmp_path / "one", tmp_path / "two"], tmp_path / "first", frame=frame, formats=())
     make_factory(tmp_path / "two").write("slow", time=100.0, device_key="two")
     report = write_report([tmp_path / "one", tmp_path / "two"], tmp_path / "out", frame=frame, formats=("html",))
     opened = browser.new_page()

@@ -204,9 +204,15 @@ def test_groups_never_share_a_frame(factory, tmp_path):
         for method, time_s in (("fft", 10.0), ("lora", 4.0)):
             folder = type(factory)(factory.root / device)
             folder.write(method, time=time_s * factor, device_key=device)
-    report = write_report([factory.root], tmp_path / "out", formats=("csv",))
+    report = write_report([factory.root], tmp_path / "out", formats=("csv", "tex"))
     assert [column(results(section), "tpme_percent") for section in report.sections] == [{"lora": 0, "fft": 45}] * 2
     assert {path.name for path in (tmp_path / "out" / "tables").iterdir()} >= {"results.csv", "results-2.csv"}
+    labels = [
+        label
+        for path in (tmp_path / "out" / "tables").glob("*.tex")
+        for label in re.findall(r"\\label{(.*?)}", path.read_text())
+    ]
+    assert len(labels) == len(set(labels)) >= 4
     assert "## Results, group 2: demo, suite protocol, fp32, two" in (tmp_path / "out" / "report.md").read_text()
 
 
@@ -259,7 +265,9 @@ def test_frames_can_be_frozen(factory, tmp_path):
     for method, time_s in (("fft", 10.0), ("lora", 5.0)):
         factory.write(method, time=time_s)
     frame = tmp_path / "frame.json"
-    write_report([factory.root], tmp_path / "one", write_frame=frame, formats=())
+    for out in ("one", "two"):
+        write_report([factory.root], tmp_path / out, frame=frame, formats=("csv",))
+    assert files(tmp_path / "one") == files(tmp_path / "two")  # whether the file was made or read
     factory.write("slow", time=20.0)
     free = make_report([factory.root]).sections[0]
     frozen = make_report([factory.root], frame=frame).sections[0]
@@ -270,6 +278,13 @@ def test_frames_can_be_frozen(factory, tmp_path):
     other.write("fft", protocol="paper")
     with pytest.raises(UserError, match=r"frame\.json: made on another"):
         make_report([other.root], frame=frame)
+
+
+def test_nothing_is_frozen_where_no_row_has_a_tpme(factory, tmp_path):
+    factory.write("popularity", time=None)
+    with pytest.raises(UserError, match=r"frame\.json: not made, for none of these rows has a TPME"):
+        write_report([factory.root], tmp_path / "out", frame=tmp_path / "frame.json")
+    assert not list(tmp_path.glob("*.json"))
 
 
 def test_a_thousand_records(make_factory, tmp_path):
