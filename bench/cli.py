@@ -164,7 +164,7 @@ def run(
 Records = Annotated[
     list[Path],
     typer.Argument(
-        metavar="[RUNS]...",
+        metavar="RUNS",
         help="Run folders or record files; by default all below ./runs.",
         default_factory=lambda: [Path("runs")],
         show_default=False,

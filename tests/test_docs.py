@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
+import sqlite3
 import subprocess
 import sys
 import tomllib
@@ -54,6 +56,34 @@ def test_the_first_block_of_the_readme_is_the_two_commands_and_nothing_else() ->
     for command, last in ((demo, ".venv/bin/tpme run demo"), (tests, ".venv/bin/tox")):
         assert command.startswith("python3 -m venv .venv && .venv/bin/pip install ")
         assert command.endswith(f" && {last}")
+
+
+def answer(command: str, folder: Path) -> list[str]:
+    """Lines that a command of the documentation prints, 100 characters wide; sqlite3 is asked without its program."""
+    program, *arguments = shlex.split(command)
+    if program == "sqlite3":
+        with sqlite3.connect(folder / arguments[0]) as connection:
+            return ["|".join(map(str, row)) for row in connection.execute(arguments[1])]
+    done = subprocess.run(
+        [sys.executable, "-m", "tpme.bench.cli", *arguments],
+        cwd=folder, env=os.environ | {"COLUMNS": "100"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return [line.rstrip() for line in done.stdout.splitlines()]
+
+
+def test_what_choose_and_export_print_is_what_the_records_of_the_demo_give(tmp_path: Path) -> None:
+    """Line by line; three dots stand for lines that are left out."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "demo").symlink_to(ROOT / "results" / "demo")
+    shown = re.findall(r"```\n(\$ .*?)```", (ROOT / "docs" / "choosing.md").read_text(), flags=re.DOTALL)
+    parts = [re.split(r"^\$ (.*)\n", block, flags=re.MULTILINE)[1:] for block in shown]
+    told = {command: text for block in parts for command, text in zip(block[::2], block[1::2], strict=True)}
+    repeated = [command for command in told if re.match("tpme choose|tpme export .*--out|sqlite3", command)]
+    assert len(repeated) == 3
+    for command in repeated:
+        printed = "".join(f"{line}\n" for line in answer(command, tmp_path))
+        pattern = r"(.*\n)*?".join(map(re.escape, re.split(r"^\.\.\.\n", told[command], flags=re.MULTILINE)))
+        assert re.fullmatch(pattern, printed), f"{command} prints now:\n{printed}"
 
 
 def expanded(text: str) -> int:
