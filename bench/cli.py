@@ -187,11 +187,13 @@ def report_command(
     formats: Annotated[
         str | None, typer.Option(help="What to write beside report.md: html,csv,json,tex,png,svg,pdf; by default all.")
     ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes that draw; by default one a core.")] = None,
 ) -> None:
     """Turn records into tables, figures and report.md."""
     from rich.console import Console
 
-    from tpme.reports.report import FORMATS, write_report
+    from tpme.bench.workers import available_cores
+    from tpme.reports.report import write_report
     from tpme.reports.section import parse_rows
     from tpme.reports.tpme import Weights
 
@@ -206,7 +208,8 @@ def report_command(
         rows=None if rows is None else parse_rows(rows),
         mix=mix,
         title=title,
-        formats=FORMATS if formats is None else [name.strip() for name in formats.split(",") if name.strip()],
+        formats=None if formats is None else [name.strip() for name in formats.split(",") if name.strip()],
+        workers=workers or available_cores(),
         console=console,
     )
     console.print(f"Written to {folder / 'report.md'}", markup=False)

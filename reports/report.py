@@ -11,16 +11,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
+from rich.progress import Progress
 
 from tpme.bench.errors import UserError
 from tpme.bench.record import write_atomically
+from tpme.reports.drawing import Drawn, draw
 from tpme.reports.explain import headline, reading_guide
-from tpme.reports.figure import Plot
 from tpme.reports.load import read, to_frame
 from tpme.reports.page import page
-from tpme.reports.plots import all_plots
+from tpme.reports.plots import makers
 from tpme.reports.section import Section, check_rows, make_section
-from tpme.reports.style import save
 from tpme.reports.table import Table, escape_markdown, to_csv, to_json, to_latex, to_markdown, to_terminal
 from tpme.reports.tables import all_tables, results
 from tpme.reports.tpme import DEFAULT, Frame, Weights, read_frames, write_frames
@@ -29,6 +29,8 @@ from tpme.reports.trials import names, split
 TABLE_FORMATS = {"csv": to_csv, "json": to_json, "tex": to_latex}
 PLOT_FORMATS = ("png", "svg", "pdf")
 FORMATS = (*TABLE_FORMATS, *PLOT_FORMATS, "html")
+ROWS_DRAWN = 80
+"""A report of more rows, over all its groups, has figures only where they are asked for: they take long to draw."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,8 @@ def write_report(
     rows: Sequence[str] | None = None,
     mix: bool = False,
     title: str | None = None,
-    formats: Sequence[str] = FORMATS,
+    formats: Sequence[str] | None = None,
+    workers: int = 1,
     console: Console | None = None,
 ) -> Report:
     """Write the folder: ``report.md``, ``index.html``, ``tables/`` and ``plots/``; each file is replaced as a whole.
@@ -111,21 +114,25 @@ def write_report(
         rows: rows or methods that get a TPME; by default all that adapt an encoder.
         mix: put all records into one section, whatever their device, protocol or data, and say so.
         title: of the report.
-        formats: of ``FORMATS``, those to write beside ``report.md``.
-        console: where the main tables are printed, too.
+        formats: of ``FORMATS``, those to write beside ``report.md``; by default all, without figures where there are
+            more than ``ROWS_DRAWN`` rows.
+        workers: processes that draw figures; a script that asks for several needs ``if __name__ == "__main__":``.
+        console: where the main tables are printed, and what is not drawn or how far drawing is.
 
     Raises:
         UserError: as ``make_report``, and for an unknown format; nothing is written then.
     """
-    unknown = sorted(set(formats) - set(FORMATS))
+    console = console or Console(quiet=True)
+    unknown = sorted(set(formats or ()) - set(FORMATS))
     if unknown:
         raise UserError(f"format '{unknown[0]}': choose of {', '.join(FORMATS)}")
     if frame is not None and not frame.exists():
         freeze(frame, make_report(paths, weights=weights, rows=rows, mix=mix), console)
     report = make_report(paths, weights=weights, frame=frame, rows=rows, mix=mix, title=title)
+    if formats is None:
+        formats = _by_default(report, console)
     tables = [all_tables(section) for section in report.sections]
-    drawn = set(formats) & set(PLOT_FORMATS)
-    plots = [all_plots(section) if drawn else [] for section in report.sections]
+    plots = _draw(report, formats, workers, console)
     for index, (of_tables, of_plots) in enumerate(zip(tables, plots, strict=True)):
         for table in of_tables:
             for ending in (ending for ending in TABLE_FORMATS if ending in formats):
@@ -133,23 +140,21 @@ def write_report(
                 text = TABLE_FORMATS[ending](replace(table, name=file))  # of several groups, too, each LaTeX label once
                 write_atomically(out / "tables" / f"{file}.{ending}", text.encode())
         for plot in of_plots:
-            for ending in (ending for ending in PLOT_FORMATS if ending in formats):
-                write_atomically(out / "plots" / f"{_file(plot.name, index)}.{ending}", save(plot.figure, ending))
+            for ending, content in plot.files.items():
+                write_atomically(out / "plots" / f"{_file(plot.name, index)}.{ending}", content)
     if "html" in formats:
         write_atomically(out / "index.html", page(report.title, report.sections, weights).encode())
     write_atomically(out / "report.md", _markdown(report, tables, plots, formats).encode())
-    if console is not None:
-        show(report, console)
+    show(report, console)
     return report
 
 
-def freeze(frame: Path, report: Report, console: Console | None) -> None:
+def freeze(frame: Path, report: Report, console: Console) -> None:
     """Keep the frames of a report in a file. Raises UserError where no row has a TPME."""
     if not report.frames:
         raise UserError(f"{frame}: not made, for none of these rows has a TPME")
     write_frames(frame, report.frames)
-    if console is not None:
-        console.print(f"{frame}: was not there; holds the frame of these records now", markup=False, soft_wrap=True)
+    console.print(f"{frame}: was not there; holds the frame of these records now", markup=False, soft_wrap=True)
 
 
 def show(report: Report, console: Console) -> None:
@@ -157,6 +162,28 @@ def show(report: Report, console: Console) -> None:
     for section in report.sections:
         console.print(to_terminal(results(section), console.width))
         console.print()
+
+
+def _by_default(report: Report, console: Console) -> Sequence[str]:
+    """Every format; of a large report those without figures."""
+    rows = sum(len(section.summary) for section in report.sections)
+    if rows <= ROWS_DRAWN:
+        return FORMATS
+    every = ",".join(FORMATS)
+    console.print(
+        f"{rows} rows in {len(report.sections)} groups: figures are drawn with --formats {every}", markup=False
+    )
+    return [name for name in FORMATS if name not in PLOT_FORMATS]
+
+
+def _draw(report: Report, formats: Sequence[str], workers: int, console: Console) -> list[list[Drawn]]:
+    endings = [ending for ending in PLOT_FORMATS if ending in formats]
+    if not endings:
+        return [[] for _ in report.sections]
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("Figures", total=len(report.sections) * len(makers()))
+        count = min(workers, len(report.sections))  # starting a process takes as long as some figures
+        return draw(report.sections, endings, count, lambda: progress.advance(task))
 
 
 def _key(group: dict[str, str]) -> tuple[tuple[str, str], ...]:
@@ -180,7 +207,7 @@ def _command(roots: Sequence[Path], weights: Weights, frame: Path | None, rows: 
 
 
 def _markdown(
-    report: Report, tables: Sequence[Sequence[Table]], plots: Sequence[Sequence[Plot]], formats: Sequence[str]
+    report: Report, tables: Sequence[Sequence[Table]], plots: Sequence[Sequence[Drawn]], formats: Sequence[str]
 ) -> str:
     several = len(report.sections) > 1
     lines = [f"# {escape_markdown(report.title)}", ""]
@@ -218,7 +245,7 @@ def _heading(several: bool, index: int, section: Section, title: str) -> list[st
     return [f"## {title}{told}", ""]
 
 
-def _figure(plot: Plot, file: str, formats: Sequence[str]) -> list[str]:
+def _figure(plot: Drawn, file: str, formats: Sequence[str]) -> list[str]:
     links = "".join(f" [{one.upper()}](plots/{file}.{one})" for one in PLOT_FORMATS[1:] if one in formats)
     return [
         f"### {escape_markdown(plot.title)}",

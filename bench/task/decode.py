@@ -6,21 +6,19 @@ few batches are under way at any time.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import shutil
-import signal
-import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 
 from tpme.bench.errors import UserError
 from tpme.bench.task.raw import Picture
+from tpme.bench.workers import available_cores, worker_processes
 
 BATCH = 32
 """Pictures a worker gets at a time."""
@@ -35,11 +33,6 @@ Result = tuple[int, list[Failure]]
 """How many pictures a batch had, and which could not be read."""
 
 
-def available_cores() -> int:
-    """Processor cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def decode_all(
     pictures: Sequence[Picture],
     path: Path,
@@ -47,14 +40,14 @@ def decode_all(
     *,
     workers: int | None = None,
     skip_bad: bool = False,
-    advance: Callable[[int], None] = lambda count: None,
+    advance: Callable[[int], None] = lambda done: None,
 ) -> list[Failure]:
     """Write ``pictures`` as ``.npy`` of uint8 (n + 1, 3, size, size): picture i in row i + 1, zeros in row 0.
 
     Args:
         workers: processes; by default one a core. Few pictures are decoded in this process.
         skip_bad: go on after a picture that cannot be read, and leave its row zero.
-        advance: called with the number of pictures done since the last call.
+        advance: called again and again with how many pictures, the first ones, are written by now.
 
     Returns:
         The pictures that could not be read, by index (with ``skip_bad``).
@@ -67,15 +60,16 @@ def decode_all(
     np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape).flush()
     batches = [(start, pictures[start : start + BATCH]) for start in range(0, len(pictures), BATCH)]
     failures: list[Failure] = []
-    workers = min(workers or available_cores(), len(batches) // 2)
-    in_pool = workers > 1
-    with closing(_in_pool(path, size, batches, workers) if in_pool else _in_turn(path, size, batches)) as results:
-        for count, failed in results:
-            advance(count)
+    count = min(workers or available_cores(), len(batches) // 2)
+    done = 0
+    with closing(_in_pool(path, size, batches, count) if count > 1 else _in_turn(path, size, batches)) as results:
+        for written, failed in results:
+            done += written
+            advance(done)
             failures += failed
             if failed and not skip_bad:
-                raise UserError(f"{min(failed)[1]}; replace it, or leave such items out with --skip-bad")
-    return sorted(failures)
+                raise UserError(f"{failed[0][1]}; replace it, or leave such items out with --skip-bad")
+    return failures
 
 
 def _write_rows(path: Path, size: int, start: int, pictures: Sequence[Picture]) -> Result:
@@ -95,46 +89,19 @@ def _in_turn(path: Path, size: int, batches: Sequence[Batch]) -> Generator[Resul
         yield _write_rows(path, size, start, pictures)
 
 
-def _in_pool(path: Path, size: int, batches: Sequence[Batch], workers: int) -> Generator[Result, None, None]:
-    context = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks (progress bar) as they are
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
-    waiting: set[Future[Result]] = set()
+def _in_pool(path: Path, size: int, batches: Sequence[Batch], count: int) -> Generator[Result, None, None]:
+    """The batches' results in order. Enough are under way that no worker waits for a slow one to be fetched."""
+    waiting: deque[Future[Result]] = deque()
     try:
-        for start, pictures in batches:
-            with _interrupts_held():
-                waiting.add(pool.submit(_write_rows, path, size, start, pictures))
-            if len(waiting) >= 2 * workers:
-                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                yield from (future.result() for future in done)
-        while waiting:
-            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-            yield from (future.result() for future in done)
+        with worker_processes(count) as submit:
+            for start, pictures in batches:
+                waiting.append(submit(_write_rows, path, size, start, pictures))
+                if len(waiting) == 4 * count:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
     except BrokenProcessPool:
         raise UserError("a process that decodes images died (out of memory?); try again with --workers 1") from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _start_worker() -> None:
-    """Do not outlive the parent if it is killed."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
-
-
-@contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Processes started in here are born with Ctrl-C blocked: it is the parent that ends the pool then."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _require_space(folder: Path, needed: int) -> None:

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from tpme.bench.task.dataset import Dataset
-from tpme.bench.task.decode import available_cores
+from tpme.bench.workers import available_cores
 from tpme.bench.task.prepare import prepare
 from tpme.bench.task.sources.iisan import read_iisan
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import re
 import time
@@ -8,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from rich.console import Console
 
 from tpme.bench.errors import UserError
 from tpme.bench.record import Failure, Flag
+from tpme.reports import report as report_module
 from tpme.reports.report import make_report, write_report
 from tpme.reports.tables import all_tables, failures, learning_rates, results
 from tpme.reports.tpme import Weights
@@ -227,6 +230,29 @@ def test_the_same_records_give_the_same_bytes(make_factory, tmp_path):
     one, other = files(tmp_path / "a/run/report"), files(tmp_path / "b/run/report")
     assert one.keys() == other.keys()
     assert [name for name in one if one[name] != other[name]] == []
+
+
+def test_a_large_report_is_drawn_on_request_by_as_many_processes_as_asked_for(make_factory, monkeypatch, tmp_path):
+    monkeypatch.setattr(report_module, "ROWS_DRAWN", 4)
+    for data in ("one", "other"):
+        for method in ("fft", "lora"):
+            make_factory(tmp_path / "run" / data).write(method, dataset=data)
+    write_report([tmp_path / "run"], tmp_path / "every")
+    assert (tmp_path / "every" / "plots" / "costs-2.png").is_file()
+
+    make_factory(tmp_path / "run" / "one").write("iisan", dataset="one")
+    console = Console(record=True, file=io.StringIO(), width=200)
+    write_report([tmp_path / "run"], tmp_path / "text", console=console)
+    told = "5 rows in 2 groups: figures are drawn with --formats csv,json,tex,png,svg,pdf,html"
+    assert told in console.export_text()
+    assert not (tmp_path / "text" / "plots").exists()
+    assert (tmp_path / "text" / "index.html").is_file()
+
+    for name, workers in (("drawn", 1), ("in-parallel", 2)):
+        write_report([tmp_path / "run"], tmp_path / name, formats=("svg",), workers=workers)
+    drawn = files(tmp_path / "drawn")
+    assert "plots/costs-2.svg" in drawn
+    assert drawn == files(tmp_path / "in-parallel")
 
 
 def test_the_encoders_behind_a_feature_cache_are_told(factory, tmp_path):

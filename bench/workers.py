@@ -1,0 +1,65 @@
+"""Worker processes beside this one: Ctrl-C reaches this process alone, and they do not outlive it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+Submit = Callable[..., Future[Any]]
+"""``submit(function, *arguments)``: call a function of a module in a worker."""
+
+
+def available_cores() -> int:
+    """Processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def worker_processes(count: int, prepare: Callable[..., None] | None = None, *arguments: Any) -> Iterator[Submit]:
+    """At most ``count`` processes, started as they are needed; what nobody waits for any more is cancelled at the end.
+
+    Args:
+        count: of processes.
+        prepare: called with ``arguments`` in every process before its first work.
+    """
+    context = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks (progress bar) as they are
+    pool = ProcessPoolExecutor(count, mp_context=context, initializer=_start, initargs=(prepare, arguments))
+
+    def submit(function: Callable[..., Any], *given: Any) -> Future[Any]:
+        with _interrupts_held():
+            return pool.submit(function, *given)
+
+    try:
+        yield submit
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start(prepare: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
+    """Do not outlive the parent if it is killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+    if prepare is not None:
+        prepare(*arguments)
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Processes started in here are born with Ctrl-C blocked: it is the parent that ends them then."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
