@@ -250,10 +250,10 @@ def choose(
 def export(
     runs: Records,
     out: Annotated[Path | None, typer.Option(help="FILE.csv, FILE.parquet or FILE.sqlite.")] = None,
-    mlflow: Annotated[str | None, typer.Option(metavar="URI", help="Push the cells to this MLflow server.")] = None,
+    mlflow: Annotated[str | None, typer.Option(metavar="URI", help="Push the records to this MLflow server.")] = None,
     experiment: Annotated[str, typer.Option(help="Experiment of MLflow.")] = "tpme",
 ) -> None:
-    """Write all records to one tidy table, a row for every cell, or push them to MLflow."""
+    """Write all records to one tidy table, a row each, earlier attempts included, or push them to MLflow."""
     from tpme.reports.export import export_command
 
     export_command(runs, out=out, mlflow=mlflow, experiment=experiment)

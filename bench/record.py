@@ -399,17 +399,20 @@ def _refusal(data: bytes, error: ValidationError) -> str:
     return f"field '{where}': {first['msg']}; the record was changed or truncated"
 
 
-def find_results(roots: list[Path]) -> list[Path]:
-    """All record files below ``roots`` (a record file itself counts), latest attempt of each cell, sorted."""
-    latest: dict[Path, Path] = {}
+def find_attempts(roots: list[Path]) -> list[Path]:
+    """All record files below ``roots`` (a record file itself counts), sorted."""
+    found: set[Path] = set()
     for root in roots:
         if not root.exists():
             raise RecordError(f"{root}: no such file or folder; name one that 'tpme run' wrote")
-        found = [root] if root.is_file() else [path for path in root.rglob("attempt-*.json") if attempt_number(path)]
-        for path in found:
-            kept = latest.get(path.parent)
-            if kept is None or attempt_number(path) > attempt_number(kept):
-                latest[path.parent] = path
+        inside = [root] if root.is_file() else root.rglob("attempt-*.json")
+        found.update(path for path in inside if attempt_number(path) or path == root)
+    return sorted(found)
+
+
+def find_results(roots: list[Path]) -> list[Path]:
+    """Of all record files below ``roots`` the latest attempt of each cell, sorted."""
+    latest = {path.parent: path for path in sorted(find_attempts(roots), key=attempt_number)}
     return sorted(latest.values())
 
 

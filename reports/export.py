@@ -1,6 +1,7 @@
-"""``tpme export``: all records as one tidy table, a row a cell, for other tools; and to MLflow, after the fact.
+"""``tpme export``: all records as one tidy table, a row each, for other tools; and to MLflow, after the fact.
 
-The columns are those of ``tpme.reports.load`` and, from the rest of the record: counters (``counter_``), every
+Earlier attempts and what a later run replaced are there, too; ``latest`` marks the records that reports read. The other
+columns are those of ``tpme.reports.load`` and, from the rest of the record: counters (``counter_``), every
 instrument's training memory (``peak_``), wall time by kind of phase (``phase_``) and the environment
 (``environment_``). What is a structure in the record is JSON text here.
 """
@@ -22,7 +23,7 @@ import pandas as pd
 
 from tpme.bench.errors import UserError
 from tpme.bench.record import CellResult, write_atomically
-from tpme.reports.load import Recorded, read, to_frame, with_quality
+from tpme.reports.load import Recorded, read_every, to_frame, with_quality
 
 TABLE = "cells"
 """Name of the table in an SQLite file."""
@@ -30,6 +31,8 @@ NUMERIC = re.compile(r"(_s|_j|_bytes|_millions|_\d+)$|^(counter|phase|peak)_|^be
 """Columns that hold numbers, even where no record has one."""
 BOOLEAN = ("environment_deterministic", "environment_git_dirty")
 """Columns that are true, false or empty."""
+SEARCH = ("search_trials", "search_cells", "search_wall_s", "trial_valid_recall_10")
+"""Columns about all trials of a row, which the latest records alone make up."""
 
 
 def records_frame(records: Sequence[Recorded]) -> pd.DataFrame:
@@ -38,7 +41,7 @@ def records_frame(records: Sequence[Recorded]) -> pd.DataFrame:
     A counter or memory that is missing or not to be trusted is empty; the JSON object ``missing_reasons`` says why,
     by column. Raises RecordError for broken ranks.
     """
-    frame = with_quality(to_frame(records))
+    frame = with_quality(_cells(records))
     frame["flags"] = [
         json.dumps([{"code": code, "message": message} for code, message in flags]) for flags in frame["flags"]
     ]
@@ -48,7 +51,19 @@ def records_frame(records: Sequence[Recorded]) -> pd.DataFrame:
     types = dict.fromkeys(map(str, whole.columns[whole.isna().all()]), "string")
     types |= {name: "float64" for name in map(str, whole.columns) if NUMERIC.search(name)}
     types |= {name: "boolean" for name in BOOLEAN if name in whole}
+    types |= dict.fromkeys(SEARCH[:2], "Int64")
     return whole.astype(types)
+
+
+def _cells(records: Sequence[Recorded]) -> pd.DataFrame:
+    """The table of ``load``, and ``latest``; what is not latest takes no part in the search for a learning rate."""
+    parts = []
+    for latest in (True, False):
+        places = [place for place, recorded in enumerate(records) if recorded.latest == latest]
+        if places:
+            part = to_frame([records[place] for place in places]).set_axis(places).assign(latest=latest)
+            parts.append(part if latest else part.assign(selected=False, **dict.fromkeys(SEARCH)))
+    return pd.concat(parts).sort_index()
 
 
 def _more(result: CellResult) -> dict[str, Any]:
@@ -129,6 +144,8 @@ PARAMETERS = (
 )  # fmt: skip
 STRUCTURES = ("training", "lr")
 """Columns of JSON that become a parameter each setting: ``training.epochs``."""
+CHANGING = ("latest", "selected")
+"""Columns that later records can change: tags that every push brings up to date."""
 KEY = "tpme.record"
 """The tag that names a record, so that none is pushed twice."""
 TEXT_MOST = 5000
@@ -140,7 +157,8 @@ BATCH = 1000
 def push(records: Sequence[Recorded], uri: str, experiment: str) -> tuple[int, int]:
     """Make an MLflow run of every record that is not there yet; returns how many were new and how many were there.
 
-    A run that an interrupted push left unfinished is completed.
+    A run that an interrupted push left unfinished is completed. Of one that is whole only the tags in ``CHANGING`` are
+    written.
 
     Raises:
         UserError: mlflow is not installed, or the server refuses.
@@ -171,11 +189,12 @@ def _push_one(client: Any, experiment_id: str, recorded: Recorded, row: pd.Serie
     key = hashlib.sha256(identity.encode()).hexdigest()[:16]
     start_ms = int(1000 * datetime.fromisoformat(result.started_at).timestamp())
     there = client.search_runs([experiment_id], filter_string=f"tags.`{KEY}` = '{key}'", max_results=1)
+    parameters, tags = _texts(row)
     if there and there[0].info.end_time:
+        client.log_batch(there[0].info.run_id, tags=[RunTag(f"tpme.{name}", tags[name]) for name in CHANGING])
         return False
     name = f"{result.cell.label}, seed {result.cell.seed}"
     run = there[0] if there else client.create_run(experiment_id, start_time=start_ms, tags={KEY: key}, run_name=name)
-    parameters, tags = _texts(row)
     client.log_batch(
         run.info.run_id,
         params=[Param(name, value) for name, value in parameters.items()],
@@ -224,11 +243,11 @@ def export_command(runs: Sequence[Path], *, out: Path | None, mlflow: str | None
     """Write the file, push to MLflow, or both, and say what was done."""
     if out is None and mlflow is None:
         raise UserError("nothing to do: give --out FILE.csv (or .parquet, .sqlite), --mlflow URI, or both")
-    records = read(runs)
+    records = read_every(runs)
     if out is not None:
         frame = records_frame(records)
         write_table(frame, out)
-        print(f"Written to {out}: {len(frame)} cells, {frame.shape[1]} columns")  # noqa: T201
+        print(f"Written to {out}: {len(frame)} records, {frame.shape[1]} columns")  # noqa: T201
     if mlflow is not None:
         new, there = push(records, mlflow, experiment)
         print(f"Pushed to {mlflow}, experiment {experiment}: {new} new runs, {there} were there already")  # noqa: T201

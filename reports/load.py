@@ -29,6 +29,7 @@ from tpme.bench.record import (
     Reading,
     RecordError,
     attempt_number,
+    find_attempts,
     find_results,
     read_result,
 )
@@ -48,6 +49,8 @@ class Recorded:
     """The record's own, or, where an attempt ended before it knew, that of the records beside it."""
     superseded: int = 0
     """Older records of the same cell on the same device that this one replaces."""
+    latest: bool = True
+    """False for an earlier attempt, and for what a later run of the same cell on the same device replaced."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,17 @@ def read(paths: Iterable[Path | str]) -> list[Recorded]:
         else:
             latest[identity] = Recorded(old.path, old.result, old.device_key, seen)
     return sorted(latest.values(), key=lambda recorded: recorded.path)
+
+
+def read_every(paths: Iterable[Path | str]) -> list[Recorded]:
+    """What ``read`` gives, and behind it all other records below ``paths``, which are not ``latest``."""
+    roots = [Path(path) for path in paths]
+    latest = read(roots)
+    known = {recorded.path.resolve() for recorded in latest}
+    files = {path.resolve(): path for path in find_attempts(roots)}
+    results = {path: read_result(path) for place, path in files.items() if place not in known}
+    keys = _device_keys({recorded.path: recorded.result for recorded in latest} | results)
+    return [*latest, *(Recorded(path, results[path], keys[path], latest=False) for path in sorted(results))]
 
 
 def to_frame(records: Sequence[Recorded]) -> pd.DataFrame:

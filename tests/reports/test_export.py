@@ -18,7 +18,7 @@ from tpme.bench.errors import UserError
 from tpme.bench.record import Flag, RecordError
 from tpme.reports import export
 from tpme.reports.export import push, records_frame, write_table
-from tpme.reports.load import load, read
+from tpme.reports.load import load, read, read_every
 
 COUNTERS = {
     "forward_flops": {"value": 2e9, "source": "counted", "valid": True, "reason": None},
@@ -61,6 +61,29 @@ def test_nothing_that_matters_is_lost(records, factory):
     assert json.loads(lora["environment_packages"])["torch"] == "2.13.0"
     assert fft["failure_message"].startswith("oom: it was made up")
     assert pd.isna(fft["recall_10"])
+
+
+def test_earlier_attempts_and_what_a_later_run_replaced_are_rows_too(make_factory, tmp_path):
+    one, two = make_factory(tmp_path / "one"), make_factory(tmp_path / "two")
+    one.write("lora", status="killed", time=None, attempt=1)
+    one.write("lora", attempt=2, time=7.0)
+    one.write("fft", time=9.0, started_at="2026-01-01T00:00:00+00:00")
+    two.write("fft", time=8.0, started_at="2026-01-02T00:00:00+00:00")
+    frame = records_frame(read_every([tmp_path])).sort_values(["method", "attempt", "started_at"])
+    told = frame[["method", "attempt", "status", "latest", "selected"]].to_numpy().tolist()
+    assert told == [
+        ["fft", 1, "ok", False, False],
+        ["fft", 1, "ok", True, True],
+        ["lora", 1, "killed", False, False],
+        ["lora", 2, "ok", True, True],
+    ]
+    latest = frame[frame["latest"]].set_index("path").sort_index()
+    loaded = load([tmp_path]).set_index("path").sort_index()
+    shared = loaded.columns.drop("flags")
+    same = [frame[shared].astype(object).fillna("") for frame in (latest, loaded)]
+    assert same[0].equals(same[1])
+    assert frame["search_cells"].tolist() == [pd.NA, 1, pd.NA, 1]
+    assert frame["recall_10"].notna().tolist() == [True, True, False, True]
 
 
 def test_doubtful_counters_are_empty_and_say_why(records):
@@ -148,7 +171,7 @@ def test_the_command(factory, records, tmp_path, monkeypatch, capsys):
     out = tmp_path / "cells.csv"
     assert run(monkeypatch, factory.root, "--out", out) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith(f"Written to {out}: 3 cells, ")
+    assert printed.startswith(f"Written to {out}: 3 records, ")
     assert len(pd.read_csv(out)) == 3
 
 
@@ -312,6 +335,16 @@ def test_nothing_is_pushed_twice_and_what_was_cut_off_is_finished(server, record
     factory.write("bitfit")
     assert push(read([factory.root]), "http://x", "tpme") == (1, 3)
     assert len(server.runs) == 4
+
+
+def test_what_later_records_change_is_brought_up_to_date(server, factory):
+    factory.write("lora", status="killed", time=None, attempt=1)
+    assert push(read_every([factory.root]), "http://x", "tpme") == (1, 0)
+    factory.write("lora", attempt=2)
+    for new, there in ((1, 1), (0, 2)):
+        assert push(read_every([factory.root]), "http://x", "tpme") == (new, there)
+        tags = {run.tags["tpme.status"]: (run.tags["tpme.latest"], run.tags["tpme.selected"]) for run in server.runs}
+        assert tags == {"killed": ("False", "False"), "ok": ("True", "True")}
 
 
 def test_many_metrics_go_in_several_requests(server, records, monkeypatch):
