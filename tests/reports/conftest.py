@@ -332,7 +332,7 @@ CHROMIUM_FLAGS = (
 def browser() -> Iterator[Any]:
     """Chromium without a window; skips the calling test, saying so, where there is none."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if chromium is None:
         pytest.skip("no chromium is installed (Debian: apt-get install chromium)")
     with sync_api.sync_playwright() as driver:
