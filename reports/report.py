@@ -211,6 +211,8 @@ def _markdown(
 ) -> str:
     several = len(report.sections) > 1
     lines = [f"# {escape_markdown(report.title)}", ""]
+    if "html" in formats:
+        lines += ["The same to sort, filter and weigh yourself, in one file for a browser: [index.html](index.html).", ""]
     if several:
         lines += [
             f"{len(report.sections)} groups of records, each with tables and a TPME of its own: costs and quality "
