@@ -212,7 +212,7 @@ def _markdown(
     several = len(report.sections) > 1
     lines = [f"# {escape_markdown(report.title)}", ""]
     if "html" in formats:
-        lines += ["The same to sort, filter and weigh yourself, in one file for a browser: [index.html](index.html).", ""]
+        lines += ["To sort, filter and weigh it yourself: [index.html](index.html), one file for a browser.", ""]
     if several:
         lines += [
             f"{len(report.sections)} groups of records, each with tables and a TPME of its own: costs and quality "
