@@ -40,14 +40,14 @@ def decode_all(
     *,
     workers: int | None = None,
     skip_bad: bool = False,
-    advance: Callable[[int], None] = lambda done: None,
+    advance: Callable[[int], None] = lambda count: None,
 ) -> list[Failure]:
     """Write ``pictures`` as ``.npy`` of uint8 (n + 1, 3, size, size): picture i in row i + 1, zeros in row 0.
 
     Args:
         workers: processes; by default one a core. Few pictures are decoded in this process.
         skip_bad: go on after a picture that cannot be read, and leave its row zero.
-        advance: called again and again with how many pictures, the first ones, are written by now.
+        advance: called with how many pictures were written since the last call, in order.
 
     Returns:
         The pictures that could not be read, by index (with ``skip_bad``).
@@ -61,11 +61,9 @@ def decode_all(
     batches = [(start, pictures[start : start + BATCH]) for start in range(0, len(pictures), BATCH)]
     failures: list[Failure] = []
     count = min(workers or available_cores(), len(batches) // 2)
-    done = 0
     with closing(_in_pool(path, size, batches, count) if count > 1 else _in_turn(path, size, batches)) as results:
         for written, failed in results:
-            done += written
-            advance(done)
+            advance(written)
             failures += failed
             if failed and not skip_bad:
                 raise UserError(f"{failed[0][1]}; replace it, or leave such items out with --skip-bad")

@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,9 @@ from tpme.bench.task.dataset import FORMAT_VERSION, Dataset, Manifest, names_as_
 from tpme.bench.task.decode import decode_all
 from tpme.bench.task.raw import RawData
 from tpme.bench.task.workspace import publish, workspace
+
+if TYPE_CHECKING:
+    from hashlib import _Hash
 
 _CHUNK = 256
 """Images copied or hashed at a time."""
@@ -196,16 +200,15 @@ def _alike(existing: Manifest, raw: RawData, kept: Kept, settings: Settings) -> 
 
 
 def _build(raw: RawData, kept: Kept, folder: Path, settings: Settings, progress: Progress) -> Manifest:
-    """Write all files of the data set into ``folder``."""
+    """Write all files of the data set into ``folder``.
+
+    Its fingerprint is the SHA-256 over everything that a reader of it can see, but not over its name.
+    """
     skipped = Counter(raw.skipped)
-    arrays: dict[str, NDArray[Any]] = {}
-    if raw.pictures is not None:
-        if settings.skip_bad:
-            kept = _write_good_images(raw, folder / "images.npy", settings, progress, skipped)
-        else:
-            _decode(raw, kept.items, folder / "images.npy", settings, progress)
-        arrays["images"] = np.load(folder / "images.npy", mmap_mode="r+")
-    arrays |= {"sequences": kept.sequences, "offsets": kept.offsets}
+    images = folder / "images.npy"
+    if raw.pictures is not None and settings.skip_bad:
+        kept = _write_good_images(raw, images, settings, progress, skipped)
+    arrays: dict[str, NDArray[Any]] = {"offsets": kept.offsets, "sequences": kept.sequences}
     blobs = {
         "items.txt": names_as_text(raw.items[i] for i in kept.items),
         "users.txt": names_as_text(raw.users[i] for i in kept.users),
@@ -214,11 +217,23 @@ def _build(raw: RawData, kept: Kept, folder: Path, settings: Settings, progress:
         titles = [raw.titles[i].encode("utf-8") for i in kept.items]
         blobs["titles.bin"] = b"".join(titles)
         arrays["title_offsets"] = np.cumsum([0, 0, *map(len, titles)], dtype=np.int64)
-    for name, array in arrays.items():
-        if name != "images":
-            np.save(folder / f"{name}.npy", array)
-    for name, blob in blobs.items():
+    header = {"format": FORMAT_VERSION, "max_seq_len": settings.max_seq_len}
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name, blob in sorted(blobs.items()):
         (folder / name).write_bytes(blob)
+        digest.update(f"\n{name} {len(blob)}\n".encode())
+        digest.update(blob)
+    if raw.pictures is not None:
+        advance = _hashing(digest, images, len(kept.items), settings)
+        if settings.skip_bad:
+            for start in range(0, len(kept.items), _CHUNK):
+                advance(min(_CHUNK, len(kept.items) - start))
+        else:
+            _decode(raw, kept.items, images, settings, progress, advance)
+    for name, array in sorted(arrays.items()):
+        np.save(folder / f"{name}.npy", array)
+        digest.update(f"\n{name} {array.dtype.str} {array.shape}\n".encode())
+        digest.update(array.data)
     manifest = Manifest(
         name=raw.name,
         source=raw.source or raw.name,
@@ -229,10 +244,28 @@ def _build(raw: RawData, kept: Kept, folder: Path, settings: Settings, progress:
         max_seq_len=settings.max_seq_len,
         image_size=settings.image_size,
         skipped=dict(skipped),
-        fingerprint=_fingerprint(settings, arrays, blobs, progress),
+        fingerprint=digest.hexdigest(),
     )
     (folder / "dataset.json").write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return manifest
+
+
+def _hashing(digest: _Hash, path: Path, items: int, settings: Settings) -> Callable[[int], None]:
+    """Called with how many images have been written since the last call: takes them into ``digest``.
+
+    While workers decode, this process has nothing else to do.
+    """
+    assert settings.image_size is not None
+    size, row = settings.image_size, 1
+    digest.update(f"\nimages |u1 {(items + 1, 3, size, size)}\n".encode())
+    digest.update(bytes(3 * size * size))  # row 0, padding
+
+    def advance(count: int) -> None:
+        nonlocal row
+        digest.update(np.load(path, mmap_mode="r")[row : row + count].data)
+        row += count
+
+    return advance
 
 
 def _modalities(raw: RawData) -> tuple[Modality, ...]:
@@ -240,19 +273,34 @@ def _modalities(raw: RawData) -> tuple[Modality, ...]:
     return (*text, "image") if raw.pictures is not None else text
 
 
-def _decode(raw: RawData, items: NDArray[np.int64], path: Path, settings: Settings, progress: Progress) -> list[int]:
-    """Decode the pictures of ``items`` (n,) to rows 1..n of ``path``; returns indices in ``items`` that failed."""
+def _decode(
+    raw: RawData,
+    items: NDArray[np.int64],
+    path: Path,
+    settings: Settings,
+    progress: Progress,
+    then: Callable[[int], None] = lambda count: None,
+) -> list[int]:
+    """Decode the pictures of ``items`` (n,) to rows 1..n of ``path``; returns indices in ``items`` that failed.
+
+    ``then`` is called as the ``advance`` of ``decode_all`` is.
+    """
     assert raw.pictures is not None
     assert settings.image_size is not None
     pictures = [raw.pictures[i] for i in items]
     task = progress.add_task("Images", total=len(pictures))
+
+    def advance(count: int) -> None:
+        progress.advance(task, count)
+        then(count)
+
     failures = decode_all(
         pictures,
         path,
         settings.image_size,
         workers=settings.workers,
         skip_bad=settings.skip_bad,
-        advance=lambda count: progress.advance(task, count),
+        advance=advance,
     )
     return [index for index, _ in failures]
 
@@ -286,31 +334,10 @@ def _write_good_images(raw: RawData, path: Path, settings: Settings, progress: P
     return kept
 
 
-def _mapped_anew(array: NDArray[Any], mode: Literal["r", "r+"] = "r") -> NDArray[Any]:
-    """The same array through a mapping of its own, if it is a mapped file.
+def _mapped_anew(array: Any, mode: Literal["r", "r+"] = "r") -> NDArray[Any]:
+    """The same mapped file through a mapping of its own.
 
     Pages that were touched count as this process's memory until their mapping goes: with one mapping for all rows,
     memory would grow with the number of items.
     """
-    if isinstance(array, np.memmap):
-        assert array.filename is not None
-        return np.memmap(array.filename, array.dtype, mode, array.offset, array.shape)
-    return array
-
-
-def _fingerprint(
-    settings: Settings, arrays: dict[str, NDArray[Any]], blobs: dict[str, bytes], progress: Progress
-) -> str:
-    """SHA-256 over everything that a reader of the data set can see, but not over its name."""
-    header = {"format": FORMAT_VERSION, "max_seq_len": settings.max_seq_len}
-    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    for name, blob in sorted(blobs.items()):
-        digest.update(f"\n{name} {len(blob)}\n".encode())
-        digest.update(blob)
-    for name, array in sorted(arrays.items()):
-        digest.update(f"\n{name} {array.dtype.str} {array.shape}\n".encode())
-        task = progress.add_task("Checksum", total=len(array), visible=name == "images")
-        for start in range(0, len(array), _CHUNK):
-            digest.update(np.ascontiguousarray(_mapped_anew(array)[start : start + _CHUNK]).data)
-            progress.advance(task, len(array[start : start + _CHUNK]))
-    return digest.hexdigest()
+    return np.memmap(array.filename, array.dtype, mode, array.offset, array.shape)

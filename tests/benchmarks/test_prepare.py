@@ -19,9 +19,9 @@ import pytest
 from PIL import Image
 
 from tpme.bench.task.dataset import Dataset
-from tpme.bench.workers import available_cores
 from tpme.bench.task.prepare import prepare
 from tpme.bench.task.sources.iisan import read_iisan
+from tpme.bench.workers import available_cores
 
 ITEMS = int(os.environ.get("TPME_BENCH_ITEMS", "2000"))
 FEW = 400
