@@ -13,6 +13,7 @@ import html
 import json
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
+from itertools import groupby
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -30,7 +31,13 @@ from tpme.reports.trials import own_path
 
 SHORT = dict(zip(COLUMNS, ("t", "p", "m"), strict=True))
 QUALITY = tuple(f"{metric}_10{end}" for metric in ("recall", "ndcg") for end in ("", "_low", "_high"))
+SPREADS = {"t_sd": "epoch_time_s_sd", "m_sd": "memory_bytes_sd", "e": "energy_epoch_j", "seen": "memory_seen_bytes"}
 CURVE_POINTS = 160
+
+CATALOGUES: Mapping[str, Mapping[str, Any]] = {
+    "a6b895b62d4db16ddd1d0c2d7e51d10d4e85a6f00a5a07d9e3d05ad44aba874f": {"users": 1000, "continues": 0.85},
+}
+"""Settings of the built-in catalogue as presets have it, by the fingerprint of what they draw: no record holds them."""
 
 
 def page(title: str, sections: Sequence[Section], weights: Weights) -> str:
@@ -84,8 +91,9 @@ def _row(
         "compared": bool(line["compared"]),
         "usable": usable,
         **{short: _number(line[column]) for column, short in SHORT.items()},
-        **{key: _number(line[key]) for key in QUALITY},
-        "seen": _number(line["memory_seen_bytes"]),
+        **({"m": None} if line["status"] == "oom" else {}),  # what was seen of it is a lower bound
+        **{key: _number(line[column]) for key, column in SPREADS.items()},
+        **{key: _number(line[key]) for key in (*QUALITY, "tpme_low", "tpme_high")},
         "source": line["memory_source"],
         "seeds": int(line["seeds_ok"]),
         "notes": section.notes.marks[name],
@@ -130,11 +138,13 @@ def _cell(recorded: Recorded) -> dict[str, Any]:
     }
 
 
-def _phases(result: CellResult) -> list[tuple[str, float]]:
-    spent: dict[str, float] = {}
-    for phase in result.phases:
-        spent[phase.kind] = spent.get(phase.kind, 0.0) + phase.wall_s
-    return [(kind, float(f"{seconds:.6g}")) for kind, seconds in spent.items()]
+def _phases(result: CellResult) -> dict[str, list[tuple[float, float]]]:
+    """Start and end of every phase by its kind (seconds); those of one kind that follow each other are one."""
+    spans: dict[str, list[tuple[float, float]]] = {}
+    for kind, together in groupby(result.phases, key=lambda phase: phase.kind):
+        one = list(together)
+        spans.setdefault(kind, []).append((round(one[0].start_s, 4), round(one[-1].start_s + one[-1].wall_s, 4)))
+    return spans
 
 
 def _curve(recorded: Recorded) -> list[tuple[float, int]]:
@@ -158,27 +168,37 @@ def _environment(result: CellResult) -> dict[str, str]:
 
 
 def matrix_of(cell: Cell) -> str:
-    """A matrix (TOML) of this cell alone; ``path`` is to be filled in, for a record holds no folder of its data."""
+    """A matrix (TOML) of this cell alone, whose first lines say what is to be filled in.
+
+    A record holds no folder: neither that of its data nor, in a page, that of an encoder on the disk.
+    """
+    catalogue = CATALOGUES.get(cell.dataset_fingerprint)
+    data = {"name": cell.dataset, **({"path": "FOLDER"} if catalogue is None else {"synthetic": catalogue})}
+    head = [f"data: {_toml(cell.dataset)}, fingerprint {cell.dataset_fingerprint[:12]}"]
+    if catalogue is None:
+        head.append("fill in: path, the folder of that data, prepared; or in its place the synthetic settings it had")
     encoders = {"text": cell.text_encoder, "image": cell.image_encoder}
     pair = {
         kind: {**spec.model_dump(exclude_none=True), "source": own_path(spec.source)}
         for kind, spec in encoders.items()
         if spec is not None
     }
+    if any(own_path(spec.source) != spec.source for spec in encoders.values() if spec is not None):
+        head.append("fill in: source, the folder of an encoder, of which only the end is told here")
     method = {"name": cell.method, "options": cell.options, "cached": cell.cached}
     lines = {
         "name": "cell",
         "protocol": cell.protocol,
         "seeds": [cell.seed],
         "modalities": list(cell.modalities),
-        "datasets": [{"name": cell.dataset, "path": "prepared"}],
+        "datasets": [data],
         "encoders": [pair],
         "methods": [{key: value for key, value in method.items() if value not in ({}, False)}],
         "training": cell.training.model_dump(mode="json", exclude_none=True),
         "lr": cell.lr.model_dump(),
     }
-    head = f"# data: {_toml(cell.dataset)}, fingerprint {cell.dataset_fingerprint[:12]}\n"
-    return head + "".join(f"{key} = {_toml(value)}\n" for key, value in lines.items())
+    told = [f"# {line}" for line in head] + [f"{key} = {_toml(value)}" for key, value in lines.items()]
+    return "\n".join(told) + "\n"
 
 
 def _toml(value: Any) -> str:

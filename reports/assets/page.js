@@ -37,16 +37,19 @@ function readState() {
   if (COLUMNS.some((column) => column.key === given.get("sort"))) state.sort = given.get("sort");
   state.down = given.get("down") === "1";
   for (const key of ["filter", "status", "open"]) state[key] = given.get(key) ?? "";
-  if (given.has("rows")) state.rows = given.getAll("rows").filter((name) => group().rows.some((row) => row.name === name && row.usable));
+  if (given.has("rows")) state.rows = group().rows.filter((row) => row.usable && given.getAll("rows").includes(row.name)).map((row) => row.name);
 }
 
+const differs = (key) => JSON.stringify(state[key]) !== JSON.stringify(initial(state.group)[key]);
+/* The report knows intervals of TPME for its own weights, rows and frame alone. */
+const ownChoices = () => !differs("weights") && !differs("rows") && !(group().frozen && differs("frame"));
+
 function keepState() {
-  const start = initial(state.group);
   const kept = new URLSearchParams();
   if (state.group) kept.set("group", state.group);
-  if (state.weights.some((w, i) => w !== start.weights[i])) kept.set("weights", state.weights.join(","));
-  if (JSON.stringify(state.rows) !== JSON.stringify(start.rows)) (state.rows.length ? state.rows : [""]).forEach((name) => kept.append("rows", name));
-  for (const key of ["frame", "quality", "sort", "filter", "status", "open"]) if (state[key] !== start[key]) kept.set(key, state[key]);
+  if (differs("weights")) kept.set("weights", state.weights.join(","));
+  if (differs("rows")) (state.rows.length ? state.rows : [""]).forEach((name) => kept.append("rows", name));
+  for (const key of ["frame", "quality", "sort", "filter", "status", "open"]) if (differs(key)) kept.set(key, state[key]);
   if (state.down) kept.set("down", "1");
   history.replaceState(null, "", kept.size ? `#${kept}` : location.pathname + location.search);
 }
@@ -70,11 +73,12 @@ function tpme(values, frame) {
 function compute() {
   const chosen = group().rows.filter((row) => state.rows.includes(row.name));
   const frame = frameOf(chosen);
-  const rows = group().rows.map((row) => ({ ...row, inside: chosen.includes(row), tpme: null, bound: null, rank: null, front: false }));
+  const rows = group().rows.map((row) => ({ ...row, inside: chosen.includes(row), tpme: null, low: null, high: null, bound: null, rank: null, front: false }));
   if (!frame) return rows;
   for (const row of rows) {
     if (row.inside) row.tpme = tpme(row, frame);
-    else if (row.status === "oom" && row.compared) row.bound = tpme({ t: row.t ?? frame.t[0], p: row.p ?? frame.p[0], m: row.seen ?? frame.m[0] }, frame);
+    if (row.inside && ownChoices()) [row.low, row.high] = [row.tpme_low, row.tpme_high];
+    if (!row.inside && row.status === "oom" && row.compared) row.bound = tpme({ t: row.t ?? frame.t[0], p: row.p ?? frame.p[0], m: row.seen ?? frame.m[0] }, frame);
   }
   const ranked = rows.filter((row) => row.inside);
   const near = (value) => Math.round(value * 1e12);
@@ -93,24 +97,48 @@ function number(value, digits = 3) {
   const size = Math.floor(Math.log10(Math.abs(value)));
   return size < -4 || size > 8 ? value.toExponential(digits - 1) : value.toFixed(Math.max(0, digits - 1 - size));
 }
-const bytes = (value, digits = 3) => (known(value) ? (value >= 1e9 ? `${number(value / 1e9, digits)} GB` : `${number(value / 1e6, digits)} MB`) : "–");
-const usedMemory = (row, digits = 3) => (row.status === "oom" && known(row.seen) ? `≥ ${bytes(row.seen, digits)}` : bytes(row.m, digits));
+const spread = (value, sd, digits = 3) => (known(sd) ? `${number(value, digits)} ± ${number(sd, 2)}` : number(value, digits));
+function scaled(value, units, sd, digits) {
+  if (!known(value)) return "–";
+  const [unit, scale] = units.find(([, one]) => value >= one) ?? units[units.length - 1];
+  return `${spread(value / scale, known(sd) ? sd / scale : null, digits)} ${unit}`;
+}
+const bytes = (value, sd, digits) => scaled(value, [["GB", 1e9], ["MB", 1e6]], sd, digits);
+const energy = (row, digits) => scaled(row.e, [["kJ", 1e3], ["J", 1]], null, digits);
+const usedMemory = (row, digits) => (row.status === "oom" && known(row.seen) ? `≥ ${bytes(row.seen, null, digits)}` : bytes(row.m, row.m_sd, digits));
 const quality = (row, key) => (known(row[key]) ? row[key].toFixed(4) : "–");
 const percent = (row) => (known(row.tpme) ? (100 * row.tpme).toFixed(2) : known(row.bound) ? `≥ ${(100 * row.bound).toFixed(2)}` : "–");
+const interval = (row, digits) => (known(row.low) ? `${(100 * row.low).toFixed(digits)}–${(100 * row.high).toFixed(digits)}` : "");
 const ranged = (row, key) => (known(row[key]) && known(row[`${key}_low`]) ? `${quality(row, key)} ± ${((row[`${key}_high`] - row[`${key}_low`]) / 2).toFixed(4)}` : quality(row, key));
+const footnotes = (row) => row.notes.map((mark) => group().footnotes[mark - 1]);
+
+/* A row unrounded, under the names that tables/results.csv has for it. */
+function record(row) {
+  const hundredfold = (value) => (known(value) ? 100 * value : null);
+  const judged = ["recall_10", "ndcg_10"].flatMap((key) => [key, `${key}_low`, `${key}_high`]).map((key) => [key, row[key]]);
+  return {
+    method: row.name, tpme_rank: row.rank, tpme_percent: hundredfold(row.tpme), tpme_low_percent: hundredfold(row.low), tpme_high_percent: hundredfold(row.high),
+    tpme_lower_bound_percent: hundredfold(row.bound), ...Object.fromEntries(judged), epoch_time_s: row.t, epoch_time_s_sd: row.t_sd, trainable_millions: row.p,
+    memory_bytes: row.m, memory_bytes_sd: row.m_sd, memory_seen_bytes: row.seen, memory_source: row.source, energy_epoch_j: row.e,
+    seeds_finished: row.seeds, status: row.status, footnotes: footnotes(row).join("; "),
+  };
+}
 
 const COLUMNS = [
   { key: "name", title: "Method" },
   { key: "rank", title: "Rank", num: true, text: (row) => (known(row.rank) ? String(row.rank) : "–") },
-  { key: "tpme", title: "TPME (%) ↓", num: true, better: -1, text: percent, csv: "tpme_percent", value: (row) => (known(row.tpme) ? 100 * row.tpme : null) },
+  { key: "tpme", title: "TPME (%)\u00a0↓", num: true, better: -1, text: percent, value: (row) => (known(row.tpme) ? 100 * row.tpme : null) },
+  { key: "low", title: "95\u00a0%", num: true, text: (row) => interval(row, 1), needs: "tpme_low" },
   { key: "recall_10", title: "Recall@10 ↑", num: true, better: 1, text: (row) => ranged(row, "recall_10") },
   { key: "ndcg_10", title: "NDCG@10 ↑", num: true, better: 1, text: (row) => ranged(row, "ndcg_10") },
-  { key: "t", title: "T (s) ↓", num: true, better: -1, text: (row) => number(row.t), csv: "epoch_time_s" },
-  { key: "p", title: "P (M) ↓", num: true, better: -1, text: (row) => (known(row.p) ? (row.p >= 1e-3 ? row.p.toFixed(3) : number(row.p, 2)) : "–"), csv: "trainable_millions" },
-  { key: "m", title: "M ↓", num: true, better: -1, text: (row) => usedMemory(row), csv: "memory_bytes" },
+  { key: "t", title: "T (s)\u00a0↓", num: true, better: -1, text: (row) => spread(row.t, row.t_sd) },
+  { key: "p", title: "P (M)\u00a0↓", num: true, better: -1, text: (row) => (known(row.p) ? (row.p >= 1e-3 ? row.p.toFixed(3) : number(row.p, 2)) : "–") },
+  { key: "m", title: "M ↓", num: true, better: -1, text: (row) => usedMemory(row) },
+  { key: "e", title: "E ↓", num: true, better: -1, text: (row) => energy(row), needs: "e" },
   { key: "seeds", title: "Seeds", num: true, text: (row) => String(row.seeds) },
   { key: "status", title: "End" },
 ];
+const columns = () => COLUMNS.filter((column) => !column.needs || group().rows.some((row) => known(row[column.needs])));
 const valueOf = (column, row) => (column.value ? column.value(row) : row[column.key]);
 
 /* ---- the table ---- */
@@ -130,9 +158,9 @@ function visible(rows) {
 
 function drawTable(rows) {
   const head = byId("head");
-  head.replaceChildren(make("th", { scope: "col", class: "choose" }, make("abbr", { title: "compared in TPME" }, "K")), ...COLUMNS.map((column) => {
+  head.replaceChildren(make("th", { scope: "col", class: "choose" }, make("abbr", { title: "compared in TPME" }, "K")), ...columns().map((column) => {
     const active = state.sort === column.key;
-    const arrow = active ? (state.down ? " ▼" : " ▲") : "";
+    const arrow = active ? (state.down ? "\u00a0▼" : "\u00a0▲") : "";
     const sort = make("button", { type: "button", "data-sort": column.key, onclick: () => change({ sort: column.key, down: active ? !state.down : column.better === 1 }, `[data-sort="${column.key}"]`) }, column.title + arrow);
     return make("th", { scope: "col", class: column.num ? "num" : null, "aria-sort": active ? (state.down ? "descending" : "ascending") : "none" }, sort);
   }));
@@ -154,51 +182,65 @@ function tableRow(row, best) {
     change({ rows }, `[data-choose="${place}"]`);
   } });
   choose.checked = row.inside;
-  const open = make("button", { type: "button", class: "open", "data-open": place, "aria-expanded": String(opened), "aria-controls": opened ? `cell-${place}` : null, onmouseenter: () => opened || tip(open, telling(row)), onmouseleave: hideTip, onclick: () => change({ open: opened ? "" : row.name }, `[data-open="${place}"]`) }, row.name);
+  const tell = () => opened || tip(open, telling(row)); // opened, it would cover what it says
+  const open = make("button", { type: "button", class: "open", "data-open": place, "aria-expanded": String(opened), "aria-controls": opened ? `cell-${place}` : null, onmouseenter: tell, onfocus: tell, onmouseleave: hideTip, onblur: hideTip, onkeydown: (event) => event.key === "Escape" && hideTip(), onclick: () => change({ open: opened ? "" : row.name }, `[data-open="${place}"]`) }, row.name);
   const unseen = (text) => make("span", { class: "unseen" }, text);
   const marks = row.notes.length ? make("sup", { class: "mark" }, unseen(", footnote "), row.notes.join(",")) : null;
   const front = row.front ? make("span", { class: "mark" }, make("span", { "aria-hidden": "true" }, " ◆"), unseen(", on the Pareto front")) : null;
-  const line = make("tr", { "data-row": row.name }, make("td", { class: "choose" }, choose), ...COLUMNS.map((column) => {
+  const line = make("tr", { "data-row": row.name }, make("td", { class: "choose" }, choose), ...columns().map((column) => {
     if (column.key === "name") return make("th", { scope: "row" }, open, marks, front);
     const value = valueOf(column, row);
     return make("td", { class: [column.num ? "num" : "", known(value) && value === best[column.key] ? "best" : ""].join(" ").trim() || null, "data-key": column.key, "data-value": known(value) ? String(value) : "" }, column.text ? column.text(row) : String(value));
   }));
-  return opened ? [line, make("tr", { class: "detail", id: `cell-${place}` }, make("td", { colspan: COLUMNS.length + 1 }, detail(row)))] : [line];
+  return opened ? [line, make("tr", { class: "detail", id: `cell-${place}` }, make("td", { colspan: columns().length + 1 }, detail(row)))] : [line];
 }
 
 /* ---- one cell, opened ---- */
 function detail(row) {
   const cell = row.cell;
   const part = (title, ...content) => make("div", {}, make("h3", {}, title), ...content);
-  const pairs = (object) => make("table", { class: "pairs" }, make("tbody", {}, ...Object.entries(object).map(([key, value]) => make("tr", {}, make("td", {}, key), make("td", {}, String(value))))));
+  const code = (what, text) => make("pre", { tabindex: 0, role: "region", "aria-label": what }, text);
+  const pairs = (what, entries) => part(what, make("table", { class: "pairs", "aria-label": what }, make("tbody", {}, ...entries.map(([key, value]) => make("tr", {}, make("th", { scope: "row" }, key), make("td", {}, String(value)))))));
+  const { method, footnotes: told, ...numbers } = record(row);
+  const plain = Object.entries(numbers).filter(([, value]) => known(value)).map(([key, value]) => [key, typeof value === "number" ? Number(value.toPrecision(10)) : value]);
   const parts = [];
   if (cell.failure) parts.push(part(`Ended as ${row.status}`, make("p", {}, cell.failure)));
-  if (row.notes.length) parts.push(part("Notes", ...row.notes.map((mark) => make("p", { class: "notes" }, `${mark} ${group().footnotes[mark - 1]}`))));
-  if (cell.phases.length) parts.push(part("Phases (s)", phaseBars(cell.phases)));
-  if (cell.curve.length > 1) parts.push(part("Memory over time", memoryCurve(cell.curve)));
-  const code = (what, text) => make("pre", { tabindex: 0, role: "region", "aria-label": what }, text);
-  parts.push(part("Configuration", code("Configuration", cell.configuration)), part("Measured on", pairs(cell.environment)));
-  parts.push(part("To repeat it", make("p", { class: "soft" }, "Save the configuration as cell.toml, with your prepared data in path, then:"), code("Command", cell.command)));
+  if (told) parts.push(part("Notes", ...footnotes(row).map((text, i) => make("p", { class: "notes" }, `${row.notes[i]} ${text}`))));
+  if (Object.keys(cell.phases).length) parts.push(part("Phases and memory over time", timeline(cell)));
+  parts.push(pairs("Numbers of the row", plain), part("Configuration", code("Configuration", cell.configuration)));
+  parts.push(part("To repeat it", make("p", { class: "soft" }, `Save the configuration as cell.toml${cell.configuration.includes("\n# fill in") ? ", fill in what its first lines name" : ""}, then:`), code("Command", cell.command),
+    make("p", { class: "soft" }, "With the same measured code that is the same cell. A method from a folder of your own needs ", make("code", {}, "--methods-path FOLDER"), ", too.")));
+  parts.push(pairs("Measured on", Object.entries(cell.environment)));
   return make("div", { class: "cell" }, make("p", { class: "soft" }, `Cell ${cell.id}, seed ${cell.seed}, attempt ${cell.attempt}, measured code ${cell.code}`), ...parts);
 }
 
-function phaseBars(phases) {
-  const most = Math.max(...phases.map(([, seconds]) => seconds));
-  const drawn = make("svg:svg", { viewBox: `0 0 320 ${18 * phases.length}`, class: "bars", role: "img", "aria-label": phases.map(([name, seconds]) => `${name} ${number(seconds)} s`).join(", ") });
-  phases.forEach(([name, seconds], i) => {
-    const y = 18 * i + 13;
-    drawn.append(make("svg:text", { x: 0, y }, name), make("svg:rect", { class: "bar", x: 90, y: y - 10, height: 12, width: Math.max(1, (170 * seconds) / most) }), make("svg:text", { x: 96 + (170 * seconds) / most, y, class: "tick" }, number(seconds)));
-  });
-  return drawn;
-}
+/* Kinds of phases in the order of their colours; names stand beside every lane, so colour alone tells nothing. */
+const KINDS = ["train", "validate", "rank", "load", "cache", "adapt", "warmup", "export", "estimate", "search", "round", "prepare"];
 
-function memoryCurve(curve) {
-  const [width, height] = [320, 120];
-  const [last, most] = [curve[curve.length - 1][0] || 1, Math.max(...curve.map(([, used]) => used)) || 1];
-  const points = curve.map(([time, used]) => `${((time / last) * width).toFixed(1)},${(height - (used / most) * (height - 16)).toFixed(1)}`).join(" ");
-  return make("svg:svg", { viewBox: `0 0 ${width} ${height + 18}`, class: "bars", role: "img", "aria-label": `Memory rises to ${bytes(most)} within ${number(last)} seconds` },
-    make("svg:polygon", { class: "area", points: `0,${height} ${points} ${width},${height}` }), make("svg:polyline", { class: "curve", points }),
-    make("svg:text", { class: "tick", x: 0, y: 11 }, `peak ${bytes(most)}`), make("svg:text", { class: "tick", x: width, y: height + 15, "text-anchor": "end" }, `${number(last)} s`));
+/* A lane with the name of each phase and, on the same time axis above them, the memory curve in bands of their colours. */
+function timeline({ phases, curve }) {
+  const [left, right, top] = [62, 258, curve.length > 1 ? 124 : 0];
+  const kinds = Object.keys(phases);
+  const height = top + 17 * kinds.length;
+  const last = Math.max(...Object.values(phases).flat(2), ...curve.map(([time]) => time)) || 1;
+  const most = Math.max(1, ...curve.map(([, used]) => used));
+  const x = (time) => left + (time / last) * (right - left);
+  const bands = (kind, y, tall) => phases[kind].map(([from, to]) => make("svg:rect", { class: `kind-${KINDS.indexOf(kind) % 7}`, x: x(from), y, width: Math.max(0.8, x(to) - x(from)), height: tall }, make("svg:title", {}, `${kind}, ${number(from)} to ${number(to)} s`)));
+  const spent = (kind) => number(phases[kind].reduce((sum, [from, to]) => sum + to - from, 0));
+  const told = kinds.map((kind) => `${kind} ${spent(kind)} s`).join(", ");
+  const drawn = make("svg:svg", { viewBox: `0 0 320 ${height + 16}`, class: "timeline", role: "img", "aria-label": top ? `Memory rises to ${bytes(most)} within ${number(last)} seconds. Phases: ${told}` : `Phases: ${told}` });
+  if (top) {
+    const points = curve.map(([time, used]) => `${x(time).toFixed(1)},${(top - 6 - (used / most) * (top - 24)).toFixed(1)}`);
+    const under = make("svg:polygon", { points: [`${x(curve[0][0])},${top - 6}`, ...points, `${x(curve[curve.length - 1][0])},${top - 6}`].join(" ") });
+    drawn.append(make("svg:clipPath", { id: "under" }, under), make("svg:g", { class: "bands", "clip-path": "url(#under)" }, ...kinds.flatMap((kind) => bands(kind, 0, top))),
+      make("svg:polyline", { class: "curve", points: points.join(" ") }), make("svg:text", { class: "tick", x: left, y: 11 }, `memory, peak ${bytes(most)}`));
+  }
+  kinds.forEach((kind, i) => {
+    const y = top + 17 * i;
+    drawn.append(make("svg:line", { class: "grid", x1: left, x2: right, y1: y + 8, y2: y + 8 }), make("svg:text", { x: 0, y: y + 12 }, kind), ...bands(kind, y + 2, 12), make("svg:text", { class: "tick", x: right + 6, y: y + 12 }, `${spent(kind)} s`));
+  });
+  drawn.append(make("svg:text", { class: "tick", x: left, y: height + 12 }, "0"), make("svg:text", { class: "tick", x: right, y: height + 12, "text-anchor": "end" }, `${number(last)} s`));
+  return drawn;
 }
 
 /* ---- quality against TPME ---- */
@@ -237,12 +279,12 @@ function drawChart(rows) {
   placeNames(chart, spots, [left, top, width - right, height - bottom], frontBoxes(spots.filter((spot) => spot.row.front)));
 }
 
-/* The raw numbers of a row and its flags. */
+/* The numbers of a row and its flags. */
 function telling(row) {
   const place = known(row.rank) ? `Rank ${row.rank}, TPME ${percent(row)} %` : known(row.bound) ? `TPME ${percent(row)} %` : row.status === "ok" ? "no TPME" : `ended as ${row.status}`;
   return [
-    row.name, place + (row.front ? ", on the Pareto front" : ""), `Recall@10 ${ranged(row, "recall_10")}, NDCG@10 ${ranged(row, "ndcg_10")}`,
-    `T ${number(row.t, 4)} s, P ${number(row.p, 4)} M, M ${usedMemory(row, 4)} (${row.source})`, ...row.notes.map((mark) => `${mark} ${group().footnotes[mark - 1]}`),
+    row.name, place + (known(row.low) ? ` (95 %: ${interval(row, 2)})` : "") + (row.front ? ", on the Pareto front" : ""), `Recall@10 ${ranged(row, "recall_10")}, NDCG@10 ${ranged(row, "ndcg_10")}`,
+    `T ${spread(row.t, row.t_sd, 4)} s, P ${number(row.p, 4)} M, M ${usedMemory(row, 4)} (${row.source})${known(row.e) ? `, E ${energy(row, 4)}` : ""}`, ...footnotes(row).map((text, i) => `${row.notes[i]} ${text}`),
   ].join("\n");
 }
 
@@ -352,6 +394,7 @@ function draw() {
   drawTable(rows);
   const ranked = rows.filter((row) => row.inside).sort((a, b) => a.rank - b.rank);
   say("said", ranked.length ? `K = ${ranked.length} rows; lowest TPME: ${ranked.filter((row) => row.rank === 1).map((row) => row.name).join(", ")}.` : "No row is chosen, so there is no TPME.");
+  byId("no-intervals").hidden = ownChoices() || !one.rows.some((row) => known(row.tpme_low));
   byId("shared").replaceChildren(...one.shared.map((text) => make("p", {}, text)));
   byId("footnotes").replaceChildren(...one.footnotes.map((text, i) => make("p", {}, `${i + 1} ${text}`)));
 }
@@ -360,8 +403,8 @@ function toCsv() {
   const quote = (value) => (/[",\r\n]/.test(value) ? `"${value.replaceAll('"', '""')}"` : value);
   // A spreadsheet runs what starts like a formula.
   const safe = (value) => (!known(value) ? "" : typeof value === "string" ? quote(/^[=+\-@\t\r]/.test(value) ? `'${value}` : value) : String(value));
-  const lines = visible(compute()).map((row) => COLUMNS.map((column) => safe(valueOf(column, row))).join(","));
-  return [COLUMNS.map((column) => column.csv ?? (column.key === "name" ? "method" : column.key)).join(","), ...lines].join("\n") + "\n";
+  const rows = visible(compute()).map(record);
+  return [Object.keys(record(group().rows[0])), ...rows.map((row) => Object.values(row).map(safe))].map((line) => `${line.join(",")}\n`).join("");
 }
 
 function download() {

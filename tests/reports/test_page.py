@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import re
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from tpme.bench.matrix import MatrixFile
+from tpme.bench.launch import prepare_datasets
+from tpme.bench.matrix import MatrixFile, expand
+from tpme.bench.record import EncoderSpec, Reading, cell_id, find_results, read_result
 from tpme.reports.page import matrix_of
 from tpme.reports.report import make_report, write_report
+from tpme.reports.table import to_csv
+from tpme.reports.tables import results
 from tpme.reports.tpme import frame_of, tpme
 
+ROOT = Path(__file__).resolve().parents[2]
 EVIL = "<script>alert(1)</script>"
 
 
@@ -34,6 +43,11 @@ def shown(tab, key: str) -> dict[str, float]:
 
 def names(tab) -> list[str]:
     return tab.eval_on_selector_all("#body tr[data-row]", "rows => rows.map(r => r.dataset.row)")
+
+
+def texts(tab, key: str) -> dict[str, str]:
+    found = "(rows, key) => rows.map(r => [r.dataset.row, r.querySelector(`[data-key=${key}]`).textContent])"
+    return dict(tab.eval_on_selector_all("#body tr[data-row]", found, key))
 
 
 def weights(tab) -> tuple[float, ...]:
@@ -85,6 +99,48 @@ def test_the_front_is_that_of_the_python_code(tab, section):
     assert set(tab.eval_on_selector_all(".point.front", "points => points.map(p => p.dataset.point)")) == expected
 
 
+def test_times_and_memories_have_their_spread_over_seeds(tab, section):
+    table = results(section)
+    place = next(index for index, column in enumerate(table.columns) if column.key == "epoch_time_s")
+    assert texts(tab, "t") == {str(row[0].value): row[place].text for row in table.rows}
+    assert texts(tab, "t")["lora"] == "19.3 ± 0.19"
+    assert texts(tab, "m")["lora"] == "1.62 ± 0.0080 GB"
+    assert texts(tab, "m")["dyt"] == "≥ 2.40 GB"
+
+
+def test_intervals_of_tpme_are_shown_for_the_reports_own_choices_alone(tab, section):
+    bounds = 100 * section.summary[["tpme_low", "tpme_high"]]
+    expected = {str(name): f"{low:.1f}–{high:.1f}" for name, (low, high) in bounds.dropna().iterrows()}
+    none = dict.fromkeys(names(tab), "")
+    assert texts(tab, "low") == none | expected
+    tab.check("input[name=frame][value=report]")  # the same frame by another name
+    assert texts(tab, "low") == none | expected
+    assert tab.is_hidden("#no-intervals")
+    slide(tab, "m", 0.8)
+    assert texts(tab, "low") == none
+    assert tab.is_visible("#no-intervals")
+    tab.click("#reset")
+    assert texts(tab, "low") == none | expected
+    tab.uncheck('input[aria-label="fft is one of the K rows"]')
+    assert texts(tab, "low") == none
+
+
+def test_energy_is_a_column_where_there_is_any(browser, factory, tmp_path):
+    path = factory.write("fft", time=8.0)
+    factory.write("lora", time=5.0)
+    result = read_result(path)
+    joules = Reading(value=48_000.0, source="NVML energy counter")
+    phases = [one.model_copy(update={"energy_j": joules}) if one.kind == "train" else one for one in result.phases]
+    path.write_text(result.model_copy(update={"phases": tuple(phases)}).model_dump_json())
+    write_report([factory.root], tmp_path, formats=("html",))
+    opened = browser.new_page()
+    opened.goto((tmp_path / "index.html").as_uri())
+    assert texts(opened, "e") == {"fft": "12.0 kJ", "lora": "–"}  # 48 kJ over four epochs
+    opened.click("button.open:text-is('fft')")
+    assert "energy_epoch_j\t12000" in opened.inner_text("tr.detail")
+    opened.close()
+
+
 def test_sorting_by_keyboard_and_missing_values_last(tab, section):
     tab.focus("[data-sort=recall_10]")
     tab.keyboard.press("Enter")
@@ -109,10 +165,30 @@ def test_filters(tab):
 def test_a_row_opens_its_cell(tab, section):
     tab.click("button.open:text-is('lora')")
     detail = tab.inner_text("tr.detail")
-    for text in ("Phases", "Memory over time", "builtin:tiny-text", "Test CPU", "tpme run cell.toml --device cpu"):
+    for text in ("Phases and memory over time", "builtin:tiny-text", "Test CPU", "tpme run cell.toml --device cpu"):
         assert text in detail
+    raw = dict(line.split("\t") for line in detail.splitlines() if "\t" in line)
+    for key in ("recall_10", "ndcg_10_high", "epoch_time_s", "epoch_time_s_sd", "memory_bytes", "trainable_millions"):
+        assert float(raw[key]) == pytest.approx(section.summary.loc["lora", key], rel=1e-9), key
+    assert float(raw["tpme_low_percent"]) == pytest.approx(100 * section.summary.loc["lora", "tpme_low"], rel=1e-9)
     assert tab.get_attribute("button.open:text-is('lora')", "aria-expanded") == "true"
     assert tab.is_hidden("#tip")  # the numbers would cover what was opened
+
+
+def test_the_memory_curve_lies_in_bands_of_its_named_phases(tab):
+    tab.click("button.open:text-is('lora')")
+    drawn = (
+        "rects => rects.map(r => [r.querySelector('title').textContent, r.getAttribute('x'), r.getAttribute('class')])"
+    )
+    bands = tab.eval_on_selector_all(".timeline .bands > rect", drawn)
+    assert [title.split(",")[0] for title, *_ in bands] == ["load", "train", "validate", "rank"]
+    assert bands[1][0] == "train, 0.500 to 76.9 s"
+    named = tab.eval_on_selector_all(".timeline > text:not(.tick)", "texts => texts.map(t => t.textContent)")
+    assert named == ["load", "train", "validate", "rank"]
+    assert tab.eval_on_selector_all(".timeline > rect", drawn) == bands  # a lane below each band
+    assert len({colour for *_, colour in bands}) == 4
+    places = [float(x) for _, x, _ in bands]
+    assert all(before < after for before, after in pairwise(places))
 
 
 def test_points_tell_their_numbers_to_mouse_and_keyboard(tab):
@@ -127,6 +203,14 @@ def test_points_tell_their_numbers_to_mouse_and_keyboard(tab):
     assert "the clock was throttled in 3 of 8 epochs" in tab.inner_text("#tip")
     tab.hover("button.open:text-is('dyt')")
     assert "M ≥ 2.400 GB" in tab.inner_text("#tip")
+    tab.mouse.move(0, 0)
+    tab.focus("[data-choose='0']")
+    assert tab.is_hidden("#tip")
+    tab.keyboard.press("Tab")
+    name = tab.evaluate("document.activeElement.textContent")
+    assert tab.inner_text("#tip").startswith(f"{name}\nRank 1, TPME")
+    tab.keyboard.press("Escape")
+    assert tab.is_hidden("#tip")
 
 
 def test_the_address_keeps_the_state(tab, browser):
@@ -167,6 +251,10 @@ def test_groups_are_chosen_and_a_frozen_frame_is_kept(browser, make_factory, tmp
     expected = (100 * report.sections[1].summary["tpme"]).to_dict()
     assert expected["slow"] > 100
     assert shown(opened, "tpme") == pytest.approx(expected, abs=1e-7)
+    assert all(texts(opened, "low").values())
+    opened.check("input[name=frame][value=own]")
+    assert not any(texts(opened, "low").values())
+    opened.check("input[name=frame][value=report]")
     opened.reload()
     assert names(opened) == ["lora", "fft", "slow"]
     opened.close()
@@ -191,6 +279,28 @@ def test_the_visible_table_can_be_downloaded(tab, tmp_path, section):
     assert {row["method"] for row in rows} == {"iisan", "iisan (cached)"}
     for row in rows:
         assert float(row["tpme_percent"]) == pytest.approx(100 * section.summary.loc[row["method"], "tpme"], abs=1e-7)
+
+
+def test_the_download_says_what_the_table_of_results_says(tab, section):
+    with tab.expect_download() as caught:
+        tab.click("#csv")
+    rows = {row["method"]: row for row in csv.DictReader(io.StringIO(Path(caught.value.path()).read_text("utf-8")))}
+    table = list(csv.DictReader(io.StringIO(to_csv(results(section)))))
+    assert set(rows) == {row["method"] for row in table}
+    common = (rows["lora"].keys() & table[0].keys()) - {"footnotes"}
+    assert len(common) > 15
+    for expected in table:
+        for key in common:
+            got, wanted = rows[expected["method"]][key], expected[key].replace("–", "")
+            same = float(got) == pytest.approx(float(wanted), rel=1e-9) if re.match(r"[\d.]", wanted) else got == wanted
+            assert same, (expected["method"], key, got, wanted)
+    assert rows["dyt"]["status"] == "oom"
+    assert float(rows["dyt"]["tpme_lower_bound_percent"]) > 0
+    assert rows["dyt"]["memory_bytes"] == ""
+    assert float(rows["dyt"]["memory_seen_bytes"]) == 2.4e9
+    assert "the allocator asked for 1.5 GB" in rows["dyt"]["footnotes"]
+    assert "; " in rows["dyt"]["footnotes"]
+    assert rows["id"]["footnotes"] == "the clock was throttled in 3 of 8 epochs"
 
 
 def test_names_are_shown_and_never_run(browser, factory, tmp_path):
@@ -253,6 +363,58 @@ def test_the_page_is_small_and_tells_no_paths(written, demo_run):
     assert str(demo_run.parent) not in text
     assert "http://www.w3.org/2000/svg" in text
     assert text.count("http") == text.count("http://www.w3.org/2000/svg") + text.count("http-equiv")
+
+
+def test_phases_of_a_kind_that_follow_each_other_are_one_span(factory, tmp_path):
+    path = factory.write("lora")
+    result = read_result(path)
+    load, train, validate, rank = result.phases
+    parts = [load, load, train, train, validate, train, rank]
+    starts = [sum(one.wall_s for one in parts[:index]) for index in range(len(parts))]
+    phases = tuple(one.model_copy(update={"start_s": at}) for one, at in zip(parts, starts, strict=True))
+    path.write_text(result.model_copy(update={"phases": phases}).model_dump_json())
+    write_report([factory.root], tmp_path, formats=("html",))
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    [found] = re.findall(r'<script type="application/json" id="data">(.*)</script>', page)
+    assert json.loads(found)["groups"][0]["rows"][0]["cell"]["phases"] == {
+        "load": [[0, 1]],
+        "train": [[1, 81], [83, 123]],
+        "validate": [[81, 83]],
+        "rank": [[123, 123.4]],
+    }
+
+
+def test_the_command_of_a_page_repeats_every_cell_of_the_demo(tmp_path):
+    """What the page says of a cell, run as it stands, is that very cell: nothing is left to fill in."""
+    prepared = {}
+    records = [read_result(path) for path in find_results([ROOT / "results" / "demo"])]
+    assert records
+    for result in records:
+        text = matrix_of(result.cell)
+        assert "fill in" not in text
+        matrix = MatrixFile.model_validate(tomllib.loads(text))
+        prepared = prepared or prepare_datasets(matrix, tmp_path, Console(file=io.StringIO()))
+        datasets = {name: dataset for name, (_, dataset) in prepared.items()}
+        [cell] = expand(matrix, datasets, device=result.cell.device)
+        assert cell_id(cell, result.code_version) == result.cell_id, cell.label
+
+
+def test_the_configuration_says_what_is_to_be_filled_in(factory):
+    here = EncoderSpec(source="/disk/models/own/bert")
+    text = matrix_of(factory.cell(text_encoder=here))
+    assert "/disk" not in text
+    assert [line.split(",")[0] for line in text.splitlines() if line.startswith("# ")] == [
+        '# data: "demo"',
+        "# fill in: path",
+        "# fill in: source",
+    ]
+
+
+def test_the_documentation_gives_the_size_of_script_and_style():
+    assets = ROOT / "reports" / "assets"
+    size = sum((assets / name).stat().st_size for name in ("page.js", "page.css"))
+    [told] = re.findall(r"(\d+) kB of script and\s+style", (ROOT / "docs" / "reports.md").read_text(encoding="utf-8"))
+    assert int(told) == round(size / 1000)
 
 
 def test_the_configuration_of_a_cell_is_a_matrix(factory):
