@@ -18,7 +18,8 @@ from tpme.reports import fields
 from tpme.reports.fields import QUALITY_DIGITS, byte_unit, table_of
 from tpme.reports.report import make_report
 from tpme.reports.section import Section
-from tpme.reports.table import Column, Entry, Table, number, plain, to_terminal
+from tpme.reports.table import Column, Entry, Table, number, plain
+from tpme.reports.terminal import to_terminal
 
 BYTES = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 SECONDS = {"ms": 1e-3, "s": 1, "min": 60, "h": 3600}
@@ -291,18 +292,7 @@ def choose_command(
         console = Console()
         for choice in choices:
             if choice.qualifying:
-                _show(qualifying_table(choice, limits), console)
+                console.print(to_terminal(qualifying_table(choice, limits), console.width), "")
             if choice.rejected:
-                _show(rejected_table(choice, limits), console)
+                console.print(to_terminal(rejected_table(choice, limits), console.width), "")
     return 0 if any(choice.qualifying for choice in choices) else 1
-
-
-def _show(table: Table, console: Console) -> None:
-    """Title and notes over the whole width: those of a narrow table would be as narrow as it is."""
-    drawn = to_terminal(table, console.width)
-    above, below = drawn.title, drawn.caption
-    drawn.title = drawn.caption = None
-    for column in drawn.columns if table.name == "rejected" else ():
-        column.vertical = "top"  # a name beside the first line of its reasons
-    for part in (above, drawn, below, ""):
-        console.print(part)

@@ -21,8 +21,9 @@ from tpme.reports.load import read, to_frame
 from tpme.reports.page import page
 from tpme.reports.plots import makers
 from tpme.reports.section import Section, check_rows, make_section
-from tpme.reports.table import Table, escape_markdown, to_csv, to_json, to_latex, to_markdown, to_terminal
+from tpme.reports.table import Table, escape_markdown, to_csv, to_json, to_latex, to_markdown
 from tpme.reports.tables import all_tables, results
+from tpme.reports.terminal import to_terminal
 from tpme.reports.tpme import DEFAULT, Frame, Weights, read_frames, write_frames
 from tpme.reports.trials import names, split
 

@@ -1,4 +1,4 @@
-"""A table as data, and the formats it can be written in: terminal, Markdown, CSV, LaTeX and JSON.
+"""A table as data, and the formats it can be written in: Markdown, CSV, LaTeX and JSON (``terminal`` prints it).
 
 Texts may come from configurations and plug-ins, so every renderer escapes them for its own format. People read
 ``Entry.text``; programs read ``Entry.value`` (CSV, JSON), which is never rounded for looks.
@@ -15,15 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import rich.box
-import rich.table
-from rich.text import Text
-
 Value = str | int | float | None
 
 MISSING = "–"
-LONGEST_WORD = 12
-"""Characters of a name that a terminal does not break within a word."""
 ARROWS = {"higher": " ↑", "lower": " ↓", None: ""}
 
 
@@ -107,52 +101,6 @@ def number(value: float | None, digits: int = 3) -> str:
     if not -4 <= size < 9:
         return f"{value:.{digits - 1}e}"
     return f"{value:.{max(0, digits - 1 - size)}f}"
-
-
-# --- terminal ------------------------------------------------------------------------------------------------
-
-
-def to_terminal(table: Table, width: int = 120) -> rich.table.Table:
-    """A rich table whose caption holds notes and footnotes.
-
-    Where ``width`` is too narrow, shorter texts are used and the columns that are ``wide_only`` left out.
-    """
-    notes = [*table.notes, *table.warnings, *(f"{mark}  {text}" for mark, text in table.used_footnotes)]
-    short = _natural_width(table) > width
-    drawn = rich.table.Table(
-        title=Text(table.caption), title_justify="left", caption=Text("\n".join(notes)), caption_justify="left",
-        box=rich.box.SIMPLE_HEAD, padding=(0, 0, 0, 0 if short else 1), pad_edge=False,
-    )  # fmt: skip
-    columns = [index for index in table.shown if not (short and table.columns[index].wide_only)]
-    for index in columns:
-        column = table.columns[index]
-        texts = [_terminal_entry(row[index], short) for row in table.rows]
-        # Names may be broken between words, long ones anywhere; numbers nowhere, headers between words.
-        words = [len(word) for text in (column.title, *map(str, texts)) for word in text.split()]
-        words = [*words, *map(len, texts)] if column.numeric else [min(max(words), LONGEST_WORD)]
-        drawn.add_column(
-            Text(column.title), justify="right" if column.numeric else "left", overflow="fold", vertical="bottom",
-            min_width=max(words),
-        )  # fmt: skip
-    for row in table.rows:
-        drawn.add_row(*(_terminal_entry(row[index], short) for index in columns))
-    return drawn
-
-
-def _natural_width(table: Table) -> int:
-    """Characters of a line when nothing is wrapped."""
-    longest = [
-        max([len(table.columns[index].title), *(len(_terminal_entry(row[index], False)) for row in table.rows)])
-        for index in table.shown
-    ]
-    return sum(longest) + len(longest)
-
-
-def _terminal_entry(entry: Entry, short: bool) -> Text:
-    text = Text(entry.short if short and entry.short is not None else entry.text, style="bold" if entry.best else "")
-    if entry.marks:
-        text.append(" " + ",".join(map(str, entry.marks)), style="dim")
-    return text
 
 
 # --- Markdown ------------------------------------------------------------------------------------------------

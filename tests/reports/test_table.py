@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
-from rich.console import Console
 
 from tpme.reports.table import (
     MISSING,
@@ -24,7 +23,6 @@ from tpme.reports.table import (
     to_json,
     to_latex,
     to_markdown,
-    to_terminal,
 )
 
 NASTY = [
@@ -125,32 +123,6 @@ def test_missing_values_are_empty_and_null():
     one = Table("t", "t", (Column("a"), Column("b")), ((Entry(MISSING), Entry("", float("nan"))),))
     assert to_csv(one) == "a,b\n,\n"
     assert json.loads(to_json(one))["rows"] == [{"a": None, "b": None, "footnotes": []}]
-
-
-@pytest.mark.parametrize(("width", "shown", "hidden"), [(120, "0.5 ± 0.1", None), (24, "0.5", "±")])
-def test_terminal_prints_names_as_they_are_and_fits(width, shown, hidden):
-    console = Console(width=width, record=True, file=io.StringIO(), color_system=None)
-    console.print(to_terminal(table(["[red]markup[/]", "plain"]), width))
-    text = console.export_text()
-    assert shown in text
-    assert hidden is None or hidden not in text
-    assert "second: <i>" in text
-    assert "unused" not in text
-    if width == 120:
-        assert "[red]markup[/]" in text
-    assert max(map(len, text.splitlines())) <= width
-
-
-@pytest.mark.parametrize(("width", "there"), [(60, True), (24, False)])
-def test_a_narrow_terminal_leaves_out_columns_before_it_breaks_names(width, there):
-    columns = (Column("method", "Method", numeric=False), Column("seeds", "Seeds", wide_only=True), Column("x", "X"))
-    one = Table("t", "t", columns, ((Entry("popularity"), Entry("17 of 20"), Entry("12.5 ± 0.1")),))
-    console = Console(width=width, record=True, file=io.StringIO(), color_system=None)
-    console.print(to_terminal(one, width))
-    text = console.export_text()
-    assert ("17 of 20" in text) is there
-    assert "popularity" in text
-    assert "12.5" in text
 
 
 @pytest.mark.parametrize(
