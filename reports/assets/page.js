@@ -131,8 +131,8 @@ const COLUMNS = [
   { key: "low", title: "95\u00a0%", num: true, text: (row) => interval(row, 1), needs: "tpme_low" },
   { key: "recall_10", title: "Recall@10 ↑", num: true, better: 1, text: (row) => ranged(row, "recall_10") },
   { key: "ndcg_10", title: "NDCG@10 ↑", num: true, better: 1, text: (row) => ranged(row, "ndcg_10") },
-  { key: "t", title: "T (s)\u00a0↓", num: true, better: -1, text: (row) => spread(row.t, row.t_sd) },
-  { key: "p", title: "P (M)\u00a0↓", num: true, better: -1, text: (row) => (known(row.p) ? (row.p >= 1e-3 ? row.p.toFixed(3) : number(row.p, 2)) : "–") },
+  { key: "t", title: "T\u00a0(s)\u00a0↓", num: true, better: -1, text: (row) => spread(row.t, row.t_sd) },
+  { key: "p", title: "P\u00a0(M)\u00a0↓", num: true, better: -1, text: (row) => (known(row.p) ? (row.p >= 1e-3 ? row.p.toFixed(3) : number(row.p, 2)) : "–") },
   { key: "m", title: "M ↓", num: true, better: -1, text: (row) => usedMemory(row) },
   { key: "e", title: "E ↓", num: true, better: -1, text: (row) => energy(row), needs: "e" },
   { key: "seeds", title: "Seeds", num: true, text: (row) => String(row.seeds) },
@@ -347,7 +347,8 @@ function tip(node, text) {
   drawn.hidden = false;
   const wide = document.documentElement.clientWidth;
   drawn.style.left = `${scrollX + Math.max(4, Math.min(box.right + 8, wide - drawn.offsetWidth - 4))}px`;
-  drawn.style.top = `${scrollY + box.bottom + 6}px`;
+  const [above, below] = [box.top - drawn.offsetHeight - 6, box.bottom + 6];
+  drawn.style.top = `${scrollY + (below + drawn.offsetHeight > innerHeight ? Math.max(4, above) : below)}px`;
 }
 /* A live region that is not touched stays silent. */
 function say(id, text) { if (byId(id).textContent !== text) byId(id).textContent = text; }

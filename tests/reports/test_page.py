@@ -209,6 +209,9 @@ def test_points_tell_their_numbers_to_mouse_and_keyboard(tab):
     tab.keyboard.press("Tab")
     name = tab.evaluate("document.activeElement.textContent")
     assert tab.inner_text("#tip").startswith(f"{name}\nRank 1, TPME")
+    tab.locator("button.open").last.focus()
+    seen = "(b => [b.top >= 0, b.bottom <= innerHeight])(document.querySelector('#tip').getBoundingClientRect())"
+    assert tab.evaluate(seen) == [True, True]
     tab.keyboard.press("Escape")
     assert tab.is_hidden("#tip")
 
