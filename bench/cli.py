@@ -188,6 +188,7 @@ def report_command(
         str | None, typer.Option(help="What to write beside report.md: html,csv,json,tex,png,svg,pdf; by default all.")
     ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes that draw; by default one a core.")] = None,
+    show: Annotated[str, typer.Option(help="Tables to print: results,steps,plan,phases,... or all.")] = "results",
 ) -> None:
     """Turn records into tables, figures and report.md."""
     from rich.console import Console
@@ -195,6 +196,7 @@ def report_command(
     from tpme.bench.workers import available_cores
     from tpme.reports.report import write_report
     from tpme.reports.section import parse_rows
+    from tpme.reports.tables import TABLES
     from tpme.reports.tpme import Weights
 
     single = runs[0] if len(runs) == 1 and runs[0].is_dir() else Path()
@@ -208,11 +210,16 @@ def report_command(
         rows=None if rows is None else parse_rows(rows),
         mix=mix,
         title=title,
-        formats=None if formats is None else [name.strip() for name in formats.split(",") if name.strip()],
+        formats=None if formats is None else _names(formats),
         workers=workers or available_cores(),
+        show=list(TABLES) if show == "all" else _names(show),
         console=console,
     )
     console.print(f"Written to {folder / 'report.md'}", markup=False)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 Share = Annotated[float | None, typer.Option(min=0, max=1, help="Least mean over the test users.")]

@@ -22,7 +22,7 @@ from tpme.reports.page import page
 from tpme.reports.plots import makers
 from tpme.reports.section import Section, check_rows, make_section
 from tpme.reports.table import Table, escape_markdown, to_csv, to_json, to_latex, to_markdown
-from tpme.reports.tables import all_tables, results
+from tpme.reports.tables import TABLES, all_tables
 from tpme.reports.terminal import to_terminal
 from tpme.reports.tpme import DEFAULT, Frame, Weights, read_frames, write_frames
 from tpme.reports.trials import names, split
@@ -102,6 +102,7 @@ def write_report(
     title: str | None = None,
     formats: Sequence[str] | None = None,
     workers: int = 1,
+    show: Sequence[str] = ("results",),
     console: Console | None = None,
 ) -> Report:
     """Write the folder: ``report.md``, ``index.html``, ``tables/`` and ``plots/``; each file is replaced as a whole.
@@ -118,15 +119,17 @@ def write_report(
         formats: of ``FORMATS``, those to write beside ``report.md``; by default all, without figures where there are
             more than ``ROWS_DRAWN`` rows.
         workers: processes that draw figures; a script that asks for several needs ``if __name__ == "__main__":``.
-        console: where the main tables are printed, and what is not drawn or how far drawing is.
+        show: names of the tables that are printed, of ``TABLES``.
+        console: where they are printed, and what is not drawn or how far drawing is.
 
     Raises:
-        UserError: as ``make_report``, and for an unknown format; nothing is written then.
+        UserError: as ``make_report``, and for an unknown format or table; nothing is written then.
     """
     console = console or Console(quiet=True)
-    unknown = sorted(set(formats or ()) - set(FORMATS))
-    if unknown:
-        raise UserError(f"format '{unknown[0]}': choose of {', '.join(FORMATS)}")
+    for what, asked, known in (("format", formats or (), FORMATS), ("table", show, TABLES)):
+        unknown = sorted(set(asked) - set(known))
+        if unknown:
+            raise UserError(f"{what} '{unknown[0]}': choose of {', '.join(known)}")
     if frame is not None and not frame.exists():
         freeze(frame, make_report(paths, weights=weights, rows=rows, mix=mix), console)
     report = make_report(paths, weights=weights, frame=frame, rows=rows, mix=mix, title=title)
@@ -146,7 +149,7 @@ def write_report(
     if "html" in formats:
         write_atomically(out / "index.html", page(report.title, report.sections, weights).encode())
     write_atomically(out / "report.md", _markdown(report, tables, plots, formats).encode())
-    show(report, console)
+    _print(tables, show, console)
     return report
 
 
@@ -158,11 +161,17 @@ def freeze(frame: Path, report: Report, console: Console) -> None:
     console.print(f"{frame}: was not there; holds the frame of these records now", markup=False, soft_wrap=True)
 
 
-def show(report: Report, console: Console) -> None:
-    """Print the results, section by section; how a cell failed stands in the footnotes."""
-    for section in report.sections:
-        console.print(to_terminal(results(section), console.width))
-        console.print()
+def _print(tables: Sequence[Sequence[Table]], names: Sequence[str], console: Console) -> None:
+    """Print the tables of these names, section by section; notes that several share stand under the first."""
+    for of_section in tables:
+        told: set[str] = set()
+        for table in of_section:
+            if table.name in names:
+                console.print(to_terminal(table, console.width, told), "")
+                told |= {*table.warnings, *(text for _, text in table.used_footnotes)}
+    for name in names:
+        if not any(table.name == name for of_section in tables for table in of_section):
+            console.print(f"{name}: nothing in these records")
 
 
 def _by_default(report: Report, console: Console) -> Sequence[str]:

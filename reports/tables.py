@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
 import pandas as pd
@@ -28,10 +28,7 @@ STEP_PARTS = {"data_wait_s": "Data wait", "forward_s": "FP", "backward_s": "BP",
 
 def all_tables(section: Section) -> list[Table]:
     """Every table that has something to say, results first."""
-    made = [results(section), differences(section), cutoffs(section), warm_and_cold(section), costs(section)]
-    made += [steps(section), planned(section), phases(section), paper(section)]
-    made += [learning_rates(section), failures(section), environment(section)]
-    return [table for table in made if table.rows]
+    return [table for table in (make(section) for make in TABLES.values()) if table.rows]
 
 
 def results(section: Section) -> Table:
@@ -233,6 +230,23 @@ def failures(section: Section) -> Table:
         Column("message", "What happened", numeric=False),
     )
     return Table("failures", "What did not finish", columns, tuple(lines), subject=section.name)
+
+
+TABLES: dict[str, Callable[[Section], Table]] = {
+    "results": results,
+    "differences": differences,
+    "cutoffs": cutoffs,
+    "warm-cold": warm_and_cold,
+    "costs": costs,
+    "steps": steps,
+    "plan": planned,
+    "phases": phases,
+    "paper": paper,
+    "lr": learning_rates,
+    "failures": failures,
+    "environment": environment,
+}
+"""What makes each table, by the table's name, in the order in which they are shown."""
 
 
 # --- which rows and cells ------------------------------------------------------------------------------------

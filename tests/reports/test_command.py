@@ -37,6 +37,7 @@ def test_the_command_writes_beside_the_run_and_prints_the_table(factory, monkeyp
         (["--rows", "fft,lorra"], "did you mean 'lora'"),
         (["--frame", "/dev/null"], "/dev/null: not a readable frame"),
         (["--formats", "html,jpeg"], "format 'jpeg'"),
+        (["--show", "results,fases"], "table 'fases': choose of results, differences, "),
     ],
 )
 def test_bad_options_are_one_line(factory, monkeypatch, capsys, arguments, said):
@@ -48,6 +49,23 @@ def test_bad_options_are_one_line(factory, monkeypatch, capsys, arguments, said)
     assert told.count("\n") == 1
     assert said in told
     assert not (factory.root / "report").exists()
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_any_table_is_printed(demo_run, tmp_path, monkeypatch, capsys, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    arguments = (demo_run, "--out", tmp_path, "--formats", "json", "--show")
+    assert run(monkeypatch, *arguments, "all") == 0
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines()[:-1])) <= width
+    titles = [json.loads(path.read_text())["title"] for path in (tmp_path / "tables").iterdir()]
+    assert all(f"\n{title}" in f"\n{printed}" for title in titles)
+    assert printed.count("CPU run: memory is") <= 1 <= printed.count("the clock was throttled")
+    assert "paper: nothing in these records" in printed
+    assert run(monkeypatch, *arguments, "phases, lr") == 0
+    printed = capsys.readouterr().out
+    shown = {title.split(" (")[0] for title in titles if f"\n{title}" in f"\n{printed}"}
+    assert shown == {"Learning rates", "Where the time goes"}
 
 
 def test_the_frame_is_kept_where_it_is_not_there(factory, monkeypatch, capsys):
