@@ -1,13 +1,13 @@
 """The baseline: the same work done as the reference implementation does it (IISAN's release), written anew.
 
 Every slot is encoded, padding included; the loss loops over users and positions; evaluation sorts the whole catalogue
-once a user; cached states are one file an item and modality, with all 13 hidden states in it. Nothing is slowed down on
-purpose. The format of those files is the one whose time a file is nearest to the printed one (``FORMATS``).
+once a user; cached states are one file an item and modality, a tensor of all 13 hidden states in float32. Nothing is
+slowed down on purpose.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +45,7 @@ def loss(ids: Tensor, log_p: Tensor, vectors: Tensor, users: Tensor) -> Tensor:
             row |= own
             row[target] = False
     logits = logits.masked_fill(masked, MASKED).flatten(0, 1)
-    labels = (torch.arange(b)[:, None] * slots + torch.arange(1, slots)).flatten()
+    labels = _labels(ids)
     valid = ids[:, :-1].flatten() > 0
     return functional.cross_entropy(logits[valid], labels[valid])
 
@@ -56,11 +56,17 @@ def vectorised_loss(ids: Tensor, log_p: Tensor, vectors: Tensor, users: Tensor) 
     logits = users @ vectors.T - log_p
     flat = ids.flatten()
     masked = ((ids[:, :, None] == flat).any(dim=1) | (flat == 0))[:, None].repeat(1, slots - 1, 1)
-    labels = torch.arange(b)[:, None] * slots + torch.arange(1, slots)
-    masked.scatter_(2, labels[:, :, None], False)
+    labels = _labels(ids)
+    masked.scatter_(2, labels.view(b, -1, 1), False)
     valid = (ids[:, :-1] > 0).flatten()
     logits = logits.masked_fill(masked, MASKED).flatten(0, 1)
-    return functional.cross_entropy(logits[valid], labels.flatten()[valid])
+    return functional.cross_entropy(logits[valid], labels[valid])
+
+
+def _labels(ids: Tensor) -> Tensor:
+    """Columns of the slots after the inputs of ids (B, S): (B L,)."""
+    b, slots = ids.shape
+    return (torch.arange(b, device=ids.device)[:, None] * slots + torch.arange(1, slots, device=ids.device)).flatten()
 
 
 @torch.no_grad()
@@ -116,39 +122,16 @@ def _loss_of(model: Recommender, vectors: Tensor, ids: Tensor, log_p: Tensor) ->
     return loss(ids, log_p, vectors, model.user_vectors(sequences, ids[:, :-1] > 0))
 
 
-def _save_npz(path: Path, states: Tensor) -> None:
-    with path.open("wb") as file:  # given a path, it would add an ending
-        np.savez(file, states=states.numpy())
-
-
-def _save_npy(path: Path, states: Tensor) -> None:
-    with path.open("wb") as file:
-        np.save(file, states.numpy())
-
-
-FORMATS: dict[str, tuple[Callable[[Path, Tensor], object], Callable[[Path], Tensor]]] = {
-    "npy": (_save_npy, lambda path: torch.from_numpy(np.load(path))),
-    "npz": (_save_npz, lambda path: torch.from_numpy(np.load(path)["states"])),
-    "tensor": (lambda path, states: torch.save(states, path), lambda path: torch.load(path)),
-    "list of tensors": (
-        lambda path, states: torch.save([state.clone() for state in states], path),
-        lambda path: torch.stack(torch.load(path)),
-    ),
-}
-"""How a file of states may be written and read; which one the reference has is not known, what it takes is."""
-
-
 class StateFiles:
     """Cached states as one file an item and modality, (13, D) float32 each; every second one is used.
 
     Args:
-        folder: for the files. states: (N+1, 7, D) by modality. kind: one of ``FORMATS``.
+        folder: for the files. states: (N+1, 7, D) by modality.
     """
 
-    def __init__(self, folder: Path, states: Mapping[Modality, Tensor], kind: str) -> None:
+    def __init__(self, folder: Path, states: Mapping[Modality, Tensor]) -> None:
         self.folder, self.states = folder, states
         self.width = next(iter(states.values())).shape[-1]
-        self.save, self.load = FORMATS[kind]
 
     def write(self, ids: NDArray[np.int64]) -> None:
         """Write the states of items ``ids``."""
@@ -156,14 +139,14 @@ class StateFiles:
             for item in ids:
                 full = torch.zeros(STATES, self.width)
                 full[::2] = table[item]
-                self.save(self._path(modality, item), full)
+                torch.save(full, self._path(modality, item))
 
     def read(self, ids: Tensor) -> dict[Modality, Tensor]:
         """States (B S, 13, D) of all slots; zeros for padding."""
         flat = ids.flatten().tolist()
         nothing = torch.zeros(STATES, self.width)
         return {
-            modality: torch.stack([self.load(self._path(modality, item)) if item else nothing for item in flat])
+            modality: torch.stack([torch.load(self._path(modality, item)) if item else nothing for item in flat])
             for modality in self.states
         }
 

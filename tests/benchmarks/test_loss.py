@@ -19,17 +19,19 @@ PRINTED_S = 0.0088 + 0.0067
 DIM = 64
 
 
-def both(users_per_batch: int, data: Dataset, looped: ModuleType) -> tuple[list[Callable[[], tuple[Tensor, ...]]], Any]:
+def both(
+    users_per_batch: int, data: Dataset, looped: ModuleType, device: torch.device
+) -> tuple[list[Callable[[], tuple[Tensor, ...]]], Any]:
     """Loss and gradients of one batch: looped, vectorised, and the suite's. Item vectors start equal by item."""
     torch.manual_seed(0)
     slots = data.train_slots[:users_per_batch]
     log_p = log_popularity(data)
-    batch = build_batch(slots, log_p, ItemStore(data), "suite")
-    distinct = torch.randn(len(batch.items), DIM, requires_grad=True)
-    users = torch.randn(*slots[:, :-1].shape, DIM, requires_grad=True)
-    ids = torch.from_numpy(slots.astype("int64"))
-    slot_log_p = torch.from_numpy(log_p)[ids.flatten()]
-    padded = torch.zeros(ids.numel(), DIM)
+    batch = build_batch(slots, log_p, ItemStore(data), "suite").to(device)
+    distinct = torch.randn(len(batch.items), DIM, device=device, requires_grad=True)
+    users = torch.randn(*slots[:, :-1].shape, DIM, device=device, requires_grad=True)
+    ids = torch.from_numpy(slots.astype("int64")).to(device)
+    slot_log_p = torch.from_numpy(log_p).to(device)[ids.flatten()]
+    padded = torch.zeros(ids.numel(), DIM, device=device)
     real = ids.flatten() > 0
     padded[real] = distinct.detach()[batch.slot.flatten()[real]]
     padded.requires_grad_()
@@ -48,9 +50,14 @@ def both(users_per_batch: int, data: Dataset, looped: ModuleType) -> tuple[list[
 
 @pytest.mark.parametrize("users", [64, 512])
 def test_the_loss_without_a_loop(
-    users: int, scientific: Dataset, looped: ModuleType, compare: Any, against_print: Any
+    users: int,
+    scientific: Dataset,
+    looped: ModuleType,
+    compare: Any,
+    printed: Any,
+    device: torch.device,
 ) -> None:
-    works, (batch, real) = both(users, scientific, looped)
+    works, (batch, real) = both(users, scientific, looped, device)
     value, slot_grad, user_grad = works[0]()
     ours, item_grad, our_user_grad = works[2]()
     by_item = torch.zeros_like(item_grad).index_add(0, batch.slot.flatten()[real], slot_grad[real])
@@ -58,8 +65,10 @@ def test_the_loss_without_a_loop(
     assert torch.allclose(by_item, item_grad, atol=1e-5)
     assert torch.allclose(user_grad, our_user_grad, atol=1e-6)
     assert torch.allclose(works[1]()[0], value, atol=1e-5)
-
-    found = compare(f"loss, batch {users}", works[0], works[2], rounds=10 if users == 64 else 3)
-    if users == 64:
-        against_print(found.slow_s, PRINTED_S)
-    assert found.ratio >= 5
+    compare(
+        f"loss, forward and backward, batch {users}",
+        works[0],
+        works[2],
+        20 if device.type == "cuda" else 5,
+        printed=printed(PRINTED_S) if users == 64 else None,
+    )

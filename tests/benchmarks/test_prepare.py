@@ -1,6 +1,6 @@
 """Preparing a catalogue with images: on all cores, streaming, in memory that does not grow with the catalogue.
 
-Two thousand items by default; ``TPME_BENCH_ITEMS=20000 pytest tests/benchmarks/test_prepare.py`` takes Scientific's
+Three thousand items by default; ``TPME_BENCH_ITEMS=20000 pytest tests/benchmarks/test_prepare.py`` takes Scientific's
 number.
 """
 
@@ -23,7 +23,7 @@ from tpme.bench.task.prepare import prepare
 from tpme.bench.task.sources.iisan import read_iisan
 from tpme.bench.workers import available_cores
 
-ITEMS = int(os.environ.get("TPME_BENCH_ITEMS", "2000"))
+ITEMS = int(os.environ.get("TPME_BENCH_ITEMS", "3000"))
 FEW = 400
 SIDE, PHOTO = 224, 500
 DISTINCT = 100
@@ -80,15 +80,16 @@ def test_images_on_all_cores(source: Path, compare: Any, tmp_path: Path) -> None
     if cores == 1:
         pytest.skip("needs more than one core")
     plain = tmp_path / "plain.npy"
-    found = compare(f"preparing {ITEMS:,} items and images", lambda: one_process(source, plain), ours, rounds=1)
+    least = 1 + 0.4 * (cores - 1)
+    name = f"preparing {ITEMS:,} items and images, {available_cores()} cores"
+    compare(name, lambda: one_process(source, plain), ours, least, rounds=2 if ITEMS <= 4000 else 1)
     prepared = Dataset.open(tmp_path / "data").images
     assert prepared is not None
     assert np.array_equal(np.load(plain, mmap_mode="r"), prepared)
-    assert found.ratio >= 1 + 0.4 * (cores - 1)
 
 
 def test_memory_does_not_grow_with_the_items(
-    source: Path, benchmark: Any, say: Callable[[str], None], tmp_path: Path
+    source: Path, benchmark: Any, say: Callable[[str], None], note: Callable[..., None], tmp_path: Path
 ) -> None:
     few = release(tmp_path / "few", FEW)
     before = peaks(few, tmp_path / "data-few")
@@ -97,8 +98,13 @@ def test_memory_does_not_grow_with_the_items(
             ((FEW, before), (ITEMS, after))]  # fmt: skip
     images = (ITEMS - FEW) * 3 * SIDE**2
     say(f"peak of preparing, parent + largest worker: {', '.join(told)}; {images / 2**20:.0f} MiB more images")
-    for least, most in zip(before, after, strict=True):
-        assert most - least <= 0.1 * images
+    more = [most - least for least, most in zip(before, after, strict=True)]
+    note(
+        f"memory of preparing {images / 2**20:.0f} MiB more images, a process",
+        "a tenth of them",
+        f"{max(more) / 2**20:.0f} MiB",
+    )
+    assert max(more) <= 0.1 * images
 
 
 def peaks(source: Path, destination: Path) -> list[int]:

@@ -1,8 +1,13 @@
-"""A training step of every method that runs the encoders: distinct items against padded slots."""
+"""A training step of every method that runs the encoders: distinct items against padded slots.
+
+IISAN also keeps nothing of its encoders but the states that it reads.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -58,14 +63,14 @@ def encoders(depth: int = DEPTH) -> dict[Any, EncoderView]:
     return {"text": EncoderView(text, "text"), "image": EncoderView(image, "image")}
 
 
-def adapted(name: str, data: Dataset) -> tuple[Method, Recommender]:
+def adapted(name: str, data: Dataset, device: torch.device) -> tuple[Method, Recommender]:
     method, views = create(name, {}), encoders()
     torch.manual_seed(1)
     task = TaskShape(DIM, data.manifest.items, {modality: view.shape for modality, view in views.items()})
     sequence = SequentialEncoder(DIM, 10, 2, 2, dropout=0.0)
     model = Recommender(views, method.item_encoder(task), sequence, decoupled=method.decoupled)
     method.adapt(model, Plan(1, 1, data.popularity))
-    return method, model.train()
+    return method, model.train().to(device)
 
 
 @pytest.fixture(scope="module")
@@ -75,87 +80,89 @@ def store(scientific: Dataset, shared: Callable[..., Path], tmp_path_factory: py
     return ItemStore(Pictures(scientific), tokens=tokens, images=True)  # type: ignore[arg-type]
 
 
-def inputs(data: Dataset, store: ItemStore) -> tuple[Batch, Items, Tensor, Tensor]:
+def inputs(data: Dataset, store: ItemStore, device: torch.device) -> tuple[Batch, Items, Tensor, Tensor]:
     """One batch both ways: the suite's, and all slots with their ids (B, S) and log popularity (B S,)."""
     slots, log_p = data.train_slots[:USERS], log_popularity(data)
     ids = slots.astype(np.int64)
     return (
-        build_batch(slots, log_p, store, "suite"),
-        store.gather(ids.flatten()),
-        torch.from_numpy(ids),
-        torch.from_numpy(log_p)[torch.from_numpy(ids).flatten()],
+        build_batch(slots, log_p, store, "suite").to(device),
+        store.gather(ids.flatten()).to(device),
+        torch.from_numpy(ids).to(device),
+        torch.from_numpy(log_p)[torch.from_numpy(ids).flatten()].to(device),
     )
 
 
-def steps(name: str, data: Dataset, store: ItemStore, looped: ModuleType) -> tuple[Any, Any, Any]:
-    """A whole training step of both sides, and what the losses of both are before any."""
-    batch, slots, ids, log_p = inputs(data, store)
-    sides = []
+@dataclass(frozen=True)
+class Side:
+    """One way to do a training step: its loss with the graph, the model, and its optimiser."""
+
+    forward: Callable[[], Tensor]
+    model: Recommender
+    optimizer: torch.optim.Optimizer
+
+    def step(self) -> float:
+        """A whole training step; returns the loss before it."""
+        loss = self.forward()
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(loss.detach())
+
+    def peak_bytes(self) -> int:
+        """Most memory alive at one time in forward and backward pass, the model's own apart."""
+        with Tracker([*self.model.parameters(), *self.model.buffers()]) as tracker:
+            held = tracker.peak_bytes
+            with tracker.saving():
+                loss = self.forward()
+            loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.zero_grad()
+        return tracker.peak_bytes - held
+
+
+def sides(name: str, data: Dataset, store: ItemStore, looped: ModuleType, device: torch.device) -> tuple[Side, Side]:
+    """Padded slots and distinct items, on equal weights."""
+    batch, slots, ids, log_p = inputs(data, store, device)
+    found = []
     for padded in (True, False):
-        method, model = adapted(name, data)
+        method, model = adapted(name, data, device)
         optimizer = method.optimizer(method.param_groups(model, LearningRates()), fused=not padded)
-
-        def forward(method: Method = method, model: Recommender = model, padded: bool = padded) -> Tensor:
-            if padded:
-                return looped.padded_step(model, slots, ids, log_p)
-            return total_loss(method, model, batch)
-
-        def step(forward: Any = forward, optimizer: torch.optim.Optimizer = optimizer) -> float:
-            loss = forward()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            return float(loss.detach())
-
-        sides.append((forward, step, model))
-    return sides[0], sides[1], batch
+        forward = (
+            partial(looped.padded_step, model, slots, ids, log_p)
+            if padded
+            else partial(total_loss, method, model, batch)
+        )
+        found.append(Side(forward, model, optimizer))
+    return found[0], found[1]
 
 
-def saved_bytes(forward: Callable[[], Tensor], model: Recommender) -> int:
-    """What a forward pass keeps for the backward pass."""
-    tracker = Tracker(model.parameters())
-    with tracker, tracker.saving():
-        loss = forward()
-        kept = tracker.saved_bytes()
-    del loss
-    return kept
-
-
-@pytest.mark.parametrize("name", ADAPTING)
+@pytest.mark.parametrize("name", [*ADAPTING, "iisan"])
 def test_distinct_items_instead_of_padded_slots(
     name: str,
     scientific: Dataset,
     store: ItemStore,
     looped: ModuleType,
     compare: Any,
+    printed: Any,
+    note: Callable[..., None],
     say: Callable[[str], None],
-    against_print: Any,
+    device: torch.device,
 ) -> None:
-    (slow_forward, slow, slow_model), (fast_forward, fast, fast_model), batch = steps(name, scientific, store, looped)
-    memory = saved_bytes(fast_forward, fast_model) / saved_bytes(slow_forward, slow_model)
-    say(f"{name}: {len(batch.items)} of {USERS * 11} slots are unique; kept for backward: {memory:.2f} of the padded")
-    assert slow() == pytest.approx(fast(), rel=1e-4)
-    assert slow() == pytest.approx(fast(), rel=1e-3)  # the updates were equal, too
+    slow, fast = sides(name, scientific, store, looped, device)
+    memory = fast.peak_bytes() / slow.peak_bytes()
+    say(f"{name}: peak activation memory {memory:.2f} of the padded")
+    assert slow.step() == pytest.approx(fast.step(), rel=1e-4)
+    assert slow.step() == pytest.approx(fast.step(), rel=1e-3)  # the updates were equal, too
 
-    found = compare(f"step, {name}", slow, fast, rounds=2)
-    if name in PRINTED_S:
-        against_print(found.slow_s, PRINTED_S[name])
+    known = printed(PRINTED_S[name]) if name in PRINTED_S else None
+    compare(f"training step, {name}", slow.step, fast.step, 2, printed=known)
+    note(f"peak activation memory, {name}", "0.5x", f"{memory:.2f}x")
     assert memory <= 0.5
-    assert found.ratio >= 2
-
-
-def test_iisan_keeps_only_what_it_reads(
-    scientific: Dataset, store: ItemStore, looped: ModuleType, compare: Any, against_print: Any
-) -> None:
-    (_, slow, _), (_, fast, _), _ = steps("iisan", scientific, store, looped)
-    assert slow() == pytest.approx(fast(), rel=1e-4)
-    found = compare("step, iisan uncached", slow, fast, rounds=2)
-    against_print(found.slow_s, PRINTED_S["iisan"])
-    assert found.ratio >= 2
 
 
 @torch.no_grad()
-def test_the_encoders_part_of_iisan_does_not_grow_with_depth(benchmark: Any, say: Callable[[str], None]) -> None:
+def test_the_encoders_part_of_iisan_does_not_grow_with_depth(
+    benchmark: Any, say: Callable[[str], None], note: Callable[..., None]
+) -> None:
     peaks = {}
     image = torch.zeros(8, 3, SIDE, SIDE, dtype=torch.uint8)
     for depth in (2, 8):
@@ -167,4 +174,5 @@ def test_the_encoders_part_of_iisan_does_not_grow_with_depth(benchmark: Any, say
         peaks[depth] = tracker.peak_bytes - before
     benchmark.pedantic(view.encode, (Reads((0, 8)),), {"image": image}, rounds=1)
     say(f"peak of encoding 8 images: {peaks[2] / 2**20:.1f} MiB with 2 layers, {peaks[8] / 2**20:.1f} MiB with 8")
+    note("IISAN, peak of its encoders, 8 layers against 2", "1x", f"{peaks[8] / peaks[2]:.2f}x")
     assert peaks[8] <= 1.05 * peaks[2]
