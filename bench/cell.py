@@ -48,7 +48,7 @@ from tpme.bench.record import (
 from tpme.bench.task.batches import ItemStore, States
 from tpme.bench.task.dataset import Dataset
 from tpme.bench.task.encoders import encoder_shape, image_size, load_encoder
-from tpme.bench.task.features import FeatureJob, planned_bytes
+from tpme.bench.task.features import PLACES, FeatureJob, planned_bytes
 from tpme.bench.task.items import EncoderShape, Reads
 from tpme.bench.task.recommender import Recommender
 from tpme.bench.task.sequential import SequentialEncoder
@@ -182,7 +182,7 @@ class Story:
         )
         if self.cell.cached:
             states = self._cached(specs, shapes, item_encoder.reads, dataset)
-            store, views = ItemStore(dataset, states=states), {}
+            store, views = ItemStore(dataset, states=states, pin=self.device.type == "cuda"), {}
         else:
             with self.phases.phase("load", "encoders"):
                 self.progress("load encoders", 0.0)
@@ -228,7 +228,7 @@ class Story:
         self.known.counters["cache_bytes"] = Reading(
             value=planned_bytes(dataset.manifest.items, shapes, reads), source="(N+1) x levels x width x 2 bytes"
         )
-        self._flag("cache-placement", f"cached states are kept in {found.placement} memory")
+        self._flag("cache-placement", f"cached states are kept in {PLACES[found.placement]}")
         return found.states
 
     def _steps(self, dataset: Dataset) -> int:

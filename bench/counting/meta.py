@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tpme.bench.counting.batch import DataShape, canonical_slots
 from tpme.bench.record import Cell, EncoderSpec, Modality
@@ -139,9 +139,6 @@ class MetaCell:
         for view in self.model.views.values():
             if training.activation_checkpointing:
                 view.checkpoint_activations()
-            if view.modality == "text":
-                # After the method's own hooks, which may still lengthen the mask of (n, T).
-                view.module.register_forward_pre_hook(_widen_mask, with_kwargs=True)
         self.model.to(META)
         self.state = StepState(self.model, self.plan, epoch=1, stage=self.method.stages()[0])
         self.method.begin_stage(self.state)
@@ -197,10 +194,3 @@ class _MetaStore(ItemStore):
 def _side(module: nn.Module) -> int:
     config: Any = module.config
     return int(config.image_size if isinstance(config.image_size, int) else config.image_size[0])
-
-
-def _widen_mask(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """(n, T) -> (n, 1, T, T), as attention uses it: making it of a mask without values cannot work."""
-    mask: Tensor = kwargs["attention_mask"]
-    kwargs["attention_mask"] = mask.bool()[:, None, None, :].expand(-1, 1, mask.shape[1], -1)
-    return args, kwargs

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -30,18 +30,27 @@ class ItemStore:
     Args:
         dataset: the prepared data set. tokens: its tokenised titles, for a text encoder.
         states: cached hidden states by modality, (N+1, levels, width), instead of tokens and images.
+        pin: gather cached states into page-locked memory, on their way to a GPU.
     """
 
     def __init__(
-        self, dataset: Dataset, *, tokens: TokenTable | None = None, images: bool = False, states: States | None = None
+        self,
+        dataset: Dataset,
+        *,
+        tokens: TokenTable | None = None,
+        images: bool = False,
+        states: States | None = None,
+        pin: bool = False,
     ) -> None:
-        self.dataset, self.tokens, self.images, self.states = dataset, tokens, images, states
+        self.dataset, self.tokens, self.images, self.states, self.pin = dataset, tokens, images, states, pin
 
     def gather(self, ids: NDArray[np.int64]) -> Items:
-        """The inputs of items ``ids`` (n,), on the host; cached states come from wherever they are kept."""
+        """The inputs of items ``ids`` (n,), on the host; states that are kept on a device stay there, as tables."""
         index = torch.from_numpy(ids)
         if self.states is not None:
-            return Items(index, states={m: _rows(table, ids) for m, table in self.states.items()})
+            if any(table.device.type != "cpu" for table in self.states.values()):
+                return Items(index, tables=self.states)
+            return Items(index, states={m: _rows(table, ids, pin=self.pin) for m, table in self.states.items()})
         tokens = mask = image = None
         if self.tokens is not None:
             tokens = torch.from_numpy(self.tokens.ids[ids].astype(np.int64))
@@ -54,15 +63,16 @@ class ItemStore:
         return Items(index, tokens, mask, image)
 
 
-def _rows(table: Tensor, ids: NDArray[np.int64]) -> Tensor:
-    """Rows ``ids`` (n,) of a table, where it is.
+def _rows(table: Tensor, ids: NDArray[np.int64], *, pin: bool) -> Tensor:
+    """Rows ``ids`` (n,) of a table on the host.
 
-    On the host by numpy: from the thread that assembles batches, torch would start CPU threads of its own beside those
-    of the training step, and the step would then take a multiple of its time.
+    By numpy: from the thread that assembles batches, torch would start CPU threads of its own beside those of the
+    training step, and the step would then take a multiple of its time.
     """
-    if table.device.type == "cpu":
-        return torch.from_numpy(table.numpy()[ids])
-    return table[torch.from_numpy(ids).to(table.device)]
+    rows = torch.empty((len(ids), *table.shape[1:]), dtype=table.dtype, pin_memory=pin)
+    # mode="raise" would go through a buffer; every item of a data set has its row.
+    np.take(table.numpy(), ids, axis=0, out=rows.numpy(), mode="clip")
+    return rows
 
 
 @dataclass(frozen=True)
@@ -79,12 +89,17 @@ class Batch:
     candidates: Candidates
 
     def pin(self) -> Batch:
-        """Page-lock all tensors, so that the copy to a GPU overlaps with compute."""
+        """Page-lock all tensors, so that the host need not wait for the copy to a GPU."""
         return map_tensors(self, lambda tensor: tensor if tensor.is_cuda else tensor.pin_memory())
 
     def to(self, device: torch.device) -> Batch:
-        """Copy to ``device`` without waiting."""
-        return map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+        """Copy to ``device``; from pinned memory the host does not wait for it.
+
+        On the stream of the kernels, not beside them: a stream of its own would let the host, which runs many steps
+        ahead, fill the device with batches that wait.
+        """
+        moved = map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+        return replace(moved, items=moved.items.looked_up())
 
 
 def build_batch(slots: NDArray[np.int32], log_p: NDArray[np.float32], store: ItemStore, protocol: Protocol) -> Batch:

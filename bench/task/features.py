@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -38,8 +39,27 @@ from tpme.bench.task.feature_files import Tables, locked
 from tpme.bench.task.items import EncoderShape, Reads
 from tpme.bench.task.tokens import tokenise
 
-_SOURCES = ("batches.py", "encoders.py", "feature_files.py", "features.py", "items.py", "tokens.py", "view.py")
+_SOURCES = (
+    "batches.py",
+    "encoders.py",
+    "feature_files.py",
+    "features.py",
+    "items.py",
+    "masks.py",
+    "tokens.py",
+    "view.py",
+)
 """The code that decides what a hidden state is: another version of it makes another cache."""
+
+Placement = Literal["device", "pinned", "unpinned", "host", "mapped"]
+PLACES: dict[Placement, str] = {
+    "device": "GPU memory",
+    "pinned": "page-locked host memory",
+    "unpinned": "host memory, which could not be page-locked",
+    "host": "host memory",
+    "mapped": "a memory map of their files",
+}
+"""Where cached states are kept while a cell trains."""
 
 
 class FeatureJob(Frozen):
@@ -177,11 +197,13 @@ def _states(
     return found
 
 
-def load(folder: Path, device: torch.device) -> tuple[dict[Modality, Tensor], str]:
+def load(folder: Path, device: torch.device) -> tuple[dict[Modality, Tensor], Placement]:
     """Read a finished cache, verified; returns (N+1, levels, width) float16 by modality, and where they are kept.
 
-    On the device when they fit into half of its free memory, else in host memory when they fit into half of what is
-    available there, else the file is mapped. Raises UserError where a checksum does not match.
+    On a GPU when they fit into half of its free memory; else in host memory when they fit into half of what is
+    available there, page-locked beside a GPU where the system allows that; else the files are mapped.
+
+    Raises UserError where a checksum does not match.
     """
     manifest = read_manifest(folder)
     if manifest is None:
@@ -193,18 +215,28 @@ def load(folder: Path, device: torch.device) -> tuple[dict[Modality, Tensor], st
     placement = _placement(manifest.bytes, device)
     states: dict[Modality, Tensor] = {}
     for modality in manifest.sha256:
-        table = np.load(folder / f"{modality}.npy", mmap_mode="c" if placement == "mapped" else None)
-        tensor = torch.from_numpy(table)
-        states[modality] = tensor.to(device) if placement == "device" else tensor
+        # What is copied on is mapped first: beside the copy there is no second table in memory.
+        table = np.load(folder / f"{modality}.npy", mmap_mode=None if placement == "host" else "c")
+        states[modality] = torch.from_numpy(table)
+        if placement == "device":
+            states[modality] = states[modality].to(device)
+        elif placement == "pinned":
+            try:
+                states[modality] = states[modality].pin_memory()
+            except RuntimeError:  # a limit on locked memory, of the system or the container
+                states[modality], placement = states[modality].clone(), "unpinned"
     return states, placement
 
 
-def _placement(size: int, device: torch.device) -> str:
+def _placement(size: int, device: torch.device) -> Placement:
     import psutil
 
-    if device.type == "cuda" and size <= torch.cuda.mem_get_info(device)[0] // 2:
+    cuda = device.type == "cuda"
+    if cuda and size <= torch.cuda.mem_get_info(device)[0] // 2:
         return "device"
-    return "host" if size <= psutil.virtual_memory().available // 2 else "mapped"
+    if size <= psutil.virtual_memory().available // 2:
+        return "pinned" if cuda else "host"
+    return "mapped"
 
 
 def _check_size(size: int, limit: int, folder: Path) -> None:

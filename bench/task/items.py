@@ -47,7 +47,8 @@ class Items:
     """A set of n items, ready for the device. Absent modalities are ``None``.
 
     ids: (n,) int64, 0 is padding. tokens, token_mask: (n, T) int64. image: (n, 3, H, W) uint8, as it lies on disk;
-    it is normalised on the device. states: cached hidden states per modality, (n, levels, width).
+    it is normalised on the device. states: cached hidden states per modality, (n, levels, width). tables: those of the
+    whole catalogue, (N+1, levels, width), where they lie on the device: states are looked up once the ids are there.
     """
 
     ids: Tensor
@@ -55,13 +56,21 @@ class Items:
     token_mask: Tensor | None = None
     image: Tensor | None = None
     states: dict[Modality, Tensor] | None = None
+    tables: dict[Modality, Tensor] | None = None
 
     def __len__(self) -> int:
         return int(self.ids.shape[0])
 
     def to(self, device: torch.device) -> Items:
-        """Copy to ``device`` without waiting; from pinned memory the copy overlaps with compute."""
-        return map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+        """Copy to ``device``; from pinned memory the host does not wait for it."""
+        return map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True)).looked_up()
+
+    def looked_up(self) -> Items:
+        """With states in place of tables."""
+        if self.tables is None:
+            return self
+        states = {modality: table.index_select(0, self.ids) for modality, table in self.tables.items()}
+        return replace(self, states=states, tables=None)
 
 
 T = TypeVar("T")

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from tpme.bench.errors import UserError
 from tpme.bench.record import Modality
 from tpme.bench.task.items import EncoderShape, Reads
+from tpme.bench.task.masks import unread_masks
 
 Role = Literal["query", "key", "value", "attention_output", "ffn_in", "ffn_out"]
 
@@ -190,6 +191,7 @@ class EncoderView:
             for level in reads.levels:
                 hooks.enter_context(self._keep(level, kept))
             if self.modality == "text":
+                hooks.enter_context(unread_masks())
                 output = self.module(input_ids=tokens, attention_mask=token_mask)
             else:
                 assert image is not None

@@ -15,17 +15,17 @@ from tpme.bench.job import parse_progress
 from tpme.bench.measure.phases import PhaseLog
 from tpme.bench.record import CacheFacts
 from tpme.bench.task.batches import States
-from tpme.bench.task.features import FeatureJob, feature_folder, load, read_manifest
+from tpme.bench.task.features import FeatureJob, Placement, feature_folder, load, read_manifest
 
 Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
 class CachedStates:
-    """Hidden states of all items, where they are kept (device, host, mapped), and what their cache is."""
+    """Hidden states of all items, where they are kept, and what their cache is."""
 
     states: States
-    placement: str
+    placement: Placement
     facts: CacheFacts
 
 

@@ -84,6 +84,18 @@ def test_cached_states_instead_of_inputs(tiny: ModuleType) -> None:
     assert items.states["text"].tolist() == [[[8.0, 9.0]], [[2.0, 3.0]]]
 
 
+def test_states_on_a_device_stay_there_until_the_batch_has_come(tiny: ModuleType) -> None:
+    """The thread that assembles batches queues nothing on the device."""
+    data = tiny.catalogue()
+    store = ItemStore(data, states={"text": torch.zeros(13, 3, 2, dtype=torch.float16, device="meta")})
+    batch = build_batch(data.train_slots, log_popularity(data), store, "suite")
+    assert (batch.items.states, batch.items.ids.device.type) == (None, "cpu")
+    moved = batch.to(torch.device("meta")).items
+    assert moved.tables is None
+    assert moved.states is not None
+    assert moved.states["text"].shape == (len(batch.items), 3, 2)
+
+
 # --- what comes of it -----------------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, BertConfig, BertForMaskedLM, CLIPConfig
 
 from tpme.bench.errors import UserError
@@ -244,6 +245,42 @@ def test_relatives_of_bert_and_vit_have_all_parts(tmp_path: Path, family: str) -
     words, pixels = torch.full((3, 6), 7), torch.zeros(3, 3, 32, 32, dtype=torch.uint8)
     given = {"tokens": words, "token_mask": torch.ones_like(words)} if modality == "text" else {"image": pixels}
     assert view.encode(Reads((0, 2), final=True), **given).shape == (3, 3, 32)
+
+
+TEXT_FAMILIES = [family for family, (modality, _) in FAMILIES.items() if modality == "text"]
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["bert", *TEXT_FAMILIES, "modernbert"])
+def test_a_mask_is_what_it_was_without_being_read(tmp_path: Path, family: str, implementation: str) -> None:
+    """Also where it is not padding alone (ModernBERT's windows), and where nothing is masked."""
+    settings = FAMILIES.get(family, ("text", WORDS))[1] | {"pad_token_id": 0}
+    windows = {"local_attention": 4, "global_attn_every_n_layers": 2} if family == "modernbert" else {}
+    AutoConfig.for_model(family, **settings, **windows).save_pretrained(tmp_path)
+    view = load_encoder(spec(tmp_path, weights="random"), "text").view
+    view.module.set_attn_implementation(implementation)  # some have but eager
+    words = torch.randint(3, 50, (3, 12), generator=torch.Generator().manual_seed(0))
+    for lengths in ([12, 5, 1], [12, 12, 12]):
+        mask = (torch.arange(12) < torch.tensor(lengths)[:, None]).long()
+        with torch.no_grad():
+            expected = view.module(input_ids=words, attention_mask=mask).last_hidden_state[:, 0]
+            with Reading() as reading:
+                found = view.encode(Reads(final=True), tokens=words, token_mask=mask)[:, 0]
+        assert torch.allclose(found, expected, atol=1e-6), lengths
+        assert not reading.found
+    short = view.encode(Reads(final=True), tokens=words[2:, :1], token_mask=torch.ones(1, 1, dtype=torch.int64))
+    alone = view.encode(Reads(final=True), tokens=words[2:], token_mask=torch.tensor([[1] + [0] * 11]))
+    assert torch.allclose(short, alone, atol=1e-5)  # the mask does mask
+
+
+class Reading(TorchDispatchMode):
+    """Whether the value of a tensor is read."""
+
+    found = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found |= func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
 
 
 def test_a_decoder_is_refused(tmp_path: Path) -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
 from tpme.bench.errors import UserError
 from tpme.bench.record import EncoderSpec
 from tpme.bench.task import feature_files, features
-from tpme.bench.task.batches import ItemStore
+from tpme.bench.task.batches import ItemStore, build_batch, log_popularity
 from tpme.bench.task.dataset import Dataset
 from tpme.bench.task.encoders import load_encoder
 from tpme.bench.task.features import FeatureJob, build, feature_folder, load
@@ -82,6 +84,80 @@ def test_an_interrupted_build_goes_on_and_gives_the_same(job: FeatureJob, monkey
     for modality, table in states.items():
         torch.testing.assert_close(again[modality].float(), table.float(), atol=2e-2, rtol=2e-2)
     assert set(manifest.sha256) == set(whole)
+
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("device", "size", "gpu", "host", "placement"),
+    [
+        ("cuda", 4 * GIB, 8 * GIB, 0, "device"),
+        ("cuda", 4 * GIB + 1, 8 * GIB, 9 * GIB, "pinned"),
+        ("cuda", 4 * GIB, 7 * GIB, 8 * GIB, "pinned"),
+        ("cuda", 4 * GIB + 1, 8 * GIB, 8 * GIB, "mapped"),
+        ("cpu", 4 * GIB, None, 8 * GIB, "host"),
+        ("cpu", 4 * GIB + 1, None, 8 * GIB, "mapped"),
+    ],
+)
+def test_states_are_kept_where_half_of_the_memory_holds_them(
+    monkeypatch: pytest.MonkeyPatch, device: str, size: int, gpu: int | None, host: int, placement: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (gpu, 99 * GIB))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=host, total=99 * GIB))
+    assert features._placement(size, torch.device(device)) == placement
+
+
+def test_states_are_the_same_wherever_they_are_kept(job: FeatureJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    size, found = build(job).bytes, {}
+    files = {path: path.read_bytes() for path in where(job).iterdir()}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (size, size))  # half of it is too little
+    for placement, device, available, pin in (
+        ("host", "cpu", 2 * size, None),
+        ("mapped", "cpu", size, None),
+        ("pinned", "cuda", 2 * size, lambda table: table.clone()),
+        ("unpinned", "cuda", 2 * size, None),  # without a GPU there is no page-locking, as under a limit
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(psutil, "virtual_memory", lambda available=available: SimpleNamespace(available=available))
+            if device == "cuda":
+                patch.setattr(torch.Tensor, "pin_memory", pin or _refused)
+            found[placement], where_kept = load(where(job), torch.device(device))
+        assert where_kept == placement
+    dataset = Dataset.open(job.dataset)
+    slots, log_p = dataset.train_slots[:9], log_popularity(dataset)
+    for protocol in ("suite", "paper"):
+        batches = {kept: build_batch(slots, log_p, ItemStore(dataset, states=s), protocol) for kept, s in found.items()}
+        for batch in batches.values():
+            for modality, states in batches["host"].items.states.items():
+                assert torch.equal(batch.items.states[modality], states)
+                assert torch.equal(states, found["host"][modality][batch.items.ids])
+    for table in found["mapped"].values():
+        table.zero_()
+    assert {path: path.read_bytes() for path in where(job).iterdir()} == files  # a map of one's own
+
+
+def _refused(_tensor: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError("CUDA error: out of memory")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_states_on_a_gpu_and_beside_it(job: FeatureJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    build(job)
+    device, dataset = torch.device("cuda"), Dataset.open(job.dataset)
+    slots, log_p, seen = dataset.train_slots[:9], log_popularity(dataset), {}
+    for free, placement in ((GIB, "device"), (0, "pinned")):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device, free=free: (free, free))
+        states, where_kept = load(where(job), device)
+        assert where_kept == placement
+        batch = build_batch(slots, log_p, ItemStore(dataset, states=states, pin=True), "suite").pin()
+        if placement == "pinned":
+            assert all(table.is_pinned() for table in (*states.values(), *batch.items.states.values()))
+        seen[placement] = batch.to(device).items.states
+    for modality, table in seen["device"].items():
+        assert table.is_cuda
+        assert torch.equal(table, seen["pinned"][modality])
 
 
 def test_a_finished_cache_is_used_again(job: FeatureJob) -> None:

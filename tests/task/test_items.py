@@ -31,6 +31,14 @@ def test_map_tensors_reaches_every_tensor_and_nothing_else() -> None:
     assert items.ids.tolist() == [1, 2]
 
 
+def test_states_on_the_device_are_looked_up_once_the_ids_are_there() -> None:
+    table = torch.arange(24.0).reshape(4, 3, 2)
+    moved = Items(torch.tensor([3, 0, 3]), tables={"text": table}).to(torch.device("cpu"))
+    assert moved.tables is None
+    assert moved.states is not None
+    assert torch.equal(moved.states["text"], table[[3, 0, 3]])
+
+
 def test_items_move_as_a_whole() -> None:
     moved = Items(torch.tensor([1, 2]), image=torch.zeros(2, 3, 4, 4, dtype=torch.uint8)).to(torch.device("meta"))
     assert len(moved) == 2

@@ -39,6 +39,8 @@ def make_trainer(world: Any) -> MakeTrainer:
         modalities: tuple[str, ...] = ("text",),
         seed: int = 1,
         lr: float = 1e-3,
+        cached: bool = False,
+        device: str = "cpu",
         **changes: Any,
     ) -> Trainer:
         if isinstance(method, str):
@@ -52,7 +54,8 @@ def make_trainer(world: Any) -> MakeTrainer:
         sequence = SequentialEncoder(
             training.embedding_dim, dataset.manifest.max_seq_len, training.blocks, training.heads, training.dropout
         )
-        model = Recommender(views, method.item_encoder(task), sequence, decoupled=method.decoupled)
+        item_encoder = method.item_encoder(task)
+        model = Recommender({} if cached else views, item_encoder, sequence, decoupled=method.decoupled)
         steps = min(-(-dataset.manifest.users // training.users_per_batch), training.max_steps_per_epoch or 10**9)
         method.adapt(model, Plan(training.epochs, steps, dataset.popularity))
         if training.activation_checkpointing:
@@ -64,13 +67,21 @@ def make_trainer(world: Any) -> MakeTrainer:
             dataset_fingerprint=dataset.manifest.fingerprint,
             modalities=used or ("text",),
             protocol=protocol,
+            cached=cached,
+            device=device,
             training=training,
             lr=LearningRates(recommender=lr, text=2 * lr, image=3 * lr, method=4 * lr),
             seed=seed,
         )
         store = ItemStore(dataset, tokens=tokens if "text" in used else None, images="image" in used)
-        phases = PhaseLog("cpu", None, None)
+        if cached:
+            shapes = {
+                m: (dataset.manifest.items + 1, r.count, views[m].shape.width) for m, r in item_encoder.reads.items()
+            }
+            store = ItemStore(dataset, states={m: torch.randn(shape).half().to(device) for m, shape in shapes.items()})
+        phases = PhaseLog(device, None, None)
         torch.manual_seed(seed)
-        return Trainer(cell, model, method, dataset, store, phases, torch.device("cpu"), lambda _what, _share: None)
+        model.to(device)
+        return Trainer(cell, model, method, dataset, store, phases, torch.device(device), lambda _what, _share: None)
 
     return make
