@@ -1,29 +1,36 @@
-"""Names beside points, so that no name covers another one or a point, and the lines that lead to names stay clear.
+"""Names beside points, so that no name covers another one, a point or a line, and each is seen to belong to its point.
 
 Positions are pixels. Boxes are arrays ``(x0, y0, x1, y1)``, lines are ``(x0, y0, x1, y1)`` from start to end.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from matplotlib.patheffects import withStroke
 
-from tpme.reports.style import GREY
-
 Floats = npt.NDArray[np.float64]
+Flags = npt.NDArray[np.bool_]
+Line = tuple[npt.ArrayLike, npt.ArrayLike]
+"""Start and end."""
 
 NEAR_PT = 5.0
 """A name further than this from its point gets a line to it."""
 MARKER_PT = 3.0
 CROWD_PT = 40.0
 PADDING_PT = 1.0
-COVERED, CUT, CROSSED, PER_PT = 100.0, 6.0, 4.0, 0.05
-"""What it costs to cover a name or point, to cut a name with a line, to cross a line or point, and each 1/72 inch."""
+KEPT, KEPT_IN_ALL, TRIES, SHAKEN = 80, 2400, 100, 4
+"""Places of a name that are looked at, if there are few names; how often the search starts anew, and how many names it
+moves to do so."""
+COVERED, CUT, CROSSED, UNCLEAR, TOUCHED, PER_PT = 100.0, 12.0, 4.0, 2.0, 1.5, 0.08
+"""What it costs to cover a name or point, to cut a name with a line, to cross a line or point with the line to a name,
+to be nearer to another point than to the own one, to cover a bar or lead along one, and each 1/72 inch."""
 
 
 def halo() -> list[Any]:
@@ -31,95 +38,199 @@ def halo() -> list[Any]:
     return [withStroke(linewidth=1.4, foreground="white")]
 
 
-def place_labels(axes: Any, points: Sequence[tuple[float, float]], names: Sequence[str], size: float = 6) -> None:
+@dataclass(frozen=True)
+class _Places:
+    """Where a name may stand: boxes, the line from its point to each, whether that is drawn, and what each costs."""
+
+    boxes: Floats
+    leads: Floats
+    led: Flags
+    cost: Floats
+
+
+def place_labels(
+    axes: Any,
+    points: npt.ArrayLike,
+    names: Sequence[str],
+    size: float = 6,
+    lines: Sequence[Line] = (),
+    bars: Sequence[Line] = (),
+) -> None:
     """Write a name beside every point.
 
-    Greedy and deterministic: the points in the largest crowds choose first, each the cheapest of the places on
-    rings around it. Measures the axes as they are, so it comes last.
+    Of the places on rings around its point each name takes the cheapest, again and again, until none moves; then some
+    are moved at random and the search goes on from there if it leads to less. The same points give the same picture.
+    Measures the axes as they are, so it comes last.
+
+    Args:
+        axes: what the points are drawn in.
+        points: shape ``(points, 2)``, as everything else in the coordinates of the data.
+        names: one a point.
+        size: of the text in points.
+        lines: no name should lie on them.
+        bars: a name may lie on one of them where there is little room.
     """
     renderer = axes.figure.canvas.get_renderer()
     pt = axes.figure.dpi / 72
-    spots: Floats = np.asarray(axes.transData.transform(list(points)), dtype=np.float64)
+    data: Floats = np.asarray(points, dtype=np.float64)
+    spots: Floats = axes.transData.transform(data)
     window = np.asarray(axes.get_window_extent(renderer).extents, dtype=np.float64)
-    markers = np.hstack([spots - MARKER_PT * pt, spots + MARKER_PT * pt])
-    placed, lines = np.empty((0, 4)), np.empty((0, 4))
-    crowd = (np.linalg.norm(spots[:, None] - spots[None], axis=2) < CROWD_PT * pt).sum(axis=1)
-    for index in sorted(range(len(spots)), key=lambda i: (-crowd[i], *spots[i], names[i])):
-        text = axes.text(0, 0, names[index], fontsize=size)
-        extent = text.get_window_extent(renderer)
-        text.remove()
-        boxes = _places(spots[index], extent.width, extent.height, pt)
-        outside = (boxes[:, :2] < window[:2]).any(axis=1) | (boxes[:, 2:] > window[2:]).any(axis=1)
-        boxes = boxes[~outside] if not outside.all() else boxes[:1]
-        leads = np.hstack([np.tile(spots[index], (len(boxes), 1)), np.clip(spots[index], boxes[:, :2], boxes[:, 2:])])
-        away = np.linalg.norm(leads[:, 2:] - leads[:, :2], axis=1)
-        others = np.delete(markers, index, axis=0)
-        led = away > NEAR_PT * pt
-        cost = (
-            COVERED * _overlaps(boxes, np.vstack([markers, placed])).sum(axis=1)
-            + CUT * _crosses(lines, boxes).sum(axis=0)
-            + led * (CUT * _crosses(leads, placed).sum(axis=1) + CROSSED * _crosses(leads, others).sum(axis=1))
-            + led * CROSSED * _meet(leads, lines).sum(axis=1)
-            + PER_PT * away / pt
-        )
-        best = int(cost.argmin())
-        placed = np.vstack([placed, boxes[best] + PADDING_PT * pt * np.array([-1, -1, 1, 1])])
-        lines = np.vstack([lines, leads[best]]) if led[best] else lines
-        _write(axes, points[index], names[index], (boxes[best].reshape(2, 2).mean(axis=0) - spots[index]) / pt, size)
-        if led[best]:
-            _lead(axes, points[index], (leads[best, 2:] - spots[index]) / pt)
+    drawn = _pixels(axes, lines), _pixels(axes, bars)
+    places = [
+        _places(index, spots, _extent(axes, name, size, renderer), window, drawn, pt)
+        for index, name in enumerate(names)
+    ]
+    for index, best in enumerate(_choose(places, PADDING_PT * pt)):
+        box, lead = places[index].boxes[best], places[index].leads[best]
+        _write(axes, data[index], names[index], (box.reshape(2, 2).mean(axis=0) - spots[index]) / pt, size)
+        if places[index].led[best]:
+            _lead(axes, data[index], (lead[2:] - spots[index]) / pt)
 
 
-def _write(axes: Any, point: tuple[float, float], name: str, offset: Floats, size: float) -> None:
+def _choose(places: Sequence[_Places], padding: float) -> list[int]:
+    """The place of every name: iterated local search."""
+    alone, together = np.concatenate([one.cost for one in places]), _together(places, padding)
+    first = np.cumsum([0, *(len(one.cost) for one in places)])
+
+    def settle(chosen: npt.NDArray[np.int64]) -> float:
+        """Move names until none gains by it; returns what all cost then."""
+        moved = True
+        while moved:
+            moved = False
+            for index, (start, end) in enumerate(itertools.pairwise(first)):
+                cost = alone[start:end] + together[start:end, chosen].sum(axis=1)
+                if cost.min() < cost[chosen[index] - start] - 1e-9:
+                    chosen[index], moved = start + cost.argmin(), True
+        return float(alone[chosen].sum() + together[np.ix_(chosen, chosen)].sum() / 2)
+
+    best = first[:-1].copy()  # the cheapest of every name come first
+    least = settle(best)
+    draw = np.random.default_rng(0)
+    for _ in range(TRIES):
+        tried = best.copy()
+        for index in draw.choice(len(places), min(SHAKEN, len(places)), replace=False):
+            tried[index] = draw.integers(first[index], first[index + 1])
+        cost = settle(tried)
+        if cost < least:
+            best, least = tried, cost
+    return [int(place) for place in best - first[:-1]]
+
+
+def _together(places: Sequence[_Places], padding: float) -> Floats:
+    """What two places of different names cost together, shape ``(places of all names, places of all names)``."""
+    boxes, leads = np.vstack([one.boxes for one in places]), np.vstack([one.leads for one in places])
+    led = np.concatenate([one.led for one in places])
+    owner = np.repeat(np.arange(len(places)), [len(one.cost) for one in places])
+    wide = boxes + padding * np.array([-1, -1, 1, 1])
+    around = np.hstack([np.minimum(leads[:, :2], leads[:, 2:]), np.maximum(leads[:, :2], leads[:, 2:])])
+    cost: Floats = COVERED * _overlap(wide[:, None], boxes).astype(np.float64)
+    one, other = np.nonzero(_overlap(around[:, None], boxes) & led[:, None])
+    cut = _enters(leads[one], wide[other])
+    cost[one[cut], other[cut]] += CUT
+    cost[other[cut], one[cut]] += CUT
+    one, other = np.nonzero(_overlap(around[:, None], around) & led[:, None] & led)
+    cost[one, other] += CROSSED * _cross(leads[one], leads[other])
+    cost[owner[:, None] == owner] = 0
+    return cost
+
+
+def _places(index: int, spots: Floats, extent: Any, window: Floats, drawn: tuple[Floats, Floats], pt: float) -> _Places:
+    """The places of one name and what they cost whatever the other names do."""
+    spot, (lines, bars) = spots[index], drawn
+    boxes = _boxes(spot, extent.width, extent.height, pt)
+    outside = (boxes[:, :2] < window[:2]).any(axis=1) | (boxes[:, 2:] > window[2:]).any(axis=1)
+    boxes = boxes[~outside] if not outside.all() else boxes[:1]
+    leads = np.hstack([np.tile(spot, (len(boxes), 1)), np.clip(spot, boxes[:, :2], boxes[:, 2:])])
+    away = np.linalg.norm(leads[:, 2:] - spot, axis=1)
+    others = np.delete(spots, index, axis=0)
+    gaps = np.linalg.norm(others - np.clip(others, boxes[:, None, :2], boxes[:, None, 2:]), axis=2)
+    unclear = gaps.min(axis=1, initial=np.inf) <= away
+    led = (away > NEAR_PT * pt) | unclear
+    edge, room = np.array([-1, -1, 1, 1]) * pt, MARKER_PT * pt * np.array([-1, -1, 1, 1])
+    markers, wide = np.tile(spots, 2) + room, boxes + PADDING_PT * edge
+    along = (np.abs(leads[:, 2] - spot[0]) < pt) & _enters(bars, np.tile(spot, 2) + edge).any()
+    cost = (
+        COVERED * _overlap(boxes[:, None], markers).sum(axis=1)
+        + CUT * _enters(lines, wide[:, None]).sum(axis=1)
+        + TOUCHED * _enters(bars, wide[:, None]).sum(axis=1)
+        + UNCLEAR * unclear
+        + led * CROSSED * _enters(leads[:, None], np.delete(markers, index, axis=0)).sum(axis=1)
+        + led * TOUCHED * (_cross(leads[:, None], lines).sum(axis=1) + along)
+        + PER_PT * away / pt
+    )
+    kept = np.argsort(cost, kind="stable")[: min(KEPT, KEPT_IN_ALL // len(spots) + 1)]
+    return _Places(boxes[kept], leads[kept], led[kept], cost[kept])
+
+
+def _pixels(axes: Any, lines: Sequence[Line]) -> Floats:
+    ends = np.asarray(lines, dtype=np.float64).reshape(-1, 2)
+    return np.asarray(axes.transData.transform(ends), dtype=np.float64).reshape(-1, 4)
+
+
+def _extent(axes: Any, name: str, size: float, renderer: Any) -> Any:
+    text = axes.text(0, 0, name, fontsize=size)
+    extent = text.get_window_extent(renderer)
+    text.remove()
+    return extent
+
+
+def _write(axes: Any, point: Floats, name: str, offset: Floats, size: float) -> None:
     axes.annotate(
         name, point, xytext=tuple(offset), textcoords="offset points", fontsize=size, ha="center", va="center",
         annotation_clip=False, path_effects=halo(), zorder=5,
     )  # fmt: skip
 
 
-def _lead(axes: Any, point: tuple[float, float], offset: Floats) -> None:
+def _lead(axes: Any, point: Floats, offset: Floats) -> None:
     axes.annotate(
-        "", point, xytext=tuple(offset), textcoords="offset points", annotation_clip=False, zorder=4,
-        arrowprops={"arrowstyle": "-", "lw": 0.35, "color": GREY, "shrinkA": 0, "shrinkB": 0},
+        "", point, xytext=tuple(offset), textcoords="offset points", annotation_clip=False, zorder=2.5,
+        arrowprops={"arrowstyle": "-", "lw": 0.35, "color": "black", "shrinkA": 0, "shrinkB": 0},
     )  # fmt: skip
 
 
-def _places(spot: Floats, width: float, height: float, pt: float, directions: int = 24, rings: int = 40) -> Floats:
-    """Boxes around a point, shape ``(rings * directions, 4)``: nearest first, beside it before above and below."""
+def _boxes(spot: Floats, width: float, height: float, pt: float, directions: int = 24, rings: int = 14) -> Floats:
+    """Boxes around a point, shape ``(places, 4)``: nearest first, beside it before above and below.
+
+    Rings lie further apart the wider they are. In each direction a box touches the ring with a corner, or with its
+    side at two places.
+    """
     turns = np.arange(directions)
     angle = 2 * math.pi * turns / directions
     order = np.lexsort((turns, np.abs(np.sin(angle)).round(6), turns % (directions // 4) != 0))
     toward = np.stack([np.cos(angle), np.sin(angle)], axis=1)[order].round(9)
     half = np.array([width, height]) / 2
-    gaps = (4 + 3 * np.arange(rings)) * pt
-    centres = spot + gaps[:, None, None] * toward + half * np.sign(toward)
-    return np.concatenate([centres - half, centres + half], axis=2).reshape(-1, 4)
+    gaps = (4 + 2.5 * np.arange(rings) + 0.25 * np.arange(rings) ** 2) * pt
+    reach = np.stack([(slant * toward).clip(-1, 1) for slant in (100, 1.8, 1.1)])
+    centres = spot + gaps[:, None, None, None] * toward + half * reach
+    return np.concatenate([centres - half, centres + half], axis=3).reshape(-1, 4)
 
 
-def _overlaps(one: Floats, other: Floats) -> npt.NDArray[np.bool_]:
-    """Which boxes overlap, shape ``(one, other)``."""
-    low = np.maximum(one[:, None, :2], other[None, :, :2])
-    high = np.minimum(one[:, None, 2:], other[None, :, 2:])
-    return np.asarray((high > low).all(axis=2))
+def _overlap(one: Floats, other: Floats) -> Flags:
+    """Which boxes overlap, in the shape the two broadcast to."""
+    return np.asarray(
+        (one[..., 2] > other[..., 0])
+        & (one[..., 0] < other[..., 2])
+        & (one[..., 3] > other[..., 1])
+        & (one[..., 1] < other[..., 3])
+    )
 
 
-def _crosses(lines: Floats, boxes: Floats) -> npt.NDArray[np.bool_]:
-    """Which lines enter which boxes (Liang and Barsky's clipping), shape ``(lines, boxes)``."""
-    start, step = lines[:, None, :2], (lines[:, 2:] - lines[:, :2])[:, None]
+def _enters(lines: Floats, boxes: Floats) -> Flags:
+    """Which lines enter which boxes (Liang and Barsky's clipping), in the shape the two broadcast to."""
+    start, step = lines[..., :2], lines[..., 2:] - lines[..., :2]
     step = np.where(np.abs(step) < 1e-9, 1e-9, step)
-    one, other = (boxes[None, :, :2] - start) / step, (boxes[None, :, 2:] - start) / step
-    enter = np.minimum(one, other).max(axis=2).clip(min=0)
-    leave = np.maximum(one, other).min(axis=2).clip(max=1)
+    one, other = (boxes[..., :2] - start) / step, (boxes[..., 2:] - start) / step
+    enter = np.minimum(one, other).max(axis=-1).clip(min=0)
+    leave = np.maximum(one, other).min(axis=-1).clip(max=1)
     return np.asarray(enter < leave)
 
 
-def _meet(one: Floats, other: Floats) -> npt.NDArray[np.bool_]:
-    """Which lines cross, shape ``(one, other)``."""
+def _cross(one: Floats, other: Floats) -> Flags:
+    """Which lines cross, in the shape the two broadcast to."""
 
     def side(a: Floats, b: Floats, c: Floats) -> Floats:
         ab, ac = b - a, c - a
         return np.asarray(np.sign(ab[..., 0] * ac[..., 1] - ab[..., 1] * ac[..., 0]))
 
-    a, b = one[:, None, :2], one[:, None, 2:]
-    c, d = other[None, :, :2], other[None, :, 2:]
+    a, b, c, d = one[..., :2], one[..., 2:], other[..., :2], other[..., 2:]
     return np.asarray((side(a, b, c) * side(a, b, d) < 0) & (side(c, d, a) * side(c, d, b) < 0))

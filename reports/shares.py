@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
+from tpme.reports.axes import name_rows
 from tpme.reports.figure import Plot, row_label
+from tpme.reports.labels import halo
 from tpme.reports.load import Array
 from tpme.reports.resampling import DRAWS, LEVEL
 from tpme.reports.section import Section
@@ -18,62 +24,97 @@ from tpme.reports.tpme import COLUMNS
 
 KINDS = 6
 """So many phases get a colour of their own, the longest; the rest are one."""
+WINNERS, LEAST_SHARE = 12, 0.01
+"""So many winners are told apart in the simplex, if they have this share of it."""
 
 
 def phases(section: Section) -> Plot | None:
     """Wall time of a cell of every row, stacked by phase as a share of the whole."""
-    table = phase_table(section)
-    kinds = [index for index in table.shown if table.columns[index].numeric and table.columns[index].key != "wall_s"]
-    if not table.rows or not kinds:
+    share = _phase_shares(section)
+    if share.empty:
         return None
-    seconds = np.array([[float(row[index].value or 0) for index in kinds] for row in table.rows])
-    total = seconds.sum(axis=1, keepdims=True)
-    share = 100 * np.divide(seconds, total, out=np.zeros_like(seconds), where=total > 0)
-    order = np.argsort(-share.sum(axis=0), kind="stable")
-    titles = [table.columns[kinds[place]].header for place in order[:KINDS]] + ["all else"]
-    share = np.column_stack([share[:, order[:KINDS]], share[:, order[KINDS:]].sum(axis=1)])
-    names = [row_label(section, str(row[0].value)) for row in table.rows]
-    lines = math.ceil(len(titles) / 4)
-    figure = new_figure(COLUMN_INCHES, 0.5 + 0.17 * len(names) + 0.13 * lines)
+    colours = phase_colours(section)
+    lines = math.ceil(len(set(colours.values())) / 4)
+    figure = new_figure(COLUMN_INCHES, 0.5 + 0.17 * len(share) + 0.13 * lines)
     axes = figure.add_subplot()
-    position, left = np.arange(len(names))[::-1], np.zeros(len(names))
-    for colour, title, width in zip((*COLOURS[: len(titles) - 1], SILVER), titles, share.T, strict=True):
-        axes.barh(position, width, left=left, height=0.7, color=colour, lw=0.3, edgecolor="white", label=title)
-        left += width
-    axes.set_yticks(position, names)
-    axes.set_ylim(-0.6, len(names) - 0.4)
+    names = [row_label(section, str(name)) for name in share.index]
+    position = name_rows(figure, axes, names, right=0.12, top=0.1 + 0.13 * lines)
+    left = np.zeros(len(share))
+    for colour, width in share.T.groupby(list(colours.values()), sort=False).sum().iterrows():
+        axes.barh(position, width, left=left, height=0.7, color=colour, lw=0.3, edgecolor="white")
+        left += width.to_numpy()
     axes.set_xlim(0, 100)
-    axes.tick_params(axis="y", length=0)
     axes.grid(False, axis="y")
     axes.set_xlabel("share of the cell's wall time (%)")
-    margins(figure, text_width(figure, names, 6.5) + 0.12, 0.12, 0.36, 0.1 + 0.13 * lines)
-    figure.legend(loc="upper center", ncols=4, frameon=False, fontsize=6, handlelength=1, columnspacing=1)
+    phase_legend(figure, colours)
     caption = "Where the wall time of a cell goes, mean over the seeds."
     return Plot("phases", "Wall time by phase", caption, figure)
 
 
+def _phase_shares(section: Section) -> pd.DataFrame:
+    """Percent of the wall time of every row (lines) in every kind of phase (columns), what takes most first."""
+    table = phase_table(section)
+    kinds = [index for index in table.shown if table.columns[index].numeric and table.columns[index].key != "wall_s"]
+    seconds = pd.DataFrame(
+        [[float(row[index].value or 0) for index in kinds] for row in table.rows],
+        index=[str(row[0].value) for row in table.rows],
+        columns=[table.columns[index].header for index in kinds],
+    )
+    total = seconds.sum(axis=1)
+    share = 100 * seconds.div(total.where(total > 0), axis=0).fillna(0.0)
+    return share[share.sum().sort_values(ascending=False, kind="stable").index]
+
+
+def phase_colours(section: Section) -> dict[str, str]:
+    """The colour of every kind of phase in all figures of a section; those that take little time share one."""
+    kinds = list(_phase_shares(section).columns)
+    return dict(zip(kinds, [*COLOURS[:KINDS], *[SILVER] * len(kinds)], strict=False))
+
+
+def phase_legend(figure: Figure, colours: Mapping[str, str]) -> None:
+    """What the colours of phases mean, at the top, four in a line."""
+    rest = [kind for kind, colour in colours.items() if colour == SILVER]
+    entries = [Patch(color=colour, label=kind) for kind, colour in colours.items() if colour != SILVER]
+    if rest:
+        entries.append(Patch(color=SILVER, label=rest[0] if len(rest) == 1 else "all else"))
+    by_line = [entry for column in range(4) for entry in entries[column::4]]  # it fills column by column
+    figure.legend(
+        handles=by_line, loc="upper center", ncols=4, frameon=False, fontsize=6, handlelength=1, columnspacing=1,
+        borderaxespad=0.2,
+    )  # fmt: skip
+
+
 def weights(section: Section) -> Plot | None:
-    """The simplex of TPME's weights, each point in the colour of the row with the lowest TPME there."""
+    """The simplex of TPME's weights, divided among the rows that have the lowest TPME somewhere.
+
+    The largest regions have a number and a colour, from the eighth on hatched too, so no two look alike, not even in
+    grey. What is too small to be seen is one grey.
+    """
     frame, rows = section.frame, section.compared
     if frame is None or len(rows) < 2:
         return None
-    costs = section.summary.loc[rows, list(COLUMNS)].to_numpy(dtype=np.float64)
-    low = np.array([getattr(frame, name).min for name in COLUMNS])
-    span = np.array([getattr(frame, name).max for name in COLUMNS]) - low
-    terms = np.divide(costs - low, span, out=np.zeros_like(costs), where=span > 0)
-    distinct = sorted(np.unique(terms.round(12), axis=0, return_index=True)[1])  # of equals the first
-    regions = {row: _won(terms[row], terms[[other for other in distinct if other != row]]) for row in distinct}
-    share = {row: _area(_flat(corners)) / _area(_flat(np.eye(3))) for row, corners in regions.items() if len(corners)}
-    ranked = sorted((row for row in share if share[row] > 1e-9), key=lambda row: (-round(share[row], 9), row))
-    lines = math.ceil(len(ranked) / 2)
-    height = 2.95 + 0.14 * lines
+    regions, share = _regions(section)
+    named = [row for row in regions if share[row] >= LEAST_SHARE][:WINNERS]
+    rest = [row for row in regions if row not in named]
+    lines = math.ceil((len(named) + bool(rest)) / 2)
+    height = 2.68 + 0.14 * lines
     figure = new_figure(COLUMN_INCHES, height)
-    axes = figure.add_axes((0.12, (0.25 + 0.14 * lines) / height, 0.76, 2.5 / height))
-    for colour, row in zip(COLOURS * math.ceil(len(ranked) / len(COLOURS)), ranked, strict=False):
-        told = f"{100 * share[row]:.0f}" if share[row] >= 0.01 else "< 1"
-        label = f"{row_label(section, rows[row])} ({told} %)"
-        axes.fill(*_flat(regions[row]).T, facecolor=colour, edgecolor="white", lw=0.6, label=label)
+    axes = figure.add_axes((0.11, (0.16 + 0.14 * lines) / height, 0.76, 2.32 / height))
     chosen = _flat(np.array([section.weights.values]))[0]
+    written = [chosen]
+    for place, row in enumerate(named):
+        label = f"{place + 1}  {row_label(section, rows[row])} ({_percent(share[row])})"
+        look = {"facecolor": COLOURS[place % len(COLOURS)], "hatch": None if place < len(COLOURS) else "//////"}
+        axes.fill(*regions[row].T, edgecolor="white", lw=0.6, label=label, **look)
+        spot, room = _roomiest(regions[row], written)
+        if room > 0.01:
+            axes.text(spot[0], spot[1], str(place + 1), fontsize=6.5, ha="center", va="center", path_effects=halo())
+            written.append(spot)
+    chosen = _flat(np.array([section.weights.values]))[0]
+    for row in rest:
+        name = row_label(section, rows[row]) if len(rest) == 1 else f"{len(rest)} others"
+        label = f"{name} ({_percent(sum(share[row] for row in rest))})"
+        axes.fill(*regions[row].T, facecolor=SILVER, lw=0, label=label if row == rest[0] else None)
     axes.plot(*chosen, "o", ms=5, mfc="white", mec="black", mew=0.8)
     for point, text, down in zip(
         _flat(np.eye(3)), ("time T", "parameters P", "memory M"), (True, True, False), strict=True
@@ -86,7 +127,7 @@ def weights(section: Section) -> Plot | None:
     axes.set_ylim(-0.02, math.sqrt(0.75) + 0.02)
     axes.set_aspect("equal")
     axes.axis("off")
-    figure.legend(loc="lower center", ncols=2, frameon=False, fontsize=6, handlelength=1)
+    figure.legend(loc="lower center", ncols=2, frameon=False, fontsize=6, handlelength=1.4, borderaxespad=0.2)
     caption = (
         "Which row has the lowest TPME for every choice of weights; a corner counts one cost alone, the circle is this "
         "report's choice. In brackets the share of all choices that a row wins."
@@ -117,7 +158,7 @@ def ranks(section: Section) -> Plot | None:
     axes.annotate(f"{100 * LEVEL:.0f} %", (count + 0.5, 0.5), va="bottom", **beside)
     for place, name in enumerate(resampled.rows, start=1):
         held = "–".join(dict.fromkeys(map(str, resampled.rank_interval(name))))
-        axes.annotate(held, (count + 0.5, place), va="center", **beside)
+        axes.annotate(held, (count + 0.5, place), va="center_baseline", **beside)
     axes.set_yticks(np.arange(1, count + 1), names)
     axes.set_xticks([rank for rank in range(1, count + 1) if count <= 12 or rank == 1 or rank % 5 == 0])
     axes.tick_params(length=0)
@@ -135,6 +176,24 @@ def ranks(section: Section) -> Plot | None:
         f"holds in {100 * LEVEL:.0f} % of them."
     )
     return Plot("ranks", "TPME rank under resampling", caption, figure)
+
+
+def _regions(section: Section) -> tuple[dict[int, Array], dict[int, float]]:
+    """Where each row of ``compared`` has the lowest TPME: polygons in the plane and their shares, the largest first."""
+    costs = section.summary.loc[section.compared, list(COLUMNS)].to_numpy(dtype=np.float64)
+    low = np.array([getattr(section.frame, name).min for name in COLUMNS])
+    span = np.array([getattr(section.frame, name).max for name in COLUMNS]) - low
+    terms = np.divide(costs - low, span, out=np.zeros_like(costs), where=span > 0)
+    distinct = sorted(np.unique(terms.round(12), axis=0, return_index=True)[1])  # of equals the first
+    won = {int(row): _won(terms[row], terms[[other for other in distinct if other != row]]) for row in distinct}
+    regions = {row: _flat(corners) for row, corners in won.items() if len(corners)}
+    share = {row: _area(region) / _area(_flat(np.eye(3))) for row, region in regions.items()}
+    ranked = sorted((row for row in share if share[row] > 1e-9), key=lambda row: (-round(share[row], 9), row))
+    return {row: regions[row] for row in ranked}, share
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share >= LEAST_SHARE else "< 1 %"
 
 
 def _flat(weights: Array) -> Array:
@@ -166,3 +225,22 @@ def _area(points: Array) -> float:
     """Area of a polygon, shape ``(corners, 2)``: the shoelace formula."""
     x, y = points.T
     return abs(float(x @ np.roll(y, -1) - y @ np.roll(x, -1))) / 2
+
+
+def _roomiest(polygon: Array, taken: list[Array], steps: int = 120, size: float = 0.035) -> tuple[Array, float]:
+    """The point of a convex polygon, shape ``(corners, 2)``, furthest from its sides and from texts of that size.
+
+    Returns it and how far that is; negative where none of the points tried lies inside.
+    """
+    first, second = np.divmod(np.arange((steps + 1) ** 2), steps + 1)
+    first, second = first[first + second <= steps], second[first + second <= steps]
+    points = _flat(np.column_stack([first, second, steps - first - second]) / steps)
+    side = np.roll(polygon, -1, axis=0) - polygon
+    long = np.hypot(*side.T) > 1e-9
+    normal = np.column_stack([-side[long, 1], side[long, 0]]) / np.hypot(*side[long].T)[:, None]
+    inside = ((polygon.mean(axis=0) - polygon[long]) * normal).sum(axis=1)
+    room = (((points[:, None] - polygon[long]) * normal).sum(axis=2) * np.sign(inside)).min(axis=1)
+    for text in taken:
+        room = np.minimum(room, np.hypot(*(points - text).T) - size)
+    best = int(room.argmax())
+    return points[best], float(room[best])

@@ -28,6 +28,7 @@ SETTINGS = {
     "font.family": "DejaVu Sans",
     "font.size": 7,
     "axes.titlesize": 7,
+    "axes.titley": 1.0,  # else every drawing measures all ticks to place titles above them
     "axes.labelsize": 7,
     "xtick.labelsize": 6,
     "ytick.labelsize": 6.5,

@@ -7,14 +7,17 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation, Text
 
+from tpme.bench.record import Flag
+from tpme.reports.curves import thin
 from tpme.reports.labels import place_labels
 from tpme.reports.load import Samples
-from tpme.reports.plots import all_plots, thin
+from tpme.reports.plots import all_plots
 from tpme.reports.report import make_report
-from tpme.reports.style import new_figure, save, style
+from tpme.reports.style import SILVER, new_figure, save, style
 
 
 def boxes(figure: Figure) -> list[tuple[str, object]]:
@@ -68,6 +71,49 @@ def test_no_text_covers_another(factory, count):
     for plot in plots:
         with style():
             assert overlapping(plot.figure) == [], plot.name
+
+
+def plot_of(factory, name: str):
+    (section,) = make_report([factory.root]).sections
+    return next(plot for plot in all_plots(section) if plot.name == name)
+
+
+def enters(ends: np.ndarray, box) -> bool:
+    """Whether a line, shape ``(points, 2)`` in pixels, runs through a box."""
+    share = np.linspace(0, 1, 2000)[:, None]
+    along = np.vstack([start + share * (end - start) for start, end in itertools.pairwise(ends)])
+    x, y = along.T
+    return bool(((x > box.x0) & (x < box.x1) & (y > box.y0) & (y < box.y1)).any())
+
+
+@pytest.mark.parametrize("count", [12, 25])
+def test_names_of_points_keep_clear_of_the_front_and_of_reference_lines(factory, count):
+    methods(factory, count)
+    for name, skill in (("frozen", 0.26), ("id", 0.29)):
+        factory.write(name, time=3.0, millions=0.001, peak=4e9, skill=skill)
+    figure = plot_of(factory, "quality-tpme").figure
+    [axes] = figure.axes
+    names = [text for text in axes.texts if text.get_text() and text.xycoords == "data"]
+    assert len(names) == count
+    with style():
+        figure.canvas.draw()
+        extents = [name.get_window_extent() for name in names]
+    lines = [line.get_transform().transform(line.get_xydata()) for line in axes.lines if line.get_linestyle() != "None"]
+    assert len(lines) == 3, "the front and two references"
+    assert [box for box in extents if any(enters(line, box) for line in lines)] == []
+
+
+@pytest.mark.parametrize("kind", ["lines", "bars"])
+def test_a_name_goes_where_no_line_is(kind):
+    upright = ((0.55, 0.2), (0.55, 0.8))
+    for told, crossed in (({}, True), ({kind: [upright]}, False)):
+        with style():
+            figure = new_figure(3, 3)
+            axes = figure.add_subplot()
+            axes.set(xlim=(0, 1), ylim=(0, 1))
+            place_labels(axes, [(0.5, 0.5)], ["a name"], **told)
+            box = axes.texts[0].get_window_extent(figure.canvas.get_renderer())
+            assert enters(axes.transData.transform(upright), box) == crossed
 
 
 def test_the_overlap_check_notices_an_overlap():
@@ -162,6 +208,80 @@ def test_one_row_has_no_quality_figure_and_no_samples_no_curves(factory):
     assert [plot.name for plot in all_plots(section)] == ["costs", "phases"]
 
 
+def spans(axes) -> list[tuple[str, float, float]]:
+    """Colour, start and end of what is filled under a memory curve."""
+    [filled] = axes.collections
+    ends = [(path.vertices[:, 0].min(), path.vertices[:, 0].max()) for path in filled.get_paths()]
+    return [(to_hex(colour), *end) for colour, end in zip(filled.get_facecolors(), ends, strict=True)]
+
+
+def colours(figure: Figure) -> dict[str, str]:
+    """What the legend of the phases says."""
+    [legend] = figure.legends
+    return {
+        text.get_text(): to_hex(patch.get_facecolor())
+        for text, patch in zip(legend.get_texts(), legend.get_patches(), strict=True)
+    }
+
+
+def test_memory_over_time_shows_every_phase_where_it_was_in_the_colours_of_the_other_figure(factory):
+    path = factory.write("fft", time=10.0)
+    plot = plot_of(factory, "memory-time")
+    told = colours(plot.figure)
+    assert told == colours(plot_of(factory, "phases").figure)
+    assert len(set(told.values())) == 4
+    expected = [("load", 0, 0.5), ("train", 0.5, 40.5), ("validate", 40.5, 42.5), ("rank", 42.5, 42.9)]
+    for span, (kind, start, end) in zip(spans(plot.figure.axes[0]), expected, strict=True):
+        assert span == (told[kind], pytest.approx(start), pytest.approx(end))
+    path.write_text(path.read_text().replace('"validate"', '"train"'))  # neighbours of a kind are one
+    joined = plot_of(factory, "memory-time").figure
+    assert spans(joined.axes[0])[1] == (colours(joined)["train"], pytest.approx(0.5), pytest.approx(42.5))
+
+
+def test_every_panel_of_memory_says_how_long_it_is(factory):
+    for index, time in enumerate((0.3, 4.0, 25.0, 3000.0)):
+        factory.write(f"method_{index}", time=time)
+    figure = plot_of(factory, "memory-time").figure
+    shown = [axes for axes in figure.axes if axes.get_visible()]
+    assert len(shown) == 4
+    for axes, time in zip(shown, sorted((0.3, 4.0, 25.0, 3000.0)), strict=True):
+        first, last = (float(label.get_text()) for label in axes.get_xticklabels())
+        assert first == 0
+        assert 2 * time <= last <= 5 * time == pytest.approx(axes.get_xlim()[1])
+
+
+def test_a_logarithmic_axis_and_the_mark_of_a_footnote_are_explained_where_there_are_any(factory):
+    factory.write("fft", millions=100.0)
+    factory.write("lora", millions=50.0)
+    caption = plot_of(factory, "costs").caption
+    assert "Logarithmic" not in caption
+    assert "*" not in caption
+    factory.write("bitfit", millions=0.1, flags=(Flag(code="throttled", message="the clock was throttled"),))
+    caption = plot_of(factory, "costs").caption
+    assert "Logarithmic: P;" in caption
+    assert caption.endswith("*: the row has a footnote under the table of results.")
+
+
+def test_no_two_of_many_winners_look_alike(factory):
+    """Rows on a sphere around the most of everything: each wins where the weights point at it."""
+    turns = [(0.12 + 0.22 * i, 0.06 + 0.2 * j) for i in range(7) for j in range(8)]
+    for index, (polar, azimuth) in enumerate(turns):
+        x, y, z = np.sin(polar) * np.cos(azimuth), np.sin(polar) * np.sin(azimuth), np.cos(polar)
+        factory.write(f"m{index}", time=20 - 10 * x, millions=2 - y, peak=(2 - z) * 1e9)
+    figure = plot_of(factory, "weights").figure
+    [legend] = figure.legends
+    told = [text.get_text() for text in legend.get_texts()]
+    looks = [(to_hex(patch.get_facecolor()), patch.get_hatch()) for patch in legend.get_patches()]
+    assert len(looks) == len(set(looks)) == 13
+    assert [text.split()[0] for text in told[:-1]] == [str(place) for place in range(1, 13)]
+    assert re.fullmatch(r"\d\d others \(\d\d %\)", told[-1])
+    assert looks[-1] == (SILVER.lower(), None)
+    written = {text.get_text() for text in figure.axes[0].texts}
+    assert {str(place) for place in range(1, 13)} <= written
+    with style():
+        assert overlapping(figure) == []
+
+
 def test_the_simplex_of_weights_shows_who_wins_where_and_how_often(factory):
     for method, time, millions, peak in (("fft", 10, 10, 10e9), ("fast", 0, 10, 10e9), ("small", 10, 0, 10e9)):
         factory.write(method, time=time + 1.0, millions=millions + 1.0, peak=peak)
@@ -169,7 +289,7 @@ def test_the_simplex_of_weights_shows_who_wins_where_and_how_often(factory):
     figure = next(plot for plot in all_plots(section) if plot.name == "weights").figure
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     # M is the same for all, so whoever of T and P weighs more decides; fft is never alone the best.
-    assert labels == ["fast (50 %)", "small (50 %)"]
+    assert labels == ["1  fast (50 %)", "2  small (50 %)"]
 
 
 def test_the_region_of_a_row_is_where_its_tpme_is_lowest(factory):
@@ -181,7 +301,8 @@ def test_the_region_of_a_row_is_where_its_tpme_is_lowest(factory):
     drawn = np.bincount((draws @ terms.T).argmin(axis=1), minlength=len(terms)) / len(draws)
     figure = next(plot for plot in all_plots(section) if plot.name == "weights").figure
     told = dict(
-        re.fullmatch(r"(.*?)\*? \((?:< )?(\d+) %\)", text.get_text()).groups() for text in figure.legends[0].get_texts()
+        re.fullmatch(r"(?:\d+  )?(.*?)\*? \((?:< )?(\d+) %\)", text.get_text()).groups()
+        for text in figure.legends[0].get_texts()
     )
     for name, share in zip(section.compared, drawn, strict=True):
         assert abs(100 * share - float(told.get(name, 0))) < 2
