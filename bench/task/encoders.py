@@ -159,7 +159,7 @@ def _config(spec: EncoderSpec, folder: Path) -> Any:
     try:
         with _quiet_transformers():
             return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:  # the last: what older versions say of a file that holds a list
         raise UserError(f"encoder '{spec.source}': its config.json is not usable ({first_line(error)})") from None
 
 
