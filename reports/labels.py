@@ -28,7 +28,7 @@ PADDING_PT = 1.0
 KEPT, KEPT_IN_ALL, TRIES, SHAKEN = 80, 2400, 100, 4
 """Places of a name that are looked at, if there are few names; how often the search starts anew, and how many names it
 moves to do so."""
-COVERED, CUT, CROSSED, UNCLEAR, TOUCHED, PER_PT = 100.0, 12.0, 4.0, 2.0, 1.5, 0.08
+COVERED, CUT, CROSSED, UNCLEAR, TOUCHED, PER_PT = 100.0, 12.0, 4.0, 2.0, 2.5, 0.08
 """What it costs to cover a name or point, to cut a name with a line, to cross a line or point with the line to a name,
 to be nearer to another point than to the own one, to cover a bar or lead along one, and each 1/72 inch."""
 
