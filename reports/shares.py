@@ -193,7 +193,9 @@ def _regions(section: Section) -> tuple[dict[int, Array], dict[int, float]]:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %" if share >= LEAST_SHARE else "< 1 %"
+    if share < LEAST_SHARE:
+        return "< 1 %"
+    return "> 99 %" if 0.99 < share < 1 - 1e-9 else f"{100 * share:.0f} %"
 
 
 def _flat(weights: Array) -> Array:

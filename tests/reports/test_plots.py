@@ -301,7 +301,7 @@ def test_the_region_of_a_row_is_where_its_tpme_is_lowest(factory):
     drawn = np.bincount((draws @ terms.T).argmin(axis=1), minlength=len(terms)) / len(draws)
     figure = next(plot for plot in all_plots(section) if plot.name == "weights").figure
     told = dict(
-        re.fullmatch(r"(?:\d+  )?(.*?)\*? \((?:< )?(\d+) %\)", text.get_text()).groups()
+        re.fullmatch(r"(?:\d+  )?(.*?)\*? \((?:[<>] )?(\d+) %\)", text.get_text()).groups()
         for text in figure.legends[0].get_texts()
     )
     for name, share in zip(section.compared, drawn, strict=True):
