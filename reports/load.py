@@ -7,8 +7,11 @@ Only the latest attempt of a cell counts. Ranks and samples stay in their files:
 from __future__ import annotations
 
 import gc
+import io
 import json
+import re
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -181,6 +184,8 @@ def _uncollected() -> Iterator[None]:
         yield
     finally:
         if enabled:
+            gc.freeze()
+            gc.unfreeze()  # to the oldest generation at once: each younger one would walk all of it on the way there
             gc.enable()
 
 
@@ -331,9 +336,20 @@ Arrays = TypeVar("Arrays", Ranks, Samples)
 def _load_arrays(path: Path, kind: type[Arrays]) -> Arrays:
     names = [field.name for field in fields(kind)]
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return kind(**{name: file[name] for name in names})
+        with zipfile.ZipFile(io.BytesIO(path.read_bytes())) as file:
+            return kind(**{name: _array(file.read(f"{name}.npy")) for name in names})
     except KeyError as error:
         raise RecordError(f"{path}: {error.args[0]}; written by another version? run the cell again") from None
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise RecordError(f"{path}: not a readable .npz file ({error}); run the cell again") from None
+
+
+_NPY = re.compile(rb"\x93NUMPY\x01\0..{'descr': '(\S+)', 'fortran_order': False, 'shape': \((\d+),\), } *\n", re.DOTALL)
+
+
+def _array(data: bytes) -> Array:
+    """What ``np.load`` reads, in a third of its time: a report opens a file for every cell, and they are short."""
+    header = _NPY.match(data)
+    if header is None:
+        raise ValueError("it does not hold arrays of one dimension")
+    return np.frombuffer(data, header[1].decode(), int(header[2]), header.end()).copy()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import numpy as np
@@ -127,3 +128,25 @@ def test_broken_rank_files_are_named(factory):
     file.unlink()
     with pytest.raises(RecordError, match="not a readable"):
         load_ranks(file)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_arrays_are_read_as_numpy_reads_them(save, tmp_path):
+    """Ten and 32 are the bytes that end a header and fill it up."""
+    file = tmp_path / "samples-1.npz"
+    save(file, step_s=np.array([]), step_epoch=np.array([10, 10, 32]), sample_t_s=np.ones(5, ">f4"), sample_bytes=[2.5])
+    read, whole = load_samples(file), np.load(file)
+    for name, array in whole.items():
+        assert getattr(read, name).dtype == array.dtype
+        assert np.array_equal(getattr(read, name), array)
+    save(file, **{**whole, "step_s": np.ones((2, 2))})
+    with pytest.raises(RecordError, match="one dimension"):
+        load_samples(file)
+
+
+def test_what_was_read_is_old_to_the_collector_of_garbage(factory):
+    factory.write("lora")
+    kept = read([factory.root])
+    assert gc.isenabled()
+    assert not any(one is kept[0].result for one in gc.get_objects(generation=0))
+    assert any(one is kept[0].result for one in gc.get_objects(generation=2))
