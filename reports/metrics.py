@@ -7,6 +7,8 @@ DCG is 1). A target the user already had is masked in the ranking and never hits
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import product
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -60,9 +62,7 @@ def bootstrap_means(values: Floats, members: Floats, resamples: int = RESAMPLES,
     return np.concatenate(parts)
 
 
-def quality(
-    rows: Mapping[str, Sequence[Ranks]], cutoffs: Sequence[int] = CUTOFFS, resamples: int = RESAMPLES, seed: int = 0
-) -> pd.DataFrame:
+def quality(rows: Mapping[str, Sequence[Ranks]], resamples: int = RESAMPLES) -> pd.DataFrame:
     """Quality of every row from the ranks of its seeds; the index holds the names of the rows.
 
     Columns ``recall_10``, ``ndcg_10`` ... are means over users and seeds; ``*_low`` and ``*_high`` bound the 95 %
@@ -74,75 +74,67 @@ def quality(
         UserError: the seeds of a row were tested on different users.
     """
     columns = ["users", "users_cold", "cannot_hit"]
-    columns += [f"{name}{end}" for name, *_ in _columns(cutoffs) for end in ("", "_low", "_high", "_sd")]
-    lines: dict[str, dict[str, float]] = {}
+    columns += [f"{name}{end}" for name, *_ in _MEANS for end in ("", "_low", "_high", "_sd")]
+    lines = {name: _counts(name, seeds) for name, seeds in rows.items()}
     by_users: dict[int, list[str]] = {}
     for name, seeds in rows.items():
         by_users.setdefault(len(seeds[0].rank), []).append(name)
-        lines[name] = _one_row(name, seeds, cutoffs)
     for users, names in by_users.items():
         if users:
-            _add_intervals(lines, {name: rows[name] for name in names}, cutoffs, resamples, seed)
+            _add_means(lines, {name: rows[name] for name in names}, resamples)
     return pd.DataFrame.from_dict(lines, orient="index", columns=columns, dtype=np.float64)
 
 
-def _columns(cutoffs: Sequence[int]) -> list[tuple[str, Metric, int, str]]:
-    """Name, metric, cut-off and share of the users of every reported mean."""
-    everyone = [(f"{metric}_{k}", metric, k, "all") for k in cutoffs for metric in METRICS]
-    parts = [
+_MEANS: tuple[tuple[str, Metric, int, str], ...] = (
+    *((f"{metric}_{k}", metric, k, "all") for k, metric in product(CUTOFFS, METRICS)),
+    *(
         (f"{metric}_{SPLIT_CUTOFF}_{part}", metric, SPLIT_CUTOFF, part)
-        for part in ("warm", "cold")
-        for metric in METRICS
-    ]
-    return everyone + parts
+        for part, metric in product(("warm", "cold"), METRICS)
+    ),
+)
+"""Name, metric, cut-off and share of the users of every reported mean."""
 
 
-def _members(ranks: Ranks, part: str) -> npt.NDArray[np.bool_]:
-    cold = ranks.cold.astype(bool)
-    return {"all": np.ones_like(cold), "warm": ~cold, "cold": cold}[part]
-
-
-def _one_row(name: str, seeds: Sequence[Ranks], cutoffs: Sequence[int]) -> dict[str, float]:
+def _counts(name: str, seeds: Sequence[Ranks]) -> dict[str, float]:
     first = seeds[0]
     for other in seeds[1:]:
         if not np.array_equal(first.target, other.target):
             raise UserError(f"{name}: its seeds were tested on different users or targets; report the runs apart")
-    values: dict[str, float] = {
+    return {
         "users": len(first.rank),
         "users_cold": int(first.cold.astype(bool).sum()),
         "cannot_hit": float(first.in_history.astype(bool).mean()) if len(first.rank) else np.nan,
     }
-    for column, metric, k, part in _columns(cutoffs):
-        members = _members(first, part)
-        means = [float(gains(ranks, metric, k)[members].mean()) if members.any() else np.nan for ranks in seeds]
-        values[column] = float(np.mean(means))
-        values[f"{column}_sd"] = float(np.std(means, ddof=1)) if len(means) > 1 else np.nan
-    return values
 
 
-def _add_intervals(
-    lines: dict[str, dict[str, float]],
-    rows: Mapping[str, Sequence[Ranks]],
-    cutoffs: Sequence[int],
-    resamples: int,
-    seed: int,
-) -> None:
-    values, members, cells = [], [], []
+def _add_means(lines: dict[str, dict[str, float]], rows: Mapping[str, Sequence[Ranks]], resamples: int) -> None:
+    """Add every mean with its spread and interval to the lines of rows that were tested on equally many users."""
+    values, counted, cells = [], [], []
     for name, seeds in rows.items():
-        for column, metric, k, part in _columns(cutoffs):
-            values.append(np.mean([gains(ranks, metric, k) for ranks in seeds], axis=0))
-            members.append(_members(seeds[0], part).astype(np.float64))
-            cells.append((name, column))
-    means = bootstrap_means(np.stack(values, axis=1), np.stack(members, axis=1), resamples, seed)
-    low, high = _interval(means)
-    for (name, column), bottom, top in zip(cells, low, high, strict=True):
-        lines[name] |= {f"{column}_low": float(bottom), f"{column}_high": float(top)}
+        cold = seeds[0].cold.astype(bool)
+        parts = {"all": np.ones_like(cold), "warm": ~cold, "cold": cold}
+        both = {key: np.stack([getattr(one, key) for one in seeds]) for key in ("rank", "in_history")}
+        together = replace(seeds[0], **both)
+        gained = {(metric, k): gains(together, metric, k) for k, metric in product(CUTOFFS, METRICS)}
+        for column, metric, k, part in _MEANS:
+            members, of_seeds = parts[part], gained[metric, k]  # shapes (users,) and (seeds, users)
+            means = np.compress(members, of_seeds, axis=1).mean(axis=1) if members.any() else np.array([np.nan])
+            lines[name][column] = float(means.mean())
+            lines[name][f"{column}_sd"] = float(means.std(ddof=1)) if len(means) > 1 else np.nan
+            values.append(of_seeds.mean(axis=0))
+            counted.append(members.astype(np.float64))
+            cells.append((lines[name], column))
+    drawn = bootstrap_means(np.stack(values, axis=1), np.stack(counted, axis=1), resamples)
+    for (line, column), low, high in zip(cells, *_interval(drawn), strict=True):
+        line |= {f"{column}_low": float(low), f"{column}_high": float(high)}
 
 
 def _interval(means: Floats) -> tuple[Any, Any]:
     """Percentile interval of each column, NaN where a column has no members."""
     bounds = np.full((2, means.shape[1]), np.nan)
-    known = ~np.isnan(means).all(axis=0)
-    tail = (1 - LEVEL) / 2
-    bounds[:, known] = np.nanquantile(means[:, known], [tail, 1 - tail], axis=0)
+    unknown = np.isnan(means)
+    some, whole = ~unknown.all(axis=0), ~unknown.any(axis=0)
+    tails = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
+    for columns, quantile in ((whole, np.quantile), (some & ~whole, np.nanquantile)):  # the latter is a slow loop
+        bounds[:, columns] = quantile(means[:, columns], tails, axis=0)
     return bounds[0], bounds[1]
