@@ -20,6 +20,7 @@ from tpme.reports.report import make_report
 from tpme.reports.section import Section
 from tpme.reports.table import Column, Entry, Table, number, plain
 from tpme.reports.terminal import to_terminal
+from tpme.reports.trials import Line
 
 BYTES = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 SECONDS = {"ms": 1e-3, "s": 1, "min": 60, "h": 3600}
@@ -227,7 +228,7 @@ def qualifying_table(choice: Choice, limits: Limits) -> Table:
 def rejected_table(choice: Choice, limits: Limits) -> Table:
     """The rows that do not qualify and what keeps them out."""
 
-    def reasons(name: str, line: pd.Series[Any]) -> Entry:
+    def reasons(name: str, line: Line) -> Entry:
         text = "; ".join(reason.text for reason in choice.rejected[name])
         return Entry(text, text)
 

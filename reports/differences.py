@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
-
-import numpy as np
-import pandas as pd
 
 from tpme.reports import fields
-from tpme.reports.load import load_ranks
-from tpme.reports.metrics import Metric, gains
-from tpme.reports.regression.stats import Floats, holm, paired
+from tpme.reports.regression.stats import holm, paired
 from tpme.reports.section import Section
 from tpme.reports.table import MISSING, Column, Entry, Table
+from tpme.reports.trials import Line
 
 LEVEL = 0.05
 
@@ -36,15 +31,15 @@ class Difference:
         return self.p < LEVEL
 
 
-def differences(section: Section, metric: Metric = "ndcg", k: int = 10) -> list[Difference]:
-    """Every pair of finished rows, tested by paired randomisation over users (``stats.paired``).
+def differences(section: Section) -> list[Difference]:
+    """NDCG@10 of every pair of finished rows, tested by paired randomisation over users (``stats.paired``).
 
     A user counts with the mean over the seeds of a row. Users of both rows are the same: a section holds one data set,
     and where data or protocols are mixed nothing is tested.
     """
     if {"dataset_fingerprint", "protocol"} & set(section.group.mixed):
         return []
-    values = _by_user(section, metric, k)
+    values = section.gains
     pairs = list(combinations(values, 2))
     adjusted = holm([paired(values[first] - values[second]) for first, second in pairs])
     return [
@@ -63,7 +58,7 @@ def table(section: Section) -> Table:
             alike.setdefault(one.second, []).append(one.first)
     tested = {name for one in found for name in (one.first, one.second)}
 
-    def entry(name: str, line: pd.Series[Any]) -> Entry:
+    def entry(name: str, line: Line) -> Entry:
         text = ", ".join(sorted(alike.get(name, ()))) or MISSING
         return Entry(text, text)
 
@@ -79,15 +74,3 @@ def table(section: Section) -> Table:
     )
     rows = [str(name) for name in section.summary.index if name in tested]
     return fields.table_of(section, "differences", "Which differences in quality are real", made, rows, notes=[note])
-
-
-def _by_user(section: Section, metric: Metric, k: int) -> dict[str, Floats]:
-    """Gain of every user, mean over seeds, for each row with ranks, in the order of the summary; shape (users,)."""
-    cells = section.cells
-    shown = cells[cells["selected"] & (cells["status"] == "ok") & cells["ranks_path"].notna()]
-    found = {}
-    for name in map(str, section.summary.index):
-        paths = shown.loc[shown["row"] == name, "ranks_path"]
-        if len(paths):
-            found[name] = np.mean([gains(load_ranks(path), metric, k) for path in paths], axis=0)
-    return found

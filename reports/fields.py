@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from math import isnan
 from typing import Any, Literal
 
 import pandas as pd
@@ -11,9 +12,10 @@ from tpme.reports.instruments import instruments
 from tpme.reports.resampling import LEVEL
 from tpme.reports.section import Section
 from tpme.reports.table import MISSING, Column, Entry, Table, Value, number
+from tpme.reports.trials import Line
 
 Better = Literal["higher", "lower"]
-Field = tuple[Column, Callable[[str, "pd.Series[Any]"], Entry]]
+Field = tuple[Column, Callable[[str, Line], Entry]]
 """A column, and how it makes its entry from the name of a row and its line of the summary."""
 
 QUALITY_DIGITS = 4
@@ -30,8 +32,7 @@ def table_of(
 ) -> Table:
     """A table over the rows of the summary (all, or those named), with the section's footnotes and instruments."""
     names = [str(row) for row in (section.summary.index if rows is None else rows)]
-    lines = {str(row): line for row, line in section.summary.iterrows()}
-    entries = tuple(tuple(entry(row, lines[row]) for _, entry in made) for row in names)
+    entries = tuple(tuple(entry(row, section.lines[row]) for _, entry in made) for row in names)
     columns = tuple(column for column, _ in made)
     warnings = (*section.notes.shared, instruments(section))
     return Table(name, title, columns, entries, tuple(notes), warnings, section.notes.footnotes, section.name)
@@ -46,7 +47,7 @@ def method(section: Section) -> Field:
 def seeds() -> Field:
     """How many seeds finished, and of how many where some did not."""
 
-    def entry(name: str, line: pd.Series[Any]) -> Entry:
+    def entry(name: str, line: Line) -> Entry:
         finished, seeds = int(line["seeds_ok"]), int(line["seeds"])
         return Entry(str(seeds) if finished == seeds else f"{finished} of {seeds}", finished)
 
@@ -57,8 +58,8 @@ def quality(section: Section, key: str, header: str) -> list[Field]:
     """Mean and half the width of its interval; the bounds go to the formats for programs."""
     best = best_rows(section.summary[key], "higher", QUALITY_DIGITS)
 
-    def entry(name: str, line: pd.Series[Any]) -> Entry:
-        if pd.isna(line[key]):
+    def entry(name: str, line: Line) -> Entry:
+        if isnan(line[key]):
             return Entry(str(line["status"]) if line["status"] != "ok" else MISSING)
         half = (line[f"{key}_high"] - line[f"{key}_low"]) / 2
         mean = decimals(line[key])
@@ -75,9 +76,9 @@ def cost(
     compared = section.summary[key].where(section.summary["tpme"].notna())
     best = best_rows(compared, "lower")
 
-    def entry(name: str, line: pd.Series[Any]) -> Entry:
+    def entry(name: str, line: Line) -> Entry:
         mean, spread = show(line[key] / scale), line.get(f"{key}_sd")
-        text = f"{mean} ± {number(spread / scale, 2)}" if spread is not None and pd.notna(spread) else mean
+        text = f"{mean} ± {number(spread / scale, 2)}" if spread is not None and not isnan(spread) else mean
         return Entry(text, value_of(line[key]), name in best, short=mean)
 
     made: list[Field] = [(Column(key, header, "lower"), entry)]
@@ -95,8 +96,8 @@ def memory(section: Section, header: str, scale: float) -> list[Field]:
     """M; of a row that ran out of memory the most that was seen, as a lower bound."""
     (column, plain), spread = cost(section, "memory_bytes", header, scale=scale)
 
-    def entry(name: str, line: pd.Series[Any]) -> Entry:
-        if line["status"] == "oom" and pd.notna(line["memory_seen_bytes"]):
+    def entry(name: str, line: Line) -> Entry:
+        if line["status"] == "oom" and not isnan(line["memory_seen_bytes"]):
             return Entry(f"≥ {number(line['memory_seen_bytes'] / scale)}")
         return plain(name, line)
 
@@ -118,27 +119,27 @@ def tpme(section: Section) -> list[Field]:
     """TPME in percent with its interval, and the rank by it; of a row that ran out of memory the lower bound."""
     best = best_rows(section.summary["tpme"], "lower")
 
-    def percent(name: str, line: pd.Series[Any]) -> Entry:
-        if pd.notna(line["tpme_lower_bound"]):
+    def percent(name: str, line: Line) -> Entry:
+        if not isnan(line["tpme_lower_bound"]):
             return Entry(f"≥ {100 * line['tpme_lower_bound']:.2f}")
-        if pd.isna(line["tpme"]):
+        if isnan(line["tpme"]):
             return Entry(MISSING)
         return Entry(f"{100 * line['tpme']:.2f}", 100 * line["tpme"], name in best)
 
-    def bound(name: str, line: pd.Series[Any]) -> Entry:
+    def bound(name: str, line: Line) -> Entry:
         return Entry("", 100 * line["tpme_lower_bound"])
 
-    def interval(name: str, line: pd.Series[Any]) -> Entry:
-        if pd.isna(line["tpme_low"]):
+    def interval(name: str, line: Line) -> Entry:
+        if isnan(line["tpme_low"]):
             return Entry(MISSING)
         low, high = 100 * line["tpme_low"], 100 * line["tpme_high"]
         return Entry(f"{low:.2f}–{high:.2f}", low, short=f"{low:.1f}–{high:.1f}")
 
-    def high(name: str, line: pd.Series[Any]) -> Entry:
+    def high(name: str, line: Line) -> Entry:
         return Entry("", 100 * line["tpme_high"])
 
-    def rank(name: str, line: pd.Series[Any]) -> Entry:
-        known = pd.notna(line["tpme_rank"])
+    def rank(name: str, line: Line) -> Entry:
+        known = not isnan(line["tpme_rank"])
         return Entry(str(int(line["tpme_rank"])), int(line["tpme_rank"])) if known else Entry(MISSING)
 
     return [
@@ -153,8 +154,8 @@ def tpme(section: Section) -> list[Field]:
 def plain(key: str, header: str, digits: int, scale: float = 1) -> Field:
     """A number with so many significant digits; programs get it unscaled."""
 
-    def entry(name: str, line: pd.Series[Any]) -> Entry:
-        return Entry(number(line[key] / scale, digits) if pd.notna(line[key]) else MISSING, value_of(line[key]))
+    def entry(name: str, line: Line) -> Entry:
+        return Entry(number(line[key] / scale, digits) if not isnan(line[key]) else MISSING, value_of(line[key]))
 
     return Column(key, header), entry
 
@@ -162,9 +163,9 @@ def plain(key: str, header: str, digits: int, scale: float = 1) -> Field:
 def interval(key: str, header: str) -> list[Field]:
     """The bounds of an interval, in one column for people and in two for programs."""
 
-    def entry(name: str, line: pd.Series[Any]) -> Entry:
+    def entry(name: str, line: Line) -> Entry:
         low, high = line[f"{key}_low"], line[f"{key}_high"]
-        return Entry(f"{number(low)}–{number(high)}" if pd.notna(low) else MISSING, value_of(low))
+        return Entry(f"{number(low)}–{number(high)}" if not isnan(low) else MISSING, value_of(low))
 
     return [(Column(f"{key}_low", header), entry), (Column(f"{key}_high", machine_only=True), hidden(f"{key}_high"))]
 
@@ -172,8 +173,8 @@ def interval(key: str, header: str) -> list[Field]:
 def count(key: str, header: str) -> Field:
     """A count, or the mean of one over seeds."""
 
-    def entry(name: str, line: pd.Series[Any]) -> Entry:
-        text = MISSING if pd.isna(line[key]) else f"{line[key]:.1f}".removesuffix(".0")
+    def entry(name: str, line: Line) -> Entry:
+        text = MISSING if isnan(line[key]) else f"{line[key]:.1f}".removesuffix(".0")
         return Entry(text, value_of(line[key]))
 
     return Column(key, header), entry
@@ -184,7 +185,7 @@ def percent(key: str, header: str) -> Field:
     return Column(key, header), lambda name, line: Entry(f"{100 * line[key]:.2f}", value_of(line[key]))
 
 
-def hidden(key: str) -> Callable[[str, pd.Series[Any]], Entry]:
+def hidden(key: str) -> Callable[[str, Line], Entry]:
     """Entries of a column that only programs see."""
     return lambda name, line: Entry("", value_of(line[key]))
 

@@ -6,15 +6,13 @@ same number in every table of a section.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
-from typing import Any
 
-import pandas as pd
-
-from tpme.reports.trials import Group, mixture, settings
+from tpme.reports.trials import Group, Line, mixture, settings
 
 MANY = 3
 """So many flags that differ in their numbers alone become one footnote."""
@@ -33,16 +31,21 @@ class Notes:
     """Row to the numbers of its footnotes."""
 
 
-def notes_of(cells: pd.DataFrame, summary: pd.DataFrame) -> Notes:
-    """Collect the footnotes of all rows, numbered in the order in which ``summary`` lists the rows."""
-    finished = summary["status"] == "ok"
-    several_sources = summary.loc[summary["compared"] & finished, "memory_source"].nunique() > 1
-    merged = _merged(message for flags in cells.loc[cells["selected"], "flags"] for _, message in flags)
+def notes_of(seeds: Mapping[str, Sequence[Line]], lines: Mapping[str, Line]) -> Notes:
+    """Collect the footnotes of all rows, numbered in the order of ``lines``.
+
+    Args:
+        seeds: the cells of each row, of the trial that is shown.
+        lines: the summary of each row.
+    """
+    finished = {name: line for name, line in lines.items() if line["status"] == "ok"}
+    several_sources = len({line["memory_source"] for line in finished.values() if line["compared"]}) > 1
+    merged = _merged(message for cells in seeds.values() for cell in cells for _, message in cell["flags"])
     told = {
-        str(name): list(dict.fromkeys(_row_notes(cells[cells["row"] == name], line, several_sources, merged)))
-        for name, line in summary.iterrows()
+        name: list(dict.fromkeys(_row_notes(name, seeds[name], line, several_sources, merged)))
+        for name, line in lines.items()
     }
-    of_finished = [told[str(name)] for name in summary.index[finished]]
+    of_finished = [told[name] for name in finished]
     shared = [text for text in of_finished[0] if all(text in texts for texts in of_finished)] if of_finished[1:] else []
     own = {name: [text for text in texts if text not in shared] for name, texts in told.items()}
     footnotes = list(dict.fromkeys(text for texts in own.values() for text in texts))
@@ -78,40 +81,37 @@ def _range(numbers: Sequence[str]) -> str:
 
 
 def _row_notes(
-    cells: pd.DataFrame, line: pd.Series[Any], several_sources: bool, merged: Mapping[str, str]
+    name: str, seeds: Sequence[Line], line: Line, several_sources: bool, merged: Mapping[str, str]
 ) -> Iterator[str]:
-    shown = cells[cells["selected"]]
-    flags = dict.fromkeys(flag for flags in shown["flags"] for flag in flags)
+    flags = dict.fromkeys(flag for cell in seeds for flag in cell["flags"])
     for _, message in flags:
         yield merged[message]
     options = settings(line["options"])
-    if options and not str(line.name).endswith("]"):
+    if options and not name.endswith("]"):
         yield f"with {', '.join(options)}"
     if line["status"] != "ok":
-        yield from _failure(line, shown)
+        yield from _failure(line, seeds)
     elif line["seeds_ok"] < line["seeds"]:
-        ends = sorted(set(shown.loc[shown["status"] != "ok", "status"]))
+        ends = sorted({cell["status"] for cell in seeds} - {"ok"})
         yield f"{line['seeds_ok']} of {line['seeds']} seeds finished ({', '.join(ends)}); the row is over those alone"
     if line["status"] == "ok" and line["compared"]:
-        for name, what in (("epoch_time", "T"), ("memory", "M")):
-            if not line[f"{name}_valid"]:
-                yield f"no TPME, for {what} is missing or not to be trusted: {line[f'{name}_reason']}"
+        for key, what in (("epoch_time", "T"), ("memory", "M")):
+            if not line[f"{key}_valid"]:
+                yield f"no TPME, for {what} is missing or not to be trusted: {line[f'{key}_reason']}"
     if several_sources and line["compared"] and line["status"] == "ok":
         yield f"M by {line['memory_source']}"
     if line["search_trials"] > 1:
         yield f"learning rate selected on validation among {line['search_trials']} trials"
-    if line["cached"] and not any(code == "cache-build" for code, _ in flags) and pd.notna(line["cache_build_s"]):
+    if line["cached"] and not any(code == "cache-build" for code, _ in flags) and not math.isnan(line["cache_build_s"]):
         yield (
             f"trains on a feature cache that took {line['cache_build_s']:.1f} s and "
             f"{line['cache_bytes'] / 1e6:.1f} MB to build, once; not part of T"
         )
-    if shown["superseded"].any():
-        yield f"replaces {shown['superseded'].sum()} older records of the same cells on the same device"
+    if superseded := sum(cell["superseded"] for cell in seeds):
+        yield f"replaces {superseded} older records of the same cells on the same device"
 
 
-def _failure(line: pd.Series[Any], shown: pd.DataFrame) -> Iterator[str]:
-    message = next((text for text in shown["failure_message"] if isinstance(text, str)), "no message")
-    phase = next((text for text in shown["failure_phase"] if isinstance(text, str)), "an unknown phase")
-    yield f"{line['status']} during {phase}: {message}"
+def _failure(line: Line, seeds: Sequence[Line]) -> Iterator[str]:
+    yield f"{line['status']} during {seeds[0]['failure_phase']}: {seeds[0]['failure_message']}"
     if line["status"] == "oom":
         yield "out of memory: M is the most that was seen, TPME the least it can be in the frame of the other rows"

@@ -11,6 +11,7 @@ import base64
 import hashlib
 import html
 import json
+import math
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from itertools import groupby
@@ -18,7 +19,6 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from tpme.bench.record import Cell, CellResult
@@ -27,7 +27,7 @@ from tpme.reports.instruments import instruments
 from tpme.reports.load import Recorded, load_samples
 from tpme.reports.section import Section
 from tpme.reports.tpme import COLUMNS, Weights, members
-from tpme.reports.trials import own_path
+from tpme.reports.trials import Line, own_path
 
 SHORT = dict(zip(COLUMNS, ("t", "p", "m"), strict=True))
 QUALITY = tuple(f"{metric}_10{end}" for metric in ("recall", "ndcg") for end in ("", "_low", "_high"))
@@ -75,15 +75,13 @@ def _group(section: Section) -> dict[str, Any]:
         "shared": [own_path(text) for text in (*section.notes.shared, instruments(section))],
         "footnotes": [own_path(text) for text in section.notes.footnotes],
         "rows": [
-            _row(section, index, str(name), line, bool(usable.iloc[index]), firsts[str(name)])
-            for index, (name, line) in enumerate(section.summary.iterrows())
+            _row(section, index, name, line, bool(usable[name]), firsts[name])
+            for index, (name, line) in enumerate(section.lines.items())
         ],
     }
 
 
-def _row(
-    section: Section, index: int, name: str, line: pd.Series[Any], usable: bool, first: Recorded
-) -> dict[str, Any]:
+def _row(section: Section, index: int, name: str, line: Line, usable: bool, first: Recorded) -> dict[str, Any]:
     return {
         "index": index,
         "name": name,
@@ -154,7 +152,8 @@ def _curve(recorded: Recorded) -> list[tuple[float, int]]:
     if not len(samples.sample_t_s):
         return []
     time_s, used = thin(samples, CURVE_POINTS)
-    return [(round(float(t), 2), int(float(f"{b:.4g}"))) for t, b in zip(time_s, used, strict=True) if np.isfinite(b)]
+    curve = zip(time_s.tolist(), used.tolist(), strict=True)
+    return [(round(t, 2), int(float(f"{b:.4g}"))) for t, b in curve if math.isfinite(b)]
 
 
 def _environment(result: CellResult) -> dict[str, str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from pathlib import PurePosixPath
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -17,6 +17,7 @@ from tpme.reports import fields
 from tpme.reports.fields import Field
 from tpme.reports.section import Section
 from tpme.reports.table import MISSING, Column, Entry, Table, number
+from tpme.reports.trials import Line
 
 SOURCE = "Fu et al., IISAN, SIGIR 2024 (abstract, and README of the authors' release)"
 DATASET, ENCODERS = "scientific", ("bert-base-uncased", "vit-base-patch16-224")
@@ -93,14 +94,14 @@ def _of_a_whole_epoch(result: CellResult) -> float:
 def _beside(key: str, symbol: str, unit: str, printed: str, measured: dict[str, float]) -> list[Field]:
     """Printed, measured, and their ratio; programs get both ends of a range."""
 
-    def of(line: pd.Series[Any]) -> Range:
+    def of(line: Line) -> Range:
         found: Range = getattr(PRINTED[line["label"]], printed)
         return found
 
     def known(name: str) -> float | None:
         return None if pd.isna(measured[name]) else float(measured[name])
 
-    def ratio(name: str, line: pd.Series[Any]) -> Entry:
+    def ratio(name: str, line: Line) -> Entry:
         value, (low, high) = known(name), of(line)
         if value is None:
             return Entry(MISSING)

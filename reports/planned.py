@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pandas as pd
 
 from tpme.bench.record import CellResult, Reading
@@ -12,6 +10,7 @@ from tpme.reports.fields import Field, byte_unit
 from tpme.reports.load import counter_values
 from tpme.reports.section import Section
 from tpme.reports.table import MISSING, Column, Entry, Table, number
+from tpme.reports.trials import Line
 
 PARTS = {
     "weight_bytes": "Weights",
@@ -72,7 +71,7 @@ def _notes(frame: pd.DataFrame, peaks: dict[str, Reading | None]) -> list[str]:
 
 
 def _of(frame: pd.DataFrame, key: str, header: str, scale: float = 1) -> Field:
-    def entry(name: str, line: pd.Series[Any]) -> Entry:
+    def entry(name: str, line: Line) -> Entry:
         value = float(frame[key][name])
         return Entry(MISSING) if pd.isna(value) else Entry(number(value / scale), value)
 

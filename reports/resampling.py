@@ -83,15 +83,15 @@ class Resampled:
         return int(ranks[outside]), int(ranks[-1 - outside])
 
 
-def resample(rows: Mapping[str, Repeats], weights: Weights, frame: Frame | None = None) -> Resampled:
-    """Draw every row ``DRAWS`` times and compute TPME of each draw; equal input gives equal output.
+def resample(draws: Mapping[str, Floats], weights: Weights, frame: Frame | None = None) -> Resampled:
+    """TPME and ranks of the K rows in every draw; equal input gives equal output.
 
     Args:
-        rows: the K compared rows by name, at least one.
+        draws: what ``draw`` made of each row, at least one.
         weights: of T, P and M.
         frame: a frozen frame; without one each draw has its own.
     """
-    costs = np.stack([_draw(name, one) for name, one in rows.items()], axis=1)  # (draws, rows, 3)
+    costs = np.stack(list(draws.values()), axis=1)  # (draws, rows, 3)
     if frame is None:
         low, high = costs.min(axis=1, keepdims=True), costs.max(axis=1, keepdims=True)
     else:
@@ -100,7 +100,7 @@ def resample(rows: Mapping[str, Repeats], weights: Weights, frame: Frame | None 
     reach = np.broadcast_to(high - low, costs.shape)
     terms = np.divide(costs - low, reach, out=np.zeros_like(costs), where=reach > 0)
     tpme = terms @ np.array(weights.values)
-    return Resampled(tuple(rows), tpme, _ranks(tpme.round(12)))
+    return Resampled(tuple(draws), tpme, _ranks(tpme.round(12)))
 
 
 def _ranks(values: Floats) -> Ints:
@@ -114,28 +114,23 @@ def _ranks(values: Floats) -> Ints:
     return ranks
 
 
-def time_interval(name: str, epochs_s: Sequence[Floats]) -> tuple[float, float]:
-    """Between which values T of a row lies in 95 % of the draws (seconds): seeds and epochs as for TPME."""
-    low, high = np.quantile(_draw_times(name, epochs_s)[0], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
-
-
-def _draw(name: str, row: Repeats) -> Floats:
-    """T, P and M of one row in every draw, shape ``(draws, 3)``."""
-    time_s, chosen = _draw_times(name, row.epochs_s)
-    memory = row.memory_bytes[chosen].mean(axis=1)
-    return np.column_stack([time_s, np.full(DRAWS, row.trainable_millions), memory])
-
-
-def _draw_times(name: str, epochs_s: Sequence[Floats]) -> tuple[Floats, Ints]:
-    """T in every draw, shape ``(draws,)``, and the seeds that were drawn for it, shape ``(draws, seeds)``.
+def draw(name: str, row: Repeats) -> Floats:
+    """T, P and M of one row in each of ``DRAWS`` draws, shape ``(draws, 3)``.
 
     The generator belongs to the name, so that a further row leaves the draws of all others as they are.
     """
     generator = np.random.default_rng([_SEED, zlib.crc32(name.encode())])
-    seeds = len(epochs_s)
+    seeds = len(row.epochs_s)
     chosen = generator.integers(seeds, size=(DRAWS, seeds))
-    return _medians(epochs_s, chosen, generator).mean(axis=1), chosen
+    time_s = _medians(row.epochs_s, chosen, generator).mean(axis=1)
+    memory = row.memory_bytes[chosen].mean(axis=1)
+    return np.column_stack([time_s, np.full(DRAWS, row.trainable_millions), memory])
+
+
+def time_interval(draws: Floats) -> tuple[float, float]:
+    """Between which values T of a row lies in 95 % of its draws (seconds)."""
+    low, high = np.quantile(draws[:, 0], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
 
 
 def _medians(samples: Sequence[Floats], chosen: Ints, generator: np.random.Generator) -> Floats:

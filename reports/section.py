@@ -9,6 +9,7 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,12 @@ import pandas as pd
 
 from tpme.bench.errors import UserError
 from tpme.bench.record import CellResult
-from tpme.reports.load import Recorded, load_ranks, memory_of_tpme
-from tpme.reports.metrics import quality
+from tpme.reports.load import Ranks, Recorded, load_ranks, memory_of_tpme
+from tpme.reports.metrics import Floats, gains, quality
 from tpme.reports.notes import Notes, mixing, notes_of
-from tpme.reports.resampling import Repeats, Resampled, resample, time_interval
+from tpme.reports.resampling import Repeats, Resampled, draw, resample, time_interval
 from tpme.reports.tpme import Frame, Weights, frame_of, lower_bound, tpme
-from tpme.reports.trials import Group
+from tpme.reports.trials import Group, Line, lines_of
 
 NO_ADAPTATION = ("frozen", "id", "popularity")
 """Methods that adapt no encoder: they would set the minima, so they get a TPME only where they are named."""
@@ -40,6 +41,8 @@ class Section:
     """One line a row, best TPME first, then rows without one by quality, then what did not finish."""
     behind: Mapping[str, tuple[CellResult, ...]]
     """The records behind each row: its finished seeds, or where there are none the failed ones."""
+    gains: Mapping[str, Floats]
+    """NDCG@10 of every user, mean over seeds, of each row with ranks, in the order of the summary; shape (users,)."""
     resampled: Resampled | None
     """TPME of the K rows in every draw; None where there are none."""
     weights: Weights
@@ -52,6 +55,11 @@ class Section:
     def cells(self) -> pd.DataFrame:
         """The cells of all trials, with the column ``row``."""
         return self.group.cells
+
+    @cached_property
+    def lines(self) -> dict[str, Line]:
+        """The lines of the summary by row."""
+        return _lines(self.summary)
 
     @property
     def compared(self) -> list[str]:
@@ -77,8 +85,9 @@ def make_section(
         named: rows or labels that get a TPME; None for all methods that adapt an encoder.
         frozen: a frame to use instead of the rows' own, and the file it came from.
     """
-    summary = summarise(group.cells)
-    summary = summary.join(quality(_ranks(group.cells, summary)))
+    seeds = _seeds(group.cells)
+    ranks = {name: found for name, cells in seeds.items() if (found := _ranks(cells))}
+    summary = summarise(seeds).join(quality(ranks))
     candidates = summary[_compared(summary, named)]
     frame = frozen[0] if frozen else frame_of(candidates, group.key)
     summary["compared"] = summary.index.isin(candidates.index)
@@ -89,51 +98,72 @@ def make_section(
         ["order", "tpme_rank", "ndcg_10", "name"], ascending=[True, True, False, True], na_position="last"
     )
     summary = summary.drop(columns=["order", "name"])
-    behind = _behind(group.cells, summary, records)
+    results = {str(recorded.path): recorded.result for recorded in records}
+    order = [str(name) for name in summary.index]
+    behind = {name: tuple(results[cell["path"]] for cell in _used(seeds[name])) for name in order}
+    gained = {name: np.mean([gains(one, "ndcg", 10) for one in ranks[name]], axis=0) for name in order if name in ranks}
     resampled = _resample(summary, behind, weights, frozen[0] if frozen else None)
-    notes = notes_of(group.cells, summary)
+    notes = notes_of(seeds, _lines(summary))
     if group.mixed:
         notes = replace(notes, shared=(mixing(group), *notes.shared))
     frame_from = frozen[1] if frozen else None
-    return Section(name, group, tuple(records), summary, behind, resampled, weights, frame, frame_from, notes)
+    return Section(name, group, tuple(records), summary, behind, gained, resampled, weights, frame, frame_from, notes)
 
 
-def summarise(cells: pd.DataFrame) -> pd.DataFrame:
-    """One line for each row of ``cells`` (the selected trial only): means over the seeds that finished.
+def _lines(summary: pd.DataFrame) -> dict[str, Line]:
+    return dict(zip(map(str, summary.index), lines_of(summary), strict=True))
+
+
+def _seeds(cells: pd.DataFrame) -> dict[str, list[Line]]:
+    """The cells of the trial that is shown of each row, rows by name."""
+    found: dict[str, list[Line]] = {}
+    for cell in lines_of(cells[cells["selected"]]):
+        found.setdefault(cell["row"], []).append(cell)
+    return dict(sorted(found.items()))
+
+
+def _used(seeds: Sequence[Line]) -> Sequence[Line]:
+    """The seeds that finished, or where none did all."""
+    return [cell for cell in seeds if cell["status"] == "ok"] or seeds
+
+
+def summarise(rows: Mapping[str, Sequence[Line]]) -> pd.DataFrame:
+    """One line for each row from the cells of its seeds: means over those that finished.
 
     Where none did, the line holds what the failed attempts left. ``epoch_time_s_sd`` and ``memory_bytes_sd`` are
     standard deviations over seeds, NaN for one seed.
     """
-    chosen = cells[cells["selected"]]
-    lines = {str(name): _line(group) for name, group in chosen.groupby("row", sort=True)}
-    return pd.DataFrame.from_dict(lines, orient="index")
+    return pd.DataFrame.from_dict({name: _line(seeds) for name, seeds in rows.items()}, orient="index")
 
 
-def _line(cells: pd.DataFrame) -> dict[str, Any]:
-    finished = cells[cells["status"] == "ok"]
-    used = finished if len(finished) else cells
-    line: dict[str, Any] = {name: cells[name].iloc[0] for name in ("label", "method", "cached", "options", "lr")}
-    line["status"] = "ok" if len(finished) else cells["status"].iloc[0]
-    line["seeds"] = cells["seed"].nunique()
-    line["seeds_ok"] = finished["seed"].nunique()
-    for name in ("epoch_time_s", "memory_bytes"):
-        line[name] = _mean(used[name])
-        line[f"{name}_sd"] = float(used[name].astype(float).std(ddof=1)) if len(used) > 1 else np.nan
+def _line(seeds: Sequence[Line]) -> dict[str, Any]:
+    used = _used(seeds)
+    finished = used if used[0]["status"] == "ok" else []
+    line: dict[str, Any] = {name: seeds[0][name] for name in SHARED}
+    line["status"] = used[0]["status"]
+    line["seeds"] = len({cell["seed"] for cell in seeds})
+    line["seeds_ok"] = len({cell["seed"] for cell in finished})
     for name in MEANS:
-        line[name] = _mean(used[name])
-    line["energy_epoch_j"] = _mean(finished["training_energy_j"].astype(float) / finished["epochs_run"])
+        line[name] = _mean(_values(used, name))
+    for name in ("epoch_time_s", "memory_bytes"):
+        known = _values(used, name)
+        known = known[~np.isnan(known)]
+        line[f"{name}_sd"] = float(known.std(ddof=1)) if len(known) > 1 else np.nan
+    line["energy_epoch_j"] = _mean(_values(finished, "training_energy_j") / _values(finished, "epochs_run"))
     for name in ("trainable_millions", "total_millions", "stored_bytes", "memory_seen_bytes", "cache_bytes"):
-        line[name] = used[name].astype(float).max()
+        line[name] = float(np.fmax.reduce(_values(used, name)))
     for name in ("epoch_time", "memory"):
-        line[f"{name}_valid"] = bool(used[f"{name}_valid"].all())
-        line[f"{name}_reason"] = next((reason for reason in used[f"{name}_reason"] if isinstance(reason, str)), None)
-    line["memory_source"] = ", ".join(sorted(set(used["memory_source"])))
-    for name in ("search_trials", "search_cells", "search_wall_s"):
-        line[name] = cells[name].iloc[0]
+        line[f"{name}_valid"] = all(cell[f"{name}_valid"] for cell in used)
+        reasons = (cell[f"{name}_reason"] for cell in used)
+        line[f"{name}_reason"] = next((reason for reason in reasons if isinstance(reason, str)), None)
+    line["memory_source"] = ", ".join(sorted({cell["memory_source"] for cell in used}))
     return line
 
 
+SHARED = ("label", "method", "cached", "options", "lr", "search_trials", "search_cells", "search_wall_s")
 MEANS = (
+    "epoch_time_s",
+    "memory_bytes",
     "time_to_best_s",
     "best_epoch",
     "epochs_run",
@@ -145,38 +175,33 @@ MEANS = (
 )
 
 
-def _mean(values: pd.Series[Any]) -> float:
-    return float(values.astype(float).mean())
+def _values(cells: Sequence[Line], name: str) -> Floats:
+    """One number of every cell, NaN where it has none."""
+    return np.array([cell[name] for cell in cells], dtype=np.float64)
 
 
-def _behind(
-    cells: pd.DataFrame, summary: pd.DataFrame, records: Sequence[Recorded]
-) -> dict[str, tuple[CellResult, ...]]:
-    found: dict[str, list[CellResult]] = {str(name): [] for name in summary.index}
-    for name, selected, recorded in zip(cells["row"], cells["selected"], records, strict=True):
-        if selected and (summary["status"][name] != "ok" or recorded.result.status == "ok"):
-            found[name].append(recorded.result)
-    return {name: tuple(results) for name, results in found.items()}
+def _mean(values: Floats) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else np.nan
 
 
 def _resample(
     summary: pd.DataFrame, behind: Mapping[str, tuple[CellResult, ...]], weights: Weights, frame: Frame | None
 ) -> Resampled | None:
     """Resample the rows; adds ``tpme_low`` and ``tpme_high`` of the K rows to ``summary``, and the same of T of all."""
-    summary[["epoch_time_s_low", "epoch_time_s_high", "tpme_low", "tpme_high"]] = np.nan
     trained = summary.index[(summary["status"] == "ok") & summary["epoch_time_s"].notna()]
-    every = {name: _repeats(behind[name]) for name in map(str, trained)}
-    for name, row in every.items():
-        if row.several:
-            summary.loc[name, ["epoch_time_s_low", "epoch_time_s_high"]] = time_interval(name, row.epochs_s)
-    repeats = {name: row for name, row in every.items() if pd.notna(summary["tpme"][name])}
-    if not repeats:
-        return None
-    resampled = resample(repeats, weights, frame)
-    for name, row in repeats.items():
-        if row.several:
-            value = float(summary["tpme"][name])
-            summary.loc[name, ["tpme_low", "tpme_high"]] = resampled.interval(name, value)
+    repeats = {name: _repeats(behind[name]) for name in map(str, trained)}
+    draws = {name: draw(name, row) for name, row in repeats.items()}
+    tpme = summary["tpme"].dropna().to_dict()
+    compared = {name: one for name, one in draws.items() if name in tpme}
+    resampled = resample(compared, weights, frame) if compared else None
+    bounds = np.full((len(summary), 4), np.nan)
+    for place, name in enumerate(summary.index):
+        if name in repeats and repeats[name].several:
+            bounds[place, :2] = time_interval(draws[name])
+            if resampled is not None and name in compared:
+                bounds[place, 2:] = resampled.interval(name, tpme[name])
+    summary[["epoch_time_s_low", "epoch_time_s_high", "tpme_low", "tpme_high"]] = bounds
     return resampled
 
 
@@ -194,14 +219,10 @@ def _repeats(seeds: Sequence[CellResult]) -> Repeats:
     )
 
 
-def _ranks(cells: pd.DataFrame, summary: pd.DataFrame) -> dict[str, list[Any]]:
-    """Ranks of the finished seeds of every row that has any."""
-    shown = cells[cells["selected"] & (cells["status"] == "ok") & cells["ranks_path"].notna()]
-    return {
-        str(name): [load_ranks(path) for path in shown.loc[shown["row"] == name, "ranks_path"]]
-        for name in summary.index
-        if (shown["row"] == name).any()
-    }
+def _ranks(seeds: Sequence[Line]) -> list[Ranks]:
+    """Ranks of the seeds that finished and left any."""
+    paths = [cell["ranks_path"] for cell in seeds if cell["status"] == "ok"]
+    return [load_ranks(path) for path in paths if isinstance(path, str)]  # pandas may turn None into NaN
 
 
 def _compared(summary: pd.DataFrame, named: Sequence[str] | None) -> pd.Series[bool]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from typing import Any, get_args
+from typing import get_args
 
 import pandas as pd
 
@@ -20,6 +20,7 @@ from tpme.reports.planned import planned
 from tpme.reports.resampling import DRAWS
 from tpme.reports.section import NO_ADAPTATION, Section
 from tpme.reports.table import MISSING, Column, Entry, Table, number
+from tpme.reports.trials import Line
 
 METRICS = (("recall", "Recall"), ("ndcg", "NDCG"))
 STEP_PARTS = {"data_wait_s": "Data wait", "forward_s": "FP", "backward_s": "BP", "update_s": "WU"}
@@ -111,7 +112,7 @@ def steps(section: Section) -> Table:
     parts = {(name, key): counter_values(results, key) for name, results in behind for key in STEP_PARTS}
 
     def part(key: str, header: str) -> Field:
-        def entry(name: str, line: pd.Series[Any]) -> Entry:
+        def entry(name: str, line: Line) -> Entry:
             values = parts[name, key]
             mean = sum(values) / len(values) if values else None
             return Entry(number(None if mean is None else 1e3 * mean), mean)
@@ -140,7 +141,7 @@ def phases(section: Section) -> Table:
                 peaks[name, kind] = max(known)
 
     def wall(kind: str) -> Field:
-        def entry(name: str, line: pd.Series[Any]) -> Entry:
+        def entry(name: str, line: Line) -> Entry:
             values = spent.get((name, kind))
             mean = sum(values) / len(values) if values else None
             return Entry(number(mean), mean)

@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import pandas as pd
@@ -23,6 +23,9 @@ GROUP = ("device_key", "protocol", "dataset", "dataset_fingerprint", "modalities
 """Rows that differ in any of these share a frame only where a reader asks for it: costs or task are not the same."""
 
 ROW = ("label", "options", "training", "code_version")
+
+Line = Mapping[str, Any]
+"""One line of a table by column."""
 
 PLURAL = dict(zip(GROUP, ("devices", "protocols", "data", "data", "modalities", "encoders", "precisions"), strict=True))
 
@@ -79,6 +82,12 @@ def split(frame: pd.DataFrame, mix: bool = False) -> list[Group]:
     if mix:
         return [_group(frame)]
     return [_group(cells) for _, cells in _with_free_cells(frame).groupby(list(GROUP), sort=True)]
+
+
+def lines_of(frame: pd.DataFrame) -> list[Line]:
+    """The lines of a table as plain values: pandas takes long over one value at a time."""
+    columns = {str(name): frame[name].tolist() for name in frame}
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def names(groups: Sequence[Group]) -> list[str]:
@@ -138,7 +147,7 @@ def _mixed(cells: pd.DataFrame) -> tuple[str, ...]:
     return tuple(name for name in GROUP if len(set(cells[name]) - {""}) > 1)
 
 
-def _row_names(cells: pd.DataFrame) -> pd.Series[str]:
+def _row_names(cells: pd.DataFrame) -> list[str]:
     """The label, followed by what sets the row apart: options, unusual training settings, code version.
 
     Options are left out where no other row has the label; a footnote gives them. In a mixed group device, protocol,
@@ -152,15 +161,17 @@ def _row_names(cells: pd.DataFrame) -> pd.Series[str]:
     if (cells.groupby("dataset")["dataset_fingerprint"].nunique() == 1).all():
         apart.pop("dataset_fingerprint", None)  # the name says it
 
-    def name(cell: pd.Series[Any]) -> str:
-        extra = settings(cell["options"]) if variants[cell["label"]] > 1 else []
-        training = json.loads(cell["training"])
-        extra += [_setting(key, value) for key, value in training.items() if json.dumps(value) != usual[key]]
-        extra += [f"@{cell['code_version'][:7]}"] if versions else []
-        extra += [texts[cell[name]] for name, texts in apart.items() if cell[name]]
-        return f"{cell['label']} [{', '.join(extra)}]" if extra else str(cell["label"])
+    @cache
+    def name(label: str, options: str, training: str, version: str, *rest: str) -> str:
+        extra = settings(options) if variants[label] > 1 else []
+        extra += [
+            _setting(key, value) for key, value in json.loads(training).items() if json.dumps(value) != usual[key]
+        ]
+        extra += [f"@{version[:7]}"] if versions else []
+        extra += [texts[value] for texts, value in zip(apart.values(), rest, strict=True) if value]
+        return f"{label} [{', '.join(extra)}]" if extra else label
 
-    return cells.apply(name, axis=1)
+    return list(map(name, *(cells[key] for key in (*ROW, *apart))))
 
 
 def _telling(values: Sequence[str]) -> dict[str, str]:

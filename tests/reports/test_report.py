@@ -14,6 +14,9 @@ from rich.console import Console
 from tpme.bench.errors import UserError
 from tpme.bench.record import Failure, Flag
 from tpme.reports import report as report_module
+from tpme.reports import resampling
+from tpme.reports import section as section_module
+from tpme.reports.load import load_ranks
 from tpme.reports.report import make_report, write_report
 from tpme.reports.tables import all_tables, failures, learning_rates, results
 from tpme.reports.tpme import Weights
@@ -341,3 +344,14 @@ def test_a_failure_message_cannot_break_the_table(factory, tmp_path):
     assert text.count(r"a \| b &lt;img") == 2
     latex = (tmp_path / "out" / "tables" / "failures.tex").read_text()
     assert latex.count(r"\end{tabular}") == 1
+
+
+def test_ranks_are_read_once_and_every_row_is_drawn_once(demo_run, monkeypatch):
+    """A report of a thousand records takes seconds that way."""
+    read, drawn, medians = [], [], resampling._medians
+    monkeypatch.setattr(section_module, "load_ranks", lambda path: read.append(path) or load_ranks(path))
+    monkeypatch.setattr(resampling, "_medians", lambda *given: drawn.append(given) or medians(*given))
+    [made] = make_report([demo_run]).sections
+    all_tables(made)
+    assert len(read) == len(set(read)) == sum(made.cells["selected"] & made.cells["ranks_path"].notna())
+    assert len(drawn) == (made.summary["epoch_time_s"].notna() & (made.summary["status"] == "ok")).sum()

@@ -8,13 +8,17 @@ from hypothesis import strategies as st
 from tpme.bench.record import read_result
 from tpme.reports import resampling
 from tpme.reports.report import make_report
-from tpme.reports.resampling import DRAWS, Repeats, resample
+from tpme.reports.resampling import DRAWS, Repeats, Resampled, draw, resample
 from tpme.reports.tables import costs, results
 from tpme.reports.tpme import DEFAULT, Frame, Span, Weights
 
 
 def row(*epochs_s, memory=(1e9,), millions=1.0) -> Repeats:
     return Repeats(tuple(np.array(one, dtype=float) for one in epochs_s), np.array(memory, dtype=float), millions)
+
+
+def resampled(rows: dict[str, Repeats], weights: Weights = DEFAULT, frame: Frame | None = None) -> Resampled:
+    return resample({name: draw(name, one) for name, one in rows.items()}, weights, frame)
 
 
 def texts(table, key: str) -> dict[str, str]:
@@ -54,7 +58,7 @@ def measured(rows: dict[str, Repeats]) -> dict[str, float]:
 @given(st.lists(repeats, min_size=1, max_size=5))
 def test_an_interval_holds_its_point_and_every_draw_is_a_tpme(drawn):
     rows = {f"row {index}": one for index, one in enumerate(drawn)}
-    found = resample(rows, DEFAULT)
+    found = resampled(rows)
     assert found.tpme.shape == found.ranks.shape == (DRAWS, len(rows))
     assert found.tpme.min() >= -1e-9
     assert found.tpme.max() <= 1 + 1e-9
@@ -76,7 +80,7 @@ def test_constant_times_and_memory_give_intervals_without_width(one, other, seed
         "b": row(*[[other] * epochs] * seeds, memory=[3e9] * seeds, millions=5.0),
         "c": row(*[[1.0] * epochs] * seeds, memory=[7e9] * seeds, millions=2.0),
     }
-    found = resample(rows, DEFAULT)
+    found = resampled(rows)
     for name, value in measured(rows).items():
         assert found.interval(name, value) == pytest.approx((value, value), abs=1e-12)
     assert set(found.rank_shares().ravel()) <= {0.0, 1.0}
@@ -89,7 +93,7 @@ def test_rows_with_overlapping_times_share_ranks_and_rows_apart_do_not():
         "other": row([9.2, 10.9, 10.1, 10.4, 9.5]),
         "slow": row([20.0, 20.5, 19.8]),
     }
-    found = resample(rows, DEFAULT)
+    found = resampled(rows)
     fast, one, other, slow = found.rank_shares()
     assert fast[0] == slow[3] == 1
     for shares in (one, other):
@@ -100,7 +104,7 @@ def test_rows_with_overlapping_times_share_ranks_and_rows_apart_do_not():
 
 
 def test_equal_rows_share_the_better_rank():
-    found = resample({"a": row([1.0, 1.0]), "b": row([1.0, 1.0]), "c": row([2.0, 2.0])}, DEFAULT)
+    found = resampled({"a": row([1.0, 1.0]), "b": row([1.0, 1.0]), "c": row([2.0, 2.0])})
     assert (found.ranks == [1, 1, 3]).all()
 
 
@@ -119,16 +123,16 @@ def test_medians_are_distributed_as_those_of_samples_really_drawn():
 def test_time_and_memory_of_a_seed_stay_together():
     """The slower seed takes less memory by as much: whichever is drawn, the sum of the terms is the same."""
     together = {"a": row([10.0], [20.0], memory=[4e9, 2e9]), "b": row([0.0]), "c": row([30.0], memory=[7e9])}
-    found = resample(together, Weights(time=0.5, parameters=0, memory=0.5))
+    found = resampled(together, Weights(time=0.5, parameters=0, memory=0.5))
     assert found.tpme[:, 0] == pytest.approx(np.full(DRAWS, 5 / 12))
 
 
 def test_seeds_are_resampled_too():
     apart, alike = ([10.0, 10.0], [20.0, 20.0]), ([15.0, 15.0], [15.0, 15.0])
     edges = {"low": row([0.0, 0.0]), "high": row([30.0, 30.0], millions=2.0)}
-    low, high = resample({"row": row(*apart, memory=[1e9, 1e9]), **edges}, DEFAULT).interval("row", 0.225)
+    low, high = resampled({"row": row(*apart, memory=[1e9, 1e9]), **edges}).interval("row", 0.225)
     assert (low, high) == pytest.approx((0.15, 0.3))
-    assert resample({"row": row(*alike, memory=[1e9, 1e9]), **edges}, DEFAULT).interval("row", 0.225) == pytest.approx(
+    assert resampled({"row": row(*alike, memory=[1e9, 1e9]), **edges}).interval("row", 0.225) == pytest.approx(
         (0.225, 0.225)
     )
 
@@ -137,16 +141,16 @@ def test_a_frozen_frame_stays_and_lets_values_leave_it():
     frame = Frame(
         epoch_time_s=Span(min=0, max=10), trainable_millions=Span(min=0, max=1), memory_bytes=Span(min=0, max=1e9)
     )
-    found = resample({"slow": row([18.0, 20.0, 22.0])}, Weights(time=1, parameters=0, memory=0), frame)
+    found = resampled({"slow": row([18.0, 20.0, 22.0])}, Weights(time=1, parameters=0, memory=0), frame)
     assert found.interval("slow", 2.0) == pytest.approx((1.8, 2.2))
-    assert resample({"slow": row([18.0, 20.0, 22.0])}, DEFAULT).interval("slow", 0.0) == (0, 0)
+    assert resampled({"slow": row([18.0, 20.0, 22.0])}).interval("slow", 0.0) == (0, 0)
 
 
 def test_the_same_rows_give_the_same_draws_and_another_row_leaves_them_alone():
     rows = {"a": row([1.0, 2.0, 3.0]), "b": row([5.0, 6.0, 9.0])}
-    first = resample(rows, DEFAULT)
-    assert (resample(dict(reversed(rows.items())), DEFAULT).tpme[:, ::-1] == first.tpme).all()
-    between = resample(rows | {"c": row([4.0])}, DEFAULT)
+    first = resampled(rows)
+    assert (resampled(dict(reversed(rows.items()))).tpme[:, ::-1] == first.tpme).all()
+    between = resampled(rows | {"c": row([4.0])})
     assert between.tpme[:, :2] == pytest.approx(first.tpme)
 
 
