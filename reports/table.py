@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 Value = str | int | float | None
@@ -178,6 +179,7 @@ def escape_latex(text: str) -> str:
     return re.sub(r"([-`',])(?=\1)", r"\1{}", escaped)  # else -- becomes a dash
 
 
+@cache
 def _latex_character(character: str) -> str:
     if character in _LATEX:
         return _LATEX[character]
