@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The iisan-paper matrix on a GPU under both protocols, in pieces of at most ten minutes (docs/gpu.md):
+# The iisan-paper matrix on a GPU under both protocols, and gpu_speed.toml, in pieces of at most ten minutes (docs/gpu.md):
 #   scripts/gpu_matrix.sh DATA OUT [--set KEY=VALUE ...]
 # DATA holds items.tsv and users.tsv. Without an images folder or images.zip there, every item gets a picture of noise.
 # Call it again until it exits with 0; 75 says that there is more to do. A cell that was cut off starts anew.
@@ -45,19 +45,25 @@ if [ ! -s "$out/data/dataset.json" ]; then
     piece tpme prepare iisan "$data" "$out/data" --images "$images" --image-size "${IMAGE_SIZE:-224}"
 fi
 failed=0
-for protocol in ${PROTOCOLS:-paper suite}; do
-    own=()
-    # Batch sizes of their own are the paper's protocol alone.
-    [ "$protocol" = paper ] || own=(--set "protocol=$protocol" --set "methods.training={}")
+for pass in ${PASSES:-paper suite speed}; do
+    matrix=iisan-paper own=()
+    case $pass in
+        # Batch sizes of their own are the paper's protocol alone.
+        suite) own=(--set "protocol=suite" --set "methods.training={}") ;;
+        speed)
+            matrix=$here/gpu_speed.toml
+            [ "$device" = cuda ] || own=(--set "training.cuda_graphs=false" --set "training.precision=fp32")
+            ;;
+    esac
     # 1: a cell failed; the others and its record are there all the same.
-    piece tpme run iisan-paper --device "$device" --out "$out/$protocol" --no-report \
+    piece tpme run "$matrix" --device "$device" --out "$out/$pass" --no-report \
         "${settings[@]}" "${own[@]}" "$@" || { [ $? -eq 1 ] && failed=1; }
-    piece tpme plan iisan-paper --runs "$out/$protocol" --device-profile here \
-        "${settings[@]}" "${own[@]}" "$@" > "$out/plan-$protocol.txt" || true
-    (cd "$out/$protocol" && find cells -name 'attempt-*.json' -o -name 'attempt-*.npz') |
+    piece tpme plan "$matrix" --runs "$out/$pass" --device-profile here \
+        "${settings[@]}" "${own[@]}" "$@" > "$out/plan-$pass.txt" || true
+    (cd "$out/$pass" && find cells -name 'attempt-*.json' -o -name 'attempt-*.npz') |
         while read -r file; do
-            mkdir -p "$out/records/$protocol/$(dirname "$file")"
-            cp "$out/$protocol/$file" "$out/records/$protocol/$file"
+            mkdir -p "$out/records/$pass/$(dirname "$file")"
+            cp "$out/$pass/$file" "$out/records/$pass/$file"
         done
 done
 piece tpme report "$out/records" --out "$out/report" --title "iisan-paper on a GPU"

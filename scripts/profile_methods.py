@@ -5,6 +5,7 @@
 A step is cut into its parts at the tensors between them (torch.profiler, ``record_function``); the times of the whole
 step are taken without the profiler. Limits: the step's FLOPs over the measured rate of matrix products, and a roofline
 of its operators, each at the rate of products or of a copy, whichever takes longer. About two minutes on two cores.
+With ``--device cuda`` every part ends with the GPU idle, and shares of operators are of its time.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -31,12 +32,14 @@ from tpme.bench.counting.batch import DataShape
 from tpme.bench.counting.counters import run_step
 from tpme.bench.counting.meta import MetaCell
 from tpme.bench.devices import DeviceProfile, calibrate
+from tpme.bench.measure.clock import now, sync
 from tpme.bench.measure.phases import PhaseLog
 from tpme.bench.plan import ADAM_BYTES
 from tpme.bench.task.batches import build_batch
 from tpme.bench.task.loss import in_batch_loss
 from tpme.bench.train.loop import Trainer
 
+Device = Literal["cpu", "cuda"]
 ADAPTING = ("fft", "adapter", "lora", "bitfit", "prompt", "iisan", "frozen")
 SIZES = {
     **{name: Size(name, encoders="tiny", items=2000) for name in ADAPTING},
@@ -48,6 +51,7 @@ PARTS = (
     "data", "encoder forward", "encoder backward", "item encoder", "sequential encoder", "loss", "optimiser",
 )  # fmt: skip
 MARK = "part: "
+ACTIVITIES = {"cpu": [ProfilerActivity.CPU], "cuda": [ProfilerActivity.CPU, ProfilerActivity.CUDA]}
 WARMUP, STEPS = 2, 4
 OPERATORS = 3
 """So many operators are named, those with the most time of their own."""
@@ -76,41 +80,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Where a step of each method goes, and how far it is from its limit.")
     parser.add_argument("--only", action="append", choices=list(SIZES), help="this method alone; may be repeated")
     parser.add_argument("--docs", type=Path, help="document whose marked parts are replaced")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = parser.parse_args(arguments)
-    machine = calibrate("cpu")
+    device: Device = options.device
+    machine = calibrate(device)
     rows = []
     for label in options.only or SIZES:
         with tempfile.TemporaryDirectory(prefix="tpme-profile-") as folder:
-            rows.append(profiled(label, SIZES[label], Path(folder), machine))
+            rows.append(profiled(label, SIZES[label], Path(folder), machine, device))
         sys.stderr.write(f"{label}: {rows[-1].step_s * 1e3:.1f} ms a step\n")
-    parts, chunks = f"{parts_table(rows)}\n\n{limits_table(rows, machine)}", chunks_table()
-    if options.docs is None:
-        sys.stdout.write(f"{parts}\n\n{chunks}\n")
-    else:
-        put(parts, options.docs, "profile")
-        put(chunks, options.docs, "text-chunks")
+    tables = {"profile": f"{parts_table(rows)}\n\n{limits_table(rows, machine)}"}
+    if device == "cpu":
+        tables["text-chunks"] = chunks_table()
+    for mark, text in tables.items():
+        if options.docs is None:
+            sys.stdout.write(f"{text}\n\n")
+        else:
+            put(text, options.docs, mark)
     return 0
 
 
 # --- one method -------------------------------------------------------------------------------------------------------
 
 
-def profiled(label: str, size: Size, folder: Path, machine: DeviceProfile) -> Row:
+def profiled(label: str, size: Size, folder: Path, machine: DeviceProfile, device: Device) -> Row:
     """Time and profile the training step of one method."""
-    trainer = make_trainer(size, folder, PhaseLog("cpu", None, None))
+    trainer = make_trainer(size, folder, PhaseLog(device, None, None), device)
     trainer.batches.steps = WARMUP + STEPS
     optimizer = trainer.optimizer()
     trainer.model.train()
     taken = []
     for batch in trainer.batches.epoch(1):
-        started = time.perf_counter()
+        started = now(device)
         trainer.step(batch, optimizer)
-        taken.append(time.perf_counter() - started)
-    with profile(activities=[ProfilerActivity.CPU]) as found:
+        taken.append(now(device) - started)
+    with profile(activities=ACTIVITIES[device]) as found:
         order = np.random.default_rng(0).permutation(size.users)
         for step in range(WARMUP):
             staged_step(trainer, order[step * size.batch : (step + 1) * size.batch], optimizer)
-    parts, operators = _read(found)
+    parts, operators = _read(found, device)
     whole = sum(parts.values())
     step = run_step(MetaCell(trainer.cell, DataShape.of(trainer.dataset)), fused_attention=True)
     flops = step.forward_flops + step.backward_flops
@@ -133,28 +141,28 @@ def profiled(label: str, size: Size, folder: Path, machine: DeviceProfile) -> Ro
 def staged_step(trainer: Trainer, users: NDArray[np.int64], optimizer: torch.optim.Optimizer) -> None:
     """One training step on ``users`` (B,), cut at the tensors between its parts, each part under its own mark."""
     model, of = trainer.model, trainer.batches
-    with _part("data"):
-        batch = build_batch(of.slots[users], of.log_p, of.store, of.protocol)
-    with _part("encoder forward"):
+    with _part("data", trainer.device):
+        batch = build_batch(of.slots[users], of.log_p, of.store, of.protocol).to(trainer.device)
+    with _part("encoder forward", trainer.device):
         states = model.hidden_states(batch.items)
     inputs = {modality: _cut(state, needed=state.requires_grad) for modality, state in states.items()}
-    with _part("item encoder"):
+    with _part("item encoder", trainer.device):
         vectors = model.item_encoder(inputs, batch.items.ids)
     items = _cut(vectors)
-    with _part("sequential encoder"):
+    with _part("sequential encoder", trainer.device):
         sequences = model.user_vectors(items[batch.slot[:, :-1]], batch.mask)
     users = _cut(sequences)
-    with _part("loss"):
+    with _part("loss", trainer.device):
         in_batch_loss(users, items, batch.candidates).backward()  # type: ignore[no-untyped-call]
-    with _part("sequential encoder"):
+    with _part("sequential encoder", trainer.device):
         sequences.backward(users.grad)
-    with _part("item encoder"):
+    with _part("item encoder", trainer.device):
         vectors.backward(items.grad)
     through = [modality for modality in states if states[modality].requires_grad]
-    with _part("encoder backward"):
+    with _part("encoder backward", trainer.device):
         if through:
             torch.autograd.backward([states[m] for m in through], [inputs[m].grad for m in through])
-    with _part("optimiser"):
+    with _part("optimiser", trainer.device):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -164,19 +172,21 @@ def _cut(tensor: Tensor, *, needed: bool = True) -> Tensor:
 
 
 @contextmanager
-def _part(name: str) -> Iterator[None]:
+def _part(name: str, device: torch.device) -> Iterator[None]:
     with record_function(MARK + name):
         yield
+        sync(device)
 
 
-def _read(found: Any) -> tuple[dict[str, float], list[tuple[str, float]]]:
+def _read(found: Any, device: Device) -> tuple[dict[str, float], list[tuple[str, float]]]:
     """Seconds of each part, and the operators with the most time of their own, with their shares of all of it."""
     averages = found.key_averages()
     parts = dict.fromkeys(PARTS, 0.0)
     for event in averages:
         if event.key.startswith(MARK):
             parts[event.key.removeprefix(MARK)] += event.cpu_time_total / 1e6
-    own = {event.key: event.self_cpu_time_total for event in averages if not event.key.startswith(MARK)}
+    of = "self_cpu_time_total" if device == "cpu" else "self_device_time_total"
+    own = {event.key: getattr(event, of) for event in averages if not event.key.startswith(MARK)}
     most = sorted(own, key=own.__getitem__, reverse=True)[:OPERATORS]
     return parts, [(name.removeprefix("aten::"), own[name] / sum(own.values())) for name in most]
 

@@ -3,7 +3,7 @@
     python scripts/scaling.py --docs docs/scaling.md
 
 Every point is measured in a process of its own and kept as one line of ``--out``, so an interrupted run goes on where
-it stopped; delete the file to measure anew. ``--only AXIS`` measures one axis. About twelve minutes on two cores;
+it stopped; delete the file to measure anew. ``--only AXIS`` measures one axis. About ten minutes on two cores;
 nothing else should run meanwhile.
 """
 
@@ -89,7 +89,7 @@ class Axis:
 
 
 AXES = {
-    "users": Axis("users", "users", "epoch", (250, 1000, 4000)),
+    "users": Axis("users", "users", "epoch", (250, 1000, 4000, 16_000), largest={"fft": 4000, "lora": 4000}),
     "items": Axis(
         "items",
         "items",
@@ -99,7 +99,14 @@ AXES = {
         largest={"fft": 100_000},
     ),
     "batch": Axis("batch", "users a batch", "epoch", (8, 32, 128, 512)),
-    "sequence": Axis("max_seq_len", "sequence length", "epoch", (10, 30, 100), size={"batch": 8, "full": True}),
+    "sequence": Axis(
+        "max_seq_len",
+        "sequence length",
+        "epoch",
+        (10, 30, 100, 300),
+        size={"batch": 8, "full": True},
+        largest={"fft": 100, "lora": 100},
+    ),
     "depth": Axis(
         "encoders",
         "encoders",
@@ -112,8 +119,9 @@ AXES = {
         "items",
         "evaluation",
         (1_000, 10_000, 100_000, 1_000_000),
-        rows=(("iisan", True), ("id", False)),
+        rows=(("fft", False), ("iisan", True), ("id", False)),
         size={"users": 512},
+        largest={"fft": 100_000},
     ),
 }
 
@@ -146,6 +154,8 @@ def measure(point: Point) -> Measured:
             seconds, parts = _training(point, trainer)
         if point.axis == "depth":
             parts |= _counted(trainer)
+        if point.axis == "sequence":
+            parts["loss_s"] = _loss_alone(trainer)
     kinds = ("validate", "rank") if point.axis == "evaluation" else ("train",)
     return Measured(point=point, seconds=seconds, memory_bytes=_memory(phases, kinds), parts=parts)
 
@@ -176,6 +186,23 @@ def _evaluation(trainer: Any, phases: PhaseLog) -> tuple[float, dict[str, float]
             rank_split(trainer.model, vectors, trainer.dataset.test)
     parts = {f"{one.kind}_s": one.wall_s for one in phases.phases[-2:]}
     return sum(parts.values()), parts
+
+
+def _loss_alone(trainer: Any) -> float:
+    """Seconds of the loss of one batch, forward and backward: the fastest of a few."""
+    import torch
+
+    from tpme.bench.measure.clock import now
+    from tpme.bench.task.loss import in_batch_loss
+
+    batch, dim, taken = next(trainer.batches.epoch(1)), trainer.cell.training.embedding_dim, []
+    for _ in range(SHORT):
+        items = torch.randn(len(batch.items), dim, device=trainer.device, requires_grad=True)
+        users = torch.randn(*batch.mask.shape, dim, device=trainer.device, requires_grad=True)
+        started = now(trainer.device)
+        in_batch_loss(users, items, batch.candidates).backward()  # type: ignore[no-untyped-call]
+        taken.append(now(trainer.device) - started)
+    return min(taken)
 
 
 def _counted(trainer: Any) -> dict[str, float]:
@@ -322,13 +349,14 @@ def table(name: str, lines: Sequence[Measured]) -> str:
 _HEADERS = {
     "validate_s": "encoding items (s)",
     "rank_s": "ranking 512 users (s)",
+    "loss_s": "loss of a step (ms)",
     "flops": "GFLOP a step",
     "counted_bytes": "counted peak (MiB)",
 }
 
 
 def _part(name: str, value: float) -> str:
-    scale = {"flops": 1e9, "counted_bytes": 2**20}.get(name, 1.0)
+    scale = {"loss_s": 1e-3, "flops": 1e9, "counted_bytes": 2**20}.get(name, 1.0)
     return f"{value / scale:,.0f}" if name == "counted_bytes" else f"{value / scale:.3g}"
 
 

@@ -18,6 +18,7 @@ from tpme.bench.record import find_results, read_result
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "gpu_matrix.sh"
 ROWS = ["adapter", "bitfit", "fft", "iisan", "iisan (cached)", "lora"]
+SPEED = ["fft", "frozen (cached)", "id", "iisan (cached)", "prompt"]
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -59,11 +60,13 @@ def test_the_papers_matrix_in_pieces(gpu_matrix: Run, tmp_path: Path) -> None:
     cut = gpu_matrix(PIECE_S="1")
     assert cut.returncode == 75, cut.stderr
     assert "call again" in cut.stderr
-    done = gpu_matrix(PROTOCOLS="paper")
+    done = gpu_matrix(PASSES="paper speed")
     assert done.returncode == 0, done.stdout + done.stderr
-    results = [read_result(path) for path in find_results([tmp_path / "out" / "records"])]
+    records = tmp_path / "out" / "records"
+    results, speed = ([read_result(path) for path in find_results([records / name])] for name in ("paper", "speed"))
     assert sorted(result.cell.label for result in results) == ROWS
-    assert {result.status for result in results} == {"ok"}
+    assert sorted(result.cell.label for result in speed) == SPEED
+    assert {result.status for result in (*results, *speed)} == {"ok"}
     assert {(result.cell.protocol, result.cell.training.precision) for result in results} == {("paper", "fp16")}
     assert {result.cell.training.users_per_batch for result in results} == {32, 64}
     for result in results:
@@ -78,6 +81,13 @@ def test_under_the_suite_protocol_all_rows_have_one_batch_size() -> None:
     cells = expand(matrix, {"scientific": Dataset(Path(), "0" * 64, ("text", "image"))}, device="cpu")
     assert sorted(cell.label for cell in cells) == ROWS
     assert {(cell.protocol, cell.training.users_per_batch) for cell in cells} == {("suite", 32)}
+
+
+def test_what_can_be_fast_is_on_in_every_row_of_the_last_pass() -> None:
+    matrix = load_matrix(str(SCRIPT.with_name("gpu_speed.toml")))
+    cells = expand(matrix, {"scientific": Dataset(Path(), "0" * 64, ("text", "image"))}, device="cuda")
+    assert sorted(cell.label for cell in cells) == SPEED
+    assert {(c.protocol, c.training.precision, c.training.cuda_graphs) for c in cells} == {("suite", "bf16", True)}
 
 
 def test_without_its_arguments_it_says_what_it_needs() -> None:
