@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +15,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+PERFORMANCE = ROOT / "docs" / "performance.md"
 
 
 @pytest.fixture
@@ -57,7 +61,7 @@ def test_an_interrupted_run_goes_on(scaling: ModuleType, tmp_path: Path, monkeyp
     assert whole.startswith("before\n<!-- users -->\n![")
     assert whole.endswith("<!-- /users -->\nafter\n")
     assert "old" not in whole
-    assert whole.count("| fft | ") == len(scaling.AXES["users"].values)
+    assert whole.count("| fft | ") == len([point for point in every if point.method == "fft"])
     assert (tmp_path / "scaling" / "users.png").read_bytes().startswith(b"\x89PNG")
     out.write_text("\n".join(out.read_text().splitlines()[:-1]) + '\n{"point": {"axis": "us')  # killed while writing
     asked.clear()
@@ -76,17 +80,18 @@ def test_a_point_that_fails_is_told_and_not_kept(
     assert not (tmp_path / "points.jsonl").exists()
 
 
-@pytest.mark.parametrize("axis", ["batch", "depth", "evaluation"])
+@pytest.mark.parametrize("axis", ["batch", "sequence", "depth", "evaluation"])
 def test_a_point_is_measured(scaling: ModuleType, axis: str, monkeypatch: pytest.MonkeyPatch) -> None:
     small = {"users": 30, "items": 40}
     monkeypatch.setitem(scaling.AXES, axis, replace(scaling.AXES[axis], size={"batch": 8} | small))
-    value = {"batch": 8, "depth": "tiny", "evaluation": 40}[axis]
+    value = {"batch": 8, "sequence": 5, "depth": "tiny", "evaluation": 40}[axis]
     method, cached = ("iisan", True) if axis == "depth" else ("id", False)
     found = scaling.measure(scaling.Point(axis=axis, value=value, method=method, cached=cached, device="cpu"))
     assert found.seconds > 0
     assert found.memory_bytes > 0
     wanted = {
         "batch": {"step_s"},
+        "sequence": {"step_s", "loss_s"},
         "depth": {"step_s", "flops", "counted_bytes"},
         "evaluation": {"validate_s", "rank_s"},
     }
@@ -119,3 +124,18 @@ def test_a_step_in_parts_is_a_step(script: Any, name: str, tmp_path: Path) -> No
         weights[parts] = {key: value.detach().clone() for key, value in trainer.model.named_parameters()}
     for key, value in weights[False].items():
         assert torch.allclose(weights[True][key], value, atol=1e-6), key
+
+
+def test_every_benchmark_has_its_row_in_the_documentation(script: Any) -> None:
+    """Rows are made of what pytest-benchmark kept; of every benchmark one at least is documented, and no other."""
+    row = {"work": "loss", "target": "5x", "measured": "8.58x", "stand_in": 0.41}
+    one = {"fullname": "tests/benchmarks/test_loss.py::test_x[64]", "extra_info": {"rows": [row]}}
+    run = {"machine_info": {"cpu": {"brand_raw": "CPU", "count": 2}}, "datetime": "2026-01-02T", "benchmarks": [one]}
+    made = script("benchmark_table").table([run])
+    assert made.splitlines()[-1] == "| loss | 5x | 8.58x | 0.41 | `test_loss.py::test_x[64]` |"
+
+    (part,) = re.findall(r"<!-- benchmarks -->\n(.*?)<!-- /benchmarks -->", PERFORMANCE.read_text(), flags=re.DOTALL)
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", str(ROOT / "tests" / "benchmarks")]
+    collected = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    wanted = set(re.findall(r"^tests/benchmarks/(test_\S+::\S+)$", collected, flags=re.MULTILINE))
+    assert set(re.findall(r"`(test_\w+\.py::\S+)` \|$", part, flags=re.MULTILINE)) == wanted
