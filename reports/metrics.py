@@ -76,12 +76,9 @@ def quality(rows: Mapping[str, Sequence[Ranks]], resamples: int = RESAMPLES) -> 
     columns = ["users", "users_cold", "cannot_hit"]
     columns += [f"{name}{end}" for name, *_ in _MEANS for end in ("", "_low", "_high", "_sd")]
     lines = {name: _counts(name, seeds) for name, seeds in rows.items()}
-    by_users: dict[int, list[str]] = {}
-    for name, seeds in rows.items():
-        by_users.setdefault(len(seeds[0].rank), []).append(name)
-    for users, names in by_users.items():
-        if users:
-            _add_means(lines, {name: rows[name] for name in names}, resamples)
+    for users in {len(seeds[0].rank) for seeds in rows.values()} - {0}:
+        alike = {name: seeds for name, seeds in rows.items() if len(seeds[0].rank) == users}
+        _add_means(lines, alike, resamples)
     return pd.DataFrame.from_dict(lines, orient="index", columns=columns, dtype=np.float64)
 
 
