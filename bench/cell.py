@@ -80,6 +80,8 @@ class Known:
     flags: list[Flag] = field(default_factory=list)
     failure: Failure | None = None
     trainer: Trainer | None = None
+    setup: str | None = None
+    """What happens in the first training steps alone."""
 
 
 class Story:
@@ -254,6 +256,7 @@ class Story:
     def _compile(self, model: Recommender) -> None:
         if model.parameter_groups():
             compile_model(model)
+            self.known.setup = "compiling"
         else:
             self._flag("not-compiled", "nothing trains: nothing to compile")
 
@@ -264,6 +267,7 @@ class Story:
         if reason is None:
             users = self.cell.training.users_per_batch
             trainer.loss_of = GraphedLoss(trainer.method, trainer.model, users)
+            self.known.setup = "recording CUDA graphs"
         else:
             self._flag("no-cuda-graphs", f"steps are not recorded as CUDA graphs: {reason}")
 
@@ -312,6 +316,10 @@ class Story:
         known, outcome = self.known, self.known.outcome
         last = self.phases.phases[-1] if self.phases.phases else None
         warmup = WARMUP_EPOCHS if len(outcome.epochs) > 2 * WARMUP_EPOCHS else 0
+        if known.setup and outcome.epochs and not warmup:
+            self._flag(
+                "setup-in-time", f"{known.setup} is part of the epoch time: below three epochs none is a warm-up"
+            )
         files = {"samples": _save(self.job.file(".samples.npz"), samples(outcome, self.phases.samples, self.device))}
         if known.trainer is not None and outcome.test_ranks is not None and status == "ok":
             files["ranks"] = _save(self.job.file(".ranks.npz"), ranks(known.trainer.dataset, outcome.test_ranks))

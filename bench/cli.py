@@ -142,17 +142,22 @@ def run(
     methods_path: Annotated[list[Path] | None, typer.Option(help="Folder with further methods.")] = None,
     store: Annotated[Path | None, typer.Option(help="Where catalogues and caches are kept between runs.")] = None,
     time_limit: Annotated[float | None, typer.Option(help="Seconds a cell may take.")] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Short for --set training.compile=true.")] = False,
+    cuda_graphs: Annotated[
+        bool, typer.Option("--cuda-graphs", help="Short for --set training.cuda_graphs=true.")
+    ] = False,
     report: Annotated[bool, typer.Option(help="Write the report at the end.")] = True,
 ) -> None:
     """Run what is missing of a matrix, every cell in a process of its own, and report."""
     from tpme.bench.run_command import run_command
 
+    switched_on = [name for name, on in (("compile", compiled), ("cuda_graphs", cuda_graphs)) if on]
     raise typer.Exit(
         run_command(
             matrix,
             out=out,
             device=device,
-            settings=settings or [],
+            settings=[*(settings or []), *(f"training.{name}=true" for name in switched_on)],
             methods_path=methods_path or [],
             store=store,
             time_limit_s=time_limit,

@@ -35,6 +35,8 @@ def run_command(
     matrix = load_matrix(source, settings)
     run = out or Path("runs") / matrix.name
     chosen = choose_device(device)
+    if matrix.training.cuda_graphs and chosen == "cpu":
+        raise UserError("training.cuda_graphs needs a CUDA device, and these cells would run on the CPU; turn it off")
     told = f"{matrix.description or source}\nRecords go to {run}, device {chosen}."
     console.print(f"[bold]{escape(matrix.name)}[/]: {escape(told)}")
     results = run_matrix(

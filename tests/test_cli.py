@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from typer.testing import CliRunner
 
 from tpme.bench import cli
 
@@ -42,6 +43,8 @@ def test_lists_are_valid_json() -> None:
         (("run", "nothing-of-that-name"), "no such file, and no preset"),
         (("run", "demo", "--device", "tpu"), "choose cpu, cuda or auto"),
         (("run", "demo", "--set", "training.epochs"), "write it as key=value"),
+        (("run", "demo", "--compile", "--cuda-graphs"), "compile and cuda_graphs exclude each other"),
+        (("run", "demo", "--cuda-graphs", "--device", "cpu"), "training.cuda_graphs needs a CUDA device"),
         (("report", "no-such-folder"), "no-such-folder"),
         (("run", "demo", "--store", "/dev/null/store"), "/dev/null/store"),
     ],
@@ -51,6 +54,14 @@ def test_a_mistake_is_one_line_and_code_2(arguments: tuple[str, ...], told: str)
     assert done.returncode == 2
     assert told in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_switches_of_run_are_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[list[str]] = []
+    monkeypatch.setattr("tpme.bench.run_command.run_command", lambda _matrix, **how: given.append(how["settings"]) or 0)
+    for switches in ((), ("--compile",), ("--set", "seeds=[4]", "--cuda-graphs")):
+        assert CliRunner().invoke(cli.app, ["run", "demo", *switches]).exit_code == 0
+    assert given == [[], ["training.compile=true"], ["seeds=[4]", "training.cuda_graphs=true"]]
 
 
 @pytest.mark.parametrize(

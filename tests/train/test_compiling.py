@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
-import torch
 
+from tpme.bench import cell
 from tpme.bench.errors import UserError
 from tpme.bench.train.compiling import COMPILERS, compile_model
 
@@ -16,16 +18,37 @@ needs_compiler = pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reaso
 
 @needs_compiler
 @pytest.mark.slow
-def test_losses_stay_what_they_were(tiny: ModuleType) -> None:
-    losses = {}
+def test_rows_of_every_kind_train_alike_compiled(world: Any, tmp_path: Path) -> None:
+    """Through cells: encoder layers that train, hooks on them, a side network on cached states."""
+    methods = ["fft", "prompt", {"name": "iisan", "cached": True}]
+    found = {}
     for compiled in (False, True):
-        method, model = tiny.build("iisan", dropout=0.1)
-        if compiled:
-            compile_model(model)
-        torch.manual_seed(5)
-        losses[compiled] = tiny.train(method, model, steps=3)
-    assert losses[True] == pytest.approx(losses[False], rel=1e-4)
-    assert losses[True][0] != losses[True][-1]
+        matrix = world.matrix(methods, modalities=["text"], training={"compile": compiled, "blocks": 1})
+        results = world.run(matrix, tmp_path / str(compiled))
+        assert {result.status for result in results} == {"ok"}
+        found[compiled] = {result.cell.label: result for result in results}
+    for label, result in found[True].items():
+        plain = found[False][label]
+        assert result.epochs[0].loss == pytest.approx(plain.epochs[0].loss, rel=1e-5), label
+        assert result.cell.training.compile
+        assert "setup-in-time" in {flag.code for flag in result.flags} - {flag.code for flag in plain.flags}
+
+
+@pytest.mark.parametrize(("epochs", "told"), [(2, True), (3, False)])
+def test_compiling_that_is_part_of_the_epoch_time_is_told(
+    world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epochs: int, told: bool
+) -> None:
+    monkeypatch.setattr(cell, "compile_model", lambda _model: None)
+    result = world.tell(world.matrix(["id"], training={"compile": True, "epochs": epochs}), tmp_path)
+    assert result.warmup_epochs == (0 if told else 1)
+    assert ("setup-in-time" in {flag.code for flag in result.flags}) == told
+
+
+def test_a_row_in_which_nothing_trains_is_not_compiled(world: Any, tmp_path: Path) -> None:
+    result = world.tell(world.matrix(["popularity"], training={"compile": True}), tmp_path)
+    told = {flag.code: flag.message for flag in result.flags}
+    assert told["not-compiled"] == "nothing trains: nothing to compile"
+    assert "setup-in-time" not in told
 
 
 def test_without_a_compiler_it_says_so(tiny: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from tpme.bench.cell import Story
+from tpme.bench.measure.phases import measuring
 from tpme.bench.record import LearningRates, Training
 from tpme.bench.task.batches import Batch, ItemStore, build_batch, log_popularity
 from tpme.bench.task.items import map_tensors
@@ -93,9 +95,25 @@ def test_a_cpu_cannot_replay_graphs(world: Any, tmp_path: Any) -> None:
     assert "cuda_graphs = true needs a CUDA device" in result.failure.message
 
 
+def test_a_row_that_cannot_be_recorded_says_so_and_trains_as_ever(world: Any, tmp_path: Any) -> None:
+    told = {}
+    for name in ("id", "fft", "popularity"):
+        task = world.tasks(world.matrix([name]), tmp_path)[0]
+        with measuring("cpu") as phases:
+            story = Story(world.job(task, tmp_path, ()), phases, lambda _what, _share: None)
+            trainer = story.prepare()
+        story.device = torch.device("cuda")  # nothing is recorded before the first step
+        story._record_graphs(trainer)
+        told[name] = {flag.code: flag.message for flag in story.known.flags}
+        assert isinstance(trainer.loss_of, GraphedLoss) == (name == "id")
+    assert "no-cuda-graphs" not in told["id"]
+    assert told["fft"]["no-cuda-graphs"].endswith("encoders run in every step: it is not bound by starting kernels")
+    assert told["popularity"]["no-cuda-graphs"] == "steps are not recorded as CUDA graphs: nothing trains"
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
-@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+@pytest.mark.parametrize("precision", [None, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["iisan", "id"])
 def test_graphs_train_as_plain_steps_do(tiny: ModuleType, name: str, precision: torch.dtype | None) -> None:
     device, losses = torch.device("cuda"), {}
@@ -105,13 +123,16 @@ def test_graphs_train_as_plain_steps_do(tiny: ModuleType, name: str, precision: 
         model.to(device)
         loss_of = GraphedLoss(method, model, USERS)
         optimizer = method.optimizer(method.param_groups(model, LearningRates()), fused=True)
+        # A scale at which these gradients do not overflow: every step counts.
+        scaler = torch.amp.GradScaler("cuda", init_scale=2.0**8, enabled=precision is torch.float16)
         torch.manual_seed(5)
         losses[way] = []
         for batch in given * 3:
             with torch.autocast("cuda", dtype=precision, enabled=precision is not None):
                 loss = loss_of(batch) if way == "graphs" else total_loss(method, model, batch)
-            loss.backward()
-            optimizer.step()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
             optimizer.zero_grad(set_to_none=True)
             losses[way].append(float(loss.detach()))
     assert np.allclose(losses["plain"], losses["graphs"], rtol=1e-5 if precision is None else 1e-2)
