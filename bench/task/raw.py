@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tpme.bench.record import Modality
+if TYPE_CHECKING:
+    from tpme.bench.record import Modality  # its models take longer to define than a worker to start
 
 Picture = Callable[[int], NDArray[np.uint8]]
 """``picture(size)``: one decoded item image, uint8 (3, size, size), RGB. Called in worker processes: picklable.
