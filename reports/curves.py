@@ -16,7 +16,7 @@ from tpme.bench.record import CellResult
 from tpme.reports.axes import LOG_FROM, log_axis, name_rows
 from tpme.reports.fields import byte_unit
 from tpme.reports.figure import Plot, row_label
-from tpme.reports.load import Array, Samples, load_samples
+from tpme.reports.load import Array, Samples, load_samples, thin
 from tpme.reports.section import Section
 from tpme.reports.shares import phase_colours, phase_legend
 from tpme.reports.style import BLUE, COLUMN_INCHES, GREY, SILVER, margins, new_figure
@@ -100,14 +100,6 @@ def step_times(section: Section) -> Plot | None:
         log_axis(axes, reach.min() / 1.2, 1.2 * reach.max(), 6)
         caption += " The axis is logarithmic."
     return Plot("step-times", "Step times", caption, figure)
-
-
-def thin(one: Samples, most: int = 400) -> tuple[Array, Array]:
-    """Time and memory of at most so many samples; of neighbours the largest stays, so no peak is lost."""
-    stride = math.ceil(len(one.sample_bytes) / most)
-    starts = np.arange(0, len(one.sample_bytes), stride)
-    ends = np.minimum(starts + stride, len(one.sample_bytes)) - 1
-    return one.sample_t_s[ends], np.maximum.reduceat(one.sample_bytes, starts)
 
 
 # --- parts ---------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import io
 import json
+import math
 import re
 import zipfile
 import zlib
@@ -155,6 +156,14 @@ def load_ranks(path: Path | str) -> Ranks:
 def load_samples(path: Path | str) -> Samples:
     """Read step times and memory samples beside a record. Raises RecordError like ``load_ranks``."""
     return _load_arrays(Path(path), Samples)
+
+
+def thin(one: Samples, most: int = 400) -> tuple[Array, Array]:
+    """Time and memory of at most so many samples; of neighbours the largest stays, so no peak is lost."""
+    stride = math.ceil(len(one.sample_bytes) / most)
+    starts = np.arange(0, len(one.sample_bytes), stride)
+    ends = np.minimum(starts + stride, len(one.sample_bytes)) - 1
+    return one.sample_t_s[ends], np.maximum.reduceat(one.sample_bytes, starts)
 
 
 def memory_of_tpme(memory: Memory | None, device: str) -> Reading:

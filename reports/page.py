@@ -22,9 +22,8 @@ from typing import Any
 import pandas as pd
 
 from tpme.bench.record import Cell, CellResult
-from tpme.reports.curves import thin
 from tpme.reports.instruments import instruments
-from tpme.reports.load import Recorded, load_samples
+from tpme.reports.load import Recorded, load_samples, thin
 from tpme.reports.section import Section
 from tpme.reports.tpme import COLUMNS, Weights, members
 from tpme.reports.trials import Line, own_path

@@ -9,23 +9,25 @@ import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import Progress
 
 from tpme.bench.errors import UserError
 from tpme.bench.record import write_atomically
-from tpme.reports.drawing import Drawn, draw
 from tpme.reports.explain import headline, reading_guide
 from tpme.reports.load import read, to_frame
 from tpme.reports.page import page
-from tpme.reports.plots import makers
 from tpme.reports.section import Section, check_rows, make_section
 from tpme.reports.table import Table, escape_markdown, to_csv, to_json, to_latex, to_markdown
 from tpme.reports.tables import TABLES, all_tables
 from tpme.reports.terminal import to_terminal
 from tpme.reports.tpme import DEFAULT, Frame, Weights, read_frames, write_frames
 from tpme.reports.trials import names, split
+
+if TYPE_CHECKING:
+    from tpme.reports.drawing import Drawn
 
 TABLE_FORMATS = {"csv": to_csv, "json": to_json, "tex": to_latex}
 PLOT_FORMATS = ("png", "svg", "pdf")
@@ -190,6 +192,9 @@ def _draw(report: Report, formats: Sequence[str], workers: int, console: Console
     endings = [ending for ending in PLOT_FORMATS if ending in formats]
     if not endings:
         return [[] for _ in report.sections]
+    from tpme.reports.drawing import draw  # matplotlib takes as long to load as a report of hundreds of records
+    from tpme.reports.plots import makers
+
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("Figures", total=len(report.sections) * len(makers()))
         count = min(workers, len(report.sections))  # starting a process takes as long as some figures

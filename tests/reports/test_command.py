@@ -115,12 +115,16 @@ def test_rows_with_commas_in_brackets_are_one_name(factory, monkeypatch):
     assert values["lora [alpha=8, rank=4]"] is not None
 
 
-def test_a_report_needs_no_torch(factory):
+@pytest.mark.parametrize(
+    ("formats", "unwanted"),
+    [(None, {"torch", "transformers", "peft"}), (("csv", "json", "tex", "html"), {"torch", "matplotlib"})],
+)
+def test_a_report_loads_only_what_it_needs(factory, formats, unwanted):
     factory.write("lora")
     code = (
         "import sys; from pathlib import Path; from tpme.reports.report import write_report; "
-        f"write_report([Path({str(factory.root)!r})], Path({str(factory.root / 'report')!r})); "
-        "bad = {'torch', 'transformers', 'peft'} & set(sys.modules); sys.exit(f'imported {bad}' if bad else 0)"
+        f"write_report([Path({str(factory.root)!r})], Path({str(factory.root / 'report')!r}), formats={formats!r}); "
+        f"bad = {unwanted!r} & set(sys.modules); sys.exit(f'imported {{bad}}' if bad else 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

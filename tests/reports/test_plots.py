@@ -12,9 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation, Text
 
 from tpme.bench.record import Flag
-from tpme.reports.curves import thin
 from tpme.reports.labels import place_labels
-from tpme.reports.load import Samples
+from tpme.reports.load import Samples, thin
 from tpme.reports.plots import all_plots
 from tpme.reports.report import make_report
 from tpme.reports.style import SILVER, new_figure, save, style
