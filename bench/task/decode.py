@@ -1,7 +1,7 @@
 """Decoding all item images of a data set into one array on the disk, on all cores and in bounded memory.
 
-Worker processes write their rows straight into the memory-mapped file, so no pixel passes through a pipe, and only a
-few batches are under way at any time.
+Worker processes write their rows straight into the file, so no pixel passes through a pipe, and only a few batches are
+under way at any time.
 """
 
 from __future__ import annotations
@@ -72,13 +72,16 @@ def decode_all(
 
 def _write_rows(path: Path, size: int, start: int, pictures: Sequence[Picture]) -> Result:
     """Decode one batch into its rows. Runs in a worker."""
-    rows = np.load(path, mmap_mode="r+")
-    failures = []
-    for index, picture in enumerate(pictures, start=start):
+    rows, failures = np.zeros((len(pictures), 3, size, size), np.uint8), []
+    for index, picture in enumerate(pictures):
         try:
-            rows[index + 1] = picture(size)
+            rows[index] = picture(size)
         except UserError as error:
-            failures.append((index, str(error)))
+            failures.append((start + index, str(error)))
+    before = np.load(path, mmap_mode="r").offset + (start + 1) * rows[0].nbytes
+    with path.open("r+b") as file:  # written at once: through a mapping, every page of it would be a fault
+        file.seek(before)
+        file.write(rows.data)
     return len(pictures), failures
 
 
@@ -103,7 +106,7 @@ def _in_pool(path: Path, size: int, batches: Sequence[Batch], count: int) -> Gen
 
 
 def _require_space(folder: Path, needed: int) -> None:
-    # Checked beforehand, because a memory-mapped file that meets a full disk ends the process with SIGBUS.
+    # Checked beforehand: the file has its whole length at once, and a full disk would show after hours of decoding.
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(f"{folder}: the images need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
