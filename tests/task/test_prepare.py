@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import io
 import json
 import os
@@ -29,7 +30,7 @@ from rich.progress import Progress
 from tpme.bench import cli
 from tpme.bench.errors import UserError
 from tpme.bench.task import workspace
-from tpme.bench.task.dataset import Dataset, Manifest
+from tpme.bench.task.dataset import FORMAT_VERSION, Dataset, Manifest
 from tpme.bench.task.prepare import keep, prepare
 from tpme.bench.task.raw import RawData
 
@@ -156,6 +157,22 @@ def test_the_fingerprint_covers_the_content(change: dict[str, object], tmp_path:
     other = prepare(replace(raw, **change), tmp_path / "other", image_size=2)  # type: ignore[arg-type]
     assert one.fingerprint == again.fingerprint != other.fingerprint
     assert len(one.fingerprint) == 64
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("skip_bad", [False, True])
+def test_the_fingerprint_is_that_of_the_files(destination: Path, workers: int, skip_bad: bool) -> None:
+    """Images are hashed while they are decoded: whoever decodes them, and in whatever order, it is one number."""
+    raw = make_raw([list(range(200))], 200)
+    found = prepare(raw, destination, max_seq_len=197, image_size=2, workers=workers, skip_bad=skip_bad)
+    digest = hashlib.sha256(json.dumps({"format": FORMAT_VERSION, "max_seq_len": 197}).encode())
+    for name in ("items.txt", "titles.bin", "users.txt"):
+        blob = (destination / name).read_bytes()
+        digest.update(f"\n{name} {len(blob)}\n".encode() + blob)
+    for name in ("images", "offsets", "sequences", "title_offsets"):
+        array = np.load(destination / f"{name}.npy")
+        digest.update(f"\n{name} {array.dtype.str} {array.shape}\n".encode() + array.tobytes())
+    assert found.fingerprint == digest.hexdigest()
 
 
 def test_too_few_interactions_to_split_are_refused(destination: Path) -> None:
