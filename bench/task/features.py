@@ -212,20 +212,24 @@ def load(folder: Path, device: torch.device) -> tuple[dict[Modality, Tensor], Pl
         path = folder / f"{modality}.npy"
         if not path.is_file() or _sha256(path) != digest:
             raise UserError(f"{path}: its checksum does not match; delete {folder} and run the cell again")
-    placement = _placement(manifest.bytes, device)
-    states: dict[Modality, Tensor] = {}
-    for modality in manifest.sha256:
-        # What is copied on is mapped first: beside the copy there is no second table in memory.
-        table = np.load(folder / f"{modality}.npy", mmap_mode=None if placement == "host" else "c")
-        states[modality] = torch.from_numpy(table)
-        if placement == "device":
-            states[modality] = states[modality].to(device)
-        elif placement == "pinned":
-            try:
-                states[modality] = states[modality].pin_memory()
-            except RuntimeError:  # a limit on locked memory, of the system or the container
-                states[modality], placement = states[modality].clone(), "unpinned"
-    return states, placement
+    tables = {m: torch.from_numpy(np.load(folder / f"{m}.npy", mmap_mode="c")) for m in manifest.sha256}
+    return _kept(tables, _placement(manifest.bytes, device), device)
+
+
+def _kept(
+    mapped: dict[Modality, Tensor], placement: Placement, device: torch.device
+) -> tuple[dict[Modality, Tensor], Placement]:
+    """The tables of a memory map where ``placement`` wants them, and where they are then."""
+    if placement == "mapped":
+        return mapped, placement
+    if placement == "device":
+        return {modality: table.to(device) for modality, table in mapped.items()}, placement
+    if placement == "pinned":
+        try:
+            return {modality: table.pin_memory() for modality, table in mapped.items()}, placement
+        except RuntimeError:  # the system or the container limits locked memory
+            placement = "unpinned"
+    return {modality: table.clone() for modality, table in mapped.items()}, placement
 
 
 def _placement(size: int, device: torch.device) -> Placement:

@@ -115,7 +115,7 @@ def test_states_are_the_same_wherever_they_are_kept(job: FeatureJob, monkeypatch
     for placement, device, available, pin in (
         ("host", "cpu", 2 * size, None),
         ("mapped", "cpu", size, None),
-        ("pinned", "cuda", 2 * size, lambda table: table.clone()),
+        ("pinned", "cuda", 2 * size, torch.Tensor.clone),
         ("unpinned", "cuda", 2 * size, None),  # without a GPU there is no page-locking, as under a limit
     ):
         with monkeypatch.context() as patch:
@@ -132,9 +132,23 @@ def test_states_are_the_same_wherever_they_are_kept(job: FeatureJob, monkeypatch
             for modality, states in batches["host"].items.states.items():
                 assert torch.equal(batch.items.states[modality], states)
                 assert torch.equal(states, found["host"][modality][batch.items.ids])
-    for table in found["mapped"].values():
-        table.zero_()
+    maps = {path.stem: path for path in where(job).glob("*.npy")}
+    for placement, states in found.items():
+        for modality, table in states.items():
+            table[1:3] = 0  # reaches no file
+            assert is_mapped(table, maps[modality]) == (placement == "mapped"), placement
     assert {path: path.read_bytes() for path in where(job).iterdir()} == files  # a map of one's own
+
+
+def is_mapped(table: torch.Tensor, path: Path) -> bool:
+    """Whether the memory of ``table`` is a map of the file."""
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("the system does not list memory maps")
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        first, last = (int(end, 16) for end in line.split()[0].split("-"))
+        if first <= table.data_ptr() < last:
+            return line.endswith(str(path))
+    raise AssertionError("no memory there")
 
 
 def _refused(_tensor: torch.Tensor) -> torch.Tensor:
