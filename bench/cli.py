@@ -217,7 +217,7 @@ def report_command(
         title=title,
         formats=None if formats is None else _names(formats),
         workers=workers or available_cores(),
-        show=list(TABLES) if show == "all" else _names(show),
+        show=[name for name in TABLES if name != "pairs"] if show == "all" else _names(show),  # too long
         console=console,
     )
     console.print(f"Written to {folder / 'report.md'}", markup=False)

@@ -64,9 +64,9 @@ def reading_guide(sections: Sequence[Section]) -> list[str]:
         f"{_weights(sections[0])} and added; in percent, lower is better. It says nothing across tables.",
         "**95 %** behind TPME: where it lies in 95 % of the resamplings of every row's seeds and epochs; rows whose "
         "intervals overlap may change places.",
-        "**Rank**: by TPME. **Seeds**: runs that finished, of those started; ± behind T and M is the standard "
-        "deviation over them.",
-        "**Bold**: the best of its column; for T, P, M and TPME among the rows with a TPME.",
+        "**Rank**: by TPME. **Seeds**: runs that finished, of those started; **± seeds**, and ± behind a cost, is the "
+        "standard deviation over them.",
+        "**Bold**: the best of its column, where an arrow says what is better; of costs among the rows with a TPME.",
     ]
     return [f"- {line}" for line in lines]
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from math import isnan
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import isnan, nan
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 
 from tpme.reports.instruments import instruments
@@ -54,8 +55,16 @@ def seeds() -> Field:
     return Column("seeds_finished", "Seeds", wide_only=True), entry
 
 
-def quality(section: Section, key: str, header: str) -> list[Field]:
-    """Mean and half the width of its interval; the bounds go to the formats for programs."""
+def status() -> Field:
+    """How a row ended, for programs: people read it in the place of its quality."""
+    return Column("status", machine_only=True), hidden("status")
+
+
+def quality(section: Section, key: str, header: str, seeds: bool = False) -> list[Field]:
+    """Mean and half the width of its interval; the bounds go to the formats for programs.
+
+    With ``seeds`` the standard deviation over them, where any row has several, is a column for people, too.
+    """
     best = best_rows(section.summary[key], "higher", QUALITY_DIGITS)
 
     def entry(name: str, line: Line) -> Entry:
@@ -65,26 +74,61 @@ def quality(section: Section, key: str, header: str) -> list[Field]:
         mean = decimals(line[key])
         return Entry(f"{mean} ± {decimals(half)}", line[key], name in best, short=mean)
 
-    bounds = [(Column(f"{key}_{part}", machine_only=True), hidden(f"{key}_{part}")) for part in ("low", "high", "sd")]
-    return [(Column(key, header, "higher"), entry), *bounds]
+    def spread(name: str, line: Line) -> Entry:
+        return Entry(decimals(line[f"{key}_sd"]), value_of(line[f"{key}_sd"]))
+
+    bounds = [(Column(f"{key}_{part}", machine_only=True), hidden(f"{key}_{part}")) for part in ("low", "high")]
+    known = seeds and bool(section.summary[f"{key}_sd"].notna().any())
+    column = Column(f"{key}_sd", "± seeds", machine_only=not known, wide_only=True)
+    return [(Column(key, header, "higher"), entry), *bounds, (column, spread)]
 
 
 def cost(
-    section: Section, key: str, header: str, show: Callable[[float], str] = number, scale: float = 1
+    section: Section,
+    key: str,
+    header: str,
+    show: Callable[[float], str] = number,
+    scale: float = 1,
+    better: Better | None = "lower",
+    of: Mapping[str, Line] | None = None,
 ) -> list[Field]:
-    """A column of TPME: best among the compared rows, with the standard deviation over seeds where there is one."""
-    compared = section.summary[key].where(section.summary["tpme"].notna())
-    best = best_rows(compared, "lower")
+    """A mean, bold where it is the best of the compared rows, ± the standard deviation over seeds where there is one.
+
+    Args:
+        section: whose rows.
+        key: of the value in the line of a row; ``<key>_sd`` is its standard deviation.
+        header: for people.
+        show: how a value is printed; programs get it unscaled.
+        scale: what values are divided by to be printed.
+        better: which value is the best; None where none is.
+        of: the lines that hold the values, by row; by default those of the summary.
+    """
+    lines = section.lines if of is None else of
+    compared = pd.Series({name: lines[name].get(key) for name in section.compared if name in lines}, dtype=float)
+    best = best_rows(compared, better) if better else set()
 
     def entry(name: str, line: Line) -> Entry:
-        mean, spread = show(line[key] / scale), line.get(f"{key}_sd")
-        text = f"{mean} ± {number(spread / scale, 2)}" if spread is not None and not isnan(spread) else mean
-        return Entry(text, value_of(line[key]), name in best, short=mean)
+        value, spread = lines[name].get(key, nan), lines[name].get(f"{key}_sd", nan)
+        mean = show(value / scale)
+        text = mean if isnan(spread) else f"{mean} ± {number(spread / scale, 2)}"
+        return Entry(text, value_of(value), name in best, short=mean)
 
-    made: list[Field] = [(Column(key, header, "lower"), entry)]
-    if f"{key}_sd" in section.summary:
-        made.append((Column(f"{key}_sd", machine_only=True), hidden(f"{key}_sd")))
+    made: list[Field] = [(Column(key, header, better), entry)]
+    if any(f"{key}_sd" in line for line in lines.values()):
+        spreads = Column(f"{key}_sd", machine_only=True)
+        made.append((spreads, lambda name, line: Entry("", value_of(lines[name].get(f"{key}_sd")))))
     return made
+
+
+def over_seeds(found: Mapping[tuple[str, str], Sequence[float]]) -> dict[str, dict[str, float]]:
+    """The values of every (row, key) as lines for ``cost``: mean and ``<key>_sd``, NaN where there are too few."""
+    lines: dict[str, dict[str, float]] = {}
+    for (name, key), values in found.items():
+        apart = len(set(values)) > 1  # else rounding would make equal values differ
+        spread = nan if len(values) < 2 else float(np.std(values, ddof=1)) if apart else 0.0
+        mean = float(np.mean(values)) if values else nan
+        lines.setdefault(name, {}).update({key: mean, f"{key}_sd": spread})
+    return lines
 
 
 def millions(value: float) -> str:
@@ -94,12 +138,12 @@ def millions(value: float) -> str:
 
 def memory(section: Section, header: str, scale: float) -> list[Field]:
     """M; of a row that ran out of memory the most that was seen, as a lower bound."""
-    (column, plain), spread = cost(section, "memory_bytes", header, scale=scale)
+    (column, mean), spread = cost(section, "memory_bytes", header, scale=scale)
 
     def entry(name: str, line: Line) -> Entry:
         if line["status"] == "oom" and not isnan(line["memory_seen_bytes"]):
             return Entry(f"≥ {number(line['memory_seen_bytes'] / scale)}")
-        return plain(name, line)
+        return mean(name, line)
 
     seen = (Column("memory_seen_bytes", machine_only=True), hidden("memory_seen_bytes"))
     source = (Column("memory_source", machine_only=True), hidden("memory_source"))
@@ -149,15 +193,6 @@ def tpme(section: Section) -> list[Field]:
         (Column("tpme_lower_bound_percent", machine_only=True), bound),
         (Column("tpme_rank", "Rank"), rank),
     ]
-
-
-def plain(key: str, header: str, digits: int, scale: float = 1) -> Field:
-    """A number with so many significant digits; programs get it unscaled."""
-
-    def entry(name: str, line: Line) -> Entry:
-        return Entry(number(line[key] / scale, digits) if not isnan(line[key]) else MISSING, value_of(line[key]))
-
-    return Column(key, header), entry
 
 
 def interval(key: str, header: str) -> list[Field]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pandas as pd
 
 from tpme.bench.record import CellResult, Reading
 from tpme.reports import fields
-from tpme.reports.fields import Field, byte_unit
+from tpme.reports.fields import byte_unit
 from tpme.reports.load import counter_values
 from tpme.reports.section import Section
-from tpme.reports.table import MISSING, Column, Entry, Table, number
-from tpme.reports.trials import Line
+from tpme.reports.table import Table
+from tpme.reports.trials import lines_of
 
 PARTS = {
     "weight_bytes": "Weights",
@@ -25,30 +27,31 @@ PEAK = "planned_peak_bytes"
 def planned(section: Section) -> Table:
     """Memory by its parts, planned and measured peak, FLOPs of a step; rows whose counters are known."""
     names = (*PARTS, PEAK, "forward_flops", "backward_flops", "mfu")
-    known = {name: {key: _counter(shown, key) for key in names} for name, shown in section.behind.items()}
-    rows = [str(name) for name in section.summary.index if known[str(name)]["weight_bytes"] is not None]
-    peaks = {name: _measured(section.behind[name]) for name in rows}
-    frame = pd.DataFrame({name: known[name] for name in rows}).T.astype(float)
-    if frame.empty:
+    known = {(name, key): counter_values(shown, key) for name, shown in section.behind.items() for key in names}
+    rows = [name for name in section.lines if known[name, "weight_bytes"]]
+    if not rows:
         return fields.table_of(section, "plan", "Plan against measured", [fields.method(section)], ())
+    peaks = {name: _measured(section.behind[name]) for name in rows}
+    frame = pd.DataFrame.from_dict(fields.over_seeds(known), orient="index").loc[rows]
+    frame = frame.drop(columns=[f"{key}_sd" for key in (*PARTS, PEAK)])  # counted, so the same in all
     frame["measured_peak_bytes"] = pd.Series({name: peak and peak.value for name, peak in peaks.items()}, dtype=float)
     frame["flops"] = frame["forward_flops"] + frame["backward_flops"]
     unit, scale = byte_unit(frame[[*PARTS, "measured_peak_bytes"]].max())
-    made = [fields.method(section)]
-    made += [_of(frame, key, f"{header} ({unit})", scale) for key, header in PARTS.items()]
-    if frame[PEAK].notna().any():
-        frame["peak_ratio"] = frame["measured_peak_bytes"] / frame[PEAK]
-        made += [
-            _of(frame, PEAK, f"Peak, plan ({unit})", scale),
-            _of(frame, "measured_peak_bytes", f"measured ({unit})", scale),
-            _of(frame, "peak_ratio", "Ratio"),
-        ]
     flop, per = ("TFLOP", 1e12) if frame["flops"].max() >= 1e12 else ("GFLOP", 1e9)
-    made.append(_of(frame, "flops", f"{flop}/step", per))
+    frame["peak_ratio"] = frame["measured_peak_bytes"] / frame[PEAK]
+    frame["mfu_percent"], frame["mfu_percent_sd"] = 100 * frame["mfu"], 100 * frame["mfu_sd"]
+    cost = partial(fields.cost, section, of=dict(zip(rows, lines_of(frame), strict=True)))
+    made = [fields.method(section)]
+    for key, header in PARTS.items():
+        made += cost(key, f"{header} ({unit})", scale=scale)
+    if frame[PEAK].notna().any():
+        made += cost(PEAK, f"Peak, plan ({unit})", scale=scale)
+        made += cost("measured_peak_bytes", f"measured ({unit})", scale=scale)
+        made += cost("peak_ratio", "Ratio", better=None)
+    made += cost("flops", f"{flop}/step", scale=per)
     if frame["mfu"].notna().any():
-        frame["mfu_percent"] = 100 * frame["mfu"]
-        made.append(_of(frame, "mfu_percent", "MFU (%)"))
-    title = "Plan against measured" if "peak_ratio" in frame else "What a training step needs, by its counters"
+        made += cost("mfu_percent", "MFU (%)", better="higher")
+    title = "Plan against measured" if frame[PEAK].notna().any() else "What a training step needs, by its counters"
     return fields.table_of(section, "plan", title, made, rows, _notes(frame, peaks))
 
 
@@ -57,7 +60,7 @@ def _notes(frame: pd.DataFrame, peaks: dict[str, Reading | None]) -> list[str]:
         "Plan: counted without running, one step of the canonical batch. Saved: what autograd keeps for the backward "
         "pass, with torch's math attention. Gradients come as what is saved goes, so the peak is less than the sum."
     ]
-    if "peak_ratio" in frame:
+    if frame[PEAK].notna().any():
         sources = sorted({peak.source for peak in peaks.values() if peak is not None and peak.value is not None})
         notes.append(
             "Peak, plan: most memory alive in a simulated step with the attention kernel of a GPU, optimiser and cache "
@@ -65,23 +68,9 @@ def _notes(frame: pd.DataFrame, peaks: dict[str, Reading | None]) -> list[str]:
         )
         if any("RSS" in source or "resident" in source for source in sources):
             notes.append("Resident memory of a CPU run holds batches, buffers of libraries and what malloc keeps, too.")
-    if "mfu_percent" in frame:
+    if frame["mfu"].notna().any():
         notes.append("MFU: FLOPs of the step over its time, as a share of the device's measured matrix-product rate.")
     return notes
-
-
-def _of(frame: pd.DataFrame, key: str, header: str, scale: float = 1) -> Field:
-    def entry(name: str, line: Line) -> Entry:
-        value = float(frame[key][name])
-        return Entry(MISSING) if pd.isna(value) else Entry(number(value / scale), value)
-
-    return Column(key, header), entry
-
-
-def _counter(shown: tuple[CellResult, ...], name: str) -> float | None:
-    """Mean over the seeds; the exact ones are the same in all."""
-    values = counter_values(shown, name)
-    return sum(values) / len(values) if values else None
 
 
 def _measured(shown: tuple[CellResult, ...]) -> Reading | None:

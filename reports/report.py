@@ -141,7 +141,7 @@ def write_report(
     plots = _draw(report, formats, workers, console)
     for index, (of_tables, of_plots) in enumerate(zip(tables, plots, strict=True)):
         for table in of_tables:
-            for ending in (ending for ending in TABLE_FORMATS if ending in formats):
+            for ending in (one for one in TABLE_FORMATS if one in formats and not (table.long and one == "tex")):
                 file = _file(table.name, index)
                 text = TABLE_FORMATS[ending](replace(table, name=file))  # of several groups, too, each LaTeX label once
                 write_atomically(out / "tables" / f"{file}.{ending}", text.encode())
@@ -248,7 +248,7 @@ def _markdown(
                 lines += _figure(plot, _file(plot.name, index), formats)
     for index, section in enumerate(report.sections):
         lines += _heading(several, index, section, "More tables")
-        for table in tables[index][1:]:
+        for table in (table for table in tables[index][1:] if not table.long):
             lines += [f"### {escape_markdown(table.title)}", "", to_markdown(table, footnotes=False)]
             if table.used_footnotes:
                 lines += ["Marks as in the table of results.", ""]

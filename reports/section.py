@@ -18,7 +18,7 @@ import pandas as pd
 from tpme.bench.errors import UserError
 from tpme.bench.record import CellResult
 from tpme.reports.load import Ranks, Recorded, load_ranks, memory_of_tpme
-from tpme.reports.metrics import Floats, gains, quality
+from tpme.reports.metrics import METRICS, Floats, Metric, gains, quality
 from tpme.reports.notes import Notes, mixing, notes_of
 from tpme.reports.resampling import Repeats, Resampled, draw, resample, time_interval
 from tpme.reports.tpme import Frame, Weights, frame_of, lower_bound, tpme
@@ -41,8 +41,8 @@ class Section:
     """One line a row, best TPME first, then rows without one by quality, then what did not finish."""
     behind: Mapping[str, tuple[CellResult, ...]]
     """The records behind each row: its finished seeds, or where there are none the failed ones."""
-    gains: Mapping[str, Floats]
-    """NDCG@10 of every user, mean over seeds, of each row with ranks, in the order of the summary; shape (users,)."""
+    gains: Mapping[Metric, Mapping[str, Floats]]
+    """Recall@10 and NDCG@10 of every user, mean over seeds, of each row with ranks, as in the summary; (users,)."""
     resampled: Resampled | None
     """TPME of the K rows in every draw; None where there are none."""
     weights: Weights
@@ -101,7 +101,11 @@ def make_section(
     results = {str(recorded.path): recorded.result for recorded in records}
     order = [str(name) for name in summary.index]
     behind = {name: tuple(results[cell["path"]] for cell in _used(seeds[name])) for name in order}
-    gained = {name: np.mean([gains(one, "ndcg", 10) for one in ranks[name]], axis=0) for name in order if name in ranks}
+    ranked = [name for name in order if name in ranks]
+    gained = {
+        metric: {name: np.mean([gains(one, metric, 10) for one in ranks[name]], axis=0) for name in ranked}
+        for metric in METRICS
+    }
     resampled = _resample(summary, behind, weights, frozen[0] if frozen else None)
     notes = notes_of(seeds, _lines(summary))
     if group.mixed:
@@ -130,8 +134,8 @@ def _used(seeds: Sequence[Line]) -> Sequence[Line]:
 def summarise(rows: Mapping[str, Sequence[Line]]) -> pd.DataFrame:
     """One line for each row from the cells of its seeds: means over those that finished.
 
-    Where none did, the line holds what the failed attempts left. ``epoch_time_s_sd`` and ``memory_bytes_sd`` are
-    standard deviations over seeds, NaN for one seed.
+    Where none did, the line holds what the failed attempts left. ``epoch_time_s_sd`` and the like are standard
+    deviations over seeds, NaN for one seed.
     """
     return pd.DataFrame.from_dict({name: _line(seeds) for name, seeds in rows.items()}, orient="index")
 
@@ -145,11 +149,10 @@ def _line(seeds: Sequence[Line]) -> dict[str, Any]:
     line["seeds_ok"] = len({cell["seed"] for cell in finished})
     for name in MEANS:
         line[name] = _mean(_values(used, name))
-    for name in ("epoch_time_s", "memory_bytes"):
-        known = _values(used, name)
-        known = known[~np.isnan(known)]
-        line[f"{name}_sd"] = float(known.std(ddof=1)) if len(known) > 1 else np.nan
-    line["energy_epoch_j"] = _mean(_values(finished, "training_energy_j") / _values(finished, "epochs_run"))
+    for name in VARIED:
+        line[f"{name}_sd"] = _spread(_values(used, name))
+    energy = _values(finished, "training_energy_j") / _values(finished, "epochs_run")
+    line["energy_epoch_j"], line["energy_epoch_j_sd"] = _mean(energy), _spread(energy)
     for name in ("trainable_millions", "total_millions", "stored_bytes", "memory_seen_bytes", "cache_bytes"):
         line[name] = float(np.fmax.reduce(_values(used, name)))
     for name in ("epoch_time", "memory"):
@@ -161,16 +164,20 @@ def _line(seeds: Sequence[Line]) -> dict[str, Any]:
 
 
 SHARED = ("label", "method", "cached", "options", "lr", "search_trials", "search_cells", "search_wall_s")
-MEANS = (
+VARIED = (
     "epoch_time_s",
     "memory_bytes",
     "time_to_best_s",
-    "best_epoch",
-    "epochs_run",
     "wall_s",
     "cache_build_s",
     "training_energy_j",
     "inference_items_per_s",
+)
+"""What is shown with its standard deviation over seeds."""
+MEANS = (
+    *VARIED,
+    "best_epoch",
+    "epochs_run",
     "valid_recall_10",
 )
 
@@ -183,6 +190,11 @@ def _values(cells: Sequence[Line], name: str) -> Floats:
 def _mean(values: Floats) -> float:
     known = values[~np.isnan(values)]
     return float(known.mean()) if len(known) else np.nan
+
+
+def _spread(values: Floats) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.std(ddof=1)) if len(known) > 1 else np.nan
 
 
 def _resample(

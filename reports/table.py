@@ -69,6 +69,8 @@ class Table:
     """Footnote 1 first; entries point at them with ``marks``."""
     subject: str = ""
     """What the whole table is about: data, protocol, precision, device."""
+    long: bool = False
+    """Left out of ``report.md`` and LaTeX: it has more rows than people read."""
 
     def __post_init__(self) -> None:
         """Rows and columns must agree."""
@@ -223,8 +225,12 @@ def _latex_layout(table: Table, index: int) -> str:
     """Numbers right, short texts left, long texts wrapped."""
     if table.columns[index].numeric:
         return "r"
-    longest = max((len(row[index].text) for row in table.rows), default=0)
-    return r"p{0.5\linewidth}" if longest > 50 else "l"
+    wrapped = [other for other in table.shown if _is_long(table, other)]
+    return rf"p{{{0.5 / len(wrapped):.2g}\linewidth}}" if index in wrapped else "l"
+
+
+def _is_long(table: Table, index: int) -> bool:
+    return not table.columns[index].numeric and max((len(row[index].text) for row in table.rows), default=0) > 50
 
 
 def _latex_entry(entry: Entry) -> str:
@@ -237,11 +243,19 @@ def _latex_entry(entry: Entry) -> str:
 
 
 def to_csv(table: Table) -> str:
-    """All columns, unrounded, under their keys; a missing value is an empty field."""
+    """All columns, unrounded, under their keys; a missing value is an empty field.
+
+    The texts of a row's footnotes and what is true of all rows stand in two columns at the end, where there are any.
+    """
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow([column.key for column in table.columns])
-    writer.writerows([["" if (value := plain(entry.value)) is None else value for entry in row] for row in table.rows])
+    texts, warnings = dict(table.used_footnotes), ["; ".join(table.warnings)] if table.warnings else []
+    head = [column.key for column in table.columns]
+    writer.writerow([*head, *(["footnotes"] if texts else []), *(["warnings"] if warnings else [])])
+    for row in table.rows:
+        marks = sorted({mark for entry in row for mark in entry.marks})
+        told = ["; ".join(texts[mark] for mark in marks)] if texts else []
+        writer.writerow([*("" if (value := plain(entry.value)) is None else value for entry in row), *told, *warnings])
     return file.getvalue()
 
 

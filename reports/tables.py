@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import get_args
 
 import pandas as pd
 
 from tpme.bench.record import CellResult, Phase, PhaseKind
 from tpme.reports import fields
+from tpme.reports.differences import pairs
 from tpme.reports.differences import table as differences
 from tpme.reports.environment import environment
-from tpme.reports.fields import Field, byte_unit, bytes_text, decimals, table_of, value_of
+from tpme.reports.fields import Better, Field, byte_unit, bytes_text, decimals, table_of, value_of
 from tpme.reports.load import counter_values
 from tpme.reports.metrics import LEVEL
 from tpme.reports.paper import paper
@@ -20,11 +22,11 @@ from tpme.reports.planned import planned
 from tpme.reports.resampling import DRAWS
 from tpme.reports.section import NO_ADAPTATION, Section
 from tpme.reports.table import MISSING, Column, Entry, Table, number
-from tpme.reports.trials import Line
 
 METRICS = (("recall", "Recall"), ("ndcg", "NDCG"))
 STEP_PARTS = {"data_wait_s": "Data wait", "forward_s": "FP", "backward_s": "BP", "update_s": "WU"}
 """The parts of a training step, as counters of a record and as the paper calls them."""
+OVER_SEEDS = "Means over seeds, ± their standard deviation where there are several."
 
 
 def all_tables(section: Section) -> list[Table]:
@@ -37,9 +39,10 @@ def results(section: Section) -> Table:
     unit, scale = byte_unit(section.summary["memory_seen_bytes"])
     made = [
         fields.method(section),
+        fields.status(),
         fields.seeds(),
-        *fields.quality(section, "recall_10", "Recall@10"),
-        *fields.quality(section, "ndcg_10", "NDCG@10"),
+        *fields.quality(section, "recall_10", "Recall@10", seeds=True),
+        *fields.quality(section, "ndcg_10", "NDCG@10", seeds=True),
         *fields.cost(section, "epoch_time_s", "T (s)"),
         *fields.cost(section, "trainable_millions", "P (M)", fields.millions),
         *fields.memory(section, f"M ({unit})", scale),
@@ -50,13 +53,11 @@ def results(section: Section) -> Table:
 
 
 def cutoffs(section: Section) -> Table:
-    """Recall and NDCG at the other cut-offs, and how much the seeds differ."""
+    """Recall and NDCG at the other cut-offs."""
     made = [fields.method(section)]
     for k in (5, 20):
         for metric, title in METRICS:
-            made += fields.quality(section, f"{metric}_{k}", f"{title}@{k}")
-    if (section.summary["seeds_ok"] > 1).any():
-        made += [fields.plain(f"{metric}_10_sd", f"{title}@10, sd over seeds", 2) for metric, title in METRICS]
+            made += fields.quality(section, f"{metric}_{k}", f"{title}@{k}", seeds=True)
     return table_of(section, "cutoffs", "Quality at other cut-offs", made, _ranked(section))
 
 
@@ -79,27 +80,31 @@ def costs(section: Section) -> Table:
     """Everything a row costs beside T, P and M."""
     summary = section.summary
     unit, scale = byte_unit(summary["stored_bytes"])
+
+    def cost(key: str, header: str, digits: int = 3, scale: float = 1, better: Better = "lower") -> list[Field]:
+        return fields.cost(section, key, header, partial(number, digits=digits), scale, better)
+
     made = [
         fields.method(section),
         *fields.interval("epoch_time_s", f"T, {100 * LEVEL:.0f} % (s)"),
-        fields.plain("time_to_best_s", "To best epoch (s)", 3),
+        *cost("time_to_best_s", "To best epoch (s)"),
         fields.count("best_epoch", "Best epoch"),
         fields.count("epochs_run", "Epochs"),
-        fields.plain("wall_s", "Whole cell (s)", 3),
-        fields.plain("total_millions", "All parameters (M)", 4),
-        fields.plain("stored_bytes", f"Stored ({unit})", 3, scale),
+        *cost("wall_s", "Whole cell (s)"),
+        *cost("total_millions", "All parameters (M)", 4),
+        *cost("stored_bytes", f"Stored ({unit})", 3, scale),
     ]
     optional = [
-        fields.plain("cache_build_s", "Cache build (s)", 3),
-        fields.plain("cache_bytes", "Cache (MB)", 3, 1e6),
-        fields.plain("training_energy_j", "Training energy (J)", 3),
-        fields.plain("inference_items_per_s", "Inference (items/s)", 3),
+        cost("cache_build_s", "Cache build (s)"),
+        cost("cache_bytes", "Cache (MB)", 3, 1e6),
+        cost("training_energy_j", "Training energy (J)"),
+        cost("inference_items_per_s", "Inference (items/s)", better="higher"),
     ]
-    made += [field for field in optional if summary[field[0].key].notna().any()]
+    made += [field for found in optional if summary[found[0][0].key].notna().any() for field in found]
     if (summary["search_trials"] > 1).any():
-        made += [fields.count("search_trials", "lr trials"), fields.plain("search_wall_s", "lr search (s)", 3)]
+        made += [fields.count("search_trials", "lr trials"), *cost("search_wall_s", "lr search (s)")]
     note = (
-        "Means over seeds. T with a percentage: where it lies in so many resamplings of seeds and of epochs after "
+        f"{OVER_SEEDS} T with a percentage: where it lies in so many resamplings of seeds and of epochs after "
         "warm-up. To best epoch: training time up to the best validation Recall@10. Whole cell: loading, "
         "validation and ranking included. Stored: what must be kept beside the untouched encoders."
     )
@@ -108,22 +113,15 @@ def costs(section: Section) -> Table:
 
 def steps(section: Section) -> Table:
     """Where a training step goes: forward and backward propagation and weight update, medians, mean over seeds."""
-    behind = section.behind.items()
-    parts = {(name, key): counter_values(results, key) for name, results in behind for key in STEP_PARTS}
-
-    def part(key: str, header: str) -> Field:
-        def entry(name: str, line: Line) -> Entry:
-            values = parts[name, key]
-            mean = sum(values) / len(values) if values else None
-            return Entry(number(None if mean is None else 1e3 * mean), mean)
-
-        return Column(key, f"{header} (ms)"), entry
-
-    rows = [name for name in map(str, section.summary.index) if any(parts[name, key] for key in STEP_PARTS)]
-    made = [fields.method(section), *(part(key, header) for key, header in STEP_PARTS.items())]
+    found = {(name, key): counter_values(shown, key) for name, shown in section.behind.items() for key in STEP_PARTS}
+    of = fields.over_seeds(found)
+    rows = [name for name in section.lines if any(found[name, key] for key in STEP_PARTS)]
+    made = [fields.method(section)]
+    for key, header in STEP_PARTS.items():
+        made += fields.cost(section, key, f"{header} (ms)", scale=1e-3, of=of)
     note = (
         "Medians over a few steps in a pass of its own after training. FP: forward propagation and loss, BP: backward "
-        "propagation, WU: weight update."
+        f"propagation, WU: weight update. {OVER_SEEDS}"
     )
     return table_of(section, "steps", "Where a training step goes", made, rows, notes=[note])
 
@@ -134,28 +132,24 @@ def phases(section: Section) -> Table:
     peaks: dict[tuple[str, str], float] = {}
     for name, result in _behind(section):
         for kind, found in _by_kind(result.phases).items():
-            spent.setdefault((name, kind), []).append(sum(phase.wall_s for phase in found))
+            spent.setdefault((name, f"{kind}_s"), []).append(sum(phase.wall_s for phase in found))
             values = [_phase_peak(phase, result.cell.device) for phase in found]
             known = [value for value in (*values, peaks.get((name, kind))) if value is not None]
             if known:
                 peaks[name, kind] = max(known)
-
-    def wall(kind: str) -> Field:
-        def entry(name: str, line: Line) -> Entry:
-            values = spent.get((name, kind))
-            mean = sum(values) / len(values) if values else None
-            return Entry(number(mean), mean)
-
-        return Column(f"{kind}_s", kind), entry
+    of = fields.over_seeds(spent)
 
     def peak(kind: str) -> Field:
         column = Column(f"{kind}_peak_bytes", machine_only=True)
-        return column, lambda name, line: Entry("", peaks.get((name, kind)))
+        return column, lambda name, _: Entry("", peaks.get((name, kind)))
 
-    kinds = [kind for kind in get_args(PhaseKind) if any(kind == key[1] for key in spent)]
-    rows = [name for name in map(str, section.summary.index) if any(name == key[0] for key in spent)]
-    made = [fields.method(section), *map(wall, kinds), fields.plain("wall_s", "whole cell", 3), *map(peak, kinds)]
-    return table_of(section, "phases", "Where the time goes (seconds by phase)", made, rows)
+    kinds = [kind for kind in get_args(PhaseKind) if any(key == f"{kind}_s" for _, key in spent)]
+    rows = [name for name in section.lines if any(name == key[0] for key in spent)]
+    made = [fields.method(section)]
+    for kind in kinds:
+        made += fields.cost(section, f"{kind}_s", kind, of=of)
+    made += [*fields.cost(section, "wall_s", "whole cell"), *map(peak, kinds)]
+    return table_of(section, "phases", "Where the time goes (seconds by phase)", made, rows, notes=[OVER_SEEDS])
 
 
 def learning_rates(section: Section) -> Table:
@@ -236,6 +230,7 @@ def failures(section: Section) -> Table:
 TABLES: dict[str, Callable[[Section], Table]] = {
     "results": results,
     "differences": differences,
+    "pairs": pairs,
     "cutoffs": cutoffs,
     "warm-cold": warm_and_cold,
     "costs": costs,
@@ -283,6 +278,8 @@ def _phase_peak(phase: Phase, device: str) -> float | None:
 def _result_notes(section: Section) -> list[str]:
     summary, names = section.summary, section.compared
     notes = [f"Recall and NDCG: mean over seeds ± half the {100 * LEVEL:.0f} % bootstrap interval over users."]
+    if (summary["seeds_ok"] > 1).any():
+        notes[0] += " ± seeds, and ± behind costs: standard deviation over seeds, which is not in that interval."
     if names:
         whose = f"the frame of {section.frame_from}" if section.frame_from else "their own min and max"
         weights = str(section.weights).replace(",", ", ")
@@ -312,6 +309,10 @@ def _interval_note(section: Section) -> str:
         f"{100 * LEVEL:.0f} %: interval of TPME over {DRAWS:,} resamplings of every row's {what}, {frame}; P is exact."
     )
     alone = [str(name) for name in seeds.index[seeds == 1]]
+    summary = section.summary.loc[section.compared]
+    still = summary.index[(summary["tpme_low"] == summary["tpme_high"]) & summary["tpme_low"].notna()]
+    if len(still) and section.frame_from is None and len(summary) > 1:
+        note += f" Of {' and '.join(map(str, still))} it has no width: they are the least or the most in every draw."
     if alone:
         whose = "One seed a row" if len(alone) == len(seeds) else f"Of one seed ({', '.join(alone)})"
         note += f" {whose}: what another one would change is not in it."

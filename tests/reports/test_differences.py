@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tpme.bench.record import Reading, read_result
-from tpme.reports.differences import differences, table
+from tpme.reports.differences import differences, pairs, table
 from tpme.reports.load import load_ranks
 from tpme.reports.metrics import gains
 from tpme.reports.regression.stats import paired
@@ -28,8 +28,30 @@ def test_rows_far_apart_are_told_apart_and_rows_alike_are_not(factory):
     assert found[frozenset(("fft", "bitfit"))].significant
     assert found[frozenset(("lora", "bitfit"))].significant
     assert not found[frozenset(("fft", "lora"))].significant
-    alike = {row[0].value: row[-1].text for row in table(section).rows}
-    assert alike == {"fft": "lora", "lora": "fft", "bitfit": "–"}
+    made = table(section)
+    for place, column in enumerate(made.columns):
+        if column.key.endswith("_10_not_told_apart"):
+            alike = {row[0].value: (row[place].text, row[place].value) for row in made.rows}
+            assert alike == {"fft": ("lora", "lora"), "lora": ("fft", "fft"), "bitfit": ("–", None)}, column.key
+
+
+def test_pairs_hold_difference_and_p_of_both_metrics(factory):
+    factory.users = 1000
+    for seed, (method, skill) in enumerate((("fft", 0.6), ("lora", 0.6), ("bitfit", 0.02))):
+        factory.write(method, skill=skill, seed=seed)
+    section = section_of(factory)
+    made = pairs(section)
+    rows = [tuple(entry.value for entry in row) for row in made.rows]
+    expected = [
+        (one.first, one.second, f"{metric}_10", one.difference, one.p)
+        for metric in ("recall", "ndcg")
+        for one in differences(section, metric)
+    ]
+    assert rows == expected
+    assert len(rows) == 6
+    means = section.summary["recall_10"]
+    assert rows[0][3] == pytest.approx(means[rows[0][0]] - means[rows[0][1]])
+    assert {row[0].value: row[-1].best for row in made.rows if row[1].value == "bitfit"} == {"fft": True, "lora": True}
 
 
 def test_the_only_pair_is_the_plain_paired_test_and_seeds_are_averaged_by_user(factory):
@@ -59,5 +81,5 @@ def test_the_parts_of_a_step_are_shown_in_milliseconds_where_they_were_measured(
     path.write_text(result.model_copy(update={"counters": counters}).model_dump_json())
     made = steps(section_of(factory))
     assert [row[0].value for row in made.rows] == ["lora"]
-    assert [entry.text for entry in made.rows[0][1:]] == ["0.500", "20.0", "30.0", "1.00"]
-    assert [entry.value for entry in made.rows[0][1:]] == list(parts.values())
+    assert [made.rows[0][index].text for index in made.shown[1:]] == ["0.500", "20.0", "30.0", "1.00"]
+    assert [made.rows[0][index].value for index in made.shown[1:]] == list(parts.values())

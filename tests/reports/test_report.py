@@ -18,7 +18,7 @@ from tpme.reports import resampling
 from tpme.reports import section as section_module
 from tpme.reports.load import load_ranks
 from tpme.reports.report import make_report, write_report
-from tpme.reports.tables import all_tables, failures, learning_rates, results
+from tpme.reports.tables import all_tables, cutoffs, failures, learning_rates, results
 from tpme.reports.tpme import Weights
 
 TABLES = ("results", "differences", "cutoffs", "warm-cold", "costs", "phases", "lr", "failures", "environment")
@@ -52,6 +52,7 @@ def test_the_folder_holds_every_table_and_plot_and_report_md_shows_them(written)
         "report.md",
         "index.html",
         *(f"tables/{name}.{ending}" for name in TABLES for ending in ("csv", "json", "tex")),
+        *(f"tables/pairs.{ending}" for ending in ("csv", "json")),
         *(f"plots/{name}.{ending}" for name in PLOTS for ending in ("png", "svg", "pdf")),
     }
     text = (written / "report.md").read_text()
@@ -62,6 +63,62 @@ def test_the_folder_holds_every_table_and_plot_and_report_md_shows_them(written)
         assert name == "results" or f"### {title}" in text
     parts = [text.index(f"## {part}") for part in ("Results", "How to read", "Figures", "More tables", "To repeat")]
     assert parts == sorted(parts)
+
+
+def test_the_csv_tells_how_a_row_ended_and_what_to_know_of_it(written):
+    frame = pd.read_csv(written / "tables" / "results.csv").set_index("method")
+    assert frame.loc["dyt", "status"] == "oom"
+    assert frame.loc["dyt", "footnotes"].startswith("oom during train: the allocator asked for 1.5 GB; use a smaller")
+    assert frame.loc["id", "footnotes"] == "the clock was throttled in 3 of 8 epochs"
+    assert pd.isna(frame.loc["frozen", "footnotes"])
+    assert set(frame["warnings"].str.split(";").str[0]) == {
+        "M is resident memory of the process tree: the cells ran on a CPU"
+    }
+
+
+def test_every_cost_has_its_arrow_its_best_row_and_its_spread_over_seeds(demo_run):
+    (section,) = make_report([demo_run]).sections
+    tables = {table.name: table for table in all_tables(section)}
+    for name, key, header in (
+        ("costs", "wall_s", "Whole cell (s) ↓"),
+        ("costs", "stored_bytes", "Stored (MB) ↓"),
+        ("phases", "train_s", "train ↓"),
+        ("results", "epoch_time_s", "T (s) ↓"),
+    ):
+        table = tables[name]
+        keys = [column.key for column in table.columns]
+        place = keys.index(key)
+        assert table.columns[place].title == header
+        assert {row[0].value for row in table.rows if row[place].best} == (
+            {"bitfit", "prompt"} if key == "none" else {"prompt"} if key == "stored_bytes" else {"iisan (cached)"}
+        )
+    walls = section.cells[(section.cells["row"] == "fft") & section.cells["selected"]]["wall_s"]
+    mean, spread = walls.mean(), walls.std(ddof=1)
+    for name in ("costs", "phases"):
+        assert texts(tables[name], "wall_s")["fft"] == f"{mean:.0f} ± {spread:.1f}"
+        assert column(tables[name], "wall_s_sd")["fft"] == pytest.approx(spread)
+        assert column(tables[name], "wall_s_sd")["frozen"] is None
+
+
+def test_spread_over_seeds_and_interval_over_users_are_told_apart(demo_run, factory):
+    (section,) = make_report([demo_run]).sections
+    for table, key in ((results(section), "recall_10"), (cutoffs(section), "ndcg_20")):
+        (spread,) = [one for one in table.columns if one.key == f"{key}_sd"]
+        assert (spread.header, spread.machine_only) == ("± seeds", False)
+        assert texts(table, f"{key}_sd")["lora"] == f"{section.summary[f'{key}_sd']['lora']:.4f}"
+        assert texts(table, f"{key}_sd")["frozen"] == "–"
+    assert "± seeds" in results(section).notes[0]
+    factory.write("lora")
+    (alone,) = make_report([factory.root]).sections
+    assert "± seeds" not in [results(alone).columns[index].header for index in results(alone).shown]
+    assert "± seeds" not in results(alone).notes[0]
+
+
+def test_rows_that_set_the_frame_say_why_their_interval_has_no_width(demo_run):
+    (section,) = make_report([demo_run]).sections
+    assert texts(results(section), "tpme_low_percent")["fft"] == "100.00–100.00"
+    told = "Of iisan (cached) and fft it has no width: they are the least or the most in every draw."
+    assert told in " ".join(results(section).notes)
 
 
 def test_every_row_is_in_the_results_whatever_its_end(demo_run, written):

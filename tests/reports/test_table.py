@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+from dataclasses import replace
 from html import unescape
 
 import pytest
@@ -107,6 +108,15 @@ def test_csv_reads_back_unrounded_with_all_columns():
     assert [row["method"] for row in rows] == NASTY
     assert {float(row["x_s"]) for row in rows} == {0.5123456789}
     assert {float(row["x_low"]) for row in rows} == {0.4}
+
+
+def test_csv_tells_the_footnotes_of_each_row_and_what_is_true_of_all():
+    one = table(["plain", "other"])
+    unmarked = replace(one, rows=(one.rows[0], (Entry("other", "other"), *one.rows[1][1:])))
+    rows = list(csv.DictReader(io.StringIO(to_csv(unmarked))))
+    assert [(row["footnotes"], row["warnings"]) for row in rows] == [("second: <i>", "all <b>"), ("", "all <b>")]
+    bare = replace(one, rows=unmarked.rows[1:], warnings=())
+    assert to_csv(bare).splitlines()[0] == "method,x_s,x_low"
 
 
 def test_json_reads_back_and_may_stand_in_html():
