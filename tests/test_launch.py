@@ -346,6 +346,9 @@ def test_a_cached_cell_never_holds_the_encoders(card_run: Any) -> None:
     assert cached.cache.encoders == {"text": plain.text_encoder, "image": plain.image_encoder}
     assert cached.cache.bytes == cached.counters["cache_bytes"].value
     assert 0 < cached.cache.build_s < next(phase.wall_s for phase in cached.phases if phase.kind == "cache")
+    assert {flag.message for flag in cached.flags if flag.code == "cache-placement"} == {
+        "cached states are kept in host memory"
+    }
     assert plain.cache is None
     # The same method on the same numbers, up to half precision.
     assert [epoch.loss for epoch in cached.epochs] == pytest.approx([epoch.loss for epoch in plain.epochs], rel=2e-3)
