@@ -2,7 +2,8 @@
 
 One epoch is one ``train`` phase: data loading, forward, backward, optimiser step. Validation, test ranking and
 bookkeeping lie outside it, in phases of their own. The host does not wait for the device inside an epoch, except every
-``CHECK_EVERY_STEPS`` steps to see whether the loss is still finite.
+``CHECK_EVERY_STEPS`` steps to see whether the loss is still finite, and where a method's own hooks make it: by reading
+a value, or with an ``after_step``, which under a gradient scaler must know whether there was a step.
 
 The test targets are ranked with the item vectors that validation has just computed, whenever validation improved: the
 best epoch needs no checkpoint and no second encoding of the catalogue. Nothing is selected on them.
