@@ -310,9 +310,10 @@ def _interval_note(section: Section) -> str:
     )
     alone = [str(name) for name in seeds.index[seeds == 1]]
     summary = section.summary.loc[section.compared]
-    still = summary.index[(summary["tpme_low"] == summary["tpme_high"]) & summary["tpme_low"].notna()]
+    still = summary.index[(summary["tpme_high"] - summary["tpme_low"]).round(6) == 0]
     if len(still) and section.frame_from is None and len(summary) > 1:
-        note += f" Of {' and '.join(map(str, still))} it has no width: they are the least or the most in every draw."
+        told = " and ".join(map(str, still))
+        note += f" Of {told} it has no width: what varies of them is an end of the frame in every draw."
     if alone:
         whose = "One seed a row" if len(alone) == len(seeds) else f"Of one seed ({', '.join(alone)})"
         note += f" {whose}: what another one would change is not in it."

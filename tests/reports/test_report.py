@@ -117,7 +117,7 @@ def test_spread_over_seeds_and_interval_over_users_are_told_apart(demo_run, fact
 def test_rows_that_set_the_frame_say_why_their_interval_has_no_width(demo_run):
     (section,) = make_report([demo_run]).sections
     assert texts(results(section), "tpme_low_percent")["fft"] == "100.00–100.00"
-    told = "Of iisan (cached) and fft it has no width: they are the least or the most in every draw."
+    told = "Of iisan (cached) and fft it has no width: what varies of them is an end of the frame in every draw."
     assert told in " ".join(results(section).notes)
 
 
