@@ -190,7 +190,7 @@ def report_command(
     mix: Annotated[bool, typer.Option("--mix", help="One TPME over different devices, protocols or data.")] = False,
     title: Annotated[str | None, typer.Option(help="Title of report.md.")] = None,
     formats: Annotated[
-        str | None, typer.Option(help="What to write beside report.md: html,csv,json,tex,png,svg,pdf; by default all.")
+        str | None, typer.Option(help="What to write beside report.md: html,csv,json,tex,png,svg,pdf or all.")
     ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes that draw; by default one a core.")] = None,
     show: Annotated[str, typer.Option(help="Tables to print: results,steps,plan,phases,... or all.")] = "results",
@@ -199,7 +199,7 @@ def report_command(
     from rich.console import Console
 
     from tpme.bench.workers import available_cores
-    from tpme.reports.report import write_report
+    from tpme.reports.report import FORMATS, write_report
     from tpme.reports.section import parse_rows
     from tpme.reports.tables import TABLES
     from tpme.reports.tpme import Weights
@@ -215,7 +215,7 @@ def report_command(
         rows=None if rows is None else parse_rows(rows),
         mix=mix,
         title=title,
-        formats=None if formats is None else _names(formats),
+        formats=None if formats is None else FORMATS if formats == "all" else _names(formats),
         workers=workers or available_cores(),
         show=[name for name in TABLES if name != "pairs"] if show == "all" else _names(show),  # too long
         console=console,

@@ -21,14 +21,18 @@ def available_cores() -> int:
 
 
 @contextmanager
-def worker_processes(count: int, prepare: Callable[..., None] | None = None, *arguments: Any) -> Iterator[Submit]:
+def worker_processes(
+    count: int, prepare: Callable[..., None] | None = None, *arguments: Any, fork: bool = False
+) -> Iterator[Submit]:
     """At most ``count`` processes, started as they are needed; what nobody waits for any more is cancelled at the end.
 
     Args:
         count: of processes.
         prepare: called with ``arguments`` in every process before its first work.
+        fork: processes have what this one has, at once, where otherwise each loads its modules and unpickles its
+            ``arguments``; allowed only while no other thread of this process may hold a lock that they need.
     """
-    context = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks (progress bar) as they are
+    context = multiprocessing.get_context("fork" if fork else "spawn")
     pool = ProcessPoolExecutor(count, mp_context=context, initializer=_start, initargs=(prepare, arguments))
 
     def submit(function: Callable[..., Any], *given: Any) -> Future[Any]:
@@ -57,9 +61,20 @@ def _start(prepare: Callable[..., None] | None, arguments: tuple[Any, ...]) -> N
 
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Processes started in here are born with Ctrl-C blocked: it is the parent that ends them then."""
+    """A Ctrl-C in here is heard at the end: in the middle of a start it would leave a process that nobody ends.
+
+    Processes started in here are born with it blocked: it is the parent that ends them then.
+    """
+    came: list[int] = []
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    # Blocked in this thread, it goes to another one, and is heard in the main thread all the same.
+    main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, lambda number, _frame: came.append(number)) if main else None
     try:
         yield
     finally:
+        if main:
+            signal.signal(signal.SIGINT, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if came:
+            signal.raise_signal(signal.SIGINT)

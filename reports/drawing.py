@@ -31,7 +31,7 @@ def draw(
     Args:
         sections: of one report.
         endings: of ``png``, ``svg`` and ``pdf``.
-        workers: processes; with 1 this one draws.
+        workers: processes; with 1 this one draws. They are forked: no other thread should be at work here.
         advance: called after each figure; there are ``len(sections) * len(makers())`` at most.
 
     Raises:
@@ -53,7 +53,8 @@ def _results(
         yield from (_drawn(sections[index], make, endings) for index, make in jobs)
         return
     try:
-        with worker_processes(workers, _know, sections, endings) as submit:
+        # Forked: to send a thousand records to a process takes as long as to draw half of a group's figures.
+        with worker_processes(workers, _know, sections, endings, fork=True) as submit:
             for job in [submit(_draw_known, index, make) for index, make in jobs]:
                 yield job.result()
     except BrokenProcessPool:
@@ -68,7 +69,7 @@ def _drawn(section: Section, make: Maker, endings: Sequence[str]) -> Drawn | Non
 
 
 _known: tuple[Sequence[Section], Sequence[str]] = ((), ())
-"""In a worker: what it draws from, sent once instead of with every figure."""
+"""In a worker: what it draws from."""
 
 
 def _know(sections: Sequence[Section], endings: Sequence[str]) -> None:

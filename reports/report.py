@@ -32,8 +32,9 @@ if TYPE_CHECKING:
 TABLE_FORMATS = {"csv": to_csv, "json": to_json, "tex": to_latex}
 PLOT_FORMATS = ("png", "svg", "pdf")
 FORMATS = (*TABLE_FORMATS, *PLOT_FORMATS, "html")
-ROWS_DRAWN = 80
-"""A report of more rows, over all its groups, has figures only where they are asked for: they take long to draw."""
+ROWS_DRAWN = 30
+"""A report of more rows, over all its groups, has figures only where they are asked for: a thousand records are then
+always a matter of seconds."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,9 @@ def make_report(
         members = [by_path[path] for path in group.cells["path"]]
         sections.append(make_section(name, group, members, weights, rows, kept))
     return Report(
-        title or "What adaptation costs and what it buys", tuple(sections), _command(roots, weights, frame, rows, mix)
+        title or "What adaptation costs and what it buys",
+        tuple(sections),
+        _command(roots, weights, frame, rows, mix, title),
     )
 
 
@@ -120,7 +123,7 @@ def write_report(
         title: of the report.
         formats: of ``FORMATS``, those to write beside ``report.md``; by default all, without figures where there are
             more than ``ROWS_DRAWN`` rows.
-        workers: processes that draw figures; a script that asks for several needs ``if __name__ == "__main__":``.
+        workers: processes that draw figures, forked: no other thread should be at work when there are several.
         show: names of the tables that are printed, of ``TABLES``.
         console: where they are printed, and what is not drawn or how far drawing is.
 
@@ -139,6 +142,7 @@ def write_report(
         formats = _by_default(report, console)
     tables = [all_tables(section) for section in report.sections]
     plots = _draw(report, formats, workers, console)
+    html = page(report.title, report.sections, weights) if "html" in formats else None  # reads samples: may refuse
     for index, (of_tables, of_plots) in enumerate(zip(tables, plots, strict=True)):
         for table in of_tables:
             for ending in (one for one in TABLE_FORMATS if one in formats and not (table.long and one == "tex")):
@@ -148,8 +152,8 @@ def write_report(
         for plot in of_plots:
             for ending, content in plot.files.items():
                 write_atomically(out / "plots" / f"{_file(plot.name, index)}.{ending}", content)
-    if "html" in formats:
-        write_atomically(out / "index.html", page(report.title, report.sections, weights).encode())
+    if html is not None:
+        write_atomically(out / "index.html", html.encode())
     write_atomically(out / "report.md", _markdown(report, tables, plots, formats).encode())
     _print(tables, show, console)
     return report
@@ -181,10 +185,8 @@ def _by_default(report: Report, console: Console) -> Sequence[str]:
     rows = sum(len(section.summary) for section in report.sections)
     if rows <= ROWS_DRAWN:
         return FORMATS
-    every = ",".join(FORMATS)
-    console.print(
-        f"{rows} rows in {len(report.sections)} groups: figures are drawn with --formats {every}", markup=False
-    )
+    told = f"{rows} rows in {len(report.sections)} groups: figures are drawn with --formats all"
+    console.print(told, markup=False)
     return [name for name in FORMATS if name not in PLOT_FORMATS]
 
 
@@ -195,10 +197,10 @@ def _draw(report: Report, formats: Sequence[str], workers: int, console: Console
     from tpme.reports.drawing import draw  # matplotlib takes as long to load as a report of hundreds of records
     from tpme.reports.plots import makers
 
-    with Progress(console=console, transient=True) as progress:
+    # Without a thread that refreshes it: the processes that draw are forked meanwhile.
+    with Progress(console=console, transient=True, auto_refresh=False) as progress:
         task = progress.add_task("Figures", total=len(report.sections) * len(makers()))
-        count = min(workers, len(report.sections))  # starting a process takes as long as some figures
-        return draw(report.sections, endings, count, lambda: progress.advance(task))
+        return draw(report.sections, endings, workers, lambda: progress.update(task, advance=1, refresh=True))
 
 
 def _key(group: dict[str, str]) -> tuple[tuple[str, str], ...]:
@@ -210,11 +212,19 @@ def _file(name: str, index: int) -> str:
     return name if index == 0 else f"{name}-{index + 1}"
 
 
-def _command(roots: Sequence[Path], weights: Weights, frame: Path | None, rows: Sequence[str] | None, mix: bool) -> str:
+def _command(
+    roots: Sequence[Path],
+    weights: Weights,
+    frame: Path | None,
+    rows: Sequence[str] | None,
+    mix: bool,
+    title: str | None,
+) -> str:
     parts = ["tpme", "report", *(root.resolve().name for root in roots), "--weights", str(weights)]
     parts += [] if frame is None else ["--frame", frame.name]
     parts += [] if rows is None else ["--rows", ",".join(rows)]
     parts += ["--mix"] if mix else []
+    parts += [] if title is None else ["--title", title]
     return shlex.join(parts)
 
 

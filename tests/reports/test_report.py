@@ -100,6 +100,33 @@ def test_every_cost_has_its_arrow_its_best_row_and_its_spread_over_seeds(demo_ru
         assert column(tables[name], "wall_s_sd")["frozen"] is None
 
 
+def test_equal_seeds_have_no_spread(factory):
+    for seed in (1, 2, 3):
+        factory.write("lora", seed=seed, time=0.1)  # three times 0.1 is not 0.3
+    (section,) = make_report([factory.root]).sections
+    assert texts(results(section), "epoch_time_s")["lora"] == "0.100 ± 0"
+
+
+def test_the_cache_that_one_seed_built_for_all_is_counted_once(factory):
+    for seed in (1, 2, 3):
+        path = factory.write("iisan", cached=True, seed=seed)
+        if seed == 1:
+            path.write_text(path.read_text().replace('"kind": "load"', '"kind": "cache"'))
+    (section,) = make_report([factory.root]).sections
+    tables = {table.name: table for table in all_tables(section)}
+    spent = {key: column(tables["phases"], f"{key}_s")["iisan (cached)"] for key in ("cache", "load", "train")}
+    assert spent == pytest.approx({"cache": 0.5 / 3, "load": 1.0 / 3, "train": 40.0})
+    assert texts(tables["costs"], "cache_build_s")["iisan (cached)"] == "4.20"
+
+
+def test_a_row_whose_parameters_were_not_counted_has_a_time_and_no_tpme(factory):
+    factory.write("lora", millions=None)
+    factory.write("fft")
+    (section,) = make_report([factory.root]).sections
+    assert section.compared == ["fft"]
+    assert texts(results(section), "epoch_time_s")["lora"] == "10.0"
+
+
 def test_spread_over_seeds_and_interval_over_users_are_told_apart(demo_run, factory):
     (section,) = make_report([demo_run]).sections
     for table, key in ((results(section), "recall_10"), (cutoffs(section), "ndcg_20")):
@@ -303,7 +330,7 @@ def test_a_large_report_is_drawn_on_request_by_as_many_processes_as_asked_for(ma
     make_factory(tmp_path / "run" / "one").write("iisan", dataset="one")
     console = Console(record=True, file=io.StringIO(), width=200)
     write_report([tmp_path / "run"], tmp_path / "text", console=console)
-    told = "5 rows in 2 groups: figures are drawn with --formats csv,json,tex,png,svg,pdf,html"
+    told = "5 rows in 2 groups: figures are drawn with --formats all"
     assert told in console.export_text()
     assert not (tmp_path / "text" / "plots").exists()
     assert (tmp_path / "text" / "index.html").is_file()
@@ -335,7 +362,16 @@ def test_nothing_is_written_on_bad_input(factory, tmp_path):
         write_report([factory.root], tmp_path / "out", formats=("docx",))
     with pytest.raises(UserError, match="row 'fff'"):
         write_report([factory.root], tmp_path / "out", rows=["fff"])
+    next(factory.root.rglob("samples-1.npz")).write_bytes(b"cut")
+    with pytest.raises(UserError, match="not a readable"):
+        write_report([factory.root], tmp_path / "out", formats=("csv", "html"))
     assert not (tmp_path / "out").exists()
+
+
+def test_the_command_makes_the_same_report(factory):
+    factory.write("lora")
+    report = make_report([factory.root], rows=["lora"], title="Ours & theirs")
+    assert report.command == "tpme report run --weights 0.45,0.1,0.45 --rows lora --title 'Ours & theirs'"
 
 
 def test_weights_change_the_order(demo_run):
