@@ -412,7 +412,8 @@ def find_attempts(roots: list[Path]) -> list[Path]:
 
 def find_results(roots: list[Path]) -> list[Path]:
     """Of all record files below ``roots`` the latest attempt of each cell, sorted."""
-    latest = {path.parent: path for path in sorted(find_attempts(roots), key=attempt_number)}
+    attempts = sorted(find_attempts(roots), key=attempt_number)
+    latest = {path.parent if attempt_number(path) else path: path for path in attempts}
     return sorted(latest.values())
 
 

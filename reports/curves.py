@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,30 +35,31 @@ def memory_over_time(section: Section) -> Plot | None:
 
     Memory is on one axis, time is not: a cell of seconds beside one of hours would be a line without phases.
     """
-    cells = {name: cell for name, cell in _first_cells(section).items() if len(cell.samples.sample_t_s)}
-    if not cells:
+    cells = _first_cells(section)
+    drawn = {name: curve for name, cell in cells.items() if len((curve := thin(cell.samples))[0])}
+    if not drawn:
         return None
     colours = phase_colours(section)
-    across = min(3, len(cells))
-    down = math.ceil(len(cells) / across)
+    across = min(3, len(drawn))
+    down = math.ceil(len(drawn) / across)
     lines = math.ceil(len(set(colours.values())) / 4)
     height = 0.5 + 0.13 * lines + (0.9 if down < 5 else 0.8) * down
     figure = new_figure(COLUMN_INCHES, height)
     panels = figure.subplots(down, across, squeeze=False)
-    highest = pd.Series({name: cell.samples.sample_bytes.max() for name, cell in cells.items()})
+    highest = pd.Series({name: used.max() for name, (_, used) in drawn.items()})
     unit, scale = byte_unit(highest)
     top = 1.08 * highest.max() / scale
     ticks = [value for value in MaxNLocator(3).tick_values(0, top) if 0 <= value <= top]
-    full = next((name for name in cells if section.summary.loc[name, "method"] == "fft"), None)
-    for axes, (name, cell) in zip(panels.flat, cells.items(), strict=False):
+    full = next((name for name in drawn if section.summary.loc[name, "method"] == "fft"), None)
+    for axes, (name, (time_s, used)) in zip(panels.flat, drawn.items(), strict=False):
         if full is not None and name != full:
             axes.axhline(highest[full] / scale, color=GREY, lw=0.5, ls=(0, (2, 2)), zorder=3)
-        _draw_memory(axes, cell, colours, scale)
+        _draw_memory(axes, time_s, used / scale, _stretches(cells[name].result, colours))
         axes.set_ylim(0, top)
         axes.yaxis.set_major_locator(FixedLocator(ticks))
         axes.tick_params(length=2, pad=2, labelleft=axes in panels[:, 0])
         axes.set_title(_panel_title(section, name), pad=2, fontsize=6, y=1)
-    for axes in panels.flat[len(cells) :]:
+    for axes in panels.flat[len(drawn) :]:
         axes.set_visible(False)
     phase_legend(figure, colours)
     figure.supxlabel("seconds since the start of the cell", fontsize=7, y=0.04 / height)
@@ -117,20 +118,19 @@ def _first_cells(section: Section) -> dict[str, Sampled]:
     }
 
 
-def _draw_memory(axes: Any, cell: Sampled, colours: Mapping[str, str], scale: float) -> None:
+def _draw_memory(axes: Any, time_s: Array, used: Array, stretches: Sequence[tuple[str, float, float]]) -> None:
     """The curve, what lies under it coloured by phase, and a time axis with few ticks that ends with the cell."""
-    time_s, used = thin(cell.samples)
     areas, fills = [], []
-    for colour, start_s, end_s in _stretches(cell.result, colours):
+    for colour, start_s, end_s in stretches:
         start_s, end_s = max(start_s, time_s[0]), min(end_s, time_s[-1])
         if start_s < end_s:
             inside = (time_s > start_s) & (time_s < end_s)
             along = np.concatenate([[start_s], time_s[inside], [end_s]])
-            above = np.column_stack([along, np.interp(along, time_s, used / scale)])
+            above = np.column_stack([along, np.interp(along, time_s, used)])
             areas.append(np.vstack([(start_s, 0), above, (end_s, 0)]))
             fills.append(colour)
     axes.add_collection(PolyCollection(areas, facecolors=fills, linewidths=0), autolim=False)
-    axes.plot(time_s, used / scale, color="black", lw=0.4)
+    axes.plot(time_s, used, color="black", lw=0.4)
     end = float(time_s[-1])
     axes.set_xlim(0, end)
     ticks = MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(0, end)

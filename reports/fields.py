@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from tpme.reports.instruments import instruments
+from tpme.reports.metrics import spread
 from tpme.reports.resampling import LEVEL
 from tpme.reports.section import Section
 from tpme.reports.table import MISSING, Column, Entry, Table, Value, number
@@ -124,10 +125,8 @@ def over_seeds(found: Mapping[tuple[str, str], Sequence[float]]) -> dict[str, di
     """The values of every (row, key) as lines for ``cost``: mean and ``<key>_sd``, NaN where there are too few."""
     lines: dict[str, dict[str, float]] = {}
     for (name, key), values in found.items():
-        apart = len(set(values)) > 1  # else rounding would make equal values differ
-        spread = nan if len(values) < 2 else float(np.std(values, ddof=1)) if apart else 0.0
         mean = float(np.mean(values)) if values else nan
-        lines.setdefault(name, {}).update({key: mean, f"{key}_sd": spread})
+        lines.setdefault(name, {}).update({key: mean, f"{key}_sd": spread(np.array(values))})
     return lines
 
 
@@ -138,7 +137,7 @@ def millions(value: float) -> str:
 
 def memory(section: Section, header: str, scale: float) -> list[Field]:
     """M; of a row that ran out of memory the most that was seen, as a lower bound."""
-    (column, mean), spread = cost(section, "memory_bytes", header, scale=scale)
+    (column, mean), *spreads = cost(section, "memory_bytes", header, scale=scale)
 
     def entry(name: str, line: Line) -> Entry:
         if line["status"] == "oom" and not isnan(line["memory_seen_bytes"]):
@@ -147,7 +146,7 @@ def memory(section: Section, header: str, scale: float) -> list[Field]:
 
     seen = (Column("memory_seen_bytes", machine_only=True), hidden("memory_seen_bytes"))
     source = (Column("memory_source", machine_only=True), hidden("memory_source"))
-    return [(column, entry), spread, seen, source]
+    return [(column, entry), *spreads, seen, source]
 
 
 def energy(section: Section) -> list[Field]:

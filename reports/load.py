@@ -32,7 +32,6 @@ from tpme.bench.record import (
     Memory,
     Reading,
     RecordError,
-    attempt_number,
     find_attempts,
     find_results,
     read_result,
@@ -81,7 +80,7 @@ class Samples:
     sample_t_s: Array
     """Seconds since the start of the cell, shape ``(samples,)``."""
     sample_bytes: Array
-    """Memory in use at that time, shape ``(samples,)``."""
+    """Memory in use at that time, NaN where it could not be read, shape ``(samples,)``."""
 
 
 def load(paths: Iterable[Path | str]) -> pd.DataFrame:
@@ -100,8 +99,7 @@ def load(paths: Iterable[Path | str]) -> pd.DataFrame:
 def read(paths: Iterable[Path | str]) -> list[Recorded]:
     """The latest record of each cell below ``paths``, sorted by path. Raises UserError where there is none."""
     roots = [Path(path) for path in paths]
-    found = [path for path in find_results(roots) if attempt_number(path) or path in roots]  # else a job in progress
-    files = {path.resolve(): path for path in found}
+    files = {path.resolve(): path for path in find_results(roots)}
     if not files:
         where = ", ".join(str(root) for root in roots)
         raise UserError(f"{where}: no records (attempt-*.json) in there; name a folder that 'tpme run' wrote")
@@ -159,11 +157,16 @@ def load_samples(path: Path | str) -> Samples:
 
 
 def thin(one: Samples, most: int = 400) -> tuple[Array, Array]:
-    """Time and memory of at most so many samples; of neighbours the largest stays, so no peak is lost."""
-    stride = math.ceil(len(one.sample_bytes) / most)
-    starts = np.arange(0, len(one.sample_bytes), stride)
-    ends = np.minimum(starts + stride, len(one.sample_bytes)) - 1
-    return one.sample_t_s[ends], np.maximum.reduceat(one.sample_bytes, starts)
+    """Time and memory of at most so many samples; of neighbours the largest stays, so no peak is lost.
+
+    Times at which nothing could be read are left out.
+    """
+    read = np.isfinite(one.sample_bytes)
+    time_s, used = one.sample_t_s[read], one.sample_bytes[read]
+    stride = max(1, math.ceil(len(used) / most))
+    starts = np.arange(0, len(used), stride)
+    ends = np.minimum(starts + stride, len(used)) - 1
+    return time_s[ends], np.maximum.reduceat(used, starts) if len(used) else used
 
 
 def memory_of_tpme(memory: Memory | None, device: str) -> Reading:

@@ -39,6 +39,13 @@ def gains(ranks: Ranks, metric: Metric, k: int) -> Floats:
     return np.where(hit, 1 / np.log2(1 + np.maximum(ranks.rank, 1)), 0.0)
 
 
+def spread(values: Floats) -> float:
+    """Standard deviation over seeds; NaN for less than two, and 0 for equal values, which rounding would set apart."""
+    if len(values) < 2:
+        return np.nan
+    return float(values.std(ddof=1)) if np.ptp(values) else 0.0
+
+
 def bootstrap_means(values: Floats, members: Floats, resamples: int = RESAMPLES, seed: int = 0) -> Floats:
     """Means of each column over users drawn with replacement; shape ``(resamples, columns)``.
 
@@ -117,7 +124,7 @@ def _add_means(lines: dict[str, dict[str, float]], rows: Mapping[str, Sequence[R
             members, of_seeds = parts[part], gained[metric, k]  # shapes (users,) and (seeds, users)
             means = np.compress(members, of_seeds, axis=1).mean(axis=1) if members.any() else np.array([np.nan])
             lines[name][column] = float(means.mean())
-            lines[name][f"{column}_sd"] = float(means.std(ddof=1)) if len(means) > 1 else np.nan
+            lines[name][f"{column}_sd"] = spread(means)
             values.append(of_seeds.mean(axis=0))
             counted.append(members.astype(np.float64))
             cells.append((lines[name], column))

@@ -11,7 +11,6 @@ import base64
 import hashlib
 import html
 import json
-import math
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from itertools import groupby
@@ -147,12 +146,8 @@ def _phases(result: CellResult) -> dict[str, list[tuple[float, float]]]:
 def _curve(recorded: Recorded) -> list[tuple[float, int]]:
     if "samples" not in recorded.result.files:
         return []
-    samples = load_samples(recorded.path.parent / recorded.result.files["samples"])
-    if not len(samples.sample_t_s):
-        return []
-    time_s, used = thin(samples, CURVE_POINTS)
-    curve = zip(time_s.tolist(), used.tolist(), strict=True)
-    return [(round(t, 2), int(float(f"{b:.4g}"))) for t, b in curve if math.isfinite(b)]
+    time_s, used = thin(load_samples(recorded.path.parent / recorded.result.files["samples"]), CURVE_POINTS)
+    return [(round(t, 2), int(float(f"{b:.4g}"))) for t, b in zip(time_s.tolist(), used.tolist(), strict=True)]
 
 
 def _environment(result: CellResult) -> dict[str, str]:
@@ -205,7 +200,7 @@ def _toml(value: Any) -> str:
         return f"{{ {inside} }}" if inside else "{}"
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_toml, value))}]"
-    return json.dumps(value)  # TOML writes strings, numbers and booleans as JSON does
+    return json.dumps(value, ensure_ascii=False)  # TOML writes numbers, booleans and strings as JSON does
 
 
 def _key(key: str) -> str:

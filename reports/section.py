@@ -18,7 +18,7 @@ import pandas as pd
 from tpme.bench.errors import UserError
 from tpme.bench.record import CellResult
 from tpme.reports.load import Ranks, Recorded, load_ranks, memory_of_tpme
-from tpme.reports.metrics import METRICS, Floats, Metric, gains, quality
+from tpme.reports.metrics import METRICS, Floats, Metric, gains, quality, spread
 from tpme.reports.notes import Notes, mixing, notes_of
 from tpme.reports.resampling import Repeats, Resampled, draw, resample, time_interval
 from tpme.reports.tpme import Frame, Weights, frame_of, lower_bound, tpme
@@ -169,13 +169,13 @@ VARIED = (
     "memory_bytes",
     "time_to_best_s",
     "wall_s",
-    "cache_build_s",
     "training_energy_j",
     "inference_items_per_s",
 )
 """What is shown with its standard deviation over seeds."""
 MEANS = (
     *VARIED,
+    "cache_build_s",  # seeds share one build
     "best_epoch",
     "epochs_run",
     "valid_recall_10",
@@ -193,8 +193,7 @@ def _mean(values: Floats) -> float:
 
 
 def _spread(values: Floats) -> float:
-    known = values[~np.isnan(values)]
-    return float(known.std(ddof=1)) if len(known) > 1 else np.nan
+    return spread(values[~np.isnan(values)])
 
 
 def _resample(
@@ -227,7 +226,7 @@ def _repeats(seeds: Sequence[CellResult]) -> Repeats:
     return Repeats(
         epochs_s=tuple(np.array(one, dtype=np.float64) for one in times),
         memory_bytes=np.array(memory, dtype=np.float64),
-        trainable_millions=max(result.parameters.trainable for result in seeds if result.parameters) / 1e6,
+        trainable_millions=max((one.parameters.trainable for one in seeds if one.parameters), default=np.nan) / 1e6,
     )
 
 

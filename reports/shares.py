@@ -110,7 +110,6 @@ def weights(section: Section) -> Plot | None:
         if room > 0.01:
             axes.text(spot[0], spot[1], str(place + 1), fontsize=6.5, ha="center", va="center", path_effects=halo())
             written.append(spot)
-    chosen = _flat(np.array([section.weights.values]))[0]
     for row in rest:
         name = row_label(section, rows[row]) if len(rest) == 1 else f"{len(rest)} others"
         label = f"{name} ({_percent(sum(share[row] for row in rest))})"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import get_args
 
 import pandas as pd
 
-from tpme.bench.record import CellResult, Phase, PhaseKind
+from tpme.bench.record import Phase, PhaseKind
 from tpme.reports import fields
 from tpme.reports.differences import pairs
 from tpme.reports.differences import table as differences
@@ -129,14 +129,15 @@ def steps(section: Section) -> Table:
 def phases(section: Section) -> Table:
     """Wall time by kind of phase, mean over the finished seeds; the peak memory of each goes to CSV and JSON."""
     spent: dict[tuple[str, str], list[float]] = {}
-    peaks: dict[tuple[str, str], float] = {}
-    for name, result in _behind(section):
-        for kind, found in _by_kind(result.phases).items():
-            spent.setdefault((name, f"{kind}_s"), []).append(sum(phase.wall_s for phase in found))
-            values = [_phase_peak(phase, result.cell.device) for phase in found]
-            known = [value for value in (*values, peaks.get((name, kind))) if value is not None]
-            if known:
-                peaks[name, kind] = max(known)
+    peaks: dict[tuple[str, str], float | None] = {}
+    for name, results in section.behind.items():
+        seeds = [result for result in results if result.phases]
+        for kind in {phase.kind for result in seeds for phase in result.phases}:
+            found = [[phase for phase in result.phases if phase.kind == kind] for result in seeds]
+            # A seed without such a phase spent no time in it: the first one builds the cache of all.
+            spent[name, f"{kind}_s"] = [sum(phase.wall_s for phase in one) for one in found]
+            read = [_phase_peak(phase, seeds[0].cell.device) for one in found for phase in one]
+            peaks[name, kind] = max((value for value in read if value is not None), default=None)
     of = fields.over_seeds(spent)
 
     def peak(kind: str) -> Field:
@@ -252,22 +253,10 @@ def _ranked(section: Section) -> list[str]:
     return [str(name) for name in section.summary.index[section.summary["ndcg_10"].notna()]]
 
 
-def _behind(section: Section) -> Iterator[tuple[str, CellResult]]:
-    """Every record behind a row, with its name."""
-    return ((name, result) for name, results in section.behind.items() for result in results)
-
-
 def _in_order(section: Section, cells: pd.DataFrame) -> pd.DataFrame:
     """Cells in the order of the rows of the summary, then by trial and seed."""
     position = {name: index for index, name in enumerate(section.summary.index)}
     return cells.assign(position=cells["row"].map(position)).sort_values(["position", "lr_trial", "lr", "seed"])
-
-
-def _by_kind(found: tuple[Phase, ...]) -> dict[str, list[Phase]]:
-    kinds: dict[str, list[Phase]] = {}
-    for phase in found:
-        kinds.setdefault(phase.kind, []).append(phase)
-    return kinds
 
 
 def _phase_peak(phase: Phase, device: str) -> float | None:

@@ -186,6 +186,9 @@ def test_none_is_exit_code_1_and_bad_input_2(factory, monkeypatch, capsys):
     factory.write("lora", time=10.0)
     assert run(monkeypatch, factory.root, "--max-epoch-time", "1s") == 1
     assert "None of 1 rows qualifies" in capsys.readouterr().out
+    assert run(monkeypatch, factory.root, "--max-epoch-time", "1s", "--json") == 1
+    (group,) = json.loads(capsys.readouterr().out)["groups"]
+    assert (group["qualifying"], [row["method"] for row in group["rejected"]]) == ([], ["lora"])
     assert run(monkeypatch, factory.root, "--max-memory", "8 apples") == 2
     error = capsys.readouterr().err
     assert error.startswith("tpme: --max-memory '8 apples'")

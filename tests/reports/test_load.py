@@ -102,6 +102,11 @@ def test_a_broken_record_is_named_in_one_line(factory, content):
     assert "\n" not in str(caught.value)
 
 
+def test_renamed_records_of_one_folder_are_all_read_where_they_are_named(factory, tmp_path):
+    named = [factory.write(method).rename(tmp_path / f"{method}.json") for method in ("fft", "lora")]
+    assert [recorded.path for recorded in read(named)] == named
+
+
 def test_no_records_and_no_folder(tmp_path):
     with pytest.raises(UserError, match="no records"):
         read([tmp_path])

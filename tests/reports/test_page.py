@@ -421,7 +421,7 @@ def test_the_documentation_gives_the_size_of_script_and_style():
 
 
 def test_the_configuration_of_a_cell_is_a_matrix(factory):
-    cell = factory.cell("lora", options={"rank": 4, "odd key": [1, {"a": True}]}, cached=True)
+    cell = factory.cell("lora", options={"rank": 4, "odd key": [1, {"a": True}, "\U0001f600 \n"]}, cached=True)
     matrix = MatrixFile.model_validate(tomllib.loads(matrix_of(cell)))
     assert matrix.seeds == (cell.seed,)
     assert (matrix.training, matrix.lr, matrix.protocol) == (cell.training, cell.lr, cell.protocol)

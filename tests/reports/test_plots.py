@@ -14,6 +14,7 @@ from matplotlib.text import Annotation, Text
 from tpme.bench.record import Flag
 from tpme.reports.labels import place_labels
 from tpme.reports.load import Samples, thin
+from tpme.reports.page import page
 from tpme.reports.plots import all_plots
 from tpme.reports.report import make_report
 from tpme.reports.style import SILVER, new_figure, save, style
@@ -205,6 +206,19 @@ def test_one_row_has_no_quality_figure_and_no_samples_no_curves(factory):
     path.write_text(raw.replace('"samples": "samples-1.npz",', ""))
     (section,) = make_report([factory.root]).sections
     assert [plot.name for plot in all_plots(section)] == ["costs", "phases"]
+
+
+def test_a_memory_that_could_not_be_read_at_times_or_never_leaves_a_gap_or_no_curve(factory):
+    for method, unread in (("fft", slice(3, 9)), ("lora", slice(None))):
+        path = factory.write(method).parent / "samples-1.npz"
+        samples = dict(np.load(path))
+        samples["sample_bytes"][unread] = np.nan
+        np.savez(path, **samples)
+    [axes] = plot_of(factory, "memory-time").figure.axes
+    assert axes.get_title().startswith("fft")
+    assert np.isfinite(axes.lines[-1].get_ydata()).all()
+    (section,) = make_report([factory.root]).sections
+    assert "NaN" not in page("", [section], section.weights)
 
 
 def spans(axes) -> list[tuple[str, float, float]]:
