@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in options.only or TRIALS:
             started = time.perf_counter()
             for row in TRIALS[name](Path(folder)):
-                cells = f"{row.without_s * 1e3:.3g} | {row.with_s * 1e3:.3g} | {row.with_s / row.without_s:.2f}x"
+                cells = f"{ms(row.without_s)} | {ms(row.with_s)} | {row.with_s / row.without_s:.2f}x"
                 lines.append(f"| {row.tried} | {row.work} | {cells} | {row.remark} |")
             sys.stderr.write(f"{name}: {time.perf_counter() - started:.0f} s\n")
     if options.docs is None:
@@ -66,6 +66,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         put("\n".join(lines), options.docs, "tried")
     return 0
+
+
+def ms(seconds: float) -> str:
+    """Milliseconds with three digits, or all before the point."""
+    return f"{seconds * 1e3:,.0f}" if seconds >= 0.1 else f"{seconds * 1e3:.3g}"
 
 
 def trainer_of(label: str, folder: Path) -> Trainer:
