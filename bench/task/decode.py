@@ -56,7 +56,7 @@ def decode_all(
         UserError: a picture cannot be read (without ``skip_bad``), a worker died, or the disk is too small.
     """
     shape = (len(pictures) + 1, 3, size, size)
-    _require_space(path.parent, int(np.prod(shape)))
+    require_space(path.parent, int(np.prod(shape)))
     np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape).flush()
     batches = [(start, pictures[start : start + BATCH]) for start in range(0, len(pictures), BATCH)]
     failures: list[Failure] = []
@@ -105,8 +105,8 @@ def _in_pool(path: Path, size: int, batches: Sequence[Batch], count: int) -> Gen
         raise UserError("a process that decodes images died (out of memory?); try again with --workers 1") from None
 
 
-def _require_space(folder: Path, needed: int) -> None:
-    # Checked beforehand: the file has its whole length at once, and a full disk would show after hours of decoding.
+def require_space(folder: Path, needed: int) -> None:
+    """Refuse beforehand: a file of images has its whole length at once, and a full disk would show after hours."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(f"{folder}: the images need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")

@@ -22,7 +22,7 @@ from rich.progress import Progress
 from tpme.bench.errors import UserError
 from tpme.bench.record import Modality
 from tpme.bench.task.dataset import FORMAT_VERSION, Dataset, Manifest, names_as_text
-from tpme.bench.task.decode import decode_all
+from tpme.bench.task.decode import decode_all, require_space
 from tpme.bench.task.raw import RawData
 from tpme.bench.task.workspace import publish, workspace
 
@@ -326,6 +326,7 @@ def _write_good_images(raw: RawData, path: Path, settings: Settings, progress: P
         return kept
     decoded = np.load(scratch, mmap_mode="r")
     shape = (len(kept.items) + 1, *decoded.shape[1:])
+    require_space(path.parent, int(np.prod(shape)))  # written through a map, where a full disk is a crash
     images = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
     rows = np.concatenate(([0], np.searchsorted(every.items, kept.items) + 1))
     for start in range(0, len(rows), _CHUNK):

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -261,6 +262,17 @@ def test_a_full_disk_is_noticed_beforehand(destination: Path, monkeypatch: pytes
     assert list(destination.parent.iterdir()) == []
 
 
+def test_a_disk_that_is_full_for_a_second_copy_is_noticed_beforehand(
+    destination: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where an image is bad, the good ones are copied: nine, of twelve bytes each, and padding."""
+    free = iter([132, 119])
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=next(free)))
+    with pytest.raises(UserError, match="the images need"):
+        prepared(make_raw([list(range(10))], 10, bad=(4,)), destination, skip_bad=True)
+    assert list(destination.parent.iterdir()) == []
+
+
 @dataclass(frozen=True)
 class Deadly:
     """A picture that takes its worker with it, as a crash of the decoder or lack of memory would."""
@@ -477,7 +489,7 @@ class Unreadable:
 
 
 SLOW = """
-    import time
+    import os, time
     import numpy as np
     from pathlib import Path
     from tpme.bench.task.raw import RawData
@@ -485,6 +497,7 @@ SLOW = """
 
     class Slow:
         def __call__(self, size):
+            Path(f"worker-{os.getpid()}").touch()
             time.sleep(0.05)
             return np.zeros((3, size, size), np.uint8)
 
@@ -519,15 +532,18 @@ def test_no_process_outlives_the_command(tmp_path: Path, end: signal.Signals, co
     ]
     running = subprocess.Popen(
         [sys.executable, program, *map(str, arguments)],
+        cwd=tmp_path,
         start_new_session=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
     command = psutil.Process(running.pid)
-    wait_until(lambda: (place / ".data.preparing" / "dataset" / "images.npy").exists())
-    wait_until(lambda: len(command.children()) >= 3)  # two workers and multiprocessing's resource tracker
+    # At work, not just started: a process whose parent is killed before it could say what to do ends with a traceback.
+    wait_until(lambda: len(list(tmp_path.glob("worker-*"))) == 2)
     children = command.children(recursive=True)
+    assert len(children) >= 3  # two workers and multiprocessing's resource tracker
+    assert (place / ".data.preparing" / "dataset" / "images.npy").exists()
     if end == signal.SIGINT:
         os.killpg(running.pid, end)  # as a terminal does: to all of them
     else:
