@@ -7,12 +7,15 @@ never of one length: the mask is made without asking, which changes no result. O
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 from torch import Tensor
+
+_lock, _users = threading.Lock(), 0
 
 
 @contextmanager
@@ -21,17 +24,19 @@ def unread_masks() -> Iterator[None]:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as FUNCTIONS
     from transformers.masking_utils import bidirectional_mask_function
 
-    # Items of this mapping lie over what is registered, until they are deleted.
-    own = {
-        "sdpa": partial(_expanded, bidirectional_mask_function, FUNCTIONS["sdpa"]),
-        "eager": partial(_made, FUNCTIONS["eager"]),
-    }
-    FUNCTIONS.update(own)
+    global _users
+    with _lock:
+        if not _users:  # Items of this mapping lie over what is registered, until they are deleted.
+            FUNCTIONS["sdpa"] = partial(_expanded, bidirectional_mask_function, FUNCTIONS["sdpa"])
+            FUNCTIONS["eager"] = partial(_made, FUNCTIONS["eager"])
+        _users += 1
     try:
         yield
     finally:
-        for name in own:
-            del FUNCTIONS[name]
+        with _lock:
+            _users -= 1
+            if not _users:  # the last one out, for there is one mapping for all threads
+                del FUNCTIONS["sdpa"], FUNCTIONS["eager"]
 
 
 def _expanded(

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +18,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, BertConfig, BertForMaskedLM, CLIPConfig
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as FUNCTIONS
 
 from tpme.bench.errors import UserError
 from tpme.bench.record import EncoderSpec, Modality
@@ -28,6 +30,7 @@ from tpme.bench.task.encoders import (
     load_encoder,
 )
 from tpme.bench.task.items import LAST, EncoderShape, Reads
+from tpme.bench.task.masks import unread_masks
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -271,6 +274,22 @@ def test_a_mask_is_what_it_was_without_being_read(tmp_path: Path, family: str, i
     short = view.encode(Reads(final=True), tokens=words[2:, :1], token_mask=torch.ones(1, 1, dtype=torch.int64))
     alone = view.encode(Reads(final=True), tokens=words[2:], token_mask=torch.tensor([[1] + [0] * 11]))
     assert torch.allclose(short, alone, atol=1e-5)  # the mask does mask
+
+
+def test_masks_within_masks_and_beside_them() -> None:
+    """An encoder in an encoder, and encoders in two threads, of which the first ends first."""
+    before = dict(FUNCTIONS)
+    for _ in range(2):
+        first, second = ExitStack(), ExitStack()
+        first.enter_context(unread_masks())
+        second.enter_context(unread_masks())
+        first.close()
+        assert FUNCTIONS["sdpa"] is not before["sdpa"]
+        second.close()
+        assert dict(FUNCTIONS) == before
+    with pytest.raises(ZeroDivisionError), unread_masks():
+        raise ZeroDivisionError
+    assert dict(FUNCTIONS) == before
 
 
 class Reading(TorchDispatchMode):
