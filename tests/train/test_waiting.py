@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tpme.bench.train.loop import Trainer
@@ -25,6 +26,8 @@ READING = {
     *("_unique", "_unique2", "unique_dim", "unique_consecutive", "unique_dim_consecutive"),
 }
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
+# On a CPU no operator runs for these.
+COPYING = {"cpu", "numpy", "tolist", "__array__"}
 
 
 class Reads(TorchDispatchMode):
@@ -39,17 +42,34 @@ class Reads(TorchDispatchMode):
         name = func.overloadpacket.__name__
         picks = [i for i in args[1] if isinstance(i, Tensor)] if name in INDEXING else []
         if name in READING or any(index.dtype in (torch.bool, torch.uint8) for index in picks):
-            frame, places = sys._getframe(1), []
-            while frame is not None:
-                places.append(frame.f_code.co_name)
-                frame = frame.f_back
-            (self.of_record if "_check" in places else self.of_step).append(f"{name} in {', '.join(places[:12])}")
+            self.note(name)
+        return func(*args, **(kwargs or {}))
+
+    def note(self, name: str) -> None:
+        """Note one read, and where it is."""
+        frame, places = sys._getframe(2), []
+        while frame is not None:
+            places.append(frame.f_code.co_name)
+            frame = frame.f_back
+        (self.of_record if "_check" in places else self.of_step).append(f"{name} in {', '.join(places[:12])}")
+
+
+class Copies(TorchFunctionMode):
+    """Adds what takes a tensor to the host as a whole."""
+
+    def __init__(self, reads: Reads) -> None:
+        super().__init__()
+        self.reads = reads
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in COPYING:
+            self.reads.note(func.__name__)
         return func(*args, **(kwargs or {}))
 
 
 def reads_of_an_epoch(trainer: Trainer, steps: int) -> Reads:
     optimizer = trainer.optimizer()
-    with Reads() as reads:
+    with Reads() as reads, Copies(reads):
         assert trainer.train_epoch(optimizer, "epoch 1")[0] == steps
     return reads
 
@@ -70,6 +90,9 @@ def test_no_step_reads_a_value(make_trainer: MakeTrainer, name: str, cached: boo
     [
         lambda loss: float(loss.detach()),
         lambda loss: bool(loss > 0),
+        lambda loss: loss.detach().cpu(),
+        lambda loss: loss.tolist(),
+        lambda loss: loss.detach().numpy(),
         lambda loss: loss[None].nonzero(),
         lambda loss: torch.ones(1)[loss[None] > 0],
         lambda loss: torch.ones(1).masked_select(loss[None] > 0),
