@@ -186,7 +186,9 @@ def _read(found: Any, device: Device) -> tuple[dict[str, float], list[tuple[str,
         if event.key.startswith(MARK):
             parts[event.key.removeprefix(MARK)] += event.cpu_time_total / 1e6
     of = "self_cpu_time_total" if device == "cpu" else "self_device_time_total"
-    own = {event.key: getattr(event, of) for event in averages if not event.key.startswith(MARK)}
+    # On a GPU every kernel stands there twice: for itself, and in the operator that started it.
+    operators = [event for event in averages if event.device_type == torch.autograd.DeviceType.CPU]
+    own = {event.key: getattr(event, of) for event in operators if not event.key.startswith(MARK)}
     most = sorted(own, key=own.__getitem__, reverse=True)[:OPERATORS]
     return parts, [(name.removeprefix("aten::"), own[name] / sum(own.values())) for name in most]
 
