@@ -49,6 +49,7 @@ def _results(
     sections: Sequence[Section], endings: Sequence[str], jobs: Sequence[tuple[int, Maker]], workers: int
 ) -> Iterator[Drawn | None]:
     """In the order of ``jobs``."""
+    workers = min(workers, len(jobs))  # all are forked at once
     if workers == 1:
         yield from (_drawn(sections[index], make, endings) for index, make in jobs)
         return

@@ -13,8 +13,8 @@ from rich.console import Console
 
 from tpme.bench.errors import UserError
 from tpme.bench.record import Failure, Flag
+from tpme.reports import drawing, resampling
 from tpme.reports import report as report_module
-from tpme.reports import resampling
 from tpme.reports import section as section_module
 from tpme.reports.load import load_ranks
 from tpme.reports.report import make_report, write_report
@@ -340,6 +340,17 @@ def test_a_large_report_is_drawn_on_request_by_as_many_processes_as_asked_for(ma
     drawn = files(tmp_path / "drawn")
     assert "plots/costs-2.svg" in drawn
     assert drawn == files(tmp_path / "in-parallel")
+
+
+def test_there_are_no_more_processes_than_figures(factory, monkeypatch, tmp_path):
+    asked = []
+    start = drawing.worker_processes
+    monkeypatch.setattr(
+        drawing, "worker_processes", lambda count, *rest, **more: asked.append(count) or start(2, *rest, **more)
+    )
+    factory.write("lora")
+    write_report([factory.root], tmp_path, formats=("png",), workers=64)
+    assert asked == [len(PLOTS)]
 
 
 def test_the_encoders_behind_a_feature_cache_are_told(factory, tmp_path):
