@@ -301,8 +301,11 @@ def _interval_note(section: Section) -> str:
     summary = section.summary.loc[section.compared]
     still = summary.index[(summary["tpme_high"] - summary["tpme_low"]).round(6) == 0]
     if len(still) and section.frame_from is None and len(summary) > 1:
-        told = " and ".join(map(str, still))
-        note += f" Of {told} it has no width: what varies of them is an end of the frame in every draw."
+        varied = section.weights.time > 0 or len(alone) < len(seeds)
+        why = (
+            "what varies of them is an end of the frame in every draw" if varied else "nothing that counts was repeated"
+        )
+        note += f" Of {' and '.join(map(str, still))} it has no width: {why}."
     if alone:
         whose = "One seed a row" if len(alone) == len(seeds) else f"Of one seed ({', '.join(alone)})"
         note += f" {whose}: what another one would change is not in it."

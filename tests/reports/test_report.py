@@ -148,6 +148,14 @@ def test_rows_that_set_the_frame_say_why_their_interval_has_no_width(demo_run):
     assert told in " ".join(results(section).notes)
 
 
+def test_intervals_without_time_and_a_second_seed_say_that_nothing_was_repeated(factory):
+    for index, method in enumerate(("fft", "lora", "iisan")):
+        factory.write(method, time=10.0 - index, peak=1e9 * (3 - index))
+    (section,) = make_report([factory.root], weights=Weights.parse("0,0.5,0.5")).sections
+    told = "Of iisan and lora and fft it has no width: nothing that counts was repeated."
+    assert told in " ".join(results(section).notes)
+
+
 def test_every_row_is_in_the_results_whatever_its_end(demo_run, written):
     frame = pd.read_csv(written / "tables" / "results.csv").set_index("method")
     assert len(frame) == 15
