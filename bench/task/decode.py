@@ -79,9 +79,12 @@ def _write_rows(path: Path, size: int, start: int, pictures: Sequence[Picture]) 
         except UserError as error:
             failures.append((start + index, str(error)))
     before = np.load(path, mmap_mode="r").offset + (start + 1) * rows[0].nbytes
-    with path.open("r+b") as file:  # written at once: through a mapping, every page of it would be a fault
-        file.seek(before)
-        file.write(rows.data)
+    try:
+        with path.open("r+b") as file:  # written at once: through a mapping, every page of it would be a fault
+            file.seek(before)
+            file.write(rows.data)
+    except OSError as error:  # that of a full disk does not say where
+        raise OSError(error.errno, error.strerror, str(path)) from None
     return len(pictures), failures
 
 

@@ -22,7 +22,7 @@ from tpme.reports.report import FORMATS
 
 METHODS = ("fft", "adapter", "lora", "bitfit", "prompt", "iisan", "frozen", "id")
 EPOCHS = 8
-LEAST_GAIN = 1.5
+LEAST_GAIN = 1.2
 """Reading records in one pass against parsing each, then checking it, with the collector walking what is kept."""
 MOST_HELP = 3.0
 """``tpme --help`` against an interpreter that imports what no command line of this kind can do without."""
