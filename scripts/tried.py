@@ -2,7 +2,7 @@
 
     python scripts/tried.py --docs docs/performance.md
 
-Steps are those of ``profile_methods.py``. About four minutes on two cores; nothing else should run meanwhile.
+Steps are those of ``profile_methods.py``. About three minutes on two cores; nothing else should run meanwhile.
 """
 
 from __future__ import annotations
