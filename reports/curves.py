@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from tpme.bench.record import CellResult
 from tpme.reports.axes import LOG_FROM, log_axis, name_rows
 from tpme.reports.fields import byte_unit
 from tpme.reports.figure import Plot, row_label
-from tpme.reports.load import Array, Samples, load_samples, thin
+from tpme.reports.load import Array, Samples, load_samples, stretches, thin
 from tpme.reports.section import Section
 from tpme.reports.shares import phase_colours, phase_legend
 from tpme.reports.style import BLUE, COLUMN_INCHES, GREY, SILVER, margins, new_figure
@@ -54,7 +54,9 @@ def memory_over_time(section: Section) -> Plot | None:
     for axes, (name, (time_s, used)) in zip(panels.flat, drawn.items(), strict=False):
         if full is not None and name != full:
             axes.axhline(highest[full] / scale, color=GREY, lw=0.5, ls=(0, (2, 2)), zorder=3)
-        _draw_memory(axes, time_s, used / scale, _stretches(cells[name].result, colours))
+        _draw_memory(
+            axes, time_s, used / scale, stretches(cells[name].result, lambda phase: colours.get(phase.kind, SILVER))
+        )
         axes.set_ylim(0, top)
         axes.yaxis.set_major_locator(FixedLocator(ticks))
         axes.tick_params(length=2, pad=2, labelleft=axes in panels[:, 0])
@@ -107,21 +109,15 @@ def step_times(section: Section) -> Plot | None:
 
 
 def _first_cells(section: Section) -> dict[str, Sampled]:
-    """The first seed of every row that left samples, a finished one where there is one."""
-    cells = section.cells.assign(place=range(len(section.cells)), failed=section.cells["status"] != "ok")
-    cells = cells[cells["selected"] & cells["samples_path"].notna()].sort_values(["failed", "seed", "path"])
-    first = cells.drop_duplicates("row").set_index("row")
-    return {
-        str(name): Sampled(section.records[first["place"][name]].result, load_samples(first["samples_path"][name]))
-        for name in section.summary.index
-        if name in first.index
-    }
+    """The first seed of every row that left samples, with them."""
+    firsts = ((name, one.result, one.beside("samples")) for name, one in section.firsts(sampled=True).items())
+    return {name: Sampled(result, load_samples(path)) for name, result, path in firsts if path is not None}
 
 
-def _draw_memory(axes: Any, time_s: Array, used: Array, stretches: Sequence[tuple[str, float, float]]) -> None:
+def _draw_memory(axes: Any, time_s: Array, used: Array, coloured: Sequence[tuple[str, float, float]]) -> None:
     """The curve, what lies under it coloured by phase, and a time axis with few ticks that ends with the cell."""
     areas, fills = [], []
-    for colour, start_s, end_s in stretches:
+    for colour, start_s, end_s in coloured:
         start_s, end_s = max(start_s, time_s[0]), min(end_s, time_s[-1])
         if start_s < end_s:
             inside = (time_s > start_s) & (time_s < end_s)
@@ -136,17 +132,6 @@ def _draw_memory(axes: Any, time_s: Array, used: Array, stretches: Sequence[tupl
     ticks = MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(0, end)
     last = max(tick for tick in ticks if tick <= 0.93 * end)  # nearer to the end it would meet the next panel's 0
     axes.set_xticks([0, last], ["0", f"{last:g}"])
-
-
-def _stretches(result: CellResult, colours: Mapping[str, str]) -> list[tuple[str, float, float]]:
-    """Colour, start and end in seconds of the phases of a cell; neighbours of one colour are one."""
-    joined: list[tuple[str, float, float]] = []
-    for phase in sorted(result.phases, key=lambda phase: phase.start_s):
-        colour, start_s = colours.get(phase.kind, SILVER), phase.start_s
-        if joined and joined[-1][0] == colour:
-            start_s = joined.pop()[1]
-        joined.append((colour, start_s, phase.start_s + phase.wall_s))
-    return joined
 
 
 def _panel_title(section: Section, name: str, most: int = 20) -> str:

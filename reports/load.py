@@ -13,10 +13,10 @@ import math
 import re
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from itertools import product
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +30,7 @@ from tpme.bench.record import (
     CellResult,
     EncoderSpec,
     Memory,
+    Phase,
     Reading,
     RecordError,
     find_attempts,
@@ -54,6 +55,11 @@ class Recorded:
     """Older records of the same cell on the same device that this one replaces."""
     latest: bool = True
     """False for an earlier attempt, and for what a later run of the same cell on the same device replaced."""
+
+    def beside(self, name: str) -> str | None:
+        """The path of its file of that name (``ranks``, ``samples``); None where it left none."""
+        file = self.result.files.get(name)
+        return None if file is None else str(self.path.parent / file)
 
 
 @dataclass(frozen=True)
@@ -169,6 +175,13 @@ def thin(one: Samples, most: int = 400) -> tuple[Array, Array]:
     return time_s[ends], np.maximum.reduceat(used, starts) if len(used) else used
 
 
+def stretches(result: CellResult, name: Callable[[Phase], str]) -> list[tuple[str, float, float]]:
+    """Name, start and end in seconds of the phases of a cell; neighbours of one name are one."""
+    in_time = sorted(result.phases, key=lambda phase: phase.start_s)
+    together = [(key, list(phases)) for key, phases in groupby(in_time, key=name)]
+    return [(key, phases[0].start_s, phases[-1].start_s + phases[-1].wall_s) for key, phases in together]
+
+
 def memory_of_tpme(memory: Memory | None, device: str) -> Reading:
     """M of TPME: on a GPU NVML of the process where it is valid, else of the device; on a CPU the RSS peak."""
     if memory is None:
@@ -221,8 +234,8 @@ def _row(recorded: Recorded) -> dict[str, Any]:
         **_cost_columns(result),
         **_epoch_columns(result),
         "flags": tuple((flag.code, flag.message) for flag in result.flags),
-        "ranks_path": _beside(recorded, "ranks"),
-        "samples_path": _beside(recorded, "samples"),
+        "ranks_path": recorded.beside("ranks"),
+        "samples_path": recorded.beside("samples"),
     }
 
 
@@ -309,11 +322,6 @@ def _encoder(spec: EncoderSpec, modality: str) -> str:
 
 def _canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
-
-
-def _beside(recorded: Recorded, name: str) -> str | None:
-    file = recorded.result.files.get(name)
-    return None if file is None else str(recorded.path.parent / file)
 
 
 # --- identity ------------------------------------------------------------------------------------------------

@@ -13,8 +13,6 @@ import html
 import json
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
-from itertools import groupby
-from pathlib import Path
 from string import Template
 from typing import Any
 
@@ -22,7 +20,7 @@ import pandas as pd
 
 from tpme.bench.record import Cell, CellResult
 from tpme.reports.instruments import instruments
-from tpme.reports.load import Recorded, load_samples, thin
+from tpme.reports.load import Recorded, load_samples, stretches, thin
 from tpme.reports.section import Section
 from tpme.reports.tpme import COLUMNS, Weights, members
 from tpme.reports.trials import Line, own_path
@@ -63,7 +61,7 @@ def _hash(text: str) -> str:
 def _group(section: Section) -> dict[str, Any]:
     frame = section.frame
     usable = members(section.summary)
-    firsts = _firsts(section)
+    firsts = section.firsts()
     return {
         "name": section.name,
         "frame": None
@@ -104,19 +102,6 @@ def _number(value: Any) -> float | None:
 # --- the cell behind a row -----------------------------------------------------------------------------------
 
 
-def _firsts(section: Section) -> dict[str, Recorded]:
-    """The first seed of every row, a finished one where there is one."""
-
-    def order(one: Recorded) -> tuple[bool, int, Path]:
-        return one.result.status != "ok", one.result.cell.seed, one.path
-
-    firsts: dict[str, Recorded] = {}
-    for name, selected, one in zip(section.cells["row"], section.cells["selected"], section.records, strict=True):
-        if selected and (name not in firsts or order(one) < order(firsts[name])):
-            firsts[name] = one
-    return firsts
-
-
 def _cell(recorded: Recorded) -> dict[str, Any]:
     result = recorded.result
     failure = result.failure
@@ -137,16 +122,16 @@ def _cell(recorded: Recorded) -> dict[str, Any]:
 def _phases(result: CellResult) -> dict[str, list[tuple[float, float]]]:
     """Start and end of every phase by its kind (seconds); those of one kind that follow each other are one."""
     spans: dict[str, list[tuple[float, float]]] = {}
-    for kind, together in groupby(result.phases, key=lambda phase: phase.kind):
-        one = list(together)
-        spans.setdefault(kind, []).append((round(one[0].start_s, 4), round(one[-1].start_s + one[-1].wall_s, 4)))
+    for kind, start_s, end_s in stretches(result, lambda phase: phase.kind):
+        spans.setdefault(kind, []).append((round(start_s, 4), round(end_s, 4)))
     return spans
 
 
 def _curve(recorded: Recorded) -> list[tuple[float, int]]:
-    if "samples" not in recorded.result.files:
+    samples = recorded.beside("samples")
+    if samples is None:
         return []
-    time_s, used = thin(load_samples(recorded.path.parent / recorded.result.files["samples"]), CURVE_POINTS)
+    time_s, used = thin(load_samples(samples), CURVE_POINTS)
     return [(round(t, 2), int(float(f"{b:.4g}"))) for t, b in zip(time_s.tolist(), used.tolist(), strict=True)]
 
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,19 @@ class Section:
     def compared(self) -> list[str]:
         """The K rows: those with a TPME, best first."""
         return [str(name) for name in self.summary.index[self.summary["tpme"].notna()]]
+
+    def firsts(self, *, sampled: bool = False) -> dict[str, Recorded]:
+        """The first seed of every row, a finished one if any; with ``sampled``, of those that left samples."""
+
+        def order(one: Recorded) -> tuple[bool, int, Path]:
+            return one.result.status != "ok", one.result.cell.seed, one.path
+
+        found: dict[str, Recorded] = {}
+        for name, selected, one in zip(self.cells["row"], self.cells["selected"], self.records, strict=True):
+            usable = selected and not (sampled and one.beside("samples") is None)
+            if usable and (name not in found or order(one) < order(found[name])):
+                found[name] = one
+        return {name: found[name] for name in self.lines if name in found}
 
 
 def make_section(
