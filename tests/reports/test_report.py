@@ -368,6 +368,24 @@ def test_the_encoders_behind_a_feature_cache_are_told(factory, tmp_path):
     assert "builtin:tiny-text: BertModel, pretrained weights" in json.dumps(told)
 
 
+def test_the_first_finished_seed_stands_for_a_row(factory):
+    factory.write("lora", seed=1, status="oom", time=None)
+    unsampled = factory.write("lora", seed=2)
+    for seed in (4, 3):
+        factory.write("lora", seed=seed)
+    content = json.loads(unsampled.read_text())
+    del content["files"]["samples"]
+    unsampled.write_text(json.dumps(content))
+    factory.write("fft", status="oom", time=None)
+    (section,) = make_report([factory.root]).sections
+
+    def seeds(firsts):
+        return {name: one.result.cell.seed for name, one in firsts.items()}
+
+    assert seeds(section.firsts()) == {"lora": 2, "fft": 1}
+    assert seeds(section.firsts(sampled=True))["lora"] == 3
+
+
 def test_a_report_inside_the_run_is_not_read_back(factory):
     factory.write("lora")
     write_report([factory.root], factory.root / "report")
