@@ -50,9 +50,7 @@ def rank_split(model: Recommender, vectors: Tensor, split: Split) -> NDArray[np.
         # Left-padded: the last position has seen the whole sequence. clone() lets the other positions go.
         users.append(model.user_vectors(vectors[slots], slots > 0)[:, -1].clone())
     target, history = (torch.from_numpy(array.astype(np.int64)).to(device) for array in (split.target, split.history))
-    # Never under autocast: in half precision many scores tie, and a tie counts against the model.
-    with torch.autocast(device.type, enabled=False):
-        ranks: NDArray[np.int32] = rank_targets(torch.cat(users), vectors, target, history).cpu().numpy()
+    ranks: NDArray[np.int32] = rank_targets(torch.cat(users), vectors, target, history).cpu().numpy()
     return ranks
 
 

@@ -95,6 +95,20 @@ def counted_ranks(users: Tensor, items: Tensor, target: Tensor, history: Tensor)
     return np.array(found)
 
 
+@torch.no_grad()
+def float32_ranks(users: Tensor, items: Tensor, target: Tensor, history: Tensor, chunk: int = 100) -> Tensor:
+    """Ranks (U,) as float32 scores give them, ties left to the kernel: a product, a comparison and a sum a chunk."""
+    found = []
+    for start in range(0, len(users), chunk):
+        part = slice(start, start + chunk)
+        own = target[part, None] - 1
+        scores = users[part] @ items[1:].T
+        wanted = scores.gather(1, own)
+        scores.scatter_(1, torch.cat([own, torch.where(history[part] > 0, history[part] - 1, own)], dim=1), -torch.inf)
+        found.append(1 + scores.ge_(wanted).sum(dim=1).long())
+    return torch.cat(found)
+
+
 def all_states(model: Recommender, items: Items) -> dict[Modality, Tensor]:
     """Every hidden state of every token of all items, kept until the used ones are picked: (n, levels, D)."""
     found: dict[Modality, Tensor] = {}

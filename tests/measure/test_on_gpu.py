@@ -16,10 +16,7 @@ import torch
 from tpme.bench.launch import run_matrix
 from tpme.bench.train.split import PARTS
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 MIB = 1 << 20
 RUN = """

@@ -156,7 +156,6 @@ def _refused(_tensor: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 def test_states_on_a_gpu_and_beside_it(job: FeatureJob, monkeypatch: pytest.MonkeyPatch) -> None:
     build(job)
     device, dataset = torch.device("cuda"), Dataset.open(job.dataset)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -48,16 +47,144 @@ def test_equals_brute_force_in_chunks_of_any_size(
     assert ranks.tolist() == brute_force(*task)
 
 
+def float64_ranks(users: Tensor, items: Tensor, target: Tensor, history: Tensor) -> list[int]:
+    """Each user's scores relative to the target's, ``u . (v_item - v_target)``, in float64."""
+    vectors, ranks = items[1:].double(), []
+    for u, wanted, earlier in zip(users.double(), target - 1, history, strict=True):
+        at_least = ((vectors - vectors[wanted]) * u).sum(dim=1) >= 0
+        at_least[earlier[earlier > 0] - 1] = False
+        at_least[wanted] = True
+        ranks.append(int(at_least.sum()) if wanted + 1 not in earlier else len(vectors))
+    return ranks
+
+
+def random_task(users: int, items: int, width: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Random vectors and targets; every tenth item has the vector of another."""
+    generator = torch.Generator().manual_seed(seed)
+    vectors = torch.randn(items + 1, width, generator=generator)
+    some = torch.randint(1, items + 1, (2, max(1, items // 10)), generator=generator)
+    vectors[some[0]] = vectors[some[1]]
+    return (
+        torch.randn(users, width, generator=generator),
+        vectors,
+        torch.randint(1, items + 1, (users,), generator=generator),
+        torch.randint(0, items + 1, (users, 4), generator=generator),
+    )
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+SIZES = [5, 17, 33, 80, 1001, 4097, 20_314]
+
+
+def on(device: str, task: tuple[Tensor, Tensor, Tensor, Tensor]) -> list[Tensor]:
+    return [part.to(device) for part in task]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("items", SIZES)
 @pytest.mark.parametrize("width", [1, 8, 64, 100])
-@pytest.mark.parametrize("users", [1, 2, 7])
-def test_a_constant_scorer_ranks_every_target_last(users: int, width: int) -> None:
+def test_a_constant_scorer_ranks_every_target_last(items: int, width: int, device: str) -> None:
     """Also where scores are not exact: no rounding may put a target above items that are the same."""
-    torch.manual_seed(width)
-    for items in (17, 80, 4097):
-        same = torch.randn(width).expand(items + 1, width).contiguous()
-        target = torch.randint(1, items + 1, (users,))
-        ranks = rank_targets(torch.randn(users, width), same, target, torch.zeros(users, 3, dtype=torch.int64))
-        assert ranks.tolist() == [items] * users
+    generator = torch.Generator().manual_seed(width)
+    same = torch.randn(width, generator=generator).expand(items + 1, width).contiguous()
+    for users in range(1, 8):
+        target = torch.randint(1, items + 1, (users,), generator=generator)
+        vectors = torch.randn(users, width, generator=generator)
+        task = on(device, (vectors, same, target, torch.zeros(users, 3, dtype=torch.int64)))
+        assert rank_targets(*task).tolist() == [items] * users
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("alike", [0.0, 10.0, 1e4, 1e8])
+@pytest.mark.parametrize("items", SIZES)
+def test_ranks_equal_those_of_float64_scores(items: int, alike: float, device: str) -> None:
+    """With a few equal items, with few and with many users, and where all items are alike up to their last digits."""
+    for users, width in ((1, 64), (2, 8), (7, 100), (40, 64)):
+        task = random_task(users, items, width, seed=users)
+        task[1].add_(alike)
+        found = rank_targets(*on(device, task))
+        assert found.tolist() == float64_ranks(*task)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 9),
+    st.sampled_from(SIZES[:-1]),
+    st.sampled_from([1, 2, 3, 31, 64, 65]),
+    st.integers(0, 2**32),
+    st.sampled_from([1, 10**5, 2**27]),
+    st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+)
+def test_ranks_equal_those_of_float64_scores_in_every_precision(
+    users: int, items: int, width: int, seed: int, score_bytes: int, dtype: torch.dtype
+) -> None:
+    """Also of vectors in half precision, of which many tie, and in chunks of any size."""
+    vectors, catalogue, target, history = random_task(users, items, width, seed)
+    task = vectors.to(dtype), catalogue.to(dtype), target, history
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ranks = rank_targets(*task, score_bytes=score_bytes)
+    assert ranks.tolist() == float64_ranks(*task)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_products_of_low_precision_are_not_used_and_stay_allowed(precision: str, device: str) -> None:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        task = random_task(40, 4097, 64, seed=0)
+        assert rank_targets(*on(device, task)).tolist() == float64_ranks(*task)
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_ranks_do_not_depend_on_the_kernel(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores moved anywhere within the rounding bound of a product leave every rank as it is."""
+    task = random_task(60, 4097, 64, seed=0)
+    expected = float64_ranks(*task)
+    score, moved = ranking._scores, 0
+
+    def other_kernel(users: Tensor, candidates: Tensor, buffer: Tensor) -> Tensor:
+        nonlocal moved
+        scores = score(users, candidates, buffer)
+        bound = users.shape[1] * 2.0**-24 * users.norm(dim=1)[:, None] * candidates.norm(dim=1)
+        before = scores.clone()
+        scores.add_(bound * torch.empty_like(scores).uniform_(-1, 1))
+        moved += int((scores != before).sum())
+        return scores
+
+    monkeypatch.setattr(ranking, "_scores", other_kernel)
+    for _ in range(5):
+        assert rank_targets(*on(device, task)).tolist() == expected
+    assert moved > 10_000
+
+
+@pytest.mark.parametrize("zero", ["users", "items", "both"])
+def test_vectors_of_zeros_tie_with_everything(zero: str) -> None:
+    users, items, target, _ = random_task(3, 80, 8, seed=0)
+    if zero != "items":
+        users.zero_()
+    if zero != "users":
+        items.zero_()
+    assert rank_targets(users, items, target, torch.zeros(3, 1, dtype=torch.int64)).tolist() == [80] * 3
+
+
+@pytest.mark.parametrize("scale", [2.0**-126, 2.0**-60, 2.0**60, 2.0**100])
+def test_ranks_do_not_depend_on_the_scale_of_vectors(scale: float) -> None:
+    users, items, target, history = random_task(5, 80, 8, seed=0)
+    expected = float64_ranks(users, items, target, history)
+    assert rank_targets(users * scale, items, target, history).tolist() == expected
+    assert rank_targets(users, items * max(scale, 2.0**-100), target, history).tolist() == expected
+
+
+def test_halves_are_summed_in_the_same_order_on_every_machine() -> None:
+    """1 - 2^-54 rounds to 1, so signs tell the order of a sum: (a + c) + (b + d), never from left to right."""
+    tiny = 2.0**-54
+    items = torch.tensor([[1.0, -tiny, -1.0, 0.0], [1.0, -1.0, -tiny, 0.0]], dtype=torch.float64)
+    none = torch.zeros(2, 4)
+    assert ranking._not_below(torch.ones(2, 4), items, none).tolist() == [False, True]
 
 
 def test_a_tie_counts_against_the_model() -> None:
@@ -125,9 +252,9 @@ def test_a_million_items_stay_within_the_bound(monkeypatch: pytest.MonkeyPatch) 
     seen: list[int] = []
     score = ranking._scores
 
-    def watched(users: Tensor, candidates: Tensor) -> Tensor:
+    def watched(users: Tensor, candidates: Tensor, buffer: Tensor) -> Tensor:
         seen.append(4 * len(users) * len(candidates))
-        return score(users, candidates)
+        return score(users, candidates, buffer)
 
     monkeypatch.setattr(ranking, "_scores", watched)
     generator = torch.Generator().manual_seed(0)
@@ -138,7 +265,4 @@ def test_a_million_items_stay_within_the_bound(monkeypatch: pytest.MonkeyPatch) 
     history = torch.randint(0, items + 1, (users, 10), generator=generator)
     ranks = rank_targets(user_vectors, vectors, target, history, score_bytes=2 * 4 * items)
     assert seen == [8_000_000, 8_000_000, 4_000_000]
-    scores = (user_vectors.double() @ vectors[1:].double().T).numpy()
-    own = np.take_along_axis(scores, target[:, None].numpy() - 1, axis=1)
-    # Float32 may order near-equal scores differently than float64: a few places in a million.
-    assert np.abs(ranks.numpy() - (scores >= own).sum(axis=1)).max() <= 20
+    assert ranks.tolist() == float64_ranks(user_vectors, vectors, target, history)

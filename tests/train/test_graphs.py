@@ -112,7 +112,6 @@ def test_a_row_that_cannot_be_recorded_says_so_and_trains_as_ever(world: Any, tm
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 @pytest.mark.parametrize("precision", [None, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["iisan", "id"])
 def test_graphs_train_as_plain_steps_do(tiny: ModuleType, name: str, precision: torch.dtype | None) -> None:

@@ -111,7 +111,6 @@ def test_a_method_that_reads_a_value_is_found(make_trainer: MakeTrainer, read: C
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize(("name", "cached"), ROWS)
 def test_the_host_never_waits_for_a_gpu(make_trainer: MakeTrainer, name: str, cached: bool, precision: str) -> None:
