@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from tpme.bench import gate_cli
+from tpme.bench.commands import gate as gate_cli
 from tpme.bench.errors import UserError
 
 INTERRUPTED = (129, 130, 143)
@@ -54,7 +54,7 @@ def prepare_iisan(
     force: Force = False,
 ) -> None:
     """The format of IISAN's Amazon data: items.tsv, users.tsv and images."""
-    from tpme.bench.task.prepare_command import parse_modalities, run_prepare
+    from tpme.bench.commands.prepare import parse_modalities, run_prepare
     from tpme.bench.task.sources.iisan import read_iisan
 
     chosen = parse_modalities(modalities)
@@ -87,7 +87,7 @@ def prepare_tables(
     force: Force = False,
 ) -> None:
     """Two CSV files and images named by item; MicroLens as published, too."""
-    from tpme.bench.task.prepare_command import parse_modalities, run_prepare
+    from tpme.bench.commands.prepare import parse_modalities, run_prepare
     from tpme.bench.task.sources.tables import Columns, read_tables
 
     chosen = parse_modalities(modalities)
@@ -116,7 +116,7 @@ def prepare_synthetic(
     force: Force = False,
 ) -> None:
     """The built-in catalogue: invented items and users, with structure to be found."""
-    from tpme.bench.task.prepare_command import parse_modalities, run_prepare
+    from tpme.bench.commands.prepare import parse_modalities, run_prepare
     from tpme.bench.task.sources.synthetic import Synthetic, generate
 
     config = Synthetic(users=users, items=items, seed=seed)
@@ -149,7 +149,7 @@ def run(
     report: Annotated[bool, typer.Option(help="Write the report at the end.")] = True,
 ) -> None:
     """Run what is missing of a matrix, every cell in a process of its own, and report."""
-    from tpme.bench.run_command import run_command
+    from tpme.bench.commands.run import run_command
 
     switched_on = [name for name, on in (("compile", compiled), ("cuda_graphs", cuda_graphs)) if on]
     raise typer.Exit(
@@ -199,10 +199,10 @@ def report_command(
     from rich.console import Console
 
     from tpme.bench.workers import available_cores
+    from tpme.reports.data.section import parse_rows
+    from tpme.reports.data.tpme import Weights
     from tpme.reports.report import FORMATS, write_report
-    from tpme.reports.section import parse_rows
-    from tpme.reports.tables import TABLES
-    from tpme.reports.tpme import Weights
+    from tpme.reports.tables.results import TABLES
 
     single = runs[0] if len(runs) == 1 and runs[0].is_dir() else Path()
     folder = out or single / "report"
@@ -266,7 +266,7 @@ def export(
     experiment: Annotated[str, typer.Option(help="Experiment of MLflow.")] = "tpme",
 ) -> None:
     """Write all records to one tidy table, a row each, earlier attempts included, or push them to MLflow."""
-    from tpme.reports.export import export_command
+    from tpme.reports.data.export import export_command
 
     export_command(runs, out=out, mlflow=mlflow, experiment=experiment)
 
@@ -288,7 +288,7 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """What a matrix would cost, without running it: memory, FLOPs and, for a device, time."""
-    from tpme.bench.plan_command import plan_command
+    from tpme.bench.commands.plan import plan_command
 
     raise typer.Exit(
         plan_command(
@@ -315,7 +315,7 @@ def list_methods(
     methods_path: Annotated[list[Path] | None, typer.Option(help="Folder with further methods.")] = None,
 ) -> None:
     """The fine-tuning methods and their options."""
-    from tpme.bench import catalogue
+    from tpme.bench.commands import list as catalogue
 
     catalogue.show(catalogue.methods(methods_path or []), as_json=as_json)
 
@@ -323,7 +323,7 @@ def list_methods(
 @listing.command("presets")
 def list_presets(as_json: AsJson = False) -> None:
     """The matrices that ship with the package."""
-    from tpme.bench import catalogue
+    from tpme.bench.commands import list as catalogue
 
     catalogue.show(catalogue.presets(), as_json=as_json)
 
@@ -331,7 +331,7 @@ def list_presets(as_json: AsJson = False) -> None:
 @listing.command("encoders")
 def list_encoders(as_json: AsJson = False) -> None:
     """The built-in encoders; any other is given by hub id or folder."""
-    from tpme.bench import catalogue
+    from tpme.bench.commands import list as catalogue
 
     catalogue.show(catalogue.encoders(), as_json=as_json)
 
@@ -347,13 +347,13 @@ def doctor(
     """Show versions and devices, and how each quantity is measured on this machine."""
     from rich.console import Console
 
-    from tpme.bench.doctor import diagnose, render
-    from tpme.bench.launch import store_folder
+    from tpme.bench.commands.doctor import diagnose, render
+    from tpme.bench.run.launch import store_folder
 
     folder = store_folder(store)
     if noise:
-        from tpme.bench.noise import measure_noise
-        from tpme.bench.run_command import choose_device
+        from tpme.bench.commands.noise import measure_noise
+        from tpme.bench.commands.run import choose_device
 
         measure_noise(choose_device("auto"), folder, Console(stderr=True))
     diagnosis = diagnose(folder)

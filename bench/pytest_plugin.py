@@ -107,8 +107,8 @@ def _run(
     from rich.console import Console
 
     from tpme.bench.errors import UserError
-    from tpme.bench.launch import run_matrix, store_folder
-    from tpme.bench.matrix import MethodEntry, load_matrix, presets
+    from tpme.bench.run.launch import run_matrix, store_folder
+    from tpme.bench.run.matrix import MethodEntry, load_matrix, presets
 
     folders = [methods_path] if isinstance(methods_path, str | Path) else methods_path
     try:
@@ -137,7 +137,7 @@ def _run(
 
 
 def _measured(result: CellResult, folder: Path) -> MeasuredCell:
-    from tpme.reports.regression.measures import counters, read_records, step_times
+    from tpme.reports.gate.measures import counters, read_records, step_times
 
     (recorded,) = read_records([folder])
     return MeasuredCell(result, counters(result), step_times(recorded))
@@ -204,7 +204,7 @@ def _replayed(step_s: Sequence[float] | npt.NDArray[np.float64]) -> Callable[[],
 
 
 def _extra_info(cell: MeasuredCell) -> dict[str, Any]:
-    from tpme.reports.regression.measures import memory
+    from tpme.reports.gate.measures import memory
 
     environment = cell.result.environment
     return {

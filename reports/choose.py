@@ -14,13 +14,13 @@ import pandas as pd
 from rich.console import Console
 
 from tpme.bench.errors import UserError
-from tpme.reports import fields
-from tpme.reports.fields import QUALITY_DIGITS, byte_unit, table_of
+from tpme.reports.data.section import Section
+from tpme.reports.data.trials import Line
 from tpme.reports.report import make_report
-from tpme.reports.section import Section
-from tpme.reports.table import Column, Entry, Table, number, plain
-from tpme.reports.terminal import to_terminal
-from tpme.reports.trials import Line
+from tpme.reports.tables import fields
+from tpme.reports.tables.fields import QUALITY_DIGITS, byte_unit, table_of
+from tpme.reports.tables.table import Column, Entry, Table, number, plain
+from tpme.reports.tables.terminal import to_terminal
 
 BYTES = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 SECONDS = {"ms": 1e-3, "s": 1, "min": 60, "h": 3600}

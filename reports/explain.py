@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tpme.reports.section import Section
-from tpme.reports.table import escape_markdown
-from tpme.reports.trials import own_path
+from tpme.reports.data.section import Section
+from tpme.reports.data.trials import own_path
+from tpme.reports.tables.table import escape_markdown
 
 MEASURED_M = {
     "cpu": (

@@ -19,11 +19,11 @@ from typing import Any
 import pandas as pd
 
 from tpme.bench.record import Cell, CellResult
-from tpme.reports.instruments import instruments
-from tpme.reports.load import Recorded, load_samples, stretches, thin
-from tpme.reports.section import Section
-from tpme.reports.tpme import COLUMNS, Weights, members
-from tpme.reports.trials import Line, own_path
+from tpme.reports.data.instruments import instruments
+from tpme.reports.data.load import Recorded, load_samples, stretches, thin
+from tpme.reports.data.section import Section
+from tpme.reports.data.tpme import COLUMNS, Weights, members
+from tpme.reports.data.trials import Line, own_path
 
 SHORT = dict(zip(COLUMNS, ("t", "p", "m"), strict=True))
 QUALITY = tuple(f"{metric}_10{end}" for metric in ("recall", "ndcg") for end in ("", "_low", "_high"))

@@ -16,18 +16,18 @@ from rich.progress import Progress
 
 from tpme.bench.errors import UserError
 from tpme.bench.record import write_atomically
+from tpme.reports.data.load import read, to_frame
+from tpme.reports.data.section import Section, check_rows, make_section
+from tpme.reports.data.tpme import DEFAULT, Frame, Weights, read_frames, write_frames
+from tpme.reports.data.trials import names, split
 from tpme.reports.explain import headline, reading_guide
-from tpme.reports.load import read, to_frame
 from tpme.reports.page import page
-from tpme.reports.section import Section, check_rows, make_section
-from tpme.reports.table import Table, escape_markdown, to_csv, to_json, to_latex, to_markdown
-from tpme.reports.tables import TABLES, all_tables
-from tpme.reports.terminal import to_terminal
-from tpme.reports.tpme import DEFAULT, Frame, Weights, read_frames, write_frames
-from tpme.reports.trials import names, split
+from tpme.reports.tables.results import TABLES, all_tables
+from tpme.reports.tables.table import Table, escape_markdown, to_csv, to_json, to_latex, to_markdown
+from tpme.reports.tables.terminal import to_terminal
 
 if TYPE_CHECKING:
-    from tpme.reports.drawing import Drawn
+    from tpme.reports.figures.draw import Drawn
 
 TABLE_FORMATS = {"csv": to_csv, "json": to_json, "tex": to_latex}
 PLOT_FORMATS = ("png", "svg", "pdf")
@@ -194,8 +194,8 @@ def _draw(report: Report, formats: Sequence[str], workers: int, console: Console
     endings = [ending for ending in PLOT_FORMATS if ending in formats]
     if not endings:
         return [[] for _ in report.sections]
-    from tpme.reports.drawing import draw  # matplotlib takes as long to load as a report of hundreds of records
-    from tpme.reports.plots import makers
+    from tpme.reports.figures.costs import makers
+    from tpme.reports.figures.draw import draw  # matplotlib takes as long to load as a report of hundreds of records
 
     # Without a thread that refreshes it: the processes that draw are forked meanwhile.
     with Progress(console=console, transient=True, auto_refresh=False) as progress:

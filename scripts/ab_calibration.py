@@ -25,12 +25,12 @@ from typing import Any
 
 from rich.console import Console
 
-from tpme.bench.ab import Pair, Request, compare, plan_pairs
-from tpme.bench.ab_trees import Tree, trees
+from tpme.bench.commands.ab import Pair, Request, compare, plan_pairs
 from tpme.bench.record import find_results, read_result
-from tpme.reports.regression.measures import memory
-from tpme.reports.regression.metrics import METRICS
-from tpme.reports.regression.verdict import GateReport, Policy
+from tpme.bench.run.trees import Tree, trees
+from tpme.reports.gate.measures import memory
+from tpme.reports.gate.metrics import METRICS
+from tpme.reports.gate.verdict import GateReport, Policy
 
 START, END = "<!-- calibration -->", "<!-- /calibration -->"
 MATRIX = """\

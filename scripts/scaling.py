@@ -27,9 +27,9 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from workload import ENCODERS, Size, make_trainer, put
 
 from tpme.bench.measure.phases import PhaseLog, measuring
-from tpme.bench.process import PATIENT
 from tpme.bench.record import Frozen
-from tpme.reports.style import COLOURS, COLUMN_INCHES, SILVER, margins, new_figure, save, style
+from tpme.bench.run.process import PATIENT
+from tpme.reports.figures.style import COLOURS, COLUMN_INCHES, SILVER, margins, new_figure, save, style
 
 STEPS, WARMUP = 8, 2
 SHORT = 3
@@ -139,7 +139,7 @@ def measure(point: Point) -> Measured:
     """Measure ``point`` in this process."""
     import torch
 
-    from tpme.bench.cell import load_libraries
+    from tpme.bench.run.cell import load_libraries
 
     size = size_of(point)
     with tempfile.TemporaryDirectory(prefix="tpme-scaling-") as folder, measuring(point.device) as phases:

@@ -16,12 +16,12 @@ from typing import Any
 
 from rich.console import Console
 
-from tpme.bench.cell import Story
-from tpme.bench.job import Job
-from tpme.bench.launch import Task, plan, run_matrix
-from tpme.bench.matrix import MatrixFile
 from tpme.bench.measure.phases import measuring
 from tpme.bench.record import CellResult
+from tpme.bench.run.cell import Story
+from tpme.bench.run.job import Job
+from tpme.bench.run.launch import Task, plan, run_matrix
+from tpme.bench.run.matrix import MatrixFile
 
 USERS, ITEMS, TITLE_TOKENS = 60, 60, 8
 CARD_METHODS = ("fft", "adapter", "lora", "bitfit", "prompt", "iisan", "frozen", "id", "popularity")

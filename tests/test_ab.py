@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tpme.bench.ab_trees import WORK_TREE, Tree, trees
 from tpme.bench.errors import UserError
+from tpme.bench.run.trees import WORK_TREE, Tree, trees
 
 METHOD = """
 import time

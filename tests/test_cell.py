@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tpme.bench.job import parse_progress
 from tpme.bench.record import CellResult, read_result
+from tpme.bench.run.job import parse_progress
 from tpme.bench.train.ending import TimeLimitReached, bytes_requested, status_of
 
 Tell = Callable[..., CellResult]
@@ -210,7 +210,7 @@ def test_random_weights_and_useless_checkpointing_are_flagged(world: Any, tmp_pa
 
 
 def start(world: Any, harness: ModuleType, folder: Path) -> tuple[subprocess.Popen[str], Path]:
-    """``python -m tpme.bench.cell`` on a method that waits, while it adapts, for the file ``go``; and its record."""
+    """A cell process whose method waits, while it adapts, for the file ``go``; and its record."""
     body = f"""
     def adapt(self, model, plan):
         import os, time
@@ -227,7 +227,7 @@ def start(world: Any, harness: ModuleType, folder: Path) -> tuple[subprocess.Pop
     task = world.tasks(world.matrix(["waiting"]), folder, (folder / "methods",))[0]
     job = world.job(task, folder, (folder / "methods",), time_limit_s=12.5)
     (folder / "job.json").write_text(job.model_dump_json())
-    command = [sys.executable, "-P", "-m", "tpme.bench.cell", str(folder / "job.json")]
+    command = [sys.executable, "-P", "-m", "tpme.bench.run.cell", str(folder / "job.json")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     harness.wait_for(folder / "ready")
     return process, job.file(".json")

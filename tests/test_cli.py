@@ -58,7 +58,9 @@ def test_a_mistake_is_one_line_and_code_2(arguments: tuple[str, ...], told: str)
 
 def test_switches_of_run_are_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[list[str]] = []
-    monkeypatch.setattr("tpme.bench.run_command.run_command", lambda _matrix, **how: given.append(how["settings"]) or 0)
+    monkeypatch.setattr(
+        "tpme.bench.commands.run.run_command", lambda _matrix, **how: given.append(how["settings"]) or 0
+    )
     for switches in ((), ("--compile",), ("--set", "seeds=[4]", "--cuda-graphs")):
         assert CliRunner().invoke(cli.app, ["run", "demo", *switches]).exit_code == 0
     assert given == [[], ["training.compile=true"], ["seeds=[4]", "training.cuda_graphs=true"]]

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tpme.bench import devices
-from tpme.bench.devices import PROFILES, DeviceProfile, calibrate, load_profile, measured_profile, mfu
+from tpme.bench.counting import devices
+from tpme.bench.counting.devices import PROFILES, DeviceProfile, calibrate, load_profile, measured_profile, mfu
 from tpme.bench.errors import UserError
 
 SLOW = DeviceProfile(

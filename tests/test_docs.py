@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from tpme.bench.matrix import Dataset, DatasetEntry, MatrixFile, MethodEntry, expand
 from tpme.bench.record import EncoderSpec, Frozen, LearningRates, Training
+from tpme.bench.run.matrix import Dataset, DatasetEntry, MatrixFile, MethodEntry, expand
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -17,11 +17,11 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
-from tpme.bench.gate import guarded
-from tpme.bench.matrix import load_matrix
+from tpme.bench.commands.check import guarded
+from tpme.bench.run.matrix import load_matrix
 from tpme.methods.registry import BUILTIN
-from tpme.reports.regression.baseline import read_baseline
-from tpme.reports.regression.verdict import CellVerdict, Comparison, GateReport
+from tpme.reports.gate.baseline import read_baseline
+from tpme.reports.gate.verdict import CellVerdict, Comparison, GateReport
 
 ROOT = Path(__file__).resolve().parents[1]
 Tpme = Callable[..., subprocess.CompletedProcess[str]]
@@ -161,7 +161,9 @@ def test_a_bug_is_no_regression(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_check_starts_without_torch() -> None:
-    code = "import sys, tpme.bench.gate; assert not {'torch', 'transformers', 'matplotlib'} & set(sys.modules)"
+    code = (
+        "import sys, tpme.bench.commands.check; assert not {'torch', 'transformers', 'matplotlib'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

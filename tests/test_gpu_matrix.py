@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from tpme.bench.matrix import Dataset, expand, load_matrix
 from tpme.bench.record import find_results, read_result
+from tpme.bench.run.matrix import Dataset, expand, load_matrix
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "gpu_matrix.sh"
 ROWS = ["adapter", "bitfit", "fft", "iisan", "iisan (cached)", "lora"]

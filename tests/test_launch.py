@@ -15,16 +15,16 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from tpme.bench import launch
 from tpme.bench.errors import UserError
-from tpme.bench.launch import run_matrix, store_folder
-from tpme.bench.matrix import MatrixFile
 from tpme.bench.record import CellResult, Status, find_results, read_result
+from tpme.bench.run import launch
+from tpme.bench.run.launch import run_matrix, store_folder
+from tpme.bench.run.matrix import MatrixFile
 
 STUB = """
 import json, os, signal, sys, time
 from pathlib import Path
-from tpme.bench.job import Job
+from tpme.bench.run.job import Job
 from tpme.bench.record import CellResult, Failure, Reading, write_atomically, write_result
 
 job = Job.model_validate_json(Path(sys.argv[1]).read_bytes())
@@ -161,7 +161,7 @@ def test_a_changed_method_from_elsewhere_makes_its_own_cells_stale(stubbed: Stub
         # In a process of its own: a module is imported once.
         program = (
             "import sys; from pathlib import Path; from rich.console import Console\n"
-            "from tpme.bench.launch import plan; from tpme.bench.matrix import MatrixFile\n"
+            "from tpme.bench.run.launch import plan; from tpme.bench.run.matrix import MatrixFile\n"
             "matrix, store, mine = MatrixFile.model_validate_json(sys.argv[1]), *map(Path, sys.argv[2:])\n"
             "tasks, _ = plan(matrix, Path(), store, device='cpu', methods_path=[mine], console=Console())\n"
             "print(*(task.cell_id for task in tasks))"

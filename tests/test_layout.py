@@ -53,7 +53,7 @@ def test_a_users_own_reports_package_does_not_collide(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("mine = True\n")
     code = (
-        "import reports, bench, methods, tpme.reports.tpme, tpme.bench.record, tpme.methods.registry;"
+        "import reports, bench, methods, tpme.reports.data.tpme, tpme.bench.record, tpme.methods.registry;"
         "assert reports.mine and bench.mine and methods.mine"
     )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)

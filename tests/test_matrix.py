@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from tpme.bench.errors import UserError
-from tpme.bench.job import code_version, pinned
-from tpme.bench.matrix import Dataset, MatrixFile, expand, load_matrix, presets
 from tpme.bench.record import Cell, EncoderSpec, cell_id
+from tpme.bench.run.job import code_version, pinned
+from tpme.bench.run.matrix import Dataset, MatrixFile, expand, load_matrix, presets
 
 TEXT = Dataset(Path("/nowhere/text"), "f" * 64, ("text",))
 BOTH = Dataset(Path("/nowhere/both"), "e" * 64, ("text", "image"))

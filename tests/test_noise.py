@@ -10,13 +10,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from tpme.bench import noise
-from tpme.bench.cell import Story
-from tpme.bench.devices import DeviceNoise, known_profile
+from tpme.bench.commands import noise
+from tpme.bench.commands.noise import MATRIX, measure_noise, overhead_ratio
+from tpme.bench.counting.devices import DeviceNoise, known_profile
 from tpme.bench.errors import UserError
-from tpme.bench.launch import plan
 from tpme.bench.measure.phases import PhaseLog
-from tpme.bench.noise import MATRIX, measure_noise, overhead_ratio
+from tpme.bench.run.cell import Story
+from tpme.bench.run.launch import plan
 
 NAMES = ("noise_time_ratio", "noise_memory_ratio", "overhead_ratio")
 

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from tpme.bench.devices import PROFILES, DeviceProfile
-from tpme.bench.matrix import MatrixFile, load_matrix
-from tpme.bench.plan import MatrixPlan, plan_matrix
-from tpme.bench.plan_command import render
+from tpme.bench.commands.plan import render
+from tpme.bench.counting.devices import PROFILES, DeviceProfile
+from tpme.bench.run.matrix import MatrixFile, load_matrix
+from tpme.bench.run.plan import MatrixPlan, plan_matrix
 
 EXACT = ("forward_flops", "backward_flops", "gradient_bytes", "weight_bytes", "optimizer_bytes", "stored_bytes")
 

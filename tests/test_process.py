@@ -15,8 +15,8 @@ from typing import Any
 import psutil
 import pytest
 
-from tpme.bench import process
-from tpme.bench.process import Ending, run_process
+from tpme.bench.run import process
+from tpme.bench.run.process import Ending, run_process
 
 FOREVER = 120.0
 """A limit that no test reaches."""
@@ -183,7 +183,7 @@ import time; time.sleep(600)
 LAUNCHER = """
 import signal, sys
 from pathlib import Path
-from tpme.bench import process
+from tpme.bench.run import process
 process.GRACE_S = 30.0
 if {ignored}:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from tpme.bench.errors import UserError
-from tpme.bench.task.raw import Picture
+from tpme.bench.task.sources.raw import Picture
 from tpme.bench.workers import available_cores, worker_processes
 
 BATCH = 32

@@ -28,8 +28,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from tpme.bench.errors import UserError
-from tpme.bench.job import progress_line
 from tpme.bench.record import EncoderFacts, EncoderSpec, Frozen, Modality, write_atomically
+from tpme.bench.run.job import progress_line
 from tpme.bench.task.batches import ItemStore
 from tpme.bench.task.dataset import Dataset
 from tpme.bench.task.encoders import Encoder, encoder_digest, encoder_shape, load_encoder

@@ -23,7 +23,7 @@ from tpme.bench.errors import UserError
 from tpme.bench.record import Modality
 from tpme.bench.task.dataset import FORMAT_VERSION, Dataset, Manifest, names_as_text
 from tpme.bench.task.decode import decode_all, require_space
-from tpme.bench.task.raw import RawData
+from tpme.bench.task.sources.raw import RawData
 from tpme.bench.task.workspace import publish, workspace
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from tpme.bench.cell import Story
-from tpme.bench.launch import job_of, plan
+from tpme.bench.commands.noise import MATRIX, overhead_ratio
 from tpme.bench.measure.phases import PhaseLog, measuring
-from tpme.bench.noise import MATRIX, overhead_ratio
+from tpme.bench.run.cell import Story
+from tpme.bench.run.launch import job_of, plan
 from tpme.bench.train.loop import Trainer
 
 MOST = 0.01

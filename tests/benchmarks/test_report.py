@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from tpme.bench.record import CellResult, Phase, find_results
-from tpme.reports.load import read
+from tpme.reports.data.load import read
 from tpme.reports.report import FORMATS
 
 METHODS = ("fft", "adapter", "lora", "bitfit", "prompt", "iisan", "frozen", "id")

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from fake_nvml import FakeGpu, fake_nvml
 from rich.console import Console
 from typer.testing import CliRunner
 
-from tpme.bench import doctor
 from tpme.bench.cli import app
-from tpme.bench.devices import PROFILES, DeviceNoise, keep_profile
-from tpme.bench.doctor import Diagnosis, Quantity, diagnose, render
+from tpme.bench.commands import doctor
+from tpme.bench.commands.doctor import Diagnosis, Quantity, diagnose, render
+from tpme.bench.counting.devices import PROFILES, DeviceNoise, keep_profile
 from tpme.bench.measure.environment import environment
-from tpme.bench.measure.fake_nvml import FakeGpu, fake_nvml
 from tpme.bench.measure.nvml import Nvml
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="what is said without a CUDA device")

@@ -6,8 +6,8 @@ import os
 
 import numpy as np
 import pytest
+from fake_nvml import GIB, FakeGpu, fake_nvml
 
-from tpme.bench.measure.fake_nvml import GIB, FakeGpu, fake_nvml
 from tpme.bench.measure.gpu import GpuReadings, GpuWindow, idle_flags
 from tpme.bench.measure.nvml import Idle, Nvml
 from tpme.bench.measure.sampler import Column

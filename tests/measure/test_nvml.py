@@ -6,8 +6,8 @@ from typing import Any
 
 import pynvml
 import pytest
+from fake_nvml import GIB, FakeGpu, fake_nvml
 
-from tpme.bench.measure.fake_nvml import GIB, FakeGpu, fake_nvml
 from tpme.bench.measure.nvml import REASONS, THROTTLES, Idle, Nvml, NvmlError
 
 

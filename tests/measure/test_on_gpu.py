@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tpme.bench.launch import run_matrix
+from tpme.bench.run.launch import run_matrix
 from tpme.bench.train.split import PARTS
 
 pytestmark = pytest.mark.gpu

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fake_nvml import GIB, FakeGpu, fake_nvml
 
 from tpme.bench.measure import phases as module
-from tpme.bench.measure.fake_nvml import GIB, FakeGpu, fake_nvml
 from tpme.bench.measure.nvml import Nvml
 from tpme.bench.measure.phases import PhaseLog, measuring
 from tpme.bench.record import Phase, Reading

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fake_nvml import GIB, FakeGpu, fake_nvml
 
-from tpme.bench.measure.fake_nvml import GIB, FakeGpu, fake_nvml
 from tpme.bench.measure.host import HAS_PROC, resident
 from tpme.bench.measure.nvml import Nvml
 from tpme.bench.measure.sampler import Sampler, SamplerError

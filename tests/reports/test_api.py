@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import tpme.reports
-from tpme.reports.metrics import gains
+from tpme.reports.data.metrics import gains
 from tpme.reports.report import make_report
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "reports.md"
@@ -63,7 +63,7 @@ def test_load_tells_the_quality_of_every_cell(factory: Any) -> None:
     assert np.isnan(df.loc["fft", "recall_10"])
 
 
-@pytest.mark.parametrize("before", ["", "import tpme.reports.report; ", "from tpme.reports.load import read; "])
+@pytest.mark.parametrize("before", ["", "import tpme.reports.report; ", "from tpme.reports.data.load import read; "])
 def test_the_functions_are_there_whatever_was_imported_before(before: str) -> None:
     code = f"{before}from tpme.reports import load, tpme, pareto; assert all(map(callable, (load, tpme, pareto)))"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -7,11 +7,11 @@ import json
 import pytest
 
 from tpme.bench.record import DatasetFacts, EncoderSpec, Reading, Training, read_result
-from tpme.reports.paper import paper
-from tpme.reports.planned import planned
 from tpme.reports.report import make_report, write_report
-from tpme.reports.table import to_json
-from tpme.reports.tables import all_tables, results
+from tpme.reports.tables.paper import paper
+from tpme.reports.tables.planned import planned
+from tpme.reports.tables.results import all_tables, results
+from tpme.reports.tables.table import to_json
 
 
 def section_of(factory):

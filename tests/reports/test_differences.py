@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from tpme.bench.record import Reading, read_result
-from tpme.reports.differences import differences, pairs, table
-from tpme.reports.load import load_ranks
-from tpme.reports.metrics import gains
-from tpme.reports.regression.stats import paired
+from tpme.reports.data.load import load_ranks
+from tpme.reports.data.metrics import gains
+from tpme.reports.data.stats import paired
 from tpme.reports.report import make_report
-from tpme.reports.tables import steps
+from tpme.reports.tables.differences import differences, pairs, table
+from tpme.reports.tables.results import steps
 
 
 def section_of(factory):

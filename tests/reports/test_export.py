@@ -16,9 +16,9 @@ import pytest
 from tpme.bench.cli import main
 from tpme.bench.errors import UserError
 from tpme.bench.record import Flag, RecordError
-from tpme.reports import export
-from tpme.reports.export import push, records_frame, write_table
-from tpme.reports.load import load, read, read_every
+from tpme.reports.data import export
+from tpme.reports.data.export import push, records_frame, write_table
+from tpme.reports.data.load import load, read, read_every
 
 COUNTERS = {
     "forward_flops": {"value": 2e9, "source": "counted", "valid": True, "reason": None},
@@ -188,12 +188,12 @@ def test_bad_input_is_one_line(factory, records, monkeypatch, capsys, arguments,
 
 def test_it_needs_no_torch_and_cells_need_no_mlflow(factory, records, tmp_path):
     code = (
-        "import sys; from pathlib import Path; from tpme.reports.export import export_command; "
+        "import sys; from pathlib import Path; from tpme.reports.data.export import export_command; "
         f"export_command([Path({str(factory.root)!r})], out=Path({str(tmp_path / 'a.csv')!r}), mlflow=None, "
         "experiment=''); bad = {'torch', 'mlflow'} & set(sys.modules); sys.exit(f'imported {bad}' if bad else 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
-    code = "import sys, tpme.bench.job, tpme.bench.cell; sys.exit('mlflow' in sys.modules)"
+    code = "import sys, tpme.bench.run.job, tpme.bench.run.cell; sys.exit('mlflow' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -10,9 +10,9 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
-from tpme.reports import gate_formats
-from tpme.reports.regression.metrics import shown
-from tpme.reports.regression.verdict import CellVerdict, Comparison, GateReport, Policy, conclude
+from tpme.reports.gate import formats as gate_formats
+from tpme.reports.gate.metrics import shown
+from tpme.reports.gate.verdict import CellVerdict, Comparison, GateReport, Policy, conclude
 
 NASTY = "a|b [red]<c>&*`_ 50%\n::error::x\x07\ufffe"
 STEP = Comparison(metric="step_s", kind="time", base=0.02, head=0.03, ratio=1.5, bound=0.1, p=1e-6, verdict="regressed")

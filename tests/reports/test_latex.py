@@ -12,7 +12,7 @@ import pytest
 
 from tpme.bench.record import Failure
 from tpme.reports.report import write_report
-from tpme.reports.table import Column, Entry, Table, to_latex
+from tpme.reports.tables.table import Column, Entry, Table, to_latex
 
 PREAMBLE = r"""\documentclass[a4paper]{article}
 \usepackage[T1]{fontenc}

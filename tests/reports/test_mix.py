@@ -6,11 +6,11 @@ import re
 import pytest
 
 from tpme.bench.record import EncoderSpec, Training
-from tpme.reports.differences import differences
-from tpme.reports.load import load
+from tpme.reports.data.load import load
+from tpme.reports.data.trials import names, split
 from tpme.reports.report import make_report, write_report
-from tpme.reports.tables import all_tables, results
-from tpme.reports.trials import names, split
+from tpme.reports.tables.differences import differences
+from tpme.reports.tables.results import all_tables, results
 
 
 def two_devices(factory):

@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from tpme.bench.launch import prepare_datasets
-from tpme.bench.matrix import MatrixFile, expand
 from tpme.bench.record import EncoderSpec, Reading, cell_id, find_results, read_result
+from tpme.bench.run.launch import prepare_datasets
+from tpme.bench.run.matrix import MatrixFile, expand
+from tpme.reports.data.tpme import frame_of, tpme
 from tpme.reports.page import matrix_of
 from tpme.reports.report import make_report, write_report
-from tpme.reports.table import to_csv
-from tpme.reports.tables import results
-from tpme.reports.tpme import frame_of, tpme
+from tpme.reports.tables.results import results
+from tpme.reports.tables.table import to_csv
 
 ROOT = Path(__file__).resolve().parents[2]
 EVIL = "<script>alert(1)</script>"
@@ -93,7 +93,7 @@ def test_rows_can_be_left_out_and_the_frame_be_kept(tab, section, frame):
 
 
 def test_the_front_is_that_of_the_python_code(tab, section):
-    from tpme.reports.tpme import pareto
+    from tpme.reports.data.tpme import pareto
 
     expected = {str(name) for name, on in pareto(section.summary).items() if on}
     assert set(tab.eval_on_selector_all(".point.front", "points => points.map(p => p.dataset.point)")) == expected

@@ -12,12 +12,12 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation, Text
 
 from tpme.bench.record import Flag
-from tpme.reports.labels import place_labels
-from tpme.reports.load import Samples, thin
+from tpme.reports.data.load import Samples, thin
+from tpme.reports.figures.costs import all_plots
+from tpme.reports.figures.labels import place_labels
+from tpme.reports.figures.style import SILVER, new_figure, save, style
 from tpme.reports.page import page
-from tpme.reports.plots import all_plots
 from tpme.reports.report import make_report
-from tpme.reports.style import SILVER, new_figure, save, style
 
 
 def boxes(figure: Figure) -> list[tuple[str, object]]:

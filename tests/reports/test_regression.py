@@ -13,7 +13,8 @@ import pytest
 
 from tpme.bench.errors import UserError
 from tpme.bench.record import Reading, read_result, write_result
-from tpme.reports.regression.baseline import (
+from tpme.reports.data.stats import student_t
+from tpme.reports.gate.baseline import (
     Baseline,
     from_records,
     load_baseline,
@@ -22,10 +23,9 @@ from tpme.reports.regression.baseline import (
     updated,
     write_baseline,
 )
-from tpme.reports.regression.check import judge
-from tpme.reports.regression.measures import SAMPLE, cell_key
-from tpme.reports.regression.stats import student_t
-from tpme.reports.regression.verdict import CellVerdict, Comparison, GateReport, Policy, conclude
+from tpme.reports.gate.check import judge
+from tpme.reports.gate.measures import SAMPLE, cell_key
+from tpme.reports.gate.verdict import CellVerdict, Comparison, GateReport, Policy, conclude
 
 Make = Callable[..., Any]
 

@@ -11,10 +11,10 @@ import numpy.typing as npt
 import pytest
 
 from tpme.bench.record import read_result
-from tpme.reports.load import Recorded
-from tpme.reports.regression.interleaved import compare_peaks, compare_times, judge_runs, suspicious, undecided
-from tpme.reports.regression.measures import cell_key
-from tpme.reports.regression.verdict import CellVerdict, Comparison, Policy
+from tpme.reports.data.load import Recorded
+from tpme.reports.gate.interleaved import compare_peaks, compare_times, judge_runs, suspicious, undecided
+from tpme.reports.gate.measures import cell_key
+from tpme.reports.gate.verdict import CellVerdict, Comparison, Policy
 
 Floats = npt.NDArray[np.float64]
 Make = Callable[..., Any]

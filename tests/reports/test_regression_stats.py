@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from tpme.reports.regression import stats
-from tpme.reports.regression.stats import holm, mann_whitney, paired, quantiles, smallest_p
+from tpme.reports.data import stats
+from tpme.reports.data.stats import holm, mann_whitney, paired, quantiles, smallest_p
 
 Floats = npt.NDArray[np.float64]
 

@@ -13,13 +13,14 @@ from rich.console import Console
 
 from tpme.bench.errors import UserError
 from tpme.bench.record import Failure, Flag
-from tpme.reports import drawing, resampling
 from tpme.reports import report as report_module
-from tpme.reports import section as section_module
-from tpme.reports.load import load_ranks
+from tpme.reports.data import resampling
+from tpme.reports.data import section as section_module
+from tpme.reports.data.load import load_ranks
+from tpme.reports.data.tpme import Weights
+from tpme.reports.figures import draw as drawing
 from tpme.reports.report import make_report, write_report
-from tpme.reports.tables import all_tables, cutoffs, failures, learning_rates, results
-from tpme.reports.tpme import Weights
+from tpme.reports.tables.results import all_tables, cutoffs, failures, learning_rates, results
 
 TABLES = ("results", "differences", "cutoffs", "warm-cold", "costs", "phases", "lr", "failures", "environment")
 PLOTS = ("quality-tpme", "ranks", "weights", "costs", "phases", "memory-time", "step-times")

@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tpme.bench.record import read_result
-from tpme.reports import resampling
+from tpme.reports.data import resampling
+from tpme.reports.data.resampling import DRAWS, Repeats, Resampled, draw, resample
+from tpme.reports.data.tpme import DEFAULT, Frame, Span, Weights
 from tpme.reports.report import make_report
-from tpme.reports.resampling import DRAWS, Repeats, Resampled, draw, resample
-from tpme.reports.tables import costs, results
-from tpme.reports.tpme import DEFAULT, Frame, Span, Weights
+from tpme.reports.tables.results import costs, results
 
 
 def row(*epochs_s, memory=(1e9,), millions=1.0) -> Repeats:

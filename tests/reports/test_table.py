@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from tpme.reports.table import (
+from tpme.reports.tables.table import (
     MISSING,
     Column,
     Entry,

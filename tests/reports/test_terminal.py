@@ -8,9 +8,9 @@ import pytest
 from rich.console import Console
 
 from tpme.reports.report import make_report
-from tpme.reports.table import Column, Entry, Table
-from tpme.reports.tables import all_tables
-from tpme.reports.terminal import to_terminal
+from tpme.reports.tables.results import all_tables
+from tpme.reports.tables.table import Column, Entry, Table
+from tpme.reports.tables.terminal import to_terminal
 
 NAMES = Table(
     "demo",

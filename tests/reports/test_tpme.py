@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tpme.bench.errors import UserError
-from tpme.reports.tpme import Weights, frame_of, lower_bound, pareto, read_frames, tpme, write_frames
+from tpme.reports.data.tpme import Weights, frame_of, lower_bound, pareto, read_frames, tpme, write_frames
 
 NAMES = ["fft", "adapter", "lora", "bitfit", "iisan", "iisan (cached)"]
 GOLDEN = pd.DataFrame(

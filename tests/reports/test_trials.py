@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 from tpme.bench.record import EncoderSpec, LearningRates, Training
-from tpme.reports.load import load
-from tpme.reports.trials import GROUP, names, own_path, split
+from tpme.reports.data.load import load
+from tpme.reports.data.trials import GROUP, names, own_path, split
 
 
 def lr(rate: float) -> LearningRates:

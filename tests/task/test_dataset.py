@@ -18,8 +18,8 @@ import pytest
 from tpme.bench.errors import UserError
 from tpme.bench.task.dataset import Dataset
 from tpme.bench.task.prepare import prepare
-from tpme.bench.task.raw import RawData
 from tpme.bench.task.sources.iisan import read_iisan
+from tpme.bench.task.sources.raw import RawData
 
 Golden = dict[str, Any]
 

@@ -33,7 +33,7 @@ from tpme.bench.errors import UserError
 from tpme.bench.task import workspace
 from tpme.bench.task.dataset import FORMAT_VERSION, Dataset, Manifest
 from tpme.bench.task.prepare import keep, prepare
-from tpme.bench.task.raw import RawData
+from tpme.bench.task.sources.raw import RawData
 
 
 @dataclass(frozen=True)
@@ -492,7 +492,7 @@ SLOW = """
     import os, time
     import numpy as np
     from pathlib import Path
-    from tpme.bench.task.raw import RawData
+    from tpme.bench.task.sources.raw import RawData
     from tpme.bench.task.sources import iisan
 
     class Slow:

@@ -14,7 +14,7 @@ from PIL import Image
 from tpme.bench import cli
 from tpme.bench.errors import UserError
 from tpme.bench.task.dataset import Dataset
-from tpme.bench.task.raw import RawData
+from tpme.bench.task.sources.raw import RawData
 from tpme.bench.task.sources.tables import Columns, read_tables
 
 ITEMS = "item,title\n" + "".join(f'{n},"Title, {n}"\n' for n in range(1, 8))

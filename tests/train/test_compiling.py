@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tpme.bench import cell
 from tpme.bench.errors import UserError
+from tpme.bench.run import cell
 from tpme.bench.train.compiling import COMPILERS, compile_model
 
 needs_compiler = pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="there is no C++ compiler")

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from tpme.bench.cell import Story
 from tpme.bench.measure.phases import measuring
 from tpme.bench.record import LearningRates, Training
+from tpme.bench.run.cell import Story
 from tpme.bench.task.batches import Batch, ItemStore, build_batch, log_popularity
 from tpme.bench.task.items import map_tensors
 from tpme.bench.task.recommender import Recommender

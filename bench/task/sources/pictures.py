@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from tpme.bench.errors import UserError
-from tpme.bench.task.raw import Picture
+from tpme.bench.task.sources.raw import Picture
 from tpme.bench.task.sources.reading import Complaints
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")

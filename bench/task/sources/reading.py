@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tpme.bench.errors import UserError
-from tpme.bench.task.raw import Picture
+from tpme.bench.task.sources.raw import Picture
 
 
 class Complaints:

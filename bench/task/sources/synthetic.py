@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from pydantic import Field, PositiveInt, model_validator
 
 from tpme.bench.record import Frozen
-from tpme.bench.task.raw import RawData
 from tpme.bench.task.sources.drawing import COLOURS, SHAPES, TEXTURES, Drawing, draw
+from tpme.bench.task.sources.raw import RawData
 from tpme.bench.task.sources.wording import CATEGORIES, STYLES, brand_names, title
 
 Ints = NDArray[np.int64]

@@ -21,8 +21,8 @@ from pathlib import Path
 
 from tpme.bench.errors import UserError
 from tpme.bench.record import Frozen, Modality
-from tpme.bench.task.raw import RawData
 from tpme.bench.task.sources.pictures import find_pictures
+from tpme.bench.task.sources.raw import RawData
 from tpme.bench.task.sources.reading import Catalogue, Complaints, as_history, bad_name, csv_rows
 
 Event = tuple[int | float, int]

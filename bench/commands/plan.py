@@ -1,0 +1,217 @@
+"""``tpme plan``: a matrix's counters as tables for people or as JSON for programs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tpme.bench.counting.devices import DeviceProfile, load_profile
+from tpme.bench.errors import UserError
+from tpme.bench.record import Cell
+from tpme.bench.run.launch import store_folder
+from tpme.bench.run.matrix import load_matrix
+from tpme.bench.run.plan import MatrixPlan, PlannedCell, Work, plan_matrix
+
+NARROWEST = 110
+"""Columns: a number that is cut to fit a narrow screen, or a pipe, would be a wrong number."""
+_NONE = "–"
+_FITS = {"yes": Text("yes", "green"), "tight": Text("tight", "yellow"), "no": Text("no", "red")}
+
+
+def plan_command(
+    source: str,
+    *,
+    profile: str | None,
+    settings: Sequence[str],
+    users: int | None,
+    items: int | None,
+    runs: Path | None,
+    methods_path: Sequence[Path],
+    store: Path | None,
+    as_json: bool,
+) -> int:
+    """Plan the matrix and print it; the exit code is 1 where a cell could not be counted."""
+    matrix = load_matrix(source, settings)
+    folder = store_folder(store)
+    if runs is None and (Path("runs") / matrix.name / "cells").is_dir():
+        runs = Path("runs") / matrix.name
+    elif runs is not None and not runs.exists():
+        raise UserError(f"--runs {runs}: no such folder; 'tpme run {source}' writes one")
+    plan = plan_matrix(
+        matrix,
+        store=folder,
+        device=load_profile(profile, folder) if profile else None,
+        users=users,
+        items=items,
+        runs=runs,
+        methods_path=methods_path,
+        console=Console(stderr=True),
+    )
+    if as_json:
+        print(plan.model_dump_json(indent=1))  # noqa: T201
+    else:
+        console = Console()
+        console.width = max(console.width, NARROWEST)
+        render(plan, console)
+    return 1 if any(cell.problem for cell in plan.cells) else 0
+
+
+# --- for people ----------------------------------------------------------------------------------------------------
+
+
+def render(plan: MatrixPlan, console: Console) -> None:
+    """Print the plan: a table for each setting, plan against measured where there are records, what is assumed."""
+    for setting, group in itertools.groupby(plan.cells, key=lambda planned: _setting(planned.cell)):
+        cells = list(group)
+        console.print(Text(f"{plan.matrix}: {setting}", "bold"))
+        console.print(_planned(cells, plan.device))
+        if any(planned.measured for planned in cells):
+            console.print(Text("Plan against measured", "bold"))
+            console.print(_compared(cells))
+            sources = {planned.measured.memory_source for planned in cells if planned.measured}
+            console.print(Text(f"Measured memory: {'; '.join(sorted(filter(None, sources)))}", "dim"))
+    for note in _notes(plan):
+        console.print(Text(note, "dim"))
+
+
+def _setting(cell: Cell) -> str:
+    encoders = [spec.source for spec in (cell.text_encoder, cell.image_encoder) if spec]
+    training = cell.training
+    words = [cell.dataset, *encoders, f"protocol {cell.protocol}", training.precision]
+    if training.activation_checkpointing:
+        words.append("activation checkpointing")
+    return ", ".join(words)
+
+
+def _planned(cells: list[PlannedCell], device: DeviceProfile | None) -> Table:
+    works = [planned.work for planned in cells if planned.work]
+    size, size_unit = _scale((work.peak_bytes for work in works), "B")
+    step, step_unit = _scale((work.forward_flops + work.backward_flops for work in works), "FLOP")
+    epoch, epoch_unit = _scale((work.epoch_flops for work in works), "FLOP")
+    table = _table("Method", "Users\n/step", "Trains\nM")
+    for name in ("Weights", "Grads", "Optim.", "Saved", "Peak"):
+        table.add_column(f"{name}\n{size_unit}", justify="right", no_wrap=True)
+    for name, unit in (("Forward", step_unit), ("Backw.", step_unit), ("Epoch", epoch_unit)):
+        table.add_column(f"{name}\n{unit}", justify="right", no_wrap=True)
+    if device is not None:
+        table.add_column("Epoch\ntime", justify="right", no_wrap=True)
+        table.add_column("Fits", justify="right", no_wrap=True)
+    for planned in cells:
+        if planned.work is None:
+            table.add_row(_label(planned, cells), *[Text("?", "red")] * (len(table.columns) - 1))
+            continue
+        row = _cells(planned.work, planned.cell, size, step, epoch)
+        if planned.expected is not None:
+            trains = planned.work.trainable > 0
+            row += [_time(planned.expected.epoch_s) if trains else _NONE, _FITS[planned.expected.fits]]
+        table.add_row(_label(planned, cells), *row)
+    return table
+
+
+def _cells(work: Work, cell: Cell, size: float, step: float, epoch: float) -> list[str | Text]:
+    sizes = (work.weight_bytes, work.gradient_bytes, work.optimizer_bytes, work.saved_bytes, work.peak_bytes)
+    return [
+        str(cell.training.users_per_batch),
+        f"{work.trainable / 1e6:.3f}",
+        *(_number(value / size) for value in sizes),
+        *(_number(value / step) for value in (work.forward_flops, work.backward_flops)),
+        _number(work.epoch_flops / epoch),
+    ]
+
+
+def _compared(cells: list[PlannedCell]) -> Table:
+    pairs = [(planned, planned.work, planned.measured) for planned in cells if planned.work and planned.measured]
+    table = _table("Method")
+    memories = [work.peak_bytes for _, work, _ in pairs]
+    size, size_unit = _scale(memories, "B")
+    flop, flop_unit = _scale((work.forward_flops + work.backward_flops for _, work, _ in pairs), "FLOP")
+    for name in (f"Peak, plan\n{size_unit}", f"measured\n{size_unit}", "ratio", f"Step, plan\n{flop_unit}"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in (f"recorded\n{flop_unit}", "ratio", "Epoch, plan", "measured", "ratio"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for planned, work, measured in pairs:
+        flops = work.forward_flops + work.backward_flops
+        expected = planned.expected.epoch_s if planned.expected else None
+        table.add_row(
+            _label(planned, cells),
+            *_triple(work.peak_bytes, measured.memory_bytes, lambda value: _number(value / size)),
+            *_triple(flops, measured.step_flops, lambda value: _number(value / flop)),
+            *_triple(expected, measured.epoch_s, _time),
+        )
+    return table
+
+
+def _triple(plan: float | None, measured: float | None, write: Callable[[float], str]) -> tuple[str, str, str]:
+    """Plan, measured, and measured over plan."""
+    told = [_NONE if value is None else write(value) for value in (plan, measured)]
+    return told[0], told[1], f"{measured / plan:.2f}" if plan and measured else _NONE
+
+
+def _label(planned: PlannedCell, cells: list[PlannedCell]) -> str:
+    """The method, with its options where another row of the table has the same name."""
+    twins = sum(other.label == planned.label for other in cells)
+    options = ", ".join(f"{name}={value}" for name, value in planned.cell.options.items())
+    return f"{planned.label} {options}" if twins > 1 and options else planned.label
+
+
+def _notes(plan: MatrixPlan) -> list[str]:
+    """What was counted and what was assumed."""
+    notes = [
+        *plan.assumptions,
+        *dict.fromkeys(f"Step of {work.batch.partition(';')[0]}." for cell in plan.cells if (work := cell.work)),
+        "Exact: parameters and FLOPs of matrix products (1 multiply-add = 2). Saved: for the backward pass, with fused "
+        "attention. Peak: the most memory alive in a simulated step, optimiser and cache included.",
+    ]
+    if (device := plan.device) is not None:
+        notes.append(
+            f"Device '{device.name}' ({device.source}): {device.memory_bytes / 1e9:.0f} GB; time by the roofline of "
+            f"every operator at {device.efficiency:.0%} of its rates, data loading hidden."
+        )
+    lacking = sorted({name for cell in plan.cells if cell.work for name in cell.work.uncounted})
+    if lacking:
+        notes.append(f"Without a FLOP formula, so missing: {', '.join(lacking)}.")
+    caches = [f"{cell.label} {_bytes(size)}" for cell in plan.cells if cell.work and (size := cell.work.cache_bytes)]
+    if caches:
+        notes.append(f"Feature cache, built once: {', '.join(caches)}.")
+    for problem in dict.fromkeys(cell.problem for cell in plan.cells if cell.problem):
+        labels = [cell.label for cell in plan.cells if cell.problem == problem]
+        notes.append(f"Could not be counted: {', '.join(labels)}: {problem}")
+    return notes
+
+
+def _table(*first: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
+    for place, name in enumerate(first):
+        table.add_column(name, justify="right" if place else "left", no_wrap=True)
+    return table
+
+
+def _scale(values: Iterable[float], unit: str) -> tuple[float, str]:
+    """The power of 1000 that fits the largest of ``values``, and what it makes of ``unit``."""
+    most = max(values, default=0)
+    power = next((power for power in range(6, 0, -1) if most >= 1000**power), 0)
+    return 1000.0**power, f"{' kMGTPE'[power].strip()}{unit}"
+
+
+def _bytes(size: float) -> str:
+    scale, unit = _scale([size], "B")
+    return f"{_number(size / scale)} {unit}"
+
+
+def _number(value: float) -> str:
+    if 0 < value < 0.005:
+        return "<0.01"
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _time(seconds: float) -> str:
+    if seconds >= 3600:
+        return f"{seconds / 3600:.1f} h"
+    if seconds >= 1:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    return f"{1000 * seconds:.0f} ms" if seconds >= 0.01 else f"{1000 * seconds:.1f} ms"

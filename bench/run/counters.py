@@ -1,0 +1,56 @@
+"""The counters that a cell's record keeps: exact ones, and how well the device was used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from tpme.bench.counting.batch import DataShape
+from tpme.bench.counting.counters import count, planned_peak, run_step
+from tpme.bench.counting.devices import DeviceNoise, known_profile, measured_profile, mfu, workspace_bytes
+from tpme.bench.counting.meta import MetaCell
+from tpme.bench.measure.environment import environment
+from tpme.bench.record import Reading
+from tpme.bench.run.job import Job
+from tpme.bench.task.dataset import Dataset
+from tpme.bench.train.loop import WARMUP_EPOCHS, Outcome
+
+
+def exact_counters(job: Job, dataset: Dataset) -> dict[str, Reading]:
+    """The exact counters of the cell of ``job``, by name, and the peak of memory that ``tpme plan`` would tell."""
+    meta = MetaCell(job.cell, DataShape.of(dataset), methods_path=job.methods_path)
+    counts, step = count(meta), run_step(meta, fused_attention=True)
+    device = job.cell.device
+    memory_bytes = torch.cuda.mem_get_info()[1] if device == "cuda" else None
+    peak = Reading(
+        value=planned_peak(counts, step, memory_bytes, workspace_bytes(device)),
+        source="most memory alive in a step simulated as on a GPU, optimiser and cache included",
+    )
+    return counts.readings() | {"planned_peak_bytes": peak}
+
+
+def noise_floor(job: Job) -> dict[str, Reading]:
+    """How far runs of one cell lie apart on the device of ``job``, and what the harness costs there, where measured."""
+    profile = known_profile(environment(job.cell.device).device_key, job.store)
+    noise = profile.noise if profile else None
+    if noise is None:
+        reason = "not measured on this device yet; 'tpme doctor --noise' does"
+        return dict.fromkeys(DeviceNoise.RATIOS, Reading.missing("A/A runs", reason))
+    return {name: Reading(value=getattr(noise, name), source=noise.source) for name in DeviceNoise.RATIOS}
+
+
+def utilisation(job: Job, outcome: Outcome, counters: Mapping[str, Reading]) -> dict[str, Reading]:
+    """``mfu`` of the training that left ``outcome``; nothing where no step was timed.
+
+    The device is calibrated where it never was before: call it outside everything that is measured.
+    """
+    if not outcome.step_s:
+        return {}
+    step_s, epoch = np.array(outcome.step_s), np.array(outcome.step_epoch)
+    warm = epoch > WARMUP_EPOCHS
+    typical_s = float(np.median(step_s[warm] if warm.any() else step_s))
+    flops = sum(counters[name].value or 0.0 for name in ("forward_flops", "backward_flops"))
+    profile = measured_profile(job.cell.device, job.store)
+    return {"mfu": mfu(flops, typical_s, profile, job.cell.training.precision)}

@@ -1,0 +1,320 @@
+"""One process and one device per cell: time limits, failures as records, resuming what is missing.
+
+A run folder holds ``cells/METHOD-ID/attempt-N.json`` and what lies beside it. A cell whose latest attempt ended in a
+way that would come out the same again is done; one that was killed, ended in an error or never ended is run again. The
+failure of one cell never stops the matrix.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.resources import files
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from tpme.bench.errors import UserError
+from tpme.bench.record import (
+    Cell,
+    CellResult,
+    Failure,
+    Reading,
+    RecordError,
+    Status,
+    attempt_number,
+    cell_id,
+    read_result,
+    write_atomically,
+    write_result,
+)
+from tpme.bench.run.job import Job, code_version, time_limit_message
+from tpme.bench.run.matrix import Dataset, DatasetEntry, MatrixFile, expand
+from tpme.bench.run.process import Ending, run_process
+
+FINISHED: frozenset[Status] = frozenset({"ok", "oom", "diverged", "timeout", "skipped"})
+"""Ends that a second attempt would only repeat; a timeout only where it gets no more time."""
+LONGEST_MESSAGE = 400
+
+
+@dataclass(frozen=True)
+class Task:
+    """One cell of a run, its identity, the version of the code it measures, and its folder."""
+
+    cell: Cell
+    cell_id: str
+    code_version: str
+    folder: Path
+
+
+def store_folder(given: Path | None) -> Path:
+    """Where prepared catalogues, token tables and feature caches are kept between runs."""
+    if given is not None:
+        return given.resolve()
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("TPME_STORE") or Path(cache) / "tpme").resolve()
+
+
+def prepare_datasets(matrix: MatrixFile, store: Path, console: Console) -> dict[str, tuple[Path, Dataset]]:
+    """Open the matrix's prepared data sets; the built-in catalogue is prepared into the store on first use."""
+    from tpme.bench.task.dataset import read_manifest
+
+    found = {}
+    for entry in matrix.datasets:
+        path = _synthetic(entry, store, console) if entry.path is None else entry.path.expanduser().resolve()
+        manifest = read_manifest(path)
+        found[entry.name] = path, Dataset(path, manifest.fingerprint, manifest.modalities)
+    return found
+
+
+def _synthetic(entry: DatasetEntry, store: Path, console: Console) -> Path:
+    from pydantic import ValidationError
+
+    from tpme.bench.task.prepare import prepare
+    from tpme.bench.task.sources.synthetic import Synthetic, generate
+
+    try:
+        settings = Synthetic(**(entry.synthetic or {}))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"data set '{entry.name}', synthetic.{where}: {first['msg']}") from None
+    # Equal settings give equal data only while the code that draws it stays the same.
+    drawn_by = [path.read_bytes() for path in sorted(Path(str(files("tpme.bench.task.sources"))).glob("*.py"))]
+    code = hashlib.sha256(b"".join(drawn_by)).hexdigest()
+    identity = f"{settings.model_dump_json()} {entry.image_size} {code}"
+    name = hashlib.sha256(identity.encode()).hexdigest()[:12]
+    path = store / "datasets" / f"synthetic-{name}"
+    if not (path / "dataset.json").is_file():
+        console.print(f"Preparing the built-in catalogue '{entry.name}' ...")
+        progress = Progress(console=console, disable=True)
+        prepare(generate(settings), path, image_size=entry.image_size, progress=progress)
+    return path
+
+
+def plan(
+    matrix: MatrixFile, run: Path, store: Path, *, device: str, methods_path: Sequence[Path], console: Console
+) -> tuple[list[Task], dict[str, Path]]:
+    """All cells of a matrix with their identity, and the paths of the data sets."""
+    from tpme.methods.registry import BUILTIN, source_file
+
+    data = prepare_datasets(matrix, store, console)
+    cells = expand(matrix, {name: entry for name, (_, entry) in data.items()}, device=device, methods_path=methods_path)
+    names = {cell.method for cell in cells}
+    versions = {name: code_version(None if name in BUILTIN else source_file(name, methods_path)) for name in names}
+    tasks = []
+    for cell in cells:
+        version = versions[cell.method]
+        identity = cell_id(cell, version)
+        slug = re.sub(r"[^A-Za-z0-9]+", "-", cell.label).strip("-") or "method"
+        tasks.append(Task(cell, identity, version, run / "cells" / f"{slug}-{identity}"))
+    return tasks, {name: path for name, (path, _) in data.items()}
+
+
+def latest_attempt(folder: Path) -> CellResult | None:
+    """The latest record of a cell, or ``None``; a record that cannot be read counts as none."""
+    paths = sorted(folder.glob("attempt-*.json"), key=attempt_number)
+    records = [path for path in paths if re.fullmatch(r"attempt-\d+", path.stem)]
+    try:
+        return read_result(records[-1]) if records else None
+    except RecordError:
+        return None
+
+
+def run_matrix(
+    matrix: MatrixFile,
+    run: Path,
+    *,
+    store: Path,
+    device: str,
+    methods_path: Sequence[Path] = (),
+    time_limit_s: float | None = None,
+    console: Console,
+) -> list[CellResult]:
+    """Run every cell of ``matrix`` that is not done; returns the latest records of all its cells, in order.
+
+    Ctrl-C stops the running cell, leaves no record of it, and raises KeyboardInterrupt; a second call goes on there.
+    SIGTERM and SIGHUP do the same and raise SystemExit.
+    """
+    tasks, paths = plan(matrix, run, store, device=device, methods_path=methods_path, console=console)
+    limit_s = float(matrix.time_limit_s if time_limit_s is None else time_limit_s)
+    results = []
+    with _alone(run), _progress(console) as bars:
+        write_atomically(run / "matrix.json", (matrix.model_dump_json(indent=1) + "\n").encode())
+        overall = bars.add_task("matrix", total=len(tasks), detail="")
+        for task in tasks:
+            result = latest_attempt(task.folder)
+            if result is None or not _is_done(result, limit_s):
+                job = job_of(task, paths[task.cell.dataset], store, methods_path, matrix.cache_limit_bytes, limit_s)
+                result = _run_cell(job, bars)
+                bars.console.print(_line(result))
+            results.append(result)
+            bars.advance(overall)
+    return results
+
+
+@contextlib.contextmanager
+def _alone(run: Path) -> Iterator[None]:
+    """Hold the run folder against a second launcher, which would run the same cells; the lock dies with its process."""
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{run}: another 'tpme run' works there; wait for it, or choose another folder") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
+def _is_done(result: CellResult, limit_s: float) -> bool:
+    if result.status == "timeout" and result.time_limit_s is not None and limit_s > result.time_limit_s:
+        return False
+    return result.status in FINISHED
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description:<18}", markup=False),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[detail]}", markup=False),
+        console=console,
+        transient=True,
+    )
+
+
+def job_of(
+    task: Task, dataset: Path, store: Path, methods_path: Sequence[Path], cache_limit_bytes: int, limit_s: float
+) -> Job:
+    """The next attempt at the cell of ``task``."""
+    attempts = [attempt_number(path) for path in task.folder.glob("attempt-*.json")]
+    return Job(
+        cell=task.cell,
+        cell_id=task.cell_id,
+        attempt=max(attempts, default=0) + 1,
+        code_version=task.code_version,
+        dataset_path=dataset,
+        store=store,
+        folder=task.folder,
+        methods_path=tuple(path.resolve() for path in methods_path),
+        cache_limit_bytes=cache_limit_bytes,
+        time_limit_s=limit_s,
+    )
+
+
+def _run_cell(job: Job, bars: Progress) -> CellResult:
+    """Run one attempt in its own process and return its record, written by the cell or, if it could not, by us."""
+    job_file, record = job.file(".job.json"), job.file(".json")
+    bar = bars.add_task(job.cell.label, total=100, detail="start")
+    started, began = time.monotonic(), datetime.now(UTC)
+    try:
+        write_atomically(job_file, job.model_dump_json(indent=1).encode())
+        ending = run_process(
+            command(job_file),
+            log=job.file(".log"),
+            limit_s=job.time_limit_s,
+            show=lambda what, share: bars.update(bar, completed=round(100 * share), detail=what),
+        )
+    except BaseException:
+        if not record.exists():
+            _forget(job)
+        raise
+    finally:
+        bars.remove_task(bar)
+        job_file.unlink(missing_ok=True)
+    with contextlib.suppress(RecordError):
+        if record.exists():
+            return read_result(record)
+    result = _unrecorded(job, ending, time.monotonic() - started, began)
+    _forget(job, but=job.file(".log"))
+    write_result(result, record)
+    return result
+
+
+def command(job_file: Path) -> list[str]:
+    """What runs one cell. ``-P``: a file of the working directory must not be imported in place of a package."""
+    return [sys.executable, "-P", "-m", "tpme.bench.run.cell", str(job_file)]
+
+
+def _forget(job: Job, but: Path | None = None) -> None:
+    """Remove what an attempt without a record left, so that nothing half-written stays behind."""
+    for path in (*job.folder.glob(f"attempt-{job.attempt}.*"), *job.folder.glob(f".attempt-{job.attempt}.*")):
+        if path != but:
+            path.unlink(missing_ok=True)
+    if job.folder.is_dir() and not any(job.folder.iterdir()):
+        job.folder.rmdir()
+
+
+def _unrecorded(job: Job, ending: Ending, wall_s: float, began: datetime) -> CellResult:
+    """The record of a cell whose process ended without writing one, or wrote one that cannot be read."""
+    log = job.file(".log")
+    status: Status = "timeout" if ending.timed_out else "killed" if ending.code < 0 else "error"
+    if ending.timed_out:
+        message = time_limit_message(job.time_limit_s)
+    elif ending.code < 0:
+        hint = "; the kernel does that when host memory runs out" if -ending.code == signal.SIGKILL else ""
+        message = f"its process was ended by {_signal_name(-ending.code)}{hint} (log: {log.name})"
+    elif job.file(".json").exists():
+        message = f"it wrote a record that cannot be read: was the code changed meanwhile? (log: {log.name})"
+    else:
+        message = f"its process ended with code {ending.code}: {_last_line(log)} (log: {log.name})"
+    return CellResult(
+        cell_id=job.cell_id,
+        attempt=job.attempt,
+        cell=job.cell,
+        code_version=job.code_version,
+        status=status,
+        failure=Failure(phase="unknown", message=message),
+        started_at=began.isoformat(timespec="seconds"),
+        wall_s=wall_s,
+        time_limit_s=job.time_limit_s,
+        epoch_time_s=Reading.missing("training epochs", f"the cell ended as '{status}' without a record of its own"),
+    )
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
+
+
+def _last_line(log: Path) -> str:
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 4096))
+        lines = file.read().decode(errors="replace").strip().splitlines()
+    return lines[-1][-LONGEST_MESSAGE:] if lines else "no output"
+
+
+def _line(result: CellResult) -> str:
+    """What happened to a cell, in one line."""
+    label, mark = result.cell.label, "[green]ok[/]" if result.status == "ok" else f"[red]{result.status}[/]"
+    if result.failure:
+        return f"{escape(f'{label:<18}')} {mark}  {escape(result.failure.message)}"
+    best = max((epoch.valid_recall_10 for epoch in result.epochs), default=None)
+    epoch_s = result.epoch_time_s.value
+    told = [f"{result.wall_s:.1f} s", f"{epoch_s:.2f} s an epoch" if epoch_s is not None else "nothing to train"]
+    if best is not None:
+        told.append(f"validation Recall@10 {best:.4f}")
+    return f"{escape(f'{label:<18}')} {mark}  {', '.join(told)}"

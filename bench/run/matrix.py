@@ -1,0 +1,307 @@
+"""A matrix file (TOML) -> validated cells: method x dataset x encoders x settings x learning rate x seed.
+
+The shape of the file is ``MatrixFile``; ``bench/presets/*.toml`` are examples. A mistake in a matrix is found here,
+before anything runs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import (
+    Discriminator,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+
+from tpme.bench.errors import UserError
+from tpme.bench.record import Cell, EncoderSpec, Frozen, LearningRates, Modality, Protocol, Training, cell_id
+from tpme.bench.run.job import pinned
+
+PAPER_SETTINGS = {"users_per_batch"}
+"""What a method's own ``training`` table may set, and only under the ``paper`` protocol (its batch sizes differ)."""
+
+
+class DatasetEntry(Frozen):
+    """One data set: a prepared folder (``path``) or the settings of the built-in catalogue (``synthetic``)."""
+
+    name: str
+    path: Path | None = None
+    synthetic: dict[str, Any] | None = None
+    image_size: PositiveInt = 32
+    """Side of the built-in catalogue's images in pixels; a prepared folder has its own."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DatasetEntry:
+        if (self.path is None) == (self.synthetic is None):
+            raise ValueError('give either path = "a prepared folder" or synthetic = { ... }')
+        return self
+
+
+class EncoderEntry(Frozen):
+    """A pair of encoders, or one of them."""
+
+    text: EncoderSpec | None = None
+    image: EncoderSpec | None = None
+
+
+def _kind_of_trial(value: object) -> str:
+    return "number" if isinstance(value, int | float) else "table"
+
+
+Trial = Annotated[
+    Annotated[PositiveFloat, Tag("number")] | Annotated[LearningRates, Tag("table")], Discriminator(_kind_of_trial)
+]
+_TRIALS: TypeAdapter[tuple[LearningRates | float, ...]] = TypeAdapter(tuple[Trial, ...])
+
+
+class MethodEntry(Frozen):
+    """One method: its options, whether its cells are cached, and its learning-rate trials."""
+
+    name: str
+    options: dict[str, Any] = {}
+    cached: bool | Annotated[tuple[bool, ...], Field(min_length=1)] = False
+    lr: Annotated[tuple[Trial, ...], Field(min_length=1)] | None = None
+    """Trials in place of ``axes.lr``, laid over the matrix's ``lr``; a number stands for all but ``recommender``."""
+    training: dict[str, Any] = {}
+
+
+class MatrixFile(Frozen):
+    """A matrix as it is written."""
+
+    name: str
+    description: str = ""
+    protocol: Protocol = "suite"
+    seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (12345,)
+    modalities: Annotated[tuple[Modality, ...], Field(min_length=1)] | None = None
+    datasets: tuple[DatasetEntry, ...] = Field(min_length=1)
+    encoders: tuple[EncoderEntry, ...] = Field(min_length=1)
+    training: Training = Training()
+    axes: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = {}
+    """Further axes over training settings, such as ``precision = ["fp32", "bf16"]``; ``lr`` lists the learning-rate
+    trials of every method that has none of its own."""
+    lr: LearningRates = LearningRates()
+    methods: tuple[MethodEntry, ...] = Field(min_length=1)
+    time_limit_s: PositiveInt = 6 * 3600
+    """Per cell; one that takes longer ends as ``timeout``."""
+    cache_limit_bytes: PositiveInt = 64 * 2**30
+    """A feature cache that would be larger is refused."""
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> MatrixFile:
+        names = [entry.name for entry in self.datasets]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two data sets have one name ({', '.join(names)})")
+        return self
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What a matrix must know of a prepared data set."""
+
+    path: Path
+    fingerprint: str
+    modalities: tuple[Modality, ...]
+
+
+def presets() -> dict[str, Path]:
+    """The matrices that ship with the package, by name."""
+    folder = Path(str(files("tpme.bench.presets")))
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def load_matrix(source: str, settings: Sequence[str] = ()) -> MatrixFile:
+    """Read a matrix: a preset's name or a TOML file, with ``settings`` (``"training.epochs=2"``) laid over it.
+
+    Raises UserError with one line: which file, which field, what is wrong.
+    """
+    path = presets().get(source, Path(source))
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"matrix '{source}': no such file, and no preset ({', '.join(presets())})") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{path}: not a readable TOML file: {error}") from None
+    for setting in settings:
+        _lay_over(raw, setting)
+    try:
+        return MatrixFile.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_first(error)}") from None
+
+
+def _lay_over(raw: dict[str, Any], setting: str) -> None:
+    key, equals, text = setting.partition("=")
+    if not equals:
+        raise UserError(f"--set {setting}: write it as key=value, for example training.epochs=2")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    try:
+        _assign(raw, key.strip().split("."), value)
+    except (IndexError, TypeError, ValueError):
+        raise UserError(f"--set {setting}: the matrix has no such place") from None
+
+
+def _assign(place: Any, keys: list[str], value: Any) -> None:
+    """Set a nested key; a key into a list of tables goes into every one of them, a number into that one.
+
+    Raises IndexError, TypeError or ValueError where there is no such place.
+    """
+    key, rest = keys[0], keys[1:]
+    if isinstance(place, list) and not key.isdigit():
+        for entry in place:
+            _assign(entry, keys, value)
+        return
+    if not isinstance(place, dict | list):
+        raise TypeError(key)
+    index: Any = int(key) if isinstance(place, list) else key
+    if rest:
+        _assign(place[index] if isinstance(place, list) else place.setdefault(index, {}), rest, value)
+    else:
+        place[index] = value
+
+
+def _first(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"]) or "the matrix"
+    return f"{where}: {'no such setting' if first['type'] == 'extra_forbidden' else first['msg']}"
+
+
+def expand(
+    matrix: MatrixFile, datasets: dict[str, Dataset], *, device: str, methods_path: Sequence[Path] = ()
+) -> list[Cell]:
+    """All cells of a matrix, in the order they will run.
+
+    Args:
+        matrix: as read. datasets: its data sets by name, prepared. device: ``cpu`` or ``cuda``.
+        methods_path: folders with further methods.
+
+    Raises:
+        UserError: an unknown method, an option or axis that does not fit, caching of a method that is not decoupled,
+            learning-rate trials of different number, a modality that data or encoders lack.
+    """
+    trials = _learning_rates(matrix)
+    encoders = [EncoderEntry(text=_pinned(pair.text), image=_pinned(pair.image)) for pair in matrix.encoders]
+    cells = []
+    for entry, pair, seed in itertools.product(matrix.datasets, encoders, matrix.seeds):
+        data = datasets[entry.name]
+        modalities = _modalities(matrix, entry, data, pair)
+        for training, method in itertools.product(_trainings(matrix), matrix.methods):
+            _check(method, modalities, methods_path)
+            for cached, (trial, lr) in itertools.product(_cached(method), enumerate(trials[id(method)])):
+                cells.append(
+                    Cell(
+                        method=method.name,
+                        options=method.options,
+                        cached=cached,
+                        dataset=entry.name,
+                        dataset_fingerprint=data.fingerprint,
+                        modalities=modalities,
+                        text_encoder=pair.text if "text" in modalities else None,
+                        image_encoder=pair.image if "image" in modalities else None,
+                        protocol=matrix.protocol,
+                        training=_overridden(training, method, matrix),
+                        lr=lr,
+                        lr_trial=trial,
+                        lr_trials=len(trials[id(method)]),
+                        device="cuda" if device == "cuda" else "cpu",
+                        seed=seed,
+                    )
+                )
+    seen: set[str] = set()
+    for cell in cells:
+        if (identity := cell_id(cell, "")) in seen:
+            raise UserError(f"matrix '{matrix.name}': method '{cell.label}' stands in it twice with the same settings")
+        seen.add(identity)
+    return cells
+
+
+def _pinned(spec: EncoderSpec | None) -> EncoderSpec | None:
+    return None if spec is None else pinned(spec)
+
+
+def _cached(method: MethodEntry) -> tuple[bool, ...]:
+    return (method.cached,) if isinstance(method.cached, bool) else method.cached
+
+
+def _modalities(matrix: MatrixFile, entry: DatasetEntry, data: Dataset, pair: EncoderEntry) -> tuple[Modality, ...]:
+    wanted = matrix.modalities or data.modalities
+    for modality in wanted:
+        if modality not in data.modalities:
+            raise UserError(f"data set '{entry.name}' has no {modality}; set modalities = {list(data.modalities)}")
+        if getattr(pair, modality) is None:
+            raise UserError(f"the matrix uses {modality} but gives no {modality} encoder; add encoders.{modality}")
+    return tuple(modality for modality in data.modalities if modality in wanted)
+
+
+def _trainings(matrix: MatrixFile) -> list[Training]:
+    base = matrix.training.model_dump()
+    axes = {name: values for name, values in matrix.axes.items() if name != "lr"}
+    try:
+        return [
+            Training.model_validate(base | dict(zip(axes, values, strict=True)))
+            for values in itertools.product(*axes.values())
+        ]
+    except ValidationError as error:
+        raise UserError(f"matrix '{matrix.name}', axes: {_first(error)}") from None
+
+
+def _overridden(training: Training, method: MethodEntry, matrix: MatrixFile) -> Training:
+    foreign = set(method.training) - PAPER_SETTINGS
+    if method.training and (matrix.protocol != "paper" or foreign):
+        raise UserError(
+            f"method '{method.name}': training settings belong to the task and are equal for all rows; only the paper "
+            f"protocol lets a method set {', '.join(sorted(PAPER_SETTINGS))}"
+        )
+    try:
+        return Training.model_validate(training.model_dump() | method.training)
+    except ValidationError as error:
+        raise UserError(f"method '{method.name}', training: {_first(error)}") from None
+
+
+def _learning_rates(matrix: MatrixFile) -> dict[int, list[LearningRates]]:
+    """The trials of each method entry, by its identity; all of the same number."""
+    try:
+        common = _TRIALS.validate_python(matrix.axes.get("lr", ({},)))
+    except ValidationError as error:
+        raise UserError(f"matrix '{matrix.name}', axes.lr: {_first(error)}") from None
+    found = {id(method): [_laid_over(matrix.lr, lr) for lr in method.lr or common] for method in matrix.methods}
+    if len({len(trials) for trials in found.values()}) > 1:
+        told = ", ".join(f"{method.name} {len(found[id(method)])}" for method in matrix.methods)
+        raise UserError(f"matrix '{matrix.name}': every method must get the same number of lr trials, there are {told}")
+    return found
+
+
+def _laid_over(base: LearningRates, lr: LearningRates | float) -> LearningRates:
+    given = (
+        dict.fromkeys(("text", "image", "method"), lr) if isinstance(lr, float) else lr.model_dump(exclude_unset=True)
+    )
+    return base.model_copy(update=given)
+
+
+def _check(method: MethodEntry, modalities: tuple[Modality, ...], methods_path: Sequence[Path]) -> None:
+    from tpme.methods.registry import create
+
+    made = create(method.name, method.options, methods_path)
+    if any(_cached(method)) and not made.decoupled:
+        raise UserError(
+            f"method '{method.name}' cannot be cached: it changes the encoders, so their hidden states do not stay "
+            "the same; remove cached = true"
+        )
+    lacking = [modality for modality in made.needs if modality not in modalities]
+    if lacking:
+        raise UserError(f"method '{method.name}' needs {' and '.join(made.needs)}; this matrix has no {lacking[0]}")

@@ -1,0 +1,261 @@
+"""What a matrix would cost, before anything runs: exact counters and, for a device, expected time and memory.
+
+Each distinct cell (seeds and learning rates cost the same) is counted on ``meta``: once with math attention, which
+gives the counters that a record keeps, and once with the attention kernel that CUDA would choose, which gives memory
+and time. The peak is that of a simulated step, operator by operator, with everything the cell holds besides.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Literal
+
+import torch
+from rich.console import Console
+
+from tpme.bench.counting.batch import DataShape
+from tpme.bench.counting.counters import Counts, Step, count, planned_peak, run_step
+from tpme.bench.counting.devices import DeviceProfile
+from tpme.bench.counting.meta import EncoderShelf, MetaCell
+from tpme.bench.errors import UserError
+from tpme.bench.record import Cell, CellResult, Frozen, Modality, Precision, find_results, read_result
+from tpme.bench.run.launch import prepare_datasets
+from tpme.bench.run.matrix import Dataset, DatasetEntry, MatrixFile, expand
+
+FULL, TIGHT = 1.0, 0.9
+"""Shares of a device's memory: above the first a cell does not fit, above the second it may not (fragmentation)."""
+ADAM_BYTES = 28
+"""Traffic of an update per trained parameter: weight and two moments read and written, gradient read, 4 bytes each."""
+_PRECISIONS: dict[torch.dtype, Precision] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+class Expected(Frozen):
+    """A cell on a device: roofline of every operator at the profile's efficiency, data loading hidden behind it."""
+
+    step_s: float
+    epoch_s: float
+    fits: Literal["yes", "tight", "no"]
+
+
+class Measured(Frozen):
+    """What the finished records of the same cell say (medians; the most memory of all)."""
+
+    records: int
+    epoch_s: float | None
+    memory_bytes: float | None
+    memory_source: str | None
+    step_flops: float | None
+    """Forward and backward, of the canonical batch, as recorded."""
+
+
+class Work(Frozen):
+    """What a cell costs. Bytes are of one step on the target, FLOPs are exact (1 multiply-add = 2 FLOPs)."""
+
+    batch: str
+    trainable: int
+    stored_bytes: int
+    weight_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    cache_bytes: int | None
+    saved_bytes: int
+    """Kept by autograd for the backward pass, with the target's fused attention."""
+    saved_bytes_math: int
+    """The same with math attention: what a record keeps."""
+    peak_bytes: int
+    forward_flops: int
+    backward_flops: int
+    epoch_steps: float
+    """Full batches an epoch, the last one by its share; 0 where nothing trains."""
+    epoch_flops: float
+    uncounted: tuple[str, ...]
+    """Operators without a FLOP formula; their work is missing above."""
+
+
+class PlannedCell(Frozen):
+    """One distinct cell of a matrix."""
+
+    label: str
+    cell: Cell
+    work: Work | None
+    problem: str | None = None
+    """Why it could not be counted."""
+    expected: Expected | None = None
+    measured: Measured | None = None
+
+
+class MatrixPlan(Frozen):
+    """A matrix, planned."""
+
+    schema_version: Literal[1] = 1
+    matrix: str
+    device: DeviceProfile | None
+    assumptions: tuple[str, ...]
+    cells: tuple[PlannedCell, ...]
+
+
+def plan_matrix(
+    matrix: MatrixFile,
+    *,
+    store: Path,
+    device: DeviceProfile | None = None,
+    users: int | None = None,
+    items: int | None = None,
+    runs: Path | None = None,
+    methods_path: Sequence[Path] = (),
+    console: Console,
+) -> MatrixPlan:
+    """Plan every distinct cell of ``matrix``.
+
+    Args:
+        matrix: as read. store: where the built-in catalogue is. device: to plan time and fit for.
+        users, items: plan for a data set of this size. Without them, one that is not prepared here is taken to be
+            Amazon Scientific. runs: run folder whose records are set beside the plan. console: for progress.
+
+    Raises:
+        UserError: the matrix is wrong, or an encoder's configuration is not to be had.
+    """
+    datasets, shapes = {}, {}
+    for entry in matrix.datasets:
+        datasets[entry.name], shapes[entry.name] = _data(matrix, entry, store, users, items, console)
+    distinct: dict[str, Cell] = {}
+    for cell in expand(matrix, datasets, device="cuda", methods_path=methods_path):
+        distinct.setdefault(_identity(cell), cell)
+    recorded = _records(runs) if runs else []
+    shelf, cells = EncoderShelf(), []
+    for key, cell in distinct.items():
+        with console.status(f"Counting {cell.label} ..."):
+            cells.append(_plan_cell(cell, shapes[cell.dataset], shelf, methods_path, device))
+        measured = _measured([result for result in recorded if _identity(result.cell) == key])
+        cells[-1] = cells[-1].model_copy(update={"measured": measured})
+    sources = [f"Data set '{name}': {shape.describe()}." for name, shape in shapes.items()]
+    return MatrixPlan(matrix=matrix.name, device=device, assumptions=tuple(sources), cells=tuple(cells))
+
+
+def _data(
+    matrix: MatrixFile, entry: DatasetEntry, store: Path, users: int | None, items: int | None, console: Console
+) -> tuple[Dataset, DataShape]:
+    """A data set as the matrix and as the counters see it: the prepared one, or an assumed one."""
+    from tpme.bench.task.dataset import Dataset as Prepared
+
+    here = entry.path is None or (entry.path.expanduser() / "dataset.json").is_file()
+    if here and users is None and items is None:
+        path, dataset = prepare_datasets(matrix.model_copy(update={"datasets": (entry,)}), store, console)[entry.name]
+        return dataset, DataShape.of(Prepared.open(path))
+    both: tuple[Modality, ...] = ("text", "image")
+    modalities = tuple(modality for modality in both if any(getattr(pair, modality) for pair in matrix.encoders))
+    return Dataset(entry.path or store, "not prepared", modalities), DataShape.assumed(users, items)
+
+
+def _identity(cell: Cell) -> str:
+    """Equal for cells that cost the same: whatever changes neither work nor memory is left out."""
+    told = cell.model_dump(
+        mode="json", exclude={"seed", "lr", "lr_trial", "lr_trials", "device", "dataset_fingerprint"}
+    )
+    for unrelated in ("epochs", "patience"):
+        del told["training"][unrelated]
+    return json.dumps(told, sort_keys=True)
+
+
+# --- one cell --------------------------------------------------------------------------------------------------------
+
+
+def _plan_cell(
+    cell: Cell, data: DataShape, shelf: EncoderShelf, methods_path: Sequence[Path], device: DeviceProfile | None
+) -> PlannedCell:
+    try:
+        meta = MetaCell(cell, data, shelf, methods_path)
+        counts, step = count(meta), run_step(meta, fused_attention=True)
+    except UserError:
+        raise
+    except Exception as error:  # a method that needs values: its row says so, the others are planned
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return PlannedCell(label=cell.label, cell=cell, work=None, problem=problem)
+    work = _work(meta, counts, step, device)
+    return PlannedCell(
+        label=cell.label, cell=cell, work=work, expected=_expect(meta, work, step, device) if device else None
+    )
+
+
+def _work(meta: MetaCell, counts: Counts, step: Step, device: DeviceProfile | None) -> Work:
+    whole = min(meta.cell.training.users_per_batch, meta.data.users)
+    batches = min(meta.steps, meta.data.users / whole) if counts.trainable else 0.0
+    return Work(
+        batch=counts.batch,
+        trainable=counts.trainable,
+        stored_bytes=counts.stored_bytes,
+        weight_bytes=counts.weight_bytes,
+        gradient_bytes=counts.step.gradient_bytes,
+        optimizer_bytes=counts.optimizer_bytes,
+        cache_bytes=counts.cache_bytes,
+        saved_bytes=step.saved_bytes,
+        saved_bytes_math=counts.step.saved_bytes,
+        peak_bytes=planned_peak(
+            counts, step, device.memory_bytes if device else None, device.workspace_bytes if device else 0
+        ),
+        forward_flops=counts.step.forward_flops,
+        backward_flops=counts.step.backward_flops,
+        epoch_steps=batches,
+        epoch_flops=batches * (counts.step.forward_flops + counts.step.backward_flops),
+        uncounted=counts.step.uncounted,
+    )
+
+
+def _expect(meta: MetaCell, work: Work, step: Step, device: DeviceProfile) -> Expected:
+    bandwidth = device.memory_bytes_per_s * device.efficiency
+    busy_s = ADAM_BYTES * work.trainable / bandwidth
+    for (dtype, flops, moved), times in step.work.items():
+        rate = device.rate(_PRECISIONS.get(dtype, "fp32")) * device.efficiency
+        busy_s += times * max(flops / rate, moved / bandwidth)
+    step_s = max(busy_s, sum(step.work.values()) * device.operator_s)
+    share = work.peak_bytes / device.memory_bytes
+    return Expected(
+        step_s=step_s,
+        epoch_s=step_s * work.epoch_steps,
+        fits="no" if share > FULL else "tight" if share > TIGHT else "yes",
+    )
+
+
+# --- what was measured -----------------------------------------------------------------------------------------------
+
+
+def _records(runs: Path) -> list[CellResult]:
+    return [result for path in find_results([runs]) if (result := read_result(path)).status == "ok"]
+
+
+def _measured(results: list[CellResult]) -> Measured | None:
+    if not results:
+        return None
+    memories = [memory for result in results if (memory := _memory(result))]
+    flops = [total for result in results if (total := _step_flops(result)) is not None]
+    most = max(memories, default=None)
+    return Measured(
+        records=len(results),
+        epoch_s=_median([result.epoch_time_s.value for result in results]),
+        memory_bytes=most[0] if most else None,
+        memory_source=most[1] if most else None,
+        step_flops=_median(flops),
+    )
+
+
+def _memory(result: CellResult) -> tuple[float, str] | None:
+    """Peak of training: torch's allocated bytes where there are any, else resident memory of the host."""
+    memory = result.training_memory
+    for reading in (memory.torch_allocated_bytes, memory.host_rss_bytes) if memory else ():
+        if reading.value is not None:
+            return reading.value, reading.source
+    return None
+
+
+def _step_flops(result: CellResult) -> float | None:
+    parts = [result.counters.get(name) for name in ("forward_flops", "backward_flops")]
+    values = [part.value for part in parts if part is not None and part.value is not None]
+    return sum(values) if len(values) == len(parts) else None
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    had = [value for value in values if value is not None]
+    return median(had) if had else None

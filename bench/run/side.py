@@ -1,0 +1,77 @@
+"""Plan the cells of one side of ``tpme ab`` with that side's own code.
+
+Run as a script with a request file (see ``bench/commands/ab.py``), in that side's environment: every import below is
+the side's, which may be older than this file. Writes the jobs of all cells and what could not be planned.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from tpme.bench.errors import UserError
+from tpme.bench.run.job import Job
+from tpme.bench.run.launch import plan
+from tpme.bench.run.matrix import MatrixFile, load_matrix
+
+
+def main() -> None:
+    """Read the request named by the first argument, write its answer."""
+    request: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    matrix = load_matrix(request["matrix"], request["settings"])
+    jobs, problems = [], {}
+    for part in _parts(matrix, request["methods"]):
+        try:
+            jobs += _jobs(part, request)
+        except UserError as error:
+            problems[part.methods[0].name] = str(error)
+    Path(request["answer"]).write_text(json.dumps({"jobs": jobs, "problems": problems}), encoding="utf-8")
+
+
+def _parts(matrix: MatrixFile, wanted: list[str]) -> list[MatrixFile]:
+    """A matrix for each method: one that a revision does not know must not hide the others."""
+    names = [entry.name for entry in matrix.methods]
+    for name in wanted:
+        if name not in names:
+            raise UserError(f"--methods {name}: the matrix has no such row, only {', '.join(dict.fromkeys(names))}")
+    chosen = [entry for entry in matrix.methods if not wanted or entry.name in wanted]
+    return [matrix.model_copy(update={"methods": (entry,)}) for entry in chosen]
+
+
+def _jobs(matrix: MatrixFile, request: dict[str, Any]) -> list[dict[str, Any]]:
+    store, methods_path = Path(request["store"]), tuple(Path(path) for path in request["methods_path"])
+    tasks, datasets = plan(
+        matrix,
+        Path(request["runs"]),
+        store,
+        device=request["device"],
+        methods_path=methods_path,
+        console=Console(quiet=True),
+    )
+    return [
+        Job(
+            cell=task.cell,
+            cell_id=task.cell_id,
+            attempt=1,
+            code_version=task.code_version,
+            dataset_path=datasets[task.cell.dataset],
+            store=store,
+            folder=task.folder,
+            methods_path=methods_path,
+            cache_limit_bytes=matrix.cache_limit_bytes,
+            time_limit_s=request["time_limit_s"] or matrix.time_limit_s,
+        ).model_dump(mode="json")
+        for task in tasks
+    ]
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"tpme: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(2)

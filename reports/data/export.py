@@ -1,0 +1,253 @@
+"""``tpme export``: all records as one tidy table, a row each, for other tools; and to MLflow, after the fact.
+
+Earlier attempts and what a later run replaced are there, too; ``latest`` marks the records that reports read. The other
+columns are those of ``tpme.reports.data.load`` and, from the rest of the record: counters (``counter_``), every
+instrument's training memory (``peak_``), wall time by kind of phase (``phase_``) and the environment
+(``environment_``). What is a structure in the record is JSON text here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import sqlite3
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from tpme.bench.errors import UserError
+from tpme.bench.record import CellResult, write_atomically
+from tpme.reports.data.load import Recorded, read_every, to_frame, with_quality
+
+TABLE = "cells"
+"""Name of the table in an SQLite file."""
+NUMERIC = re.compile(r"(_s|_j|_bytes|_millions|_\d+)$|^(counter|phase|peak)_|^best_epoch$")
+"""Columns that hold numbers, even where no record has one."""
+BOOLEAN = ("environment_deterministic", "environment_git_dirty")
+"""Columns that are true, false or empty."""
+SEARCH = ("search_trials", "search_cells", "search_wall_s", "trial_valid_recall_10")
+"""Columns about all trials of a row, which the latest records alone make up."""
+
+
+def records_frame(records: Sequence[Recorded]) -> pd.DataFrame:
+    """One row a record with everything that a table can hold; row ``i`` describes ``records[i]``.
+
+    A counter or memory that is missing or not to be trusted is empty; the JSON object ``missing_reasons`` says why,
+    by column. Raises RecordError for broken ranks.
+    """
+    frame = with_quality(_cells(records))
+    frame["flags"] = [
+        json.dumps([{"code": code, "message": message} for code, message in flags]) for flags in frame["flags"]
+    ]
+    more = pd.DataFrame([_more(recorded.result) for recorded in records], index=frame.index)
+    whole = pd.concat([frame, more[sorted(more.columns)]], axis=1)
+    # Types must not differ from run to run: files of several runs are read together.
+    types = dict.fromkeys(map(str, whole.columns[whole.isna().all()]), "string")
+    types |= {name: "float64" for name in map(str, whole.columns) if NUMERIC.search(name)}
+    types |= {name: "boolean" for name in BOOLEAN if name in whole}
+    types |= dict.fromkeys(SEARCH[:2], "Int64")
+    return whole.astype(types)
+
+
+def _cells(records: Sequence[Recorded]) -> pd.DataFrame:
+    """The table of ``load``, and ``latest``; what is not latest takes no part in the search for a learning rate."""
+    parts = []
+    for latest in (True, False):
+        places = [place for place, recorded in enumerate(records) if recorded.latest == latest]
+        if places:
+            part = to_frame([records[place] for place in places]).set_axis(places).assign(latest=latest)
+            parts.append(part if latest else part.assign(selected=False, **dict.fromkeys(SEARCH)))
+    return pd.concat(parts).sort_index()
+
+
+def _more(result: CellResult) -> dict[str, Any]:
+    memory = result.training_memory
+    readings = {f"counter_{name}": reading for name, reading in sorted(result.counters.items())}
+    if memory is not None:
+        readings |= {f"peak_{name}": getattr(memory, name) for name in type(memory).model_fields}
+    phases: dict[str, float] = {}
+    for phase in result.phases:
+        phases[f"phase_{phase.kind}_s"] = phases.get(f"phase_{phase.kind}_s", 0.0) + phase.wall_s
+    environment = result.environment.model_dump(exclude={"device_key"}) if result.environment else {}
+    return {
+        "schema_version": result.schema_version,
+        **{name: reading.value if reading.valid else None for name, reading in readings.items()},
+        "missing_reasons": json.dumps(
+            {name: reading.reason for name, reading in readings.items() if not reading.valid}
+        ),
+        **phases,
+        **{f"environment_{name}": _flat(value) for name, value in environment.items()},
+        "dataset_facts": _flat(result.dataset.model_dump() if result.dataset else None),
+    }
+
+
+def _flat(value: Any) -> Any:
+    return json.dumps(value, sort_keys=True) if isinstance(value, dict | list) else value
+
+
+# --- files ---------------------------------------------------------------------------------------------------
+
+
+def _csv(frame: pd.DataFrame) -> bytes:
+    return frame.to_csv(index=False, lineterminator="\n").encode()
+
+
+def _parquet(frame: pd.DataFrame) -> bytes:
+    file = io.BytesIO()
+    try:
+        frame.to_parquet(file, index=False, engine="pyarrow")
+    except ImportError:
+        raise UserError("Parquet needs pyarrow: pip install 'tpme-bench[export]', or choose .csv or .sqlite") from None
+    return file.getvalue()
+
+
+def _sqlite(frame: pd.DataFrame) -> bytes:
+    connection = sqlite3.connect(":memory:")
+    try:
+        frame.to_sql(TABLE, connection, index=False)
+        return connection.serialize()
+    finally:
+        connection.close()
+
+
+WRITERS: dict[str, Callable[[pd.DataFrame], bytes]] = {
+    ".csv": _csv,
+    ".parquet": _parquet,
+    ".sqlite": _sqlite,
+    ".db": _sqlite,
+}
+
+
+def write_table(frame: pd.DataFrame, out: Path) -> None:
+    """Write a table as its suffix says; the file appears whole or not at all.
+
+    Raises:
+        UserError: an unknown suffix, or Parquet without pyarrow.
+    """
+    writer = WRITERS.get(out.suffix.lower())
+    if writer is None:
+        raise UserError(f"--out {out}: name a file that ends in {', '.join(WRITERS)}")
+    write_atomically(out, writer(frame))
+
+
+# --- MLflow --------------------------------------------------------------------------------------------------
+
+PARAMETERS = (
+    "method", "cached", "options", "dataset", "modalities", "encoders", "protocol", "precision",
+    "lr_trial", "device", "seed",
+)  # fmt: skip
+STRUCTURES = ("training", "lr")
+"""Columns of JSON that become a parameter each setting: ``training.epochs``."""
+CHANGING = ("latest", "selected")
+"""Columns that later records can change: tags that every push brings up to date."""
+KEY = "tpme.record"
+"""The tag that names a record, so that none is pushed twice."""
+TEXT_MOST = 5000
+"""MLflow refuses longer tags."""
+BATCH = 1000
+"""Metrics in one request, the most that MLflow takes."""
+
+
+def push(records: Sequence[Recorded], uri: str, experiment: str) -> tuple[int, int]:
+    """Make an MLflow run of every record that is not there yet; returns how many were new and how many were there.
+
+    A run that an interrupted push left unfinished is completed. Of one that is whole only the tags in ``CHANGING`` are
+    written.
+
+    Raises:
+        UserError: mlflow is not installed, or the server refuses.
+    """
+    try:
+        from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
+    except ImportError:
+        raise UserError("--mlflow needs mlflow: pip install 'tpme-bench[mlflow]'") from None
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # else two lines for each run
+    frame, new = records_frame(records), 0
+    try:
+        client = MlflowClient(tracking_uri=uri)
+        found = client.get_experiment_by_name(experiment)
+        home = client.create_experiment(experiment) if found is None else found.experiment_id
+        for recorded, (_, row) in zip(records, frame.iterrows(), strict=True):
+            new += _push_one(client, home, recorded, row)
+    except MlflowException as error:
+        raise UserError(f"--mlflow {uri}: {' '.join(str(error).split())}") from None
+    return new, len(records) - new
+
+
+def _push_one(client: Any, experiment_id: str, recorded: Recorded, row: pd.Series[Any]) -> bool:
+    from mlflow.entities import Param, RunTag
+
+    result = recorded.result
+    identity = f"{result.cell_id}\n{recorded.device_key}\n{result.attempt}\n{result.started_at}"
+    key = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    start_ms = int(1000 * datetime.fromisoformat(result.started_at).timestamp())
+    there = client.search_runs([experiment_id], filter_string=f"tags.`{KEY}` = '{key}'", max_results=1)
+    parameters, tags = _texts(row)
+    if there and there[0].info.end_time:
+        client.log_batch(there[0].info.run_id, tags=[RunTag(f"tpme.{name}", tags[name]) for name in CHANGING])
+        return False
+    name = f"{result.cell.label}, seed {result.cell.seed}"
+    run = there[0] if there else client.create_run(experiment_id, start_time=start_ms, tags={KEY: key}, run_name=name)
+    client.log_batch(
+        run.info.run_id,
+        params=[Param(name, value) for name, value in parameters.items()],
+        tags=[RunTag(f"tpme.{name}", value[:TEXT_MOST]) for name, value in tags.items()],
+    )
+    metrics = [*_metrics(row, start_ms), *_curves(result, start_ms)]
+    for begin in range(0, len(metrics), BATCH):
+        client.log_batch(run.info.run_id, metrics=metrics[begin : begin + BATCH])
+    end_ms = start_ms + int(1000 * result.wall_s)
+    client.set_terminated(run.info.run_id, status="FINISHED" if result.status == "ok" else "FAILED", end_time=end_ms)
+    return True
+
+
+def _texts(row: pd.Series[Any]) -> tuple[dict[str, str], dict[str, str]]:
+    """Settings as parameters, every other column that is no number as a tag."""
+    parameters = {name: str(row[name]) for name in PARAMETERS}
+    for name in STRUCTURES:
+        parameters |= {f"{name}.{key}": str(value) for key, value in json.loads(row[name]).items()}
+    rest = row.drop([*PARAMETERS, *STRUCTURES]).dropna()
+    parameters = {name: value for name, value in parameters.items() if value}
+    return parameters, {str(name): str(value) for name, value in rest.items() if not _is_number(value)}
+
+
+def _metrics(row: pd.Series[Any], start_ms: int) -> Iterator[Any]:
+    from mlflow.entities import Metric
+
+    for name, value in row.drop([*PARAMETERS, *STRUCTURES]).dropna().items():
+        if _is_number(value):
+            yield Metric(re.sub(r"[^\w\-. /]", "_", str(name)), float(value), start_ms, 0)
+
+
+def _curves(result: CellResult, start_ms: int) -> Iterator[Any]:
+    """Loss, time and validation quality of each epoch."""
+    from mlflow.entities import Metric
+
+    for epoch in result.epochs:
+        for name in ("train_s", "loss", "valid_recall_10", "valid_ndcg_10"):
+            yield Metric(f"epoch_{name}", float(getattr(epoch, name)), start_ms, epoch.index)
+
+
+def _is_number(value: Any) -> bool:
+    return pd.api.types.is_number(value) and not pd.api.types.is_bool(value)
+
+
+def export_command(runs: Sequence[Path], *, out: Path | None, mlflow: str | None, experiment: str) -> None:
+    """Write the file, push to MLflow, or both, and say what was done."""
+    if out is None and mlflow is None:
+        raise UserError("nothing to do: give --out FILE.csv (or .parquet, .sqlite), --mlflow URI, or both")
+    records = read_every(runs)
+    if out is not None:
+        frame = records_frame(records)
+        write_table(frame, out)
+        print(f"Written to {out}: {len(frame)} records, {frame.shape[1]} columns")  # noqa: T201
+    if mlflow is not None:
+        new, there = push(records, mlflow, experiment)
+        print(f"Pushed to {mlflow}, experiment {experiment}: {new} new runs, {there} were there already")  # noqa: T201

@@ -1,0 +1,117 @@
+"""What a reader must know before trusting a number: flags, failures and doubtful readings as footnotes.
+
+What is true of every finished row becomes a note on the table; the rest becomes a numbered footnote, with the
+same number in every table of a section.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, zip_longest
+
+from tpme.reports.data.trials import Group, Line, mixture, settings
+
+MANY = 3
+"""So many flags that differ in their numbers alone become one footnote."""
+_NUMBER = re.compile(r"\d+(?:\.\d+)?")
+
+
+@dataclass(frozen=True)
+class Notes:
+    """Footnotes of one section."""
+
+    shared: tuple[str, ...]
+    """True of every row that finished."""
+    footnotes: tuple[str, ...]
+    """Footnote 1 first."""
+    marks: dict[str, tuple[int, ...]]
+    """Row to the numbers of its footnotes."""
+
+
+def notes_of(seeds: Mapping[str, Sequence[Line]], lines: Mapping[str, Line]) -> Notes:
+    """Collect the footnotes of all rows, numbered in the order of ``lines``.
+
+    Args:
+        seeds: the cells of each row, of the trial that is shown.
+        lines: the summary of each row.
+    """
+    finished = {name: line for name, line in lines.items() if line["status"] == "ok"}
+    several_sources = len({line["memory_source"] for line in finished.values() if line["compared"]}) > 1
+    merged = _merged(message for cells in seeds.values() for cell in cells for _, message in cell["flags"])
+    told = {
+        name: list(dict.fromkeys(_row_notes(name, seeds[name], line, several_sources, merged)))
+        for name, line in lines.items()
+    }
+    of_finished = [told[name] for name in finished]
+    shared = [text for text in of_finished[0] if all(text in texts for texts in of_finished)] if of_finished[1:] else []
+    own = {name: [text for text in texts if text not in shared] for name, texts in told.items()}
+    footnotes = list(dict.fromkeys(text for texts in own.values() for text in texts))
+    number = {text: index for index, text in enumerate(footnotes, start=1)}
+    marks = {name: tuple(sorted(number[text] for text in texts)) for name, texts in own.items()}
+    return Notes(tuple(shared), tuple(footnotes), marks)
+
+
+def mixing(group: Group) -> str:
+    """What a reader of a mixed group must know first."""
+    told = f"Mixed: rows of different {mixture(group)} share this table and its TPME, which compares them all the same."
+    if group.cells["device"].nunique() > 1:
+        told += " M is not one quantity: resident memory over a baseline on a CPU, GPU memory by NVML on a GPU."
+    return told
+
+
+def _merged(messages: Iterable[str]) -> dict[str, str]:
+    """Flags that many rows carry with other numbers, as one text each: "for 17 to 56% of the training time"."""
+    alike: dict[tuple[str, ...], dict[str, list[str]]] = {}
+    for message in messages:
+        alike.setdefault(tuple(_NUMBER.split(message)), {})[message] = _NUMBER.findall(message)
+    result: dict[str, str] = {}
+    for words, found in alike.items():
+        ranges = [_range(numbers) for numbers in zip(*found.values(), strict=True)]
+        text = "".join(chain.from_iterable(zip_longest(words, ranges, fillvalue="")))
+        result |= {message: text if len(found) >= MANY else message for message in found}
+    return result
+
+
+def _range(numbers: Sequence[str]) -> str:
+    least, most = min(numbers, key=float), max(numbers, key=float)
+    return least if least == most else f"{least} to {most}"
+
+
+def _row_notes(
+    name: str, seeds: Sequence[Line], line: Line, several_sources: bool, merged: Mapping[str, str]
+) -> Iterator[str]:
+    flags = dict.fromkeys(flag for cell in seeds for flag in cell["flags"])
+    for _, message in flags:
+        yield merged[message]
+    options = settings(line["options"])
+    if options and not name.endswith("]"):
+        yield f"with {', '.join(options)}"
+    if line["status"] != "ok":
+        yield from _failure(line, seeds)
+    elif line["seeds_ok"] < line["seeds"]:
+        ends = sorted({cell["status"] for cell in seeds} - {"ok"})
+        yield f"{line['seeds_ok']} of {line['seeds']} seeds finished ({', '.join(ends)}); the row is over those alone"
+    if line["status"] == "ok" and line["compared"]:
+        for key, what in (("epoch_time", "T"), ("memory", "M")):
+            if not line[f"{key}_valid"]:
+                yield f"no TPME, for {what} is missing or not to be trusted: {line[f'{key}_reason']}"
+    if several_sources and line["compared"] and line["status"] == "ok":
+        yield f"M by {line['memory_source']}"
+    if line["search_trials"] > 1:
+        yield f"learning rate selected on validation among {line['search_trials']} trials"
+    if line["cached"] and not any(code == "cache-build" for code, _ in flags) and not math.isnan(line["cache_build_s"]):
+        yield (
+            f"trains on a feature cache that took {line['cache_build_s']:.1f} s and "
+            f"{line['cache_bytes'] / 1e6:.1f} MB to build, once; not part of T"
+        )
+    if superseded := sum(cell["superseded"] for cell in seeds):
+        yield f"replaces {superseded} older records of the same cells on the same device"
+
+
+def _failure(line: Line, seeds: Sequence[Line]) -> Iterator[str]:
+    yield f"{line['status']} during {seeds[0]['failure_phase']}: {seeds[0]['failure_message']}"
+    if line["status"] == "oom":
+        yield "out of memory: M is the most that was seen, TPME the least it can be in the frame of the other rows"

@@ -1,0 +1,271 @@
+"""One comparable group, summed up: a line for every row over its seeds, with quality, costs, TPME and footnotes.
+
+``tables`` and ``plots`` draw from a ``Section`` and add nothing of their own.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from tpme.bench.errors import UserError
+from tpme.bench.record import CellResult
+from tpme.reports.data.load import Ranks, Recorded, load_ranks, memory_of_tpme
+from tpme.reports.data.metrics import METRICS, Floats, Metric, gains, quality, spread
+from tpme.reports.data.notes import Notes, mixing, notes_of
+from tpme.reports.data.resampling import Repeats, Resampled, draw, resample, time_interval
+from tpme.reports.data.tpme import Frame, Weights, frame_of, lower_bound, tpme
+from tpme.reports.data.trials import Group, Line, lines_of
+
+NO_ADAPTATION = ("frozen", "id", "popularity")
+"""Methods that adapt no encoder: they would set the minima, so they get a TPME only where they are named."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """Everything a report says about one group."""
+
+    name: str
+    """What the rows have in common, for people."""
+    group: Group
+    records: tuple[Recorded, ...]
+    """The records of ``group.cells``, in its order."""
+    summary: pd.DataFrame
+    """One line a row, best TPME first, then rows without one by quality, then what did not finish."""
+    behind: Mapping[str, tuple[CellResult, ...]]
+    """The records behind each row: its finished seeds, or where there are none the failed ones."""
+    gains: Mapping[Metric, Mapping[str, Floats]]
+    """Recall@10 and NDCG@10 of every user, mean over seeds, of each row with ranks, as in the summary; (users,)."""
+    resampled: Resampled | None
+    """TPME of the K rows in every draw; None where there are none."""
+    weights: Weights
+    frame: Frame | None
+    frame_from: str | None
+    """The file the frame was read from; None for the frame of these rows."""
+    notes: Notes
+
+    @property
+    def cells(self) -> pd.DataFrame:
+        """The cells of all trials, with the column ``row``."""
+        return self.group.cells
+
+    @cached_property
+    def lines(self) -> dict[str, Line]:
+        """The lines of the summary by row."""
+        return _lines(self.summary)
+
+    @property
+    def compared(self) -> list[str]:
+        """The K rows: those with a TPME, best first."""
+        return [str(name) for name in self.summary.index[self.summary["tpme"].notna()]]
+
+    def firsts(self, *, sampled: bool = False) -> dict[str, Recorded]:
+        """The first seed of every row, a finished one if any; with ``sampled``, of those that left samples."""
+
+        def order(one: Recorded) -> tuple[bool, int, Path]:
+            return one.result.status != "ok", one.result.cell.seed, one.path
+
+        found: dict[str, Recorded] = {}
+        for name, selected, one in zip(self.cells["row"], self.cells["selected"], self.records, strict=True):
+            usable = selected and not (sampled and one.beside("samples") is None)
+            if usable and (name not in found or order(one) < order(found[name])):
+                found[name] = one
+        return {name: found[name] for name in self.lines if name in found}
+
+
+def make_section(
+    name: str,
+    group: Group,
+    records: Sequence[Recorded],
+    weights: Weights,
+    named: Sequence[str] | None = None,
+    frozen: tuple[Frame, str] | None = None,
+) -> Section:
+    """Sum up one group.
+
+    Args:
+        name: what the rows have in common, for people.
+        group: the cells.
+        records: the records of ``group.cells``, in its order.
+        weights: of T, P and M in TPME.
+        named: rows or labels that get a TPME; None for all methods that adapt an encoder.
+        frozen: a frame to use instead of the rows' own, and the file it came from.
+    """
+    seeds = _seeds(group.cells)
+    ranks = {name: found for name, cells in seeds.items() if (found := _ranks(cells))}
+    summary = summarise(seeds).join(quality(ranks))
+    candidates = summary[_compared(summary, named)]
+    frame = frozen[0] if frozen else frame_of(candidates, group.key)
+    summary["compared"] = summary.index.isin(candidates.index)
+    summary["tpme"] = tpme(candidates, weights, frame).reindex(summary.index)
+    summary["tpme_lower_bound"] = lower_bound(candidates, weights, frame).reindex(summary.index)
+    summary["tpme_rank"] = summary["tpme"].round(12).rank(method="min")
+    summary = summary.assign(order=summary["status"] != "ok", name=summary.index).sort_values(
+        ["order", "tpme_rank", "ndcg_10", "name"], ascending=[True, True, False, True], na_position="last"
+    )
+    summary = summary.drop(columns=["order", "name"])
+    results = {str(recorded.path): recorded.result for recorded in records}
+    order = [str(name) for name in summary.index]
+    behind = {name: tuple(results[cell["path"]] for cell in _used(seeds[name])) for name in order}
+    ranked = [name for name in order if name in ranks]
+    gained = {
+        metric: {name: np.mean([gains(one, metric, 10) for one in ranks[name]], axis=0) for name in ranked}
+        for metric in METRICS
+    }
+    resampled = _resample(summary, behind, weights, frozen[0] if frozen else None)
+    notes = notes_of(seeds, _lines(summary))
+    if group.mixed:
+        notes = replace(notes, shared=(mixing(group), *notes.shared))
+    frame_from = frozen[1] if frozen else None
+    return Section(name, group, tuple(records), summary, behind, gained, resampled, weights, frame, frame_from, notes)
+
+
+def _lines(summary: pd.DataFrame) -> dict[str, Line]:
+    return dict(zip(map(str, summary.index), lines_of(summary), strict=True))
+
+
+def _seeds(cells: pd.DataFrame) -> dict[str, list[Line]]:
+    """The cells of the trial that is shown of each row, rows by name."""
+    found: dict[str, list[Line]] = {}
+    for cell in lines_of(cells[cells["selected"]]):
+        found.setdefault(cell["row"], []).append(cell)
+    return dict(sorted(found.items()))
+
+
+def _used(seeds: Sequence[Line]) -> Sequence[Line]:
+    """The seeds that finished, or where none did all."""
+    return [cell for cell in seeds if cell["status"] == "ok"] or seeds
+
+
+def summarise(rows: Mapping[str, Sequence[Line]]) -> pd.DataFrame:
+    """One line for each row from the cells of its seeds: means over those that finished.
+
+    Where none did, the line holds what the failed attempts left. ``epoch_time_s_sd`` and the like are standard
+    deviations over seeds, NaN for one seed.
+    """
+    return pd.DataFrame.from_dict({name: _line(seeds) for name, seeds in rows.items()}, orient="index")
+
+
+def _line(seeds: Sequence[Line]) -> dict[str, Any]:
+    used = _used(seeds)
+    finished = used if used[0]["status"] == "ok" else []
+    line: dict[str, Any] = {name: seeds[0][name] for name in SHARED}
+    line["status"] = used[0]["status"]
+    line["seeds"] = len({cell["seed"] for cell in seeds})
+    line["seeds_ok"] = len({cell["seed"] for cell in finished})
+    for name in MEANS:
+        line[name] = _mean(_values(used, name))
+    for name in VARIED:
+        line[f"{name}_sd"] = _spread(_values(used, name))
+    energy = _values(finished, "training_energy_j") / _values(finished, "epochs_run")
+    line["energy_epoch_j"], line["energy_epoch_j_sd"] = _mean(energy), _spread(energy)
+    for name in ("trainable_millions", "total_millions", "stored_bytes", "memory_seen_bytes", "cache_bytes"):
+        line[name] = float(np.fmax.reduce(_values(used, name)))
+    for name in ("epoch_time", "memory"):
+        line[f"{name}_valid"] = all(cell[f"{name}_valid"] for cell in used)
+        reasons = (cell[f"{name}_reason"] for cell in used)
+        line[f"{name}_reason"] = next((reason for reason in reasons if isinstance(reason, str)), None)
+    line["memory_source"] = ", ".join(sorted({cell["memory_source"] for cell in used}))
+    return line
+
+
+SHARED = ("label", "method", "cached", "options", "lr", "search_trials", "search_cells", "search_wall_s")
+VARIED = (
+    "epoch_time_s",
+    "memory_bytes",
+    "time_to_best_s",
+    "wall_s",
+    "training_energy_j",
+    "inference_items_per_s",
+)
+"""What is shown with its standard deviation over seeds."""
+MEANS = (
+    *VARIED,
+    "cache_build_s",  # seeds share one build
+    "best_epoch",
+    "epochs_run",
+    "valid_recall_10",
+)
+
+
+def _values(cells: Sequence[Line], name: str) -> Floats:
+    """One number of every cell, NaN where it has none."""
+    return np.array([cell[name] for cell in cells], dtype=np.float64)
+
+
+def _mean(values: Floats) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else np.nan
+
+
+def _spread(values: Floats) -> float:
+    return spread(values[~np.isnan(values)])
+
+
+def _resample(
+    summary: pd.DataFrame, behind: Mapping[str, tuple[CellResult, ...]], weights: Weights, frame: Frame | None
+) -> Resampled | None:
+    """Resample the rows; adds ``tpme_low`` and ``tpme_high`` of the K rows to ``summary``, and the same of T of all."""
+    trained = summary.index[(summary["status"] == "ok") & summary["epoch_time_s"].notna()]
+    repeats = {name: _repeats(behind[name]) for name in map(str, trained)}
+    draws = {name: draw(name, row) for name, row in repeats.items()}
+    tpme = summary["tpme"].dropna().to_dict()
+    compared = {name: one for name, one in draws.items() if name in tpme}
+    resampled = resample(compared, weights, frame) if compared else None
+    bounds = np.full((len(summary), 4), np.nan)
+    for place, name in enumerate(summary.index):
+        if name in repeats and repeats[name].several:
+            bounds[place, :2] = time_interval(draws[name])
+            if resampled is not None and name in compared:
+                bounds[place, 2:] = resampled.interval(name, tpme[name])
+    summary[["epoch_time_s_low", "epoch_time_s_high", "tpme_low", "tpme_high"]] = bounds
+    return resampled
+
+
+def _repeats(seeds: Sequence[CellResult]) -> Repeats:
+    """What is repeated of a row that trained; its M is NaN where it is not known."""
+    times: list[list[float | None]] = [
+        [epoch.train_s for epoch in result.epochs[result.warmup_epochs :]] or [result.epoch_time_s.value]
+        for result in seeds
+    ]
+    memory = [memory_of_tpme(result.training_memory, result.cell.device).value for result in seeds]
+    return Repeats(
+        epochs_s=tuple(np.array(one, dtype=np.float64) for one in times),
+        memory_bytes=np.array(memory, dtype=np.float64),
+        trainable_millions=max((one.parameters.trainable for one in seeds if one.parameters), default=np.nan) / 1e6,
+    )
+
+
+def _ranks(seeds: Sequence[Line]) -> list[Ranks]:
+    """Ranks of the seeds that finished and left any."""
+    paths = [cell["ranks_path"] for cell in seeds if cell["status"] == "ok"]
+    return [load_ranks(path) for path in paths if isinstance(path, str)]  # pandas may turn None into NaN
+
+
+def _compared(summary: pd.DataFrame, named: Sequence[str] | None) -> pd.Series[bool]:
+    if named is None:
+        return ~summary["method"].isin(NO_ADAPTATION)
+    return summary["label"].isin(named) | pd.Series(summary.index.isin(named), index=summary.index)
+
+
+def parse_rows(text: str) -> list[str]:
+    """The names in ``"fft,lora [rank=4,alpha=8]"``: commas inside brackets belong to a name."""
+    return [name.strip() for name in re.split(r",(?![^\[]*\])", text) if name.strip()]
+
+
+def check_rows(named: Sequence[str], groups: Sequence[Group]) -> None:
+    """Raise UserError, with the nearest name, for a row that is in none of the groups."""
+    known = sorted({str(name) for group in groups for column in ("row", "label") for name in group.cells[column]})
+    for name in named:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(known)}"
+            raise UserError(f"row '{name}' is in none of these records; {hint}")

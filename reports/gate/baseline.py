@@ -1,0 +1,341 @@
+"""The baseline file: what the gate compares with, small, sorted, one line a number, and on what it was measured."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field, ValidationError
+
+from tpme.bench.errors import UserError
+from tpme.bench.record import Environment, Frozen, write_atomically
+from tpme.reports.data.load import Recorded
+from tpme.reports.data.stats import student_t
+from tpme.reports.gate.measures import (
+    Measured,
+    cell_key,
+    latest_code,
+    measure,
+    memory,
+    read_records,
+    sort_cells,
+    step_times,
+    thinned,
+)
+
+FORMAT: Literal["tpme-baseline"] = "tpme-baseline"
+SCHEMA_VERSION: Literal[1] = 1
+NOISE_QUANTILE = 0.95
+_ONE_LINE = {"options", "training", "lr", "text_encoder", "image_encoder", "packages"}
+
+
+class Noise(Frozen):
+    """How far runs of the same code lay apart: the 95 % quantile of the relative differences of all their pairs."""
+
+    time: float | None = None
+    """Of the median step times."""
+    memory: dict[str, float] = {}
+    """Of the peaks, by instrument."""
+    pairs: int = 0
+    source: str = "not measured: every cell was run once"
+
+
+class Device(Frozen):
+    """What was measured on, and how noisy it was."""
+
+    name: str
+    kind: Literal["cpu", "cuda"]
+    driver: str | None = None
+    cpu_threads: int
+    platform: str
+    allocator: str
+    noise: Noise = Noise()
+
+
+class Baseline(Frozen):
+    """A baseline as it is written."""
+
+    format: Literal["tpme-baseline"] = FORMAT
+    schema_version: Literal[1] = SCHEMA_VERSION
+    written: str
+    """ISO 8601, UTC."""
+    tpme: str
+    """Version of the package that wrote it."""
+    code_versions: tuple[str, ...] = ()
+    """Of the measured code."""
+    git_revisions: tuple[str, ...] = ()
+    """Of the suite, where it ran from a repository; ``+`` for uncommitted changes."""
+    packages: dict[str, str] = {}
+    devices: dict[str, Device] = {}
+    cells: tuple[Measured, ...] = Field(min_length=1)
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a comparison: cells by key, with what is known of where they were measured."""
+
+    source: str
+    cells: dict[str, Measured]
+    devices: dict[str, Device] = field(default_factory=dict)
+    packages: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def load_baseline(path: Path) -> Side:
+    """Read a baseline file, or a run folder to be used as one. Raises UserError with one line for anything else."""
+    return load_runs([path]) if path.is_dir() else _of_file(path)
+
+
+def load_runs(paths: Sequence[Path]) -> Side:
+    """Read the records below ``paths``, or one file of counters. Raises UserError with one line for anything else."""
+    if len(paths) == 1 and _is_baseline(paths[0]):
+        return _of_file(paths[0])
+    source = ", ".join(map(str, paths))
+    records, older = latest_code(read_records(paths))
+    notes = (f"{older} records of older code in {source} were left out",) if older else ()
+    cells = {one.key: one for one in measure(records)}
+    return Side(source, cells, _devices(records), _packages(records), notes)
+
+
+def _of_file(path: Path) -> Side:
+    baseline = read_baseline(path)
+    return Side(str(path), {one.key: one for one in baseline.cells}, baseline.devices, baseline.packages)
+
+
+def from_records(paths: Sequence[Path]) -> Baseline:
+    """The baseline of all finished cells below ``paths``; a cell found in several runs also tells the noise.
+
+    Raises UserError for unreadable records, and where no cell ended in a way that the same code would repeat.
+    """
+    records, _ = latest_code(read_records(paths))
+    cells = [one for one in measure(records) if one.status in ("ok", "oom", "diverged")]
+    if not cells:
+        ends = ", ".join(sorted({recorded.result.status for recorded in records}))
+        failure = records[0].result.failure
+        told = f": {failure.message}" if failure else ""
+        raise UserError(f"{paths[0]}: no cell to compare with later; they ended as {ends}{told}")
+    environments = [one.result.environment for one in records if one.result.environment is not None]
+    return new_baseline(
+        [one.model_copy(update={"devices": {k: thinned(v) for k, v in one.devices.items()}}) for one in cells],
+        code_versions=tuple(sorted({recorded.result.code_version for recorded in records})),
+        git_revisions=tuple(sorted({_revision(one) for one in environments if one.git_revision})),
+        packages=_packages(records),
+        devices=_devices(records),
+    )
+
+
+def new_baseline(cells: Iterable[Measured], **fields: Any) -> Baseline:
+    """A baseline written now, by this version, of ``cells``, sorted."""
+    return Baseline(
+        written=datetime.now(UTC).isoformat(timespec="seconds"),
+        tpme=metadata.version("tpme-bench"),
+        cells=tuple(sort_cells(cells)),
+        **fields,
+    )
+
+
+def updated(old: Baseline, new: Baseline) -> Baseline:
+    """``old`` with what ``new`` measured in place of what it holds of the same cells and devices."""
+    cells = {one.key: one for one in old.cells}
+    for one in new.cells:
+        before = cells.get(one.key)
+        cells[one.key] = one.model_copy(
+            update={
+                "devices": (before.devices if before else {}) | one.devices,
+                "quality": one.quality or (before.quality if before else None),
+            }
+        )
+    devices = dict(old.devices)
+    for key, device in new.devices.items():
+        known = old.devices.get(key)
+        keeps = known is not None and known.noise.pairs > device.noise.pairs
+        devices[key] = device.model_copy(update={"noise": known.noise}) if known is not None and keeps else device
+    merged = {
+        "cells": tuple(sort_cells(cells.values())),
+        "devices": dict(sorted(devices.items())),
+        "code_versions": tuple(sorted({*old.code_versions, *new.code_versions})),
+        "git_revisions": tuple(sorted({*old.git_revisions, *new.git_revisions})),
+    }
+    return new.model_copy(update=merged)
+
+
+# --- the file ------------------------------------------------------------------------------------------------
+
+
+def write_baseline(baseline: Baseline, path: Path) -> None:
+    """Write it so that a diff shows one number a line; samples and settings stand on one line each."""
+    text = _text(baseline.model_dump(mode="json", exclude_none=True), "")
+    write_atomically(path, (text + "\n").encode())
+
+
+def read_baseline(path: Path) -> Baseline:
+    """Read what ``write_baseline`` wrote. Raises UserError with one line for anything else."""
+    again = "write it with 'tpme baseline'"
+    try:
+        raw = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such baseline; {again}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable baseline ({error}); {again}") from None
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        raise UserError(f'{path}: not a baseline, it lacks "format": "{FORMAT}"; {again}')
+    if raw.get("schema_version") != SCHEMA_VERSION:
+        version = raw.get("schema_version")
+        raise UserError(f"{path}: baseline of schema version {version!r}, this tpme reads {SCHEMA_VERSION}; {again}")
+    try:
+        baseline = Baseline.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{path}: field '{where}': {first['msg']}; it was changed by hand: {again}") from None
+    seen: set[str] = set()
+    for one in baseline.cells:
+        if one.key != cell_key(one.cell) or one.key in seen:
+            raise UserError(f"{path}: cell {one.key} ({one.cell.label}) does not fit its key; {again}")
+        seen.add(one.key)
+    return baseline
+
+
+def _is_baseline(path: Path) -> bool:
+    """A file that is no record; a broken one is left to ``read_baseline``, whose message names it."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return f'"{FORMAT}"'.encode() in file.read(200)
+
+
+def _text(value: Any, indent: str, name: str = "") -> str:
+    inner = indent + " "
+    if isinstance(value, dict) and value and name not in _ONE_LINE:
+        lines = [f"{inner}{json.dumps(key)}: {_text(item, inner, key)}" for key, item in value.items()]
+        return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        return "[\n" + ",\n".join(inner + _text(item, inner) for item in value) + f"\n{indent}]"
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))  # counters are whole numbers, however they were stored
+    return json.dumps(value, ensure_ascii=False)
+
+
+# --- where it was measured -----------------------------------------------------------------------------------
+
+
+def _devices(records: Sequence[Recorded]) -> dict[str, Device]:
+    by_key: dict[str, list[Recorded]] = {}
+    for recorded in records:
+        if recorded.result.environment is not None:
+            by_key.setdefault(recorded.device_key, []).append(recorded)
+    return {key: _device(runs) for key, runs in sorted(by_key.items())}
+
+
+def _device(runs: Sequence[Recorded]) -> Device:
+    found = runs[-1].result.environment
+    assert found is not None
+    return Device(
+        name=found.device_name,
+        kind=found.device_kind,
+        driver=found.driver,
+        cpu_threads=found.cpu_threads,
+        platform=found.platform,
+        allocator=found.allocator,
+        noise=stretched(noise(runs), runs),
+    )
+
+
+def stretched(found: Noise, runs: Sequence[Recorded]) -> Noise:
+    """``found``, widened where it comes from few repeats: the differences seen so far say little of the next one's.
+
+    By as much as Student's t with so many degrees of freedom (repeats without the first of each cell) reaches further
+    than the normal distribution, both at 99.5 %: 3.9 for three runs of one cell, 1.2 for three runs of six.
+    """
+    repeats = Counter(cell_key(recorded.result.cell) for recorded in runs if recorded.result.status == "ok")
+    freedom = repeats.total() - len(repeats)
+    if not found.pairs or not freedom:
+        return found
+    widened = student_t(freedom) / student_t(math.inf)
+    return found.model_copy(
+        update={
+            "time": None if found.time is None else round(widened * found.time, 4),
+            "memory": {name: round(widened * value, 4) for name, value in found.memory.items()},
+            "source": f"{found.source}, x {widened:.1f} for so few",
+        }
+    )
+
+
+def noise(runs: Sequence[Recorded]) -> Noise:
+    """How far repeats of the same cell lie apart; where there are none, how far the epochs of one run do.
+
+    The noise floor of the device, which a record carries where it was measured, raises the latter.
+    """
+    whole = [recorded for recorded in runs if recorded.result.status == "ok"]
+    repeats: dict[str, list[Recorded]] = {}
+    for recorded in whole:
+        repeats.setdefault(cell_key(recorded.result.cell), []).append(recorded)
+    groups = [group for group in repeats.values() if len(group) > 1]
+    if not groups:
+        times = [time for recorded in whole for time in _gaps(_epoch_medians(recorded))]
+        floor, source = _carried(whole, "noise_time_ratio"), "epochs of single runs; repeat the runs to know more"
+        if floor:
+            source = f"{source.partition(';')[0]}, and the device's noise floor"
+        if not times and not floor:
+            return Noise()
+        memory_floor = _carried(whole, "noise_memory_ratio")
+        return Noise(
+            time=max([*floor, *([_high(times)] if times else [])]),
+            memory={name: max(memory_floor) for recorded in whole if memory_floor for name in memory(recorded.result)},
+            pairs=0,
+            source=source,
+        )
+    times = [time for group in groups for time in _gaps(_run_medians(group))]
+    peaks: dict[str, list[float]] = {}
+    for group in groups:
+        read = [memory(recorded.result) for recorded in group]
+        for name in sorted(set().union(*read)):
+            peaks.setdefault(name, []).extend(_gaps([one[name] for one in read if name in one]))
+    pairs = sum(len(group) * (len(group) - 1) // 2 for group in groups)
+    return Noise(
+        time=_high(times) if times else None,
+        memory={name: _high(gaps) for name, gaps in peaks.items() if gaps},
+        pairs=pairs,
+        source=f"{sum(map(len, groups))} runs of {len(groups)} cell{'s' * (len(groups) != 1)}",
+    )
+
+
+def _carried(runs: Sequence[Recorded], name: str) -> list[float]:
+    readings = [recorded.result.counters.get(name) for recorded in runs]
+    return [reading.value for reading in readings if reading is not None and reading.value is not None]
+
+
+def _run_medians(runs: Sequence[Recorded]) -> list[float]:
+    return [float(np.median(times)) for recorded in runs if len(times := step_times(recorded))]
+
+
+def _epoch_medians(recorded: Recorded) -> list[float]:
+    result = recorded.result
+    return [epoch.train_s / epoch.steps for epoch in result.epochs if epoch.index > result.warmup_epochs]
+
+
+def _gaps(values: Sequence[float]) -> list[float]:
+    """Relative difference of every pair, the smaller one taken for 1."""
+    return [max(a, b) / min(a, b) - 1 for a, b in itertools.combinations(values, 2) if min(a, b) > 0]
+
+
+def _high(values: Sequence[float]) -> float:
+    return round(float(np.quantile(values, NOISE_QUANTILE)), 4)
+
+
+def _packages(records: Sequence[Recorded]) -> dict[str, str]:
+    environments = [one.result.environment for one in records if one.result.environment is not None]
+    return dict(sorted(environments[-1].packages.items())) if environments else {}
+
+
+def _revision(found: Environment) -> str:
+    return f"{found.git_revision}{'+' if found.git_dirty else ''}"

@@ -1,0 +1,95 @@
+"""What the numbers of a section were measured on: the environment table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from tpme.bench.record import CellResult, LearningRates, Modality
+from tpme.reports.data.section import Section
+from tpme.reports.data.trials import own_path
+from tpme.reports.tables.table import MISSING, Column, Entry, Table
+
+PACKAGES = ("torch", "transformers", "peft", "numpy")
+"""Listed first."""
+
+
+def environment(section: Section) -> Table:
+    """Property and value; where the records differ all values are listed."""
+    results = [recorded.result for recorded in section.records]
+    lines = [(name, _join(values)) for name, values in _properties(section, results)]
+    columns = (Column("property", "Property", numeric=False), Column("value", "Value", numeric=False))
+    rows = tuple((Entry(name, name), Entry(text, text)) for name, text in lines if text != MISSING)
+    return Table("environment", "Measured on", columns, rows, subject=section.name)
+
+
+def _properties(section: Section, results: list[CellResult]) -> Iterator[tuple[str, Iterable[Any]]]:
+    environments = [result.environment for result in results if result.environment is not None]
+    yield "Device", (one.device_name for one in environments)
+    yield "Device key", [section.group.key["device_key"]]
+    yield "Driver", (one.driver for one in environments)
+    yield "CPU threads", (one.cpu_threads for one in environments)
+    yield "Platform", (one.platform for one in environments)
+    yield "Python", (one.python for one in environments)
+    names = dict.fromkeys((*PACKAGES, *(name for one in environments for name in sorted(one.packages))))
+    for name in names:
+        yield name, (one.packages.get(name) for one in environments)
+    yield "Allocator", (one.allocator for one in environments)
+    yield "Deterministic kernels", (one.deterministic for one in environments)
+    yield "Git revision", (_revision(one.git_revision, one.git_dirty) for one in environments)
+    yield "Measured code", (result.code_version for result in results)
+    yield "Protocol", [section.group.key["protocol"]]
+    yield "Precision", [section.group.key["precision"]]
+    yield "Dataset", _datasets(results)
+    yield "Text encoder", (_encoder(result, "text") for result in results)
+    yield "Image encoder", (_encoder(result, "image") for result in results)
+    training = [result.cell.training.model_dump(mode="json", exclude={"precision"}) for result in results]
+    for name in training[0]:
+        yield name.replace("_", " ").capitalize(), (one[name] for one in training)
+    rates = {_rates(result.cell.lr) for result in results}
+    yield "Learning rates", rates if len(rates) == 1 else ["differ, see their table"]
+    yield "Seeds", sorted({result.cell.seed for result in results})
+
+
+def _datasets(results: list[CellResult]) -> list[str]:
+    known = [result.dataset for result in results if result.dataset is not None]
+    if not known:
+        return [f"{result.cell.dataset} (fingerprint {result.cell.dataset_fingerprint[:12]})" for result in results]
+    return [
+        f"{facts.name}: {facts.users} users, {facts.items} items ({facts.items_never_trained} never trained), "
+        f"{facts.interactions} interactions, {' + '.join(facts.modalities)} (fingerprint {facts.fingerprint[:12]})"
+        for facts in known
+    ]
+
+
+def _encoder(result: CellResult, modality: Modality) -> str | None:
+    """The encoder that was loaded, by the cell or by the builder of its feature cache."""
+    facts = result.text_encoder if modality == "text" else result.image_encoder
+    if facts is None and result.cache is not None:
+        facts = result.cache.encoders.get(modality)
+    if facts is None:
+        return None
+    revision = f"@{facts.revision}" if facts.revision else ""
+    return (
+        f"{own_path(facts.source)}{revision}: {facts.architecture}, {facts.weights} weights, width {facts.width}, "
+        f"depth {facts.depth}, {facts.parameters / 1e6:.4g} M parameters"
+    )
+
+
+def _rates(lr: LearningRates) -> str:
+    return ", ".join(f"{name} {rate:g}" for name, rate in lr.model_dump().items())
+
+
+def _revision(revision: str | None, dirty: bool | None) -> str | None:
+    if revision is None:
+        return None
+    return f"{revision} (with uncommitted changes)" if dirty else revision
+
+
+def _join(values: Iterable[Any]) -> str:
+    """Distinct values in the order of the records."""
+    return "; ".join(dict.fromkeys(_text(value) for value in values if value is not None)) or MISSING
+
+
+def _text(value: Any) -> str:
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)

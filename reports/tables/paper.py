@@ -1,0 +1,123 @@
+"""Paper view: what the IISAN paper prints beside what was measured here, with the ratio.
+
+A record holds no name of a matrix, so the preset ``iisan-paper`` is known by what it runs: its data set, by name, and
+its two encoders.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import PurePosixPath
+from typing import NamedTuple
+
+import pandas as pd
+
+from tpme.bench.record import Cell, CellResult
+from tpme.reports.data.section import Section
+from tpme.reports.data.trials import Line
+from tpme.reports.tables import fields
+from tpme.reports.tables.fields import Field
+from tpme.reports.tables.table import MISSING, Column, Entry, Table, number
+
+SOURCE = "Fu et al., IISAN, SIGIR 2024 (abstract, and README of the authors' release)"
+DATASET, ENCODERS = "scientific", ("bert-base-uncased", "vit-base-patch16-224")
+
+
+class Range(NamedTuple):
+    """What is printed: a range, or one number as both of its ends."""
+
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.low:g}" if self.low == self.high else f"{self.low:g}–{self.high:g}"
+
+
+class Printed(NamedTuple):
+    """One row of the paper."""
+
+    epoch_time_s: Range
+    """Training time of an epoch."""
+    memory_gb: Range
+    """GPU memory."""
+
+
+PRINTED = {
+    "fft": Printed(Range(443, 443), Range(47, 47)),
+    "adapter": Printed(Range(350, 380), Range(37, 39)),
+    "lora": Printed(Range(350, 380), Range(37, 39)),
+    "iisan (cached)": Printed(Range(22, 22), Range(3, 3)),
+}
+"""By label of the row; Adapter and LoRA share their ranges."""
+
+
+def paper(section: Section) -> Table:
+    """Epoch time and memory, printed and measured; without rows for any other matrix."""
+    rows = [
+        str(name)
+        for name, line in section.summary.iterrows()
+        if line["label"] in PRINTED and all(_is_of_the_paper(one.cell) for one in section.behind[str(name)])
+    ]
+    whole = {name: _of_a_whole_epoch(section.behind[name][0]) for name in rows}
+    costs = section.summary[["epoch_time_s", "memory_bytes"]].astype(float)
+    time_s = {name: float(costs["epoch_time_s"][name]) * whole[name] for name in rows}
+    memory_gb = {name: float(costs["memory_bytes"][name]) / 1e9 for name in rows}
+    made = [
+        fields.method(section),
+        *_beside("epoch_time_s", "T", "s", "epoch_time_s", time_s),
+        *_beside("memory_gb", "M", "GB", "memory_gb", memory_gb),
+    ]
+    notes = [
+        f"Paper: {SOURCE}, on the authors' GPU; rounded there, and one range for Adapter and LoRA. Its conditions are "
+        "those of the protocol 'paper': padded slots encoded, fp16 autocast, 32 users a batch (IISAN 64).",
+        f"Measured: protocol '{section.group.key['protocol']}', {section.group.key['precision']}, "
+        f"on {section.group.key['device_key']}. Ratio: measured over printed; to both ends of a range.",
+    ]
+    if any(share > 1 for share in whole.values()):
+        notes.append("T was measured on epochs cut short and is scaled to all users.")
+    return fields.table_of(section, "paper", "The paper's figures and the measured ones", made, rows, notes)
+
+
+def _is_of_the_paper(cell: Cell) -> bool:
+    encoders = tuple(PurePosixPath(spec.source).name for spec in (cell.text_encoder, cell.image_encoder) if spec)
+    return cell.dataset == DATASET and encoders == ENCODERS
+
+
+def _of_a_whole_epoch(result: CellResult) -> float:
+    """Steps of a whole epoch over those that were run; 1 unless the matrix cuts epochs."""
+    training = result.cell.training
+    if training.max_steps_per_epoch is None or result.dataset is None:
+        return 1.0
+    return max(1.0, math.ceil(result.dataset.users / training.users_per_batch) / training.max_steps_per_epoch)
+
+
+def _beside(key: str, symbol: str, unit: str, printed: str, measured: dict[str, float]) -> list[Field]:
+    """Printed, measured, and their ratio; programs get both ends of a range."""
+
+    def of(line: Line) -> Range:
+        found: Range = getattr(PRINTED[line["label"]], printed)
+        return found
+
+    def known(name: str) -> float | None:
+        return None if pd.isna(measured[name]) else float(measured[name])
+
+    def ratio(name: str, line: Line) -> Entry:
+        value, (low, high) = known(name), of(line)
+        if value is None:
+            return Entry(MISSING)
+        ends = dict.fromkeys(f"{value / end:.2f}" for end in (high, low))
+        return Entry("–".join(ends), value / high)
+
+    return [
+        (Column(f"paper_{key}_low", f"{symbol}, paper ({unit})"), lambda _, line: Entry(str(of(line)), of(line).low)),
+        (Column(f"paper_{key}_high", machine_only=True), lambda _, line: Entry("", of(line).high)),
+        (
+            Column(f"measured_{key}", f"{symbol}, measured ({unit})"),
+            lambda name, _: Entry(number(known(name)), known(name)),
+        ),
+        (Column(f"ratio_{key}_low", "Ratio"), ratio),
+        (
+            Column(f"ratio_{key}_high", machine_only=True),
+            lambda name, line: Entry("", None if (value := known(name)) is None else value / of(line).low),
+        ),
+    ]

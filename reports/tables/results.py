@@ -1,0 +1,312 @@
+"""The tables of a report, built from a ``Section``; ``table.py`` writes them in every format."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from typing import get_args
+
+import pandas as pd
+
+from tpme.bench.record import Phase, PhaseKind
+from tpme.reports.data.load import counter_values
+from tpme.reports.data.metrics import LEVEL
+from tpme.reports.data.resampling import DRAWS
+from tpme.reports.data.section import NO_ADAPTATION, Section
+from tpme.reports.tables import fields
+from tpme.reports.tables.differences import pairs
+from tpme.reports.tables.differences import table as differences
+from tpme.reports.tables.environment import environment
+from tpme.reports.tables.fields import Better, Field, byte_unit, bytes_text, decimals, table_of, value_of
+from tpme.reports.tables.paper import paper
+from tpme.reports.tables.planned import planned
+from tpme.reports.tables.table import MISSING, Column, Entry, Table, number
+
+METRICS = (("recall", "Recall"), ("ndcg", "NDCG"))
+STEP_PARTS = {"data_wait_s": "Data wait", "forward_s": "FP", "backward_s": "BP", "update_s": "WU"}
+"""The parts of a training step, as counters of a record and as the paper calls them."""
+OVER_SEEDS = "Means over seeds, ± their standard deviation where there are several."
+
+
+def all_tables(section: Section) -> list[Table]:
+    """Every table that has something to say, results first."""
+    return [table for table in (make(section) for make in TABLES.values()) if table.rows]
+
+
+def results(section: Section) -> Table:
+    """The table that is looked at first: quality, T, P, M and TPME of every row."""
+    unit, scale = byte_unit(section.summary["memory_seen_bytes"])
+    made = [
+        fields.method(section),
+        fields.status(),
+        fields.seeds(),
+        *fields.quality(section, "recall_10", "Recall@10", seeds=True),
+        *fields.quality(section, "ndcg_10", "NDCG@10", seeds=True),
+        *fields.cost(section, "epoch_time_s", "T (s)"),
+        *fields.cost(section, "trainable_millions", "P (M)", fields.millions),
+        *fields.memory(section, f"M ({unit})", scale),
+        *fields.energy(section),
+        *fields.tpme(section),
+    ]
+    return table_of(section, "results", "Quality and cost of every method", made, notes=_result_notes(section))
+
+
+def cutoffs(section: Section) -> Table:
+    """Recall and NDCG at the other cut-offs."""
+    made = [fields.method(section)]
+    for k in (5, 20):
+        for metric, title in METRICS:
+            made += fields.quality(section, f"{metric}_{k}", f"{title}@{k}", seeds=True)
+    return table_of(section, "cutoffs", "Quality at other cut-offs", made, _ranked(section))
+
+
+def warm_and_cold(section: Section) -> Table:
+    """Quality apart for targets that occur in training and targets that do not."""
+    made = [fields.method(section)]
+    for part in ("warm", "cold"):
+        for metric, title in METRICS:
+            made += fields.quality(section, f"{metric}_10_{part}", f"{title}@10 {part}")
+    made += [
+        fields.count("users", "Users"),
+        fields.count("users_cold", "Users, cold"),
+        fields.percent("cannot_hit", "Cannot hit (%)"),
+    ]
+    note = "Cold: the target never occurs in training. Cannot hit: it is masked because the user already had it."
+    return table_of(section, "warm-cold", "Warm and cold targets", made, _ranked(section), [note])
+
+
+def costs(section: Section) -> Table:
+    """Everything a row costs beside T, P and M."""
+    summary = section.summary
+    unit, scale = byte_unit(summary["stored_bytes"])
+
+    def cost(key: str, header: str, digits: int = 3, scale: float = 1, better: Better = "lower") -> list[Field]:
+        return fields.cost(section, key, header, partial(number, digits=digits), scale, better)
+
+    made = [
+        fields.method(section),
+        *fields.interval("epoch_time_s", f"T, {100 * LEVEL:.0f} % (s)"),
+        *cost("time_to_best_s", "To best epoch (s)"),
+        fields.count("best_epoch", "Best epoch"),
+        fields.count("epochs_run", "Epochs"),
+        *cost("wall_s", "Whole cell (s)"),
+        *cost("total_millions", "All parameters (M)", 4),
+        *cost("stored_bytes", f"Stored ({unit})", 3, scale),
+    ]
+    optional = [
+        cost("cache_build_s", "Cache build (s)"),
+        cost("cache_bytes", "Cache (MB)", 3, 1e6),
+        cost("training_energy_j", "Training energy (J)"),
+        cost("inference_items_per_s", "Inference (items/s)", better="higher"),
+    ]
+    made += [field for found in optional if summary[found[0][0].key].notna().any() for field in found]
+    if (summary["search_trials"] > 1).any():
+        made += [fields.count("search_trials", "lr trials"), *cost("search_wall_s", "lr search (s)")]
+    note = (
+        f"{OVER_SEEDS} T with a percentage: where it lies in so many resamplings of seeds and of epochs after "
+        "warm-up. To best epoch: training time up to the best validation Recall@10. Whole cell: loading, "
+        "validation and ranking included. Stored: what must be kept beside the untouched encoders."
+    )
+    return table_of(section, "costs", "Costs in full", made, notes=[note])
+
+
+def steps(section: Section) -> Table:
+    """Where a training step goes: forward and backward propagation and weight update, medians, mean over seeds."""
+    found = {(name, key): counter_values(shown, key) for name, shown in section.behind.items() for key in STEP_PARTS}
+    of = fields.over_seeds(found)
+    rows = [name for name in section.lines if any(found[name, key] for key in STEP_PARTS)]
+    made = [fields.method(section)]
+    for key, header in STEP_PARTS.items():
+        made += fields.cost(section, key, f"{header} (ms)", scale=1e-3, of=of)
+    note = (
+        "Medians over a few steps in a pass of its own after training. FP: forward propagation and loss, BP: backward "
+        f"propagation, WU: weight update. {OVER_SEEDS}"
+    )
+    return table_of(section, "steps", "Where a training step goes", made, rows, notes=[note])
+
+
+def phases(section: Section) -> Table:
+    """Wall time by kind of phase, mean over the finished seeds; the peak memory of each goes to CSV and JSON."""
+    spent: dict[tuple[str, str], list[float]] = {}
+    peaks: dict[tuple[str, str], float | None] = {}
+    for name, results in section.behind.items():
+        seeds = [result for result in results if result.phases]
+        for kind in {phase.kind for result in seeds for phase in result.phases}:
+            found = [[phase for phase in result.phases if phase.kind == kind] for result in seeds]
+            # A seed without such a phase spent no time in it: the first one builds the cache of all.
+            spent[name, f"{kind}_s"] = [sum(phase.wall_s for phase in one) for one in found]
+            read = [_phase_peak(phase, seeds[0].cell.device) for one in found for phase in one]
+            peaks[name, kind] = max((value for value in read if value is not None), default=None)
+    of = fields.over_seeds(spent)
+
+    def peak(kind: str) -> Field:
+        column = Column(f"{kind}_peak_bytes", machine_only=True)
+        return column, lambda name, _: Entry("", peaks.get((name, kind)))
+
+    kinds = [kind for kind in get_args(PhaseKind) if any(key == f"{kind}_s" for _, key in spent)]
+    rows = [name for name in section.lines if any(name == key[0] for key in spent)]
+    made = [fields.method(section)]
+    for kind in kinds:
+        made += fields.cost(section, f"{kind}_s", kind, of=of)
+    made += [*fields.cost(section, "wall_s", "whole cell"), *map(peak, kinds)]
+    return table_of(section, "phases", "Where the time goes (seconds by phase)", made, rows, notes=[OVER_SEEDS])
+
+
+def learning_rates(section: Section) -> Table:
+    """The learning rates of every row that trains, with all trials and their cost; empty where all are the same."""
+    cells = _in_order(section, section.cells[(section.cells["epochs_run"] > 0) | (section.cells["status"] != "ok")])
+    searched = bool((cells["search_trials"] > 1).any())
+    if cells["lr"].nunique() < 2:
+        cells = cells.head(0)
+    lines = []
+    for (name, lr), trial in cells.groupby(["row", "lr"], sort=False):
+        validation, finished = trial["trial_valid_recall_10"].iloc[0], int((trial["status"] == "ok").sum())
+        chosen, wall_s = bool(trial["selected"].iloc[0]), float(trial["wall_s"].sum())
+        lines.append(
+            (
+                Entry(str(name), str(name), chosen),
+                *(Entry(f"{rate:g}", rate) for rate in json.loads(str(lr)).values()),
+                Entry(f"{finished} of {len(trial)}", finished),
+                Entry(decimals(validation), value_of(validation)),
+                Entry(number(wall_s), wall_s),
+                Entry("✓" if chosen else "", chosen),
+            )
+        )
+    rates = [json.loads(lr) for lr in cells["lr"]]
+    columns = (
+        Column("method", "Method", numeric=False),
+        *(
+            Column(f"lr_{name}", f"lr {name}", machine_only=len({one[name] for one in rates}) == 1)
+            for name in (rates[0] if rates else ())
+        ),
+        Column("cells_finished", "Finished"),
+        Column("valid_recall_10", "Validation Recall@10", "higher"),
+        Column("wall_s", "Cost (s)"),
+        Column("selected", "Selected", numeric=False),
+    )
+    note = "Selected on validation alone; the test results of the other trials are not looked at."
+    return Table("lr", "Learning rates", columns, tuple(lines), (note,) if searched else (), subject=section.name)
+
+
+def failures(section: Section) -> Table:
+    """Every attempt that did not end ``ok``, unselected trials included, with all that is known of it."""
+    by_path = {str(recorded.path): recorded.result for recorded in section.records}
+    lines = []
+    for _, cell in _in_order(section, section.cells[section.cells["status"] != "ok"]).iterrows():
+        failure = by_path[cell["path"]].failure
+        assert failure is not None  # the schema demands one of every status but ok
+        lines.append(
+            (
+                Entry(cell["row"], cell["row"]),
+                Entry(str(cell["seed"]), int(cell["seed"])),
+                Entry(str(cell["lr_trial"]), int(cell["lr_trial"])),
+                Entry(cell["status"], cell["status"]),
+                Entry(failure.phase, failure.phase),
+                *(Entry(MISSING if at is None else str(at), at) for at in (failure.epoch, failure.step)),
+                Entry(bytes_text(failure.bytes_requested), failure.bytes_requested),
+                Entry(bytes_text(cell["memory_seen_bytes"]), value_of(cell["memory_seen_bytes"])),
+                Entry(decimals(cell["valid_recall_10"]), value_of(cell["valid_recall_10"])),
+                Entry(number(cell["wall_s"]), float(cell["wall_s"])),
+                Entry(failure.message, failure.message),
+            )
+        )
+    columns = (
+        Column("method", "Method", numeric=False),
+        Column("seed", "Seed"),
+        Column("lr_trial", "lr trial"),
+        Column("status", "End", numeric=False),
+        Column("phase", "Phase", numeric=False),
+        Column("epoch", "Epoch"),
+        Column("step", "Step"),
+        Column("bytes_requested", "Asked for"),
+        Column("memory_seen_bytes", "Memory seen"),
+        Column("valid_recall_10", "Validation Recall@10"),
+        Column("wall_s", "After (s)"),
+        Column("message", "What happened", numeric=False),
+    )
+    return Table("failures", "What did not finish", columns, tuple(lines), subject=section.name)
+
+
+TABLES: dict[str, Callable[[Section], Table]] = {
+    "results": results,
+    "differences": differences,
+    "pairs": pairs,
+    "cutoffs": cutoffs,
+    "warm-cold": warm_and_cold,
+    "costs": costs,
+    "steps": steps,
+    "plan": planned,
+    "phases": phases,
+    "paper": paper,
+    "lr": learning_rates,
+    "failures": failures,
+    "environment": environment,
+}
+"""What makes each table, by the table's name, in the order in which they are shown."""
+
+
+# --- which rows and cells ------------------------------------------------------------------------------------
+
+
+def _ranked(section: Section) -> list[str]:
+    return [str(name) for name in section.summary.index[section.summary["ndcg_10"].notna()]]
+
+
+def _in_order(section: Section, cells: pd.DataFrame) -> pd.DataFrame:
+    """Cells in the order of the rows of the summary, then by trial and seed."""
+    position = {name: index for index, name in enumerate(section.summary.index)}
+    return cells.assign(position=cells["row"].map(position)).sort_values(["position", "lr_trial", "lr", "seed"])
+
+
+def _phase_peak(phase: Phase, device: str) -> float | None:
+    memory = phase.memory
+    return (memory.host_rss_bytes if device == "cpu" else memory.torch_allocated_bytes).value
+
+
+def _result_notes(section: Section) -> list[str]:
+    summary, names = section.summary, section.compared
+    notes = [f"Recall and NDCG: mean over seeds ± half the {100 * LEVEL:.0f} % bootstrap interval over users."]
+    if (summary["seeds_ok"] > 1).any():
+        notes[0] += " ± seeds, and ± behind costs: standard deviation over seeds, which is not in that interval."
+    if names:
+        whose = f"the frame of {section.frame_from}" if section.frame_from else "their own min and max"
+        weights = str(section.weights).replace(",", ", ")
+        notes.append(f"TPME over K = {len(names)} rows ({', '.join(names)}), weights of T, P, M {weights}, {whose}.")
+        notes.append(_interval_note(section))
+    else:
+        notes.append("No row has a TPME: none that adapts an encoder finished with a trusted T, P and M.")
+    if len(names) == 1 and section.frame_from is None:
+        notes.append("With one row TPME is 0 by definition and says nothing.")
+    left_out = summary.index[~summary["compared"] & summary["method"].isin(NO_ADAPTATION)]
+    if len(left_out):
+        notes.append(f"No encoder is adapted, so no TPME unless named with --rows: {', '.join(map(str, left_out))}.")
+    sources = sorted(set(summary.loc[summary["tpme"].notna(), "memory_source"]))
+    if len(sources) == 1:
+        notes.append(f"M measured as: {sources[0]}.")
+    if summary["energy_epoch_j"].notna().any():
+        notes.append("E: energy of a training epoch by the GPU's counter, mean of all epochs; the host's is not in it.")
+    return notes
+
+
+def _interval_note(section: Section) -> str:
+    """What the interval behind TPME says, and what it cannot say."""
+    seeds = section.summary.loc[section.compared, "seeds_ok"]
+    what = "epochs" if (seeds == 1).all() else "seeds and epochs"
+    frame = "within the frozen frame" if section.frame_from else "the frame taken anew each time"
+    note = (
+        f"{100 * LEVEL:.0f} %: interval of TPME over {DRAWS:,} resamplings of every row's {what}, {frame}; P is exact."
+    )
+    alone = [str(name) for name in seeds.index[seeds == 1]]
+    summary = section.summary.loc[section.compared]
+    still = summary.index[(summary["tpme_high"] - summary["tpme_low"]).round(6) == 0]
+    if len(still) and section.frame_from is None and len(summary) > 1:
+        varied = section.weights.time > 0 or len(alone) < len(seeds)
+        why = (
+            "what varies of them is an end of the frame in every draw" if varied else "nothing that counts was repeated"
+        )
+        note += f" Of {' and '.join(map(str, still))} it has no width: {why}."
+    if alone:
+        whose = "One seed a row" if len(alone) == len(seeds) else f"Of one seed ({', '.join(alone)})"
+        note += f" {whose}: what another one would change is not in it."
+    return note
