@@ -8,7 +8,7 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from tpme.bench.task.recommender import Recommender
-from tpme.methods.base import Method, MethodConfig, Plan
+from tpme.methods.base import Method, MethodConfig, Schedule
 from tpme.methods.parts.bottleneck import Activation, Bottleneck
 
 
@@ -30,7 +30,7 @@ class HoulsbyAdapter(Method):
     config: AdapterConfig
     identity_at_start = False
 
-    def adapt(self, model: Recommender, plan: Plan) -> None:
+    def adapt(self, model: Recommender, schedule: Schedule) -> None:
         """Put a bottleneck behind every attention and feed-forward output."""
         for view in model.views.values():
             parts = nn.ModuleList()

@@ -34,7 +34,7 @@ class TaskShape:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Schedule:
     """What a method may know of the training ahead.
 
     popularity: (N+1,) share of each item among the training interactions; entry 0 is padding.
@@ -75,7 +75,7 @@ class StepState:
     """Where the training stands, as hooks see it. ``step`` counts optimiser steps from 0 over the whole run."""
 
     model: Recommender
-    plan: Plan
+    schedule: Schedule
     epoch: int = 0
     step: int = 0
     stage: Stage = field(default_factory=Stage)
@@ -127,7 +127,7 @@ class Method:
         """How hidden states become an item vector; default: token 0 of each, projected, concatenated, fused."""
         return TokenFusion(task.encoders, task.dim)
 
-    def adapt(self, model: Recommender, plan: Plan) -> None:
+    def adapt(self, model: Recommender, schedule: Schedule) -> None:
         """Inject or replace modules and set what trains. Encoders arrive frozen, the rest trainable."""
 
     # --- optimiser ----------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tpme.bench.task.recommender import Recommender
-from tpme.methods.base import Method, Plan
+from tpme.methods.base import Method, Schedule
 
 
 class BitFit(Method):
@@ -12,7 +12,7 @@ class BitFit(Method):
     Trainable at BERT-base + ViT-B/16: 102,144 + 102,912 of the encoders.
     """
 
-    def adapt(self, model: Recommender, plan: Plan) -> None:
+    def adapt(self, model: Recommender, schedule: Schedule) -> None:
         """Let the biases of both encoders train."""
         for name, parameter in model.encoders.named_parameters():
             parameter.requires_grad_(name.endswith("bias"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tpme.bench.task.recommender import Recommender
-from tpme.methods.base import Method, Plan
+from tpme.methods.base import Method, Schedule
 
 
 class FullFineTuning(Method):
@@ -12,6 +12,6 @@ class FullFineTuning(Method):
     Trainable at BERT-base + ViT-B/16: 194,897,216 (no pooler).
     """
 
-    def adapt(self, model: Recommender, plan: Plan) -> None:
+    def adapt(self, model: Recommender, schedule: Schedule) -> None:
         """Let both encoders train."""
         model.encoders.requires_grad_(True)

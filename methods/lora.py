@@ -8,7 +8,7 @@ from pydantic import Field, PositiveInt
 
 from tpme.bench.task.recommender import Recommender
 from tpme.bench.task.view import Role
-from tpme.methods.base import Method, MethodConfig, Plan
+from tpme.methods.base import Method, MethodConfig, Schedule
 
 
 class LoRAConfig(MethodConfig):
@@ -29,7 +29,7 @@ class LoRA(Method):
     Config = LoRAConfig
     config: LoRAConfig
 
-    def adapt(self, model: Recommender, plan: Plan) -> None:
+    def adapt(self, model: Recommender, schedule: Schedule) -> None:
         """Wrap the target projections of each encoder in place."""
         from peft import LoraConfig, inject_adapter_in_model
 

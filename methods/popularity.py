@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tpme.bench.record import Modality
 from tpme.bench.task.recommender import ItemEncoder, Recommender
-from tpme.methods.base import Method, Plan, TaskShape
+from tpme.methods.base import Method, Schedule, TaskShape
 
 
 class _Counts(ItemEncoder):
@@ -42,10 +42,10 @@ class Popularity(Method):
         """One number an item."""
         return _Counts(task.items)
 
-    def adapt(self, model: Recommender, plan: Plan) -> None:
+    def adapt(self, model: Recommender, schedule: Schedule) -> None:
         """Take the training counts and drop the sequential encoder."""
         assert isinstance(model.item_encoder, _Counts)
-        model.item_encoder.counts.copy_(torch.from_numpy(plan.popularity)[:, None])
+        model.item_encoder.counts.copy_(torch.from_numpy(schedule.popularity)[:, None])
         model.sequence = _AnyUser()
 
     def state(self, model: Recommender) -> dict[str, Tensor]:

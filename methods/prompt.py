@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tpme.bench.errors import UserError
 from tpme.bench.task.recommender import Recommender
 from tpme.bench.task.view import EncoderView
-from tpme.methods.base import Method, MethodConfig, Plan
+from tpme.methods.base import Method, MethodConfig, Schedule
 
 
 class PromptConfig(MethodConfig):
@@ -61,7 +61,7 @@ class PromptTuning(Method):
     config: PromptConfig
     identity_at_start = False
 
-    def adapt(self, model: Recommender, plan: Plan) -> None:
+    def adapt(self, model: Recommender, schedule: Schedule) -> None:
         """Insert prompts behind token 0 of each encoder."""
         for view in model.views.values():
             prompts = Prompts(view, self.config.length, self.config.deep)

@@ -59,8 +59,8 @@ SLOWDOWN, HELD_BYTES = 0.0, 0
 
 
 class Injected(LoRA):
-    def adapt(self, model, plan):
-        super().adapt(model, plan)
+    def adapt(self, model, schedule):
+        super().adapt(model, schedule)
         self.held = torch.ones(HELD_BYTES, dtype=torch.uint8)
 
     def before_step(self, state):

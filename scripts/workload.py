@@ -27,7 +27,7 @@ from tpme.bench.task.recommender import Recommender
 from tpme.bench.task.sequential import SequentialEncoder
 from tpme.bench.task.tokens import TokenTable
 from tpme.bench.train.loop import Trainer
-from tpme.methods.base import Plan, TaskShape
+from tpme.methods.base import Schedule, TaskShape
 from tpme.methods.registry import create
 
 SEED, TITLE_TOKENS, VOCABULARY = 12345, 30, 30522
@@ -160,7 +160,7 @@ def make_trainer(size: Size, folder: Path, phases: PhaseLog, device: Literal["cp
         tokens = _tokens(size.items) if "text" in used else None
         store = ItemStore(dataset, tokens=tokens, images="image" in used)
     model = Recommender(views, item_encoder, sequence, decoupled=method.decoupled)
-    method.adapt(model, Plan(1, -(-size.users // size.batch), dataset.popularity))
+    method.adapt(model, Schedule(1, -(-size.users // size.batch), dataset.popularity))
     model.to(device)
     return Trainer(cell, model, method, dataset, store, phases, torch.device(device), lambda _what, _share: None)
 

@@ -20,7 +20,7 @@ from tpme.bench.measure.phases import measuring
 from tpme.bench.record import CellResult
 from tpme.bench.run.cell import Story
 from tpme.bench.run.job import Job
-from tpme.bench.run.launch import Task, plan, run_matrix
+from tpme.bench.run.launch import Task, make_tasks, run_matrix
 from tpme.bench.run.matrix import MatrixFile
 
 USERS, ITEMS, TITLE_TOKENS = 60, 60, 8
@@ -54,7 +54,7 @@ class World:
 
     def tasks(self, matrix: MatrixFile, folder: Path, methods_path: Sequence[Path] = ()) -> Any:
         """The planned cells of a matrix."""
-        return plan(matrix, folder, self.store, device="cpu", methods_path=methods_path, console=quiet())[0]
+        return make_tasks(matrix, folder, self.store, device="cpu", methods_path=methods_path, console=quiet())[0]
 
     def tell(self, matrix: MatrixFile, folder: Path, **settings: Any) -> CellResult:
         """Run the first cell of a matrix in this process; returns its record, which is not written."""

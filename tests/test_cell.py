@@ -45,7 +45,7 @@ def ending(result: CellResult) -> tuple[str, str, str]:
 
 
 def test_an_error_names_its_phase_and_its_kind(tell: Tell) -> None:
-    result = tell("def adapt(self, model, plan): raise KeyError('query')")
+    result = tell("def adapt(self, model, schedule): raise KeyError('query')")
     assert ending(result) == ("error", "adapt", "KeyError: 'query'")
     assert (result.failure.epoch, result.failure.step, result.failure.bytes_requested) == (None, None, None)
     assert result.epoch_time_s.value is None
@@ -126,7 +126,7 @@ def test_out_of_memory_is_told_with_what_was_asked_for(tell: Tell, error: str, r
 
 
 def test_a_real_allocation_that_fails(tell: Tell) -> None:
-    result = tell("def adapt(self, model, plan): torch.empty(2**55, dtype=torch.uint8)")
+    result = tell("def adapt(self, model, schedule): torch.empty(2**55, dtype=torch.uint8)")
     assert (result.status, result.failure.bytes_requested) == ("oom", 2**55)
 
 
@@ -153,7 +153,7 @@ def test_other_runtime_errors_are_errors() -> None:
 
 
 def test_a_long_message_is_cut_to_one_line(tell: Tell) -> None:
-    result = tell("def adapt(self, model, plan): raise ValueError('a\\n' * 1000)")
+    result = tell("def adapt(self, model, schedule): raise ValueError('a\\n' * 1000)")
     assert result.failure.message.startswith("ValueError: a a a")
     assert len(result.failure.message) == 400
     assert result.failure.message.endswith(" ...")
@@ -212,7 +212,7 @@ def test_random_weights_and_useless_checkpointing_are_flagged(world: Any, tmp_pa
 def start(world: Any, harness: ModuleType, folder: Path) -> tuple[subprocess.Popen[str], Path]:
     """A cell process whose method waits, while it adapts, for the file ``go``; and its record."""
     body = f"""
-    def adapt(self, model, plan):
+    def adapt(self, model, schedule):
         import os, time
         print("words of a library")
         os.write(1, b"and of its C code\\n")

@@ -412,7 +412,7 @@ def test_a_method_that_needs_values_loses_its_counters_not_its_record(
     world: Any, harness: ModuleType, tmp_path: Path
 ) -> None:
     body = """
-    def adapt(self, model, plan):
+    def adapt(self, model, schedule):
         float(next(model.encoders.parameters()).sum())
     """
     harness.write_method(tmp_path / "methods", "needy", body)

@@ -161,9 +161,9 @@ def test_a_changed_method_from_elsewhere_makes_its_own_cells_stale(stubbed: Stub
         # In a process of its own: a module is imported once.
         program = (
             "import sys; from pathlib import Path; from rich.console import Console\n"
-            "from tpme.bench.run.launch import plan; from tpme.bench.run.matrix import MatrixFile\n"
+            "from tpme.bench.run.launch import make_tasks; from tpme.bench.run.matrix import MatrixFile\n"
             "matrix, store, mine = MatrixFile.model_validate_json(sys.argv[1]), *map(Path, sys.argv[2:])\n"
-            "tasks, _ = plan(matrix, Path(), store, device='cpu', methods_path=[mine], console=Console())\n"
+            "tasks, _ = make_tasks(matrix, Path(), store, device='cpu', methods_path=[mine], console=Console())\n"
             "print(*(task.cell_id for task in tasks))"
         )
         call = [sys.executable, "-c", program, matrix.model_dump_json(), str(stubbed.world.store), str(mine)]
@@ -356,8 +356,8 @@ def test_a_cached_cell_never_holds_the_encoders(card_run: Any) -> None:
 
 def test_one_failing_cell_stops_nothing(world: Any, harness: ModuleType, tmp_path: Path) -> None:
     methods = tmp_path / "methods"
-    harness.write_method(methods, "boom", "def adapt(self, model, plan): raise ValueError('no\\nway')")
-    harness.write_method(methods, "fatal", "def adapt(self, model, plan): import os; os.kill(os.getpid(), 9)")
+    harness.write_method(methods, "boom", "def adapt(self, model, schedule): raise ValueError('no\\nway')")
+    harness.write_method(methods, "fatal", "def adapt(self, model, schedule): import os; os.kill(os.getpid(), 9)")
     boom, fatal, good = world.run(world.matrix(["boom", "fatal", "id"]), tmp_path / "run", methods_path=[methods])
     assert (boom.status, fatal.status, good.status) == ("error", "killed", "ok")
     assert (boom.failure.phase, boom.failure.message) == ("adapt", "ValueError: no way")

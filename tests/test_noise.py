@@ -16,7 +16,7 @@ from tpme.bench.counting.devices import DeviceNoise, known_profile
 from tpme.bench.errors import UserError
 from tpme.bench.measure.phases import PhaseLog
 from tpme.bench.run.cell import Story
-from tpme.bench.run.launch import plan
+from tpme.bench.run.launch import make_tasks
 
 NAMES = ("noise_time_ratio", "noise_memory_ratio", "overhead_ratio")
 
@@ -75,5 +75,5 @@ def test_overhead_is_what_the_harness_adds(world: Any, tmp_path: Path, monkeypat
 
 
 def test_the_cell_of_the_noise_floor_can_be_planned(tmp_path: Path) -> None:
-    [task] = plan(MATRIX, tmp_path, tmp_path, device="cpu", methods_path=(), console=Console(quiet=True))[0]
+    [task] = make_tasks(MATRIX, tmp_path, tmp_path, device="cpu", methods_path=(), console=Console(quiet=True))[0]
     assert task.cell.training.epochs > 2, "or the first one, which warms up, would count"

@@ -109,7 +109,7 @@ def test_what_does_not_fit_beside_the_cache_stays_on_the_host(planned: Any) -> N
 
 def test_a_method_that_needs_values_does_not_stop_the_others(world: Any, harness: ModuleType, tmp_path: Path) -> None:
     body = """
-    def adapt(self, model, plan):
+    def adapt(self, model, schedule):
         float(next(model.encoders.parameters()).sum())
     """
     harness.write_method(tmp_path, "needy", body)

@@ -20,7 +20,7 @@ from tpme.bench.task.loss import in_batch_loss
 from tpme.bench.task.recommender import Recommender
 from tpme.bench.task.sequential import SequentialEncoder
 from tpme.bench.task.view import EncoderView
-from tpme.methods.base import Method, Plan, TaskShape
+from tpme.methods.base import Method, Schedule, TaskShape
 from tpme.methods.registry import create
 
 # Threads cost these tiny tensors more than they bring, and far more where cores are shared.
@@ -145,8 +145,8 @@ def batch(modalities: Sequence[Modality] = BOTH, protocol: str = "suite", users:
     return build_batch(data.train_slots, log_popularity(data), store(data, modalities), protocol)
 
 
-def plan() -> Plan:
-    return Plan(epochs=2, steps_per_epoch=3, popularity=catalogue().popularity)
+def schedule() -> Schedule:
+    return Schedule(epochs=2, steps_per_epoch=3, popularity=catalogue().popularity)
 
 
 def used_modalities(method: Method, modalities: Sequence[Modality]) -> tuple[Modality, ...]:
@@ -168,7 +168,7 @@ def recommender(
     task = TaskShape(DIM, ITEMS, {modality: view.shape for modality, view in parts.items()})
     sequence = SequentialEncoder(DIM, SLOTS - 1, 2, HEADS, dropout)
     model = Recommender(parts if with_views else {}, method.item_encoder(task), sequence, decoupled=method.decoupled)
-    method.adapt(model, plan())
+    method.adapt(model, schedule())
     return model
 
 

@@ -22,7 +22,7 @@ from tpme.bench.task.items import EncoderShape, Items, map_tensors
 from tpme.bench.task.recommender import Recommender
 from tpme.bench.task.sequential import SequentialEncoder
 from tpme.bench.task.view import EncoderView
-from tpme.methods.base import Method, Plan, StepState, TaskShape
+from tpme.methods.base import Method, Schedule, StepState, TaskShape
 from tpme.methods.registry import create
 
 META = torch.device("meta")
@@ -128,19 +128,19 @@ class MetaCell:
         training = cell.training
         whole = -(-data.users // training.users_per_batch)
         self.steps = min(whole, training.max_steps_per_epoch or whole)
-        self.plan = Plan(training.epochs, self.steps, data.popularity)
+        self.schedule = Schedule(training.epochs, self.steps, data.popularity)
         with torch.random.fork_rng(devices=[]), META:
             item_encoder = self.method.item_encoder(TaskShape(training.embedding_dim, data.items, self.shapes))
             sequence = SequentialEncoder(
                 training.embedding_dim, data.max_seq_len, training.blocks, training.heads, training.dropout
             )
             self.model = Recommender(views, item_encoder, sequence, decoupled=self.method.decoupled)
-            self.method.adapt(self.model, self.plan)
+            self.method.adapt(self.model, self.schedule)
         for view in self.model.views.values():
             if training.activation_checkpointing:
                 view.checkpoint_activations()
         self.model.to(META)
-        self.state = StepState(self.model, self.plan, epoch=1, stage=self.method.stages()[0])
+        self.state = StepState(self.model, self.schedule, epoch=1, stage=self.method.stages()[0])
         self.method.begin_stage(self.state)
         self.model.train()
         self.batch = self._batch()

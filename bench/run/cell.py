@@ -60,7 +60,7 @@ from tpme.bench.train.facts import Arrays, epoch_time, parameter_counts, ranks, 
 from tpme.bench.train.graphs import GraphedLoss, why_not
 from tpme.bench.train.loop import WARMUP_EPOCHS, Outcome, Trainer
 from tpme.bench.train.split import PARTS, step_split
-from tpme.methods.base import Method, Plan, TaskShape
+from tpme.methods.base import Method, Schedule, TaskShape
 from tpme.methods.registry import create
 
 Progress = Callable[[str, float], None]
@@ -130,8 +130,8 @@ class Story:
         with self.phases.phase("adapt"):
             # Again, here and before training: what loading draws must not set cached and uncached rows apart.
             _seed(self.cell.seed)
-            plan = Plan(self.cell.training.epochs, self._steps(dataset), dataset.popularity)
-            method.adapt(model, plan)
+            schedule = Schedule(self.cell.training.epochs, self._steps(dataset), dataset.popularity)
+            method.adapt(model, schedule)
             if self.cell.training.activation_checkpointing:
                 for view in model.views.values():
                     view.checkpoint_activations()

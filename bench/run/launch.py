@@ -110,7 +110,7 @@ def _synthetic(entry: DatasetEntry, store: Path, console: Console) -> Path:
     return path
 
 
-def plan(
+def make_tasks(
     matrix: MatrixFile, run: Path, store: Path, *, device: str, methods_path: Sequence[Path], console: Console
 ) -> tuple[list[Task], dict[str, Path]]:
     """All cells of a matrix with their identity, and the paths of the data sets."""
@@ -154,7 +154,7 @@ def run_matrix(
     Ctrl-C stops the running cell, leaves no record of it, and raises KeyboardInterrupt; a second call goes on there.
     SIGTERM and SIGHUP do the same and raise SystemExit.
     """
-    tasks, paths = plan(matrix, run, store, device=device, methods_path=methods_path, console=console)
+    tasks, paths = make_tasks(matrix, run, store, device=device, methods_path=methods_path, console=console)
     limit_s = float(matrix.time_limit_s if time_limit_s is None else time_limit_s)
     results = []
     with _alone(run), _progress(console) as bars:

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from tpme.bench.errors import UserError
 from tpme.bench.run.job import Job
-from tpme.bench.run.launch import plan
+from tpme.bench.run.launch import make_tasks
 from tpme.bench.run.matrix import MatrixFile, load_matrix
 
 
@@ -44,7 +44,7 @@ def _parts(matrix: MatrixFile, wanted: list[str]) -> list[MatrixFile]:
 
 def _jobs(matrix: MatrixFile, request: dict[str, Any]) -> list[dict[str, Any]]:
     store, methods_path = Path(request["store"]), tuple(Path(path) for path in request["methods_path"])
-    tasks, datasets = plan(
+    tasks, datasets = make_tasks(
         matrix,
         Path(request["runs"]),
         store,

@@ -30,7 +30,7 @@ from tpme.bench.task.evaluate import item_matrix, rank_split, recall_and_ndcg
 from tpme.bench.task.recommender import Recommender
 from tpme.bench.train.step import AUTOCAST, forward, total_loss
 from tpme.bench.train.timing import StepTimer
-from tpme.methods.base import Method, Plan, Stage, StepState
+from tpme.methods.base import Method, Schedule, Stage, StepState
 
 CHECK_EVERY_STEPS = 50
 WARMUP_EPOCHS = 1
@@ -93,8 +93,8 @@ class Trainer:
             max_steps=cell.training.max_steps_per_epoch,
             device=device,
         )
-        plan = Plan(cell.training.epochs, len(self.batches), dataset.popularity)
-        self.state = StepState(model, plan)
+        schedule = Schedule(cell.training.epochs, len(self.batches), dataset.popularity)
+        self.state = StepState(model, schedule)
         self.step_of_epoch: int | None = None
         """The training step that is under way, from 1; None outside the training phases."""
         self.outcome = Outcome()

@@ -28,7 +28,7 @@ from tpme.bench.task.sequential import SequentialEncoder
 from tpme.bench.task.tokens import tokenise
 from tpme.bench.task.view import EncoderView
 from tpme.bench.train.step import total_loss
-from tpme.methods.base import Method, Plan, TaskShape
+from tpme.methods.base import Method, Schedule, TaskShape
 from tpme.methods.registry import create
 
 USERS, WIDTH, DEPTH, SIDE, PATCH, DIM = 32, 128, 2, 224, 16, 64
@@ -69,7 +69,7 @@ def adapted(name: str, data: Dataset, device: torch.device) -> tuple[Method, Rec
     task = TaskShape(DIM, data.manifest.items, {modality: view.shape for modality, view in views.items()})
     sequence = SequentialEncoder(DIM, 10, 2, 2, dropout=0.0)
     model = Recommender(views, method.item_encoder(task), sequence, decoupled=method.decoupled)
-    method.adapt(model, Plan(1, 1, data.popularity))
+    method.adapt(model, Schedule(1, 1, data.popularity))
     return method, model.train().to(device)
 
 

@@ -15,7 +15,7 @@ from tpme.bench.record import EncoderSpec, Modality
 from tpme.bench.task.items import Items
 from tpme.bench.task.recommender import Recommender
 from tpme.bench.task.sequential import SequentialEncoder
-from tpme.methods.base import Plan, TaskShape
+from tpme.methods.base import Schedule, TaskShape
 from tpme.methods.registry import BUILTIN, create
 
 ITEMS = 20_314
@@ -63,7 +63,7 @@ def paper_model(shelf: EncoderShelf, name: str, options: Mapping[str, Any]) -> R
     model = Recommender(
         views, method.item_encoder(task), SequentialEncoder(64, 10, 2, 2, 0.1), decoupled=method.decoupled
     )
-    method.adapt(model, Plan(1, 1, np.full(ITEMS + 1, 1 / ITEMS)))
+    method.adapt(model, Schedule(1, 1, np.full(ITEMS + 1, 1 / ITEMS)))
     return model
 
 

@@ -23,7 +23,7 @@ from tpme.bench.task.loss import in_batch_loss
 from tpme.bench.task.ranking import rank_targets
 from tpme.bench.task.recommender import Recommender, TokenFusion
 from tpme.bench.task.sequential import SequentialEncoder
-from tpme.methods.base import Method, Plan, TaskShape
+from tpme.methods.base import Method, Schedule, TaskShape
 from tpme.methods.iisan import IISANConfig, SideNetwork
 from tpme.methods.registry import create
 
@@ -222,7 +222,7 @@ def golden_model(data: Golden, folder: Path, method: Method) -> Recommender:
     save_encoders(data, folder)
     views = {m: load_encoder(EncoderSpec(source=str(folder / m)), m).view for m in ("text", "image")}
     model = Recommender(views, TokenFusion(SHAPES, 16), SequentialEncoder(16, 10, 2, 2, 0.1), decoupled=False)
-    method.adapt(model, Plan(1, 1, data["pop_prob"]))
+    method.adapt(model, Schedule(1, 1, data["pop_prob"]))
     ours = dict(model.named_parameters())
     with torch.no_grad():
         for name, value in data.items():

@@ -18,7 +18,7 @@ from tpme.bench.task.recommender import Recommender
 from tpme.bench.task.sequential import SequentialEncoder
 from tpme.bench.task.tokens import tokenise
 from tpme.bench.train.loop import Trainer
-from tpme.methods.base import Method, Plan, TaskShape
+from tpme.methods.base import Method, Schedule, TaskShape
 from tpme.methods.registry import create
 
 MakeTrainer = Callable[..., Trainer]
@@ -57,7 +57,7 @@ def make_trainer(world: Any) -> MakeTrainer:
         item_encoder = method.item_encoder(task)
         model = Recommender({} if cached else views, item_encoder, sequence, decoupled=method.decoupled)
         steps = min(-(-dataset.manifest.users // training.users_per_batch), training.max_steps_per_epoch or 10**9)
-        method.adapt(model, Plan(training.epochs, steps, dataset.popularity))
+        method.adapt(model, Schedule(training.epochs, steps, dataset.popularity))
         if training.activation_checkpointing:
             for view in model.views.values():
                 view.checkpoint_activations()

@@ -318,7 +318,7 @@ def test_stages_share_the_epochs(
 
 def test_parameter_groups_follow_their_learning_rates(make_trainer: MakeTrainer) -> None:
     class Looking(Toy):
-        def adapt(self, model: Recommender, plan: Any) -> None:
+        def adapt(self, model: Recommender, schedule: Any) -> None:
             model.encoders.requires_grad_(True)
 
         def param_groups(self, model: Recommender, lr: LearningRates) -> list[dict[str, Any]]:
@@ -374,12 +374,13 @@ def test_adapt_gets_the_plan_and_what_comes_after_training(world: Any, harness: 
         with open({str(tmp_path / "log")!r}, "a") as file:
             print(*what, file=file)
 
-    def adapt(self, model, plan):
+    def adapt(self, model, schedule):
         self.extra = torch.nn.Parameter(torch.zeros(5))
         model.item_encoder.register_parameter("extra", self.extra)
         model.item_encoder.register_forward_hook(lambda module, args, out: out + self.extra.sum())
         if self.extra.device.type != "meta" and not model.item_encoder.heads["text"].weight.is_meta:
-            self.note("adapt", plan.epochs, plan.steps_per_epoch, plan.total_steps, len(plan.popularity))
+            steps = schedule.steps_per_epoch
+            self.note("adapt", schedule.epochs, steps, schedule.total_steps, len(schedule.popularity))
 
     def state(self, model):
         self.note("state", bool(model.item_encoder.extra.any()))

@@ -96,7 +96,7 @@ def test_steps_of_an_epoch(make_trainer: MakeTrainer, limit: int | None, steps: 
     assert [epoch.steps for epoch in trainer.outcome.epochs] == [steps, steps]
     assert trainer.outcome.step_epoch == [1] * steps + [2] * steps
     assert len(trainer.outcome.step_s) == 2 * steps
-    assert trainer.state.step == trainer.state.plan.total_steps == 2 * steps
+    assert trainer.state.step == trainer.state.schedule.total_steps == 2 * steps
 
 
 # --- time -----------------------------------------------------------------------------------------------------------
