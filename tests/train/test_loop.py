@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tpme.bench.task import ranking
+from tpme.bench.task import evaluate, ranking
 from tpme.bench.task.batches import TrainBatches
 from tpme.bench.train import loop
 from tpme.bench.train.loop import DivergedError, Trainer
