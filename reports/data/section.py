@@ -25,9 +25,6 @@ from tpme.reports.data.resampling import Repeats, Resampled, draw, resample, tim
 from tpme.reports.data.tpme import Frame, Weights, frame_of, lower_bound, tpme
 from tpme.reports.data.trials import Group, Line, lines_of
 
-NO_ADAPTATION = ("frozen", "id", "popularity")
-"""Methods that adapt no encoder: they would set the minima, so they get a TPME only where they are named."""
-
 
 @dataclass(frozen=True)
 class Section:
@@ -96,7 +93,7 @@ def make_section(
         group: the cells.
         records: the records of ``group.cells``, in its order.
         weights: of T, P and M in TPME.
-        named: rows or labels that get a TPME; None for all methods that adapt an encoder.
+        named: rows or labels that get a TPME; None for all but baselines.
         frozen: a frame to use instead of the rows' own, and the file it came from.
     """
     seeds = _seeds(group.cells)
@@ -177,7 +174,7 @@ def _line(seeds: Sequence[Line]) -> dict[str, Any]:
     return line
 
 
-SHARED = ("label", "method", "cached", "options", "lr", "search_trials", "search_cells", "search_wall_s")
+SHARED = ("label", "method", "baseline", "cached", "options", "lr", "search_trials", "search_cells", "search_wall_s")
 VARIED = (
     "epoch_time_s",
     "memory_bytes",
@@ -252,7 +249,7 @@ def _ranks(seeds: Sequence[Line]) -> list[Ranks]:
 
 def _compared(summary: pd.DataFrame, named: Sequence[str] | None) -> pd.Series[bool]:
     if named is None:
-        return ~summary["method"].isin(NO_ADAPTATION)
+        return ~summary["baseline"]  # they would set the minima
     return summary["label"].isin(named) | pd.Series(summary.index.isin(named), index=summary.index)
 
 

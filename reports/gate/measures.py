@@ -15,7 +15,17 @@ import numpy as np
 from pydantic import PositiveFloat, field_validator, model_validator
 
 from tpme.bench.errors import UserError
-from tpme.bench.record import Cell, CellResult, Frozen, RecordError, Status, attempt_number, find_results, read_result
+from tpme.bench.record import (
+    NO_IDENTITY,
+    Cell,
+    CellResult,
+    Frozen,
+    RecordError,
+    Status,
+    attempt_number,
+    find_results,
+    read_result,
+)
 from tpme.reports.data.load import Ranks, Recorded, load_ranks, load_samples
 from tpme.reports.data.metrics import gains
 from tpme.reports.data.stats import Floats, quantiles
@@ -114,7 +124,7 @@ def cell_key(cell: Cell) -> str:
     time and memory, and the place among learning-rate trials; and settings at their defaults, so that a baseline
     stays one when a later version knows further settings.
     """
-    what = cell.model_dump(mode="json", exclude={"device", "lr_trial", "lr_trials"}, exclude_defaults=True)
+    what = cell.model_dump(mode="json", exclude={"device", *NO_IDENTITY}, exclude_defaults=True)
     canonical = json.dumps(what, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 

@@ -393,7 +393,7 @@ def test_the_command_of_a_page_repeats_every_cell_of_the_demo(tmp_path):
     records = [read_result(path) for path in find_results([ROOT / "results" / "demo"])]
     assert records
     for result in records:
-        text = matrix_of(result.cell)
+        text = matrix_of(result.cell, result.dataset)
         assert "fill in" not in text
         matrix = MatrixFile.model_validate(tomllib.loads(text))
         prepared = prepared or prepare_datasets(matrix, tmp_path, Console(file=io.StringIO()))
