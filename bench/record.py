@@ -451,7 +451,7 @@ def _migrated(raw: Any) -> dict[str, Any]:
     if version not in range(1, SCHEMA_VERSION + 1):
         known = f"this tpme reads 1 to {SCHEMA_VERSION}"
         raise RecordError(f"schema version {version!r}, {known}; use the tpme that wrote it")
-    migrated = raw | {"schema_version": SCHEMA_VERSION}
+    migrated: dict[str, Any] = raw | {"schema_version": SCHEMA_VERSION}
     if version == 1 and isinstance(cell := raw.get("cell"), dict):
         migrated["cell"] = cell | {"baseline": cell.get("method") in BASELINES_OF_VERSION_1}
     return migrated
