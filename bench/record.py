@@ -112,8 +112,8 @@ class Cell(Frozen):
     lr_trials: PositiveInt = 1
     device: Literal["cpu", "cuda"] = "cpu"
     seed: int = 12345
-    matrix: str = ""
-    """Name of the matrix that asked for it; empty where it is not known."""
+    matrix: str | None = None
+    """Name of the matrix that asked for it; ``None`` where it is not known."""
     baseline: bool = False
     """A reference row: the method adapts no encoder, and gets a TPME only where it is named."""
 
@@ -268,8 +268,8 @@ class DatasetFacts(Frozen):
     interactions: int
     items_never_trained: int
     modalities: tuple[Modality, ...]
-    source: str = ""
-    """Kind and place it was read from, for people; empty where it is not known."""
+    source: str | None = None
+    """Kind and place it was read from, for people; ``None`` where it is not known."""
     synthetic: dict[str, Any] | None = None
     """The settings given to the built-in catalogue; ``None`` for other data, and where they are not known."""
     max_seq_len: PositiveInt | None = None
@@ -295,8 +295,8 @@ class Environment(Frozen):
     deterministic: bool
     git_revision: str | None
     git_dirty: bool | None
-    node: str = ""
-    """Name of the cluster's node; empty where there is no cluster."""
+    node: str | None = None
+    """Name of the cluster's node; ``None`` without a cluster."""
     devices: tuple[str, ...] = ()
     """The devices of a cell that trained on several, in the order of their ranks; empty for one device."""
 

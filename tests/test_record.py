@@ -199,14 +199,14 @@ def test_a_record_of_version_1_is_read_as_one_of_version_2(tmp_path: Path) -> No
     path = tmp_path / "attempt-1.json"
     path.write_text(VERSION_1)
     old = read_result(path)
-    assert (old.schema_version, old.cell.baseline, old.cell.matrix, old.cell.task) == (2, True, "", "recommendation")
+    assert (old.schema_version, old.cell.baseline, old.cell.matrix, old.cell.task) == (2, True, None, "recommendation")
     assert cell_id(old.cell, "v") == old.cell_id
     assert (old.metrics, old.source, old.epochs[0].stage) == ({}, None, "")
     assert old.cache is not None
     assert (old.cache.build_s, old.cache.peak_bytes.valid) == (4.2, False)
     assert old.cache.peak_bytes.reason == "the record is of schema version 1"
     assert old.dataset is not None
-    assert (old.dataset.source, old.dataset.synthetic, old.dataset.image_size) == ("", None, None)
+    assert (old.dataset.source, old.dataset.synthetic, old.dataset.image_size) == (None, None, None)
     again = tmp_path / "attempt-2.json"
     write_result(old, again)
     assert read_result(again) == old

@@ -134,7 +134,7 @@ def test_the_other_protocol_is_named_and_epochs_cut_short_are_scaled(factory):
 
 
 @pytest.mark.parametrize(
-    "other", [{"matrix": "microlens"}, {"matrix": ""}, {"text_encoder": EncoderSpec(source="bert-large-uncased")}]
+    "other", [{"matrix": "microlens"}, {"matrix": None}, {"text_encoder": EncoderSpec(source="bert-large-uncased")}]
 )
 def test_other_matrices_have_no_paper_view(factory, other):
     factory.write("fft", **{**PAPER, **other})
