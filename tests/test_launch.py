@@ -277,7 +277,8 @@ def test_every_card_method_runs(card_run: Any, harness: ModuleType) -> None:
     assert {label: result.failure for label, result in results.items()} == dict.fromkeys(results)
     assert {result.cell.matrix for result in results.values()} == {"small"}
     assert [label for label, result in results.items() if result.cell.baseline] == ["frozen", "id", "popularity"]
-    assert all(result.dataset.synthetic == {"users": harness.USERS, "items": harness.ITEMS} for result in results.values())
+    given = {"users": harness.USERS, "items": harness.ITEMS}
+    assert all(result.dataset.synthetic == given for result in results.values())
     assert list(results) == [
         "fft",
         "adapter",

@@ -206,8 +206,8 @@ def test_rows_without_adaptation_get_no_tpme_unless_named(demo_run):
 
 def test_a_plug_ins_baseline_gets_no_tpme_and_does_not_move_the_frame(factory):
     """Whatever it is called: the record says that it adapts no encoder."""
-    for name, time in (("fft", 20.0), ("lora", 12.0), ("adapter", 14.0)):
-        factory.write(name, time=time, millions=time, peak=time * 1e9)
+    for name, cost in (("fft", 20.0), ("lora", 12.0), ("adapter", 14.0)):
+        factory.write(name, time=cost, millions=cost, peak=cost * 1e9)
     (without,) = make_report([factory.root]).sections
     factory.write("nearest", baseline=True, time=0.1, millions=0.001, peak=1e7)
     factory.write("frozen", baseline=False, time=13.0, millions=13.0, peak=13e9)  # a name alone decides nothing
