@@ -19,19 +19,22 @@ from tpme.reports.data.load import Array
 from tpme.reports.data.section import Section
 from tpme.reports.data.tpme import pareto
 from tpme.reports.figures import curves, shares
-from tpme.reports.figures.axes import LOG_FROM, log_axis, name_rows
-from tpme.reports.figures.figure import Plot, row_label
 from tpme.reports.figures.labels import place_labels
 from tpme.reports.figures.style import (
     BLUE,
     COLUMN_INCHES,
     GREEN,
     GREY,
+    LOG_FROM,
     ORANGE,
     SILVER,
     VERMILION,
+    Plot,
+    log_axis,
     margins,
+    name_rows,
     new_figure,
+    row_label,
     style,
     text_width,
 )

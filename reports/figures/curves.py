@@ -15,10 +15,20 @@ from matplotlib.ticker import FixedLocator, MaxNLocator
 from tpme.bench.record import CellResult
 from tpme.reports.data.load import Array, Samples, load_samples, stretches, thin
 from tpme.reports.data.section import Section
-from tpme.reports.figures.axes import LOG_FROM, log_axis, name_rows
-from tpme.reports.figures.figure import Plot, row_label
 from tpme.reports.figures.shares import phase_colours, phase_legend
-from tpme.reports.figures.style import BLUE, COLUMN_INCHES, GREY, SILVER, margins, new_figure
+from tpme.reports.figures.style import (
+    BLUE,
+    COLUMN_INCHES,
+    GREY,
+    LOG_FROM,
+    SILVER,
+    Plot,
+    log_axis,
+    margins,
+    name_rows,
+    new_figure,
+    row_label,
+)
 from tpme.reports.tables.fields import byte_unit
 
 

@@ -16,10 +16,20 @@ from tpme.reports.data.load import Array
 from tpme.reports.data.resampling import DRAWS, LEVEL
 from tpme.reports.data.section import Section
 from tpme.reports.data.tpme import COLUMNS
-from tpme.reports.figures.axes import name_rows
-from tpme.reports.figures.figure import Plot, row_label
 from tpme.reports.figures.labels import halo
-from tpme.reports.figures.style import BLUE, COLOURS, COLUMN_INCHES, PALE, SILVER, margins, new_figure, text_width
+from tpme.reports.figures.style import (
+    BLUE,
+    COLOURS,
+    COLUMN_INCHES,
+    PALE,
+    SILVER,
+    Plot,
+    margins,
+    name_rows,
+    new_figure,
+    row_label,
+    text_width,
+)
 from tpme.reports.tables.results import phases as phase_table
 
 KINDS = 6
