@@ -104,7 +104,7 @@ def quality_tpme(section: Section) -> Plot | None:
     margins(figure, 0.55, 0.05 + right, 0.36 + 0.12 * len(below), 0.28)
     figure.legend(loc="upper left", ncols=2, frameon=False, fontsize=6)
     ends = axes.get_xlim()
-    place_labels(
+    unplaced = place_labels(
         axes,
         np.column_stack([x, y]),
         [row_label(section, str(name)) for name in shown.index],
@@ -119,6 +119,8 @@ def quality_tpme(section: Section) -> Plot | None:
         caption += " Dotted lines: rows without a TPME."
     if len(far):
         caption += " Those far from the others are named at the foot."
+    if unplaced:
+        caption += f" No room for {', '.join(unplaced)}."
     return Plot("quality-tpme", "Quality against TPME", _with_warning(section, caption), figure)
 
 
