@@ -103,4 +103,5 @@ def _boxes(ends: Floats, margin: float) -> Floats:
 def _overlap(places: Floats, others: npt.ArrayLike) -> npt.NDArray[np.bool_]:
     """Which of ``places`` overlap any of the other boxes, shape ``(places,)``."""
     a, b = places[:, None], np.asarray(others).reshape(1, -1, 4)
-    return ((a[..., :2] < b[..., 2:]) & (b[..., :2] < a[..., 2:])).all(axis=2).any(axis=1)
+    both: npt.NDArray[np.bool_] = (a[..., :2] < b[..., 2:]) & (b[..., :2] < a[..., 2:])
+    return np.asarray(np.any(np.all(both, axis=2), axis=1))
