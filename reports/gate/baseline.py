@@ -21,7 +21,7 @@ from tpme.bench.record import Environment, Frozen, write_atomically
 from tpme.reports.data.load import Recorded
 from tpme.reports.data.stats import student_t
 from tpme.reports.gate.measures import (
-    Measured,
+    GateCell,
     cell_key,
     latest_code,
     measure,
@@ -49,7 +49,7 @@ class Noise(Frozen):
     source: str = "not measured: every cell was run once"
 
 
-class Device(Frozen):
+class BaselineDevice(Frozen):
     """What was measured on, and how noisy it was."""
 
     name: str
@@ -75,8 +75,8 @@ class Baseline(Frozen):
     git_revisions: tuple[str, ...] = ()
     """Of the suite, where it ran from a repository; ``+`` for uncommitted changes."""
     packages: dict[str, str] = {}
-    devices: dict[str, Device] = {}
-    cells: tuple[Measured, ...] = Field(min_length=1)
+    devices: dict[str, BaselineDevice] = {}
+    cells: tuple[GateCell, ...] = Field(min_length=1)
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ class Side:
     """One side of a comparison: cells by key, with what is known of where they were measured."""
 
     source: str
-    cells: dict[str, Measured]
-    devices: dict[str, Device] = field(default_factory=dict)
+    cells: dict[str, GateCell]
+    devices: dict[str, BaselineDevice] = field(default_factory=dict)
     packages: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -133,7 +133,7 @@ def from_records(paths: Sequence[Path]) -> Baseline:
     )
 
 
-def new_baseline(cells: Iterable[Measured], **fields: Any) -> Baseline:
+def new_baseline(cells: Iterable[GateCell], **fields: Any) -> Baseline:
     """A baseline written now, by this version, of ``cells``, sorted."""
     return Baseline(
         written=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -228,7 +228,7 @@ def _text(value: Any, indent: str, name: str = "") -> str:
 # --- where it was measured -----------------------------------------------------------------------------------
 
 
-def _devices(records: Sequence[Recorded]) -> dict[str, Device]:
+def _devices(records: Sequence[Recorded]) -> dict[str, BaselineDevice]:
     by_key: dict[str, list[Recorded]] = {}
     for recorded in records:
         if recorded.result.environment is not None:
@@ -236,10 +236,10 @@ def _devices(records: Sequence[Recorded]) -> dict[str, Device]:
     return {key: _device(runs) for key, runs in sorted(by_key.items())}
 
 
-def _device(runs: Sequence[Recorded]) -> Device:
+def _device(runs: Sequence[Recorded]) -> BaselineDevice:
     found = runs[-1].result.environment
     assert found is not None
-    return Device(
+    return BaselineDevice(
         name=found.device_name,
         kind=found.device_kind,
         driver=found.driver,

@@ -12,8 +12,8 @@ from tpme.bench.errors import UserError
 from tpme.bench.record import Cell, Status
 from tpme.reports.data.stats import Floats, holm, mann_whitney, paired, smallest_p
 from tpme.reports.gate.baseline import Noise, Side
-from tpme.reports.gate.measures import Measured, Timing, cell_key, sort_cells
-from tpme.reports.gate.metrics import METRICS, metric
+from tpme.reports.gate.gate_metrics import METRICS, gate_metric
+from tpme.reports.gate.measures import GateCell, Timing, cell_key, sort_cells
 from tpme.reports.gate.verdict import CellVerdict, Comparison, Policy, Verdict, differing, names
 
 TIMES = ("step_s", "epoch_s")
@@ -64,7 +64,7 @@ def _nearest(cell: Cell, there: Side, here: Side) -> str | None:
     return f"the nearest cell of the other side differs in {', '.join(apart[:4])}{' ...' if len(apart) > 4 else ''}"
 
 
-def _cell(old: Measured, new: Measured, base: Side, head: Side, policy: Policy) -> Iterator[Comparison]:
+def _cell(old: GateCell, new: GateCell, base: Side, head: Side, policy: Policy) -> Iterator[Comparison]:
     status = _status(old, new)
     yield status
     if status.verdict == "not compared":
@@ -90,7 +90,7 @@ def _listed(devices: Iterable[str]) -> str:
     return " and ".join(f"'{name}'" for name in sorted(devices))
 
 
-def _status(old: Measured, new: Measured) -> Comparison:
+def _status(old: GateCell, new: GateCell) -> Comparison:
     seen = partial(Comparison, metric="status", kind="status", base=old.status, head=new.status)
     if {old.status, new.status} <= BROKEN:
         return seen(verdict="not compared", note=f"it failed on both sides ({old.status}, {new.status})")
@@ -103,10 +103,10 @@ def _status(old: Measured, new: Measured) -> Comparison:
 def one_sided(name: str, base: float | None, head: float | None) -> Comparison:
     """A number that only one side has: said, not judged."""
     note = "not in the base" if base is None else "not measured by the runs"
-    return Comparison(metric=name, kind=metric(name).kind, base=base, head=head, verdict="not compared", note=note)
+    return Comparison(metric=name, kind=gate_metric(name).kind, base=base, head=head, verdict="not compared", note=note)
 
 
-def counters(old: Measured, new: Measured) -> Iterator[Comparison]:
+def counters(old: GateCell, new: GateCell) -> Iterator[Comparison]:
     """Exact counters: any difference is a change. A method's own ones are told, whichever way they moved."""
     highest, trainable = "trainable_parameters_max", "trainable_parameters"
     varied = any(one.counters.get(highest) != one.counters.get(trainable) for one in (old, new))
@@ -222,7 +222,7 @@ def _quality(base: Side, head: Side, policy: Policy) -> dict[str, list[Compariso
     return found
 
 
-def _unpaired(old: Measured, new: Measured) -> str | None:
+def _unpaired(old: GateCell, new: GateCell) -> str | None:
     """Why two cells cannot be paired; empty where there is nothing to tell, ``None`` where they can."""
     if old.status != "ok" or new.status != "ok":
         return ""
@@ -254,7 +254,7 @@ def _judged_quality(one: _Pairing, p: float, policy: Policy) -> Comparison:
         verdict = "improved" if new > old else "regressed"
     return Comparison(
         metric=one.name,
-        kind=metric(one.name).kind,
+        kind=gate_metric(one.name).kind,
         base=old,
         head=new,
         ratio=new / old if old else None,

@@ -48,7 +48,7 @@ def judge_runs(
     for cell in judge(sides[0], sides[1], policy):
         if cell.state == "compared":
             first = (confirmed or {}).get(cell.key, 0)
-            more = _measured(base[cell.key], head[cell.key], policy, first)
+            more = _compare_runs(base[cell.key], head[cell.key], policy, first)
             cell = cell.model_copy(update={"comparisons": (*cell.comparisons, *more)})
         verdicts.append(cell)
     return verdicts
@@ -102,7 +102,7 @@ def _whole(runs: Sequence[Recorded]) -> list[Recorded]:
     return [recorded for recorded in runs if recorded.result.status == "ok"]
 
 
-def _measured(base: Sequence[Recorded], head: Sequence[Recorded], policy: Policy, first: int) -> list[Comparison]:
+def _compare_runs(base: Sequence[Recorded], head: Sequence[Recorded], policy: Policy, first: int) -> list[Comparison]:
     sides = [_whole(runs) for runs in (base, head)]
     if not all(sides):
         return []

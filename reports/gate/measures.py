@@ -19,7 +19,7 @@ from tpme.bench.record import Cell, CellResult, Frozen, RecordError, Status, att
 from tpme.reports.data.load import Ranks, Recorded, load_ranks, load_samples
 from tpme.reports.data.metrics import gains
 from tpme.reports.data.stats import Floats, quantiles
-from tpme.reports.gate.metrics import COUNTERS
+from tpme.reports.gate.gate_metrics import COUNTERS
 
 SAMPLE = 100
 """Step times that a baseline keeps of a cell, as quantiles."""
@@ -91,7 +91,7 @@ class Quality(Frozen):
         return np.where(rank > 0, 1 / np.log2(1 + np.maximum(rank, 1)), 0.0)
 
 
-class Measured(Frozen):
+class GateCell(Frozen):
     """One cell, whatever number of runs it was measured in."""
 
     key: str
@@ -153,35 +153,35 @@ def latest_code(records: Sequence[Recorded]) -> tuple[list[Recorded], int]:
     return kept, len(records) - len(kept)
 
 
-def measure(records: Sequence[Recorded]) -> list[Measured]:
-    """One ``Measured`` a cell, sorted for people; repeats of a cell on one device are pooled.
+def measure(records: Sequence[Recorded]) -> list[GateCell]:
+    """One ``GateCell`` a cell, sorted for people; repeats of a cell on one device are pooled.
 
     Raises UserError where repeats disagree about an exact counter: then something else was changed between them.
     """
     by_key: dict[str, list[Recorded]] = {}
     for recorded in records:
         by_key.setdefault(cell_key(recorded.result.cell), []).append(recorded)
-    return sort_cells(_measured(key, runs) for key, runs in by_key.items())
+    return sort_cells(_gate_cell(key, runs) for key, runs in by_key.items())
 
 
-def sort_cells(cells: Iterable[Measured]) -> list[Measured]:
+def sort_cells(cells: Iterable[GateCell]) -> list[GateCell]:
     """By data set, row, options, seed and key: the order of a baseline file and of every table of the gate."""
 
-    def order(one: Measured) -> tuple[str, str, str, int, str]:
+    def order(one: GateCell) -> tuple[str, str, str, int, str]:
         options = json.dumps(one.cell.options, sort_keys=True)
         return one.cell.dataset, one.cell.label, options, one.cell.seed, one.key
 
     return sorted(cells, key=order)
 
 
-def _measured(key: str, runs: Sequence[Recorded]) -> Measured:
+def _gate_cell(key: str, runs: Sequence[Recorded]) -> GateCell:
     whole = [recorded for recorded in runs if recorded.result.status == "ok"]
     last = max(whole or runs, key=lambda recorded: recorded.result.started_at)
     by_device: dict[str, list[Recorded]] = {}
     for recorded in whole:
         by_device.setdefault(recorded.device_key, []).append(recorded)
     quality, reason = _quality(last)
-    return Measured(
+    return GateCell(
         key=key,
         cell=last.result.cell,
         status=last.result.status,

@@ -323,9 +323,9 @@ def test_a_cell_that_no_longer_ends_is_a_regression(sides: tuple[Any, Any]) -> N
     base.write("lora")
     head.write("lora", status="oom", time=None, code="n")
     report = report_of(base.root, head.root)
-    assert [c.metric for _, c in report.found("regressed")] == ["status"]
+    assert [c.metric for _, c in report.with_verdict("regressed")] == ["status"]
     assert report.exit_code == 1
-    assert [c.metric for _, c in report_of(head.root, base.root).found("improved")] == ["status"]
+    assert [c.metric for _, c in report_of(head.root, base.root).with_verdict("improved")] == ["status"]
 
 
 @pytest.mark.parametrize(("before", "after"), [("error", "error"), ("error", "killed"), ("timeout", "timeout")])
