@@ -1,4 +1,4 @@
-"""The numbers that the gate compares: what each is called, what kind it is, and how it is format_value."""
+"""The numbers that the gate compares: name, title, kind, unit and format of each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ KINDS: tuple[Kind, ...] = ("status", "counter", "time", "memory", "quality")
 
 @dataclass(frozen=True)
 class GateMetric:
-    """One number. ``exact`` ones are equal on every machine; of ``quality`` more is better, of all others less."""
+    """One number. Counters are equal on every machine; higher is better for ``quality``, lower for all other kinds."""
 
     name: str
     title: str
@@ -21,7 +21,7 @@ class GateMetric:
 
     @property
     def more_is_better(self) -> bool:
-        """Whether a rise is an improvement."""
+        """Whether an increase is an improvement."""
         return self.kind == "quality"
 
 
@@ -57,7 +57,7 @@ _PREFIXES: dict[str, tuple[tuple[str, float], ...]] = {
 
 
 def gate_metric(name: str) -> GateMetric:
-    """The metric called ``name``; an unlisted one is a counter of the method's own (``report()``)."""
+    """The metric called ``name``; an unlisted name is a method's own counter (``report()``)."""
     return METRICS.get(name) or GateMetric(name, name, "counter")
 
 

@@ -503,7 +503,7 @@ def refused(read: Callable[[], object]) -> str:
         (lambda text: text.replace('"saved_bytes": 123456', '"saved_bytes": "many"'), "counters.saved_bytes"),
         (lambda text: text.replace('"seed": 1', '"seed": 2'), "does not fit its key"),
         (lambda text: text.replace('"ranks": "e', '"ranks": "%'), "not the ranks"),
-        (lambda text: re.sub(r'"recall_10": 0\.\d', '"recall_10": 0.9', text), "not what the ranks beside it say"),
+        (lambda text: re.sub(r'"recall_10": 0\.\d', '"recall_10": 0.9', text), "does not match the ranks beside it"),
         (lambda text: re.sub(r'"step_s": \[[\d.]+', '"step_s": [0.0', text), "greater than 0"),
         (lambda text: "[]", 'lacks "format"'),
         (lambda text: "", "not a readable baseline"),
