@@ -28,7 +28,7 @@ LOG_FROM = 20
 
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 COLOURS = (BLUE, ORANGE, GREEN, VERMILION, "#CC79A7", "#56B4E9", "#F0E442")
-"""Of parts of a whole, in this order."""
+"""Colours of the parts of a whole, in this order."""
 GREY, SILVER, PALE = "#666666", "#AAAAAA", "#DDDDDD"
 
 SETTINGS = {
@@ -37,7 +37,7 @@ SETTINGS = {
     "font.family": "DejaVu Sans",
     "font.size": 7,
     "axes.titlesize": 7,
-    "axes.titley": 1.0,  # else every drawing measures all ticks to place titles above them
+    "axes.titley": 1.0,  # a fixed position saves measuring all ticks in every drawing
     "axes.labelsize": 7,
     "xtick.labelsize": 6,
     "ytick.labelsize": 6.5,
@@ -71,7 +71,7 @@ class Plot:
 
 @contextmanager
 def style() -> Iterator[None]:
-    """The look, inside a ``with`` block only."""
+    """The common style, inside a ``with`` block."""
     with mpl.rc_context():
         mpl.rcdefaults()
         mpl.rcParams.update(SETTINGS)
@@ -90,7 +90,7 @@ def margins(
 ) -> None:
     """Room around the axes and, for panels, ``across`` and ``down`` between them, in inches.
 
-    Set by hand because the automatic layouts draw every figure several times to find the same.
+    Set explicitly because automatic layouts draw every figure several times for the same result.
     """
     width, height = figure.get_size_inches()
     grid: Any = figure.axes[0].get_gridspec()
@@ -125,9 +125,9 @@ def name_rows(
     top: float = 0.2,
     across: float = 0,
 ) -> Array:
-    """Names on the left of horizontal bars, with the room they need. Returns where the bars go, from the top down.
+    """Write names on the left of horizontal bars and set the margins. Returns the bars' positions, from the top down.
 
-    The other lengths are the room around the axes and between panels, in inches.
+    ``right``, ``bottom``, ``top`` and ``across`` are the margins and the gap between panels, in inches.
     """
     position = np.arange(len(names), dtype=np.float64)[::-1]
     axes.set_yticks(position, names)
@@ -138,7 +138,7 @@ def name_rows(
 
 
 def log_axis(axes: Any, low: float, high: float, most: int = 3) -> None:
-    """A logarithmic x axis from ``low`` to ``high`` with at most so many ticks."""
+    """Make the x axis logarithmic from ``low`` to ``high`` with at most ``most`` ticks."""
     axes.set_xscale("log")
     axes.set_xlim(low, high)
     axes.xaxis.set_major_locator(FixedLocator(_round_values(low, high, most)))
@@ -147,7 +147,7 @@ def log_axis(axes: Any, low: float, high: float, most: int = 3) -> None:
 
 
 def _round_values(low: float, high: float, most: int) -> list[float]:
-    """As many as fit: 1, 2 and 5 or 1 and 3 of every power of ten, each power, or every n-th, 1 among them."""
+    """As many as ``most`` allows: 1, 2, 5 or 1, 3 times each power of ten, each power, or every n-th power."""
     powers = range(math.floor(math.log10(low)), math.floor(math.log10(high)) + 1)
     for digits in ((1, 2, 5), (1, 3), (1,)):
         values = [digit * 10.0**power for power in powers for digit in digits]
@@ -159,7 +159,7 @@ def _round_values(low: float, high: float, most: int) -> list[float]:
 
 
 def _power(value: float) -> str:
-    """0.01 to 1000 as they are, what is beyond as a short power of ten."""
+    """0.01 to 5000 as a number, other values as a power of ten."""
     if 0.0099 <= value <= 5000:
         return f"{value:g}"
     power = math.floor(math.log10(value) + 1e-9)
@@ -172,7 +172,7 @@ PDF_METADATA = {"CreationDate": None, "Creator": None, "Producer": None}
 
 
 def save(figure: Figure, ending: str) -> bytes:
-    """The figure as ``png``, ``svg`` or ``pdf``, without dates or versions in it."""
+    """The figure as ``png``, ``svg`` or ``pdf``, without dates or versions."""
     file = io.BytesIO()
     metadata = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}, "pdf": PDF_METADATA}[ending]
     with style():
@@ -181,12 +181,12 @@ def save(figure: Figure, ending: str) -> bytes:
 
 
 def shorten(name: str, limit: int = 24) -> str:
-    """A name that fits beside an axis, its middle left out: rows often differ in their ends. Tables give it in full."""
+    """A name that fits beside an axis, without its middle: rows often differ in their ends. Tables have it in full."""
     return name if len(name) <= limit else f"{name[: limit // 2]}…{name[limit // 2 + 1 - limit :]}"
 
 
 def row_label(section: Section, name: str, limit: int = 24) -> str:
-    """Name of a row beside an axis, with ``*`` where it has footnotes and its end where it did not finish."""
+    """Name of a row beside an axis, with ``*`` if it has footnotes and its status if it did not finish."""
     status = str(section.summary.loc[name, "status"])
     mark = "*" if section.notes.marks[name] else ""
     return shorten(name, limit) + mark + ("" if status == "ok" else f" ({status})")
