@@ -28,8 +28,8 @@ from rich.console import Console
 from tpme.bench.commands.ab import Pair, Request, compare, plan_pairs
 from tpme.bench.record import find_results, read_result
 from tpme.bench.run.trees import Tree, trees
+from tpme.reports.gate.gate_metrics import METRICS
 from tpme.reports.gate.measures import memory
-from tpme.reports.gate.metrics import METRICS
 from tpme.reports.gate.verdict import GateReport, Policy
 
 START, END = "<!-- calibration -->", "<!-- /calibration -->"

@@ -51,7 +51,7 @@ def texts(tab, key: str) -> dict[str, str]:
 
 
 def weights(tab) -> tuple[float, ...]:
-    return tuple(float(tab.get_attribute(f"#told-{axis}", "data-value")) for axis in "tpm")
+    return tuple(float(tab.get_attribute(f"#output-{axis}", "data-value")) for axis in "tpm")
 
 
 def slide(tab, axis: str, value: float) -> None:
