@@ -9,10 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-if TYPE_CHECKING:
-    from tpme.bench.record import Memory, Reading
+from tpme.bench.record import Memory, Reading
 
 Better = Literal["higher", "lower"]
 Kind = Literal["status", "counter", "time", "memory", "quality", "cost"]
@@ -227,7 +226,9 @@ def memory_instrument(rule: MemoryRule, memory: Memory, device: str) -> str:
     return next((name for name, one in readings if one.valid and one.value is not None), last)
 
 
-def memory_reading(rule: MemoryRule, memory: Memory, device: str) -> Reading:
-    """The reading that the rule means on a device."""
+def memory_reading(rule: MemoryRule, memory: Memory | None, device: str) -> Reading:
+    """The reading that the rule means on a device; a missing one where no memory was recorded."""
+    if memory is None:
+        return Reading.missing("none", "nothing was trained, or the attempt ended before")
     reading: Reading = getattr(memory, memory_instrument(rule, memory, device))
     return reading

@@ -3,7 +3,8 @@
 Importing this imports pandas, so the command line does it inside the commands that need it.
 """
 
-from tpme.reports.data.load import Ranks, Samples, load, load_ranks, load_samples
+from tpme.reports.data.load import Samples, load, load_samples
+from tpme.reports.data.ranks import Ranks, load_ranks
 from tpme.reports.data.tpme import Frame, Weights, frame_of, pareto, read_frames, tpme, write_frames
 from tpme.reports.data.trials import GROUP
 

@@ -19,7 +19,6 @@ from typing import Any
 import pandas as pd
 
 from tpme.bench.record import Cell, CellResult
-from tpme.reports.data.instruments import instruments
 from tpme.reports.data.load import Recorded, load_samples, stretches, thin
 from tpme.reports.data.section import Section
 from tpme.reports.data.tpme import COLUMNS, Weights, members
@@ -68,7 +67,7 @@ def _group(section: Section) -> dict[str, Any]:
         if frame is None
         else {short: [getattr(frame, name).min, getattr(frame, name).max] for name, short in SHORT.items()},
         "frozen": section.frame_from,
-        "shared": [own_path(text) for text in (*section.notes.shared, instruments(section))],
+        "shared": [own_path(text) for text in (*section.notes.shared, section.instruments)],
         "footnotes": [own_path(text) for text in section.notes.footnotes],
         "rows": [
             _row(section, index, name, line, bool(usable[name]), firsts[name])

@@ -7,40 +7,31 @@ Only the latest attempt of a cell counts. Ranks and samples stay in their files:
 from __future__ import annotations
 
 import gc
-import io
 import json
 import math
-import re
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from itertools import groupby, product
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
 from tpme.bench.errors import UserError
+from tpme.bench.quantities import memory_reading
 from tpme.bench.record import (
     Cell,
     CellResult,
     EncoderSpec,
-    Memory,
     Phase,
-    Reading,
-    RecordError,
     find_attempts,
     find_results,
     read_result,
 )
-from tpme.reports.data.metrics import CUTOFFS, METRICS, gains
+from tpme.reports.data.ranks import REPORTED, Array, load_arrays, mean_gains
 from tpme.reports.data.trials import select_trials
-
-Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -60,19 +51,6 @@ class Recorded:
         """The path of its file of that name (``ranks``, ``samples``); None where it left none."""
         file = self.result.files.get(name)
         return None if file is None else str(self.path.parent / file)
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """Rank of every user's test target; all arrays have shape ``(users,)``."""
-
-    rank: Array
-    """From 1; ties count against the model."""
-    target: Array
-    cold: Array
-    """The target never occurs in training."""
-    in_history: Array
-    """The target is masked because the user already had it, so it can never hit."""
 
 
 @dataclass(frozen=True)
@@ -143,23 +121,13 @@ def to_frame(records: Sequence[Recorded]) -> pd.DataFrame:
 
 def with_quality(frame: pd.DataFrame) -> pd.DataFrame:
     """A table of cells with test Recall and NDCG at the reported cut-offs; NaN where a cell left no ranks."""
-    names = [f"{metric}_{k}" for k, metric in product(CUTOFFS, METRICS)]
-    return frame.join(pd.DataFrame(list(map(_means, frame["ranks_path"])), columns=names, index=frame.index))
-
-
-def load_ranks(path: Path | str) -> Ranks:
-    """Read the ranks beside a record. Raises RecordError for a missing, truncated or foreign file."""
-    ranks = _load_arrays(Path(path), Ranks)
-    if len({len(getattr(ranks, field.name)) for field in fields(Ranks)}) != 1:
-        raise RecordError(f"{path}: its arrays differ in length; run the cell again")
-    if len(ranks.rank) and int(ranks.rank.min()) < 1:
-        raise RecordError(f"{path}: ranks start at 1, this holds {int(ranks.rank.min())}; run the cell again")
-    return ranks
+    names = [f"{metric}_{k}" for metric, k in REPORTED]
+    return frame.join(pd.DataFrame(list(map(mean_gains, frame["ranks_path"])), columns=names, index=frame.index))
 
 
 def load_samples(path: Path | str) -> Samples:
     """Read step times and memory samples beside a record. Raises RecordError like ``load_ranks``."""
-    return _load_arrays(Path(path), Samples)
+    return load_arrays(Path(path), Samples)
 
 
 def thin(one: Samples, most: int = 400) -> tuple[Array, Array]:
@@ -180,18 +148,6 @@ def stretches(result: CellResult, name: Callable[[Phase], str]) -> list[tuple[st
     in_time = sorted(result.phases, key=lambda phase: phase.start_s)
     together = [(key, list(phases)) for key, phases in groupby(in_time, key=name)]
     return [(key, phases[0].start_s, phases[-1].start_s + phases[-1].wall_s) for key, phases in together]
-
-
-def memory_of_tpme(memory: Memory | None, device: str) -> Reading:
-    """M of TPME: on a GPU NVML of the process where it is valid, else of the device; on a CPU the RSS peak."""
-    if memory is None:
-        return Reading.missing("none", "nothing was trained, or the attempt ended before")
-    if device == "cpu":
-        return memory.host_rss_bytes
-    process = memory.nvml_process_bytes
-    if process.valid and process.value is not None:
-        return process
-    return memory.nvml_device_bytes
 
 
 def counter_values(results: Iterable[CellResult], name: str) -> list[float]:
@@ -267,8 +223,8 @@ def _cell_columns(cell: Cell, device_key: str) -> dict[str, Any]:
 
 
 def _cost_columns(result: CellResult) -> dict[str, Any]:
-    memory = memory_of_tpme(result.training_memory, result.cell.device)
-    any_phase = [memory_of_tpme(phase.memory, result.cell.device).value for phase in result.phases]
+    memory = memory_reading("held", result.training_memory, result.cell.device)
+    any_phase = [memory_reading("held", phase.memory, result.cell.device).value for phase in result.phases]
     seen = [value for value in (memory.value, *any_phase) if value is not None]
     parameters, cache = result.parameters, result.cache
     energy = [phase.energy_j.value for phase in result.phases if phase.kind == "train"]
@@ -308,13 +264,6 @@ def _epoch_columns(result: CellResult) -> dict[str, Any]:
     }
 
 
-def _means(path: Any) -> list[float]:
-    ranks = load_ranks(path) if isinstance(path, str) else None  # pandas may turn None into NaN
-    if ranks is None or not len(ranks.rank):
-        return [np.nan] * (len(METRICS) * len(CUTOFFS))
-    return [float(gains(ranks, metric, k).mean()) for k, metric in product(CUTOFFS, METRICS)]
-
-
 def _encoder(spec: EncoderSpec, modality: str) -> str:
     revision = f"@{spec.revision}" if spec.revision else ""
     return f"{spec.source}{revision} ({modality}{', random weights' if spec.weights == 'random' else ''})"
@@ -348,28 +297,3 @@ def _device_keys(results: dict[Path, CellResult]) -> dict[Path, str]:
             (next(iter(found)) for found in candidates if len(found) == 1), f"unknown {result.cell.device} device"
         )
     return keys
-
-
-Arrays = TypeVar("Arrays", Ranks, Samples)
-
-
-def _load_arrays(path: Path, kind: type[Arrays]) -> Arrays:
-    names = [field.name for field in fields(kind)]
-    try:
-        with zipfile.ZipFile(io.BytesIO(path.read_bytes())) as file:
-            return kind(**{name: _array(file.read(f"{name}.npy")) for name in names})
-    except KeyError as error:
-        raise RecordError(f"{path}: {error.args[0]}; written by another version? run the cell again") from None
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise RecordError(f"{path}: not a readable .npz file ({error}); run the cell again") from None
-
-
-_NPY = re.compile(rb"\x93NUMPY\x01\0..{'descr': '(\S+)', 'fortran_order': False, 'shape': \((\d+),\), } *\n", re.DOTALL)
-
-
-def _array(data: bytes) -> Array:
-    """What ``np.load`` reads, in a third of its time: a report opens a file for every cell, and they are short."""
-    header = _NPY.match(data)
-    if header is None:
-        raise ValueError("it does not hold arrays of one dimension")
-    return np.frombuffer(data, header[1].decode(), int(header[2]), header.end()).copy()

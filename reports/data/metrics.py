@@ -1,42 +1,22 @@
-"""Recall@K and NDCG@K from recorded ranks, with intervals over users.
-
-Every user has one target, so Recall@K is the hit rate and NDCG@K is ``1 / log2(1 + rank)`` for a hit (the ideal
-DCG is 1). A target the user already had is masked in the ranking and never hits, whatever rank was recorded.
-"""
+"""Recall@K and NDCG@K of rows over their seeds, with bootstrap intervals over users."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
 from tpme.bench.errors import UserError
+from tpme.reports.data.ranks import METRICS, REPORTED, Floats, Metric, Ranks, gains
 
-if TYPE_CHECKING:  # load.py reports what is computed here
-    from tpme.reports.data.load import Ranks
-
-Floats = npt.NDArray[np.float64]
-Metric = Literal["recall", "ndcg"]
-
-METRICS: tuple[Metric, ...] = ("recall", "ndcg")
-CUTOFFS = (5, 10, 20)
 SPLIT_CUTOFF = 10
 """The cut-off at which warm and cold targets are told apart."""
 RESAMPLES = 1000
 LEVEL = 0.95
-
-
-def gains(ranks: Ranks, metric: Metric, k: int) -> Floats:
-    """What each user adds to the metric at cut-off ``k``; shape ``(users,)``, values in [0, 1]."""
-    hit: npt.NDArray[np.bool_] = (ranks.rank <= k) & ~ranks.in_history.astype(bool)
-    if metric == "recall":
-        return hit.astype(np.float64)
-    return np.where(hit, 1 / np.log2(1 + np.maximum(ranks.rank, 1)), 0.0)
 
 
 def spread(values: Floats) -> float:
@@ -90,7 +70,7 @@ def quality(rows: Mapping[str, Sequence[Ranks]], resamples: int = RESAMPLES) -> 
 
 
 _MEANS: tuple[tuple[str, Metric, int, str], ...] = (
-    *((f"{metric}_{k}", metric, k, "all") for k, metric in product(CUTOFFS, METRICS)),
+    *((f"{metric}_{k}", metric, k, "all") for metric, k in REPORTED),
     *(
         (f"{metric}_{SPLIT_CUTOFF}_{part}", metric, SPLIT_CUTOFF, part)
         for part, metric in product(("warm", "cold"), METRICS)
@@ -119,7 +99,7 @@ def _add_means(lines: dict[str, dict[str, float]], rows: Mapping[str, Sequence[R
         parts = {"all": np.ones_like(cold), "warm": ~cold, "cold": cold}
         both = {key: np.stack([getattr(one, key) for one in seeds]) for key in ("rank", "in_history")}
         together = replace(seeds[0], **both)
-        gained = {(metric, k): gains(together, metric, k) for k, metric in product(CUTOFFS, METRICS)}
+        gained = {(metric, k): gains(together, metric, k) for metric, k in REPORTED}
         for column, metric, k, part in _MEANS:
             members, of_seeds = parts[part], gained[metric, k]  # shapes (users,) and (seeds, users)
             means = np.compress(members, of_seeds, axis=1).mean(axis=1) if members.any() else np.array([np.nan])

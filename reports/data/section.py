@@ -17,10 +17,12 @@ import numpy as np
 import pandas as pd
 
 from tpme.bench.errors import UserError
+from tpme.bench.quantities import memory_reading
 from tpme.bench.record import CellResult
-from tpme.reports.data.load import Ranks, Recorded, load_ranks, memory_of_tpme
-from tpme.reports.data.metrics import METRICS, Floats, Metric, gains, quality, spread
+from tpme.reports.data.load import Recorded, counter_values
+from tpme.reports.data.metrics import quality, spread
 from tpme.reports.data.notes import Notes, mixing, notes_of
+from tpme.reports.data.ranks import METRICS, Floats, Metric, Ranks, gains, load_ranks
 from tpme.reports.data.resampling import Repeats, Resampled, draw, resample, time_interval
 from tpme.reports.data.tpme import Frame, Weights, frame_of, lower_bound, tpme
 from tpme.reports.data.trials import Group, Line, lines_of
@@ -79,6 +81,27 @@ class Section:
             if usable and (name not in found or order(one) < order(found[name])):
                 found[name] = one
         return {name: found[name] for name in self.lines if name in found}
+
+    def counter(self, name: str) -> float | None:
+        """The largest valid value of a counter over all records; None where none has one."""
+        return max(counter_values((recorded.result for recorded in self.records), name), default=None)
+
+    @cached_property
+    def instruments(self) -> str:
+        """How fine the instruments were: noise floor of the device, cost of harness and sampler."""
+        time, memory = self.counter("noise_time_ratio"), self.counter("noise_memory_ratio")
+        overhead, sampler = self.counter("overhead_ratio"), self.counter("sampler_core_share")
+        several = len({recorded.device_key for recorded in self.records}) > 1
+        text = f"Noise floor of {'the noisiest of these devices' if several else 'this device'}: "
+        if time is None or memory is None:
+            text += "not measured (tpme doctor --noise)"
+        else:
+            text += f"time ±{time:.1%}, memory ±{memory:.1%} between runs of the same cell"
+        if overhead is not None:
+            text += f"; the harness adds {overhead:.2%} to an epoch"
+        if sampler is not None:
+            text += f"; the sampler took at most {sampler:.1%} of one core"
+        return text.replace("%", " %") + "."
 
 
 def make_section(
@@ -236,7 +259,7 @@ def _repeats(seeds: Sequence[CellResult]) -> Repeats:
         [epoch.train_s for epoch in result.epochs[result.warmup_epochs :]] or [result.epoch_time_s.value]
         for result in seeds
     ]
-    memory = [memory_of_tpme(result.training_memory, result.cell.device).value for result in seeds]
+    memory = [memory_reading("held", result.training_memory, result.cell.device).value for result in seeds]
     return Repeats(
         epochs_s=tuple(np.array(one, dtype=np.float64) for one in times),
         memory_bytes=np.array(memory, dtype=np.float64),

@@ -16,8 +16,8 @@ from pydantic import PositiveFloat, field_validator, model_validator
 
 from tpme.bench.errors import UserError
 from tpme.bench.record import Cell, CellResult, Frozen, RecordError, Status, attempt_number, find_results, read_result
-from tpme.reports.data.load import Ranks, Recorded, load_ranks, load_samples
-from tpme.reports.data.metrics import gains
+from tpme.reports.data.load import Recorded, load_samples
+from tpme.reports.data.ranks import Ranks, gains, load_ranks
 from tpme.reports.data.stats import Floats, quantiles
 from tpme.reports.gate.metrics import COUNTERS
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from tpme.reports.data.metrics import Metric
+from tpme.reports.data.ranks import Metric
 from tpme.reports.data.section import Section
 from tpme.reports.data.stats import holm, paired
 from tpme.reports.data.trials import Line

@@ -9,7 +9,6 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from tpme.reports.data.instruments import instruments
 from tpme.reports.data.metrics import spread
 from tpme.reports.data.resampling import LEVEL
 from tpme.reports.data.section import Section
@@ -36,7 +35,7 @@ def table_of(
     names = [str(row) for row in (section.summary.index if rows is None else rows)]
     entries = tuple(tuple(entry(row, section.lines[row]) for _, entry in made) for row in names)
     columns = tuple(column for column, _ in made)
-    warnings = (*section.notes.shared, instruments(section))
+    warnings = (*section.notes.shared, section.instruments)
     return Table(name, title, columns, entries, tuple(notes), warnings, section.notes.footnotes, section.name)
 
 

@@ -17,8 +17,8 @@ from tpme.reports.data.section import NO_ADAPTATION, Section
 from tpme.reports.tables import fields
 from tpme.reports.tables.differences import pairs
 from tpme.reports.tables.differences import table as differences
-from tpme.reports.tables.environment import environment
 from tpme.reports.tables.fields import Better, Field, byte_unit, bytes_text, decimals, table_of, value_of
+from tpme.reports.tables.machines import environment
 from tpme.reports.tables.paper import paper
 from tpme.reports.tables.planned import planned
 from tpme.reports.tables.table import MISSING, Column, Entry, Table, number

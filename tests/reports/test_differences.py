@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from tpme.bench.record import Reading, read_result
-from tpme.reports.data.load import load_ranks
-from tpme.reports.data.metrics import gains
+from tpme.reports.data.ranks import gains, load_ranks
 from tpme.reports.data.stats import paired
 from tpme.reports.report import make_report
 from tpme.reports.tables.differences import differences, pairs, table

@@ -16,7 +16,7 @@ from tpme.bench.record import Failure, Flag
 from tpme.reports import report as report_module
 from tpme.reports.data import resampling
 from tpme.reports.data import section as section_module
-from tpme.reports.data.load import load_ranks
+from tpme.reports.data.ranks import load_ranks
 from tpme.reports.data.tpme import Weights
 from tpme.reports.figures import draw as drawing
 from tpme.reports.report import make_report, write_report
