@@ -14,13 +14,15 @@ from typing import Literal
 from tpme.bench.record import Memory, Reading
 
 Better = Literal["higher", "lower"]
-Kind = Literal["status", "counter", "time", "memory", "quality", "cost"]
-"""What a comparison of two values means: counters are exact, and equal on every machine."""
+Kind = Literal["status", "counter", "time", "memory", "quality", "report"]
+"""How the gate compares a quantity (counters are exact, equal on every machine); ``report``: in reports alone."""
 MemoryRule = Literal["held", "allocated"]
 """Which instrument is meant by "memory": see ``INSTRUMENTS``."""
 
 MISSING = "–"
 CUTOFFS = (5, 10, 20)
+QUALITY_DIGITS = 4
+"""Decimals of Recall and NDCG."""
 RANKING = {"recall": "Recall", "ndcg": "NDCG"}
 """Metrics of a ranking and their names."""
 
@@ -61,9 +63,11 @@ class Quantity:
     unit: str = ""
     """Of the stored value: ``s``, ``bytes``, ``FLOP``, ``J``, ``M`` (millions), ``%``, ``items/s``, or none."""
     better: Better | None = "lower"
-    kind: Kind = "cost"
+    kind: Kind = "report"
     digits: int = 3
-    """Significant digits; of a quality, decimals."""
+    """Significant digits."""
+    decimals: int | None = None
+    """Decimals in the place of ``digits``; what would be 0 then, but is no quality, keeps two digits."""
     column: Prefix | None = None
     """Unit of its column, whatever the values; otherwise ``COLUMN_UNITS`` or the stored unit."""
     memory: MemoryRule | None = None
@@ -82,11 +86,14 @@ class Quantity:
         """A value without its unit; a dash for a missing one."""
         if value is None or not math.isfinite(value):
             return MISSING
-        if self.kind == "quality":
-            return f"{value:.{self.digits}f}"
-        if self.unit == "M" and self.digits == 3:  # parameter counts to the thousand; smaller ones keep two digits
-            return f"{value:.3f}" if value >= 1e-3 else number(value, 2)
-        return number(value, self.digits)
+        if self.decimals is None:
+            return number(value, self.digits)
+        whole = self.kind == "quality" or value >= 10**-self.decimals
+        return f"{value:.{self.decimals}f}" if whole else number(value, 2)
+
+    def label(self, unit: str) -> str:
+        """The header of a column in that unit."""
+        return f"{self.header} ({unit})" if unit else self.header
 
     def scale(self, values: Iterable[float | None]) -> tuple[str, float]:
         """The unit in which a column of these values is printed, and its size."""
@@ -99,12 +106,16 @@ def _counter(key: str, header: str, name: str, unit: str = "") -> Quantity:
     return Quantity(key, header, name, unit, kind="counter")
 
 
+def _quality(key: str, header: str) -> Quantity:
+    return Quantity(key, header, better="higher", kind="quality", decimals=QUALITY_DIGITS)
+
+
 QUANTITIES: dict[str, Quantity] = {
     one.key: one
     for one in (
         # the three costs of TPME, and TPME
         Quantity("epoch_time_s", "T", "epoch time", "s"),
-        Quantity("trainable_millions", "P", "trainable parameters", "M"),
+        Quantity("trainable_millions", "P", "trainable parameters", "M", decimals=3),
         Quantity("memory_bytes", "M", "memory", "bytes", memory="held"),
         Quantity("memory_seen_bytes", "Memory seen", unit="bytes", memory="held"),
         Quantity("tpme_percent", "TPME", unit="%"),
@@ -126,6 +137,7 @@ QUANTITIES: dict[str, Quantity] = {
         Quantity("mfu_percent", "MFU", unit="%", better="higher"),
         Quantity("planned_peak_bytes", "Peak, plan", unit="bytes"),
         Quantity("measured_peak_bytes", "measured", unit="bytes", memory="allocated"),
+        Quantity("phase_peak_bytes", "Peak", unit="bytes", memory="allocated"),
         Quantity("peak_ratio", "Ratio", better=None),
         # what the gate compares, in its order
         Quantity("status", "End", "end of the cell", kind="status"),
@@ -148,12 +160,19 @@ QUANTITIES: dict[str, Quantity] = {
         Quantity("host_rss_bytes", "Resident", "resident memory peak", "bytes", kind="memory"),
         # quality
         *(
-            Quantity(f"{metric}_{k}{key}", f"{name}@{k}{part}", better="higher", kind="quality", digits=4)
+            _quality(f"{metric}_{k}{key}", f"{name}@{k}{part}")
             for metric, name in RANKING.items()
             for k in CUTOFFS
             for key, part in (("", ""), *((("_warm", " warm"), ("_cold", " cold")) if k == 10 else ()))
         ),
-        Quantity("valid_recall_10", "Validation Recall@10", better="higher", kind="quality", digits=4),
+        _quality("valid_recall_10", "Validation Recall@10"),
+        # counts
+        Quantity("users", "Users", better=None),
+        Quantity("users_cold", "Users, cold", better=None),
+        Quantity("cannot_hit", "Cannot hit", better=None),
+        Quantity("best_epoch", "Best epoch", better=None),
+        Quantity("epochs_run", "Epochs", better=None),
+        Quantity("search_trials", "lr trials", better=None),
     )
 }
 COUNTERS: tuple[str, ...] = tuple(key for key, one in QUANTITIES.items() if one.kind == "counter")
@@ -219,16 +238,23 @@ def amount(value: float | str | None, unit: str) -> str:
 # --- memory --------------------------------------------------------------------------------------------------
 
 
-def memory_instrument(rule: MemoryRule, memory: Memory, device: str) -> str:
-    """The field of ``memory`` that the rule means on a device: the first valid one, else the last."""
-    *preferred, last = INSTRUMENTS[rule][device]
+def memory_instrument(key: str, memory: Memory, device: str) -> str:
+    """The field of ``memory`` that holds the quantity on a device: the first valid one of its rule, else the last."""
+    *preferred, last = INSTRUMENTS[_rule(key)][device]
     readings = ((name, getattr(memory, name)) for name in preferred)
     return next((name for name, one in readings if one.valid and one.value is not None), last)
 
 
-def memory_reading(rule: MemoryRule, memory: Memory | None, device: str) -> Reading:
-    """The reading that the rule means on a device; a missing one where no memory was recorded."""
+def memory_reading(key: str, memory: Memory | None, device: str) -> Reading:
+    """The reading of a quantity that has a memory rule; a missing one where no memory was recorded."""
     if memory is None:
         return Reading.missing("none", "nothing was trained, or the attempt ended before")
-    reading: Reading = getattr(memory, memory_instrument(rule, memory, device))
+    reading: Reading = getattr(memory, memory_instrument(key, memory, device))
     return reading
+
+
+def _rule(key: str) -> MemoryRule:
+    rule = quantity(key).memory
+    if rule is None:
+        raise ValueError(f"{key} is read by no memory rule")
+    return rule

@@ -14,28 +14,21 @@ import pandas as pd
 from rich.console import Console
 
 from tpme.bench.errors import UserError
+from tpme.bench.quantities import QUALITY_DIGITS, byte_unit, bytes_text, number, quantity
 from tpme.reports.data.section import Section
 from tpme.reports.data.trials import Line
 from tpme.reports.report import make_report
 from tpme.reports.tables import fields
-from tpme.reports.tables.fields import QUALITY_DIGITS, byte_unit, table_of
-from tpme.reports.tables.table import Column, Entry, Table, number, plain
+from tpme.reports.tables.fields import table_of
+from tpme.reports.tables.table import Column, Entry, Table, plain
 from tpme.reports.tables.terminal import to_terminal
 
 BYTES = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 SECONDS = {"ms": 1e-3, "s": 1, "min": 60, "h": 3600}
 MILLIONS = {"": 1e-6, "K": 1e-3, "M": 1, "B": 1e3}
 
-NAMES = {
-    "memory_bytes": "M",
-    "epoch_time_s": "T",
-    "trainable_millions": "P",
-    "ndcg_10": "NDCG@10",
-    "recall_10": "Recall@10",
-}
-"""The columns of a summary that can be limited, and what tables call them."""
-QUALITY = ("ndcg_10", "recall_10")
-"""Of these a limit is the least; of the others it is the most."""
+LIMITED = {key: quantity(key) for key in ("memory_bytes", "epoch_time_s", "trainable_millions", "ndcg_10", "recall_10")}
+"""The columns of a summary that can be limited: a quality from below, a cost from above."""
 TRUST = {"memory_bytes": "memory", "epoch_time_s": "epoch_time"}
 """Columns whose readings may not be trusted: ``<name>_valid`` and ``<name>_reason`` stand beside them."""
 
@@ -45,18 +38,21 @@ class Limits:
     """What is asked of a row."""
 
     bounds: Mapping[str, float]
-    """Column of ``NAMES`` to its limit, in the unit of the column."""
+    """Column of ``LIMITED`` to its limit, in the unit of the column."""
     device: str | None = None
     """``cpu``, ``cuda``, or a part of the name of a device."""
 
     def __str__(self) -> str:
-        told = [f"{NAMES[key]} {'≥' if key in QUALITY else '≤'} {_amount(key, bound)}" for key, bound in self.items]
-        return ", ".join([*told, *([f"device {self.device}"] if self.device else [])]) or "nothing"
+        texts = [
+            f"{LIMITED[key].header} {'≥' if LIMITED[key].more_is_better else '≤'} {_amount(key, bound)}"
+            for key, bound in self.items
+        ]
+        return ", ".join([*texts, *([f"device {self.device}"] if self.device else [])]) or "nothing"
 
     @property
     def items(self) -> list[tuple[str, float]]:
-        """The limits in the order of ``NAMES``."""
-        return [(key, self.bounds[key]) for key in NAMES if key in self.bounds]
+        """The limits in the order of ``LIMITED``."""
+        return [(key, self.bounds[key]) for key in LIMITED if key in self.bounds]
 
 
 @dataclass(frozen=True)
@@ -68,7 +64,7 @@ class Reason:
     text: str
     """For people, with value and limit."""
     quantity: str | None = None
-    """Column of ``NAMES`` that it is about."""
+    """Column of ``LIMITED`` that it is about."""
     value: float | None = None
     limit: float | None = None
 
@@ -152,15 +148,15 @@ def _reasons(section: Section, line: pd.Series[Any], limits: Limits, random: boo
 def _out_of_memory(line: pd.Series[Any], limit: float | None) -> Reason:
     seen = None if pd.isna(line["memory_seen_bytes"]) else float(line["memory_seen_bytes"])
     text = "out of memory"
-    text += "" if seen is None else f", M at least {fields.bytes_text(seen)}"
+    text += "" if seen is None else f", M at least {bytes_text(seen)}"
     text += "" if limit is None else f" (limit {_amount('memory_bytes', limit)})"
     return Reason("oom", text, "memory_bytes", seen, limit)
 
 
 def _against(key: str, limit: float, line: pd.Series[Any], random: bool) -> Reason | None:
     """Why a finished row does not keep one limit; None where it does."""
-    name, value = NAMES[key], None if pd.isna(line[key]) else float(line[key])
-    least = key in QUALITY
+    name, value = LIMITED[key].header, None if pd.isna(line[key]) else float(line[key])
+    least = LIMITED[key].more_is_better
     told = f"(limit {_amount(key, limit)})"
     if random and least:
         return Reason("random-weights", f"{name} means nothing with random weights {told}", key, None, limit)
@@ -180,7 +176,7 @@ def _beside(key: str, value: float, limit: float) -> str:
     unit, scale = _unit(key, limit)
     texts = (number(value / scale, digits) for digits in range(3, 17))
     shown = next((text for text in texts if float(text) != limit / scale), repr(value / scale))
-    return f"{shown}{unit} {'<' if key in QUALITY else '>'} {limit / scale:g}{unit}"
+    return f"{shown}{unit} {'<' if LIMITED[key].more_is_better else '>'} {limit / scale:g}{unit}"
 
 
 def _amount(key: str, value: float) -> str:
@@ -190,10 +186,8 @@ def _amount(key: str, value: float) -> str:
 
 def _unit(key: str, value: float) -> tuple[str, float]:
     """The unit to print a value of a column in, with a space before it, and its factor."""
-    if key == "memory_bytes":
-        unit, scale = byte_unit(pd.Series([value]))
-        return f" {unit}", scale
-    return {"epoch_time_s": " s", "trainable_millions": " M"}.get(key, ""), 1.0
+    unit, scale = LIMITED[key].scale([value])
+    return f" {unit}" if unit else "", scale
 
 
 def _on(section: Section, device: str) -> bool:
@@ -208,16 +202,15 @@ def qualifying_table(choice: Choice, limits: Limits) -> Table:
     """The rows that qualify, best first; bold is the best among them."""
     summary = choice.section.summary
     chosen = replace(choice.section, summary=summary.loc[list(choice.qualifying)])
-    unit, scale = byte_unit(summary["memory_seen_bytes"])
     place = {name: index for index, name in enumerate(choice.qualifying, start=1)}
     made = [
         (Column("place", "#"), lambda name, line: Entry(str(place[name]), place[name])),
         fields.method(choice.section),
-        *fields.quality(chosen, "ndcg_10", "NDCG@10"),
-        *fields.quality(chosen, "recall_10", "Recall@10"),
-        *fields.cost(chosen, "epoch_time_s", "T (s)"),
-        *fields.cost(chosen, "trainable_millions", "P (M)", fields.millions),
-        *fields.memory(chosen, f"M ({unit})", scale),
+        *fields.quality(chosen, "ndcg_10"),
+        *fields.quality(chosen, "recall_10"),
+        *fields.cost(chosen, "epoch_time_s"),
+        *fields.cost(chosen, "trainable_millions"),
+        *fields.memory(chosen, byte_unit(summary["memory_seen_bytes"])),
         *(field for field in fields.tpme(chosen) if field[0].key.startswith(("tpme_percent", "tpme_lower_bound"))),
     ]
     title = f"{len(choice.qualifying)} of {len(summary)} rows qualify"

@@ -223,8 +223,8 @@ def _cell_columns(cell: Cell, device_key: str) -> dict[str, Any]:
 
 
 def _cost_columns(result: CellResult) -> dict[str, Any]:
-    memory = memory_reading("held", result.training_memory, result.cell.device)
-    any_phase = [memory_reading("held", phase.memory, result.cell.device).value for phase in result.phases]
+    memory = memory_reading("memory_bytes", result.training_memory, result.cell.device)
+    any_phase = [memory_reading("memory_seen_bytes", phase.memory, result.cell.device).value for phase in result.phases]
     seen = [value for value in (memory.value, *any_phase) if value is not None]
     parameters, cache = result.parameters, result.cache
     energy = [phase.energy_j.value for phase in result.phases if phase.kind == "train"]

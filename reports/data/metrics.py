@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -24,6 +24,18 @@ def spread(values: Floats) -> float:
     if len(values) < 2:
         return np.nan
     return float(values.std(ddof=1)) if np.ptp(values) else 0.0
+
+
+def over_seeds(rows: Iterable[str], values: Mapping[tuple[str, str], Sequence[float]]) -> pd.DataFrame:
+    """Mean and standard deviation (``<key>_sd``) over seeds of the values of each (row, key); NaN where there are none.
+
+    The index holds ``rows``; the columns come in the order in which ``values`` names their keys.
+    """
+    columns: dict[str, dict[str, float]] = {}
+    for (row, key), of_seeds in values.items():
+        columns.setdefault(key, {})[row] = float(np.mean(of_seeds)) if of_seeds else np.nan
+        columns.setdefault(f"{key}_sd", {})[row] = spread(np.array(of_seeds))
+    return pd.DataFrame(columns, index=pd.Index(list(rows), dtype=object), dtype=np.float64)
 
 
 def bootstrap_means(values: Floats, members: Floats, resamples: int = RESAMPLES, seed: int = 0) -> Floats:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from tpme.bench.errors import UserError
 from tpme.bench.quantities import memory_reading
 from tpme.bench.record import CellResult
 from tpme.reports.data.load import Recorded, counter_values
-from tpme.reports.data.metrics import quality, spread
+from tpme.reports.data.metrics import over_seeds, quality, spread
 from tpme.reports.data.notes import Notes, mixing, notes_of
 from tpme.reports.data.ranks import METRICS, Floats, Metric, Ranks, gains, load_ranks
 from tpme.reports.data.resampling import Repeats, Resampled, draw, resample, time_interval
@@ -81,6 +81,11 @@ class Section:
             if usable and (name not in found or order(one) < order(found[name])):
                 found[name] = one
         return {name: found[name] for name in self.lines if name in found}
+
+    def counters(self, names: Iterable[str]) -> pd.DataFrame:
+        """Counters of every row: a column for the mean over seeds of each and one for ``<name>_sd``."""
+        pairs = ((row, name) for name in names for row in self.lines)
+        return over_seeds(self.lines, {(row, name): counter_values(self.behind[row], name) for row, name in pairs})
 
     def counter(self, name: str) -> float | None:
         """The largest valid value of a counter over all records; None where none has one."""
@@ -259,7 +264,7 @@ def _repeats(seeds: Sequence[CellResult]) -> Repeats:
         [epoch.train_s for epoch in result.epochs[result.warmup_epochs :]] or [result.epoch_time_s.value]
         for result in seeds
     ]
-    memory = [memory_reading("held", result.training_memory, result.cell.device).value for result in seeds]
+    memory = [memory_reading("memory_bytes", result.training_memory, result.cell.device).value for result in seeds]
     return Repeats(
         epochs_s=tuple(np.array(one, dtype=np.float64) for one in times),
         memory_bytes=np.array(memory, dtype=np.float64),

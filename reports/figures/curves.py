@@ -12,6 +12,7 @@ import pandas as pd
 from matplotlib.collections import PolyCollection
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
+from tpme.bench.quantities import byte_unit
 from tpme.bench.record import CellResult
 from tpme.reports.data.load import Samples, load_samples, stretches, thin
 from tpme.reports.data.ranks import Array
@@ -20,7 +21,6 @@ from tpme.reports.figures.axes import LOG_FROM, log_axis, name_rows
 from tpme.reports.figures.figure import Plot, row_label
 from tpme.reports.figures.shares import phase_colours, phase_legend
 from tpme.reports.figures.style import BLUE, COLUMN_INCHES, GREY, SILVER, margins, new_figure
-from tpme.reports.tables.fields import byte_unit
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,18 @@ import numpy as np
 from pydantic import PositiveFloat, field_validator, model_validator
 
 from tpme.bench.errors import UserError
-from tpme.bench.record import Cell, CellResult, Frozen, RecordError, Status, attempt_number, find_results, read_result
+from tpme.bench.quantities import memory_instrument
+from tpme.bench.record import (
+    Cell,
+    CellResult,
+    Frozen,
+    Reading,
+    RecordError,
+    Status,
+    attempt_number,
+    find_results,
+    read_result,
+)
 from tpme.reports.data.load import Recorded, load_samples
 from tpme.reports.data.ranks import Ranks, gains, load_ranks
 from tpme.reports.data.stats import Floats, quantiles
@@ -272,13 +283,11 @@ def epoch_times(recorded: Recorded) -> Floats:
 
 def memory(result: CellResult) -> dict[str, float]:
     """The peaks over training that are gated: allocated by torch, and on a CPU, where there is none, resident."""
-    found = result.training_memory
-    if found is None:
+    if result.training_memory is None:
         return {}
-    readings = {"torch_allocated_bytes": found.torch_allocated_bytes}
-    if result.cell.device == "cpu":
-        readings = {"host_rss_bytes": found.host_rss_bytes}
-    return {name: one.value for name, one in readings.items() if one.valid and one.value is not None}
+    name = memory_instrument("measured_peak_bytes", result.training_memory, result.cell.device)
+    reading: Reading = getattr(result.training_memory, name)
+    return {name: reading.value} if reading.valid and reading.value is not None else {}
 
 
 def _quality(recorded: Recorded) -> tuple[Quality | None, str | None]:

@@ -6,16 +6,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from tpme.reports.data.ranks import Metric
+from tpme.bench.quantities import MISSING, QUALITY_DIGITS, number, quantity
+from tpme.reports.data.ranks import METRICS, Metric
 from tpme.reports.data.section import Section
 from tpme.reports.data.stats import holm, paired
 from tpme.reports.data.trials import Line
 from tpme.reports.tables import fields
-from tpme.reports.tables.table import MISSING, Column, Entry, Table, number
+from tpme.reports.tables.table import Column, Entry, Table
 
 LEVEL = 0.05
-TESTED: dict[Metric, str] = {"recall": "Recall@10", "ndcg": "NDCG@10"}
-"""The metrics whose differences are tested, each a family of its own, and their names."""
+TESTED: dict[Metric, str] = {metric: quantity(f"{metric}_10").header for metric in METRICS}
+"""The metrics whose differences are tested, each a family of tests, and their names."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,11 @@ def differences(section: Section, metric: Metric = "ndcg") -> list[Difference]:
 def table(section: Section) -> Table:
     """For each row, those that the test does not tell apart from it."""
     made, tested, pairs = [fields.method(section)], set(), 0
-    for metric, title in TESTED.items():
+    for metric in TESTED:
         found = differences(section, metric)
         tested |= {name for one in found for name in (one.first, one.second)}
         pairs = len(found)
-        made += fields.quality(section, f"{metric}_10", title)
+        made += fields.quality(section, f"{metric}_10")
         made.append((Column(f"{metric}_10_not_told_apart", "Not told apart from", numeric=False), _alike(found)))
     note = (
         f"Paired randomisation test over users, {pairs} pairs, Holm's correction for each metric: rows that are not "
@@ -98,7 +99,7 @@ def pairs(section: Section) -> Table:
             Entry(one.first, one.first),
             Entry(one.second, one.second),
             Entry(title, f"{metric}_10"),
-            Entry(f"{one.difference:+.{fields.QUALITY_DIGITS}f}", one.difference, one.significant),
+            Entry(f"{one.difference:+.{QUALITY_DIGITS}f}", one.difference, one.significant),
             Entry(number(one.p, 2), one.p, one.significant),
         )
         for metric, title in TESTED.items()

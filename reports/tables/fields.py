@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import isnan, nan
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import pandas as pd
 
-from tpme.reports.data.metrics import spread
+from tpme.bench.quantities import MISSING, QUALITY_DIGITS, Better, number, quantity
 from tpme.reports.data.resampling import LEVEL
 from tpme.reports.data.section import Section
 from tpme.reports.data.trials import Line
-from tpme.reports.tables.table import MISSING, Column, Entry, Table, Value, number
+from tpme.reports.tables.table import Column, Entry, Table, Value
 
-Better = Literal["higher", "lower"]
 Field = tuple[Column, Callable[[str, Line], Entry]]
 """A column, and how it makes its entry from the name of a row and its line of the summary."""
-
-QUALITY_DIGITS = 4
-"""Decimals of Recall and NDCG."""
 
 
 def table_of(
@@ -60,87 +55,74 @@ def status() -> Field:
     return Column("status", machine_only=True), hidden("status")
 
 
-def quality(section: Section, key: str, header: str, seeds: bool = False) -> list[Field]:
+def quality(section: Section, key: str, seeds: bool = False) -> list[Field]:
     """Mean and half the width of its interval; the bounds go to the formats for programs.
 
     With ``seeds`` the standard deviation over them, where any row has several, is a column for people, too.
     """
+    what = quantity(key)
     best = best_rows(section.summary[key], "higher", QUALITY_DIGITS)
 
     def entry(name: str, line: Line) -> Entry:
         if isnan(line[key]):
             return Entry(str(line["status"]) if line["status"] != "ok" else MISSING)
         half = (line[f"{key}_high"] - line[f"{key}_low"]) / 2
-        mean = decimals(line[key])
-        return Entry(f"{mean} ± {decimals(half)}", line[key], name in best, short=mean)
+        mean = what.format(line[key])
+        return Entry(f"{mean} ± {what.format(half)}", line[key], name in best, short=mean)
 
-    def spread(name: str, line: Line) -> Entry:
-        return Entry(decimals(line[f"{key}_sd"]), value_of(line[f"{key}_sd"]))
+    def deviation(name: str, line: Line) -> Entry:
+        return Entry(what.format(line[f"{key}_sd"]), value_of(line[f"{key}_sd"]))
 
     bounds = [(Column(f"{key}_{part}", machine_only=True), hidden(f"{key}_{part}")) for part in ("low", "high")]
     known = seeds and bool(section.summary[f"{key}_sd"].notna().any())
     column = Column(f"{key}_sd", "± seeds", machine_only=not known, wide_only=True)
-    return [(Column(key, header, "higher"), entry), *bounds, (column, spread)]
+    return [(Column(key, what.header, "higher"), entry), *bounds, (column, deviation)]
 
 
 def cost(
     section: Section,
     key: str,
-    header: str,
-    show: Callable[[float], str] = number,
-    scale: float = 1,
-    better: Better | None = "lower",
-    of: Mapping[str, Line] | None = None,
+    frame: pd.DataFrame | None = None,
+    *,
+    header: str | None = None,
+    unit: tuple[str, float] | None = None,
 ) -> list[Field]:
     """A mean, bold where it is the best of the compared rows, ± the standard deviation over seeds where there is one.
 
     Args:
         section: whose rows.
-        key: of the value in the line of a row; ``<key>_sd`` is its standard deviation.
-        header: for people.
-        show: how a value is printed; programs get it unscaled.
-        scale: what values are divided by to be printed.
-        better: which value is the best; None where none is.
-        of: the lines that hold the values, by row; by default those of the summary.
+        key: column of the values; ``<key>_sd`` is their standard deviation. Programs get both unscaled.
+        frame: the values by row; by default the summary.
+        header: for people; by default the quantity and the unit.
+        unit: the unit in which people read the values, and its size; by default the one that suits the largest.
     """
-    lines = section.lines if of is None else of
-    compared = pd.Series({name: lines[name].get(key) for name in section.compared if name in lines}, dtype=float)
-    best = best_rows(compared, better) if better else set()
+    frame, what = section.summary if frame is None else frame, quantity(key)
+    values = frame[key].astype(float).to_dict()
+    spreads = frame[f"{key}_sd"].to_dict() if f"{key}_sd" in frame else {}
+    name_of_unit, scale = unit or what.scale(values.values())
+    compared = pd.Series({name: values[name] for name in section.compared if name in values}, dtype=float)
+    best = best_rows(compared, what.better) if what.better else set()
 
     def entry(name: str, line: Line) -> Entry:
-        value, spread = lines[name].get(key, nan), lines[name].get(f"{key}_sd", nan)
-        mean = show(value / scale)
+        spread = spreads.get(name, nan)
+        mean = what.format(values[name] / scale)
         text = mean if isnan(spread) else f"{mean} ± {number(spread / scale, 2)}"
-        return Entry(text, value_of(value), name in best, short=mean)
+        return Entry(text, value_of(values[name]), name in best, short=mean)
 
-    made: list[Field] = [(Column(key, header, better), entry)]
-    if any(f"{key}_sd" in line for line in lines.values()):
-        spreads = Column(f"{key}_sd", machine_only=True)
-        made.append((spreads, lambda name, line: Entry("", value_of(lines[name].get(f"{key}_sd")))))
-    return made
-
-
-def over_seeds(found: Mapping[tuple[str, str], Sequence[float]]) -> dict[str, dict[str, float]]:
-    """The values of every (row, key) as lines for ``cost``: mean and ``<key>_sd``, NaN where there are too few."""
-    lines: dict[str, dict[str, float]] = {}
-    for (name, key), values in found.items():
-        mean = float(np.mean(values)) if values else nan
-        lines.setdefault(name, {}).update({key: mean, f"{key}_sd": spread(np.array(values))})
-    return lines
+    fields: list[Field] = [(Column(key, header or what.label(name_of_unit), what.better), entry)]
+    if spreads:
+        column = Column(f"{key}_sd", machine_only=True)
+        fields.append((column, lambda name, line: Entry("", value_of(spreads[name]))))
+    return fields
 
 
-def millions(value: float) -> str:
-    """A parameter count in millions to the thousand; what is smaller than that keeps two digits."""
-    return f"{value:.3f}" if value >= 1e-3 else number(value, 2)
-
-
-def memory(section: Section, header: str, scale: float) -> list[Field]:
+def memory(section: Section, unit: tuple[str, float]) -> list[Field]:
     """M; of a row that ran out of memory the most that was seen, as a lower bound."""
-    (column, mean), *spreads = cost(section, "memory_bytes", header, scale=scale)
+    (column, mean), *spreads = cost(section, "memory_bytes", unit=unit)
 
     def entry(name: str, line: Line) -> Entry:
         if line["status"] == "oom" and not isnan(line["memory_seen_bytes"]):
-            return Entry(f"≥ {number(line['memory_seen_bytes'] / scale)}")
+            return Entry(f"≥ {number(line['memory_seen_bytes'] / unit[1])}")
         return mean(name, line)
 
     seen = (Column("memory_seen_bytes", machine_only=True), hidden("memory_seen_bytes"))
@@ -150,11 +132,7 @@ def memory(section: Section, header: str, scale: float) -> list[Field]:
 
 def energy(section: Section) -> list[Field]:
     """E, the energy of a training epoch; no column where no row has any."""
-    joules = section.summary["energy_epoch_j"]
-    if joules.isna().all():
-        return []
-    unit, scale = ("kJ", 1e3) if joules.max() >= 1e4 else ("J", 1.0)
-    return cost(section, "energy_epoch_j", f"E ({unit})", scale=scale)
+    return cost(section, "energy_epoch_j") if section.summary["energy_epoch_j"].notna().any() else []
 
 
 def tpme(section: Section) -> list[Field]:
@@ -185,7 +163,7 @@ def tpme(section: Section) -> list[Field]:
         return Entry(str(int(line["tpme_rank"])), int(line["tpme_rank"])) if known else Entry(MISSING)
 
     return [
-        (Column("tpme_percent", "TPME (%)", "lower"), percent),
+        (Column("tpme_percent", quantity("tpme_percent").label("%"), "lower"), percent),
         (Column("tpme_low_percent", f"{100 * LEVEL:.0f} %", wide_only=True), interval),
         (Column("tpme_high_percent", machine_only=True), high),
         (Column("tpme_lower_bound_percent", machine_only=True), bound),
@@ -193,29 +171,33 @@ def tpme(section: Section) -> list[Field]:
     ]
 
 
-def interval(key: str, header: str) -> list[Field]:
+def interval(key: str) -> list[Field]:
     """The bounds of an interval, in one column for people and in two for programs."""
+    what = quantity(key)
 
     def entry(name: str, line: Line) -> Entry:
         low, high = line[f"{key}_low"], line[f"{key}_high"]
         return Entry(f"{number(low)}–{number(high)}" if not isnan(low) else MISSING, value_of(low))
 
-    return [(Column(f"{key}_low", header), entry), (Column(f"{key}_high", machine_only=True), hidden(f"{key}_high"))]
+    column = Column(f"{key}_low", f"{what.header}, {100 * LEVEL:.0f} % ({what.unit})")
+    return [(column, entry), (Column(f"{key}_high", machine_only=True), hidden(f"{key}_high"))]
 
 
-def count(key: str, header: str) -> Field:
+def count(key: str) -> Field:
     """A count, or the mean of one over seeds."""
 
     def entry(name: str, line: Line) -> Entry:
         text = MISSING if isnan(line[key]) else f"{line[key]:.1f}".removesuffix(".0")
         return Entry(text, value_of(line[key]))
 
-    return Column(key, header), entry
+    return Column(key, quantity(key).header), entry
 
 
-def percent(key: str, header: str) -> Field:
-    """A share, shown in percent."""
-    return Column(key, header), lambda name, line: Entry(f"{100 * line[key]:.2f}", value_of(line[key]))
+def percent(key: str) -> Field:
+    """A share, in percent."""
+    return Column(key, quantity(key).label("%")), lambda name, line: Entry(
+        f"{100 * line[key]:.2f}", value_of(line[key])
+    )
 
 
 def hidden(key: str) -> Callable[[str, Line], Entry]:
@@ -230,11 +212,6 @@ def value_of(value: Any) -> Value:
     return value if isinstance(value, str) else float(value)
 
 
-def decimals(value: float) -> str:
-    """Recall or NDCG as it is printed."""
-    return MISSING if pd.isna(value) else f"{value:.{QUALITY_DIGITS}f}"
-
-
 def best_rows(values: pd.Series[Any], better: Better, digits: int = 12) -> set[str]:
     """The rows that hold the best value, as far as it is printed; none where there is no choice."""
     known = values.dropna().astype(float).round(digits)
@@ -242,17 +219,3 @@ def best_rows(values: pd.Series[Any], better: Better, digits: int = 12) -> set[s
         return set()
     best = known.max() if better == "higher" else known.min()
     return {str(name) for name in known.index[known == best]}
-
-
-def byte_unit(values: pd.Series[Any]) -> tuple[str, float]:
-    """The unit that suits the largest value of a column."""
-    largest = values.astype(float).max()
-    return ("GB", 1e9) if pd.notna(largest) and largest >= 1e9 else ("MB", 1e6)
-
-
-def bytes_text(value: Any) -> str:
-    """A size with its unit."""
-    if value is None or pd.isna(value):
-        return MISSING
-    unit, scale = byte_unit(pd.Series([value]))
-    return f"{number(value / scale)} {unit}"

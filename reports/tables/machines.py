@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from tpme.bench.quantities import MISSING
 from tpme.bench.record import CellResult, LearningRates, Modality
 from tpme.reports.data.section import Section
 from tpme.reports.data.trials import own_path
-from tpme.reports.tables.table import MISSING, Column, Entry, Table
+from tpme.reports.tables.table import Column, Entry, Table
 
 PACKAGES = ("torch", "transformers", "peft", "numpy")
 """Listed first."""

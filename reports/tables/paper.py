@@ -12,12 +12,13 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from tpme.bench.quantities import MISSING, number
 from tpme.bench.record import Cell, CellResult
 from tpme.reports.data.section import Section
 from tpme.reports.data.trials import Line
 from tpme.reports.tables import fields
 from tpme.reports.tables.fields import Field
-from tpme.reports.tables.table import MISSING, Column, Entry, Table, number
+from tpme.reports.tables.table import Column, Entry, Table
 
 SOURCE = "Fu et al., IISAN, SIGIR 2024 (abstract, and README of the authors' release)"
 DATASET, ENCODERS = "scientific", ("bert-base-uncased", "vit-base-patch16-224")

@@ -14,11 +14,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+
+from tpme.bench.quantities import Better
 
 Value = str | int | float | None
 
-MISSING = "–"
 ARROWS = {"higher": " ↑", "lower": " ↓", None: ""}
 
 
@@ -41,7 +41,7 @@ class Column:
 
     key: str
     header: str = ""
-    better: Literal["higher", "lower"] | None = None
+    better: Better | None = None
     numeric: bool = True
     machine_only: bool = False
     """Left out of the formats for people: the bounds of an interval, for example."""
@@ -92,18 +92,6 @@ class Table:
         """Number and text of the footnotes that some entry points at."""
         used = {mark for row in self.rows for entry in row for mark in entry.marks}
         return [(mark, self.footnotes[mark - 1]) for mark in sorted(used)]
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """A number with so many significant digits and no exponent where one can be avoided; ``–`` for none."""
-    if value is None or not math.isfinite(value):
-        return MISSING
-    if value == 0:
-        return "0"
-    size = math.floor(math.log10(abs(float(f"{value:.{digits - 1}e}"))))
-    if not -4 <= size < 9:
-        return f"{value:.{digits - 1}e}"
-    return f"{value:.{max(0, digits - 1 - size)}f}"
 
 
 # --- Markdown ------------------------------------------------------------------------------------------------
