@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from tpme.bench.errors import UserError
@@ -30,8 +31,10 @@ from tpme.bench.record import (
     find_results,
     read_result,
 )
-from tpme.reports.data.ranks import REPORTED, Array, load_arrays, mean_gains
+from tpme.reports.data.ranks import REPORTED, load_arrays, mean_gains
 from tpme.reports.data.trials import select_trials
+
+Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 
 from tpme.bench.errors import UserError
-from tpme.reports.data.ranks import METRICS, REPORTED, Floats, Metric, Ranks, gains
+from tpme.reports.data.ranks import METRICS, REPORTED, Metric, Ranks, gains
+from tpme.reports.data.stats import Floats
 
 SPLIT_CUTOFF = 10
 """The cut-off at which warm and cold targets are told apart."""

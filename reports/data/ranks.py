@@ -20,9 +20,8 @@ import numpy.typing as npt
 
 from tpme.bench.quantities import CUTOFFS
 from tpme.bench.record import RecordError
+from tpme.reports.data.stats import Floats
 
-Array = npt.NDArray[Any]
-Floats = npt.NDArray[np.float64]
 Metric = Literal["recall", "ndcg"]
 
 METRICS: tuple[Metric, ...] = ("recall", "ndcg")
@@ -34,12 +33,12 @@ REPORTED: tuple[tuple[Metric, int], ...] = tuple((metric, k) for k, metric in pr
 class Ranks:
     """Rank of every user's test target; all arrays have shape ``(users,)``."""
 
-    rank: Array
+    rank: npt.NDArray[Any]
     """From 1; ties count against the model."""
-    target: Array
-    cold: Array
+    target: npt.NDArray[Any]
+    cold: npt.NDArray[Any]
     """The target never occurs in training."""
-    in_history: Array
+    in_history: npt.NDArray[Any]
     """The target is masked because the user already had it, so it can never hit."""
 
 
@@ -89,7 +88,7 @@ def load_arrays(path: Path, kind: type[Arrays]) -> Arrays:
 _NPY = re.compile(rb"\x93NUMPY\x01\0..{'descr': '(\S+)', 'fortran_order': False, 'shape': \((\d+),\), } *\n", re.DOTALL)
 
 
-def _array(data: bytes) -> Array:
+def _array(data: bytes) -> npt.NDArray[Any]:
     """What ``np.load`` reads, in a third of its time: a report opens a file for every cell, and they are short."""
     header = _NPY.match(data)
     if header is None:

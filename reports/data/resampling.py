@@ -27,13 +27,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from tpme.reports.data.stats import Floats
 from tpme.reports.data.tpme import COLUMNS, Frame, Weights
 
 DRAWS = 2000
 LEVEL = 0.95
 _SEED = 20240711
 
-Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 

@@ -22,8 +22,9 @@ from tpme.bench.record import CellResult
 from tpme.reports.data.load import Recorded, counter_values
 from tpme.reports.data.metrics import over_seeds, quality, spread
 from tpme.reports.data.notes import Notes, mixing, notes_of
-from tpme.reports.data.ranks import METRICS, Floats, Metric, Ranks, gains, load_ranks
+from tpme.reports.data.ranks import METRICS, Metric, Ranks, gains, load_ranks
 from tpme.reports.data.resampling import Repeats, Resampled, draw, resample, time_interval
+from tpme.reports.data.stats import Floats
 from tpme.reports.data.tpme import Frame, Weights, frame_of, lower_bound, tpme
 from tpme.reports.data.trials import Group, Line, lines_of
 

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from tpme.reports.data.ranks import Array
+from tpme.reports.data.load import Array
 from tpme.reports.figures.style import margins, text_width
 
 LOG_FROM = 20

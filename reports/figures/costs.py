@@ -16,7 +16,7 @@ import pandas as pd
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from tpme.bench.quantities import byte_unit, number, quantity
-from tpme.reports.data.ranks import Array
+from tpme.reports.data.load import Array
 from tpme.reports.data.section import Section
 from tpme.reports.data.tpme import pareto
 from tpme.reports.figures import curves, shares

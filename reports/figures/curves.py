@@ -14,8 +14,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from tpme.bench.quantities import byte_unit
 from tpme.bench.record import CellResult
-from tpme.reports.data.load import Samples, load_samples, stretches, thin
-from tpme.reports.data.ranks import Array
+from tpme.reports.data.load import Array, Samples, load_samples, stretches, thin
 from tpme.reports.data.section import Section
 from tpme.reports.figures.axes import LOG_FROM, log_axis, name_rows
 from tpme.reports.figures.figure import Plot, row_label

@@ -11,8 +11,8 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from tpme.reports.data.load import Array
 from tpme.reports.data.phases import phase_shares
-from tpme.reports.data.ranks import Array
 from tpme.reports.data.resampling import DRAWS, LEVEL
 from tpme.reports.data.section import Section
 from tpme.reports.data.tpme import COLUMNS

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
+from tpme.bench.quantities import number
 from tpme.reports.tables.table import (
     MISSING,
     Column,
@@ -19,7 +20,6 @@ from tpme.reports.tables.table import (
     Table,
     escape_latex,
     escape_markdown,
-    number,
     to_csv,
     to_json,
     to_latex,
