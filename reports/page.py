@@ -22,7 +22,7 @@ from tpme.bench.record import Cell, CellResult
 from tpme.reports.data.load import Recorded, load_samples, stretches, thin
 from tpme.reports.data.section import Section
 from tpme.reports.data.tpme import COLUMNS, Weights, members
-from tpme.reports.data.trials import Line, own_path
+from tpme.reports.data.trials import Line, shorten_path
 
 SHORT = dict(zip(COLUMNS, ("t", "p", "m"), strict=True))
 QUALITY = tuple(f"{metric}_10{end}" for metric in ("recall", "ndcg") for end in ("", "_low", "_high"))
@@ -67,8 +67,8 @@ def _group(section: Section) -> dict[str, Any]:
         if frame is None
         else {short: [getattr(frame, name).min, getattr(frame, name).max] for name, short in SHORT.items()},
         "frozen": section.frame_from,
-        "shared": [own_path(text) for text in (*section.notes.shared, section.instruments)],
-        "footnotes": [own_path(text) for text in section.notes.footnotes],
+        "shared": [shorten_path(text) for text in (*section.notes.shared, section.instruments)],
+        "footnotes": [shorten_path(text) for text in section.notes.footnotes],
         "rows": [
             _row(section, index, name, line, bool(usable[name]), firsts[name])
             for index, (name, line) in enumerate(section.lines.items())
@@ -109,7 +109,7 @@ def _cell(recorded: Recorded) -> dict[str, Any]:
         "seed": result.cell.seed,
         "attempt": result.attempt,
         "code": result.code_version[:12],
-        "failure": own_path(f"during {failure.phase}: {failure.message}") if failure else None,
+        "failure": shorten_path(f"during {failure.phase}: {failure.message}") if failure else None,
         "phases": _phases(result),
         "curve": _curve(recorded),
         "configuration": matrix_of(result.cell),
@@ -141,7 +141,7 @@ def _environment(result: CellResult) -> dict[str, str]:
     told = {"device": one.device_name, "driver": one.driver, "threads": one.cpu_threads, "platform": one.platform}
     told |= {"python": one.python, **{name: one.packages[name] for name in sorted(one.packages)}}
     told |= {"allocator": one.allocator, "git": one.git_revision, "started": result.started_at}
-    return {key: own_path(str(value)) for key, value in told.items() if value is not None}
+    return {key: shorten_path(str(value)) for key, value in told.items() if value is not None}
 
 
 def matrix_of(cell: Cell) -> str:
@@ -156,11 +156,11 @@ def matrix_of(cell: Cell) -> str:
         head.append("fill in: path, the folder of that data, prepared; or in its place the synthetic settings it had")
     encoders = {"text": cell.text_encoder, "image": cell.image_encoder}
     pair = {
-        kind: {**spec.model_dump(exclude_none=True), "source": own_path(spec.source)}
+        kind: {**spec.model_dump(exclude_none=True), "source": shorten_path(spec.source)}
         for kind, spec in encoders.items()
         if spec is not None
     }
-    if any(own_path(spec.source) != spec.source for spec in encoders.values() if spec is not None):
+    if any(shorten_path(spec.source) != spec.source for spec in encoders.values() if spec is not None):
         head.append("fill in: source, the folder of an encoder, of which only the end is told here")
     method = {"name": cell.method, "options": cell.options, "cached": cell.cached}
     lines = {

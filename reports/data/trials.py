@@ -104,7 +104,10 @@ def names(groups: Sequence[Group]) -> list[str]:
                 f"{group.key['protocol']} protocol",
                 group.key["precision"],
                 group.key["device_key"],
-                *(group.key[key][:12] if key == "dataset_fingerprint" else own_path(group.key[key]) for key in told),
+                *(
+                    group.key[key][:12] if key == "dataset_fingerprint" else shorten_path(group.key[key])
+                    for key in told
+                ),
             ]
         )
         for group in groups
@@ -116,7 +119,7 @@ def mixture(group: Group) -> str:
     return " and ".join(dict.fromkeys(PLURAL[name] for name in group.mixed))
 
 
-def own_path(text: str) -> str:
+def shorten_path(text: str) -> str:
     """Absolute paths in a text cut to their last two parts: a report tells nothing of a machine's folders."""
     return re.sub(r"(?<![^\s(])/(?:[^/\s(),]+/)*([^/\s(),]+/[^/\s(),]+)", r"\1", text)
 
@@ -176,7 +179,7 @@ def _row_names(cells: pd.DataFrame) -> list[str]:
 
 def _telling(values: Sequence[str]) -> dict[str, str]:
     """A short text for each value that tells it from the others: of its parts the first, or all, that not all share."""
-    texts = [re.sub(r"\((?:R|TM)\)| Processor\b", "", own_path(value)) for value in values]
+    texts = [re.sub(r"\((?:R|TM)\)| Processor\b", "", shorten_path(value)) for value in values]
     texts = [text[:12] if re.fullmatch("[0-9a-f]{64}", text) else text for text in texts]  # fingerprints
     parts = [re.split(r", (?![^()]*\))", text) for text in texts]  # commas in brackets part nothing
     own = [[part for part in one if not all(part in other for other in parts)] or one for one in parts]

@@ -8,7 +8,7 @@ from typing import Any
 from tpme.bench.quantities import MISSING
 from tpme.bench.record import CellResult, LearningRates, Modality
 from tpme.reports.data.section import Section
-from tpme.reports.data.trials import own_path
+from tpme.reports.data.trials import shorten_path
 from tpme.reports.tables.table import Column, Entry, Table
 
 PACKAGES = ("torch", "transformers", "peft", "numpy")
@@ -72,7 +72,7 @@ def _encoder(result: CellResult, modality: Modality) -> str | None:
         return None
     revision = f"@{facts.revision}" if facts.revision else ""
     return (
-        f"{own_path(facts.source)}{revision}: {facts.architecture}, {facts.weights} weights, width {facts.width}, "
+        f"{shorten_path(facts.source)}{revision}: {facts.architecture}, {facts.weights} weights, width {facts.width}, "
         f"depth {facts.depth}, {facts.parameters / 1e6:.4g} M parameters"
     )
 
