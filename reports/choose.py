@@ -1,4 +1,4 @@
-"""``tpme choose``: which rows keep an engineer's limits, best first, and why each of the others does not."""
+"""``tpme choose``: the rows within an engineer's limits, best first, and the reasons against each of the others."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ MILLIONS = {"": 1e-6, "K": 1e-3, "M": 1, "B": 1e3}
 LIMITED = {key: quantity(key) for key in ("memory_bytes", "epoch_time_s", "trainable_millions", "ndcg_10", "recall_10")}
 """The columns of a summary that can be limited: a quality from below, a cost from above."""
 TRUST = {"memory_bytes": "memory", "epoch_time_s": "epoch_time"}
-"""Columns whose readings may not be trusted: ``<name>_valid`` and ``<name>_reason`` stand beside them."""
+"""Columns whose readings may be doubtful: ``<name>_valid`` and ``<name>_reason`` belong to them."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What is asked of a row."""
+    """Requirements on a row."""
 
     bounds: Mapping[str, float]
     """Column of ``LIMITED`` to its limit, in the unit of the column."""
@@ -64,7 +64,7 @@ class Reason:
     text: str
     """For people, with value and limit."""
     quantity: str | None = None
-    """Column of ``LIMITED`` that it is about."""
+    """The column of ``LIMITED`` concerned."""
     value: float | None = None
     limit: float | None = None
 
@@ -81,22 +81,22 @@ class Choice:
 
 
 def parse_quantity(option: str, text: str, units: Mapping[str, float], example: str) -> float:
-    """``"8GB"`` in the unit of ``units`` (name to factor, upper and lower case alike). Raises UserError."""
+    """Convert ``"8GB"`` by the factors of ``units``, whose case does not matter. Raises UserError."""
     factors = {unit.lower(): factor for unit, factor in units.items()}
-    found = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)", text.strip().lower())
-    if found is None or found[2] not in factors:
+    match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)", text.strip().lower())
+    if match is None or match[2] not in factors:
         names = ", ".join(unit for unit in units if unit)
         raise UserError(f"{option} '{text}': give a number and a unit ({names}) such as {example}")
-    return float(found[1]) * factors[found[2]]
+    return float(match[1]) * factors[match[2]]
 
 
 def choose(sections: Sequence[Section], limits: Limits) -> list[Choice]:
-    """Judge every row of every section; sections are answered apart, those where a row qualifies first.
+    """Judge every row of every section; one choice for each section, those where a row qualifies first.
 
     A limit is compared with the mean over the seeds that finished. Quality of random weights counts as missing.
 
     Raises:
-        UserError: none of the sections is of the device that is asked for.
+        UserError: no section was measured on the requested device.
     """
     keys = sorted({section.group.key["device_key"] for section in sections})
     if limits.device is not None and not any(_on(section, limits.device) for section in sections):
@@ -112,8 +112,8 @@ def _judge(section: Section, limits: Limits) -> Choice:
         if any(code == "random-weights" for code, _ in flags)
     }
     summary = section.summary.copy()
-    told = [name for name in summary.columns if name.startswith(("recall_", "ndcg_"))]
-    summary.loc[summary.index.isin(random), told] = math.nan
+    quality = [name for name in summary.columns if name.startswith(("recall_", "ndcg_"))]
+    summary.loc[summary.index.isin(random), quality] = math.nan
     section = replace(section, summary=summary)
     reasons = {
         str(name): tuple(_reasons(section, line, limits, str(name) in random)) for name, line in summary.iterrows()
@@ -127,8 +127,8 @@ def _judge(section: Section, limits: Limits) -> Choice:
             name,
         )
 
-    qualifying = sorted((name for name, found in reasons.items() if not found), key=order)
-    return Choice(section, tuple(qualifying), {name: found for name, found in reasons.items() if found})
+    qualifying = sorted((name for name, against in reasons.items() if not against), key=order)
+    return Choice(section, tuple(qualifying), {name: against for name, against in reasons.items() if against})
 
 
 def _reasons(section: Section, line: pd.Series[Any], limits: Limits, random: bool) -> Iterator[Reason]:
@@ -140,7 +140,7 @@ def _reasons(section: Section, line: pd.Series[Any], limits: Limits, random: boo
         yield Reason("failed", f"did not finish: {line['status']}")
     else:
         for key, limit in limits.items:
-            reason = _against(key, limit, line, random)
+            reason = _violation(key, limit, line, random)
             if reason is not None:
                 yield reason
 
@@ -153,18 +153,18 @@ def _out_of_memory(line: pd.Series[Any], limit: float | None) -> Reason:
     return Reason("oom", text, "memory_bytes", seen, limit)
 
 
-def _against(key: str, limit: float, line: pd.Series[Any], random: bool) -> Reason | None:
-    """Why a finished row does not keep one limit; None where it does."""
+def _violation(key: str, limit: float, line: pd.Series[Any], random: bool) -> Reason | None:
+    """The reason why a finished row breaks one limit; None where it keeps it."""
     name, value = LIMITED[key].header, None if pd.isna(line[key]) else float(line[key])
     least = LIMITED[key].more_is_better
-    told = f"(limit {_amount(key, limit)})"
+    bound = f"(limit {_amount(key, limit)})"
     if random and least:
-        return Reason("random-weights", f"{name} means nothing with random weights {told}", key, None, limit)
+        return Reason("random-weights", f"{name} means nothing with random weights {bound}", key, None, limit)
     if value is None:
         why = f": {line[f'{TRUST[key]}_reason']}" if key in TRUST else ""
-        return Reason("missing", f"no {name} {told}{why}", key, None, limit)
+        return Reason("missing", f"no {name} {bound}{why}", key, None, limit)
     if key in TRUST and not line[f"{TRUST[key]}_valid"]:
-        text = f"{name} {_amount(key, value)} is not to be trusted {told}: {line[f'{TRUST[key]}_reason']}"
+        text = f"{name} {_amount(key, value)} is not to be trusted {bound}: {line[f'{TRUST[key]}_reason']}"
         return Reason("untrusted", text, key, value, limit)
     if value >= limit if least else value <= limit:
         return None
@@ -172,11 +172,11 @@ def _against(key: str, limit: float, line: pd.Series[Any], random: bool) -> Reas
 
 
 def _beside(key: str, value: float, limit: float) -> str:
-    """A value that breaks its limit, with as many digits as it takes to see that."""
+    """A value that breaks its limit, with enough digits to show that it does."""
     unit, scale = _unit(key, limit)
     texts = (number(value / scale, digits) for digits in range(3, 17))
-    shown = next((text for text in texts if float(text) != limit / scale), repr(value / scale))
-    return f"{shown}{unit} {'<' if LIMITED[key].more_is_better else '>'} {limit / scale:g}{unit}"
+    text = next((text for text in texts if float(text) != limit / scale), repr(value / scale))
+    return f"{text}{unit} {'<' if LIMITED[key].more_is_better else '>'} {limit / scale:g}{unit}"
 
 
 def _amount(key: str, value: float) -> str:
@@ -185,7 +185,7 @@ def _amount(key: str, value: float) -> str:
 
 
 def _unit(key: str, value: float) -> tuple[str, float]:
-    """The unit to print a value of a column in, with a space before it, and its factor."""
+    """The unit in which a value of a column is printed, after a space, and its size."""
     unit, scale = LIMITED[key].scale([value])
     return f" {unit}" if unit else "", scale
 
@@ -199,11 +199,11 @@ def _on(section: Section, device: str) -> bool:
 
 
 def qualifying_table(choice: Choice, limits: Limits) -> Table:
-    """The rows that qualify, best first; bold is the best among them."""
+    """The qualifying rows, best first; the best of each column is bold."""
     summary = choice.section.summary
     chosen = replace(choice.section, summary=summary.loc[list(choice.qualifying)])
     place = {name: index for index, name in enumerate(choice.qualifying, start=1)}
-    made = [
+    columns = [
         (Column("place", "#"), lambda name, line: Entry(str(place[name]), place[name])),
         fields.method(choice.section),
         *fields.quality(chosen, "ndcg_10"),
@@ -215,25 +215,30 @@ def qualifying_table(choice: Choice, limits: Limits) -> Table:
     ]
     title = f"{len(choice.qualifying)} of {len(summary)} rows qualify"
     notes = [f"Asked for: {limits}.", "In order of NDCG@10, then of TPME, which is that of 'tpme report'."]
-    return table_of(chosen, "choose", title, made, choice.qualifying, notes)
+    return table_of(chosen, "choose", title, columns, choice.qualifying, notes)
 
 
 def rejected_table(choice: Choice, limits: Limits) -> Table:
-    """The rows that do not qualify and what keeps them out."""
+    """The rows that do not qualify, with their reasons."""
 
     def reasons(name: str, line: Line) -> Entry:
         text = "; ".join(reason.text for reason in choice.rejected[name])
         return Entry(text, text)
 
-    made = [fields.method(choice.section), (Column("reasons", "Why not", numeric=False), reasons)]
-    some = bool(choice.qualifying)
-    title = f"{len(choice.rejected)} do not" if some else f"None of {len(choice.section.summary)} rows qualifies"
-    table = table_of(choice.section, "rejected", title, made, choice.rejected)
-    return replace(table, subject="", warnings=()) if some else replace(table, notes=(f"Asked for: {limits}.",))
+    columns = [fields.method(choice.section), (Column("reasons", "Why not", numeric=False), reasons)]
+    title = (
+        f"{len(choice.rejected)} do not"
+        if choice.qualifying
+        else f"None of {len(choice.section.summary)} rows qualifies"
+    )
+    table = table_of(choice.section, "rejected", title, columns, choice.rejected)
+    if choice.qualifying:
+        return replace(table, subject="", warnings=())
+    return replace(table, notes=(f"Asked for: {limits}.",))
 
 
 def to_json(choices: Sequence[Choice], limits: Limits) -> str:
-    """Limits, and for every group the rows that qualify, in order, and the reasons of the others."""
+    """The limits, and for every group its qualifying rows, in order, and the reasons against the others."""
     groups = []
     for choice in choices:
         table = qualifying_table(choice, limits)
@@ -246,8 +251,8 @@ def to_json(choices: Sequence[Choice], limits: Limits) -> str:
                     dict(zip(keys, (plain(entry.value) for entry in row), strict=True)) for row in table.rows
                 ],
                 "rejected": [
-                    {"method": name, "reasons": [asdict(reason) for reason in found]}
-                    for name, found in choice.rejected.items()
+                    {"method": name, "reasons": [asdict(reason) for reason in reasons]}
+                    for name, reasons in choice.rejected.items()
                 ],
             }
         )

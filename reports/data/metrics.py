@@ -21,7 +21,7 @@ LEVEL = 0.95
 
 
 def spread(values: Floats) -> float:
-    """Standard deviation over seeds; NaN for less than two, and 0 for equal values, which rounding would set apart."""
+    """Standard deviation over seeds; NaN for less than two, exactly 0 for equal values."""
     if len(values) < 2:
         return np.nan
     return float(values.std(ddof=1)) if np.ptp(values) else 0.0
@@ -44,9 +44,9 @@ def bootstrap_means(values: Floats, members: Floats, resamples: int = RESAMPLES,
 
     Args:
         values: shape ``(users, columns)``.
-        members: shape ``(users, columns)``, 1 where a user counts towards a column and 0 elsewhere. A column
-            none of whose users were drawn gives NaN.
-        resamples: how often to draw.
+        members: shape ``(users, columns)``, 1 where a user counts towards a column and 0 elsewhere. A column is NaN
+            in a draw without any of its users.
+        resamples: number of draws.
         seed: the draws depend on it and the number of users alone, so they are the same for every method.
     """
     users = len(values)
@@ -105,16 +105,15 @@ def _counts(name: str, seeds: Sequence[Ranks]) -> dict[str, float]:
 
 
 def _add_means(lines: dict[str, dict[str, float]], rows: Mapping[str, Sequence[Ranks]], resamples: int) -> None:
-    """Add every mean with its spread and interval to the lines of rows that were tested on equally many users."""
+    """Add every mean with its deviation and interval to the lines of rows tested on equally many users."""
     values, counted, cells = [], [], []
     for name, seeds in rows.items():
         cold = seeds[0].cold.astype(bool)
         parts = {"all": np.ones_like(cold), "warm": ~cold, "cold": cold}
-        both = {key: np.stack([getattr(one, key) for one in seeds]) for key in ("rank", "in_history")}
-        together = replace(seeds[0], **both)
-        gained = {(metric, k): gains(together, metric, k) for metric, k in REPORTED}
+        stacked = {key: np.stack([getattr(seed, key) for seed in seeds]) for key in ("rank", "in_history")}
+        of_users = {(metric, k): gains(replace(seeds[0], **stacked), metric, k) for metric, k in REPORTED}
         for column, metric, k, part in _MEANS:
-            members, of_seeds = parts[part], gained[metric, k]  # shapes (users,) and (seeds, users)
+            members, of_seeds = parts[part], of_users[metric, k]  # shapes (users,) and (seeds, users)
             means = np.compress(members, of_seeds, axis=1).mean(axis=1) if members.any() else np.array([np.nan])
             lines[name][column] = float(means.mean())
             lines[name][f"{column}_sd"] = spread(means)
@@ -132,6 +131,6 @@ def _interval(means: Floats) -> tuple[Any, Any]:
     unknown = np.isnan(means)
     some, whole = ~unknown.all(axis=0), ~unknown.any(axis=0)
     tails = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
-    for columns, quantile in ((whole, np.quantile), (some & ~whole, np.nanquantile)):  # the latter is a slow loop
+    for columns, quantile in ((whole, np.quantile), (some & ~whole, np.nanquantile)):  # nanquantile is a slow loop
         bounds[:, columns] = quantile(means[:, columns], tails, axis=0)
     return bounds[0], bounds[1]

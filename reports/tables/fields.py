@@ -1,4 +1,4 @@
-"""The fields that tables are made of: how a quantity of the summary is shown, and which row of it is the best."""
+"""Columns of tables: the entries of a quantity of the summary, its intervals, and its best row."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from tpme.reports.data.trials import Line
 from tpme.reports.tables.table import Column, Entry, Table, Value
 
 Field = tuple[Column, Callable[[str, Line], Entry]]
-"""A column, and how it makes its entry from the name of a row and its line of the summary."""
+"""A column, and the function from a row's name and its line of the summary to the entry."""
 
 
 def table_of(
     section: Section,
     name: str,
     title: str,
-    made: Sequence[Field],
+    columns: Sequence[Field],
     rows: Iterable[str] | None = None,
     notes: Iterable[str] = (),
 ) -> Table:
-    """A table over the rows of the summary (all, or those named), with the section's footnotes and instruments."""
+    """A table over all or the named rows of the summary, with the section's footnotes and instruments."""
     names = [str(row) for row in (section.summary.index if rows is None else rows)]
-    entries = tuple(tuple(entry(row, section.lines[row]) for _, entry in made) for row in names)
-    columns = tuple(column for column, _ in made)
+    entries = tuple(tuple(entry(row, section.lines[row]) for _, entry in columns) for row in names)
     warnings = (*section.notes.shared, section.instruments)
-    return Table(name, title, columns, entries, tuple(notes), warnings, section.notes.footnotes, section.name)
+    heads = tuple(column for column, _ in columns)
+    return Table(name, title, heads, entries, tuple(notes), warnings, section.notes.footnotes, section.name)
 
 
 def method(section: Section) -> Field:
@@ -41,7 +41,7 @@ def method(section: Section) -> Field:
 
 
 def seeds() -> Field:
-    """How many seeds finished, and of how many where some did not."""
+    """Number of finished seeds, and of all where some did not finish."""
 
     def entry(name: str, line: Line) -> Entry:
         finished, seeds = int(line["seeds_ok"]), int(line["seeds"])
@@ -51,14 +51,14 @@ def seeds() -> Field:
 
 
 def status() -> Field:
-    """How a row ended, for programs: people read it in the place of its quality."""
+    """Status of a row, for programs; people read it in place of the quality."""
     return Column("status", machine_only=True), hidden("status")
 
 
 def quality(section: Section, key: str, seeds: bool = False) -> list[Field]:
-    """Mean and half the width of its interval; the bounds go to the formats for programs.
+    """Mean ± half the width of its interval; the bounds go to the formats for programs.
 
-    With ``seeds`` the standard deviation over them, where any row has several, is a column for people, too.
+    With ``seeds`` the standard deviation over seeds is a column for people where any row has several.
     """
     what = quantity(key)
     best = best_rows(section.summary[key], "higher", QUALITY_DIGITS)
@@ -87,7 +87,7 @@ def cost(
     header: str | None = None,
     unit: tuple[str, float] | None = None,
 ) -> list[Field]:
-    """A mean, bold where it is the best of the compared rows, ± the standard deviation over seeds where there is one.
+    """A mean, bold where it is the best of the compared rows, ± the standard deviation over seeds where known.
 
     Args:
         section: whose rows.
@@ -117,7 +117,7 @@ def cost(
 
 
 def memory(section: Section, unit: tuple[str, float]) -> list[Field]:
-    """M; of a row that ran out of memory the most that was seen, as a lower bound."""
+    """M; for a row that ran out of memory the largest reading, as a lower bound."""
     (column, mean), *spreads = cost(section, "memory_bytes", unit=unit)
 
     def entry(name: str, line: Line) -> Entry:
@@ -131,12 +131,12 @@ def memory(section: Section, unit: tuple[str, float]) -> list[Field]:
 
 
 def energy(section: Section) -> list[Field]:
-    """E, the energy of a training epoch; no column where no row has any."""
+    """E, the energy of a training epoch; no column where it was not measured."""
     return cost(section, "energy_epoch_j") if section.summary["energy_epoch_j"].notna().any() else []
 
 
 def tpme(section: Section) -> list[Field]:
-    """TPME in percent with its interval, and the rank by it; of a row that ran out of memory the lower bound."""
+    """TPME in percent with its interval and rank; for a row that ran out of memory its lower bound."""
     best = best_rows(section.summary["tpme"], "lower")
 
     def percent(name: str, line: Line) -> Entry:
@@ -172,7 +172,7 @@ def tpme(section: Section) -> list[Field]:
 
 
 def interval(key: str) -> list[Field]:
-    """The bounds of an interval, in one column for people and in two for programs."""
+    """The bounds of an interval: one column for people, two for programs."""
     what = quantity(key)
 
     def entry(name: str, line: Line) -> Entry:
@@ -201,7 +201,7 @@ def percent(key: str) -> Field:
 
 
 def hidden(key: str) -> Callable[[str, Line], Entry]:
-    """Entries of a column that only programs see."""
+    """Entries of a column for programs alone."""
     return lambda name, line: Entry("", value_of(line[key]))
 
 
@@ -213,7 +213,7 @@ def value_of(value: Any) -> Value:
 
 
 def best_rows(values: pd.Series[Any], better: Better, digits: int = 12) -> set[str]:
-    """The rows that hold the best value, as far as it is printed; none where there is no choice."""
+    """The rows with the best value at ``digits`` decimals; none where all are equal."""
     known = values.dropna().astype(float).round(digits)
     if known.nunique() < 2:
         return set()

@@ -1,4 +1,4 @@
-"""Plan against measured: what a cell must hold and compute by its counters, beside the peak that was measured."""
+"""Planned against measured: memory and FLOPs of a cell by its counters, beside the measured peak."""
 
 from __future__ import annotations
 

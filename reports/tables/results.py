@@ -1,4 +1,4 @@
-"""The tables of a report, built from a ``Section``; ``table.py`` writes them in every format."""
+"""The tables of a report, built from a ``Section``; ``table.py`` renders them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tpme.reports.tables import fields
 from tpme.reports.tables.differences import pairs
 from tpme.reports.tables.differences import table as differences
 from tpme.reports.tables.fields import Field, table_of, value_of
-from tpme.reports.tables.machines import environment
+from tpme.reports.tables.machines import machines
 from tpme.reports.tables.paper import paper
 from tpme.reports.tables.planned import planned
 from tpme.reports.tables.table import Column, Entry, Table
@@ -31,12 +31,12 @@ OVER_SEEDS = "Means over seeds, ± their standard deviation where there are seve
 
 
 def all_tables(section: Section) -> list[Table]:
-    """Every table that has something to say, results first."""
+    """Every table with rows, results first."""
     return [table for table in (make(section) for make in TABLES.values()) if table.rows]
 
 
 def results(section: Section) -> Table:
-    """The table that is looked at first: quality, T, P, M and TPME of every row."""
+    """The main table: quality, T, P, M and TPME of every row."""
     columns = [
         fields.method(section),
         fields.status(),
@@ -62,7 +62,7 @@ def cutoffs(section: Section) -> Table:
 
 
 def warm_and_cold(section: Section) -> Table:
-    """Quality apart for targets that occur in training and targets that do not."""
+    """Quality for targets that occur in training and for targets that do not."""
     columns = [fields.method(section)]
     for part in ("warm", "cold"):
         for metric in METRICS:
@@ -73,7 +73,7 @@ def warm_and_cold(section: Section) -> Table:
 
 
 def costs(section: Section) -> Table:
-    """Everything a row costs beside T, P and M."""
+    """Costs of a row beside T, P and M."""
     summary, cost = section.summary, partial(fields.cost, section)
     columns = [
         fields.method(section),
@@ -126,7 +126,7 @@ def phases(section: Section) -> Table:
 
 
 def learning_rates(section: Section) -> Table:
-    """The learning rates of every row that trains, with all trials and their cost; empty where all are the same."""
+    """Learning rates of every row that trains, with all trials and their cost; empty where all are the same."""
     cells = _in_order(section, section.cells[(section.cells["epochs_run"] > 0) | (section.cells["status"] != "ok")])
     searched = bool((cells["search_trials"] > 1).any())
     if cells["lr"].nunique() < 2:
@@ -149,7 +149,7 @@ def learning_rates(section: Section) -> Table:
     columns = (
         Column("method", "Method", numeric=False),
         *(
-            Column(f"lr_{name}", f"lr {name}", machine_only=len({one[name] for one in rates}) == 1)
+            Column(f"lr_{name}", f"lr {name}", machine_only=len({rate[name] for rate in rates}) == 1)
             for name in (rates[0] if rates else ())
         ),
         Column("cells_finished", "Finished"),
@@ -162,7 +162,7 @@ def learning_rates(section: Section) -> Table:
 
 
 def failures(section: Section) -> Table:
-    """Every attempt that did not end ``ok``, unselected trials included, with all that is known of it."""
+    """Every attempt that did not end ``ok``, unselected trials included."""
     by_path = {str(recorded.path): recorded.result for recorded in section.records}
     lines = []
     for _, cell in _in_order(section, section.cells[section.cells["status"] != "ok"]).iterrows():
@@ -213,9 +213,9 @@ TABLES: dict[str, Callable[[Section], Table]] = {
     "paper": paper,
     "lr": learning_rates,
     "failures": failures,
-    "environment": environment,
+    "environment": machines,
 }
-"""What makes each table, by the table's name, in the order in which they are shown."""
+"""Builders of the tables by name, in display order."""
 
 
 # --- which rows and cells ------------------------------------------------------------------------------------
@@ -257,7 +257,7 @@ def _result_notes(section: Section) -> list[str]:
 
 
 def _interval_note(section: Section) -> str:
-    """What the interval behind TPME says, and what it cannot say."""
+    """The note on the interval of TPME: what was resampled and what was not."""
     seeds = section.summary.loc[section.compared, "seeds_ok"]
     what = "epochs" if (seeds == 1).all() else "seeds and epochs"
     frame = "within the frozen frame" if section.frame_from else "the frame taken anew each time"
