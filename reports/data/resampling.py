@@ -14,8 +14,8 @@ interval covers neither a drift over a whole run nor the difference between two 
 (``tpme doctor --noise``).
 
 *With one seed* T varies over its epochs alone and M not at all: the effect of another seed is unknown, so the interval
-is too narrow. With one seed and one epoch nothing was repeated, and the row has no interval. A handful of seeds is still
-too few for a good interval: for ``n`` seeds the draws vary by ``sqrt((n - 1) / n)`` of what they should.
+is too narrow. With one seed and one epoch nothing was repeated, and the row has no interval. A handful of seeds is
+still too few for a good interval: for ``n`` seeds the draws vary by ``sqrt((n - 1) / n)`` of what they should.
 """
 
 from __future__ import annotations

@@ -138,7 +138,7 @@ def test_spread_over_seeds_and_interval_over_users_are_told_apart(demo_run, fact
     assert "± seeds" in results(section).notes[0]
     factory.write("lora")
     (alone,) = make_report([factory.root]).sections
-    assert "± seeds" not in [results(alone).columns[index].header for index in results(alone).shown]
+    assert "± seeds" not in [results(alone).columns[index].header for index in results(alone).visible]
     assert "± seeds" not in results(alone).notes[0]
 
 
