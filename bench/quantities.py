@@ -38,17 +38,19 @@ closely and compares with a plan. A CPU has no memory of its own, so both are th
 
 Prefix = tuple[str, float, float]
 """A unit for people, its size, and the value from which it is used."""
-BYTES: tuple[Prefix, ...] = (("GB", 1e9, 1e9), ("MB", 1e6, 1e6), ("kB", 1e3, 1e3))
-FLOPS: tuple[Prefix, ...] = (("TFLOP", 1e12, 1e12), ("GFLOP", 1e9, 1e9), ("MFLOP", 1e6, 1e6))
-SECONDS: tuple[Prefix, ...] = (("s", 1.0, 1.0), ("ms", 1e-3, 1e-3), ("µs", 1e-6, 1e-6))
-PREFIXES = {"bytes": BYTES, "FLOP": FLOPS, "s": SECONDS}
+PREFIXES: dict[str, tuple[Prefix, ...]] = {
+    "bytes": (("GB", 1e9, 1e9), ("MB", 1e6, 1e6), ("kB", 1e3, 1e3)),
+    "FLOP": (("TFLOP", 1e12, 1e12), ("GFLOP", 1e9, 1e9), ("MFLOP", 1e6, 1e6)),
+    "s": (("s", 1.0, 1.0), ("ms", 1e-3, 1e-3), ("µs", 1e-6, 1e-6)),
+}
 """Units of a single value; a smaller value keeps the SI unit."""
 COLUMN_UNITS: dict[str, tuple[Prefix, ...]] = {
-    "bytes": BYTES[:2],
-    "FLOP": FLOPS[:2],
+    "bytes": PREFIXES["bytes"][:2],
+    "FLOP": PREFIXES["FLOP"][:2],
     "J": (("kJ", 1e3, 1e4), ("J", 1.0, 0.0)),
 }
 """Units of a whole column, chosen by its largest value; the last one is the smallest in use."""
+MS: tuple[Prefix, ...] = (("ms", 1e-3, 0.0),)
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,8 @@ class Quantity:
     """Significant digits."""
     decimals: int | None = None
     """Decimals in the place of ``digits``; what would be 0 then, but is no quality, keeps two digits."""
-    column: Prefix | None = None
-    """Unit of its column, whatever the values; otherwise ``COLUMN_UNITS`` or the stored unit."""
+    units: tuple[Prefix, ...] = ()
+    """Units of its column in place of ``COLUMN_UNITS``."""
     memory: MemoryRule | None = None
 
     @property
@@ -96,10 +98,10 @@ class Quantity:
         return f"{self.header} ({unit})" if unit else self.header
 
     def scale(self, values: Iterable[float | None]) -> tuple[str, float]:
-        """The unit in which a column of these values is printed, and its size."""
-        if self.column is not None:
-            return self.column[:2]
-        return column_unit(self.unit, values)
+        """The unit in which a column of these values is printed, by the largest one, and its size."""
+        largest = max((value for value in values if value is not None and not math.isnan(value)), default=0.0)
+        *larger, smallest = self.units or COLUMN_UNITS.get(self.unit) or ((self.unit, 1.0, 0.0),)
+        return next(((name, size) for name, size, least in larger if largest >= least), smallest[:2])
 
 
 def _counter(key: str, header: str, name: str, unit: str = "") -> Quantity:
@@ -125,14 +127,14 @@ QUANTITIES: dict[str, Quantity] = {
         Quantity("wall_s", "Whole cell", unit="s"),
         Quantity("total_millions", "All parameters", unit="M", digits=4),
         Quantity("cache_build_s", "Cache build", unit="s"),
-        Quantity("training_energy_j", "Training energy", unit="J", column=("J", 1.0, 0.0)),
+        Quantity("training_energy_j", "Training energy", unit="J", units=(("J", 1.0, 0.0),)),
         Quantity("inference_items_per_s", "Inference", unit="items/s", better="higher"),
         Quantity("search_wall_s", "lr search", unit="s"),
         # a training step
-        Quantity("data_wait_s", "Data wait", unit="s", column=("ms", 1e-3, 0.0)),
-        Quantity("forward_s", "FP", unit="s", column=("ms", 1e-3, 0.0)),
-        Quantity("backward_s", "BP", unit="s", column=("ms", 1e-3, 0.0)),
-        Quantity("update_s", "WU", unit="s", column=("ms", 1e-3, 0.0)),
+        Quantity("data_wait_s", "Data wait", unit="s", units=MS),
+        Quantity("forward_s", "FP", unit="s", units=MS),
+        Quantity("backward_s", "BP", unit="s", units=MS),
+        Quantity("update_s", "WU", unit="s", units=MS),
         Quantity("flops", "FLOPs of a step", unit="FLOP"),
         Quantity("mfu_percent", "MFU", unit="%", better="higher"),
         Quantity("planned_peak_bytes", "Peak, plan", unit="bytes"),
@@ -151,7 +153,7 @@ QUANTITIES: dict[str, Quantity] = {
         _counter("gradient_bytes", "Gradients", "gradients", "bytes"),
         _counter("weight_bytes", "Weights", "weights", "bytes"),
         _counter("optimizer_bytes", "Optimiser", "optimiser state", "bytes"),
-        Quantity("cache_bytes", "Cache", "feature cache", "bytes", kind="counter", column=("MB", 1e6, 0.0)),
+        Quantity("cache_bytes", "Cache", "feature cache", "bytes", kind="counter", units=(("MB", 1e6, 0.0),)),
         _counter("steps_per_epoch", "Steps an epoch", "steps an epoch"),
         _counter("steps", "Steps", "training steps"),
         Quantity("step_s", "Step", "training step", "s", kind="time"),
@@ -201,16 +203,9 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{value:.{max(0, digits - 1 - size)}f}"
 
 
-def column_unit(unit: str, values: Iterable[float | None]) -> tuple[str, float]:
-    """The unit in which people read a column of values in ``unit``, and its size, by the largest value."""
-    largest = max((value for value in values if value is not None and not math.isnan(value)), default=0.0)
-    *larger, smallest = COLUMN_UNITS.get(unit, ((unit, 1.0, 0.0),))
-    return next(((name, size) for name, size, least in larger if largest >= least), smallest[:2])
-
-
 def byte_unit(values: Iterable[float | None]) -> tuple[str, float]:
     """``GB`` or ``MB``, whichever suits the largest of these sizes, and its bytes."""
-    return column_unit("bytes", values)
+    return quantity("memory_bytes").scale(values)
 
 
 def bytes_text(value: float | None) -> str:
@@ -240,7 +235,9 @@ def amount(value: float | str | None, unit: str) -> str:
 
 def memory_instrument(key: str, memory: Memory, device: str) -> str:
     """The field of ``memory`` that holds the quantity on a device: the first valid one of its rule, else the last."""
-    *preferred, last = INSTRUMENTS[_rule(key)][device]
+    rule = quantity(key).memory
+    assert rule is not None, f"{key} follows no memory rule"
+    *preferred, last = INSTRUMENTS[rule][device]
     readings = ((name, getattr(memory, name)) for name in preferred)
     return next((name for name, one in readings if one.valid and one.value is not None), last)
 
@@ -251,10 +248,3 @@ def memory_reading(key: str, memory: Memory | None, device: str) -> Reading:
         return Reading.missing("none", "nothing was trained, or the attempt ended before")
     reading: Reading = getattr(memory, memory_instrument(key, memory, device))
     return reading
-
-
-def _rule(key: str) -> MemoryRule:
-    rule = quantity(key).memory
-    if rule is None:
-        raise ValueError(f"{key} is read by no memory rule")
-    return rule

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pandas as pd
 from rich.console import Console
 from rich.progress import Progress
 
@@ -327,7 +328,9 @@ def reading_guide(sections: Sequence[Section]) -> list[str]:
     memory = "; ".join(
         (f"on {device.upper()}: " if len(devices) > 1 else "") + MEASURED_M[device] for device in devices
     )
-    sources = sorted({source for section in sections for source in _memory_sources(section)})
+    rows = pd.concat([section.summary for section in sections])
+    sources = sorted(set(rows.loc[rows["compared"] & rows["memory_bytes"].notna(), "memory_source"]))
+    weights = "{time:g}, {parameters:g} and {memory:g}".format_map(sections[0].weights.model_dump())
     lines = [
         "**Recall@K**: share of test users whose held-out last item is among the first K of the whole catalogue, the "
         "user's earlier items taken out, ties counted against the model (with one target this is the hit rate).",
@@ -337,7 +340,7 @@ def reading_guide(sections: Sequence[Section]) -> list[str]:
         "**P**: trainable parameters in millions, the recommender's own included.",
         f"**M**: {memory}." + (f" Here by: {escape_markdown('; '.join(sources))}." if sources else ""),
         "**TPME**: T, P and M, each scaled to 0..1 between the smallest and the largest of the compared rows, weighted "
-        f"{_weights(sections[0])} and added; in percent, lower is better. It says nothing across tables.",
+        f"{weights} and added; in percent, lower is better. It says nothing across tables.",
         "**95 %** behind TPME: where it lies in 95 % of the resamplings of every row's seeds and epochs; rows whose "
         "intervals overlap may change places.",
         "**Rank**: by TPME. **Seeds**: runs that finished, of those started; **± seeds**, and ± behind a cost, is the "
@@ -345,16 +348,6 @@ def reading_guide(sections: Sequence[Section]) -> list[str]:
         "**Bold**: the best of its column, where an arrow says what is better; of costs among the rows with a TPME.",
     ]
     return [f"- {line}" for line in lines]
-
-
-def _memory_sources(section: Section) -> list[str]:
-    rows = section.summary[section.summary["compared"] & section.summary["memory_bytes"].notna()]
-    return [str(source) for source in rows["memory_source"]]
-
-
-def _weights(section: Section) -> str:
-    weights = section.weights
-    return f"{weights.time:g}, {weights.parameters:g} and {weights.memory:g}"
 
 
 def _devices(section: Section) -> str:

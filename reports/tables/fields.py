@@ -146,17 +146,11 @@ def tpme(section: Section) -> list[Field]:
             return Entry(MISSING)
         return Entry(f"{100 * line['tpme']:.2f}", 100 * line["tpme"], name in best)
 
-    def bound(name: str, line: Line) -> Entry:
-        return Entry("", 100 * line["tpme_lower_bound"])
-
     def interval(name: str, line: Line) -> Entry:
         if isnan(line["tpme_low"]):
             return Entry(MISSING)
         low, high = 100 * line["tpme_low"], 100 * line["tpme_high"]
         return Entry(f"{low:.2f}–{high:.2f}", low, short=f"{low:.1f}–{high:.1f}")
-
-    def high(name: str, line: Line) -> Entry:
-        return Entry("", 100 * line["tpme_high"])
 
     def rank(name: str, line: Line) -> Entry:
         known = not isnan(line["tpme_rank"])
@@ -165,8 +159,11 @@ def tpme(section: Section) -> list[Field]:
     return [
         (Column("tpme_percent", quantity("tpme_percent").label("%"), "lower"), percent),
         (Column("tpme_low_percent", f"{100 * LEVEL:.0f} %", wide_only=True), interval),
-        (Column("tpme_high_percent", machine_only=True), high),
-        (Column("tpme_lower_bound_percent", machine_only=True), bound),
+        (Column("tpme_high_percent", machine_only=True), lambda name, line: Entry("", 100 * line["tpme_high"])),
+        (
+            Column("tpme_lower_bound_percent", machine_only=True),
+            lambda name, line: Entry("", 100 * line["tpme_lower_bound"]),
+        ),
         (Column("tpme_rank", "Rank"), rank),
     ]
 

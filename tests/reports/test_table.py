@@ -12,9 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from tpme.bench.quantities import number
+from tpme.bench.quantities import MISSING, number
 from tpme.reports.tables.table import (
-    MISSING,
     Column,
     Entry,
     Table,
