@@ -1,8 +1,8 @@
-"""The interactive page: one HTML file that opens from the disk and asks the network for nothing.
+"""The interactive page: one HTML file that opens from disk and needs no network.
 
-It is hand-drawn SVG and plain JavaScript (``assets/``), so there is no library to keep up to date. Nothing that a
-record says becomes markup: the data travel as JSON in which ``<`` is escaped, the script writes text nodes alone,
-and the page's policy lets no script run but the one whose hash it names.
+It uses SVG and plain JavaScript (``assets/``), without libraries. No text of a record becomes markup: the data are JSON
+in which ``<`` is escaped, the script writes text nodes alone, and the page's policy allows only the script with the
+hash that it names.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _row(section: Section, index: int, name: str, line: Line, usable: bool, firs
         "compared": bool(line["compared"]),
         "usable": usable,
         **{short: _number(line[column]) for column, short in SHORT.items()},
-        **({"m": None} if line["status"] == "oom" else {}),  # what was seen of it is a lower bound
+        **({"m": None} if line["status"] == "oom" else {}),  # the largest reading is a lower bound
         **{key: _number(line[column]) for key, column in SPREADS.items()},
         **{key: _number(line[key]) for key in (*QUALITY, "tpme_low", "tpme_high")},
         "source": line["memory_source"],
@@ -119,7 +119,7 @@ def _cell(recorded: Recorded) -> dict[str, Any]:
 
 
 def _phases(result: CellResult) -> dict[str, list[tuple[float, float]]]:
-    """Start and end of every phase by its kind (seconds); those of one kind that follow each other are one."""
+    """Start and end of every phase by kind (seconds); successive phases of one kind are merged."""
     spans: dict[str, list[tuple[float, float]]] = {}
     for kind, start_s, end_s in stretches(result, lambda phase: phase.kind):
         spans.setdefault(kind, []).append((round(start_s, 4), round(end_s, 4)))
@@ -135,13 +135,21 @@ def _curve(recorded: Recorded) -> list[tuple[float, int]]:
 
 
 def _environment(result: CellResult) -> dict[str, str]:
-    one = result.environment
-    if one is None:
+    environment = result.environment
+    if environment is None:
         return {"device": "the attempt ended before it was known"}
-    told = {"device": one.device_name, "driver": one.driver, "threads": one.cpu_threads, "platform": one.platform}
-    told |= {"python": one.python, **{name: one.packages[name] for name in sorted(one.packages)}}
-    told |= {"allocator": one.allocator, "git": one.git_revision, "started": result.started_at}
-    return {key: shorten_path(str(value)) for key, value in told.items() if value is not None}
+    values = {
+        "device": environment.device_name,
+        "driver": environment.driver,
+        "threads": environment.cpu_threads,
+        "platform": environment.platform,
+        "python": environment.python,
+        **dict(sorted(environment.packages.items())),
+        "allocator": environment.allocator,
+        "git": environment.git_revision,
+        "started": result.started_at,
+    }
+    return {key: shorten_path(str(value)) for key, value in values.items() if value is not None}
 
 
 def matrix_of(cell: Cell) -> str:
@@ -174,8 +182,8 @@ def matrix_of(cell: Cell) -> str:
         "training": cell.training.model_dump(mode="json", exclude_none=True),
         "lr": cell.lr.model_dump(),
     }
-    told = [f"# {line}" for line in head] + [f"{key} = {_toml(value)}" for key, value in lines.items()]
-    return "\n".join(told) + "\n"
+    text = [f"# {line}" for line in head] + [f"{key} = {_toml(value)}" for key, value in lines.items()]
+    return "\n".join(text) + "\n"
 
 
 def _toml(value: Any) -> str:

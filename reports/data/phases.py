@@ -27,9 +27,9 @@ def phase_times(section: Section) -> pd.DataFrame:
             phases = [[phase for phase in result.phases if phase.kind == kind] for result in seeds]
             if any(phases):
                 # A seed without such a phase spent no time in it: the first one builds the cache of all.
-                seconds[row, f"{kind}_s"] = [sum(phase.wall_s for phase in one) for one in phases]
+                seconds[row, f"{kind}_s"] = [sum(phase.wall_s for phase in seed) for seed in phases]
                 device = seeds[0].cell.device
-                read = [memory_reading("phase_peak_bytes", one.memory, device).value for one in chain(*phases)]
+                read = [memory_reading("phase_peak_bytes", phase.memory, device).value for phase in chain(*phases)]
                 known = [value for value in read if value is not None]
                 peaks.setdefault(f"{kind}_peak_bytes", {}).update({row: max(known)} if known else {})
     rows = [row for row in section.lines if any(row == key[0] for key in seconds)]

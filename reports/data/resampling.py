@@ -140,8 +140,8 @@ def _medians(samples: Sequence[Floats], chosen: Ints, generator: np.random.Gener
     one is the share Beta(1, n - k) of the rest (David and Nagaraja, Order Statistics, 2003); n times that number,
     rounded down, is the place of the k-th smallest value drawn.
     """
-    ordered = np.concatenate([np.sort(one) for one in samples])
-    sizes = np.array([len(one) for one in samples])
+    ordered = np.concatenate([np.sort(values) for values in samples])
+    sizes = np.array([len(values) for values in samples])
     start, n = (np.cumsum(sizes) - sizes)[chosen], sizes[chosen]
     k = (n + 1) // 2
     lower = generator.beta(k, n + 1 - k)
