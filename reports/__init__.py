@@ -1,9 +1,10 @@
-"""Records as a data frame, and TPME and its front over the rows of one: the API of docs/reports.md.
+"""Records as a data frame, TPME and its Pareto front: the API of docs/reports.md.
 
-Importing this imports pandas, so the command line does it inside the commands that need it.
+Importing this imports pandas, so the command line imports it in the commands that need it.
 """
 
-from tpme.reports.data.load import Ranks, Samples, load, load_ranks, load_samples
+from tpme.reports.data.load import Samples, load, load_samples
+from tpme.reports.data.ranks import Ranks, load_ranks
 from tpme.reports.data.tpme import Frame, Weights, frame_of, pareto, read_frames, tpme, write_frames
 from tpme.reports.data.trials import GROUP
 

@@ -1,4 +1,4 @@
-"""``tpme choose``: which rows keep an engineer's limits, best first, and why each of the others does not."""
+"""``tpme choose``: the rows within an engineer's limits, best first, and the reasons against each of the others."""
 
 from __future__ import annotations
 
@@ -14,49 +14,45 @@ import pandas as pd
 from rich.console import Console
 
 from tpme.bench.errors import UserError
+from tpme.bench.quantities import QUALITY_DIGITS, byte_unit, bytes_text, number, quantity
 from tpme.reports.data.section import Section
 from tpme.reports.data.trials import Line
 from tpme.reports.report import make_report
 from tpme.reports.tables import fields
-from tpme.reports.tables.fields import QUALITY_DIGITS, byte_unit, table_of
-from tpme.reports.tables.table import Column, Entry, Table, number, plain
+from tpme.reports.tables.fields import table_of
+from tpme.reports.tables.table import Column, Entry, Table, plain
 from tpme.reports.tables.terminal import to_terminal
 
 BYTES = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 SECONDS = {"ms": 1e-3, "s": 1, "min": 60, "h": 3600}
 MILLIONS = {"": 1e-6, "K": 1e-3, "M": 1, "B": 1e3}
 
-NAMES = {
-    "memory_bytes": "M",
-    "epoch_time_s": "T",
-    "trainable_millions": "P",
-    "ndcg_10": "NDCG@10",
-    "recall_10": "Recall@10",
-}
-"""The columns of a summary that can be limited, and what tables call them."""
-QUALITY = ("ndcg_10", "recall_10")
-"""Of these a limit is the least; of the others it is the most."""
+LIMITED = {key: quantity(key) for key in ("memory_bytes", "epoch_time_s", "trainable_millions", "ndcg_10", "recall_10")}
+"""The columns of a summary that can be limited: a quality from below, a cost from above."""
 TRUST = {"memory_bytes": "memory", "epoch_time_s": "epoch_time"}
-"""Columns whose readings may not be trusted: ``<name>_valid`` and ``<name>_reason`` stand beside them."""
+"""Columns whose readings may be doubtful: ``<name>_valid`` and ``<name>_reason`` belong to them."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What is asked of a row."""
+    """Requirements on a row."""
 
     bounds: Mapping[str, float]
-    """Column of ``NAMES`` to its limit, in the unit of the column."""
+    """Column of ``LIMITED`` to its limit, in the unit of the column."""
     device: str | None = None
     """``cpu``, ``cuda``, or a part of the name of a device."""
 
     def __str__(self) -> str:
-        told = [f"{NAMES[key]} {'≥' if key in QUALITY else '≤'} {_amount(key, bound)}" for key, bound in self.items]
-        return ", ".join([*told, *([f"device {self.device}"] if self.device else [])]) or "nothing"
+        texts = [
+            f"{LIMITED[key].header} {'≥' if LIMITED[key].more_is_better else '≤'} {_amount(key, bound)}"
+            for key, bound in self.items
+        ]
+        return ", ".join([*texts, *([f"device {self.device}"] if self.device else [])]) or "nothing"
 
     @property
     def items(self) -> list[tuple[str, float]]:
-        """The limits in the order of ``NAMES``."""
-        return [(key, self.bounds[key]) for key in NAMES if key in self.bounds]
+        """The limits in the order of ``LIMITED``."""
+        return [(key, self.bounds[key]) for key in LIMITED if key in self.bounds]
 
 
 @dataclass(frozen=True)
@@ -68,7 +64,7 @@ class Reason:
     text: str
     """For people, with value and limit."""
     quantity: str | None = None
-    """Column of ``NAMES`` that it is about."""
+    """The column of ``LIMITED`` concerned."""
     value: float | None = None
     limit: float | None = None
 
@@ -85,22 +81,22 @@ class Choice:
 
 
 def parse_quantity(option: str, text: str, units: Mapping[str, float], example: str) -> float:
-    """``"8GB"`` in the unit of ``units`` (name to factor, upper and lower case alike). Raises UserError."""
+    """Convert ``"8GB"`` by the factors of ``units``, whose case does not matter. Raises UserError."""
     factors = {unit.lower(): factor for unit, factor in units.items()}
-    found = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)", text.strip().lower())
-    if found is None or found[2] not in factors:
+    match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)", text.strip().lower())
+    if match is None or match[2] not in factors:
         names = ", ".join(unit for unit in units if unit)
         raise UserError(f"{option} '{text}': give a number and a unit ({names}) such as {example}")
-    return float(found[1]) * factors[found[2]]
+    return float(match[1]) * factors[match[2]]
 
 
 def choose(sections: Sequence[Section], limits: Limits) -> list[Choice]:
-    """Judge every row of every section; sections are answered apart, those where a row qualifies first.
+    """Judge every row of every section; one choice for each section, those where a row qualifies first.
 
     A limit is compared with the mean over the seeds that finished. Quality of random weights counts as missing.
 
     Raises:
-        UserError: none of the sections is of the device that is asked for.
+        UserError: no section was measured on the requested device.
     """
     keys = sorted({section.group.key["device_key"] for section in sections})
     if limits.device is not None and not any(_on(section, limits.device) for section in sections):
@@ -116,8 +112,8 @@ def _judge(section: Section, limits: Limits) -> Choice:
         if any(code == "random-weights" for code, _ in flags)
     }
     summary = section.summary.copy()
-    told = [name for name in summary.columns if name.startswith(("recall_", "ndcg_"))]
-    summary.loc[summary.index.isin(random), told] = math.nan
+    quality = [name for name in summary.columns if name.startswith(("recall_", "ndcg_"))]
+    summary.loc[summary.index.isin(random), quality] = math.nan
     section = replace(section, summary=summary)
     reasons = {
         str(name): tuple(_reasons(section, line, limits, str(name) in random)) for name, line in summary.iterrows()
@@ -131,8 +127,8 @@ def _judge(section: Section, limits: Limits) -> Choice:
             name,
         )
 
-    qualifying = sorted((name for name, found in reasons.items() if not found), key=order)
-    return Choice(section, tuple(qualifying), {name: found for name, found in reasons.items() if found})
+    qualifying = sorted((name for name, against in reasons.items() if not against), key=order)
+    return Choice(section, tuple(qualifying), {name: against for name, against in reasons.items() if against})
 
 
 def _reasons(section: Section, line: pd.Series[Any], limits: Limits, random: bool) -> Iterator[Reason]:
@@ -144,7 +140,7 @@ def _reasons(section: Section, line: pd.Series[Any], limits: Limits, random: boo
         yield Reason("failed", f"did not finish: {line['status']}")
     else:
         for key, limit in limits.items:
-            reason = _against(key, limit, line, random)
+            reason = _violation(key, limit, line, random)
             if reason is not None:
                 yield reason
 
@@ -152,23 +148,23 @@ def _reasons(section: Section, line: pd.Series[Any], limits: Limits, random: boo
 def _out_of_memory(line: pd.Series[Any], limit: float | None) -> Reason:
     seen = None if pd.isna(line["memory_seen_bytes"]) else float(line["memory_seen_bytes"])
     text = "out of memory"
-    text += "" if seen is None else f", M at least {fields.bytes_text(seen)}"
+    text += "" if seen is None else f", M at least {bytes_text(seen)}"
     text += "" if limit is None else f" (limit {_amount('memory_bytes', limit)})"
     return Reason("oom", text, "memory_bytes", seen, limit)
 
 
-def _against(key: str, limit: float, line: pd.Series[Any], random: bool) -> Reason | None:
-    """Why a finished row does not keep one limit; None where it does."""
-    name, value = NAMES[key], None if pd.isna(line[key]) else float(line[key])
-    least = key in QUALITY
-    told = f"(limit {_amount(key, limit)})"
+def _violation(key: str, limit: float, line: pd.Series[Any], random: bool) -> Reason | None:
+    """The reason why a finished row breaks one limit; None where it keeps it."""
+    name, value = LIMITED[key].header, None if pd.isna(line[key]) else float(line[key])
+    least = LIMITED[key].more_is_better
+    bound = f"(limit {_amount(key, limit)})"
     if random and least:
-        return Reason("random-weights", f"{name} means nothing with random weights {told}", key, None, limit)
+        return Reason("random-weights", f"{name} means nothing with random weights {bound}", key, None, limit)
     if value is None:
         why = f": {line[f'{TRUST[key]}_reason']}" if key in TRUST else ""
-        return Reason("missing", f"no {name} {told}{why}", key, None, limit)
+        return Reason("missing", f"no {name} {bound}{why}", key, None, limit)
     if key in TRUST and not line[f"{TRUST[key]}_valid"]:
-        text = f"{name} {_amount(key, value)} is not to be trusted {told}: {line[f'{TRUST[key]}_reason']}"
+        text = f"{name} {_amount(key, value)} is not to be trusted {bound}: {line[f'{TRUST[key]}_reason']}"
         return Reason("untrusted", text, key, value, limit)
     if value >= limit if least else value <= limit:
         return None
@@ -176,11 +172,11 @@ def _against(key: str, limit: float, line: pd.Series[Any], random: bool) -> Reas
 
 
 def _beside(key: str, value: float, limit: float) -> str:
-    """A value that breaks its limit, with as many digits as it takes to see that."""
+    """A value that breaks its limit, with enough digits to show that it does."""
     unit, scale = _unit(key, limit)
     texts = (number(value / scale, digits) for digits in range(3, 17))
-    shown = next((text for text in texts if float(text) != limit / scale), repr(value / scale))
-    return f"{shown}{unit} {'<' if key in QUALITY else '>'} {limit / scale:g}{unit}"
+    text = next((text for text in texts if float(text) != limit / scale), repr(value / scale))
+    return f"{text}{unit} {'<' if LIMITED[key].more_is_better else '>'} {limit / scale:g}{unit}"
 
 
 def _amount(key: str, value: float) -> str:
@@ -189,11 +185,9 @@ def _amount(key: str, value: float) -> str:
 
 
 def _unit(key: str, value: float) -> tuple[str, float]:
-    """The unit to print a value of a column in, with a space before it, and its factor."""
-    if key == "memory_bytes":
-        unit, scale = byte_unit(pd.Series([value]))
-        return f" {unit}", scale
-    return {"epoch_time_s": " s", "trainable_millions": " M"}.get(key, ""), 1.0
+    """The unit in which a value of a column is printed, after a space, and its size."""
+    unit, scale = LIMITED[key].scale([value])
+    return f" {unit}" if unit else "", scale
 
 
 def _on(section: Section, device: str) -> bool:
@@ -205,42 +199,46 @@ def _on(section: Section, device: str) -> bool:
 
 
 def qualifying_table(choice: Choice, limits: Limits) -> Table:
-    """The rows that qualify, best first; bold is the best among them."""
+    """The qualifying rows, best first; the best of each column is bold."""
     summary = choice.section.summary
     chosen = replace(choice.section, summary=summary.loc[list(choice.qualifying)])
-    unit, scale = byte_unit(summary["memory_seen_bytes"])
     place = {name: index for index, name in enumerate(choice.qualifying, start=1)}
-    made = [
+    columns = [
         (Column("place", "#"), lambda name, line: Entry(str(place[name]), place[name])),
         fields.method(choice.section),
-        *fields.quality(chosen, "ndcg_10", "NDCG@10"),
-        *fields.quality(chosen, "recall_10", "Recall@10"),
-        *fields.cost(chosen, "epoch_time_s", "T (s)"),
-        *fields.cost(chosen, "trainable_millions", "P (M)", fields.millions),
-        *fields.memory(chosen, f"M ({unit})", scale),
+        *fields.quality(chosen, "ndcg_10"),
+        *fields.quality(chosen, "recall_10"),
+        *fields.cost(chosen, "epoch_time_s"),
+        *fields.cost(chosen, "trainable_millions"),
+        *fields.memory(chosen, byte_unit(summary["memory_seen_bytes"])),
         *(field for field in fields.tpme(chosen) if field[0].key.startswith(("tpme_percent", "tpme_lower_bound"))),
     ]
     title = f"{len(choice.qualifying)} of {len(summary)} rows qualify"
     notes = [f"Asked for: {limits}.", "In order of NDCG@10, then of TPME, which is that of 'tpme report'."]
-    return table_of(chosen, "choose", title, made, choice.qualifying, notes)
+    return table_of(chosen, "choose", title, columns, choice.qualifying, notes)
 
 
 def rejected_table(choice: Choice, limits: Limits) -> Table:
-    """The rows that do not qualify and what keeps them out."""
+    """The rows that do not qualify, with their reasons."""
 
     def reasons(name: str, line: Line) -> Entry:
         text = "; ".join(reason.text for reason in choice.rejected[name])
         return Entry(text, text)
 
-    made = [fields.method(choice.section), (Column("reasons", "Why not", numeric=False), reasons)]
-    some = bool(choice.qualifying)
-    title = f"{len(choice.rejected)} do not" if some else f"None of {len(choice.section.summary)} rows qualifies"
-    table = table_of(choice.section, "rejected", title, made, choice.rejected)
-    return replace(table, subject="", warnings=()) if some else replace(table, notes=(f"Asked for: {limits}.",))
+    columns = [fields.method(choice.section), (Column("reasons", "Why not", numeric=False), reasons)]
+    title = (
+        f"{len(choice.rejected)} do not"
+        if choice.qualifying
+        else f"None of {len(choice.section.summary)} rows qualifies"
+    )
+    table = table_of(choice.section, "rejected", title, columns, choice.rejected)
+    if choice.qualifying:
+        return replace(table, subject="", warnings=())
+    return replace(table, notes=(f"Asked for: {limits}.",))
 
 
 def to_json(choices: Sequence[Choice], limits: Limits) -> str:
-    """Limits, and for every group the rows that qualify, in order, and the reasons of the others."""
+    """The limits, and for every group its qualifying rows, in order, and the reasons against the others."""
     groups = []
     for choice in choices:
         table = qualifying_table(choice, limits)
@@ -253,8 +251,8 @@ def to_json(choices: Sequence[Choice], limits: Limits) -> str:
                     dict(zip(keys, (plain(entry.value) for entry in row), strict=True)) for row in table.rows
                 ],
                 "rejected": [
-                    {"method": name, "reasons": [asdict(reason) for reason in found]}
-                    for name, found in choice.rejected.items()
+                    {"method": name, "reasons": [asdict(reason) for reason in reasons]}
+                    for name, reasons in choice.rejected.items()
                 ],
             }
         )

@@ -1,8 +1,8 @@
-"""The interactive page: one HTML file that opens from the disk and asks the network for nothing.
+"""The interactive page: one HTML file that opens from disk and needs no network.
 
-It is hand-drawn SVG and plain JavaScript (``assets/``), so there is no library to keep up to date. Nothing that a
-record says becomes markup: the data travel as JSON in which ``<`` is escaped, the script writes text nodes alone,
-and the page's policy lets no script run but the one whose hash it names.
+It uses SVG and plain JavaScript (``assets/``), without libraries. No text of a record becomes markup: the data are JSON
+in which ``<`` is escaped, the script writes text nodes alone, and the page's policy allows only the script with the
+hash that it names.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from typing import Any
 import pandas as pd
 
 from tpme.bench.record import Cell, CellResult, DatasetFacts
-from tpme.reports.data.instruments import instruments
 from tpme.reports.data.load import Recorded, load_samples, stretches, thin
 from tpme.reports.data.section import Section
 from tpme.reports.data.tpme import COLUMNS, Weights, members
-from tpme.reports.data.trials import Line, own_path
+from tpme.reports.data.trials import Line, shorten_path
 
 SHORT = dict(zip(COLUMNS, ("t", "p", "m"), strict=True))
 QUALITY = tuple(f"{metric}_10{end}" for metric in ("recall", "ndcg") for end in ("", "_low", "_high"))
@@ -63,8 +62,8 @@ def _group(section: Section) -> dict[str, Any]:
         if frame is None
         else {short: [getattr(frame, name).min, getattr(frame, name).max] for name, short in SHORT.items()},
         "frozen": section.frame_from,
-        "shared": [own_path(text) for text in (*section.notes.shared, instruments(section))],
-        "footnotes": [own_path(text) for text in section.notes.footnotes],
+        "shared": [shorten_path(text) for text in (*section.notes.shared, section.instruments)],
+        "footnotes": [shorten_path(text) for text in section.notes.footnotes],
         "rows": [
             _row(section, index, name, line, bool(usable[name]), firsts[name])
             for index, (name, line) in enumerate(section.lines.items())
@@ -80,7 +79,7 @@ def _row(section: Section, index: int, name: str, line: Line, usable: bool, firs
         "compared": bool(line["compared"]),
         "usable": usable,
         **{short: _number(line[column]) for column, short in SHORT.items()},
-        **({"m": None} if line["status"] == "oom" else {}),  # what was seen of it is a lower bound
+        **({"m": None} if line["status"] == "oom" else {}),  # the largest reading is a lower bound
         **{key: _number(line[column]) for key, column in SPREADS.items()},
         **{key: _number(line[key]) for key in (*QUALITY, "tpme_low", "tpme_high")},
         "source": line["memory_source"],
@@ -105,7 +104,7 @@ def _cell(recorded: Recorded) -> dict[str, Any]:
         "seed": result.cell.seed,
         "attempt": result.attempt,
         "code": result.code_version[:12],
-        "failure": own_path(f"during {failure.phase}: {failure.message}") if failure else None,
+        "failure": shorten_path(f"during {failure.phase}: {failure.message}") if failure else None,
         "phases": _phases(result),
         "curve": _curve(recorded),
         "configuration": matrix_of(result.cell, result.dataset),
@@ -115,7 +114,7 @@ def _cell(recorded: Recorded) -> dict[str, Any]:
 
 
 def _phases(result: CellResult) -> dict[str, list[tuple[float, float]]]:
-    """Start and end of every phase by its kind (seconds); those of one kind that follow each other are one."""
+    """Start and end of every phase by kind (seconds); successive phases of one kind are merged."""
     spans: dict[str, list[tuple[float, float]]] = {}
     for kind, start_s, end_s in stretches(result, lambda phase: phase.kind):
         spans.setdefault(kind, []).append((round(start_s, 4), round(end_s, 4)))
@@ -131,13 +130,21 @@ def _curve(recorded: Recorded) -> list[tuple[float, int]]:
 
 
 def _environment(result: CellResult) -> dict[str, str]:
-    one = result.environment
-    if one is None:
+    environment = result.environment
+    if environment is None:
         return {"device": "the attempt ended before it was known"}
-    told = {"device": one.device_name, "driver": one.driver, "threads": one.cpu_threads, "platform": one.platform}
-    told |= {"python": one.python, **{name: one.packages[name] for name in sorted(one.packages)}}
-    told |= {"allocator": one.allocator, "git": one.git_revision, "started": result.started_at}
-    return {key: own_path(str(value)) for key, value in told.items() if value is not None}
+    values = {
+        "device": environment.device_name,
+        "driver": environment.driver,
+        "threads": environment.cpu_threads,
+        "platform": environment.platform,
+        "python": environment.python,
+        **dict(sorted(environment.packages.items())),
+        "allocator": environment.allocator,
+        "git": environment.git_revision,
+        "started": result.started_at,
+    }
+    return {key: shorten_path(str(value)) for key, value in values.items() if value is not None}
 
 
 def matrix_of(cell: Cell, facts: DatasetFacts | None = None) -> str:
@@ -156,11 +163,11 @@ def matrix_of(cell: Cell, facts: DatasetFacts | None = None) -> str:
         head.append("fill in: path, the folder of that data, prepared; or in its place the synthetic settings it had")
     encoders = {"text": cell.text_encoder, "image": cell.image_encoder}
     pair = {
-        kind: {**spec.model_dump(exclude_none=True), "source": own_path(spec.source)}
+        kind: {**spec.model_dump(exclude_none=True), "source": shorten_path(spec.source)}
         for kind, spec in encoders.items()
         if spec is not None
     }
-    if any(own_path(spec.source) != spec.source for spec in encoders.values() if spec is not None):
+    if any(shorten_path(spec.source) != spec.source for spec in encoders.values() if spec is not None):
         head.append("fill in: source, the folder of an encoder, of which only the end is told here")
     method = {"name": cell.method, "options": cell.options, "cached": cell.cached}
     lines = {
@@ -174,8 +181,8 @@ def matrix_of(cell: Cell, facts: DatasetFacts | None = None) -> str:
         "training": cell.training.model_dump(mode="json", exclude_none=True),
         "lr": cell.lr.model_dump(),
     }
-    told = [f"# {line}" for line in head] + [f"{key} = {_toml(value)}" for key, value in lines.items()]
-    return "\n".join(told) + "\n"
+    text = [f"# {line}" for line in head] + [f"{key} = {_toml(value)}" for key, value in lines.items()]
+    return "\n".join(text) + "\n"
 
 
 def _toml(value: Any) -> str:

@@ -1,6 +1,6 @@
-"""From record files to a folder that can be read: ``report.md``, the page ``index.html``, and every table and figure.
+"""Write the records of a run as a folder: ``report.md``, the page ``index.html``, and every table and figure.
 
-Everything comes from the records, nothing from the clock or the machine, so the same records give the same bytes.
+Everything comes from the records, nothing from the clock or the machine: the same records give the same bytes.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pandas as pd
 from rich.console import Console
 from rich.progress import Progress
 
@@ -19,8 +20,7 @@ from tpme.bench.record import write_atomically
 from tpme.reports.data.load import read, to_frame
 from tpme.reports.data.section import Section, check_rows, make_section
 from tpme.reports.data.tpme import DEFAULT, Frame, Weights, read_frames, write_frames
-from tpme.reports.data.trials import names, split
-from tpme.reports.explain import headline, reading_guide
+from tpme.reports.data.trials import names, shorten_path, split
 from tpme.reports.page import page
 from tpme.reports.tables.results import TABLES, all_tables
 from tpme.reports.tables.table import Table, escape_markdown, to_csv, to_json, to_latex, to_markdown
@@ -33,18 +33,16 @@ TABLE_FORMATS = {"csv": to_csv, "json": to_json, "tex": to_latex}
 PLOT_FORMATS = ("png", "svg", "pdf")
 FORMATS = (*TABLE_FORMATS, *PLOT_FORMATS, "html")
 ROWS_DRAWN = 30
-"""A report of more rows, over all its groups, has figures only where they are asked for: a thousand records are then
-always a matter of seconds."""
+"""A report with more rows over all its groups has figures only on request: a thousand records then take seconds."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """All sections of a report and how it was asked for."""
+    """All sections of a report, and the command that makes it."""
 
     title: str
     sections: tuple[Section, ...]
     command: str
-    """What makes this report again."""
 
     @property
     def frames(self) -> list[Frame]:
@@ -61,7 +59,7 @@ def make_report(
     mix: bool = False,
     title: str | None = None,
 ) -> Report:
-    """Read all records below ``paths`` and sum them up, a section for each comparable group.
+    """Read all records below ``paths`` and summarise them, a section for each comparable group.
 
     Args:
         paths: run folders or record files.
@@ -80,15 +78,15 @@ def make_report(
     groups = split(to_frame(records), mix)
     if rows is not None:
         check_rows(rows, groups)
-    frozen = {} if frame is None else {_key(one.group): one for one in read_frames(frame)}
+    frozen = {} if frame is None else {_key(stored.group): stored for stored in read_frames(frame)}
     if frame is not None and not any(_key(group.key) in frozen for group in groups):
         raise UserError(f"{frame}: made on another device, protocol, data, encoders or precision than these records")
     sections = []
     for name, group in zip(names(groups), groups, strict=True):
-        own = frozen.get(_key(group.key))
-        kept = (own, frame.name) if frame is not None and own is not None else None
+        stored = frozen.get(_key(group.key))
+        used = (stored, frame.name) if frame is not None and stored is not None else None
         members = [by_path[path] for path in group.cells["path"]]
-        sections.append(make_section(name, group, members, weights, rows, kept))
+        sections.append(make_section(name, group, members, weights, rows, used))
     return Report(
         title or "What adaptation costs and what it buys",
         tuple(sections),
@@ -114,41 +112,42 @@ def write_report(
 
     Args:
         paths: run folders or record files.
-        out: the folder; made where it is not there.
+        out: the folder; created where it does not exist.
         weights: of T, P and M in TPME.
-        frame: file with frozen frames, to use instead of each group's own min and max; where it is not there, it is
-            made of these records first.
+        frame: file with frozen frames, to use instead of each group's own min and max; a file that does not exist is
+            first written from these records.
         rows: rows or methods that get a TPME; by default all that adapt an encoder.
         mix: put all records into one section, whatever their device, protocol or data, and say so.
         title: of the report.
-        formats: of ``FORMATS``, those to write beside ``report.md``; by default all, without figures where there are
+        formats: those of ``FORMATS`` to write beside ``report.md``; by default all, without figures where there are
             more than ``ROWS_DRAWN`` rows.
-        workers: processes that draw figures, forked: no other thread should be at work when there are several.
-        show: names of the tables that are printed, of ``TABLES``.
-        console: where they are printed, and what is not drawn or how far drawing is.
+        workers: processes that draw figures; several are forked, while no other thread may run.
+        show: names of the tables to print, of ``TABLES``.
+        console: prints them, and the progress of drawing.
 
     Raises:
         UserError: as ``make_report``, and for an unknown format or table; nothing is written then.
     """
     console = console or Console(quiet=True)
-    for what, asked, known in (("format", formats or (), FORMATS), ("table", show, TABLES)):
+    for kind, asked, known in (("format", formats or (), FORMATS), ("table", show, TABLES)):
         unknown = sorted(set(asked) - set(known))
         if unknown:
-            raise UserError(f"{what} '{unknown[0]}': choose of {', '.join(known)}")
+            raise UserError(f"{kind} '{unknown[0]}': choose of {', '.join(known)}")
     if frame is not None and not frame.exists():
         freeze(frame, make_report(paths, weights=weights, rows=rows, mix=mix), console)
     report = make_report(paths, weights=weights, frame=frame, rows=rows, mix=mix, title=title)
     if formats is None:
-        formats = _by_default(report, console)
+        formats = _default_formats(report, console)
     tables = [all_tables(section) for section in report.sections]
     plots = _draw(report, formats, workers, console)
-    html = page(report.title, report.sections, weights) if "html" in formats else None  # reads samples: may refuse
+    html = page(report.title, report.sections, weights) if "html" in formats else None  # reads samples, which may fail
     for index, (of_tables, of_plots) in enumerate(zip(tables, plots, strict=True)):
         for table in of_tables:
-            for ending in (one for one in TABLE_FORMATS if one in formats and not (table.long and one == "tex")):
-                file = _file(table.name, index)
-                text = TABLE_FORMATS[ending](replace(table, name=file))  # of several groups, too, each LaTeX label once
-                write_atomically(out / "tables" / f"{file}.{ending}", text.encode())
+            file = _file(table.name, index)
+            for ending, render in TABLE_FORMATS.items():
+                if ending in formats and not (table.long and ending == "tex"):
+                    text = render(replace(table, name=file))  # LaTeX labels are unique over all groups
+                    write_atomically(out / "tables" / f"{file}.{ending}", text.encode())
         for plot in of_plots:
             for ending, content in plot.files.items():
                 write_atomically(out / "plots" / f"{_file(plot.name, index)}.{ending}", content)
@@ -160,7 +159,7 @@ def write_report(
 
 
 def freeze(frame: Path, report: Report, console: Console) -> None:
-    """Keep the frames of a report in a file. Raises UserError where no row has a TPME."""
+    """Store the frames of a report in a file. Raises UserError where no row has a TPME."""
     if not report.frames:
         raise UserError(f"{frame}: not made, for none of these rows has a TPME")
     write_frames(frame, report.frames)
@@ -170,23 +169,23 @@ def freeze(frame: Path, report: Report, console: Console) -> None:
 def _print(tables: Sequence[Sequence[Table]], names: Sequence[str], console: Console) -> None:
     """Print the tables of these names, section by section; notes that several share stand under the first."""
     for of_section in tables:
-        told: set[str] = set()
+        printed: set[str] = set()
         for table in of_section:
             if table.name in names:
-                console.print(to_terminal(table, console.width, told), "")
-                told |= {*table.warnings, *(text for _, text in table.used_footnotes)}
+                console.print(to_terminal(table, console.width, printed), "")
+                printed |= {*table.warnings, *(text for _, text in table.used_footnotes)}
     for name in names:
         if not any(table.name == name for of_section in tables for table in of_section):
             console.print(f"{name}: nothing in these records")
 
 
-def _by_default(report: Report, console: Console) -> Sequence[str]:
-    """Every format; of a large report those without figures."""
+def _default_formats(report: Report, console: Console) -> Sequence[str]:
+    """Every format; those without figures for a large report."""
     rows = sum(len(section.summary) for section in report.sections)
     if rows <= ROWS_DRAWN:
         return FORMATS
-    told = f"{rows} rows in {len(report.sections)} groups: figures are drawn with --formats all"
-    console.print(told, markup=False)
+    message = f"{rows} rows in {len(report.sections)} groups: figures are drawn with --formats all"
+    console.print(message, markup=False)
     return [name for name in FORMATS if name not in PLOT_FORMATS]
 
 
@@ -197,7 +196,7 @@ def _draw(report: Report, formats: Sequence[str], workers: int, console: Console
     from tpme.reports.figures.costs import makers
     from tpme.reports.figures.draw import draw  # matplotlib takes as long to load as a report of hundreds of records
 
-    # Without a thread that refreshes it: the processes that draw are forked meanwhile.
+    # No refresh thread: the drawing processes are forked meanwhile.
     with Progress(console=console, transient=True, auto_refresh=False) as progress:
         task = progress.add_task("Figures", total=len(report.sections) * len(makers()))
         return draw(report.sections, endings, workers, lambda: progress.update(task, advance=1, refresh=True))
@@ -208,7 +207,7 @@ def _key(group: dict[str, str]) -> tuple[tuple[str, str], ...]:
 
 
 def _file(name: str, index: int) -> str:
-    """File name of a table or plot; that of the first section carries no number."""
+    """File name of a table or plot; the first section's carry no number."""
     return name if index == 0 else f"{name}-{index + 1}"
 
 
@@ -267,13 +266,13 @@ def _markdown(
 
 
 def _heading(several: bool, index: int, section: Section, title: str) -> list[str]:
-    told = f", group {index + 1}" if several else ""
-    told += f": {escape_markdown(section.name)}" if several or section.group.mixed else ""
-    return [f"## {title}{told}", ""]
+    suffix = f", group {index + 1}" if several else ""
+    suffix += f": {escape_markdown(section.name)}" if several or section.group.mixed else ""
+    return [f"## {title}{suffix}", ""]
 
 
 def _figure(plot: Drawn, file: str, formats: Sequence[str]) -> list[str]:
-    links = "".join(f" [{one.upper()}](plots/{file}.{one})" for one in PLOT_FORMATS[1:] if one in formats)
+    links = "".join(f" [{ending.upper()}](plots/{file}.{ending})" for ending in PLOT_FORMATS[1:] if ending in formats)
     return [
         f"### {escape_markdown(plot.title)}",
         "",
@@ -282,6 +281,82 @@ def _figure(plot: Drawn, file: str, formats: Sequence[str]) -> list[str]:
         f"{escape_markdown(plot.caption)}{links}",
         "",
     ]
+
+
+# --- the sentences of report.md ------------------------------------------------------------------------------
+
+MEASURED_M = {
+    "cpu": (
+        "peak resident memory of the process tree during training, over the baseline taken before data and model "
+        "were loaded (a CPU has no device memory of its own)"
+    ),
+    "cuda": (
+        "peak GPU memory during training as NVML reports it: that of the process where NVML can tell it, else that "
+        "of the whole device over its idle baseline"
+    ),
+}
+
+
+def headline(section: Section) -> str:
+    """What ran, on what, and the best rows by Recall@10 and by TPME."""
+    cells, summary = section.cells, section.summary
+    failed = int((cells["status"] != "ok").sum())
+    facts = next((recorded.result.dataset for recorded in section.records if recorded.result.dataset), None)
+    data = section.group.key["dataset"]
+    if facts is not None and "dataset_fingerprint" not in section.group.mixed:
+        data += f" ({facts.users:,} users, {facts.items:,} items, {' and '.join(facts.modalities)})"
+    encoders = shorten_path(section.group.key["encoders"]) or "no encoders"
+    sentences = [
+        f"{_plural(len(summary), 'row')} from {_plural(len(cells), 'cell')} on {data} with {encoders}; "
+        f"{section.group.key['protocol']} protocol, {section.group.key['precision']}, on {_devices(section)}."
+    ]
+    if failed:
+        sentences.append(f"{_plural(failed, 'cell')} did not finish.")
+    if summary["recall_10"].notna().sum() > 1:
+        best = summary["recall_10"].max()
+        names = summary.index[summary["recall_10"].round(4) == round(best, 4)]
+        sentences.append(f"Highest Recall@10: {', '.join(names)} ({best:.4f}).")
+    if len(section.compared) > 1:
+        least = section.compared[0]
+        sentences.append(f"Lowest TPME: {least} ({100 * summary['tpme'].min():.2f} %).")
+    return " ".join(sentences)
+
+
+def reading_guide(sections: Sequence[Section]) -> list[str]:
+    """A Markdown list of all columns: what each means and how it was measured."""
+    devices = sorted({device for section in sections for device in section.cells["device"]})
+    memory = "; ".join(
+        (f"on {device.upper()}: " if len(devices) > 1 else "") + MEASURED_M[device] for device in devices
+    )
+    rows = pd.concat([section.summary for section in sections])
+    sources = sorted(set(rows.loc[rows["compared"] & rows["memory_bytes"].notna(), "memory_source"]))
+    weights = "{time:g}, {parameters:g} and {memory:g}".format_map(sections[0].weights.model_dump())
+    lines = [
+        "**Recall@K**: share of test users whose held-out last item is among the first K of the whole catalogue, the "
+        "user's earlier items taken out, ties counted against the model (with one target this is the hit rate).",
+        "**NDCG@K**: the same hits, each weighted by 1 / log2(1 + rank).",
+        "**T**: median training time of an epoch after the warm-up epochs, in seconds. Data loading counts; "
+        "validation, ranking, building a feature cache and saving do not.",
+        "**P**: trainable parameters in millions, the recommender's own included.",
+        f"**M**: {memory}." + (f" Here by: {escape_markdown('; '.join(sources))}." if sources else ""),
+        "**TPME**: T, P and M, each scaled to 0..1 between the smallest and the largest of the compared rows, weighted "
+        f"{weights} and added; in percent, lower is better. It says nothing across tables.",
+        "**95 %** behind TPME: where it lies in 95 % of the resamplings of every row's seeds and epochs; rows whose "
+        "intervals overlap may change places.",
+        "**Rank**: by TPME. **Seeds**: runs that finished, of those started; **± seeds**, and ± behind a cost, is the "
+        "standard deviation over them.",
+        "**Bold**: the best of its column, where an arrow says what is better; of costs among the rows with a TPME.",
+    ]
+    return [f"- {line}" for line in lines]
+
+
+def _devices(section: Section) -> str:
+    names = {recorded.result.environment.device_name for recorded in section.records if recorded.result.environment}
+    return " and ".join(sorted(names)) or section.group.key["device_key"]
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("" if count == 1 else "s")
 
 
 def _repeat(report: Report, formats: Sequence[str]) -> list[str]:

@@ -21,6 +21,7 @@ from tpme.bench.counting.counters import Counts, Step, count, planned_peak, run_
 from tpme.bench.counting.devices import DeviceProfile
 from tpme.bench.counting.meta import EncoderShelf, MetaCell
 from tpme.bench.errors import UserError
+from tpme.bench.quantities import memory_reading
 from tpme.bench.record import Cell, CellResult, Frozen, Modality, Precision, find_results, read_result
 from tpme.bench.run.launch import prepare_datasets
 from tpme.bench.run.matrix import Dataset, DatasetEntry, MatrixFile, expand
@@ -242,12 +243,9 @@ def _measured(results: list[CellResult]) -> Measured | None:
 
 
 def _memory(result: CellResult) -> tuple[float, str] | None:
-    """Peak of training: torch's allocated bytes where there are any, else resident memory of the host."""
-    memory = result.training_memory
-    for reading in (memory.torch_allocated_bytes, memory.host_rss_bytes) if memory else ():
-        if reading.value is not None:
-            return reading.value, reading.source
-    return None
+    """Peak of training, and its instrument."""
+    reading = memory_reading("measured_peak_bytes", result.training_memory, result.cell.device)
+    return None if reading.value is None else (reading.value, reading.source)
 
 
 def _step_flops(result: CellResult) -> float | None:

@@ -1,9 +1,9 @@
-"""``tpme export``: all records as one tidy table, a row each, for other tools; and to MLflow, after the fact.
+"""``tpme export``: all records as one tidy table, a row each, for other tools, and as runs in MLflow.
 
-Earlier attempts and what a later run replaced are there, too; ``latest`` marks the records that reports read. The other
+Earlier attempts and replaced records are included; ``latest`` marks the records that reports read. The other
 columns are those of ``tpme.reports.data.load`` and, from the rest of the record: counters (``counter_``), every
 instrument's training memory (``peak_``), wall time by kind of phase (``phase_``) and the environment
-(``environment_``). What is a structure in the record is JSON text here.
+(``environment_``). A structure in the record becomes JSON text.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from tpme.reports.data.load import Recorded, read_every, to_frame, with_quality
 TABLE = "cells"
 """Name of the table in an SQLite file."""
 NUMERIC = re.compile(r"(_s|_j|_bytes|_millions|_\d+)$|^(counter|phase|peak)_|^best_epoch$")
-"""Columns that hold numbers, even where no record has one."""
+"""Numeric columns, even where every value is missing."""
 BOOLEAN = ("environment_deterministic", "environment_git_dirty")
-"""Columns that are true, false or empty."""
+"""Columns with true, false or a missing value."""
 SEARCH = ("search_trials", "search_cells", "search_wall_s", "trial_valid_recall_10")
-"""Columns about all trials of a row, which the latest records alone make up."""
+"""Columns over all trials of a row, from the latest records alone."""
 
 
 def records_frame(records: Sequence[Recorded]) -> pd.DataFrame:
-    """One row a record with everything that a table can hold; row ``i`` describes ``records[i]``.
+    """One row for each record, with all of its scalar content; row ``i`` describes ``records[i]``.
 
-    A counter or memory that is missing or not to be trusted is empty; the JSON object ``missing_reasons`` says why,
-    by column. Raises RecordError for broken ranks.
+    A missing or invalid counter or memory is empty; the JSON object ``missing_reasons`` gives the reasons by column.
+    Raises RecordError for broken ranks.
     """
     frame = with_quality(_cells(records))
     frame["flags"] = [
@@ -47,7 +47,7 @@ def records_frame(records: Sequence[Recorded]) -> pd.DataFrame:
     ]
     more = pd.DataFrame([_more(recorded.result) for recorded in records], index=frame.index)
     whole = pd.concat([frame, more[sorted(more.columns)]], axis=1)
-    # Types must not differ from run to run: files of several runs are read together.
+    # Types must not depend on the run: files of several runs are read together.
     types = dict.fromkeys(map(str, whole.columns[whole.isna().all()]), "string")
     types |= {name: "float64" for name in map(str, whole.columns) if NUMERIC.search(name)}
     types |= {name: "boolean" for name in BOOLEAN if name in whole}
@@ -56,7 +56,7 @@ def records_frame(records: Sequence[Recorded]) -> pd.DataFrame:
 
 
 def _cells(records: Sequence[Recorded]) -> pd.DataFrame:
-    """The table of ``load``, and ``latest``; what is not latest takes no part in the search for a learning rate."""
+    """The table of ``load`` with ``latest``; other records take no part in the search for a learning rate."""
     parts = []
     for latest in (True, False):
         places = [place for place, recorded in enumerate(records) if recorded.latest == latest]
@@ -145,9 +145,9 @@ PARAMETERS = (
 STRUCTURES = ("training", "lr")
 """Columns of JSON that become a parameter each setting: ``training.epochs``."""
 CHANGING = ("latest", "selected")
-"""Columns that later records can change: tags that every push brings up to date."""
+"""Columns that later records can change: tags that every push updates."""
 KEY = "tpme.record"
-"""The tag that names a record, so that none is pushed twice."""
+"""The tag that identifies a record; it prevents a second push."""
 TEXT_MOST = 5000
 """MLflow refuses longer tags."""
 BATCH = 1000
@@ -155,10 +155,10 @@ BATCH = 1000
 
 
 def push(records: Sequence[Recorded], uri: str, experiment: str) -> tuple[int, int]:
-    """Make an MLflow run of every record that is not there yet; returns how many were new and how many were there.
+    """Create an MLflow run for every new record; returns the numbers of new and of existing runs.
 
-    A run that an interrupted push left unfinished is completed. Of one that is whole only the tags in ``CHANGING`` are
-    written.
+    A run that an interrupted push left unfinished is completed. In a complete one only the tags in ``CHANGING`` are
+    updated.
 
     Raises:
         UserError: mlflow is not installed, or the server refuses.
@@ -172,8 +172,8 @@ def push(records: Sequence[Recorded], uri: str, experiment: str) -> tuple[int, i
     frame, new = records_frame(records), 0
     try:
         client = MlflowClient(tracking_uri=uri)
-        found = client.get_experiment_by_name(experiment)
-        home = client.create_experiment(experiment) if found is None else found.experiment_id
+        existing = client.get_experiment_by_name(experiment)
+        home = client.create_experiment(experiment) if existing is None else existing.experiment_id
         for recorded, (_, row) in zip(records, frame.iterrows(), strict=True):
             new += _push_one(client, home, recorded, row)
     except MlflowException as error:
@@ -209,7 +209,7 @@ def _push_one(client: Any, experiment_id: str, recorded: Recorded, row: pd.Serie
 
 
 def _texts(row: pd.Series[Any]) -> tuple[dict[str, str], dict[str, str]]:
-    """Settings as parameters, every other column that is no number as a tag."""
+    """Settings as parameters, every other column that is not a number as a tag."""
     parameters = {name: str(row[name]) for name in PARAMETERS}
     for name in STRUCTURES:
         parameters |= {f"{name}.{key}": str(value) for key, value in json.loads(row[name]).items()}

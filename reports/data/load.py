@@ -1,43 +1,37 @@
-"""Records in, one table out: ``load(paths)`` gives a row for every cell, units in the column names.
+"""Read records into a table: ``load(paths)`` returns a row for every cell, units in the column names.
 
 Only the latest attempt of a cell counts. Ranks and samples stay in their files: the columns ``ranks_path`` and
-``samples_path`` lead to them, ``load_ranks`` and ``load_samples`` read them.
+``samples_path`` name them, ``load_ranks`` and ``load_samples`` read them.
 """
 
 from __future__ import annotations
 
 import gc
-import io
 import json
 import math
-import re
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from itertools import groupby, product
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
 from tpme.bench.errors import UserError
+from tpme.bench.quantities import memory_reading
 from tpme.bench.record import (
     Cell,
     CellResult,
     EncoderSpec,
-    Memory,
     Phase,
-    Reading,
-    RecordError,
     find_attempts,
     find_results,
     read_result,
 )
-from tpme.reports.data.metrics import CUTOFFS, METRICS, gains
+from tpme.reports.data.ranks import REPORTED, load_arrays, mean_gains
 from tpme.reports.data.trials import select_trials
 
 Array = npt.NDArray[Any]
@@ -45,34 +39,21 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Recorded:
-    """One record and where it was found."""
+    """One record and its path."""
 
     path: Path
     result: CellResult
     device_key: str
-    """The record's own, or, where an attempt ended before it knew, that of the records beside it."""
+    """That of the record, or of its neighbours where the attempt ended before it knew the device."""
     superseded: int = 0
-    """Older records of the same cell on the same device that this one replaces."""
+    """Number of older records of the same cell on the same device that this one replaces."""
     latest: bool = True
-    """False for an earlier attempt, and for what a later run of the same cell on the same device replaced."""
+    """False for an earlier attempt, and for a record that a later run on the same device replaced."""
 
     def beside(self, name: str) -> str | None:
-        """The path of its file of that name (``ranks``, ``samples``); None where it left none."""
+        """Path of the file ``ranks`` or ``samples`` beside the record; None where there is none."""
         file = self.result.files.get(name)
         return None if file is None else str(self.path.parent / file)
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """Rank of every user's test target; all arrays have shape ``(users,)``."""
-
-    rank: Array
-    """From 1; ties count against the model."""
-    target: Array
-    cold: Array
-    """The target never occurs in training."""
-    in_history: Array
-    """The target is masked because the user already had it, so it can never hit."""
 
 
 @dataclass(frozen=True)
@@ -109,28 +90,28 @@ def read(paths: Iterable[Path | str]) -> list[Recorded]:
     if not files:
         where = ", ".join(str(root) for root in roots)
         raise UserError(f"{where}: no records (attempt-*.json) in there; name a folder that 'tpme run' wrote")
-    with _uncollected():
+    with _collector_paused():
         results = {path: read_result(path) for path in sorted(files.values())}
     keys = _device_keys(results)
     latest: dict[tuple[str, str], Recorded] = {}
     for path, result in results.items():
         identity = (result.cell_id, keys[path])
         old = latest.get(identity)
-        seen = 0 if old is None else old.superseded + 1
+        superseded = 0 if old is None else old.superseded + 1
         if old is None or _age(result) >= _age(old.result):
-            latest[identity] = Recorded(path, result, keys[path], seen)
+            latest[identity] = Recorded(path, result, keys[path], superseded)
         else:
-            latest[identity] = Recorded(old.path, old.result, old.device_key, seen)
+            latest[identity] = Recorded(old.path, old.result, old.device_key, superseded)
     return sorted(latest.values(), key=lambda recorded: recorded.path)
 
 
 def read_every(paths: Iterable[Path | str]) -> list[Recorded]:
-    """What ``read`` gives, and behind it all other records below ``paths``, which are not ``latest``."""
+    """The records of ``read``, followed by all others below ``paths``, which are not ``latest``."""
     roots = [Path(path) for path in paths]
     latest = read(roots)
     known = {recorded.path.resolve() for recorded in latest}
     files = {path.resolve(): path for path in find_attempts(roots)}
-    results = {path: read_result(path) for place, path in files.items() if place not in known}
+    results = {path: read_result(path) for resolved, path in files.items() if resolved not in known}
     keys = _device_keys({recorded.path: recorded.result for recorded in latest} | results)
     return [*latest, *(Recorded(path, results[path], keys[path], latest=False) for path in sorted(results))]
 
@@ -142,33 +123,23 @@ def to_frame(records: Sequence[Recorded]) -> pd.DataFrame:
 
 
 def with_quality(frame: pd.DataFrame) -> pd.DataFrame:
-    """A table of cells with test Recall and NDCG at the reported cut-offs; NaN where a cell left no ranks."""
-    names = [f"{metric}_{k}" for k, metric in product(CUTOFFS, METRICS)]
-    return frame.join(pd.DataFrame(list(map(_means, frame["ranks_path"])), columns=names, index=frame.index))
-
-
-def load_ranks(path: Path | str) -> Ranks:
-    """Read the ranks beside a record. Raises RecordError for a missing, truncated or foreign file."""
-    ranks = _load_arrays(Path(path), Ranks)
-    if len({len(getattr(ranks, field.name)) for field in fields(Ranks)}) != 1:
-        raise RecordError(f"{path}: its arrays differ in length; run the cell again")
-    if len(ranks.rank) and int(ranks.rank.min()) < 1:
-        raise RecordError(f"{path}: ranks start at 1, this holds {int(ranks.rank.min())}; run the cell again")
-    return ranks
+    """The table of cells with test Recall and NDCG at the reported cut-offs; NaN for a cell without ranks."""
+    names = [f"{metric}_{k}" for metric, k in REPORTED]
+    return frame.join(pd.DataFrame(list(map(mean_gains, frame["ranks_path"])), columns=names, index=frame.index))
 
 
 def load_samples(path: Path | str) -> Samples:
     """Read step times and memory samples beside a record. Raises RecordError like ``load_ranks``."""
-    return _load_arrays(Path(path), Samples)
+    return load_arrays(Path(path), Samples)
 
 
-def thin(one: Samples, most: int = 400) -> tuple[Array, Array]:
-    """Time and memory of at most so many samples; of neighbours the largest stays, so no peak is lost.
+def thin(samples: Samples, most: int = 400) -> tuple[Array, Array]:
+    """Time and memory of at most ``most`` samples; the largest of neighbours stays, so no peak is lost.
 
-    Times at which nothing could be read are left out.
+    Samples without a reading are left out.
     """
-    read = np.isfinite(one.sample_bytes)
-    time_s, used = one.sample_t_s[read], one.sample_bytes[read]
+    read = np.isfinite(samples.sample_bytes)
+    time_s, used = samples.sample_t_s[read], samples.sample_bytes[read]
     stride = max(1, math.ceil(len(used) / most))
     starts = np.arange(0, len(used), stride)
     ends = np.minimum(starts + stride, len(used)) - 1
@@ -176,33 +147,21 @@ def thin(one: Samples, most: int = 400) -> tuple[Array, Array]:
 
 
 def stretches(result: CellResult, name: Callable[[Phase], str]) -> list[tuple[str, float, float]]:
-    """Name, start and end in seconds of the phases of a cell; neighbours of one name are one."""
-    in_time = sorted(result.phases, key=lambda phase: phase.start_s)
-    together = [(key, list(phases)) for key, phases in groupby(in_time, key=name)]
-    return [(key, phases[0].start_s, phases[-1].start_s + phases[-1].wall_s) for key, phases in together]
-
-
-def memory_of_tpme(memory: Memory | None, device: str) -> Reading:
-    """M of TPME: on a GPU NVML of the process where it is valid, else of the device; on a CPU the RSS peak."""
-    if memory is None:
-        return Reading.missing("none", "nothing was trained, or the attempt ended before")
-    if device == "cpu":
-        return memory.host_rss_bytes
-    process = memory.nvml_process_bytes
-    if process.valid and process.value is not None:
-        return process
-    return memory.nvml_device_bytes
+    """Name, start and end (seconds) of the phases of a cell; neighbours with the same name are merged."""
+    ordered = sorted(result.phases, key=lambda phase: phase.start_s)
+    runs = [(key, list(phases)) for key, phases in groupby(ordered, key=name)]
+    return [(key, phases[0].start_s, phases[-1].start_s + phases[-1].wall_s) for key, phases in runs]
 
 
 def counter_values(results: Iterable[CellResult], name: str) -> list[float]:
-    """The valid values of a counter, one for each record that has it."""
+    """The valid values of a counter, one for each record that has one."""
     readings = (result.counters.get(name) for result in results)
-    return [one.value for one in readings if one is not None and one.valid and one.value is not None]
+    return [reading.value for reading in readings if reading and reading.valid and reading.value is not None]
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
-    """No garbage collection inside: all that is read stays, and every pass would walk again what was read before."""
+def _collector_paused() -> Iterator[None]:
+    """Suspend garbage collection: all records stay alive, and every pass would scan those read before."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -210,7 +169,7 @@ def _uncollected() -> Iterator[None]:
     finally:
         if enabled:
             gc.freeze()
-            gc.unfreeze()  # to the oldest generation at once: each younger one would walk all of it on the way there
+            gc.unfreeze()  # moves all to the oldest generation at once; each younger one would scan it
             gc.enable()
 
 
@@ -269,8 +228,8 @@ def _cell_columns(cell: Cell, device_key: str) -> dict[str, Any]:
 
 
 def _cost_columns(result: CellResult) -> dict[str, Any]:
-    memory = memory_of_tpme(result.training_memory, result.cell.device)
-    any_phase = [memory_of_tpme(phase.memory, result.cell.device).value for phase in result.phases]
+    memory = memory_reading("memory_bytes", result.training_memory, result.cell.device)
+    any_phase = [memory_reading("memory_seen_bytes", phase.memory, result.cell.device).value for phase in result.phases]
     seen = [value for value in (memory.value, *any_phase) if value is not None]
     parameters, cache = result.parameters, result.cache
     energy = [phase.energy_j.value for phase in result.phases if phase.kind == "train"]
@@ -310,13 +269,6 @@ def _epoch_columns(result: CellResult) -> dict[str, Any]:
     }
 
 
-def _means(path: Any) -> list[float]:
-    ranks = load_ranks(path) if isinstance(path, str) else None  # pandas may turn None into NaN
-    if ranks is None or not len(ranks.rank):
-        return [np.nan] * (len(METRICS) * len(CUTOFFS))
-    return [float(gains(ranks, metric, k).mean()) for k, metric in product(CUTOFFS, METRICS)]
-
-
 def _encoder(spec: EncoderSpec, modality: str) -> str:
     revision = f"@{spec.revision}" if spec.revision else ""
     return f"{spec.source}{revision} ({modality}{', random weights' if spec.weights == 'random' else ''})"
@@ -334,7 +286,7 @@ def _age(result: CellResult) -> tuple[str, int]:
 
 
 def _device_keys(results: dict[Path, CellResult]) -> dict[Path, str]:
-    """Device key of every record; one that ended before it knew its device takes that of its run, if it is one."""
+    """Device key of every record; one that ended before it knew its device takes that of its run, if unique."""
     known: dict[tuple[Path | None, str], set[str]] = {}
     for path, result in results.items():
         if result.environment is not None:
@@ -347,31 +299,6 @@ def _device_keys(results: dict[Path, CellResult]) -> dict[Path, str]:
             continue
         candidates = (known.get((scope, result.cell.device), set()) for scope in (path.parent.parent, None))
         keys[path] = next(
-            (next(iter(found)) for found in candidates if len(found) == 1), f"unknown {result.cell.device} device"
+            (next(iter(names)) for names in candidates if len(names) == 1), f"unknown {result.cell.device} device"
         )
     return keys
-
-
-Arrays = TypeVar("Arrays", Ranks, Samples)
-
-
-def _load_arrays(path: Path, kind: type[Arrays]) -> Arrays:
-    names = [field.name for field in fields(kind)]
-    try:
-        with zipfile.ZipFile(io.BytesIO(path.read_bytes())) as file:
-            return kind(**{name: _array(file.read(f"{name}.npy")) for name in names})
-    except KeyError as error:
-        raise RecordError(f"{path}: {error.args[0]}; written by another version? run the cell again") from None
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise RecordError(f"{path}: not a readable .npz file ({error}); run the cell again") from None
-
-
-_NPY = re.compile(rb"\x93NUMPY\x01\0..{'descr': '(\S+)', 'fortran_order': False, 'shape': \((\d+),\), } *\n", re.DOTALL)
-
-
-def _array(data: bytes) -> Array:
-    """What ``np.load`` reads, in a third of its time: a report opens a file for every cell, and they are short."""
-    header = _NPY.match(data)
-    if header is None:
-        raise ValueError("it does not hold arrays of one dimension")
-    return np.frombuffer(data, header[1].decode(), int(header[2]), header.end()).copy()

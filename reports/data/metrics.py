@@ -1,49 +1,42 @@
-"""Recall@K and NDCG@K from recorded ranks, with intervals over users.
-
-Every user has one target, so Recall@K is the hit rate and NDCG@K is ``1 / log2(1 + rank)`` for a hit (the ideal
-DCG is 1). A target the user already had is masked in the ranking and never hits, whatever rank was recorded.
-"""
+"""Recall@K and NDCG@K of rows over their seeds, with bootstrap intervals over users."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
 from tpme.bench.errors import UserError
+from tpme.reports.data.ranks import METRICS, REPORTED, Metric, Ranks, gains
+from tpme.reports.data.stats import Floats
 
-if TYPE_CHECKING:  # load.py reports what is computed here
-    from tpme.reports.data.load import Ranks
-
-Floats = npt.NDArray[np.float64]
-Metric = Literal["recall", "ndcg"]
-
-METRICS: tuple[Metric, ...] = ("recall", "ndcg")
-CUTOFFS = (5, 10, 20)
 SPLIT_CUTOFF = 10
 """The cut-off at which warm and cold targets are told apart."""
 RESAMPLES = 1000
 LEVEL = 0.95
 
 
-def gains(ranks: Ranks, metric: Metric, k: int) -> Floats:
-    """What each user adds to the metric at cut-off ``k``; shape ``(users,)``, values in [0, 1]."""
-    hit: npt.NDArray[np.bool_] = (ranks.rank <= k) & ~ranks.in_history.astype(bool)
-    if metric == "recall":
-        return hit.astype(np.float64)
-    return np.where(hit, 1 / np.log2(1 + np.maximum(ranks.rank, 1)), 0.0)
-
-
 def spread(values: Floats) -> float:
-    """Standard deviation over seeds; NaN for less than two, and 0 for equal values, which rounding would set apart."""
+    """Standard deviation over seeds; NaN for less than two, exactly 0 for equal values."""
     if len(values) < 2:
         return np.nan
     return float(values.std(ddof=1)) if np.ptp(values) else 0.0
+
+
+def over_seeds(rows: Iterable[str], values: Mapping[tuple[str, str], Sequence[float]]) -> pd.DataFrame:
+    """Mean and standard deviation (``<key>_sd``) over seeds of the values of each (row, key); NaN where there are none.
+
+    The index holds ``rows``; the columns come in the order in which ``values`` names their keys.
+    """
+    columns: dict[str, dict[str, float]] = {}
+    for (row, key), of_seeds in values.items():
+        columns.setdefault(key, {})[row] = float(np.mean(of_seeds)) if of_seeds else np.nan
+        columns.setdefault(f"{key}_sd", {})[row] = spread(np.array(of_seeds))
+    return pd.DataFrame(columns, index=pd.Index(list(rows), dtype=object), dtype=np.float64)
 
 
 def bootstrap_means(values: Floats, members: Floats, resamples: int = RESAMPLES, seed: int = 0) -> Floats:
@@ -51,9 +44,9 @@ def bootstrap_means(values: Floats, members: Floats, resamples: int = RESAMPLES,
 
     Args:
         values: shape ``(users, columns)``.
-        members: shape ``(users, columns)``, 1 where a user counts towards a column and 0 elsewhere. A column
-            none of whose users were drawn gives NaN.
-        resamples: how often to draw.
+        members: shape ``(users, columns)``, 1 where a user counts towards a column and 0 elsewhere. A column is NaN
+            in a draw without any of its users.
+        resamples: number of draws.
         seed: the draws depend on it and the number of users alone, so they are the same for every method.
     """
     users = len(values)
@@ -90,7 +83,7 @@ def quality(rows: Mapping[str, Sequence[Ranks]], resamples: int = RESAMPLES) -> 
 
 
 _MEANS: tuple[tuple[str, Metric, int, str], ...] = (
-    *((f"{metric}_{k}", metric, k, "all") for k, metric in product(CUTOFFS, METRICS)),
+    *((f"{metric}_{k}", metric, k, "all") for metric, k in REPORTED),
     *(
         (f"{metric}_{SPLIT_CUTOFF}_{part}", metric, SPLIT_CUTOFF, part)
         for part, metric in product(("warm", "cold"), METRICS)
@@ -112,16 +105,15 @@ def _counts(name: str, seeds: Sequence[Ranks]) -> dict[str, float]:
 
 
 def _add_means(lines: dict[str, dict[str, float]], rows: Mapping[str, Sequence[Ranks]], resamples: int) -> None:
-    """Add every mean with its spread and interval to the lines of rows that were tested on equally many users."""
+    """Add every mean with its deviation and interval to the lines of rows tested on equally many users."""
     values, counted, cells = [], [], []
     for name, seeds in rows.items():
         cold = seeds[0].cold.astype(bool)
         parts = {"all": np.ones_like(cold), "warm": ~cold, "cold": cold}
-        both = {key: np.stack([getattr(one, key) for one in seeds]) for key in ("rank", "in_history")}
-        together = replace(seeds[0], **both)
-        gained = {(metric, k): gains(together, metric, k) for k, metric in product(CUTOFFS, METRICS)}
+        stacked = {key: np.stack([getattr(seed, key) for seed in seeds]) for key in ("rank", "in_history")}
+        of_users = {(metric, k): gains(replace(seeds[0], **stacked), metric, k) for metric, k in REPORTED}
         for column, metric, k, part in _MEANS:
-            members, of_seeds = parts[part], gained[metric, k]  # shapes (users,) and (seeds, users)
+            members, of_seeds = parts[part], of_users[metric, k]  # shapes (users,) and (seeds, users)
             means = np.compress(members, of_seeds, axis=1).mean(axis=1) if members.any() else np.array([np.nan])
             lines[name][column] = float(means.mean())
             lines[name][f"{column}_sd"] = spread(means)
@@ -139,6 +131,6 @@ def _interval(means: Floats) -> tuple[Any, Any]:
     unknown = np.isnan(means)
     some, whole = ~unknown.all(axis=0), ~unknown.any(axis=0)
     tails = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
-    for columns, quantile in ((whole, np.quantile), (some & ~whole, np.nanquantile)):  # the latter is a slow loop
+    for columns, quantile in ((whole, np.quantile), (some & ~whole, np.nanquantile)):  # nanquantile is a slow loop
         bounds[:, columns] = quantile(means[:, columns], tails, axis=0)
     return bounds[0], bounds[1]

@@ -1,6 +1,6 @@
-"""What a reader must know before trusting a number: flags, failures and doubtful readings as footnotes.
+"""Footnotes: flags, failures and doubtful readings that a reader must know before trusting a number.
 
-What is true of every finished row becomes a note on the table; the rest becomes a numbered footnote, with the
+A text that applies to every finished row becomes a note on the table; the others become numbered footnotes, with the
 same number in every table of a section.
 """
 
@@ -12,10 +12,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 
+from tpme.bench.quantities import quantity
 from tpme.reports.data.trials import Group, Line, mixture, settings
 
 MANY = 3
-"""So many flags that differ in their numbers alone become one footnote."""
+"""Number of flags, differing in their numbers alone, from which they become one footnote."""
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
 
@@ -24,54 +25,54 @@ class Notes:
     """Footnotes of one section."""
 
     shared: tuple[str, ...]
-    """True of every row that finished."""
+    """Texts that apply to every finished row."""
     footnotes: tuple[str, ...]
     """Footnote 1 first."""
     marks: dict[str, tuple[int, ...]]
-    """Row to the numbers of its footnotes."""
+    """Numbers of the footnotes of each row."""
 
 
 def notes_of(seeds: Mapping[str, Sequence[Line]], lines: Mapping[str, Line]) -> Notes:
     """Collect the footnotes of all rows, numbered in the order of ``lines``.
 
     Args:
-        seeds: the cells of each row, of the trial that is shown.
+        seeds: the cells of the selected trial of each row.
         lines: the summary of each row.
     """
     finished = {name: line for name, line in lines.items() if line["status"] == "ok"}
     several_sources = len({line["memory_source"] for line in finished.values() if line["compared"]}) > 1
     merged = _merged(message for cells in seeds.values() for cell in cells for _, message in cell["flags"])
-    told = {
+    texts = {
         name: list(dict.fromkeys(_row_notes(name, seeds[name], line, several_sources, merged)))
         for name, line in lines.items()
     }
-    of_finished = [told[name] for name in finished]
-    shared = [text for text in of_finished[0] if all(text in texts for texts in of_finished)] if of_finished[1:] else []
-    own = {name: [text for text in texts if text not in shared] for name, texts in told.items()}
-    footnotes = list(dict.fromkeys(text for texts in own.values() for text in texts))
+    of_finished = [texts[name] for name in finished]
+    shared = [text for text in of_finished[0] if all(text in row for row in of_finished)] if of_finished[1:] else []
+    single = {name: [text for text in row if text not in shared] for name, row in texts.items()}
+    footnotes = list(dict.fromkeys(text for row in single.values() for text in row))
     number = {text: index for index, text in enumerate(footnotes, start=1)}
-    marks = {name: tuple(sorted(number[text] for text in texts)) for name, texts in own.items()}
+    marks = {name: tuple(sorted(number[text] for text in row)) for name, row in single.items()}
     return Notes(tuple(shared), tuple(footnotes), marks)
 
 
 def mixing(group: Group) -> str:
-    """What a reader of a mixed group must know first."""
-    told = f"Mixed: rows of different {mixture(group)} share this table and its TPME, which compares them all the same."
+    """The warning on a mixed group."""
+    text = f"Mixed: rows of different {mixture(group)} share this table and its TPME, which compares them all the same."
     if group.cells["device"].nunique() > 1:
-        told += " M is not one quantity: resident memory over a baseline on a CPU, GPU memory by NVML on a GPU."
-    return told
+        text += " M is not one quantity: resident memory over a baseline on a CPU, GPU memory by NVML on a GPU."
+    return text
 
 
 def _merged(messages: Iterable[str]) -> dict[str, str]:
-    """Flags that many rows carry with other numbers, as one text each: "for 17 to 56% of the training time"."""
+    """Each flag message, or, for ``MANY`` that differ in numbers alone, one with their ranges ("for 17 to 56%")."""
     alike: dict[tuple[str, ...], dict[str, list[str]]] = {}
     for message in messages:
         alike.setdefault(tuple(_NUMBER.split(message)), {})[message] = _NUMBER.findall(message)
     result: dict[str, str] = {}
-    for words, found in alike.items():
-        ranges = [_range(numbers) for numbers in zip(*found.values(), strict=True)]
+    for words, variants in alike.items():
+        ranges = [_range(numbers) for numbers in zip(*variants.values(), strict=True)]
         text = "".join(chain.from_iterable(zip_longest(words, ranges, fillvalue="")))
-        result |= {message: text if len(found) >= MANY else message for message in found}
+        result |= {message: text if len(variants) >= MANY else message for message in variants}
     return result
 
 
@@ -95,9 +96,9 @@ def _row_notes(
         ends = sorted({cell["status"] for cell in seeds} - {"ok"})
         yield f"{line['seeds_ok']} of {line['seeds']} seeds finished ({', '.join(ends)}); the row is over those alone"
     if line["status"] == "ok" and line["compared"]:
-        for key, what in (("epoch_time", "T"), ("memory", "M")):
+        for key, column in (("epoch_time", "epoch_time_s"), ("memory", "memory_bytes")):
             if not line[f"{key}_valid"]:
-                yield f"no TPME, for {what} is missing or not to be trusted: {line[f'{key}_reason']}"
+                yield f"no TPME, for {quantity(column).header} is missing or not to be trusted: {line[f'{key}_reason']}"
     if several_sources and line["compared"] and line["status"] == "ok":
         yield f"M by {line['memory_source']}"
     if line["search_trials"] > 1:

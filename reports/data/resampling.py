@@ -1,21 +1,21 @@
-"""Intervals for TPME by resampling: how far a row's value and its rank might have come out otherwise.
+"""Intervals for TPME by resampling: how far a row's value and rank might differ in another run.
 
-*What is resampled*, for every row on its own, because each cell ran in a process of its own at a time of its own:
+*Resampled*, for each row independently, because each cell ran in its own process at its own time:
 
-- the **seeds** that finished, with replacement; a seed that is drawn brings its epochs and its peak memory with it;
-- of each seed drawn, the training times of its **epochs after warm-up**, with replacement; their median is its T.
+- the finished **seeds**, with replacement; a drawn seed brings its epochs and its peak memory;
+- for each drawn seed the training times of its **epochs after warm-up**, with replacement; their median is its T.
 
-T and M of a draw are means over its seeds, as in the tables. The frame is taken anew from the T and M of that draw (a
-frozen frame stays as it is), and TPME and the ranks follow from it. Intervals are those between percentiles (Efron and
-Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13).
+T and M of a draw are means over its seeds, as in the tables. Each draw has the frame of its own T and M (a frozen frame
+stays fixed), from which TPME and ranks follow. Intervals are percentile intervals (Efron and Tibshirani, An
+Introduction to the Bootstrap, 1993, chapter 13).
 
-*What is not*: P, which is exact and the same in every draw; the rows that are compared; the weights; the machine.
-Epochs count as independent of each other, so a drift over a whole run is not in the interval, and neither is how far
-apart two runs of one cell lie (``tpme doctor --noise``).
+*Not resampled*: P, which is exact; the compared rows; the weights; the machine. Epochs count as independent, so the
+interval covers neither a drift over a whole run nor the difference between two runs of one cell
+(``tpme doctor --noise``).
 
-*With one seed* T varies over its epochs alone and M not at all: what another seed would change is unknown, and the
-interval is too narrow by that. With one seed and one epoch nothing was repeated: that row has no interval. A handful of
-seeds is too few for a good one, too; for ``n`` seeds the draws vary by ``sqrt((n - 1) / n)`` of what they should.
+*With one seed* T varies over its epochs alone and M not at all: the effect of another seed is unknown, so the interval
+is too narrow. With one seed and one epoch nothing was repeated, and the row has no interval. A handful of seeds is
+still too few for a good interval: for ``n`` seeds the draws vary by ``sqrt((n - 1) / n)`` of what they should.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from tpme.reports.data.stats import Floats
 from tpme.reports.data.tpme import COLUMNS, Frame, Weights
 
 DRAWS = 2000
 LEVEL = 0.95
 _SEED = 20240711
 
-Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Repeats:
-    """What was measured more than once of one row."""
+    """Repeated measurements of one row."""
 
     epochs_s: tuple[Floats, ...]
-    """For each seed the training times of its epochs after warm-up (seconds)."""
+    """Training times of the epochs after warm-up of each seed (seconds)."""
     memory_bytes: Floats
     """M of each seed, shape ``(seeds,)``."""
     trainable_millions: float
@@ -64,20 +64,20 @@ class Resampled:
     """From 1, equal values share the better rank; shape ``(draws, rows)``."""
 
     def interval(self, row: str, value: float) -> tuple[float, float]:
-        """Between which values TPME of ``row`` lies in 95 % of the draws, stretched to the measured ``value``.
+        """The 95 % interval of TPME of ``row``, extended to the measured ``value``.
 
-        It may need that: the min and max of a draw lie outside the measured ones more often than inside, which can
-        push nearly all draws of a row at the edge of the frame to one side.
+        The extension is needed because the min and max of a draw lie outside the measured ones more often than inside,
+        which can push nearly all draws of a row at the edge of the frame to one side.
         """
         low, high = np.quantile(self.tpme[:, self.rows.index(row)], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         return min(float(low), value), max(float(high), value)
 
     def rank_shares(self) -> Floats:
-        """How often each row holds each rank: shape ``(rows, ranks)``, every row adds up to 1."""
+        """Share of the draws in which each row holds each rank; shape ``(rows, ranks)``, every row adds up to 1."""
         return np.stack([(self.ranks == rank).mean(axis=0) for rank in range(1, len(self.rows) + 1)], axis=1)
 
     def rank_interval(self, row: str) -> tuple[int, int]:
-        """The ranks that ``row`` holds in 95 % of the draws."""
+        """The 95 % interval of the rank of ``row``."""
         ranks = np.sort(self.ranks[:, self.rows.index(row)])
         outside = int(len(ranks) * (1 - LEVEL) / 2)
         return int(ranks[outside]), int(ranks[-1 - outside])
@@ -87,7 +87,7 @@ def resample(draws: Mapping[str, Floats], weights: Weights, frame: Frame | None 
     """TPME and ranks of the K rows in every draw; equal input gives equal output.
 
     Args:
-        draws: what ``draw`` made of each row, at least one.
+        draws: the result of ``draw`` for each row, at least one.
         weights: of T, P and M.
         frame: a frozen frame; without one each draw has its own.
     """
@@ -104,7 +104,7 @@ def resample(draws: Mapping[str, Floats], weights: Weights, frame: Frame | None 
 
 
 def _ranks(values: Floats) -> Ints:
-    """Ranks within each draw, from 1; equal values share the better one."""
+    """Ranks within each draw, from 1; equal values share the better rank."""
     order = np.argsort(values, axis=1)
     ascending = np.take_along_axis(values, order, axis=1)
     first = np.diff(ascending, axis=1, prepend=-np.inf) > 0
@@ -117,7 +117,7 @@ def _ranks(values: Floats) -> Ints:
 def draw(name: str, row: Repeats) -> Floats:
     """T, P and M of one row in each of ``DRAWS`` draws, shape ``(draws, 3)``.
 
-    The generator belongs to the name, so that a further row leaves the draws of all others as they are.
+    The generator is seeded by the name, so another row does not change these draws.
     """
     generator = np.random.default_rng([_SEED, zlib.crc32(name.encode())])
     seeds = len(row.epochs_s)
@@ -128,20 +128,20 @@ def draw(name: str, row: Repeats) -> Floats:
 
 
 def time_interval(draws: Floats) -> tuple[float, float]:
-    """Between which values T of a row lies in 95 % of its draws (seconds)."""
+    """The 95 % interval of T of a row (seconds)."""
     low, high = np.quantile(draws[:, 0], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 
 def _medians(samples: Sequence[Floats], chosen: Ints, generator: np.random.Generator) -> Floats:
-    """For each entry of ``chosen`` the median of ``samples[entry]`` drawn anew with replacement, without drawing it.
+    """For each entry of ``chosen`` the median of a resample of ``samples[entry]``, without drawing the resample.
 
     The k-th smallest of n uniform numbers is distributed as Beta(k, n + 1 - k), and what lies between it and the next
     one is the share Beta(1, n - k) of the rest (David and Nagaraja, Order Statistics, 2003); n times that number,
     rounded down, is the place of the k-th smallest value drawn.
     """
-    ordered = np.concatenate([np.sort(one) for one in samples])
-    sizes = np.array([len(one) for one in samples])
+    ordered = np.concatenate([np.sort(values) for values in samples])
+    sizes = np.array([len(values) for values in samples])
     start, n = (np.cumsum(sizes) - sizes)[chosen], sizes[chosen]
     k = (n + 1) // 2
     lower = generator.beta(k, n + 1 - k)

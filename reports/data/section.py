@@ -1,13 +1,13 @@
-"""One comparable group, summed up: a line for every row over its seeds, with quality, costs, TPME and footnotes.
+"""Summary of one comparable group: a line for every row over its seeds, with quality, costs, TPME and footnotes.
 
-``tables`` and ``plots`` draw from a ``Section`` and add nothing of their own.
+Tables and figures read everything from a ``Section``.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,36 +17,39 @@ import numpy as np
 import pandas as pd
 
 from tpme.bench.errors import UserError
+from tpme.bench.quantities import memory_reading
 from tpme.bench.record import CellResult
-from tpme.reports.data.load import Ranks, Recorded, load_ranks, memory_of_tpme
-from tpme.reports.data.metrics import METRICS, Floats, Metric, gains, quality, spread
+from tpme.reports.data.load import Recorded, counter_values
+from tpme.reports.data.metrics import over_seeds, quality, spread
 from tpme.reports.data.notes import Notes, mixing, notes_of
+from tpme.reports.data.ranks import METRICS, Metric, Ranks, gains, load_ranks
 from tpme.reports.data.resampling import Repeats, Resampled, draw, resample, time_interval
+from tpme.reports.data.stats import Floats
 from tpme.reports.data.tpme import Frame, Weights, frame_of, lower_bound, tpme
 from tpme.reports.data.trials import Group, Line, lines_of
 
 
 @dataclass(frozen=True)
 class Section:
-    """Everything a report says about one group."""
+    """Everything that a report says about one group."""
 
     name: str
-    """What the rows have in common, for people."""
+    """Readable name of the group."""
     group: Group
     records: tuple[Recorded, ...]
     """The records of ``group.cells``, in its order."""
     summary: pd.DataFrame
-    """One line a row, best TPME first, then rows without one by quality, then what did not finish."""
+    """One line for each row: best TPME first, then rows without one by quality, then rows that did not finish."""
     behind: Mapping[str, tuple[CellResult, ...]]
-    """The records behind each row: its finished seeds, or where there are none the failed ones."""
+    """The records of each row: its finished seeds, or its failed ones where none finished."""
     gains: Mapping[Metric, Mapping[str, Floats]]
-    """Recall@10 and NDCG@10 of every user, mean over seeds, of each row with ranks, as in the summary; (users,)."""
+    """Recall@10 and NDCG@10 of every user, mean over seeds, for each row with ranks; shape ``(users,)``."""
     resampled: Resampled | None
-    """TPME of the K rows in every draw; None where there are none."""
+    """TPME of the K rows in every draw; None without such rows."""
     weights: Weights
     frame: Frame | None
     frame_from: str | None
-    """The file the frame was read from; None for the frame of these rows."""
+    """File of the frame; None for the frame of these rows."""
     notes: Notes
 
     @property
@@ -67,15 +70,41 @@ class Section:
     def firsts(self, *, sampled: bool = False) -> dict[str, Recorded]:
         """The first seed of every row, a finished one if any; with ``sampled``, of those that left samples."""
 
-        def order(one: Recorded) -> tuple[bool, int, Path]:
-            return one.result.status != "ok", one.result.cell.seed, one.path
+        def order(recorded: Recorded) -> tuple[bool, int, Path]:
+            return recorded.result.status != "ok", recorded.result.cell.seed, recorded.path
 
-        found: dict[str, Recorded] = {}
-        for name, selected, one in zip(self.cells["row"], self.cells["selected"], self.records, strict=True):
-            usable = selected and not (sampled and one.beside("samples") is None)
-            if usable and (name not in found or order(one) < order(found[name])):
-                found[name] = one
-        return {name: found[name] for name in self.lines if name in found}
+        firsts: dict[str, Recorded] = {}
+        for name, selected, recorded in zip(self.cells["row"], self.cells["selected"], self.records, strict=True):
+            usable = selected and not (sampled and recorded.beside("samples") is None)
+            if usable and (name not in firsts or order(recorded) < order(firsts[name])):
+                firsts[name] = recorded
+        return {name: firsts[name] for name in self.lines if name in firsts}
+
+    def counters(self, names: Iterable[str]) -> pd.DataFrame:
+        """Counters of every row: a column for the mean over seeds of each and one for ``<name>_sd``."""
+        pairs = ((row, name) for name in names for row in self.lines)
+        return over_seeds(self.lines, {(row, name): counter_values(self.behind[row], name) for row, name in pairs})
+
+    def counter(self, name: str) -> float | None:
+        """The largest valid value of a counter over all records; None where none has one."""
+        return max(counter_values((recorded.result for recorded in self.records), name), default=None)
+
+    @cached_property
+    def instruments(self) -> str:
+        """How fine the instruments were: noise floor of the device, cost of harness and sampler."""
+        time, memory = self.counter("noise_time_ratio"), self.counter("noise_memory_ratio")
+        overhead, sampler = self.counter("overhead_ratio"), self.counter("sampler_core_share")
+        several = len({recorded.device_key for recorded in self.records}) > 1
+        text = f"Noise floor of {'the noisiest of these devices' if several else 'this device'}: "
+        if time is None or memory is None:
+            text += "not measured (tpme doctor --noise)"
+        else:
+            text += f"time ±{time:.1%}, memory ±{memory:.1%} between runs of the same cell"
+        if overhead is not None:
+            text += f"; the harness adds {overhead:.2%} to an epoch"
+        if sampler is not None:
+            text += f"; the sampler took at most {sampler:.1%} of one core"
+        return text.replace("%", " %") + "."
 
 
 def make_section(
@@ -86,18 +115,18 @@ def make_section(
     named: Sequence[str] | None = None,
     frozen: tuple[Frame, str] | None = None,
 ) -> Section:
-    """Sum up one group.
+    """Summarise one group.
 
     Args:
-        name: what the rows have in common, for people.
+        name: readable name of the group.
         group: the cells.
         records: the records of ``group.cells``, in its order.
         weights: of T, P and M in TPME.
         named: rows or labels that get a TPME; None for all but baselines.
-        frozen: a frame to use instead of the rows' own, and the file it came from.
+        frozen: a frame to use instead of the rows' own, and its file.
     """
     seeds = _seeds(group.cells)
-    ranks = {name: found for name, cells in seeds.items() if (found := _ranks(cells))}
+    ranks = {name: loaded for name, cells in seeds.items() if (loaded := _ranks(cells))}
     summary = summarise(seeds).join(quality(ranks))
     candidates = summary[_compared(summary, named)]
     frame = frozen[0] if frozen else frame_of(candidates, group.key)
@@ -113,8 +142,8 @@ def make_section(
     order = [str(name) for name in summary.index]
     behind = {name: tuple(results[cell["path"]] for cell in _used(seeds[name])) for name in order}
     ranked = [name for name in order if name in ranks]
-    gained = {
-        metric: {name: np.mean([gains(one, metric, 10) for one in ranks[name]], axis=0) for name in ranked}
+    users = {
+        metric: {name: np.mean([gains(seed, metric, 10) for seed in ranks[name]], axis=0) for name in ranked}
         for metric in METRICS
     }
     resampled = _resample(summary, behind, weights, frozen[0] if frozen else None)
@@ -122,7 +151,7 @@ def make_section(
     if group.mixed:
         notes = replace(notes, shared=(mixing(group), *notes.shared))
     frame_from = frozen[1] if frozen else None
-    return Section(name, group, tuple(records), summary, behind, gained, resampled, weights, frame, frame_from, notes)
+    return Section(name, group, tuple(records), summary, behind, users, resampled, weights, frame, frame_from, notes)
 
 
 def _lines(summary: pd.DataFrame) -> dict[str, Line]:
@@ -130,22 +159,22 @@ def _lines(summary: pd.DataFrame) -> dict[str, Line]:
 
 
 def _seeds(cells: pd.DataFrame) -> dict[str, list[Line]]:
-    """The cells of the trial that is shown of each row, rows by name."""
-    found: dict[str, list[Line]] = {}
+    """The cells of the selected trial of each row, rows by name."""
+    rows: dict[str, list[Line]] = {}
     for cell in lines_of(cells[cells["selected"]]):
-        found.setdefault(cell["row"], []).append(cell)
-    return dict(sorted(found.items()))
+        rows.setdefault(cell["row"], []).append(cell)
+    return dict(sorted(rows.items()))
 
 
 def _used(seeds: Sequence[Line]) -> Sequence[Line]:
-    """The seeds that finished, or where none did all."""
+    """The seeds that finished, or all where none did."""
     return [cell for cell in seeds if cell["status"] == "ok"] or seeds
 
 
 def summarise(rows: Mapping[str, Sequence[Line]]) -> pd.DataFrame:
-    """One line for each row from the cells of its seeds: means over those that finished.
+    """One line for each row from the cells of its seeds: means over the finished ones.
 
-    Where none did, the line holds what the failed attempts left. ``epoch_time_s_sd`` and the like are standard
+    Where none finished, the line holds what the failed attempts left. ``epoch_time_s_sd`` and the like are standard
     deviations over seeds, NaN for one seed.
     """
     return pd.DataFrame.from_dict({name: _line(seeds) for name, seeds in rows.items()}, orient="index")
@@ -183,7 +212,7 @@ VARIED = (
     "training_energy_j",
     "inference_items_per_s",
 )
-"""What is shown with its standard deviation over seeds."""
+"""Values reported with their standard deviation over seeds."""
 MEANS = (
     *VARIED,
     "cache_build_s",  # seeds share one build
@@ -194,7 +223,7 @@ MEANS = (
 
 
 def _values(cells: Sequence[Line], name: str) -> Floats:
-    """One number of every cell, NaN where it has none."""
+    """One number of every cell, NaN where it is missing."""
     return np.array([cell[name] for cell in cells], dtype=np.float64)
 
 
@@ -210,12 +239,12 @@ def _spread(values: Floats) -> float:
 def _resample(
     summary: pd.DataFrame, behind: Mapping[str, tuple[CellResult, ...]], weights: Weights, frame: Frame | None
 ) -> Resampled | None:
-    """Resample the rows; adds ``tpme_low`` and ``tpme_high`` of the K rows to ``summary``, and the same of T of all."""
+    """Resample the rows; adds the intervals of TPME of the K rows, and of T of all rows, to ``summary``."""
     trained = summary.index[(summary["status"] == "ok") & summary["epoch_time_s"].notna()]
     repeats = {name: _repeats(behind[name]) for name in map(str, trained)}
     draws = {name: draw(name, row) for name, row in repeats.items()}
     tpme = summary["tpme"].dropna().to_dict()
-    compared = {name: one for name, one in draws.items() if name in tpme}
+    compared = {name: costs for name, costs in draws.items() if name in tpme}
     resampled = resample(compared, weights, frame) if compared else None
     bounds = np.full((len(summary), 4), np.nan)
     for place, name in enumerate(summary.index):
@@ -228,21 +257,21 @@ def _resample(
 
 
 def _repeats(seeds: Sequence[CellResult]) -> Repeats:
-    """What is repeated of a row that trained; its M is NaN where it is not known."""
+    """Repeated measurements of a row that trained; M is NaN where it is unknown."""
     times: list[list[float | None]] = [
         [epoch.train_s for epoch in result.epochs[result.warmup_epochs :]] or [result.epoch_time_s.value]
         for result in seeds
     ]
-    memory = [memory_of_tpme(result.training_memory, result.cell.device).value for result in seeds]
+    memory = [memory_reading("memory_bytes", result.training_memory, result.cell.device).value for result in seeds]
     return Repeats(
-        epochs_s=tuple(np.array(one, dtype=np.float64) for one in times),
+        epochs_s=tuple(np.array(seconds, dtype=np.float64) for seconds in times),
         memory_bytes=np.array(memory, dtype=np.float64),
-        trainable_millions=max((one.parameters.trainable for one in seeds if one.parameters), default=np.nan) / 1e6,
+        trainable_millions=max((seed.parameters.trainable for seed in seeds if seed.parameters), default=np.nan) / 1e6,
     )
 
 
 def _ranks(seeds: Sequence[Line]) -> list[Ranks]:
-    """Ranks of the seeds that finished and left any."""
+    """Ranks of the finished seeds that recorded any."""
     paths = [cell["ranks_path"] for cell in seeds if cell["status"] == "ok"]
     return [load_ranks(path) for path in paths if isinstance(path, str)]  # pandas may turn None into NaN
 
@@ -259,7 +288,7 @@ def parse_rows(text: str) -> list[str]:
 
 
 def check_rows(named: Sequence[str], groups: Sequence[Group]) -> None:
-    """Raise UserError, with the nearest name, for a row that is in none of the groups."""
+    """Raise UserError, with the nearest name, for a row that no group has."""
     known = sorted({str(name) for group in groups for column in ("row", "label") for name in group.cells[column]})
     for name in named:
         if name not in known:

@@ -1,4 +1,4 @@
-"""The tests of the gate, in numpy alone: Mann-Whitney, a paired randomisation test, Holm's correction."""
+"""Statistical tests in numpy alone: Mann-Whitney, a paired randomisation test, Holm's correction."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def mann_whitney(a: Floats, b: Floats) -> float:
 def smallest_p(n: int, m: int) -> float:
     """The smallest two-sided p-value that samples of ``n`` and ``m`` can give: complete separation.
 
-    A test that cannot reject is no test; asv asks this before it uses one.
+    asv applies the same check before it uses a test.
     """
     return min(1.0, 2 / math.comb(n + m, n))
 

@@ -1,12 +1,12 @@
-"""TPME: training time, trainable parameters and memory of K methods in one number; lower is better.
+"""TPME: training time, trainable parameters and memory of K methods as one number; lower is better.
 
 ``t' = (t - min T) / (max T - min T)``, likewise ``p'`` and ``m'`` over the K compared methods;
 ``TPME = a1 t' + a2 p' + a3 m'`` with ``a1 + a2 + a3 = 1`` and by default 0.45, 0.10, 0.45 (Fu et al., "IISAN",
-SIGIR 2024). What the paper leaves open is settled here: a column whose max equals its min adds 0 (so a single row
+SIGIR 2024). Where the paper leaves a choice: a column whose max equals its min adds 0 (so a single row
 gets 0), only finished rows make the frame, and a row that ran out of memory gets a lower bound.
 
-The value of a row depends on the K rows. A *frame*, the min and max of each column, can be kept in a file so that
-a new method cannot reorder the old ones; against such a frame a row may fall below 0 or above 1.
+The value of a row depends on the K rows. A *frame*, the min and max of each column, can be stored in a file, and then
+a new method cannot reorder the old ones; in such a frame a row may fall below 0 or above 1.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ import pandas as pd
 from pydantic import Field, ValidationError, model_validator
 
 from tpme.bench.errors import UserError
+from tpme.bench.quantities import COSTS
 from tpme.bench.record import Frozen, write_atomically
 
-COLUMNS = ("epoch_time_s", "trainable_millions", "memory_bytes")
-"""T, P and M, in this order, as they are called in every table of this package."""
+COLUMNS = COSTS
+"""T, P and M, in this order."""
 
 Weight = Annotated[float, Field(ge=0, le=1)]
 
 
 class Weights(Frozen):
-    """How much time, parameters and memory count; they add up to 1."""
+    """Weights of time, parameters and memory; they add up to 1."""
 
     time: Weight = 0.45
     parameters: Weight = 0.10
@@ -82,26 +83,26 @@ class Span(Frozen):
 
 
 class Frame(Frozen):
-    """The min and max that TPME is measured against, and whose they are."""
+    """The min and max of each column of TPME, and the rows they come from."""
 
     epoch_time_s: Span
     trainable_millions: Span
     memory_bytes: Span
     rows: tuple[str, ...] = ()
-    """The K rows the frame was made from."""
+    """The K rows of the frame."""
     group: dict[str, str] = {}
-    """What the rows have in common (device, protocol, data, encoders, precision); other rows must not use it."""
+    """Device, protocol, data, encoders and precision of the rows; other rows must not use the frame."""
 
 
 class FrameFile(Frozen):
-    """What ``--frame`` keeps: one frame for each comparable group."""
+    """Content of the file of ``--frame``: one frame for each comparable group."""
 
     schema_version: Literal[1] = 1
     frames: tuple[Frame, ...]
 
 
 def members(df: pd.DataFrame) -> pd.Series[bool]:
-    """Which rows can make a frame: finished (where ``df`` has a ``status``), with a trusted T, P and M."""
+    """Mask of the rows that can make a frame: finished (where ``df`` has a ``status``), with valid T, P and M."""
     known = df[list(COLUMNS)].notna().all(axis=1)
     if "status" in df:
         known &= df["status"] == "ok"
@@ -112,7 +113,7 @@ def members(df: pd.DataFrame) -> pd.Series[bool]:
 
 
 def frame_of(df: pd.DataFrame, group: dict[str, str] | None = None) -> Frame | None:
-    """The frame of the rows of ``df`` that can make one; None where there is none."""
+    """The frame of those rows of ``df`` that can make one; None without such rows."""
     rows = df[members(df)]
     if rows.empty:
         return None
@@ -143,10 +144,10 @@ def tpme(
 def lower_bound(
     df: pd.DataFrame, weights: Weights | tuple[float, float, float] = DEFAULT, frame: Frame | None = None
 ) -> pd.Series[float]:
-    """At least what a row that ran out of memory would get in the frame of the finished rows; NaN for others.
+    """Lower bound of TPME for rows that ran out of memory, in the frame of the finished rows; NaN for others.
 
-    Its memory is the most that was seen before it failed (``memory_seen_bytes``). What is not known counts as the
-    frame's smallest value.
+    Memory is the largest reading before the failure (``memory_seen_bytes``). An unknown value counts as the smallest of
+    the frame.
     """
     frame = frame or frame_of(df)
     result: pd.Series[float] = pd.Series(np.nan, index=df.index, name="tpme_lower_bound")
@@ -160,9 +161,9 @@ def lower_bound(
 
 
 def pareto(df: pd.DataFrame, cost: str = "tpme", quality: str = "recall_10") -> pd.Series[bool]:
-    """The rows that no other row beats: less ``cost`` at the same ``quality`` or more, or more at the same cost.
+    """Mask of the rows that no other row beats by less ``cost`` at no less ``quality``, or by more at the same cost.
 
-    Rows without one of the two values are not on the front.
+    Rows that miss one of the two values are not on the front.
     """
     front = pd.Series(False, index=df.index, name="pareto")
     best = -np.inf
@@ -194,12 +195,12 @@ def _weights(weights: Weights | tuple[float, float, float]) -> Weights:
 
 
 def write_frames(path: Path, frames: list[Frame]) -> None:
-    """Keep frames in a JSON file that people can read and review in a diff."""
+    """Write frames to a JSON file that people can review in a diff."""
     write_atomically(path, (FrameFile(frames=tuple(frames)).model_dump_json(indent=1) + "\n").encode())
 
 
 def read_frames(path: Path) -> list[Frame]:
-    """Read what ``write_frames`` wrote. Raises UserError for anything else."""
+    """Read the file of ``write_frames``. Raises UserError for anything else."""
     try:
         raw: Any = json.loads(path.read_bytes())
         return list(FrameFile.model_validate(raw).frames)
@@ -208,6 +209,6 @@ def read_frames(path: Path) -> list[Frame]:
             f"{path}: not a readable frame ({error}); name a file that --frame made, or one that is not there"
         ) from None
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{path}: field '{where}': {first['msg']}; delete it, and --frame makes it anew") from None
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        raise UserError(f"{path}: field '{where}': {problem['msg']}; delete it, and --frame makes it anew") from None

@@ -1,8 +1,8 @@
-"""Which cells may be compared, which are the same row, and which learning rate of a row is shown.
+"""Groups of comparable cells, the rows in a group, and the learning rate that stands for a row.
 
 Three nested sets: a *group* holds everything that may share a TPME frame; a *row* is one configured method in it;
-a *trial* is one learning rate of that row, run with one or more seeds. Only the trial with the best validation
-result is shown, so test numbers never choose a learning rate.
+a *trial* is one learning rate of that row, run with one or more seeds. Reports show the trial with the best validation
+result alone, so test results never choose a learning rate.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import pandas as pd
 from tpme.bench.record import Training
 
 GROUP = ("device_key", "protocol", "dataset", "dataset_fingerprint", "modalities", "encoders", "precision")
-"""Rows that differ in any of these share a frame only where a reader asks for it: costs or task are not the same."""
+"""Rows that differ in any of these share a frame only on request: their costs or their tasks differ."""
 
 ROW = ("label", "options", "training", "code_version")
 
@@ -32,12 +32,12 @@ PLURAL = dict(zip(GROUP, ("devices", "protocols", "data", "data", "modalities", 
 
 @dataclass(frozen=True)
 class Group:
-    """Cells that may be compared with each other, or that a reader mixed."""
+    """Cells that are comparable, or that were mixed on request."""
 
     key: dict[str, str]
     """The value of each name in ``GROUP``; those of a mixed group are joined by "and"."""
     cells: pd.DataFrame
-    """The cells with a column ``row``: how the row is called in every table and plot."""
+    """The cells with a column ``row``: the name of the row in every table and figure."""
 
     @cached_property
     def mixed(self) -> tuple[str, ...]:
@@ -46,11 +46,11 @@ class Group:
 
 
 def select_trials(frame: pd.DataFrame) -> pd.DataFrame:
-    """Mark the learning rate of each row that is shown: the best mean validation Recall@10 over its seeds.
+    """Select the learning rate of each row: the best mean validation Recall@10 over its seeds.
 
-    A trial is compared only with trials of which as many seeds finished: one whose other seed diverged would win
-    by luck. Ties go to the earlier trial. Adds ``selected``, and over all trials of the row ``search_trials``,
-    ``search_cells`` and ``search_wall_s``; ``trial_valid_recall_10`` is the mean the choice was made on.
+    Trials with more finished seeds come first: one whose other seed diverged would win by luck. Ties go to the earlier
+    trial. Adds ``selected``, and over all trials of the row ``search_trials``,
+    ``search_cells`` and ``search_wall_s``; ``trial_valid_recall_10`` is the mean that decides.
     """
     frame = frame.copy()
     finished = frame["valid_recall_10"].where(frame["status"] == "ok").astype(float)
@@ -75,9 +75,9 @@ def select_trials(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def split(frame: pd.DataFrame, mix: bool = False) -> list[Group]:
-    """The groups of a table, sorted by their key. Cells that read no encoder join every group of the same rest.
+    """The groups of a table, sorted by their key. Cells without an encoder join every group that agrees in the rest.
 
-    With ``mix`` everything is one group, and the names of its rows carry what differs.
+    With ``mix`` there is one group, and the names of its rows say what differs.
     """
     if mix:
         return [_group(frame)]
@@ -85,17 +85,17 @@ def split(frame: pd.DataFrame, mix: bool = False) -> list[Group]:
 
 
 def lines_of(frame: pd.DataFrame) -> list[Line]:
-    """The lines of a table as plain values: pandas takes long over one value at a time."""
+    """The lines of a table as plain values; access to single values is slow in pandas."""
     columns = {str(name): frame[name].tolist() for name in frame}
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def names(groups: Sequence[Group]) -> list[str]:
-    """A name for people for each group: data, protocol, precision and device, and whatever else sets it apart."""
+    """A readable name for each group: data, protocol, precision and device, and what else distinguishes it."""
     data = {(group.key["dataset"], group.key["dataset_fingerprint"]) for group in groups}
     namesakes = len({name for name, _ in data}) < len(data)
     rest = [*(["dataset_fingerprint"] if namesakes else []), "modalities", "encoders"]
-    told = [key for key in rest if len({group.key[key] for group in groups}) > 1]
+    distinct = [key for key in rest if len({group.key[key] for group in groups}) > 1]
     return [
         (f"rows of different {mixture(group)} mixed: " if group.mixed else "")
         + ", ".join(
@@ -104,7 +104,10 @@ def names(groups: Sequence[Group]) -> list[str]:
                 f"{group.key['protocol']} protocol",
                 group.key["precision"],
                 group.key["device_key"],
-                *(group.key[key][:12] if key == "dataset_fingerprint" else own_path(group.key[key]) for key in told),
+                *(
+                    group.key[key][:12] if key == "dataset_fingerprint" else shorten_path(group.key[key])
+                    for key in distinct
+                ),
             ]
         )
         for group in groups
@@ -112,17 +115,17 @@ def names(groups: Sequence[Group]) -> list[str]:
 
 
 def mixture(group: Group) -> str:
-    """What a mixed group mixes: "devices and protocols"."""
+    """The plural names of what a mixed group mixes: "devices and protocols"."""
     return " and ".join(dict.fromkeys(PLURAL[name] for name in group.mixed))
 
 
-def own_path(text: str) -> str:
-    """Absolute paths in a text cut to their last two parts: a report tells nothing of a machine's folders."""
+def shorten_path(text: str) -> str:
+    """Cut absolute paths in a text to their last two parts: reports do not show the folders of a machine."""
     return re.sub(r"(?<![^\s(])/(?:[^/\s(),]+/)*([^/\s(),]+/[^/\s(),]+)", r"\1", text)
 
 
 def _with_free_cells(frame: pd.DataFrame) -> pd.DataFrame:
-    """Popularity and ID-only cells may name no encoder: give each group its own copy of them."""
+    """Copy cells without an encoder (popularity, ID-only) into every group that agrees in the rest."""
     free = frame[frame["encoders"] == ""]
     bound = frame[frame["encoders"] != ""]
     rest = [name for name in GROUP if name not in ("encoders", "modalities")]
@@ -143,23 +146,23 @@ def _group(cells: pd.DataFrame) -> Group:
 
 
 def _mixed(cells: pd.DataFrame) -> tuple[str, ...]:
-    """Cells that read no encoder do not differ from others in it."""
+    """Names in ``GROUP`` with several values; a cell without an encoder does not differ in it."""
     return tuple(name for name in GROUP if len(set(cells[name]) - {""}) > 1)
 
 
 def _row_names(cells: pd.DataFrame) -> list[str]:
-    """The label, followed by what sets the row apart: options, unusual training settings, code version.
+    """The label, followed by what distinguishes the row: options, unusual training settings, code version.
 
-    Options are left out where no other row has the label; a footnote gives them. In a mixed group device, protocol,
+    Options are left out where no other row has the label; a footnote lists them. In a mixed group device, protocol,
     data and so on follow where they differ.
     """
     distinct = cells.drop_duplicates(list(ROW))
     variants = distinct.groupby("label")["options"].nunique()
     usual = _usual_training(distinct)
     versions = distinct["code_version"].nunique() > 1
-    apart = {name: _telling(sorted(set(cells[name]) - {""})) for name in _mixed(cells)}
+    differing = {name: _short_values(sorted(set(cells[name]) - {""})) for name in _mixed(cells)}
     if (cells.groupby("dataset")["dataset_fingerprint"].nunique() == 1).all():
-        apart.pop("dataset_fingerprint", None)  # the name says it
+        differing.pop("dataset_fingerprint", None)  # the name identifies it
 
     @cache
     def name(label: str, options: str, training: str, version: str, *rest: str) -> str:
@@ -168,26 +171,26 @@ def _row_names(cells: pd.DataFrame) -> list[str]:
             _setting(key, value) for key, value in json.loads(training).items() if json.dumps(value) != usual[key]
         ]
         extra += [f"@{version[:7]}"] if versions else []
-        extra += [texts[value] for texts, value in zip(apart.values(), rest, strict=True) if value]
+        extra += [texts[value] for texts, value in zip(differing.values(), rest, strict=True) if value]
         return f"{label} [{', '.join(extra)}]" if extra else label
 
-    return list(map(name, *(cells[key] for key in (*ROW, *apart))))
+    return list(map(name, *(cells[key] for key in (*ROW, *differing))))
 
 
-def _telling(values: Sequence[str]) -> dict[str, str]:
-    """A short text for each value that tells it from the others: of its parts the first, or all, that not all share."""
-    texts = [re.sub(r"\((?:R|TM)\)| Processor\b", "", own_path(value)) for value in values]
+def _short_values(values: Sequence[str]) -> dict[str, str]:
+    """A short, distinct text for each value: the first, or all, of its comma-separated parts that not all share."""
+    texts = [re.sub(r"\((?:R|TM)\)| Processor\b", "", shorten_path(value)) for value in values]
     texts = [text[:12] if re.fullmatch("[0-9a-f]{64}", text) else text for text in texts]  # fingerprints
-    parts = [re.split(r", (?![^()]*\))", text) for text in texts]  # commas in brackets part nothing
-    own = [[part for part in one if not all(part in other for other in parts)] or one for one in parts]
-    for short in ([one[0] for one in own], [", ".join(one) for one in own]):
+    parts = [re.split(r", (?![^()]*\))", text) for text in texts]  # commas in brackets do not separate
+    distinct = [[part for part in value if not all(part in other for other in parts)] or value for value in parts]
+    for short in ([value[0] for value in distinct], [", ".join(value) for value in distinct]):
         if len(set(short)) == len(values):
             return dict(zip(values, short, strict=True))
     return {value: f"{text} ({number})" for number, (value, text) in enumerate(zip(values, texts, strict=True), 1)}
 
 
 def _usual_training(rows: pd.DataFrame) -> dict[str, str]:
-    """Of each training setting the value most rows have; a tie goes to the default."""
+    """The most frequent value of each training setting; a tie goes to the default."""
     settings = [json.loads(training) for training in rows["training"]]
     default = Training().model_dump(mode="json")
     usual = {}

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from tpme.bench.quantities import byte_unit, number, quantity
 from tpme.reports.data.load import Array
 from tpme.reports.data.section import Section
 from tpme.reports.data.tpme import pareto
@@ -38,8 +39,6 @@ from tpme.reports.figures.style import (
     style,
     text_width,
 )
-from tpme.reports.tables.fields import byte_unit, millions
-from tpme.reports.tables.table import number
 
 Maker = Callable[[Section], Plot | None]
 
@@ -149,7 +148,7 @@ def costs(section: Section) -> Plot | None:
         base = float(full[name].iloc[0]) / divisor if len(full) and full[name].iloc[0] > 0 else None
         relative = values / base if base else values
         least = (bounded[rows.index] & (name == "memory_bytes")).to_numpy()
-        show = millions if symbol == "P" else number
+        show = quantity(name).format
         texts = [f"≥ {show(value)}" if bound else show(value) for value, bound in zip(values, least, strict=True)]
         logarithmic += [symbol] if _bars(axes, position, relative, texts, least, colour) else []
         axes.set_title(f"{symbol} ({per})", pad=3)

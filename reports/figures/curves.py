@@ -12,6 +12,7 @@ import pandas as pd
 from matplotlib.collections import PolyCollection
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
+from tpme.bench.quantities import byte_unit
 from tpme.bench.record import CellResult
 from tpme.reports.data.load import Array, Samples, load_samples, stretches, thin
 from tpme.reports.data.section import Section
@@ -29,7 +30,6 @@ from tpme.reports.figures.style import (
     new_figure,
     row_label,
 )
-from tpme.reports.tables.fields import byte_unit
 
 
 @dataclass(frozen=True)

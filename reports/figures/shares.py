@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from tpme.reports.data.load import Array
+from tpme.reports.data.phases import phase_shares
 from tpme.reports.data.resampling import DRAWS, LEVEL
 from tpme.reports.data.section import Section
 from tpme.reports.data.tpme import COLUMNS
@@ -30,7 +30,6 @@ from tpme.reports.figures.style import (
     row_label,
     text_width,
 )
-from tpme.reports.tables.results import phases as phase_table
 
 KINDS = 6
 """Number of phases, the longest, that get their own colours; the rest share one."""
@@ -39,8 +38,8 @@ WINNERS, LEAST_SHARE = 12, 0.01
 
 
 def phases(section: Section) -> Plot | None:
-    """Wall time of a cell of every row by phase, in stacked shares."""
-    share = _phase_shares(section)
+    """Wall time of a cell of every row, stacked by phase as a share of the whole."""
+    share = phase_shares(section)
     if share.empty:
         return None
     colours = phase_colours(section)
@@ -61,23 +60,9 @@ def phases(section: Section) -> Plot | None:
     return Plot("phases", "Wall time by phase", caption, figure)
 
 
-def _phase_shares(section: Section) -> pd.DataFrame:
-    """Percent of the wall time of every row (lines) in every kind of phase (columns), the longest first."""
-    table = phase_table(section)
-    kinds = [index for index in table.shown if table.columns[index].numeric and table.columns[index].key != "wall_s"]
-    seconds = pd.DataFrame(
-        [[float(row[index].value or 0) for index in kinds] for row in table.rows],
-        index=[str(row[0].value) for row in table.rows],
-        columns=[table.columns[index].header for index in kinds],
-    )
-    total = seconds.sum(axis=1)
-    share = 100 * seconds.div(total.where(total > 0), axis=0).fillna(0.0)
-    return share[share.sum().sort_values(ascending=False, kind="stable").index]
-
-
 def phase_colours(section: Section) -> dict[str, str]:
-    """The colour of every kind of phase in all figures of a section; short phases share one."""
-    kinds = list(_phase_shares(section).columns)
+    """The colour of every kind of phase in all figures of a section; those that take little time share one."""
+    kinds = list(phase_shares(section).columns)
     return dict(zip(kinds, [*COLOURS[:KINDS], *[SILVER] * len(kinds)], strict=False))
 
 

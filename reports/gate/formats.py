@@ -19,6 +19,7 @@ from rich.table import Table
 from tpme.bench.record import write_atomically
 from tpme.reports.gate.gate_metrics import format_value, gate_metric
 from tpme.reports.gate.verdict import CellVerdict, Comparison, GateReport, Verdict
+from tpme.reports.tables.table import escape_markdown
 
 _COLOURS: dict[Verdict, str] = {"regressed": "red", "improved": "green", "changed": "yellow"}
 _MARKS: dict[Verdict, str] = {"regressed": "🔴", "improved": "🟢", "changed": "🟡", "same": "⚪"}
@@ -126,28 +127,20 @@ def _line(text: str) -> str:
 def markdown(report: GateReport) -> str:
     """Markdown for a pull request: the verdict, a table of changes, and folded remarks."""
     lines = [f"### {'❌' if report.exit_code else '✅'} {headline(report)}", ""]
-    lines += [f"{_plain(report.base)} → {_plain(report.head)}", ""]
+    lines += [f"{escape_markdown(report.base)} → {escape_markdown(report.head)}", ""]
     rows = listed(report)
     if rows:
         lines += [_pipes(_COLUMNS), _pipes(["---"] * len(_COLUMNS))]
         lines += [_pipes([f"{_MARKS[item.verdict]} {item.verdict}", *_row(cell, item)]) for cell, item in rows]
         lines += [""]
     lines += ["<details><summary>What was compared, and what was not</summary>", ""]
-    lines += [f"- {_plain(remark)}" for remark in remarks(report)]
+    lines += [f"- {escape_markdown(remark)}" for remark in remarks(report)]
     lines += ["", "</details>", ""]
     return "\n".join(lines)
 
 
 def _pipes(cells: list[str] | tuple[str, ...]) -> str:
-    return "| " + " | ".join(map(_plain, cells)) + " |"
-
-
-_MARKDOWN = str.maketrans({sign: f"\\{sign}" for sign in "\\|*_`[]"} | {"<": "&lt;", ">": "&gt;", "\n": " "})
-
-
-def _plain(text: str) -> str:
-    """Text that Markdown shows as it stands, also inside a table."""
-    return text.translate(_MARKDOWN)
+    return "| " + " | ".join(map(escape_markdown, cells)) + " |"
 
 
 def junit(report: GateReport) -> str:

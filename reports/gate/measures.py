@@ -15,19 +15,21 @@ import numpy as np
 from pydantic import PositiveFloat, field_validator, model_validator
 
 from tpme.bench.errors import UserError
+from tpme.bench.quantities import memory_instrument
 from tpme.bench.record import (
     NO_IDENTITY,
     Cell,
     CellResult,
     Frozen,
+    Reading,
     RecordError,
     Status,
     attempt_number,
     find_results,
     read_result,
 )
-from tpme.reports.data.load import Ranks, Recorded, load_ranks, load_samples
-from tpme.reports.data.metrics import gains
+from tpme.reports.data.load import Recorded, load_samples
+from tpme.reports.data.ranks import Ranks, gains, load_ranks
 from tpme.reports.data.stats import Floats, quantiles
 from tpme.reports.gate.gate_metrics import COUNTERS
 
@@ -278,11 +280,10 @@ def epoch_times(recorded: Recorded) -> Floats:
 
 def memory(result: CellResult) -> dict[str, float]:
     """The gated peaks over training: torch's allocated bytes, or the resident bytes on a CPU."""
-    peaks = result.training_memory
-    if peaks is None:
+    if result.training_memory is None:
         return {}
-    name = "host_rss_bytes" if result.cell.device == "cpu" else "torch_allocated_bytes"
-    reading = getattr(peaks, name)
+    name = memory_instrument("measured_peak_bytes", result.training_memory, result.cell.device)
+    reading: Reading = getattr(result.training_memory, name)
     return {name: reading.value} if reading.valid and reading.value is not None else {}
 
 

@@ -1,4 +1,4 @@
-"""Which rows really differ in quality: paired tests over users, corrected for how many there are."""
+"""Differences in quality between rows: paired tests over users, corrected for their number."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from tpme.reports.data.metrics import Metric
+from tpme.bench.quantities import MISSING, QUALITY_DIGITS, number, quantity
+from tpme.reports.data.ranks import METRICS, Metric
 from tpme.reports.data.section import Section
 from tpme.reports.data.stats import holm, paired
 from tpme.reports.data.trials import Line
 from tpme.reports.tables import fields
-from tpme.reports.tables.table import MISSING, Column, Entry, Table, number
+from tpme.reports.tables.table import Column, Entry, Table
 
 LEVEL = 0.05
-TESTED: dict[Metric, str] = {"recall": "Recall@10", "ndcg": "NDCG@10"}
-"""The metrics whose differences are tested, each a family of its own, and their names."""
+TESTED: dict[Metric, str] = {metric: quantity(f"{metric}_10").header for metric in METRICS}
+"""The metrics whose differences are tested, each a family of tests, and their names."""
 
 
 @dataclass(frozen=True)
@@ -31,15 +32,15 @@ class Difference:
 
     @property
     def significant(self) -> bool:
-        """Whether the test tells the rows apart at the level of the whole family."""
+        """Whether the rows differ at the level of the whole family of tests."""
         return self.p < LEVEL
 
 
 def differences(section: Section, metric: Metric = "ndcg") -> list[Difference]:
     """A metric at 10 of every pair of finished rows, tested by paired randomisation over users (``stats.paired``).
 
-    A user counts with the mean over the seeds of a row. Users of both rows are the same: a section holds one data set,
-    and where data or protocols are mixed nothing is tested.
+    A user counts with the mean over the seeds of a row. A section holds one data set, so both rows have the same users;
+    nothing is tested where data or protocols are mixed.
     """
     if {"dataset_fingerprint", "protocol"} & set(section.group.mixed):
         return []
@@ -53,29 +54,29 @@ def differences(section: Section, metric: Metric = "ndcg") -> list[Difference]:
 
 
 def table(section: Section) -> Table:
-    """For each row, those that the test does not tell apart from it."""
-    made, tested, pairs = [fields.method(section)], set(), 0
-    for metric, title in TESTED.items():
-        found = differences(section, metric)
-        tested |= {name for one in found for name in (one.first, one.second)}
-        pairs = len(found)
-        made += fields.quality(section, f"{metric}_10", title)
-        made.append((Column(f"{metric}_10_not_told_apart", "Not told apart from", numeric=False), _alike(found)))
+    """The rows that do not differ significantly from each row."""
+    columns, tested, count = [fields.method(section)], set(), 0
+    for metric in TESTED:
+        tests = differences(section, metric)
+        tested |= {name for test in tests for name in (test.first, test.second)}
+        count = len(tests)
+        columns += fields.quality(section, f"{metric}_10")
+        columns.append((Column(f"{metric}_10_not_told_apart", "Not told apart from", numeric=False), _alike(tests)))
     note = (
-        f"Paired randomisation test over users, {pairs} pairs, Holm's correction for each metric: rows that are not "
+        f"Paired randomisation test over users, {count} pairs, Holm's correction for each metric: rows that are not "
         f"listed differ at p < {LEVEL:g} over the whole column. A user counts with the mean over seeds; the test says "
         "nothing of how much another seed would change. Every pair is in the table pairs, for programs."
     )
     rows = [str(name) for name in section.summary.index if name in tested]
-    return fields.table_of(section, "differences", "Which differences in quality are real", made, rows, notes=[note])
+    return fields.table_of(section, "differences", "Which differences in quality are real", columns, rows, notes=[note])
 
 
-def _alike(found: Sequence[Difference]) -> Callable[[str, Line], Entry]:
+def _alike(tests: Sequence[Difference]) -> Callable[[str, Line], Entry]:
     alike: dict[str, list[str]] = {}
-    for one in found:
-        if not one.significant:
-            alike.setdefault(one.first, []).append(one.second)
-            alike.setdefault(one.second, []).append(one.first)
+    for test in tests:
+        if not test.significant:
+            alike.setdefault(test.first, []).append(test.second)
+            alike.setdefault(test.second, []).append(test.first)
 
     def entry(name: str, line: Line) -> Entry:
         text = ", ".join(sorted(alike.get(name, ())))
@@ -95,14 +96,14 @@ def pairs(section: Section) -> Table:
     )
     rows = tuple(
         (
-            Entry(one.first, one.first),
-            Entry(one.second, one.second),
+            Entry(test.first, test.first),
+            Entry(test.second, test.second),
             Entry(title, f"{metric}_10"),
-            Entry(f"{one.difference:+.{fields.QUALITY_DIGITS}f}", one.difference, one.significant),
-            Entry(number(one.p, 2), one.p, one.significant),
+            Entry(f"{test.difference:+.{QUALITY_DIGITS}f}", test.difference, test.significant),
+            Entry(number(test.p, 2), test.p, test.significant),
         )
         for metric, title in TESTED.items()
-        for one in differences(section, metric)
+        for test in differences(section, metric)
     )
     note = f"Paired randomisation test over users; p by Holm's correction over all pairs, bold below {LEVEL:g}."
     return Table("pairs", "Differences in quality by pairs", columns, rows, (note,), subject=section.name, long=True)

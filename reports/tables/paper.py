@@ -11,19 +11,20 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from tpme.bench.quantities import MISSING, number
 from tpme.bench.record import Cell, CellResult
 from tpme.reports.data.section import Section
 from tpme.reports.data.trials import Line
 from tpme.reports.tables import fields
 from tpme.reports.tables.fields import Field
-from tpme.reports.tables.table import MISSING, Column, Entry, Table, number
+from tpme.reports.tables.table import Column, Entry, Table
 
 SOURCE = "Fu et al., IISAN, SIGIR 2024 (abstract, and README of the authors' release)"
 MATRIX, ENCODERS = "iisan-paper", ("bert-base-uncased", "vit-base-patch16-224")
 
 
 class Range(NamedTuple):
-    """What is printed: a range, or one number as both of its ends."""
+    """A printed range; a single number is both of its ends."""
 
     low: float
     high: float
@@ -51,7 +52,7 @@ PRINTED = {
 
 
 def paper(section: Section) -> Table:
-    """Epoch time and memory, printed and measured; without rows for any other matrix."""
+    """Epoch time and memory, printed and measured; no rows for any other matrix."""
     rows = [
         str(name)
         for name, line in section.summary.iterrows()
@@ -61,7 +62,7 @@ def paper(section: Section) -> Table:
     costs = section.summary[["epoch_time_s", "memory_bytes"]].astype(float)
     time_s = {name: float(costs["epoch_time_s"][name]) * whole[name] for name in rows}
     memory_gb = {name: float(costs["memory_bytes"][name]) / 1e9 for name in rows}
-    made = [
+    columns = [
         fields.method(section),
         *_beside("epoch_time_s", "T", "s", "epoch_time_s", time_s),
         *_beside("memory_gb", "M", "GB", "memory_gb", memory_gb),
@@ -74,7 +75,7 @@ def paper(section: Section) -> Table:
     ]
     if any(share > 1 for share in whole.values()):
         notes.append("T was measured on epochs cut short and is scaled to all users.")
-    return fields.table_of(section, "paper", "The paper's figures and the measured ones", made, rows, notes)
+    return fields.table_of(section, "paper", "The paper's figures and the measured ones", columns, rows, notes)
 
 
 def _is_of_the_paper(cell: Cell) -> bool:
@@ -83,7 +84,7 @@ def _is_of_the_paper(cell: Cell) -> bool:
 
 
 def _of_a_whole_epoch(result: CellResult) -> float:
-    """Steps of a whole epoch over those that were run; 1 unless the matrix cuts epochs."""
+    """Steps of a whole epoch over the steps run; 1 unless the matrix cuts epochs."""
     training = result.cell.training
     if training.max_steps_per_epoch is None or result.dataset is None:
         return 1.0
@@ -94,8 +95,8 @@ def _beside(key: str, symbol: str, unit: str, printed: str, measured: dict[str, 
     """Printed, measured, and their ratio; programs get both ends of a range."""
 
     def of(line: Line) -> Range:
-        found: Range = getattr(PRINTED[line["label"]], printed)
-        return found
+        value: Range = getattr(PRINTED[line["label"]], printed)
+        return value
 
     def known(name: str) -> float | None:
         return None if pd.isna(measured[name]) else float(measured[name])

@@ -1,4 +1,4 @@
-"""The tables of a report, built from a ``Section``; ``table.py`` writes them in every format."""
+"""The tables of a report, built from a ``Section``; ``table.py`` renders them."""
 
 from __future__ import annotations
 
@@ -9,152 +9,124 @@ from typing import get_args
 
 import pandas as pd
 
-from tpme.bench.record import Phase, PhaseKind
-from tpme.reports.data.load import counter_values
+from tpme.bench.quantities import MISSING, byte_unit, bytes_text, number, quantity
+from tpme.bench.record import PhaseKind
 from tpme.reports.data.metrics import LEVEL
+from tpme.reports.data.phases import phase_times
+from tpme.reports.data.ranks import METRICS
 from tpme.reports.data.resampling import DRAWS
 from tpme.reports.data.section import Section
 from tpme.reports.tables import fields
 from tpme.reports.tables.differences import pairs
 from tpme.reports.tables.differences import table as differences
-from tpme.reports.tables.environment import environment
-from tpme.reports.tables.fields import Better, Field, byte_unit, bytes_text, decimals, table_of, value_of
+from tpme.reports.tables.fields import Field, table_of, value_of
+from tpme.reports.tables.machines import machines
 from tpme.reports.tables.paper import paper
 from tpme.reports.tables.planned import planned
-from tpme.reports.tables.table import MISSING, Column, Entry, Table, number
+from tpme.reports.tables.table import Column, Entry, Table
 
-METRICS = (("recall", "Recall"), ("ndcg", "NDCG"))
-STEP_PARTS = {"data_wait_s": "Data wait", "forward_s": "FP", "backward_s": "BP", "update_s": "WU"}
-"""The parts of a training step, as counters of a record and as the paper calls them."""
+STEP_PARTS = ("data_wait_s", "forward_s", "backward_s", "update_s")
+"""The parts of a training step, as counters of a record."""
 OVER_SEEDS = "Means over seeds, ± their standard deviation where there are several."
 
 
 def all_tables(section: Section) -> list[Table]:
-    """Every table that has something to say, results first."""
+    """Every table with rows, results first."""
     return [table for table in (make(section) for make in TABLES.values()) if table.rows]
 
 
 def results(section: Section) -> Table:
-    """The table that is looked at first: quality, T, P, M and TPME of every row."""
-    unit, scale = byte_unit(section.summary["memory_seen_bytes"])
-    made = [
+    """The main table: quality, T, P, M and TPME of every row."""
+    columns = [
         fields.method(section),
         fields.status(),
         fields.seeds(),
-        *fields.quality(section, "recall_10", "Recall@10", seeds=True),
-        *fields.quality(section, "ndcg_10", "NDCG@10", seeds=True),
-        *fields.cost(section, "epoch_time_s", "T (s)"),
-        *fields.cost(section, "trainable_millions", "P (M)", fields.millions),
-        *fields.memory(section, f"M ({unit})", scale),
+        *fields.quality(section, "recall_10", seeds=True),
+        *fields.quality(section, "ndcg_10", seeds=True),
+        *fields.cost(section, "epoch_time_s"),
+        *fields.cost(section, "trainable_millions"),
+        *fields.memory(section, byte_unit(section.summary["memory_seen_bytes"])),
         *fields.energy(section),
         *fields.tpme(section),
     ]
-    return table_of(section, "results", "Quality and cost of every method", made, notes=_result_notes(section))
+    return table_of(section, "results", "Quality and cost of every method", columns, notes=_result_notes(section))
 
 
 def cutoffs(section: Section) -> Table:
     """Recall and NDCG at the other cut-offs."""
-    made = [fields.method(section)]
+    columns = [fields.method(section)]
     for k in (5, 20):
-        for metric, title in METRICS:
-            made += fields.quality(section, f"{metric}_{k}", f"{title}@{k}", seeds=True)
-    return table_of(section, "cutoffs", "Quality at other cut-offs", made, _ranked(section))
+        for metric in METRICS:
+            columns += fields.quality(section, f"{metric}_{k}", seeds=True)
+    return table_of(section, "cutoffs", "Quality at other cut-offs", columns, _ranked(section))
 
 
 def warm_and_cold(section: Section) -> Table:
-    """Quality apart for targets that occur in training and targets that do not."""
-    made = [fields.method(section)]
+    """Quality for targets that occur in training and for targets that do not."""
+    columns = [fields.method(section)]
     for part in ("warm", "cold"):
-        for metric, title in METRICS:
-            made += fields.quality(section, f"{metric}_10_{part}", f"{title}@10 {part}")
-    made += [
-        fields.count("users", "Users"),
-        fields.count("users_cold", "Users, cold"),
-        fields.percent("cannot_hit", "Cannot hit (%)"),
-    ]
+        for metric in METRICS:
+            columns += fields.quality(section, f"{metric}_10_{part}")
+    columns += [fields.count("users"), fields.count("users_cold"), fields.percent("cannot_hit")]
     note = "Cold: the target never occurs in training. Cannot hit: it is masked because the user already had it."
-    return table_of(section, "warm-cold", "Warm and cold targets", made, _ranked(section), [note])
+    return table_of(section, "warm-cold", "Warm and cold targets", columns, _ranked(section), [note])
 
 
 def costs(section: Section) -> Table:
-    """Everything a row costs beside T, P and M."""
-    summary = section.summary
-    unit, scale = byte_unit(summary["stored_bytes"])
-
-    def cost(key: str, header: str, digits: int = 3, scale: float = 1, better: Better = "lower") -> list[Field]:
-        return fields.cost(section, key, header, partial(number, digits=digits), scale, better)
-
-    made = [
+    """Costs of a row beside T, P and M."""
+    summary, cost = section.summary, partial(fields.cost, section)
+    columns = [
         fields.method(section),
-        *fields.interval("epoch_time_s", f"T, {100 * LEVEL:.0f} % (s)"),
-        *cost("time_to_best_s", "To best epoch (s)"),
-        fields.count("best_epoch", "Best epoch"),
-        fields.count("epochs_run", "Epochs"),
-        *cost("wall_s", "Whole cell (s)"),
-        *cost("total_millions", "All parameters (M)", 4),
-        *cost("stored_bytes", f"Stored ({unit})", 3, scale),
+        *fields.interval("epoch_time_s"),
+        *cost("time_to_best_s"),
+        fields.count("best_epoch"),
+        fields.count("epochs_run"),
+        *cost("wall_s"),
+        *cost("total_millions"),
+        *cost("stored_bytes"),
     ]
-    optional = [
-        cost("cache_build_s", "Cache build (s)"),
-        cost("cache_bytes", "Cache (MB)", 3, 1e6),
-        cost("training_energy_j", "Training energy (J)"),
-        cost("inference_items_per_s", "Inference (items/s)", better="higher"),
-    ]
-    made += [field for found in optional if summary[found[0][0].key].notna().any() for field in found]
+    for key in ("cache_build_s", "cache_bytes", "training_energy_j", "inference_items_per_s"):
+        columns += cost(key) if summary[key].notna().any() else []
     if (summary["search_trials"] > 1).any():
-        made += [fields.count("search_trials", "lr trials"), *cost("search_wall_s", "lr search (s)")]
+        columns += [fields.count("search_trials"), *cost("search_wall_s")]
     note = (
         f"{OVER_SEEDS} T with a percentage: where it lies in so many resamplings of seeds and of epochs after "
         "warm-up. To best epoch: training time up to the best validation Recall@10. Whole cell: loading, "
         "validation and ranking included. Stored: what must be kept beside the untouched encoders."
     )
-    return table_of(section, "costs", "Costs in full", made, notes=[note])
+    return table_of(section, "costs", "Costs in full", columns, notes=[note])
 
 
 def steps(section: Section) -> Table:
     """Where a training step goes: forward and backward propagation and weight update, medians, mean over seeds."""
-    found = {(name, key): counter_values(shown, key) for name, shown in section.behind.items() for key in STEP_PARTS}
-    of = fields.over_seeds(found)
-    rows = [name for name in section.lines if any(found[name, key] for key in STEP_PARTS)]
-    made = [fields.method(section)]
-    for key, header in STEP_PARTS.items():
-        made += fields.cost(section, key, f"{header} (ms)", scale=1e-3, of=of)
+    times = section.counters(STEP_PARTS)
+    rows = times.index[times.notna().any(axis=1)]
+    columns = [fields.method(section), *(field for key in STEP_PARTS for field in fields.cost(section, key, times))]
     note = (
         "Medians over a few steps in a pass of its own after training. FP: forward propagation and loss, BP: backward "
         f"propagation, WU: weight update. {OVER_SEEDS}"
     )
-    return table_of(section, "steps", "Where a training step goes", made, rows, notes=[note])
+    return table_of(section, "steps", "Where a training step goes", columns, rows, notes=[note])
 
 
 def phases(section: Section) -> Table:
     """Wall time by kind of phase, mean over the finished seeds; the peak memory of each goes to CSV and JSON."""
-    spent: dict[tuple[str, str], list[float]] = {}
-    peaks: dict[tuple[str, str], float | None] = {}
-    for name, results in section.behind.items():
-        seeds = [result for result in results if result.phases]
-        for kind in {phase.kind for result in seeds for phase in result.phases}:
-            found = [[phase for phase in result.phases if phase.kind == kind] for result in seeds]
-            # A seed without such a phase spent no time in it: the first one builds the cache of all.
-            spent[name, f"{kind}_s"] = [sum(phase.wall_s for phase in one) for one in found]
-            read = [_phase_peak(phase, seeds[0].cell.device) for one in found for phase in one]
-            peaks[name, kind] = max((value for value in read if value is not None), default=None)
-    of = fields.over_seeds(spent)
+    times = phase_times(section)
+    kinds = [kind for kind in get_args(PhaseKind) if f"{kind}_s" in times]
 
     def peak(kind: str) -> Field:
-        column = Column(f"{kind}_peak_bytes", machine_only=True)
-        return column, lambda name, _: Entry("", peaks.get((name, kind)))
+        key = f"{kind}_peak_bytes"
+        return Column(key, machine_only=True), lambda name, _: Entry("", value_of(times.at[name, key]))
 
-    kinds = [kind for kind in get_args(PhaseKind) if any(key == f"{kind}_s" for _, key in spent)]
-    rows = [name for name in section.lines if any(name == key[0] for key in spent)]
-    made = [fields.method(section)]
+    columns = [fields.method(section)]
     for kind in kinds:
-        made += fields.cost(section, f"{kind}_s", kind, of=of)
-    made += [*fields.cost(section, "wall_s", "whole cell"), *map(peak, kinds)]
-    return table_of(section, "phases", "Where the time goes (seconds by phase)", made, rows, notes=[OVER_SEEDS])
+        columns += fields.cost(section, f"{kind}_s", times, header=kind)
+    columns += [*fields.cost(section, "wall_s", header="whole cell"), *map(peak, kinds)]
+    return table_of(section, "phases", "Where the time goes (seconds by phase)", columns, times.index, [OVER_SEEDS])
 
 
 def learning_rates(section: Section) -> Table:
-    """The learning rates of every row that trains, with all trials and their cost; empty where all are the same."""
+    """Learning rates of every row that trains, with all trials and their cost; empty where all are the same."""
     cells = _in_order(section, section.cells[(section.cells["epochs_run"] > 0) | (section.cells["status"] != "ok")])
     searched = bool((cells["search_trials"] > 1).any())
     if cells["lr"].nunique() < 2:
@@ -168,7 +140,7 @@ def learning_rates(section: Section) -> Table:
                 Entry(str(name), str(name), chosen),
                 *(Entry(f"{rate:g}", rate) for rate in json.loads(str(lr)).values()),
                 Entry(f"{finished} of {len(trial)}", finished),
-                Entry(decimals(validation), value_of(validation)),
+                Entry(quantity("valid_recall_10").format(validation), value_of(validation)),
                 Entry(number(wall_s), wall_s),
                 Entry("✓" if chosen else "", chosen),
             )
@@ -177,7 +149,7 @@ def learning_rates(section: Section) -> Table:
     columns = (
         Column("method", "Method", numeric=False),
         *(
-            Column(f"lr_{name}", f"lr {name}", machine_only=len({one[name] for one in rates}) == 1)
+            Column(f"lr_{name}", f"lr {name}", machine_only=len({rate[name] for rate in rates}) == 1)
             for name in (rates[0] if rates else ())
         ),
         Column("cells_finished", "Finished"),
@@ -190,7 +162,7 @@ def learning_rates(section: Section) -> Table:
 
 
 def failures(section: Section) -> Table:
-    """Every attempt that did not end ``ok``, unselected trials included, with all that is known of it."""
+    """Every attempt that did not end ``ok``, unselected trials included."""
     by_path = {str(recorded.path): recorded.result for recorded in section.records}
     lines = []
     for _, cell in _in_order(section, section.cells[section.cells["status"] != "ok"]).iterrows():
@@ -206,7 +178,7 @@ def failures(section: Section) -> Table:
                 *(Entry(MISSING if at is None else str(at), at) for at in (failure.epoch, failure.step)),
                 Entry(bytes_text(failure.bytes_requested), failure.bytes_requested),
                 Entry(bytes_text(cell["memory_seen_bytes"]), value_of(cell["memory_seen_bytes"])),
-                Entry(decimals(cell["valid_recall_10"]), value_of(cell["valid_recall_10"])),
+                Entry(quantity("valid_recall_10").format(cell["valid_recall_10"]), value_of(cell["valid_recall_10"])),
                 Entry(number(cell["wall_s"]), float(cell["wall_s"])),
                 Entry(failure.message, failure.message),
             )
@@ -241,9 +213,9 @@ TABLES: dict[str, Callable[[Section], Table]] = {
     "paper": paper,
     "lr": learning_rates,
     "failures": failures,
-    "environment": environment,
+    "environment": machines,
 }
-"""What makes each table, by the table's name, in the order in which they are shown."""
+"""Builders of the tables by name, in display order."""
 
 
 # --- which rows and cells ------------------------------------------------------------------------------------
@@ -257,11 +229,6 @@ def _in_order(section: Section, cells: pd.DataFrame) -> pd.DataFrame:
     """Cells in the order of the rows of the summary, then by trial and seed."""
     position = {name: index for index, name in enumerate(section.summary.index)}
     return cells.assign(position=cells["row"].map(position)).sort_values(["position", "lr_trial", "lr", "seed"])
-
-
-def _phase_peak(phase: Phase, device: str) -> float | None:
-    memory = phase.memory
-    return (memory.host_rss_bytes if device == "cpu" else memory.torch_allocated_bytes).value
 
 
 def _result_notes(section: Section) -> list[str]:
@@ -290,7 +257,7 @@ def _result_notes(section: Section) -> list[str]:
 
 
 def _interval_note(section: Section) -> str:
-    """What the interval behind TPME says, and what it cannot say."""
+    """The note on the interval of TPME: what was resampled and what was not."""
     seeds = section.summary.loc[section.compared, "seeds_ok"]
     what = "epochs" if (seeds == 1).all() else "seeds and epochs"
     frame = "within the frozen frame" if section.frame_from else "the frame taken anew each time"

@@ -1,7 +1,7 @@
-"""A table as data, and the formats it can be written in: Markdown, CSV, LaTeX and JSON (``terminal`` prints it).
+"""A table as data, and its renderers: Markdown, CSV, LaTeX and JSON (``terminal`` prints it).
 
-Texts may come from configurations and plug-ins, so every renderer escapes them for its own format. People read
-``Entry.text``; programs read ``Entry.value`` (CSV, JSON), which is never rounded for looks.
+Texts may come from configurations and plug-ins, so every renderer escapes them for its format. People read
+``Entry.text``; programs read ``Entry.value`` (CSV, JSON), which is not rounded for display.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+
+from tpme.bench.quantities import Better
 
 Value = str | int | float | None
 
-MISSING = "–"
 ARROWS = {"higher": " ↑", "lower": " ↓", None: ""}
 
 
@@ -30,7 +30,7 @@ class Entry:
     value: Value = None
     best: bool = False
     marks: tuple[int, ...] = ()
-    """Numbers of the footnotes that belong to it, from 1."""
+    """Numbers of its footnotes, from 1."""
     short: str | None = None
     """The text for a narrow terminal, where it differs."""
 
@@ -41,12 +41,12 @@ class Column:
 
     key: str
     header: str = ""
-    better: Literal["higher", "lower"] | None = None
+    better: Better | None = None
     numeric: bool = True
     machine_only: bool = False
-    """Left out of the formats for people: the bounds of an interval, for example."""
+    """Left out of the formats for people, such as the bounds of an interval."""
     wide_only: bool = False
-    """Left out of a terminal that is too narrow for all columns."""
+    """Left out of a terminal too narrow for all columns."""
 
     @property
     def title(self) -> str:
@@ -56,7 +56,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """A table with its notes; ``name`` is the file name it is written under, without the ending."""
+    """A table with its notes; ``name`` is its file name without the extension."""
 
     name: str
     title: str
@@ -64,58 +64,46 @@ class Table:
     rows: tuple[tuple[Entry, ...], ...]
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
-    """Flags of all rows."""
+    """Flags that apply to all rows."""
     footnotes: tuple[str, ...] = ()
-    """Footnote 1 first; entries point at them with ``marks``."""
+    """Footnote 1 first; entries refer to them by ``marks``."""
     subject: str = ""
-    """What the whole table is about: data, protocol, precision, device."""
+    """Data, protocol, precision and device of the whole table."""
     long: bool = False
-    """Left out of ``report.md`` and LaTeX: it has more rows than people read."""
+    """Left out of ``report.md`` and LaTeX, because it has more rows than people read."""
 
     def __post_init__(self) -> None:
-        """Rows and columns must agree."""
+        """Check that rows and columns agree."""
         if any(len(row) != len(self.columns) for row in self.rows):
             raise ValueError(f"table {self.name}: a row does not have {len(self.columns)} entries")
 
     @property
     def caption(self) -> str:
-        """Title and subject, for a table that stands alone."""
+        """Title and subject."""
         return f"{self.title}: {self.subject}" if self.subject else self.title
 
     @property
-    def shown(self) -> list[int]:
-        """Indices of the columns people see."""
+    def visible(self) -> list[int]:
+        """Indices of the columns for people."""
         return [index for index, column in enumerate(self.columns) if not column.machine_only]
 
     @property
     def used_footnotes(self) -> list[tuple[int, str]]:
-        """Number and text of the footnotes that some entry points at."""
+        """Number and text of the footnotes that entries refer to."""
         used = {mark for row in self.rows for entry in row for mark in entry.marks}
         return [(mark, self.footnotes[mark - 1]) for mark in sorted(used)]
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """A number with so many significant digits and no exponent where one can be avoided; ``–`` for none."""
-    if value is None or not math.isfinite(value):
-        return MISSING
-    if value == 0:
-        return "0"
-    size = math.floor(math.log10(abs(float(f"{value:.{digits - 1}e}"))))
-    if not -4 <= size < 9:
-        return f"{value:.{digits - 1}e}"
-    return f"{value:.{max(0, digits - 1 - size)}f}"
 
 
 # --- Markdown ------------------------------------------------------------------------------------------------
 
 
 def to_markdown(table: Table, footnotes: bool = True) -> str:
-    """A pipe table; a list of its notes follows and, unless ``footnotes`` is off, of warnings and footnotes."""
-    columns = [table.columns[index] for index in table.shown]
+    """A pipe table, then a list of its notes and, unless ``footnotes`` is off, of warnings and footnotes."""
+    columns = [table.columns[index] for index in table.visible]
     lines = [
         _markdown_row([escape_markdown(column.title) for column in columns]),
         _markdown_row(["---:" if column.numeric else "---" for column in columns]),
-        *(_markdown_row([_markdown_entry(row[index]) for index in table.shown]) for row in table.rows),
+        *(_markdown_row([_markdown_entry(row[index]) for index in table.visible]) for row in table.rows),
     ]
     notes = [f"- {escape_markdown(note)}" for note in table.notes]
     if footnotes:
@@ -135,7 +123,7 @@ def _markdown_entry(entry: Entry) -> str:
 
 
 def escape_markdown(text: str) -> str:
-    """Text that a Markdown renderer shows as it is: no markup, no HTML, no table separators, one line."""
+    """Escape text so that a Markdown renderer shows it as it is, on one line: no markup, HTML or table separators."""
     text = " ".join(text.split())
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_\[\]|$~#])", r"\\\1", text)
@@ -172,11 +160,11 @@ _LATEX = {
 
 
 _LATEX_LETTERS = "\u017f"
-"""Up to here LaTeX has a glyph for every letter; of what lies beyond, for a few signs."""
+"""LaTeX has a glyph for every letter up to this one; beyond, for a few signs."""
 
 
 def escape_latex(text: str) -> str:
-    """Text that LaTeX prints as it is; a character it has no glyph for becomes its code, such as U+4E2D."""
+    """Escape text so that LaTeX prints it as it is; a character without a glyph becomes its code, such as U+4E2D."""
     escaped = "".join(map(_latex_character, " ".join(text.split())))
     return re.sub(r"([-`',])(?=\1)", r"\1{}", escaped)  # else -- becomes a dash
 
@@ -190,10 +178,10 @@ def _latex_character(character: str) -> str:
 
 
 def to_latex(table: Table) -> str:
-    """A ``table`` environment with booktabs rules, shrunk where the line is too short; notes below in small print."""
-    columns = [table.columns[index] for index in table.shown]
-    layout = "".join(_latex_layout(table, index) for index in table.shown)
-    rows = [" & ".join(_latex_entry(row[index]) for index in table.shown) + r" \\" for row in table.rows]
+    """A ``table`` environment with booktabs rules, shrunk to the line width; notes below in small print."""
+    columns = [table.columns[index] for index in table.visible]
+    layout = "".join(_latex_layout(table, index) for index in table.visible)
+    rows = [" & ".join(_latex_entry(row[index]) for index in table.visible) + r" \\" for row in table.rows]
     below = [escape_latex(note) for note in (*table.notes, *table.warnings)]
     below += [rf"\textsuperscript{{{mark}}}\,{escape_latex(text)}" for mark, text in table.used_footnotes]
     lines = [
@@ -225,7 +213,7 @@ def _latex_layout(table: Table, index: int) -> str:
     """Numbers right, short texts left, long texts wrapped."""
     if table.columns[index].numeric:
         return "r"
-    wrapped = [other for other in table.shown if _is_long(table, other)]
+    wrapped = [other for other in table.visible if _is_long(table, other)]
     return rf"p{{{0.5 / len(wrapped):.2g}\linewidth}}" if index in wrapped else "l"
 
 
@@ -245,7 +233,7 @@ def _latex_entry(entry: Entry) -> str:
 def to_csv(table: Table) -> str:
     """All columns, unrounded, under their keys; a missing value is an empty field.
 
-    The texts of a row's footnotes and what is true of all rows stand in two columns at the end, where there are any.
+    Two columns at the end hold the footnotes of a row and the warnings on all rows, where there are any.
     """
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
@@ -254,13 +242,13 @@ def to_csv(table: Table) -> str:
     writer.writerow([*head, *(["footnotes"] if texts else []), *(["warnings"] if warnings else [])])
     for row in table.rows:
         marks = sorted({mark for entry in row for mark in entry.marks})
-        told = ["; ".join(texts[mark] for mark in marks)] if texts else []
-        writer.writerow([*("" if (value := plain(entry.value)) is None else value for entry in row), *told, *warnings])
+        notes = ["; ".join(texts[mark] for mark in marks)] if texts else []
+        writer.writerow([*("" if (value := plain(entry.value)) is None else value for entry in row), *notes, *warnings])
     return file.getvalue()
 
 
 def to_json(table: Table) -> str:
-    """Title, columns, rows as objects, notes and footnotes. ``<`` and ``>`` are escaped, so it may stand in HTML."""
+    """Title, columns, rows as objects, notes and footnotes. ``<`` and ``>`` are escaped for use in HTML."""
     content = {
         "title": table.title,
         "subject": table.subject,
@@ -281,7 +269,7 @@ def to_json(table: Table) -> str:
 
 
 def plain(value: Value) -> Value:
-    """A value for programs: ten significant digits (more would differ between machines), None for NaN."""
+    """A value for programs: ten significant digits, because more differ between machines; None for NaN."""
     if isinstance(value, float):
         return float(f"{value:.10g}") if math.isfinite(value) else None
     return value

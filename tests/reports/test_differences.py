@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from tpme.bench.record import Reading, read_result
-from tpme.reports.data.load import load_ranks
-from tpme.reports.data.metrics import gains
+from tpme.reports.data.ranks import gains, load_ranks
 from tpme.reports.data.stats import paired
 from tpme.reports.report import make_report
 from tpme.reports.tables.differences import differences, pairs, table
@@ -81,5 +80,5 @@ def test_the_parts_of_a_step_are_shown_in_milliseconds_where_they_were_measured(
     path.write_text(result.model_copy(update={"counters": counters}).model_dump_json())
     made = steps(section_of(factory))
     assert [row[0].value for row in made.rows] == ["lora"]
-    assert [made.rows[0][index].text for index in made.shown[1:]] == ["0.500", "20.0", "30.0", "1.00"]
-    assert [made.rows[0][index].value for index in made.shown[1:]] == list(parts.values())
+    assert [made.rows[0][index].text for index in made.visible[1:]] == ["0.500", "20.0", "30.0", "1.00"]
+    assert [made.rows[0][index].value for index in made.visible[1:]] == list(parts.values())

@@ -9,7 +9,8 @@ import pytest
 
 from tpme.bench.errors import UserError
 from tpme.bench.record import RecordError
-from tpme.reports.data.load import load, load_ranks, load_samples, read
+from tpme.reports.data.load import load, load_samples, read
+from tpme.reports.data.ranks import load_ranks
 
 
 def test_one_row_a_cell_with_units_in_the_names(factory):

@@ -16,7 +16,7 @@ from tpme.bench.record import Failure, Flag
 from tpme.reports import report as report_module
 from tpme.reports.data import resampling
 from tpme.reports.data import section as section_module
-from tpme.reports.data.load import load_ranks
+from tpme.reports.data.ranks import load_ranks
 from tpme.reports.data.tpme import Weights
 from tpme.reports.figures import draw as drawing
 from tpme.reports.report import make_report, write_report
@@ -138,7 +138,7 @@ def test_spread_over_seeds_and_interval_over_users_are_told_apart(demo_run, fact
     assert "± seeds" in results(section).notes[0]
     factory.write("lora")
     (alone,) = make_report([factory.root]).sections
-    assert "± seeds" not in [results(alone).columns[index].header for index in results(alone).shown]
+    assert "± seeds" not in [results(alone).columns[index].header for index in results(alone).visible]
     assert "± seeds" not in results(alone).notes[0]
 
 

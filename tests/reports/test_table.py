@@ -12,14 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
+from tpme.bench.quantities import MISSING, number
 from tpme.reports.tables.table import (
-    MISSING,
     Column,
     Entry,
     Table,
     escape_latex,
     escape_markdown,
-    number,
     to_csv,
     to_json,
     to_latex,

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from tpme.bench.record import EncoderSpec, LearningRates, Training
 from tpme.reports.data.load import load
-from tpme.reports.data.trials import GROUP, names, own_path, split
+from tpme.reports.data.trials import GROUP, names, shorten_path, split
 
 
 def lr(rate: float) -> LearningRates:
@@ -94,7 +94,7 @@ def test_a_cell_without_encoders_joins_every_group_of_the_rest(factory):
 
 def test_paths_are_cut_to_their_end():
     assert (
-        own_path("/home/me/models/bert/text (text), org/model@main (image)")
+        shorten_path("/home/me/models/bert/text (text), org/model@main (image)")
         == "bert/text (text), org/model@main (image)"
     )
-    assert own_path("builtin:tiny-text (text)") == "builtin:tiny-text (text)"
+    assert shorten_path("builtin:tiny-text (text)") == "builtin:tiny-text (text)"

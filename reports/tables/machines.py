@@ -1,21 +1,22 @@
-"""What the numbers of a section were measured on: the environment table."""
+"""The environment table: devices, software, data, encoders and training settings behind a section."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from tpme.bench.quantities import MISSING
 from tpme.bench.record import CellResult, LearningRates, Modality
 from tpme.reports.data.section import Section
-from tpme.reports.data.trials import own_path
-from tpme.reports.tables.table import MISSING, Column, Entry, Table
+from tpme.reports.data.trials import shorten_path
+from tpme.reports.tables.table import Column, Entry, Table
 
 PACKAGES = ("torch", "transformers", "peft", "numpy")
-"""Listed first."""
+"""Packages listed first."""
 
 
-def environment(section: Section) -> Table:
-    """Property and value; where the records differ all values are listed."""
+def machines(section: Section) -> Table:
+    """Property and value; where the records differ, all values."""
     results = [recorded.result for recorded in section.records]
     lines = [(name, _join(values)) for name, values in _properties(section, results)]
     columns = (Column("property", "Property", numeric=False), Column("value", "Value", numeric=False))
@@ -25,18 +26,18 @@ def environment(section: Section) -> Table:
 
 def _properties(section: Section, results: list[CellResult]) -> Iterator[tuple[str, Iterable[Any]]]:
     environments = [result.environment for result in results if result.environment is not None]
-    yield "Device", (one.device_name for one in environments)
+    yield "Device", (environment.device_name for environment in environments)
     yield "Device key", [section.group.key["device_key"]]
-    yield "Driver", (one.driver for one in environments)
-    yield "CPU threads", (one.cpu_threads for one in environments)
-    yield "Platform", (one.platform for one in environments)
-    yield "Python", (one.python for one in environments)
-    names = dict.fromkeys((*PACKAGES, *(name for one in environments for name in sorted(one.packages))))
+    yield "Driver", (environment.driver for environment in environments)
+    yield "CPU threads", (environment.cpu_threads for environment in environments)
+    yield "Platform", (environment.platform for environment in environments)
+    yield "Python", (environment.python for environment in environments)
+    names = dict.fromkeys((*PACKAGES, *(name for environment in environments for name in sorted(environment.packages))))
     for name in names:
-        yield name, (one.packages.get(name) for one in environments)
-    yield "Allocator", (one.allocator for one in environments)
-    yield "Deterministic kernels", (one.deterministic for one in environments)
-    yield "Git revision", (_revision(one.git_revision, one.git_dirty) for one in environments)
+        yield name, (environment.packages.get(name) for environment in environments)
+    yield "Allocator", (environment.allocator for environment in environments)
+    yield "Deterministic kernels", (environment.deterministic for environment in environments)
+    yield "Git revision", (_revision(environment.git_revision, environment.git_dirty) for environment in environments)
     yield "Measured code", (result.code_version for result in results)
     yield "Protocol", [section.group.key["protocol"]]
     yield "Precision", [section.group.key["precision"]]
@@ -45,25 +46,25 @@ def _properties(section: Section, results: list[CellResult]) -> Iterator[tuple[s
     yield "Image encoder", (_encoder(result, "image") for result in results)
     training = [result.cell.training.model_dump(mode="json", exclude={"precision"}) for result in results]
     for name in training[0]:
-        yield name.replace("_", " ").capitalize(), (one[name] for one in training)
+        yield name.replace("_", " ").capitalize(), (settings[name] for settings in training)
     rates = {_rates(result.cell.lr) for result in results}
     yield "Learning rates", rates if len(rates) == 1 else ["differ, see their table"]
     yield "Seeds", sorted({result.cell.seed for result in results})
 
 
 def _datasets(results: list[CellResult]) -> list[str]:
-    known = [result.dataset for result in results if result.dataset is not None]
-    if not known:
+    datasets = [result.dataset for result in results if result.dataset is not None]
+    if not datasets:
         return [f"{result.cell.dataset} (fingerprint {result.cell.dataset_fingerprint[:12]})" for result in results]
     return [
         f"{facts.name}: {facts.users} users, {facts.items} items ({facts.items_never_trained} never trained), "
         f"{facts.interactions} interactions, {' + '.join(facts.modalities)} (fingerprint {facts.fingerprint[:12]})"
-        for facts in known
+        for facts in datasets
     ]
 
 
 def _encoder(result: CellResult, modality: Modality) -> str | None:
-    """The encoder that was loaded, by the cell or by the builder of its feature cache."""
+    """The encoder loaded by the cell or by the builder of its feature cache."""
     facts = result.text_encoder if modality == "text" else result.image_encoder
     if facts is None and result.cache is not None:
         facts = result.cache.encoders.get(modality)
@@ -71,7 +72,7 @@ def _encoder(result: CellResult, modality: Modality) -> str | None:
         return None
     revision = f"@{facts.revision}" if facts.revision else ""
     return (
-        f"{own_path(facts.source)}{revision}: {facts.architecture}, {facts.weights} weights, width {facts.width}, "
+        f"{shorten_path(facts.source)}{revision}: {facts.architecture}, {facts.weights} weights, width {facts.width}, "
         f"depth {facts.depth}, {facts.parameters / 1e6:.4g} M parameters"
     )
 
@@ -87,7 +88,7 @@ def _revision(revision: str | None, dirty: bool | None) -> str | None:
 
 
 def _join(values: Iterable[Any]) -> str:
-    """Distinct values in the order of the records."""
+    """Distinct values, in the order of the records."""
     return "; ".join(dict.fromkeys(_text(value) for value in values if value is not None)) or MISSING
 
 
