@@ -29,7 +29,6 @@ from torch import Tensor
 
 from tpme.bench.errors import UserError
 from tpme.bench.record import EncoderFacts, EncoderSpec, Frozen, Modality, write_atomically
-from tpme.bench.run.job import progress_line
 from tpme.bench.task.batches import ItemStore
 from tpme.bench.task.dataset import Dataset
 from tpme.bench.task.encoders import Encoder, encoder_digest, encoder_shape, load_encoder
@@ -38,6 +37,7 @@ from tpme.bench.task.feature_files import DTYPE as DTYPE
 from tpme.bench.task.feature_files import Tables, locked
 from tpme.bench.task.items import EncoderShape, Reads
 from tpme.bench.task.tokens import tokenise
+from tpme.bench.workers import progress_line
 
 _SOURCES = (
     "batches.py",
