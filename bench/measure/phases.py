@@ -19,7 +19,7 @@ from tpme.bench.measure.contention import CROWDED, SOURCE, CoreWait
 from tpme.bench.measure.gpu import GpuReadings, GpuWindow, idle_flags, unreadable
 from tpme.bench.measure.host import HostMemory, HostPeak, SampledHost, release_free_memory
 from tpme.bench.measure.nvml import Device, Nvml, NvmlError
-from tpme.bench.measure.sampler import PERIOD_S, Column, Sampler, Samples
+from tpme.bench.measure.sampler import PERIOD_S, Column, SampledCurve, Sampler
 from tpme.bench.measure.torch_memory import NO_CUDA, peaks, release_cached, reserved_bytes, reset_peaks
 from tpme.bench.record import Flag, GpuFacts, Memory, Phase, PhaseKind, Reading
 
@@ -41,7 +41,7 @@ class PhaseLog:
         self, device: object, sampler: Sampler | None, nvml: Nvml | None, origin_s: float | None = None
     ) -> None:
         self.phases: list[Phase] = []
-        self.samples: Samples | None = None
+        self.samples: SampledCurve | None = None
         """The sampler's curve, once ``measuring`` has ended."""
         self._device, self._sampler = device, sampler
         self._origin_s = time.perf_counter() if origin_s is None else origin_s

@@ -1,4 +1,4 @@
-"""Samples memory and GPU state from a process of its own, so that it neither shares the interpreter lock of what
+"""SampledCurve memory and GPU state from a process of its own, so that it neither shares the interpreter lock of what
 it measures nor dies unseen with it.
 
 The measured process pays for starting it and for nothing else: rows go from the sampler straight into an unnamed
@@ -32,7 +32,7 @@ Column = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Samples:
+class SampledCurve:
     """The curve of one run; all arrays have shape (N,), NaN where nothing was read at that time.
 
     Slow columns (all of the GPU's but ``device_bytes``) are read at every tenth row. Why a column is empty stands
@@ -125,7 +125,7 @@ class Sampler:
         table = np.frombuffer(data, dtype=np.float64).reshape(-1, len(COLUMNS))
         return dict(zip(COLUMNS, table.T, strict=True))
 
-    def stop(self, origin_s: float | None = None) -> Samples:
+    def stop(self, origin_s: float | None = None) -> SampledCurve:
         """Stop sampling and return everything sampled.
 
         Args:
@@ -138,7 +138,7 @@ class Sampler:
         self._rows.close()
         columns["t_s"] = columns["t_s"] - (self._started_s if origin_s is None else origin_s)
         longest = told["longest_period_s"] if told else self.period_s
-        return Samples(
+        return SampledCurve(
             **{name: np.ascontiguousarray(column) for name, column in columns.items()},
             period_s=self.period_s,
             longest_period_s=longest,

@@ -140,7 +140,7 @@ def test_a_device_lost_before_any_reading_has_none() -> None:
     assert told.process_bytes.value is None
 
 
-@pytest.mark.parametrize(("code", "words"), [("NOT_SUPPORTED", "does not support"), ("NO_PERMISSION", "no permission")])
+@pytest.mark.parametrize(("code", "words"), [("NOT_SUPPORTED", "Not Supported"), ("NO_PERMISSION", "Permissions")])
 def test_no_energy_counter_is_a_reason_not_a_zero(code: str, words: str) -> None:
     told = measured(FakeGpu(errors={"nvmlDeviceGetTotalEnergyConsumption": code}), used=GIB, process=GIB)
     assert told.energy_j.value is None

@@ -314,7 +314,7 @@ def test_strangers_and_a_busy_start_are_flagged(gpu: FakeGpu) -> None:
 
 @pytest.mark.parametrize(
     ("nvml", "reason"),
-    [(None, "not opened"), (Nvml.open(fake_nvml(errors={"nvmlInit": "NO_PERMISSION"})), "no permission")],
+    [(None, "not opened"), (Nvml.open(fake_nvml(errors={"nvmlInit": "NO_PERMISSION"})), "Permissions")],
 )
 def test_a_gpu_without_nvml_still_runs_and_says_why(
     gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, nvml: Nvml | None, reason: str
