@@ -130,8 +130,8 @@ class PhaseLog:
             flags.append(Flag(code="throttled", message=f"the GPU's clock was held down{where}: {worst}"))
         waited = self._core_wait()
         if waited.value is not None and waited.value > CROWDED:
-            share = f"a thread waited for a core for {waited.value:.0%} of the training time"
-            flags.append(Flag(code="crowded", message=f"{share}: do not compare the times of this run"))
+            wait = f"a thread waited for a core for {waited.value:.0%} of the training time"
+            flags.append(Flag(code="crowded", message=f"{wait}: do not compare the times of this run"))
         if self.samples is not None:
             flags += [Flag(code="sampler", message=note) for note in self.samples.notes]
         return flags
