@@ -199,10 +199,10 @@ BROKEN = {
         Release(ITEMS.replace("Title 3", "")), r"items\.tsv, line 3: .*empty title", "empty title", users=("bob",)
     ),
     "duplicate item": Broken(
-        Release(ITEMS + "i2\tagain\n"), r"items\.tsv, line 9: item 'i2' was already there", "duplicate item"
+        Release(ITEMS + "i2\tagain\n"), r"items\.tsv, line 9: item 'i2' occurs twice", "duplicate item"
     ),
     "duplicate user": Broken(
-        Release(users=USERS + "ann\ti1 i2\n"), r"users\.tsv, line 4: user 'ann' was already", "duplicate user"
+        Release(users=USERS + "ann\ti1 i2\n"), r"users\.tsv, line 4: user 'ann' occurs twice", "duplicate user"
     ),
     "one column of items": Broken(
         Release(ITEMS + "i9\n"), r"items\.tsv, line 9: 1 columns; expected item TAB title", "wrong column count"
@@ -239,7 +239,7 @@ BROKEN = {
         "unreadable image",
     ),
     "duplicate image": Broken(
-        Release(images=IMAGES | {"sub/i2.png": encoded(9)}), r"images: .*i2.* are both 'i2'", "duplicate image"
+        Release(images=IMAGES | {"sub/i2.png": encoded(9)}), r"images: .*i2.* both belong to", "duplicate image"
     ),
     "unreadable image in a zip": Broken(
         Release(archive=with_image("i8.jpg", b"not an image")),
@@ -352,7 +352,7 @@ def test_a_wrong_images_option_is_named(tmp_path: Path, images: str, message: st
 
 
 def test_asking_for_images_where_none_are_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="give the place with --images"):
+    with pytest.raises(UserError, match="pass their location with --images"):
         read_iisan(Release().write(tmp_path / "toy"), modalities=("image",))
 
 

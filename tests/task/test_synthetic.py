@@ -11,9 +11,9 @@ import pytest
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from tpme.bench.task.sources.drawing import COLOURS, SHAPES, TEXTURES, draw
 from tpme.bench.task.sources.synthetic import Catalogue, Synthetic, World, generate, make_catalogue, make_world
-from tpme.bench.task.sources.wording import CATEGORIES, STYLES
+from tpme.bench.task.sources.synthetic_images import COLOURS, SHAPES, TEXTURES, draw
+from tpme.bench.task.sources.synthetic_titles import CATEGORIES, STYLES
 
 SMALL = Synthetic(users=300, items=120)
 MANY = Synthetic(users=1000, items=400)
