@@ -260,9 +260,9 @@ BROKEN = {
     "zip entry on a drive": Broken(
         Release(archive=IMAGES | {"C:evil.jpg": encoded(1)}), r"'C:evil\.jpg' points outside", "unsafe zip entry"
     ),
-    "no user left": Broken(Release(users="ann\ti1\n"), r"no user has 5 items or more \(the longest has 1", None),
-    "no users at all": Broken(Release(users=""), r"no user has 5 items or more", None),
-    "no items at all": Broken(Release(items="", users=""), r"no user has 5 items or more", None),
+    "no user left": Broken(Release(users="ann\ti1\n"), r"no user has at least 5 items \(maximum 1", None),
+    "no users at all": Broken(Release(users=""), r"no user has at least 5 items", None),
+    "no items at all": Broken(Release(items="", users=""), r"no user has at least 5 items", None),
 }
 
 

@@ -92,7 +92,7 @@ def test_every_role_is_a_linear_layer_of_the_right_shape(tiny: ModuleType, modal
 
 def test_an_unknown_encoder_is_refused_in_one_line() -> None:
     with pytest.raises(
-        UserError, match=r"^Module \(text encoder\): its list of layers is at none of the known places"
+        UserError, match=r"^Module \(text encoder\): its list of layers is at none of the known paths"
     ) as e:
         EncoderView(tree(["blocks.0.attention"]), "text")
     assert "\n" not in str(e.value)
