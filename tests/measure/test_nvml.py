@@ -18,9 +18,9 @@ def opened(*gpus: FakeGpu, **settings: Any) -> Nvml:
 
 
 def idle(nvml: Nvml) -> Idle:
-    found = nvml.idle[nvml.devices[0].uuid]
-    assert isinstance(found, Idle)
-    return found
+    state = nvml.idle[nvml.devices[0].uuid]
+    assert isinstance(state, Idle)
+    return state
 
 
 def test_every_throttle_reason_is_a_constant_of_pynvml() -> None:
@@ -84,8 +84,8 @@ def test_a_cuda_context_before_the_baseline_is_noted(monkeypatch: pytest.MonkeyP
 
 def test_without_the_second_memory_struct_the_first_is_used_and_named() -> None:
     gpu = FakeGpu(used=2 * GIB, reserved=GIB, has_v2=False)
-    told = opened(gpu).devices[0].memory()
-    assert (told.used, told.version) == (3 * GIB, 1)
+    info = opened(gpu).devices[0].memory()
+    assert (info.used, info.version) == (3 * GIB, 1)
 
 
 def test_a_lost_device_is_not_mistaken_for_an_old_driver() -> None:

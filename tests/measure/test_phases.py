@@ -219,9 +219,9 @@ def test_a_training_peak_is_valid_only_if_every_training_phase_was_read() -> Non
     memory = log.phases[0].memory
     read = memory.model_copy(update={"nvml_device_bytes": Reading(value=5.0, source="NVML")})
     log.phases[0] = log.phases[0].model_copy(update={"memory": read})
-    told = log.training_memory().nvml_device_bytes
-    assert (told.value, told.valid) == (5.0, False)
-    assert "1 of 2 training phases" in str(told.reason)
+    largest = log.training_memory().nvml_device_bytes
+    assert (largest.value, largest.valid) == (5.0, False)
+    assert "1 of 2 training phases" in str(largest.reason)
 
 
 def test_no_training_is_no_training_memory() -> None:

@@ -40,11 +40,11 @@ def folders(tiny: ModuleType, tmp_path: Path) -> dict[Modality, Path]:
     """A BERT and a ViT as save_pretrained leaves them, pooler included for the BERT."""
     from transformers import BertModel
 
-    found: dict[Modality, Path] = {"text": tmp_path / "bert", "image": tmp_path / "vit"}
+    result: dict[Modality, Path] = {"text": tmp_path / "bert", "image": tmp_path / "vit"}
     torch.manual_seed(1)
-    BertModel(tiny.bert_config()).save_pretrained(found["text"])
-    tiny.encoder("image").save_pretrained(found["image"])
-    return found
+    BertModel(tiny.bert_config()).save_pretrained(result["text"])
+    tiny.encoder("image").save_pretrained(result["image"])
+    return result
 
 
 def spec(folder: Path | str, **settings: str) -> EncoderSpec:
@@ -193,9 +193,7 @@ def test_the_wrong_modality(folders: dict[Modality, Path]) -> None:
 
 def test_weights_that_lack_parameters(folders: dict[Modality, Path]) -> None:
     change(folders["text"] / "config.json", num_hidden_layers=3)
-    refused(
-        spec(folders["text"]), "text", r"16 parameters of BertModel are missing.*first: encoder\.layer\.2\.attention"
-    )
+    refused(spec(folders["text"]), "text", r"16 parameters of BertModel .*first: encoder\.layer\.2\.attention")
 
 
 def test_weights_of_another_shape(folders: dict[Modality, Path]) -> None:
@@ -248,8 +246,8 @@ def test_relatives_of_bert_and_vit_have_all_parts(tmp_path: Path, family: str) -
     assert len(view.projections("query", "key", "value", "attention_output", "ffn_in", "ffn_out")) == 2 * 6
     assert len({part for layer in range(2) for part in view.sublayer_outputs(layer)}) == 2 * 2
     words, pixels = torch.full((3, 6), 7), torch.zeros(3, 3, 32, 32, dtype=torch.uint8)
-    given = {"tokens": words, "token_mask": torch.ones_like(words)} if modality == "text" else {"image": pixels}
-    assert view.encode(Reads((0, 2), final=True), **given).shape == (3, 3, 32)
+    inputs = {"tokens": words, "token_mask": torch.ones_like(words)} if modality == "text" else {"image": pixels}
+    assert view.encode(Reads((0, 2), final=True), **inputs).shape == (3, 3, 32)
 
 
 TEXT_FAMILIES = [family for family, (modality, _) in FAMILIES.items() if modality == "text"]
@@ -270,8 +268,8 @@ def test_a_mask_is_what_it_was_without_being_read(tmp_path: Path, family: str, i
         with torch.no_grad():
             expected = view.module(input_ids=words, attention_mask=mask).last_hidden_state[:, 0]
             with Reading() as reading:
-                found = view.encode(Reads(final=True), tokens=words, token_mask=mask)[:, 0]
-        assert torch.allclose(found, expected, atol=1e-6), lengths
+                result = view.encode(Reads(final=True), tokens=words, token_mask=mask)[:, 0]
+        assert torch.allclose(result, expected, atol=1e-6), lengths
         assert not reading.found
     short = view.encode(Reads(final=True), tokens=words[2:, :1], token_mask=torch.ones(1, 1, dtype=torch.int64))
     alone = view.encode(Reads(final=True), tokens=words[2:], token_mask=torch.tensor([[1] + [0] * 11]))
@@ -297,7 +295,7 @@ def test_masks_within_masks_and_beside_them() -> None:
 class Reading(TorchDispatchMode):
     """Whether the value of a tensor is read."""
 
-    found = False
+    result = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.found |= func is torch.ops.aten._local_scalar_dense.default

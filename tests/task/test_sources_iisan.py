@@ -113,8 +113,8 @@ def test_a_zip_archive_reads_like_its_folder(tmp_path: Path) -> None:
     zipped = read_iisan(Release(archive=archive).write(tmp_path / "zipped"))
     assert folder.pictures is not None
     assert zipped.pictures is not None
-    for one, other in zip(folder.pictures, zipped.pictures, strict=True):
-        np.testing.assert_array_equal(one(16), other(16))
+    for unzipped, other in zip(folder.pictures, zipped.pictures, strict=True):
+        np.testing.assert_array_equal(unzipped(16), other(16))
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])

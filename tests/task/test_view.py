@@ -232,8 +232,8 @@ def test_the_policy_holds_for_a_deep_copy(tiny: ModuleType) -> None:
 def run(tiny: ModuleType, method: str, *, checkpointed: bool, dropout: float) -> tuple[float, dict[str, Tensor], int]:
     """Loss, gradients and the bytes kept for the backward pass of one training step."""
     options = {"lora": {"dropout": dropout}}.get(method, {})
-    made, model = tiny.build(method, options, encoder_dropout=dropout)
-    tiny.train(made, model, steps=1)  # LoRA's B and the like are no longer zero
+    instance, model = tiny.build(method, options, encoder_dropout=dropout)
+    tiny.train(instance, model, steps=1)  # LoRA's B and the like are no longer zero
     if checkpointed:
         for view in model.views.values():
             view.checkpoint_activations()
