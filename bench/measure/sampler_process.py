@@ -186,7 +186,7 @@ def sample(probe: Probe, pace: Pace, parent: int, control: int, output: int) -> 
 
 
 def calibrate(probe: Probe, pace: Pace) -> None:
-    """Time a few rows first, so that a slow driver does not exceed the CPU share even in the first second."""
+    """Time a few rows first, to keep within the CPU share from the first second, also with a slow driver."""
     before = time.process_time()
     for _ in range(SLOW_EVERY):
         probe.row()

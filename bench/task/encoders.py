@@ -125,7 +125,7 @@ def encoder_digest(spec: EncoderSpec) -> str:
 
 
 def pin_revision(spec: EncoderSpec) -> EncoderSpec:
-    """Return ``spec`` with a digest of a folder's content as its revision, so that other weights make another cell."""
+    """Return ``spec`` with a digest of a folder's content as its revision, because other weights make another cell."""
     if not Path(encoder_source(spec.source)).is_dir():
         return spec
     return spec.model_copy(update={"revision": encoder_digest(spec)[:12]})

@@ -270,7 +270,7 @@ def test_a_mask_is_what_it_was_without_being_read(tmp_path: Path, family: str, i
             with Reading() as reading:
                 result = view.encode(Reads(final=True), tokens=words, token_mask=mask)[:, 0]
         assert torch.allclose(result, expected, atol=1e-6), lengths
-        assert not reading.found
+        assert not reading.detected
     short = view.encode(Reads(final=True), tokens=words[2:, :1], token_mask=torch.ones(1, 1, dtype=torch.int64))
     alone = view.encode(Reads(final=True), tokens=words[2:], token_mask=torch.tensor([[1] + [0] * 11]))
     assert torch.allclose(short, alone, atol=1e-5)  # the mask does mask
@@ -295,10 +295,10 @@ def test_masks_within_masks_and_beside_them() -> None:
 class Reading(TorchDispatchMode):
     """Whether the value of a tensor is read."""
 
-    result = False
+    detected = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.found |= func is torch.ops.aten._local_scalar_dense.default
+        self.detected |= func is torch.ops.aten._local_scalar_dense.default
         return func(*args, **(kwargs or {}))
 
 
