@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -78,3 +79,17 @@ def _interrupts_held() -> Iterator[None]:
             signal.signal(signal.SIGINT, handler)
         if came:
             signal.raise_signal(signal.SIGINT)
+
+
+def progress_line(what: str, share: float) -> str:
+    """One progress event, as a child process writes it to its standard output."""
+    return json.dumps({"what": what, "share": round(share, 4)})
+
+
+def parse_progress(line: str) -> tuple[str, float] | None:
+    """The event of a line of ``progress_line``, or ``None`` for any other line."""
+    try:
+        event: Any = json.loads(line)
+        return str(event["what"]), float(event["share"])
+    except (ValueError, KeyError, TypeError):
+        return None

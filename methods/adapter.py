@@ -31,7 +31,7 @@ class HoulsbyAdapter(Method):
     identity_at_start = False
 
     def adapt(self, model: Recommender, schedule: Schedule) -> None:
-        """Put a bottleneck behind every attention and feed-forward output."""
+        """Add a bottleneck after every attention and feed-forward output."""
         for view in model.views.values():
             parts = nn.ModuleList()
             for layer in range(view.shape.depth):

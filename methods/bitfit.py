@@ -13,6 +13,6 @@ class BitFit(Method):
     """
 
     def adapt(self, model: Recommender, schedule: Schedule) -> None:
-        """Let the biases of both encoders train."""
+        """Make the biases of both encoders trainable."""
         for name, parameter in model.encoders.named_parameters():
             parameter.requires_grad_(name.endswith("bias"))

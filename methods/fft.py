@@ -7,11 +7,11 @@ from tpme.methods.base import Method, Schedule
 
 
 class FullFineTuning(Method):
-    """All encoder parameters train; the reference point of every other row.
+    """All encoder parameters train: the reference for all other rows.
 
     Trainable at BERT-base + ViT-B/16: 194,897,216 (no pooler).
     """
 
     def adapt(self, model: Recommender, schedule: Schedule) -> None:
-        """Let both encoders train."""
+        """Make both encoders trainable."""
         model.encoders.requires_grad_(True)

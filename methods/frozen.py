@@ -6,7 +6,7 @@ from tpme.methods.base import Method
 
 
 class FrozenEncoders(Method):
-    """The last hidden state of untouched encoders, projected and fused: what adaptation has to beat."""
+    """The last hidden state of frozen encoders, projected and fused: the baseline of adaptation."""
 
     decoupled = True
     baseline = True

@@ -1,4 +1,4 @@
-"""ID-only SASRec (Kang & McAuley, ICDM 2018): a learned vector an item, no content."""
+"""ID-only SASRec (Kang & McAuley, ICDM 2018): one learned vector per item, no content."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ItemTable(ItemEncoder):
 
 
 class ItemIDs(Method):
-    """The same sequential encoder and loss over ID embeddings: what the encoders add."""
+    """The same sequential encoder and loss over ID embeddings, a baseline without encoders."""
 
     baseline = True
     modalities = ()

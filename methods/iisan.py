@@ -19,7 +19,7 @@ from tpme.methods.parts.bottleneck import Activation, Bottleneck
 
 
 class IISANConfig(MethodConfig):
-    """Bottleneck of the SANBs, gate temperature, activation, and which towers there are."""
+    """Bottleneck width of the SANBs, gate temperature, activation, and the towers in use."""
 
     bottleneck: PositiveInt = 64
     temperature: PositiveFloat = 0.1
@@ -30,12 +30,12 @@ class IISANConfig(MethodConfig):
     @model_validator(mode="after")
     def _has_a_tower(self) -> IISANConfig:
         if not (self.intra or self.inter):
-            raise ValueError("with intra and inter both off nothing is left")
+            raise ValueError("intra and inter cannot both be false")
         return self
 
 
 def side_levels(depth: int) -> tuple[int, ...]:
-    """Which hidden states the towers read: the embeddings and every second layer counted back from the last.
+    """Levels of the hidden states that the towers read: the embeddings and every second layer back from the last.
 
     12 layers give 0, 2, 4, 6, 8, 10, 12 (the outputs of layers 1, 3, 5, 7, 9, 11).
     """
@@ -43,10 +43,7 @@ def side_levels(depth: int) -> tuple[int, ...]:
 
 
 class Tower(nn.Module):
-    """A stack of K SANBs, one a level, with a learned gate ``g = sigmoid(p / T)`` before each; p starts at 0.
-
-    A SANB is a ``Bottleneck``.
-    """
+    """K stacked SANBs (``Bottleneck``), one per level, each after a gate ``g = sigmoid(p / T)``; p starts at 0."""
 
     def __init__(self, shape: EncoderShape, config: IISANConfig) -> None:
         super().__init__()
@@ -58,7 +55,7 @@ class Tower(nn.Module):
         self.gates = nn.Parameter(torch.zeros(levels))
 
     def gate_values(self) -> Tensor:
-        """g of every level, (K,), in (0, 1)."""
+        """The gates g of all levels, (K,), in (0, 1)."""
         return torch.sigmoid(self.gates / self.temperature)
 
 
@@ -78,7 +75,7 @@ class InterTower(Tower):
     """``s <- SANB(s + g h_image + (1-g) h_text)``, s_0 = 0."""
 
     def forward(self, image: Tensor, text: Tensor) -> Tensor:
-        """Map two times (n, K, D) to (n, D)."""
+        """Map image and text states, (n, K, D) each, to (n, D)."""
         first, *gates = self.gate_values()
         side: Tensor = self.blocks[0](torch.lerp(text[:, 0], image[:, 0], first))
         for k, gate in enumerate(gates, start=1):
@@ -87,9 +84,9 @@ class InterTower(Tower):
 
 
 class SideNetwork(ItemEncoder):
-    """An intra tower per modality and one inter tower, each with a head D -> D -> d; their outputs are fused.
+    """An intra tower per modality and an inter tower, each with a head D -> D -> d; their outputs are fused.
 
-    Order of the concatenation: image, text, inter.
+    Order of concatenation: image, text, inter.
     """
 
     def __init__(self, task: TaskShape, config: IISANConfig) -> None:
@@ -116,7 +113,7 @@ class SideNetwork(ItemEncoder):
         return vectors
 
     def head_outputs(self, states: Mapping[Modality, Tensor]) -> dict[str, Tensor]:
-        """What each tower says of the items, (n, d), in the order of the concatenation."""
+        """Output of each tower's head, (n, d), in the order of concatenation."""
         sides: dict[str, Tensor] = {m: self.towers[m](states[m]) for m in self.reads if m in self.towers}
         if "inter" in self.towers:
             sides["inter"] = self.towers["inter"](states["image"], states["text"])
@@ -124,10 +121,10 @@ class SideNetwork(ItemEncoder):
 
 
 class Head(nn.Sequential):
-    """Two linear layers D -> D -> d with nothing between them, as released: ``W_2 (W_1 x + b_1) + b_2``.
+    """Two linear layers D -> D -> d without activation, as released: ``W_2 (W_1 x + b_1) + b_2``.
 
-    Of many items their product ``(W_2 W_1) x + (W_2 b_1 + b_2)`` is cheaper: D D d + n D d multiply-adds instead of
-    n (D D + D d), so where n > d. Both layers stay what trains and what is stored.
+    For n > d items their product ``(W_2 W_1) x + (W_2 b_1 + b_2)`` is cheaper: D D d + n D d multiply-adds instead of
+    n (D D + D d). Both layers are trained and stored.
     """
 
     def __init__(self, width: int, dim: int) -> None:
@@ -148,17 +145,17 @@ def _check_alike(task: TaskShape) -> None:
     text, image = task.encoders["text"], task.encoders["image"]
     if text.width != image.width or len(side_levels(text.depth)) != len(side_levels(image.depth)):
         raise UserError(
-            f"method 'iisan': its inter tower needs encoders of one width and depth; text is {text.depth} layers of "
+            f"method 'iisan': its inter tower needs encoders of equal width and depth; text has {text.depth} layers of "
             f"{text.width}, image {image.depth} of {image.width}; set inter = false or choose other encoders"
         )
 
 
 class IISAN(Method):
-    """Side networks over token 0 of every second hidden state; the encoders are never trained through.
+    """Side networks over token 0 of every second hidden state; no gradients flow through the encoders.
 
     Trainable at BERT-base + ViT-B/16, bottleneck 64: 4,113,877 with the recommender's own parts (intra only
-    2,776,014, inter only 1,438,151). Because nothing flows back into the encoders, their hidden states can be cached:
-    ``cached = true`` in a cell gives the cached twin.
+    2,776,014, inter only 1,438,151). Because the encoders get no gradients, their hidden states can be cached
+    (``cached = true`` in a matrix).
     """
 
     Config = IISANConfig
@@ -166,5 +163,5 @@ class IISAN(Method):
     decoupled = True
 
     def item_encoder(self, task: TaskShape) -> SideNetwork:
-        """The side network in place of the default projection and fusion."""
+        """The side network, instead of the default projection and fusion."""
         return SideNetwork(task, self.config)

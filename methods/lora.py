@@ -12,7 +12,7 @@ from tpme.methods.base import Method, MethodConfig, Schedule
 
 
 class LoRAConfig(MethodConfig):
-    """Rank r, scale alpha / r, dropout of the adapted input, and which projections are adapted."""
+    """Rank r, scale alpha / r, dropout of the adapted input, and the adapted projections."""
 
     rank: PositiveInt = 8
     alpha: PositiveInt = 8
@@ -43,7 +43,7 @@ class LoRA(Method):
             inject_adapter_in_model(settings, view.module)
 
     def prepare_inference(self, model: Recommender) -> None:
-        """Merge B A into the weights: the adapted encoder costs what the frozen one does."""
+        """Merge B A into the weights; inference then costs the same as with the frozen encoder."""
         from peft.tuners.lora import LoraLayer
 
         for module in model.encoders.modules():

@@ -1,4 +1,4 @@
-"""Popularity: the same list for everyone; the floor under every other row."""
+"""Popularity: the same ranking for all users; the weakest baseline."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tpme.methods.base import Method, Schedule, TaskShape
 
 
 class _Counts(ItemEncoder):
-    """One number an item: how often it was trained on."""
+    """One number per item: its share of the training interactions."""
 
     counts: Tensor
 
@@ -26,24 +26,24 @@ class _Counts(ItemEncoder):
 
 
 class _AnyUser(nn.Module):
-    """The user vector 1: every user's score of an item is its count."""
+    """A constant user vector 1, which makes every user's score of an item its popularity."""
 
     def forward(self, vectors: Tensor, mask: Tensor) -> Tensor:
         return torch.ones_like(vectors)
 
 
 class Popularity(Method):
-    """Score = training popularity. Nothing trains."""
+    """Scores items by training popularity. Nothing is trained."""
 
     baseline = True
     modalities = ()
 
     def item_encoder(self, task: TaskShape) -> ItemEncoder:
-        """One number an item."""
+        """One number per item."""
         return _Counts(task.items)
 
     def adapt(self, model: Recommender, schedule: Schedule) -> None:
-        """Take the training counts and drop the sequential encoder."""
+        """Set the popularity and replace the sequential encoder."""
         assert isinstance(model.item_encoder, _Counts)
         model.item_encoder.counts.copy_(torch.from_numpy(schedule.popularity)[:, None])
         model.sequence = _AnyUser()
@@ -53,7 +53,7 @@ class Popularity(Method):
         return {"counts": model.item_encoder.get_buffer("counts")}
 
     def load_state(self, model: Recommender, state: Mapping[str, Tensor]) -> None:
-        """Put the counts back. Raises KeyError for anything else."""
+        """Load the counts. Raises KeyError for any other state."""
         if set(state) != {"counts"}:
             raise KeyError(f"state of another structure: {sorted(state)} instead of ['counts']")
         model.item_encoder.get_buffer("counts").copy_(state["counts"])

@@ -1,7 +1,7 @@
 """Prompt tuning: soft prompts in the text encoder, visual prompt tuning in the image encoder.
 
-VPT (Jia et al., ECCV 2022) for the ViT; for BERT soft prompts (Lester et al., EMNLP 2021) placed like VPT's, so that
-token 0 and the positions of all real tokens stay what they were.
+VPT (Jia et al., ECCV 2022) for the ViT; for BERT, soft prompts (Lester et al., EMNLP 2021) at the same place, which
+leaves token 0 and the positions of all real tokens unchanged.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from tpme.methods.base import Method, MethodConfig, Schedule
 
 
 class PromptConfig(MethodConfig):
-    """Prompt vectors an encoder (a layer, if deep), and whether every layer has its own."""
+    """Number of prompt vectors per encoder (per layer, if deep), and whether every layer has its own."""
 
     length: PositiveInt = 10
     deep: bool = True
 
 
 class Prompts(nn.Module):
-    """P trained vectors behind token 0: before layer 0, and with ``deep`` anew before every later layer.
+    """P trained vectors after token 0, inserted before layer 0 and, if ``deep``, replaced before every later layer.
 
     Sequence at layer 0: ``[x_0, p_1 .. p_P, x_1 .. x_{N-1}]``. A deep layer replaces the P slots, so the length stays
-    N + P. Initialised uniformly within sqrt(6 / (fan + D)), fan = 3 patch^2 (VPT) or D where there are no patches.
+    N + P. Initialised uniformly within sqrt(6 / (fan + D)), fan = 3 patch^2 (VPT), or D without patches.
     """
 
     def __init__(self, view: EncoderView, length: int, deep: bool) -> None:
@@ -44,12 +44,12 @@ class Prompts(nn.Module):
         nn.init.uniform_(self.vectors, -bound, bound)
 
     def insert(self, hidden: Tensor) -> Tensor:
-        """Map (n, N, D) to (n, N+P, D): layer 0's prompts go in behind token 0."""
+        """Map (n, N, D) to (n, N+P, D): insert layer 0's prompts after token 0."""
         prompts = self.vectors[0].expand(len(hidden), -1, -1).to(hidden.dtype)
         return torch.cat([hidden[:, :1], prompts, hidden[:, 1:]], dim=1)
 
     def replace(self, layer: int, hidden: Tensor) -> Tensor:
-        """Map (n, N+P, D) to the same shape: the P slots get this layer's prompts."""
+        """Map (n, N+P, D) to the same shape: replace the P slots by this layer's prompts."""
         prompts = self.vectors[layer].expand(len(hidden), -1, -1).to(hidden.dtype)
         return torch.cat([hidden[:, :1], prompts, hidden[:, 1 + self.length :]], dim=1)
 
@@ -62,7 +62,7 @@ class PromptTuning(Method):
     identity_at_start = False
 
     def adapt(self, model: Recommender, schedule: Schedule) -> None:
-        """Insert prompts behind token 0 of each encoder."""
+        """Insert prompts after token 0 of each encoder."""
         for view in model.views.values():
             prompts = Prompts(view, self.config.length, self.config.deep)
             view.module.add_module("prompts", prompts)
@@ -88,8 +88,8 @@ def _extend_mask(length: int, _module: nn.Module, args: Any, kwargs: dict[str, A
 def _insert(prompts: Prompts, module: nn.Module, _args: object, hidden: Any) -> Tensor:
     if not isinstance(hidden, Tensor) or hidden.shape[-1] != prompts.vectors.shape[-1]:
         raise UserError(
-            f"method 'prompt': what {type(module).__name__} returns is not the input of the first layer, so prompts "
-            "have no place there; choose another encoder"
+            f"method 'prompt': the output of {type(module).__name__} is not the input of the first layer, so no "
+            "prompts can be inserted there; choose another encoder"
         )
     return prompts.insert(hidden)
 

@@ -1,8 +1,8 @@
-"""The registry: method names as strings, imported only when asked for.
+"""The registry of methods by name; their modules are imported on use.
 
-Methods come from three places: this package, the entry-point group ``tpme.methods`` of installed packages
-(``name = "package.module:Class"``), and folders given as ``--methods-path`` (every ``*.py`` file there defines
-``METHOD = Class`` and is the method named like the file; files whose names start with ``_`` are left alone).
+Methods come from three sources: this package, the entry-point group ``tpme.methods`` of installed packages
+(``name = "package.module:Class"``), and folders passed as ``--methods-path`` (every ``*.py`` file there defines
+``METHOD = Class`` and is the method named like the file; files whose names start with ``_`` are ignored).
 """
 
 from __future__ import annotations
@@ -39,27 +39,27 @@ BUILTIN: dict[str, str] = {
 
 
 def available(methods_path: Sequence[Path] = ()) -> dict[str, str]:
-    """Every known method: its name and where it comes from (``package.module:Class`` or a file).
+    """All methods: name -> origin (``package.module:Class`` or a file).
 
-    Raises UserError, naming both sides, where two places give the same name.
+    Raises UserError, naming both origins, if a name is defined twice.
     """
-    found = dict(BUILTIN)
+    methods = dict(BUILTIN)
     extra = [(point.name, point.value) for point in entry_points(group=ENTRY_POINT_GROUP)]
     for folder in methods_path:
         if not folder.is_dir():
             raise UserError(f"--methods-path {folder}: no such folder")
         extra += [(file.stem, str(file.resolve())) for file in sorted(folder.glob("[!_]*.py"))]
     for name, origin in extra:
-        if found.setdefault(name, origin) != origin:
-            raise UserError(f"method '{name}' is defined twice: by {found[name]} and by {origin}; rename one")
-    return found
+        if methods.setdefault(name, origin) != origin:
+            raise UserError(f"method '{name}' is defined twice: by {methods[name]} and by {origin}; rename one")
+    return methods
 
 
 def method_class(name: str, methods_path: Sequence[Path] = ()) -> type[Method]:
     """Import and return the class of method ``name``.
 
-    Raises UserError for an unknown name (with the nearest one), and for a module that cannot be imported or defines
-    no such class.
+    Raises UserError for an unknown name (suggesting the nearest one), and for a module that cannot be imported or
+    does not define the class.
     """
     known = available(methods_path)
     if name not in known:
@@ -68,29 +68,29 @@ def method_class(name: str, methods_path: Sequence[Path] = ()) -> type[Method]:
         raise UserError(f"unknown method '{name}'; {hint}")
     origin = known[name]
     if origin.endswith(".py"):
-        found = getattr(_import_file(Path(origin)), "METHOD", None)
+        definition = getattr(_import_file(Path(origin)), "METHOD", None)
     else:
         module, _, attribute = origin.partition(":")
-        found = getattr(_import_module(module), attribute, None)
+        definition = getattr(_import_module(module), attribute, None)
     from tpme.methods.base import Method
 
-    if not (isinstance(found, type) and issubclass(found, Method)):
+    if not (isinstance(definition, type) and issubclass(definition, Method)):
         raise UserError(
             f"method '{name}': {origin} defines no Method class (a file needs 'METHOD = YourClass', an entry point "
             "'package.module:Class')"
         )
-    return found
+    return definition
 
 
 def create(name: str, options: Mapping[str, Any], methods_path: Sequence[Path] = ()) -> Method:
-    """Build method ``name`` with ``options``; raises UserError naming the option that does not fit."""
-    found = method_class(name, methods_path)
+    """Build method ``name`` with ``options``; raises UserError naming the invalid option."""
+    definition = method_class(name, methods_path)
     try:
-        return found(found.Config(**options))
+        return definition(definition.Config(**options))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "options"
-        fields = ", ".join(found.Config.model_fields) or "none"
+        fields = ", ".join(definition.Config.model_fields) or "none"
         raise UserError(f"method '{name}', option '{where}': {first['msg']}; its options are: {fields}") from None
 
 

@@ -1,7 +1,7 @@
-"""A stand-in for pynvml: the instruments' behaviour on GPUs, and on broken ones, without a GPU.
+"""A fake pynvml: tests the instruments on healthy and broken GPUs without a GPU.
 
-Every function is autospecced over the real one, so a call to a function that pynvml does not have, or with the
-wrong arguments, fails here as it would on a GPU. Constants and exceptions are the real ones.
+Every function is autospecced over the real one, so calling a function that pynvml does not have, or with wrong
+arguments, fails as it would on a GPU. Constants and exceptions are pynvml's.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ GIB = 1 << 30
 
 @dataclass
 class FakeGpu:
-    """One pretended device; tests change its fields while it is "running".
+    """One fake device; tests change its fields while it is "running".
 
-    ``errors`` maps a pynvml function to the NVML error it answers with, as ``{"nvmlDeviceGetMemoryInfo":
-    "GPU_IS_LOST"}``; ``lost`` lets all of them fail so.
+    ``errors`` maps a pynvml function to the NVML error it raises, as ``{"nvmlDeviceGetMemoryInfo": "GPU_IS_LOST"}``;
+    ``lost`` makes every function raise GPU_IS_LOST.
     """
 
     uuid: str = "GPU-11111111-2222-3333-4444-555555555555"
@@ -35,14 +35,14 @@ class FakeGpu:
     sm_clock: int = 1980
     clock_limits: int = 0
     instances: list[FakeGpu] = field(default_factory=list)
-    """MIG instances; any make the GPU one in MIG mode."""
+    """MIG instances; a GPU that has any is in MIG mode."""
     has_v2: bool = True
     lost: bool = False
     errors: dict[str, str] = field(default_factory=dict)
 
 
 def fake_nvml(*gpus: FakeGpu, errors: Mapping[str, str] | None = None) -> Any:
-    """A module like pynvml over ``gpus``. ``errors``: as in FakeGpu, for functions that ask no device."""
+    """Return a fake pynvml module over ``gpus``. ``errors``: as in FakeGpu, for functions without a device."""
     import pynvml
 
     api = SimpleNamespace(**{name: value for name, value in vars(pynvml).items() if _is_constant(value)})
@@ -54,10 +54,10 @@ def fake_nvml(*gpus: FakeGpu, errors: Mapping[str, str] | None = None) -> Any:
     def add(function: str, answer: Callable[..., Any], failing: Callable[..., str | None]) -> None:
         def run(*args: Any, **kwargs: Any) -> Any:
             code = failing(*args)
-            told = fails(code) if code else answer(*args, **kwargs)
-            if isinstance(told, Exception):
-                raise told
-            return told
+            result = fails(code) if code else answer(*args, **kwargs)
+            if isinstance(result, Exception):
+                raise result
+            return result
 
         # Autospecced over the real function: its name must exist and its arguments must fit.
         setattr(api, function, mock.create_autospec(getattr(pynvml, function), side_effect=run))
@@ -80,7 +80,7 @@ def _system_answers(gpus: Sequence[FakeGpu]) -> dict[str, Callable[..., Any]]:
 
 
 def _device_answers(fails: Callable[[str], Exception]) -> dict[str, Callable[..., Any]]:
-    """pynvml function -> what a healthy FakeGpu answers."""
+    """The answers of a healthy FakeGpu by pynvml function."""
 
     def memory(gpu: FakeGpu, version: int | None = None) -> Any:
         if version and not gpu.has_v2:

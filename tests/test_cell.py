@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from tpme.bench.record import CellResult, read_result
-from tpme.bench.run.job import parse_progress
 from tpme.bench.train.ending import TimeLimitReached, bytes_requested, status_of
+from tpme.bench.workers import parse_progress
 
 Tell = Callable[..., CellResult]
 

@@ -31,6 +31,8 @@ def imported(folder: Path) -> set[str]:
         ("reports", ("torch", "transformers", "peft", "tpme.methods", "tpme.bench.task", "tpme.bench.measure")),
         ("methods", ("tpme.bench.measure", "tpme.reports", "tpme.bench.train")),
         ("bench/measure", ("tpme.bench.task", "tpme.methods", "tpme.reports")),
+        ("bench/task", ("tpme.bench.run", "tpme.bench.train", "tpme.methods", "tpme.reports")),
+        ("bench/train", ("tpme.bench.run", "tpme.reports")),
     ],
 )
 def test_imports_point_one_way(folder: str, forbidden: tuple[str, ...]) -> None:

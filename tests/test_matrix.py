@@ -15,8 +15,9 @@ import pytest
 
 from tpme.bench.errors import UserError
 from tpme.bench.record import Cell, EncoderSpec, cell_id
-from tpme.bench.run.job import code_version, pinned
+from tpme.bench.run.job import code_version
 from tpme.bench.run.matrix import Dataset, MatrixFile, expand, load_matrix, presets
+from tpme.bench.task.encoders import pin_revision
 
 TEXT = Dataset(Path("/nowhere/text"), "f" * 64, ("text",))
 BOTH = Dataset(Path("/nowhere/both"), "e" * 64, ("text", "image"))
@@ -455,19 +456,19 @@ def test_an_encoder_in_a_folder_is_known_by_its_content(tmp_path: Path) -> None:
         (tmp_path / name / "model.safetensors").write_bytes(b"weights")
         (tmp_path / name / "README.md").write_text(name)
     spec = EncoderSpec(source=str(tmp_path / "a"))
-    before = pinned(spec)
+    before = pin_revision(spec)
     assert before.revision is not None
-    assert pinned(before) == before
-    assert pinned(EncoderSpec(source=str(tmp_path / "b"))).revision == before.revision
+    assert pin_revision(before) == before
+    assert pin_revision(EncoderSpec(source=str(tmp_path / "b"))).revision == before.revision
     (cell, _) = cells(encoders=[{"text": {"source": str(tmp_path / "a")}}], modalities=["text"])
     assert cell.text_encoder == before
     (tmp_path / "a" / "model.safetensors").write_bytes(b"other weights")
-    assert pinned(spec).revision != before.revision
-    assert pinned(spec.model_copy(update={"weights": "random"})) == pinned(
+    assert pin_revision(spec).revision != before.revision
+    assert pin_revision(spec.model_copy(update={"weights": "random"})) == pin_revision(
         EncoderSpec(source=str(tmp_path / "a"), weights="random", revision="anything")
     )
     hub = EncoderSpec(source="somebody/text", revision="v1")
-    assert pinned(hub) == hub
+    assert pin_revision(hub) == hub
 
 
 def test_the_code_version_depends_on_content_alone(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The clock of every measurement: wall time, read only after the device has finished what it was given."""
+"""The clock of every measurement: wall time, read after the device has finished all queued work."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import time
 
 
 def is_cuda(device: object) -> bool:
-    """Whether ``device`` (a ``torch.device`` or its text, ``"cuda:1"``) is a CUDA device; imports nothing."""
+    """Whether ``device`` (a ``torch.device`` or its name, ``"cuda:1"``) is a CUDA device; does not import torch."""
     return str(device).partition(":")[0] == "cuda"
 
 
 def sync(device: object) -> None:
-    """Wait until ``device`` has run everything queued on it; a CPU has nothing queued.
+    """Wait until ``device`` has run everything queued on it; a no-op on a CPU.
 
     Raises:
-        RuntimeError: what the device reports for work queued earlier (an illegal access, a lost device).
+        RuntimeError: an error of work queued earlier (an illegal access, a lost device).
     """
     if is_cuda(device):
         import torch
@@ -23,6 +23,6 @@ def sync(device: object) -> None:
 
 
 def now(device: object = "cpu") -> float:
-    """Seconds of ``time.perf_counter`` with ``device`` idle. The clock is one for all processes of the machine."""
+    """``time.perf_counter`` in seconds, once ``device`` is idle. All processes of a machine share this clock."""
     sync(device)
     return time.perf_counter()

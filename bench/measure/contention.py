@@ -1,8 +1,8 @@
-"""Whether the measured threads got the cores they asked for.
+"""Measures how long the threads of a run waited for a CPU core.
 
-A wall time is worth little where other programs, or too many threads of its own, keep the run off the cores: two
-threads that wait for each other at every operator turn one busy neighbour into a factor, not a percentage. The Linux
-scheduler counts for each thread how long it was ready to run but did not.
+Wall times are not comparable where other programs, or too many threads of the run itself, compete for the cores: two
+threads that synchronise at every operator are slowed several times by one busy neighbour. For each thread Linux counts
+the time it was ready to run but not running.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from tpme.bench.measure.host import read_small
 
 SOURCE = "longest wait of one thread for a core (schedstat), as a share of training time"
 CROWDED = 0.05
-"""Share of the training time from which on a run is flagged."""
+"""Runs that waited for more than this share of their training time are flagged."""
 
 
 class CoreWait:
-    """How long the threads of this process waited for a core, window by window."""
+    """Time the threads of this process waited for a core, window by window."""
 
     def __init__(self) -> None:
         self.start_window()
@@ -27,7 +27,7 @@ class CoreWait:
         self._before = _waits()
 
     def waited_s(self) -> float | None:
-        """The longest any thread waited since ``start_window`` (seconds); None where the system does not count it."""
+        """The longest wait of any thread since ``start_window`` (seconds); None where the system does not count it."""
         after = _waits()
         if not after:
             return None
@@ -35,8 +35,8 @@ class CoreWait:
 
 
 def _waits() -> dict[str, int]:
-    """Thread -> nanoseconds waited since it began."""
-    found = {}
+    """Thread -> nanoseconds waited since its start."""
+    waits = {}
     try:
         threads = os.scandir("/proc/self/task")
     except OSError:
@@ -45,5 +45,5 @@ def _waits() -> dict[str, int]:
         for thread in threads:
             fields = read_small(f"{thread.path}/schedstat").split()
             if len(fields) > 1:
-                found[thread.name] = int(fields[1])
-    return found
+                waits[thread.name] = int(fields[1])
+    return waits

@@ -1,4 +1,4 @@
-"""Where a record was measured: everything needed to judge whether two records may be compared."""
+"""The environment of a record: hardware, software and settings that decide whether two records are comparable."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _SOURCES = ("bench", "methods", "reports", "pyproject.toml")
 
 
 def environment(device: object) -> Environment:
-    """The environment of this process, for work on ``device``. Starts CUDA only where a CUDA device is named."""
+    """The environment of this process, for work on ``device``. Starts CUDA only for a CUDA device."""
     threads = cpu_threads()
     revision, dirty = git_state()
     packages = package_versions()
@@ -58,18 +58,18 @@ def environment(device: object) -> Environment:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of the packages whose change may change a result, those that are installed."""
-    found = {}
+    """Versions of the installed packages that can change a result."""
+    versions = {}
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def cpu_model() -> str:
-    """The processor's name as the system tells it; the architecture where it tells none."""
+    """The processor's name as reported by the system, else its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -81,7 +81,7 @@ def cpu_model() -> str:
 
 
 def cpu_threads() -> int:
-    """Threads torch computes with; before it is loaded, the cores this process may use."""
+    """Threads torch computes with; while torch is not imported, the cores this process may use."""
     torch = sys.modules.get("torch")
     if torch is not None:
         return int(torch.get_num_threads())
@@ -89,14 +89,14 @@ def cpu_threads() -> int:
 
 
 def usable_cores() -> int:
-    """Cores this process may run on; fewer than the machine has in a container or under taskset."""
+    """Cores this process may run on; in a container or under taskset fewer than the machine has."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def allocator() -> str:
-    """The C library's allocator and every setting that changes how host or device memory is handed out."""
+    """The C library and every environment setting that changes how host or device memory is allocated."""
     libc, version = platform.libc_ver()
     settings = {name: value for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_")}
     settings |= {name: os.environ[name] for name in ALLOCATOR_SETTINGS if os.environ.get(name)}
@@ -105,11 +105,11 @@ def allocator() -> str:
 
 
 def git_state(source: Path | None = None) -> tuple[str | None, bool | None]:
-    """Revision and dirtiness of the repository this package is run from; (None, None) for an installed copy.
+    """Git revision, and whether there are uncommitted changes, of the running sources; (None, None) if installed.
 
     Args:
-        source: A file of the package; by default this one. A virtual environment often lies inside *another*
-            repository, so the file must itself be tracked.
+        source: A file of the package; by default this one. It must be tracked, because a virtual environment often
+            lies inside *another* repository.
     """
     file = Path(source or __file__).resolve()
     if _git(file.parent, "ls-files", "--error-unmatch", file.name) is None:
@@ -124,12 +124,12 @@ def git_state(source: Path | None = None) -> tuple[str | None, bool | None]:
 
 def _git(folder: Path, *arguments: str) -> str | None:
     try:
-        told = subprocess.run(
+        result = subprocess.run(
             ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False, timeout=20
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return told.stdout.strip() if told.returncode == 0 else None
+    return result.stdout.strip() if result.returncode == 0 else None
 
 
 def _deterministic() -> bool:
@@ -138,7 +138,7 @@ def _deterministic() -> bool:
 
 
 def _gpu(device: object) -> tuple[str, str | None, dict[str, str]]:
-    """Name, driver, and the versions of CUDA and cuDNN that torch was built with."""
+    """Name, driver version, and the versions of CUDA and cuDNN that torch was built with."""
     import torch
 
     from tpme.bench.measure.nvml import Nvml

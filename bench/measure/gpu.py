@@ -1,8 +1,7 @@
-"""What NVML says about one window of work on a GPU, as readings that carry their own doubts.
+"""NVML readings of one window of work on a GPU; doubtful values are marked invalid, with the reason.
 
-NVML is read directly at both ends of the window and, between them, by the sampler. Each value is checked against
-what else is known: a process or device that holds less than torch itself reserved was not read at its peak, or is
-not this process.
+NVML is read at both ends of the window and, between them, by the sampler. Each value is checked for plausibility: a
+process or device that holds less than torch reserved was not read at its peak, or is another process.
 """
 
 from __future__ import annotations
@@ -20,16 +19,16 @@ from tpme.bench.measure.sampler import Column
 from tpme.bench.record import Flag, GpuFacts, Reading
 
 MIN_ENERGY_S = 0.1
-"""The energy counter moves about every 20 to 100 ms; a shorter window would mostly measure that."""
+"""The energy counter is updated every 20 to 100 ms; in a shorter window that step would dominate."""
 CONTEXT_BYTES = 100 << 20
-"""No CUDA context is smaller, so an idle device that uses more is used by someone."""
+"""Less than any CUDA context takes: an idle device that uses more is in use by another process."""
 _MIB = 1 << 20
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class GpuReadings:
-    """Peak memory over the idle baseline, peak memory of this process, and energy of one window."""
+    """Readings of one window: peak device memory over the idle baseline, peak memory of this process, energy."""
 
     device_bytes: Reading
     process_bytes: Reading
@@ -38,7 +37,7 @@ class GpuReadings:
 
 
 def unreadable(reason: str) -> GpuReadings:
-    """The readings where NVML cannot be asked at all."""
+    """Missing readings, for a device that NVML cannot read."""
     return GpuReadings(
         device_bytes=Reading.missing("NVML device delta", reason),
         process_bytes=Reading.missing("NVML process", reason),
@@ -48,11 +47,11 @@ def unreadable(reason: str) -> GpuReadings:
 
 
 class GpuWindow:
-    """One window after the other on one GPU.
+    """Measures successive windows on one GPU.
 
     Args:
         gpu: The device.
-        idle: What it held before CUDA started, or why that is not known.
+        idle: Its state before CUDA started, or the error of reading it.
     """
 
     def __init__(self, gpu: Device, idle: Idle | NvmlError) -> None:
@@ -67,7 +66,7 @@ class GpuWindow:
         """End the window.
 
         Args:
-            wall_s: How long it was.
+            wall_s: Its duration.
             rows: The sampler's rows of this window; empty without a sampler.
             torch_reserved_bytes: Torch's reserved peak in it, a lower bound on the truth; None where unknown.
         """
@@ -89,7 +88,7 @@ class GpuWindow:
 
     def _device(self, rows: Mapping[str, Column], others: int, floor: int, sampled: str) -> Reading:
         at_end = _ask(self._used_bytes)
-        direct = [told for told in (self._used_at_start, at_end) if isinstance(told, float)]
+        direct = [used for used in (self._used_at_start, at_end) if isinstance(used, float)]
         seen = [*direct, *_present(rows, "device_bytes")]
         source = f"NVML device delta over the idle baseline, read at the window's ends {sampled}"
         if isinstance(self._idle, NvmlError):
@@ -102,7 +101,7 @@ class GpuWindow:
         if self._idle.cuda_had_started:
             doubts.append("CUDA had started before the idle baseline was taken")
         if isinstance(at_end, NvmlError):
-            doubts.append(f"the most seen before NVML failed: {at_end.reason}")
+            doubts.append(f"the maximum before NVML failed: {at_end.reason}")
         if others:
             doubts.append(f"{others} other processes held memory on this GPU")
         if value < floor:
@@ -112,15 +111,15 @@ class GpuWindow:
     def _energy(self, wall_s: float) -> Reading:
         source = "NVML energy counter"
         before, after = self._energy_at_start, _ask(self._gpu.energy_j)
-        for told in (before, after):
-            if isinstance(told, NvmlError):
-                return Reading.missing(source, told.reason)
+        for joules in (before, after):
+            if isinstance(joules, NvmlError):
+                return Reading.missing(source, joules.reason)
         if wall_s < MIN_ENERGY_S:
             return Reading.missing(source, f"a window of {wall_s:.3f} s is shorter than {MIN_ENERGY_S} s")
         assert isinstance(before, float)
         assert isinstance(after, float)
         if after <= before:
-            return Reading.missing(source, "the counter did not move, or was reset")
+            return Reading.missing(source, "the counter did not increase, or was reset")
         return Reading(value=after - before, source=source)
 
     def _facts(self, rows: Mapping[str, Column], listed: dict[int, int | None] | NvmlError, own: list[int]) -> GpuFacts:
@@ -132,28 +131,28 @@ class GpuWindow:
         utilisation, temperature, clock, limits = (
             _present(rows, name) for name in ("utilisation_percent", "temperature_c", "sm_clock_mhz", "clock_limits")
         )
-        held: dict[str, float] = {}
+        throttled: dict[str, float] = {}
         for mask in limits:
-            for words in self._gpu.throttles(int(mask)):
-                held[words] = held.get(words, 0.0) + 1.0 / len(limits)
+            for label in self._gpu.throttles(int(mask)):
+                throttled[label] = throttled.get(label, 0.0) + 1.0 / len(limits)
         return GpuFacts(
             utilisation_percent=float(np.mean(utilisation)) if len(utilisation) else None,
             temperature_c=float(np.max(temperature)) if len(temperature) else None,
             sm_clock_mhz=float(np.median(clock)) if len(clock) else None,
             other_processes=others,
-            throttled=held,
+            throttled=throttled,
         )
 
 
 def idle_flags(idle: Idle | NvmlError) -> list[Flag]:
-    """What the idle baseline already betrays about a device that is not ours alone."""
+    """Flags a device that other processes used before this run."""
     if isinstance(idle, NvmlError):
         return []
     used = idle.memory.used if idle.memory.version == 2 else 0
     if not idle.processes and used < CONTEXT_BYTES:
         return []
-    who = f"{idle.processes} processes" if idle.processes else "processes NVML does not list"
-    message = f"the GPU was in use before this run started: {who}, {idle.memory.used / _MIB:.0f} MiB"
+    users = f"{idle.processes} processes" if idle.processes else "processes NVML does not list"
+    message = f"the GPU was in use before this run started: {users}, {idle.memory.used / _MIB:.0f} MiB"
     return [Flag(code="foreign-process", message=message)]
 
 
@@ -163,24 +162,26 @@ def _process(
     source = f"NVML memory of this process and its children, read at the window's end {sampled}"
     mine: list[int | None] = []
     if isinstance(listed, NvmlError):
-        why = listed.reason
+        reason = listed.reason
     else:
         mine = [listed[pid] for pid in own if pid in listed]
-        why = "NVML does not tell the memory of single processes here"
+        reason = "NVML does not report the memory of single processes here"
         if not mine:
-            why = f"not among the {len(listed)} processes NVML lists (in a container it lists ids of the host, or none)"
-    told = [float(used) for used in mine if used is not None]
-    seen = [*([sum(told)] if told else []), *_present(rows, "process_bytes")]
+            reason = (
+                f"not among the {len(listed)} processes NVML lists (in a container it lists ids of the host, or none)"
+            )
+    used = [float(size) for size in mine if size is not None]
+    seen = [*([sum(used)] if used else []), *_present(rows, "process_bytes")]
     if not seen:
-        return Reading.missing(source, why)
+        return Reading.missing(source, reason)
     doubts = [_missed(floor)] if max(seen) < floor else []
     if isinstance(listed, NvmlError):
-        doubts.append(f"the most seen before NVML failed: {why}")
+        doubts.append(f"the maximum before NVML failed: {reason}")
     return _doubted(max(seen), source, doubts)
 
 
 def _others(listed: int, own: int) -> int:
-    """Processes that are not ours. Where our own id is not visible (containers) one of those listed is taken for us."""
+    """Number of other processes. Where our own id is not listed (containers), one of those listed counts as ours."""
     return listed - own if own else max(0, listed - 1)
 
 
@@ -197,12 +198,12 @@ def _present(rows: Mapping[str, Column], name: str) -> Column:
     return column[~np.isnan(column)]
 
 
-def _ask(question: Callable[[], T]) -> T | NvmlError:
+def _ask(query: Callable[[], T]) -> T | NvmlError:
     try:
-        return question()
+        return query()
     except NvmlError as error:
         return error
 
 
-def _reason(told: object) -> str:
-    return told.reason if isinstance(told, NvmlError) else "nothing was read"
+def _reason(answer: object) -> str:
+    return answer.reason if isinstance(answer, NvmlError) else "nothing was read"

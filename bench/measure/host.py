@@ -1,17 +1,17 @@
-"""Resident memory of this process and everything it started, with a peak that no sampling can miss.
+"""Resident memory of this process and its descendants, with a peak that does not depend on sampling.
 
-Linux keeps a high-water mark of resident memory for each process (``VmHWM``) and lets it be reset
-(``/proc/PID/clear_refs``), so that each window has a peak of its own. Three traps shape what follows:
+Linux keeps a high-water mark of resident memory per process (``VmHWM``), which can be reset
+(``/proc/PID/clear_refs``), so each window has its own peak. Three traps:
 
-* A child that ended takes its mark along. ``RUSAGE_CHILDREN.ru_maxrss`` remembers the largest child ever reaped,
-  but a child started by ``vfork`` and ``exec`` (every ``subprocess`` call) inherits its *parent's* peak in there:
-  after ``subprocess.run(["true"])`` it reads as much as the parent ever held. It is therefore believed only where
-  it exceeds that; below, the sampler (which reads the marks of living children) is the witness.
-* Memory that was freed stays resident while the allocator keeps it: ``release_free_memory``.
-* Peaks of several processes need not coincide. Their sum is an upper bound, and is called one. Shared pages count
-  once in every process that maps them.
+* The mark of a child is lost when it ends. ``RUSAGE_CHILDREN.ru_maxrss`` keeps the largest child ever reaped, but a
+  child started by ``vfork`` and ``exec`` (every ``subprocess`` call) inherits its *parent's* peak in that value: after
+  ``subprocess.run(["true"])`` it equals the parent's peak. It is therefore used only where it exceeds that peak;
+  otherwise the sampler, which reads the marks of living children, provides the value.
+* Freed memory stays resident while the allocator keeps it; see ``release_free_memory``.
+* Peaks of several processes need not coincide: their sum is an upper bound, and the source says that it is a sum.
+  Shared pages count once in every process that maps them.
 
-Imports the standard library only, so that the sampler's process stays small.
+Imports the standard library only, to keep the sampler's process small.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from pathlib import Path
 HAS_PROC = Path("/proc/self/statm").exists()
 _HAS_CHILDREN = Path(f"/proc/self/task/{os.getpid()}/children").exists()
 _INEXACT_BYTES = 4 << 20
-"""The kernel counts resident pages per core and may be off by this much."""
+"""Error of the kernel's count of resident pages, which it keeps per core."""
 
 
 @dataclass(frozen=True)
 class Resident:
-    """Resident memory of one process (bytes): now, and the most since its mark was reset."""
+    """Resident memory of one process (bytes): now, and its peak since the mark was reset."""
 
     now: int
     peak: int
@@ -40,7 +40,7 @@ class Resident:
 
 @dataclass(frozen=True)
 class HostPeak:
-    """Peak resident memory of the process tree over one window (bytes), and how it was obtained."""
+    """Peak resident memory of the process tree over one window (bytes), and how it was measured."""
 
     bytes: int
     source: str
@@ -48,10 +48,10 @@ class HostPeak:
 
 @dataclass(frozen=True)
 class SampledHost:
-    """What a sampler saw of the tree inside a window (bytes).
+    """Maxima over a sampler's rows of one window (bytes).
 
-    ``tree_bytes``: the largest resident sum; ``children_peak_bytes``: the largest sum of the marks of the children
-    that lived at one time.
+    ``tree_bytes``: resident memory summed over the tree; ``children_peak_bytes``: the sum of the high-water marks of
+    the children alive at one time.
     """
 
     tree_bytes: int
@@ -59,7 +59,7 @@ class SampledHost:
 
 
 def parse_status(text: bytes) -> Resident | None:
-    """``/proc/PID/status`` -> resident memory; None for a process without any (a zombie, a kernel thread)."""
+    """Parse ``/proc/PID/status``; None for a process without resident memory (a zombie, a kernel thread)."""
     fields = {}
     for name in (b"VmHWM:", b"VmRSS:"):
         at = text.find(name)
@@ -70,7 +70,7 @@ def parse_status(text: bytes) -> Resident | None:
 
 
 def resident(pid: int) -> Resident | None:
-    """Resident memory of one process; None when it has ended. Without ``/proc`` the peak is the current value."""
+    """Resident memory of one process; None if it has ended. Without ``/proc`` the peak is the current value."""
     if HAS_PROC:
         try:
             return parse_status(Path(f"/proc/{pid}/status").read_bytes())
@@ -86,19 +86,19 @@ def resident(pid: int) -> Resident | None:
 
 
 def descendants(root: int, exclude: Collection[int] = ()) -> list[int]:
-    """Process ids of all living descendants of ``root``; those in ``exclude`` are left out with their own children."""
-    found: list[int] = []
+    """Process ids of all living descendants of ``root``, without those in ``exclude`` and their descendants."""
+    pids: list[int] = []
     queue = [root]
     while queue:
         for child in _children(queue.pop()):
             if child not in exclude:
-                found.append(child)
+                pids.append(child)
                 queue.append(child)
-    return found
+    return pids
 
 
 def _children(pid: int) -> list[int]:
-    """Direct children. The kernel lists them per thread, which is far cheaper than reading all processes."""
+    """Direct children, from the kernel's lists per thread: far cheaper than reading all processes."""
     if not _HAS_CHILDREN:
         import psutil
 
@@ -106,18 +106,18 @@ def _children(pid: int) -> list[int]:
             return [child.pid for child in psutil.Process(pid).children()]
         except psutil.Error:
             return []
-    found: list[int] = []
+    pids: list[int] = []
     try:
         with os.scandir(f"/proc/{pid}/task") as threads:
             for thread in threads:
-                found += map(int, read_small(f"{thread.path}/children").split())
+                pids += map(int, read_small(f"{thread.path}/children").split())
     except OSError:
-        return found
-    return found
+        return pids
+    return pids
 
 
 def read_small(path: str) -> bytes:
-    """A small ``/proc`` file at once, several times faster than ``open``; empty when its process has ended."""
+    """Read a small ``/proc`` file, several times faster than ``open`` does; empty if its process has ended."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except OSError:
@@ -131,10 +131,10 @@ def read_small(path: str) -> bytes:
 
 
 def release_free_memory() -> None:
-    """Give memory that is free, but kept by the C allocator, back to the system.
+    """Return memory that the C allocator keeps, but does not use, to the system.
 
-    Without it a phase would be charged for what an earlier phase freed. Only glibc can be asked; on other
-    systems only Python's garbage is collected.
+    Otherwise a phase is charged for memory that an earlier phase freed. Works with glibc; on other systems only
+    Python's garbage is collected.
     """
     gc.collect()
     trim = _malloc_trim()
@@ -145,17 +145,17 @@ def release_free_memory() -> None:
 @functools.cache
 def _malloc_trim() -> Callable[[int], int] | None:
     try:
-        found: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+        trim: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
     except (AttributeError, OSError, TypeError):
         return None
-    return found
+    return trim
 
 
 class HostMemory:
     """Resident memory of this process and its descendants, window by window.
 
     Args:
-        exclude: Processes that belong to the measurement, not to what is measured (the sampler).
+        exclude: Processes of the measurement itself (the sampler).
     """
 
     def __init__(self, exclude: Collection[int] = ()) -> None:
@@ -168,11 +168,10 @@ class HostMemory:
 
     def tree_bytes(self) -> int:
         """Resident memory of the tree now."""
-        held = (resident(pid) for pid in self._tree())
-        return sum(one.now for one in held if one is not None)
+        return sum(memory.now for pid in self._tree() if (memory := resident(pid)) is not None)
 
     def start_window(self) -> None:
-        """Start a window: every process's mark is reset to what it holds now."""
+        """Start a window: reset the mark of every process to its current memory."""
         own = self._own()
         self._own_peak_ever = max(self._own_peak_ever, own.peak)
         for pid in self._tree():
@@ -184,38 +183,38 @@ class HostMemory:
         self._reaped_before = _largest_reaped_child()
 
     def end_window(self) -> None:
-        """End the window: what is allocated from here on does not count in ``peak``."""
+        """End the window: later allocations do not count in ``peak``."""
         self._at_end = self._own()
         self._own_peak_ever = max(self._own_peak_ever, self._at_end.peak)
         living = (resident(pid) for pid in self._tree()[1:])
-        self._children_at_end = [one for one in living if one is not None]
+        self._children_at_end = [memory for memory in living if memory is not None]
         self._reaped_at_end = _largest_reaped_child()
 
     def peak(self, sampled: SampledHost | None = None) -> HostPeak:
-        """The most that was resident between ``start_window`` and ``end_window``.
+        """The peak of resident memory between ``start_window`` and ``end_window``.
 
         Args:
-            sampled: What a sampler saw; it witnesses children that ended inside the window.
+            sampled: Maxima of a sampler, which also saw children that ended inside the window.
         """
         seen = sampled or SampledHost(0, 0)
         if not HAS_PROC:
-            at_end = self._at_end.now + sum(one.now for one in self._children_at_end)
+            at_end = self._at_end.now + sum(child.now for child in self._children_at_end)
             when = "sampled" if sampled else "at the window's two ends"
-            source = f"resident memory of the process tree, {when} (this system keeps no mark that could be reset)"
+            source = f"resident memory of the process tree, {when} (this system has no high-water mark to reset)"
             return HostPeak(max(self._tree_at_start, at_end, seen.tree_bytes), source)
-        children = max(sum(one.peak for one in self._children_at_end), seen.children_peak_bytes, self._ended_child())
-        most = max(self._own_window_peak() + children, seen.tree_bytes)
-        return HostPeak(most, self._source(bool(children)))
+        living = sum(child.peak for child in self._children_at_end)
+        children = max(living, seen.children_peak_bytes, self._ended_child())
+        return HostPeak(max(self._own_window_peak() + children, seen.tree_bytes), self._source(bool(children)))
 
     def _ended_child(self) -> int:
-        """The peak of a child that ended inside the window, where the kernel's record of it can be believed."""
+        """The peak of a child that ended inside the window; 0 where the kernel's value may be inherited."""
         inherited = self._own_peak_ever + _INEXACT_BYTES
         return self._reaped_at_end if self._reaped_at_end > max(self._reaped_before, inherited) else 0
 
     def _own_window_peak(self) -> int:
         if self._reset_works or self._at_end.peak > self._at_start.peak:
             return self._at_end.peak
-        # The mark could not be reset and was not passed: all that is known are the window's two ends.
+        # The mark could not be reset and was not exceeded: only the two ends of the window are known.
         return max(self._at_start.now, self._at_end.now)
 
     def _source(self, with_children: bool) -> str:
@@ -234,7 +233,7 @@ class HostMemory:
 
 
 def _reset_mark(pid: int) -> bool:
-    """Reset the high-water mark of a process to what it holds now; False where the system does not allow it."""
+    """Reset the high-water mark of a process to its current memory; False where that is not allowed."""
     try:
         Path(f"/proc/{pid}/clear_refs").write_text("5")
     except OSError:
@@ -243,7 +242,7 @@ def _reset_mark(pid: int) -> bool:
 
 
 def _largest_reaped_child() -> int:
-    """The largest peak of any child ever reaped (bytes); see the trap in the module's text."""
+    """The largest peak of any child ever reaped (bytes); see the module docstring."""
     if not HAS_PROC:
         return 0
     import resource

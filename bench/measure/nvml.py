@@ -1,15 +1,15 @@
-"""NVIDIA's management library: the only module that calls pynvml.
+"""NVIDIA's management library (NVML): the only module that calls pynvml.
 
-Every failure becomes an ``NvmlError`` whose ``reason`` is a sentence for the record; nothing here ever answers 0
-for something it does not know. ``Nvml.open`` must run before CUDA starts in this process: it notes what every
-device holds while idle, and whose processes are already on it.
+Every failure becomes an ``NvmlError`` whose ``reason`` goes into the record; an unknown value is never reported as 0.
+Call ``Nvml.open`` before CUDA starts in this process: it reads the memory and the number of processes of every idle
+device.
 
-Traps this module absorbs:
+Traps handled here:
 
-* NVML's version 1 ``used`` includes what the driver reserved; version 2 tells it apart. The version goes with the
-  value, and a difference is only taken between equal versions.
+* ``used`` of NVML's version 1 memory struct includes what the driver reserves; version 2 reports it separately. The
+  version is kept with the value, and differences are only taken between equal versions.
 * In a container the process list shows ids of the host, or nothing.
-* On a MIG instance energy, clocks and temperature are the whole GPU's.
+* On a MIG instance energy, clocks and temperature are those of the whole GPU.
 """
 
 from __future__ import annotations
@@ -20,42 +20,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tpme.bench.measure.visible import Known, choose
-
-REASONS: Mapping[str, str] = {
-    "UNINITIALIZED": "NVML was not initialised",
-    "INVALID_ARGUMENT": "NVML rejected an argument",
-    "NOT_SUPPORTED": "this device does not support it",
-    "NO_PERMISSION": "no permission to read it",
-    "ALREADY_INITIALIZED": "NVML was already initialised",
-    "NOT_FOUND": "the device or process was not found",
-    "INSUFFICIENT_SIZE": "NVML had more to tell than fitted its answer",
-    "INSUFFICIENT_POWER": "the GPU's power cables are not attached properly",
-    "DRIVER_NOT_LOADED": "the NVIDIA driver is not loaded",
-    "TIMEOUT": "the driver did not answer in time",
-    "IRQ_ISSUE": "the kernel reports an interrupt problem with the GPU",
-    "LIBRARY_NOT_FOUND": "no NVIDIA driver (its library libnvidia-ml was not found)",
-    "FUNCTION_NOT_FOUND": "the installed driver is too old to tell it",
-    "CORRUPTED_INFOROM": "the GPU's InfoROM is corrupted",
-    "GPU_IS_LOST": "the GPU was lost (fell off the bus or was made inaccessible)",
-    "RESET_REQUIRED": "the GPU needs a reset",
-    "OPERATING_SYSTEM": "the operating system or a control group blocks the device",
-    "LIB_RM_VERSION_MISMATCH": "driver and NVML library have different versions (reboot after a driver update)",
-    "IN_USE": "the GPU is in use by another operation",
-    "MEMORY": "NVML ran out of memory",
-    "NO_DATA": "the device has no data for it yet",
-    "VGPU_ECC_NOT_SUPPORTED": "not available on a virtual GPU with ECC",
-    "INSUFFICIENT_RESOURCES": "the device lacks the resources to answer",
-    "FREQ_NOT_SUPPORTED": "the device does not support this frequency",
-    "ARGUMENT_VERSION_MISMATCH": "the installed driver does not know this version of the request",
-    "DEPRECATED": "the installed driver no longer tells it",
-    "NOT_READY": "the device is not ready yet",
-    "GPU_NOT_FOUND": "no GPU was found",
-    "INVALID_STATE": "the device is in a state in which it cannot be read",
-    "RESET_TYPE_NOT_SUPPORTED": "this kind of reset is not supported",
-    "UNKNOWN": "NVML reports an unknown error",
-}
-"""NVML's error codes, without their prefix ``NVML_ERROR_``, in words."""
+from tpme.bench.measure.visible import DeviceIdentity, choose
 
 THROTTLES: Mapping[str, str] = {
     "SwPowerCap": "power cap",
@@ -65,11 +30,11 @@ THROTTLES: Mapping[str, str] = {
     "HwThermalSlowdown": "hardware thermal limit",
     "HwPowerBrakeSlowdown": "external power brake",
 }
-"""Reasons for a lowered clock that disturb a measurement (idle and user-set clocks do not), in words."""
+"""Names of the throttle reasons that disturb a measurement (idle and user-set clocks do not)."""
 
 
 class NvmlError(Exception):
-    """NVML could not answer. ``code``: its error without the prefix, or a name of ours; ``reason``: in words."""
+    """A failed NVML query. ``code``: NVML's error name without ``NVML_ERROR_``, or one of ours; ``reason``: a text."""
 
     def __init__(self, code: str, reason: str) -> None:
         super().__init__(reason)
@@ -78,7 +43,7 @@ class NvmlError(Exception):
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Memory of a device in bytes; ``version`` 1 counts what the driver reserved as used, 2 does not."""
+    """Memory of a device in bytes; ``version`` 1 counts memory reserved by the driver as used, 2 does not."""
 
     used: int
     total: int
@@ -86,7 +51,7 @@ class MemoryUse:
 
 
 class Device:
-    """One GPU or MIG instance. Every query raises NvmlError where there is no answer.
+    """One GPU or MIG instance. Every query raises NvmlError on failure.
 
     Args:
         api: The module ``pynvml`` or its fake.
@@ -99,43 +64,43 @@ class Device:
         self._api, self._handle = api, handle
         self.uuid = _text(self._ask("GetUUID"))
         self.name = _text(self._ask("GetName"))
-        self.known = Known(uuid=self.uuid, name=self.name, index=index, parent=parent)
+        self.identity = DeviceIdentity(uuid=self.uuid, name=self.name, index=index, parent=parent)
         self.is_mig = parent is not None
         self._memory_version = 2
 
-    def _ask(self, what: str, *args: Any, **kwargs: Any) -> Any:
-        return call(self._api, f"nvmlDevice{what}", self._handle, *args, **kwargs)
+    def _ask(self, query: str, *args: Any, **kwargs: Any) -> Any:
+        return call(self._api, f"nvmlDevice{query}", self._handle, *args, **kwargs)
 
     def memory(self) -> MemoryUse:
-        """Device memory in use by everything on it."""
+        """Device memory, used by all processes together."""
         if self._memory_version == 2:
             try:
-                told = self._ask("GetMemoryInfo", version=self._api.nvmlMemory_v2)
-                return MemoryUse(used=int(told.used), total=int(told.total), version=2)
+                info = self._ask("GetMemoryInfo", version=self._api.nvmlMemory_v2)
+                return MemoryUse(used=int(info.used), total=int(info.total), version=2)
             except NvmlError as error:
                 if error.code not in ("FUNCTION_NOT_FOUND", "ARGUMENT_VERSION_MISMATCH", "NOT_SUPPORTED"):
                     raise
                 self._memory_version = 1
-        told = self._ask("GetMemoryInfo")
-        return MemoryUse(used=int(told.used), total=int(told.total), version=1)
+        info = self._ask("GetMemoryInfo")
+        return MemoryUse(used=int(info.used), total=int(info.total), version=1)
 
     def processes(self) -> dict[int, int | None]:
-        """Processes that hold memory here: id (of whatever PID namespace NVML sees) -> bytes, None where not told."""
-        held: dict[int, int | None] = {}
+        """Processes that hold device memory: id, in the PID namespace NVML sees, -> bytes (None where unknown)."""
+        bytes_of: dict[int, int | None] = {}
         for kind in ("Compute", "Graphics"):
             try:
                 listed = self._ask(f"Get{kind}RunningProcesses")
             except NvmlError as error:
                 if kind == "Compute" or error.code == "GPU_IS_LOST":
                     raise
-                continue  # data-centre devices and MIG instances have no graphics processes to list
+                continue  # data-centre devices and MIG instances list no graphics processes
             for process in listed:
                 used = process.usedGpuMemory
-                held[int(process.pid)] = None if used is None else int(used)
-        return held
+                bytes_of[int(process.pid)] = None if used is None else int(used)
+        return bytes_of
 
     def utilisation_percent(self) -> float:
-        """Share of the last sample period in which a kernel ran; says nothing about how full the GPU was."""
+        """Share of the last sample period in which any kernel ran, however few multiprocessors it used."""
         return float(self._ask("GetUtilizationRates").gpu)
 
     def temperature_c(self) -> float:
@@ -143,11 +108,11 @@ class Device:
         return float(self._ask("GetTemperature", self._api.NVML_TEMPERATURE_GPU))
 
     def sm_clock_mhz(self) -> float:
-        """Clock of the multiprocessors now."""
+        """Current clock of the multiprocessors."""
         return float(self._ask("GetClockInfo", self._api.NVML_CLOCK_SM))
 
     def clock_limits(self) -> int:
-        """Bit mask of what holds the clock down now; ``throttles`` puts it in words."""
+        """Bit mask of the current throttle reasons; ``throttles`` names them."""
         try:
             return int(self._ask("GetCurrentClocksEventReasons"))
         except NvmlError as error:
@@ -156,13 +121,13 @@ class Device:
             return int(self._ask("GetCurrentClocksThrottleReasons"))  # the same query in drivers before 535
 
     def throttles(self, mask: int) -> list[str]:
-        """The disturbing reasons in a mask of ``clock_limits``, in words."""
+        """Names of the disturbing reasons in a mask of ``clock_limits``."""
         return [
-            words for name, words in THROTTLES.items() if mask & getattr(self._api, f"nvmlClocksThrottleReason{name}")
+            label for name, label in THROTTLES.items() if mask & getattr(self._api, f"nvmlClocksThrottleReason{name}")
         ]
 
     def energy_j(self) -> float:
-        """Joules since the driver was loaded, by the hardware counter (which moves about ten times a second)."""
+        """Joules since the driver was loaded, from the hardware counter (updated about ten times a second)."""
         if self.is_mig:
             raise NvmlError("MIG", "the energy counter covers the whole GPU, not one MIG instance")
         return float(self._ask("GetTotalEnergyConsumption")) / 1000.0
@@ -170,19 +135,19 @@ class Device:
 
 @dataclass(frozen=True)
 class Idle:
-    """A device before CUDA started in this process: its memory use and the processes already there."""
+    """A device before CUDA started in this process: memory in use and processes already running."""
 
     memory: MemoryUse
     processes: int | None
-    """How many; None where NVML does not list them."""
+    """Their number; None where NVML does not list them."""
     cuda_had_started: bool
 
 
 class Nvml:
-    """NVML, open or (``unavailable`` says why) not.
+    """An NVML session; ``unavailable`` holds the reason where NVML could not be opened.
 
-    ``devices`` holds every GPU and MIG instance, ``idle`` what each held when this object was opened, or why that
-    is not known.
+    ``devices`` lists every GPU and MIG instance; ``idle`` holds the state of each on opening, or the error of reading
+    it.
     """
 
     def __init__(self, api: Any, unavailable: str | None) -> None:
@@ -194,7 +159,7 @@ class Nvml:
 
     @classmethod
     def open(cls, api: Any = None) -> Nvml:
-        """Open NVML and take the idle baselines. Never raises: ``unavailable`` tells why there is none.
+        """Open NVML and read the idle baselines. Never raises: a failure sets ``unavailable``.
 
         Args:
             api: A fake for tests; None for the real library.
@@ -213,7 +178,7 @@ class Nvml:
         except NvmlError as error:
             nvml.unavailable = error.reason
         if not nvml.devices and nvml.unavailable is None:
-            nvml.unavailable = "NVML sees no device it may read"
+            nvml.unavailable = "NVML lists no device that this process may read"
         return nvml
 
     def _add_gpu(self, index: int) -> None:
@@ -222,7 +187,7 @@ class Nvml:
             gpu = Device(self._api, handle, index)
         except NvmlError as error:
             if error.code in ("NO_PERMISSION", "GPU_IS_LOST", "OPERATING_SYSTEM"):
-                return  # not ours to use: a container sees the number of all GPUs but may open only its own
+                return  # a container counts all GPUs of the host but may open only its own
             raise
         self.devices.append(gpu)
         self.devices += _mig_instances(self._api, handle, gpu.uuid)
@@ -231,23 +196,23 @@ class Nvml:
                 self.idle[device.uuid] = _idle(device)
 
     def find(self, uuid: str) -> Device:
-        """The device with exactly this UUID. Raises NvmlError when it is not there."""
+        """The device with exactly this UUID. Raises NvmlError where there is none."""
         for device in self.devices:
             if device.uuid == uuid:
                 return device
         raise NvmlError("NO_DEVICE", self.unavailable or f"NVML knows no device {uuid}")
 
     def select(self, ordinal: int, cuda_uuid: str | None, environ: Mapping[str, str]) -> Device:
-        """The device that CUDA calls ``ordinal``, by its UUID; see ``visible.choose``. Raises NvmlError."""
+        """The CUDA device ``ordinal``, matched by UUID; see ``visible.choose``. Raises NvmlError."""
         if self.unavailable is not None:
             raise NvmlError("UNAVAILABLE", self.unavailable)
         try:
-            return self.find(choose([device.known for device in self.devices], ordinal, cuda_uuid, environ))
+            return self.find(choose([device.identity for device in self.devices], ordinal, cuda_uuid, environ))
         except LookupError as error:
             raise NvmlError("NO_DEVICE", str(error)) from None
 
     def close(self) -> None:
-        """Release NVML; a device that was lost meanwhile is no error."""
+        """Shut NVML down; errors, as of a lost device, are ignored."""
         if self.unavailable is None:
             try:
                 call(self._api, "nvmlShutdown")
@@ -256,16 +221,17 @@ class Nvml:
 
 
 def call(api: Any, function: str, *args: Any, **kwargs: Any) -> Any:
-    """Call one NVML function; its error code becomes an NvmlError with the reason in words."""
+    """Call one NVML function; its failure becomes an NvmlError with pynvml's message and the code's name."""
     try:
         return getattr(api, function)(*args, **kwargs)
     except api.NVMLError as error:
         code = _code(api, error.value)
-        raise NvmlError(code, f"{REASONS.get(code, 'an error unknown to this version')} (NVML: {code})") from None
+        raise NvmlError(code, f"{error} (NVML: {code})") from None
 
 
 def _code(api: Any, value: int) -> str:
-    return next((name for name in REASONS if getattr(api, f"NVML_ERROR_{name}", None) == value), f"ERROR_{value}")
+    names = (name for name, code in vars(api).items() if name.startswith("NVML_ERROR_") and code == value)
+    return next(names, f"ERROR_{value}").removeprefix("NVML_ERROR_")
 
 
 def _mig_instances(api: Any, handle: Any, parent: str) -> list[Device]:
@@ -274,15 +240,15 @@ def _mig_instances(api: Any, handle: Any, parent: str) -> list[Device]:
             return []
         count = int(call(api, "nvmlDeviceGetMaxMigDeviceCount", handle))
     except NvmlError:
-        return []  # a GPU that knows no MIG
-    found = []
+        return []  # a GPU without MIG
+    instances = []
     for index in range(count):
         try:
             instance = call(api, "nvmlDeviceGetMigDeviceHandleByIndex", handle, index)
-            found.append(Device(api, instance, None, parent))
+            instances.append(Device(api, instance, None, parent))
         except NvmlError:
-            continue  # the numbers of instances have gaps
-    return found
+            continue  # instance numbers have gaps
+    return instances
 
 
 def _idle(device: Device) -> Idle | NvmlError:
@@ -301,7 +267,7 @@ def _or_none(ask: Callable[[], int]) -> int | None:
 
 
 def _cuda_started() -> bool:
-    """Whether this process already holds a CUDA context; asks torch only where it is loaded anyway."""
+    """Whether this process already holds a CUDA context; does not import torch."""
     torch = sys.modules.get("torch")
     return torch is not None and bool(torch.cuda.is_initialized())
 

@@ -1,9 +1,8 @@
-"""Phases: the stretches of a cell, each with its time, its peaks of memory and its energy.
+"""Phases of a cell, each with its time, peak memory and energy.
 
-One timeline, without holes: a phase begins where the one before it ended. What lies between two phases (the
-program's bookkeeping, and the instruments' own: collecting garbage, handing free memory back, resetting peaks) is
-charged to the neighbour that is *not* training, so that a training phase holds training alone and the times still
-add up to the wall time of the cell.
+The timeline has no gaps: a phase begins where the previous one ended. Work between two phases (bookkeeping, and the
+instruments' own: collecting garbage, returning free memory, resetting peaks) is charged to the neighbour that is *not*
+training. A training phase therefore contains training alone, and the times add up to the wall time of the cell.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ from tpme.bench.measure.contention import CROWDED, SOURCE, CoreWait
 from tpme.bench.measure.gpu import GpuReadings, GpuWindow, idle_flags, unreadable
 from tpme.bench.measure.host import HostMemory, HostPeak, SampledHost, release_free_memory
 from tpme.bench.measure.nvml import Device, Nvml, NvmlError
-from tpme.bench.measure.sampler import PERIOD_S, Column, Sampler, Samples
+from tpme.bench.measure.sampler import PERIOD_S, Column, SampledCurve, Sampler
 from tpme.bench.measure.torch_memory import NO_CUDA, peaks, release_cached, reserved_bytes, reset_peaks
 from tpme.bench.record import Flag, GpuFacts, Memory, Phase, PhaseKind, Reading
 
 _GROWN = 1.01
-"""Memory left over by other phases that is worth handing back, relative to what this kind of phase left itself."""
+"""Memory is returned before a training phase where it exceeds what the last one left by more than this factor."""
 
 
 class PhaseLog:
@@ -32,7 +31,7 @@ class PhaseLog:
 
     Args:
         device: Where the work runs.
-        sampler: Running, or None; it closes the gaps that readings at a phase's two ends leave.
+        sampler: A running one, which reads between a phase's two ends, or None.
         nvml: Opened before CUDA started, or None.
         origin_s: The ``time.perf_counter`` of the cell's start; by default now.
     """
@@ -41,8 +40,8 @@ class PhaseLog:
         self, device: object, sampler: Sampler | None, nvml: Nvml | None, origin_s: float | None = None
     ) -> None:
         self.phases: list[Phase] = []
-        self.samples: Samples | None = None
-        """The sampler's curve, once ``measuring`` has ended."""
+        self.samples: SampledCurve | None = None
+        """The sampler's curve; set when ``measuring`` ends."""
         self._device, self._sampler = device, sampler
         self._origin_s = time.perf_counter() if origin_s is None else origin_s
         self._end_s = self._origin_s
@@ -51,7 +50,7 @@ class PhaseLog:
         self._host = HostMemory(exclude=(sampler.pid,) if sampler else ())
         self._left: dict[PhaseKind, tuple[int, int]] = {}
         self._wait, self._waits = CoreWait(), list[tuple[float | None, float]]()
-        """Of the training phases: the longest wait for a core, and the time (seconds)."""
+        """Per training phase: the longest wait for a core, and the wall time (seconds)."""
         self._gpu: GpuWindow | None = None
         self._no_gpu, self._idle_flags = NO_CUDA, list[Flag]()
         if is_cuda(device):
@@ -70,22 +69,22 @@ class PhaseLog:
         self._gpu, self._idle_flags = GpuWindow(gpu, idle), idle_flags(idle)
 
     def baseline(self) -> None:
-        """Note the host memory held now: call it after all imports, before data and model are loaded."""
+        """Take the current host memory as the baseline; call it after all imports, before data and model are loaded."""
         release_free_memory()
         self._baseline_bytes = self._host.tree_bytes()
 
     @contextmanager
     def phase(self, kind: PhaseKind, name: str = "") -> Iterator[None]:
-        """Measure what runs inside; recorded also when it raises. Raises RuntimeError when phases nest."""
+        """Measure the block as one phase, recorded even if it raises. Raises RuntimeError if phases nest."""
         if self._open is not None:
-            raise RuntimeError(f"phases do not nest: '{self._open}' is still open where '{name or kind}' begins")
+            raise RuntimeError(f"phases cannot nest: '{name or kind}' begins while '{self._open}' is open")
         self._open = name or kind
         try:
             start_s = self._begin(kind)
             try:
                 yield
             except BaseException:
-                # The device may be lost or its context broken: what it then says must not hide the cause.
+                # The device may be lost or its context broken: a further error must not hide the cause.
                 with contextlib.suppress(RuntimeError):
                     sync(self._device)
                 self._finish(kind, name, start_s, time.perf_counter())
@@ -95,7 +94,7 @@ class PhaseLog:
             self._open = None
 
     def finish(self) -> float:
-        """Charge the time since the last phase to it; returns the wall time of the cell so far (seconds)."""
+        """Extend the last phase until now; returns the wall time of the cell so far (seconds)."""
         self._end_s = time.perf_counter()
         if self.phases:
             last = self.phases[-1]
@@ -111,7 +110,7 @@ class PhaseLog:
         )
 
     def flags(self) -> list[Flag]:
-        """What a reader must know about these measurements."""
+        """Warnings about these measurements, for the record."""
         flags = list(self._idle_flags)
         if not is_cuda(self._device):
             flags.append(Flag(code="cpu-memory", message="CPU run: memory is resident memory over the baseline"))
@@ -121,26 +120,24 @@ class PhaseLog:
         if others:
             shared = self._while_training(lambda facts: facts.other_processes > 0)
             flags.append(Flag(code="foreign-process", message=f"up to {others} other processes used the GPU{shared}"))
-        held: dict[str, float] = {}
+        throttled: dict[str, float] = {}
         for facts in self._training_facts():
-            for words, share in facts.throttled.items():
-                held[words] = max(held.get(words, 0.0), share)
-        if held:
-            worst = ", ".join(f"{words} in {share:.0%} of readings" for words, share in held.items())
+            for cause, share in facts.throttled.items():
+                throttled[cause] = max(throttled.get(cause, 0.0), share)
+        if throttled:
+            worst = ", ".join(f"{cause} in {share:.0%} of readings" for cause, share in throttled.items())
             where = self._while_training(lambda facts: bool(facts.throttled))
             flags.append(Flag(code="throttled", message=f"the GPU's clock was held down{where}: {worst}"))
         waited = self._core_wait()
         if waited.value is not None and waited.value > CROWDED:
-            message = (
-                f"a thread waited for a core for {waited.value:.0%} of the training time: compare no times with it"
-            )
-            flags.append(Flag(code="crowded", message=message))
+            wait = f"a thread waited for a core for {waited.value:.0%} of the training time"
+            flags.append(Flag(code="crowded", message=f"{wait}: do not compare the times of this run"))
         if self.samples is not None:
             flags += [Flag(code="sampler", message=note) for note in self.samples.notes]
         return flags
 
     def counters(self) -> dict[str, Reading]:
-        """The instruments' own cost, what the run waited for cores, and on a GPU its state while training."""
+        """The sampler's cost, the wait for CPU cores, and, on a GPU, its state during training."""
         counters: dict[str, Reading] = {}
         if self.samples is not None:
             counters["sampler_core_share"] = _or_missing(
@@ -157,7 +154,7 @@ class PhaseLog:
             ("sm_clock_mhz", "lowest median", min),
         )
         for name, how, combine in summaries:
-            values = [value for one in facts if (value := getattr(one, name)) is not None]
+            values = [value for phase in facts if (value := getattr(phase, name)) is not None]
             counters[f"gpu_{name}"] = _or_missing(
                 combine(values) if values else None, f"NVML, {how} of the training phases", "it was not sampled"
             )
@@ -166,20 +163,21 @@ class PhaseLog:
     def _core_wait(self) -> Reading:
         counted = [(waited, wall_s) for waited, wall_s in self._waits if waited is not None]
         if not counted:
-            return Reading.missing(SOURCE, "nothing trained" if not self._waits else "this system does not count it")
+            reason = "this system does not count it" if self._waits else "there was no training phase"
+            return Reading.missing(SOURCE, reason)
         return Reading(value=sum(waited for waited, _ in counted) / sum(wall_s for _, wall_s in counted), source=SOURCE)
 
     def _training_facts(self) -> list[GpuFacts]:
         return [phase.gpu for phase in self.phases if phase.kind == "train" and phase.gpu]
 
-    def _while_training(self, touched: Callable[[GpuFacts], bool]) -> str:
-        """The training phases for which ``touched`` holds, in words: their steps stay in, and are named instead."""
+    def _while_training(self, affected: Callable[[GpuFacts], bool]) -> str:
+        """Names the training phases for which ``affected`` holds; their steps are kept."""
         training = [phase for phase in self.phases if phase.kind == "train"]
-        names = [phase.name or phase.kind for phase in training if phase.gpu and touched(phase.gpu)]
+        names = [phase.name or phase.kind for phase in training if phase.gpu and affected(phase.gpu)]
         return f" while training ({', '.join(names)})" if names else ""
 
     def _begin(self, kind: PhaseKind) -> float:
-        """Close the gap since the last phase and reset all peaks; returns the start of the measured stretch."""
+        """Reset all peaks and close the gap since the last phase; returns the start time."""
         self._release_leftovers(kind)
         reset_peaks(self._device)
         self._host.start_window()
@@ -195,11 +193,11 @@ class PhaseLog:
         return start_s
 
     def _release_leftovers(self, kind: PhaseKind) -> None:
-        """Hand back what earlier phases freed but the allocators keep, so that this phase is not charged for it.
+        """Return memory that earlier phases freed but the allocators keep, so as not to charge this phase for it.
 
-        What is handed back now, training must fetch again page by page. So once training has begun, this is done for
-        the first phase of each kind, and else only for training itself, where other phases left more than it did.
-        Any other phase that begins with more than the last one of its kind left behind has its reading doubted.
+        Training must then fetch returned memory again, page by page. So once training has begun, memory is returned
+        only before the first phase of each kind, and before a training phase if other phases left more than training
+        did. The reading of any other phase that begins with more than the last one of its kind left is marked invalid.
         """
         left = self._left.get(kind) if "train" in self._left else None
         kept = [max(0, now - int(_GROWN * before)) for now, before in zip(self._held(), left or (0, 0), strict=True)]
@@ -254,21 +252,20 @@ class PhaseLog:
 
 @contextmanager
 def measuring(device: object, period_s: float = PERIOD_S, nvml: Nvml | None = None) -> Iterator[PhaseLog]:
-    """All instruments for one cell, started in the right order and stopped whatever happens.
+    """Start all instruments for one cell in the right order, and stop them on any exit.
 
-    Enter it before anything starts CUDA in this process. On leaving, the phases are complete and ``samples`` is
-    there.
+    Enter it before anything starts CUDA in this process. On leaving, the phases are complete and ``samples`` is set.
 
     Args:
         device: Where the work will run.
         period_s: Of the sampler.
-        nvml: An opened one, which stays open; by default it is opened, and closed, here for a CUDA device.
+        nvml: An open session, which stays open; by default, for a CUDA device, one is opened and closed here.
     """
     origin_s = time.perf_counter()
     uuid, opened = None, None
     if is_cuda(device):
         nvml = nvml or (opened := Nvml.open())
-        with contextlib.suppress(NvmlError):  # the log will say why
+        with contextlib.suppress(NvmlError):  # PhaseLog reports it
             uuid = select_gpu(nvml, device).uuid
     sampler = Sampler(uuid, period_s)
     try:
@@ -294,7 +291,7 @@ def select_gpu(nvml: Nvml, device: object) -> Device:
 
 
 def _largest(readings: list[Reading]) -> Reading:
-    """The largest of several windows; valid only if every window was, for an unread one may hold the true maximum."""
+    """The largest of several windows; valid only if all are, because an unread one may hold the true maximum."""
     if not readings:
         return Reading.missing("maximum over the training phases", "no training phase was recorded")
     largest = max(readings, key=lambda reading: -1.0 if reading.value is None else reading.value)
@@ -306,7 +303,7 @@ def _largest(readings: list[Reading]) -> Reading:
 
 
 def _doubted(reading: Reading, kept_bytes: int) -> Reading:
-    """The reading, marked where the phase began with memory that earlier phases had freed."""
+    """The reading, marked invalid where the phase began with memory that earlier phases had freed."""
     if reading.value is None or not kept_bytes:
         return reading
     reason = f"up to {kept_bytes / (1 << 20):.0f} MiB of it were freed by an earlier phase and kept by the allocator"

@@ -1,8 +1,6 @@
-"""Samples memory and GPU state from a process of its own, so that it neither shares the interpreter lock of what
-it measures nor dies unseen with it.
+"""Samples memory and GPU state from a separate process, which does not share the interpreter lock of the measured one.
 
-The measured process pays for starting it and for nothing else: rows go from the sampler straight into an unnamed
-temporary file.
+The measured process pays only for starting it: the sampler writes rows straight into an unnamed temporary file.
 """
 
 from __future__ import annotations
@@ -32,11 +30,11 @@ Column = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Samples:
-    """The curve of one run; all arrays have shape (N,), NaN where nothing was read at that time.
+class SampledCurve:
+    """The samples of one run; all arrays have shape (N,), NaN where nothing was read at that time.
 
-    Slow columns (all of the GPU's but ``device_bytes``) are read at every tenth row. Why a column is empty stands
-    in ``missing``.
+    Slow columns (all of the GPU's but ``device_bytes``) are read at every tenth row. ``missing`` says why a column is
+    empty.
     """
 
     t_s: Column
@@ -54,26 +52,26 @@ class Samples:
     sm_clock_mhz: Column
     clock_limits: Column
     period_s: float
-    """The period wanted."""
+    """The period requested."""
     longest_period_s: float
-    """The longest the period had to become to keep the sampler cheap."""
+    """The longest period used to keep the sampler cheap."""
     cpu_fraction: float | None
-    """What the sampler used of one core; None when it did not live to tell."""
+    """The sampler's CPU time as a share of one core; None if it ended early."""
     notes: tuple[str, ...] = ()
-    """What a reader of the curve must know: a lengthened period, an early end."""
+    """Warnings about the curve: a lengthened period, an early end."""
     missing: dict[str, str] = field(default_factory=dict)
 
 
 class SamplerError(RuntimeError):
-    """The sampler's process did not come up; the message holds what it said."""
+    """The sampler's process did not start; the message holds its output."""
 
 
 class Sampler:
     """Starts, stops and reads the sampler's process. A context manager: ``with Sampler() as sampler``.
 
     Args:
-        gpu_uuid: The device to watch as NVML names it; None for a CPU run.
-        period_s: Time between two rows; lengthened when a row would cost more than 1 % of one core.
+        gpu_uuid: NVML's UUID of the device to sample; None for a CPU run.
+        period_s: Time between two rows; lengthened where sampling would take more than 1 % of one core.
     """
 
     def __init__(self, gpu_uuid: str | None = None, period_s: float = PERIOD_S) -> None:
@@ -82,14 +80,14 @@ class Sampler:
 
     @property
     def pid(self) -> int:
-        """The sampler's process id, to be left out of what is measured."""
+        """The sampler's process id, to exclude from the measurement."""
         return self._running().pid
 
     def start(self) -> Self:
-        """Start sampling; returns when the first reading is due. Raises SamplerError."""
-        # Both processes share one file offset: the sampler's. Here it is only read by position.
+        """Start sampling; returns when the sampler is ready. Raises SamplerError."""
+        # Both processes share one file offset, which the sampler moves; read by position only.
         self._rows = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
-        # -P: a folder named "tpme" in the working directory must not be imported instead.
+        # -P: never import a folder named "tpme" from the working directory.
         call = [sys.executable, "-P", "-m", "tpme.bench.measure.sampler_process", str(os.getpid()), str(self.period_s)]
         bound = "bound" if threading.current_thread() is threading.main_thread() else "unbound"
         self._process = subprocess.Popen(
@@ -100,11 +98,11 @@ class Sampler:
             stderr=subprocess.PIPE,
         )
         self._started_s = time.perf_counter()
-        said = self._first_line()
-        if b'"ready"' not in said:
-            said += _ended(self._process)
+        output = self._first_line()
+        if b'"ready"' not in output:
+            output += _end(self._process)
             self._process = None
-            raise SamplerError(f"the sampler did not start: {said.decode(errors='replace').strip() or 'no answer'}")
+            raise SamplerError(f"the sampler did not start: {output.decode(errors='replace').strip() or 'no output'}")
         return self
 
     def _first_line(self) -> bytes:
@@ -115,46 +113,46 @@ class Sampler:
             return process.stderr.readline() if selector.select(_START_S) else b""
 
     def mark(self) -> int:
-        """How many rows there are now: where a window begins."""
+        """Number of rows so far, to mark the start of a window."""
         return os.fstat(self._rows.fileno()).st_size // ROW.size
 
     def rows_since(self, mark: int) -> dict[str, Column]:
-        """Column -> the rows since ``mark``, each (n,); ``t_s`` is ``time.perf_counter``."""
+        """The rows since ``mark`` by column, each (n,); ``t_s`` is ``time.perf_counter``."""
         count = self.mark() - mark
         data = os.pread(self._rows.fileno(), count * ROW.size, mark * ROW.size)
         table = np.frombuffer(data, dtype=np.float64).reshape(-1, len(COLUMNS))
         return dict(zip(COLUMNS, table.T, strict=True))
 
-    def stop(self, origin_s: float | None = None) -> Samples:
-        """Stop sampling and return everything sampled.
+    def stop(self, origin_s: float | None = None) -> SampledCurve:
+        """Stop sampling and return the curve.
 
         Args:
             origin_s: The ``time.perf_counter`` that becomes 0 in ``t_s``; by default the sampler's start.
         """
         process = self._running()
-        told = _last_message(_ended(process))
+        summary = _last_message(_end(process))
         columns = self.rows_since(0)
         self._process = None
         self._rows.close()
         columns["t_s"] = columns["t_s"] - (self._started_s if origin_s is None else origin_s)
-        longest = told["longest_period_s"] if told else self.period_s
-        return Samples(
+        longest = summary["longest_period_s"] if summary else self.period_s
+        return SampledCurve(
             **{name: np.ascontiguousarray(column) for name, column in columns.items()},
             period_s=self.period_s,
             longest_period_s=longest,
-            cpu_fraction=told["cpu_s"] / told["wall_s"] if told else None,
-            notes=tuple(self._notes(longest, process.returncode, bool(told))),
-            missing=({} if self._uuid else {"device_bytes": "no CUDA device"}) | told.get("missing", {}),
+            cpu_fraction=summary["cpu_s"] / summary["wall_s"] if summary else None,
+            notes=tuple(self._notes(longest, process.returncode, finished=bool(summary))),
+            missing=({} if self._uuid else {"device_bytes": "no CUDA device"}) | summary.get("missing", {}),
         )
 
-    def _notes(self, longest_s: float, returncode: int, told: bool) -> list[str]:
+    def _notes(self, longest_s: float, returncode: int, *, finished: bool) -> list[str]:
         notes: list[str] = []
         if longest_s > 1.25 * self.period_s:
             notes.append(
-                f"sampled every {1000 * longest_s:.0f} ms at times instead of {1000 * self.period_s:.0f} ms: "
-                "a reading cost more than 1 % of one core allows"
+                f"sampled every {1000 * longest_s:.0f} ms at times instead of {1000 * self.period_s:.0f} ms, "
+                "to stay within 1 % of one core"
             )
-        if not told:
+        if not finished:
             notes.append(f"the sampler ended before the run did (exit status {returncode}); the curve is cut short")
         return notes
 
@@ -173,8 +171,8 @@ class Sampler:
             self.stop()
 
 
-def _ended(process: subprocess.Popen[bytes]) -> bytes:
-    """Ask the sampler to end, which closing its input does; returns what it still had to say."""
+def _end(process: subprocess.Popen[bytes]) -> bytes:
+    """End the sampler by closing its input; returns the rest of its standard error."""
     try:
         return process.communicate(timeout=_STOP_S)[1]
     except subprocess.TimeoutExpired:  # it hangs in the driver
@@ -182,10 +180,10 @@ def _ended(process: subprocess.Popen[bytes]) -> bytes:
         return process.communicate()[1]
 
 
-def _last_message(said: bytes) -> dict[str, Any]:
-    """The JSON line the sampler ends with; empty when it did not get that far."""
-    for line in reversed(said.splitlines()):
+def _last_message(output: bytes) -> dict[str, Any]:
+    """The JSON line the sampler ends with; empty if it ended early."""
+    for line in reversed(output.splitlines()):
         if line.startswith(b"{"):
-            told: dict[str, Any] = json.loads(line)
-            return told
+            message: dict[str, Any] = json.loads(line)
+            return message
     return {}

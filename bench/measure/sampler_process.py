@@ -1,11 +1,11 @@
-"""What the sampler's process runs: ``python -m ...sampler_process PARENT PERIOD_S bound|unbound [GPU_UUID]``.
+"""The sampler's process: ``python -m ...sampler_process PARENT PERIOD_S bound|unbound [GPU_UUID]``.
 
-It reads the memory of the parent's process tree and the GPU's state, and appends one row of doubles (``COLUMNS``)
-to its standard output for every reading. Standard error carries two JSON lines: that it is ready, and at the end
-what it cost. It ends when its standard input is closed or its parent is gone. ``bound`` lets the kernel see to the
-latter as well: it kills a child with the *thread* that started it, so only the main thread may ask for it.
+Reads the memory of the parent's process tree and the GPU's state, and writes one row of doubles (``COLUMNS``) per
+reading to standard output. Standard error carries two JSON lines: one when it is ready, one with its cost at the end.
+It ends when its standard input is closed or its parent has ended. With ``bound`` the kernel also kills it with the
+parent's *thread* that started it, so only the main thread may use ``bound``.
 
-It imports the standard library and pynvml only: it must stay small and start fast.
+Imports the standard library and pynvml only, to stay small and start fast.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from tpme.bench.measure.host import HAS_PROC, descendants, parse_status, residen
 from tpme.bench.measure.nvml import Device, Nvml, NvmlError
 
 CPU_SHARE = 0.0095
-"""What the sampler aims to stay below, of one core; the promise is 0.01."""
+"""Target for the sampler's share of one core, a little below the documented 0.01."""
 LONGEST_PERIOD_S = 1.0
 SLOW_EVERY = 10
-"""The process tree and the slower GPU readings are taken at every tenth row."""
+"""Rows between two readings of the process tree and of the slower GPU values."""
 _SETTLE = 25
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _PR_SET_PDEATHSIG = 1
 
 
 class Row(NamedTuple):
-    """One reading; NaN where nothing was read at this tick (slow columns) or nothing can be (``missing`` says why)."""
+    """One reading; NaN where a slow column was not due or a value cannot be read (``missing`` says why)."""
 
     t_s: float
-    """``time.perf_counter``, which all processes of a machine share."""
+    """``time.perf_counter``, shared by all processes of a machine."""
     host_bytes: float = math.nan
     children_peak_bytes: float = math.nan
-    """Sum of the high-water marks of the children alive now."""
+    """Sum of the high-water marks of the living children."""
     device_bytes: float = math.nan
     process_bytes: float = math.nan
     listed_processes: float = math.nan
@@ -61,7 +61,7 @@ class Probe:
     """Reads one row at a time.
 
     Args:
-        root: The process whose tree is read; this process is never counted.
+        root: The process whose tree is read, without this process.
         gpu: The device to read, if any.
     """
 
@@ -73,7 +73,7 @@ class Probe:
         self.missing: dict[str, str] = {}
 
     def row(self) -> Row:
-        """Read everything that is due now."""
+        """Read all values that are due."""
         slow = self._tick % SLOW_EVERY == 0
         self._tick += 1
         if slow:
@@ -87,7 +87,7 @@ class Probe:
         return self._slow_gpu(row) if slow else row
 
     def _host(self) -> tuple[float, float]:
-        """Resident bytes of the tree, and the sum of the marks of the children."""
+        """Resident bytes of the tree, and the summed high-water marks of the children."""
         if HAS_PROC:
             total = int(os.pread(self._statm, 128, 0).split()[1]) * _PAGE
         else:
@@ -96,13 +96,13 @@ class Probe:
         peaks = 0
         for pid, handle in list(self._children.items()):
             try:
-                held = parse_status(os.pread(handle, 4096, 0)) if HAS_PROC else resident(pid)
+                child = parse_status(os.pread(handle, 4096, 0)) if HAS_PROC else resident(pid)
             except OSError:  # it has ended
                 os.close(handle)
                 del self._children[pid]
                 continue
-            if held is not None:
-                total, peaks = total + held.now, peaks + held.peak
+            if child is not None:
+                total, peaks = total + child.now, peaks + child.peak
         return float(total), float(peaks)
 
     def _find_children(self) -> None:
@@ -128,45 +128,45 @@ class Probe:
             self.missing["process_bytes"] = error.reason
             return row
         own = [listed[pid] for pid in (self._root, *self._children) if pid in listed]
-        told = [used for used in own if used is not None]
+        sizes = [used for used in own if used is not None]
         return row._replace(
             listed_processes=float(len(listed)),
             own_processes=float(len(own)),
-            process_bytes=float(sum(told)) if told else math.nan,
+            process_bytes=float(sum(sizes)) if sizes else math.nan,
         )
 
     def _device_bytes(self) -> float:
         assert self._gpu is not None
         return float(self._gpu.memory().used)
 
-    def _try(self, column: str, ask: Callable[[], float]) -> float:
-        """The value, or NaN with its reason noted."""
+    def _try(self, column: str, query: Callable[[], float]) -> float:
+        """The value, or NaN with the reason in ``missing``."""
         try:
-            return float(ask())
+            return float(query())
         except NvmlError as error:
             self.missing[column] = error.reason
             return math.nan
 
 
 class Pace:
-    """Keeps the sampler's own use of the processor small by lengthening its period.
+    """Limits the sampler's CPU time by lengthening its period.
 
     Args:
-        period_s: The period wanted.
+        period_s: The period requested.
     """
 
     def __init__(self, period_s: float) -> None:
         self.wanted_s = self.period_s = self.longest_s = period_s
 
     def cost(self, cpu_s_per_row: float) -> None:
-        """Tell what one row costs now; the period follows in both directions."""
+        """Adapt the period, up or down, to the CPU time of one row."""
         needed = min(cpu_s_per_row / CPU_SHARE, LONGEST_PERIOD_S)
         self.period_s = max(self.wanted_s, needed)
         self.longest_s = max(self.longest_s, self.period_s)
 
 
 def sample(probe: Probe, pace: Pace, parent: int, control: int, output: int) -> dict[str, float]:
-    """Write rows until ``control`` is closed or ``parent`` is gone; returns what that cost."""
+    """Write rows until ``control`` is closed or ``parent`` has ended; returns wall and CPU time."""
     started, cpu_started = time.perf_counter(), time.process_time()
     due, rows, cpu_before = started, 0, cpu_started
     while os.getppid() == parent:
@@ -186,7 +186,7 @@ def sample(probe: Probe, pace: Pace, parent: int, control: int, output: int) -> 
 
 
 def calibrate(probe: Probe, pace: Pace) -> None:
-    """Read a few rows for nothing: a slow driver must not cost more than the share even in the first second."""
+    """Time a few rows first, to keep within the CPU share from the first second, also with a slow driver."""
     before = time.process_time()
     for _ in range(SLOW_EVERY):
         probe.row()
@@ -194,13 +194,13 @@ def calibrate(probe: Probe, pace: Pace) -> None:
 
 
 def die_with_parent() -> None:
-    """Let the kernel kill this process with the one that started it, even while it hangs in the driver (Linux)."""
+    """Let the kernel kill this process with its parent, even while it hangs in the driver (Linux)."""
     if HAS_PROC:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def main(arguments: list[str]) -> None:
-    """See the module's text."""
+    """Run the sampler; see the module docstring."""
     parent, period_s = int(arguments[0]), float(arguments[1])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     if arguments[2] == "bound":
@@ -214,17 +214,17 @@ def main(arguments: list[str]) -> None:
     probe, pace = Probe(parent, gpu), Pace(period_s)
     probe.missing.update(missing)
     calibrate(probe, pace)
-    _tell({"ready": True})
+    _send({"ready": True})
     spent = sample(probe, pace, parent, control=0, output=1)
-    _tell({**spent, "longest_period_s": pace.longest_s, "missing": probe.missing})
+    _send({**spent, "longest_period_s": pace.longest_s, "missing": probe.missing})
 
 
-def _tell(message: object) -> None:
+def _send(message: object) -> None:
     try:
         sys.stderr.write(json.dumps(message) + "\n")
         sys.stderr.flush()
     except BrokenPipeError:
-        os._exit(0)  # nobody is left to be told
+        os._exit(0)  # the parent has ended
 
 
 if __name__ == "__main__":

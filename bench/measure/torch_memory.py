@@ -1,4 +1,4 @@
-"""Torch's own account of device memory. Nothing here touches torch unless a CUDA device is measured."""
+"""Torch's own statistics of device memory. Torch is imported for CUDA devices only."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ NO_CUDA = "no CUDA device"
 
 
 def reset_peaks(device: object) -> None:
-    """Let the peaks start anew from what is held now."""
+    """Reset the peaks to the memory held now."""
     if is_cuda(device):
         import torch
 
@@ -18,7 +18,7 @@ def reset_peaks(device: object) -> None:
 
 
 def peaks(device: object) -> tuple[Reading, Reading]:
-    """Peaks of memory allocated and reserved since the last reset (bytes)."""
+    """Peaks of allocated and of reserved memory since the last reset (bytes)."""
     names = ("torch allocated peak", "torch reserved peak")
     if not is_cuda(device):
         return Reading.missing(names[0], NO_CUDA), Reading.missing(names[1], NO_CUDA)
@@ -31,7 +31,7 @@ def peaks(device: object) -> tuple[Reading, Reading]:
 
 
 def reserved_bytes(device: object) -> int:
-    """Memory the caching allocator holds now; 0 on a CPU, which has no such allocator."""
+    """Memory the caching allocator holds now (bytes); 0 on a CPU."""
     if not is_cuda(device):
         return 0
     import torch
@@ -40,7 +40,7 @@ def reserved_bytes(device: object) -> int:
 
 
 def release_cached(device: object) -> None:
-    """Hand the blocks that the caching allocator keeps, but nobody uses, back to the device."""
+    """Return unused blocks of the caching allocator to the device."""
     if is_cuda(device):
         import torch
 

@@ -44,10 +44,10 @@ from tpme.bench.record import (
     write_result,
 )
 from tpme.bench.run.counters import exact_counters, noise_floor, utilisation
-from tpme.bench.run.job import Job, pinned, progress_line, time_limit_message
+from tpme.bench.run.job import Job, time_limit_message
 from tpme.bench.task.batches import ItemStore, States
 from tpme.bench.task.dataset import Dataset
-from tpme.bench.task.encoders import encoder_shape, image_size, load_encoder
+from tpme.bench.task.encoders import encoder_shape, image_size, load_encoder, pin_revision
 from tpme.bench.task.features import PLACES, FeatureJob, planned_bytes
 from tpme.bench.task.items import EncoderShape, Reads
 from tpme.bench.task.recommender import Recommender
@@ -60,6 +60,7 @@ from tpme.bench.train.facts import Arrays, epoch_time, parameter_counts, ranks, 
 from tpme.bench.train.graphs import GraphedLoss, why_not
 from tpme.bench.train.loop import WARMUP_EPOCHS, Outcome, Trainer
 from tpme.bench.train.split import PARTS, step_split
+from tpme.bench.workers import progress_line
 from tpme.methods.base import Method, Schedule, TaskShape
 from tpme.methods.registry import create
 
@@ -165,7 +166,7 @@ class Story:
         """The model on the host, before the method adapts it, and where item inputs come from."""
         specs = self._specs(method)
         for spec in specs.values():
-            if spec.revision is not None and pinned(spec) != spec:
+            if spec.revision is not None and pin_revision(spec) != spec:
                 raise UserError(f"encoder '{spec.source}': changed since the matrix was read; run the matrix again")
         shapes = {modality: encoder_shape(spec) for modality, spec in specs.items()}
         item_encoder = method.item_encoder(TaskShape(self.cell.training.embedding_dim, dataset.manifest.items, shapes))

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
-from tpme.bench.record import Cell, EncoderSpec, Frozen
+from tpme.bench.record import Cell, Frozen
 
 
 class Job(Frozen):
@@ -34,29 +32,6 @@ class Job(Frozen):
 def time_limit_message(limit_s: float) -> str:
     """What the record of a cell says that took too long."""
     return f"took longer than its time limit of {limit_s:g} s; raise time_limit_s or --time-limit"
-
-
-def progress_line(what: str, share: float) -> str:
-    """One progress event, as the cell writes it to its standard output."""
-    return json.dumps({"what": what, "share": round(share, 4)})
-
-
-def parse_progress(line: str) -> tuple[str, float] | None:
-    """The event of a line, or ``None`` for a line that is none."""
-    try:
-        event: Any = json.loads(line)
-        return str(event["what"]), float(event["share"])
-    except (ValueError, KeyError, TypeError):
-        return None
-
-
-def pinned(spec: EncoderSpec) -> EncoderSpec:
-    """``spec`` with a digest of its content as its revision where it is a folder: other weights are another cell."""
-    from tpme.bench.task.encoders import encoder_digest, encoder_source
-
-    if not Path(encoder_source(spec.source)).is_dir():
-        return spec
-    return spec.model_copy(update={"revision": encoder_digest(spec)[:12]})
 
 
 def code_version(method_file: Path | None = None) -> str:

@@ -28,7 +28,6 @@ from pydantic import (
 
 from tpme.bench.errors import UserError
 from tpme.bench.record import Cell, EncoderSpec, Frozen, LearningRates, Modality, Protocol, Training, cell_id
-from tpme.bench.run.job import pinned
 
 if TYPE_CHECKING:
     from tpme.methods.base import Method
@@ -198,7 +197,7 @@ def expand(
             learning-rate trials of different number, a modality that data or encoders lack.
     """
     trials = _learning_rates(matrix)
-    encoders = [EncoderEntry(text=_pinned(pair.text), image=_pinned(pair.image)) for pair in matrix.encoders]
+    encoders = [EncoderEntry(text=_pin(pair.text), image=_pin(pair.image)) for pair in matrix.encoders]
     cells = []
     for entry, pair, seed in itertools.product(matrix.datasets, encoders, matrix.seeds):
         data = datasets[entry.name]
@@ -235,8 +234,12 @@ def expand(
     return cells
 
 
-def _pinned(spec: EncoderSpec | None) -> EncoderSpec | None:
-    return None if spec is None else pinned(spec)
+def _pin(spec: EncoderSpec | None) -> EncoderSpec | None:
+    if spec is None:
+        return None
+    from tpme.bench.task.encoders import pin_revision
+
+    return pin_revision(spec)
 
 
 def _cached(method: MethodEntry) -> tuple[bool, ...]:

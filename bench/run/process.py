@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from tpme.bench.run.job import parse_progress
+from tpme.bench.workers import parse_progress
 
 GRACE_S = 10.0
 """What a process gets to write its record, or to clean up, before it is killed."""
@@ -46,7 +46,7 @@ def run_process(
     """Run ``command`` to its end, at most ``limit_s``.
 
     Args:
-        command: writes progress events to its standard output (``job.progress_line``).
+        command: writes progress events to its standard output (``workers.progress_line``).
         log: takes its standard error.
         limit_s: then it gets SIGTERM, and is killed after ``GRACE_S``.
         show: is told its progress.

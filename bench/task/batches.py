@@ -1,7 +1,7 @@
-"""Batches of users, assembled by vectorised gathers: no Python loop over users, positions or items.
+"""Batches of users, assembled by vectorised gathers without Python loops over users, positions or items.
 
-``suite``: the distinct real items of a batch are encoded once each; padding never is. ``paper``: every slot, padding
-included, is encoded, as the reference implementation does.
+Protocol ``suite`` encodes each distinct item of a batch once, and no padding. Protocol ``paper`` encodes every slot,
+padding included, like the reference implementation.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ States = dict[Modality, Tensor]
 
 
 class ItemStore:
-    """Where the inputs of items are read from: tokens, images, or cached hidden states.
+    """The inputs of items: tokens, images, or cached hidden states.
 
     Args:
-        dataset: the prepared data set. tokens: its tokenised titles, for a text encoder.
+        dataset: the prepared data set. tokens: its tokenised titles, for a text encoder. images: read images, too.
         states: cached hidden states by modality, (N+1, levels, width), instead of tokens and images.
-        pin: gather cached states into page-locked memory, on their way to a GPU.
+        pin: gather cached states into page-locked memory, for the copy to a GPU.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class ItemStore:
         self.dataset, self.tokens, self.images, self.states, self.pin = dataset, tokens, images, states, pin
 
     def gather(self, ids: NDArray[np.int64]) -> Items:
-        """The inputs of items ``ids`` (n,), on the host; states that are kept on a device stay there, as tables."""
+        """The inputs of items ``ids`` (n,), on the host; states kept on a device are passed on as whole tables."""
         index = torch.from_numpy(ids)
         if self.states is not None:
             if any(table.device.type != "cpu" for table in self.states.values()):
@@ -55,7 +55,7 @@ class ItemStore:
         if self.tokens is not None:
             tokens = torch.from_numpy(self.tokens.ids[ids].astype(np.int64))
             positions = np.arange(tokens.shape[1])
-            # Padding (item 0) has no token, and attention over nothing is NaN in some kernels: it sees its token 0.
+            # Padding (item 0) has no tokens, and an empty mask gives NaN in some attention kernels: unmask its token 0.
             lengths = np.maximum(self.tokens.lengths[ids], 1)[:, None]
             mask = torch.from_numpy((positions < lengths).astype(np.int64))
         if self.images:
@@ -66,11 +66,11 @@ class ItemStore:
 def _rows(table: Tensor, ids: NDArray[np.int64], *, pin: bool) -> Tensor:
     """Rows ``ids`` (n,) of a table on the host.
 
-    By numpy: from the thread that assembles batches, torch would start CPU threads of its own beside those of the
-    training step, and the step would then take a multiple of its time.
+    Uses numpy: torch would start further CPU threads from the thread that assembles batches, which compete with those
+    of the training step and slow it several times.
     """
     rows = torch.empty((len(ids), *table.shape[1:]), dtype=table.dtype, pin_memory=pin)
-    # mode="raise" would go through a buffer; every item of a data set has its row.
+    # mode="raise" copies through a buffer; all ids are valid here.
     np.take(table.numpy(), ids, axis=0, out=rows.numpy(), mode="clip")
     return rows
 
@@ -79,7 +79,7 @@ def _rows(table: Tensor, ids: NDArray[np.int64], *, pin: bool) -> Tensor:
 class Batch:
     """One training batch of B users with S = L+1 slots.
 
-    items: what is encoded, n rows. slot: (B, S) int64, the row of ``items`` in each slot (any row for padding).
+    items: the items to encode, n rows. slot: (B, S) int64, the row of ``items`` in each slot (any row for padding).
     mask: (B, L) bool, input slots that hold an item. candidates: the columns of the loss; column c is row c of items.
     """
 
@@ -89,14 +89,14 @@ class Batch:
     candidates: Candidates
 
     def pin(self) -> Batch:
-        """Page-lock all tensors, so that the host need not wait for the copy to a GPU."""
+        """Page-lock all tensors, for asynchronous copies to a GPU."""
         return map_tensors(self, lambda tensor: tensor if tensor.is_cuda else tensor.pin_memory())
 
     def to(self, device: torch.device) -> Batch:
-        """Copy to ``device``; from pinned memory the host does not wait for it.
+        """Copy to ``device``, asynchronously from pinned memory.
 
-        On the stream of the kernels, not beside them: a stream of its own would let the host, which runs many steps
-        ahead, fill the device with batches that wait.
+        Uses the stream of the kernels: on a separate stream the host, which runs many steps ahead, would fill the
+        device with waiting batches.
         """
         moved = map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
         return replace(moved, items=moved.items.looked_up())
@@ -108,16 +108,16 @@ def build_batch(slots: NDArray[np.int32], log_p: NDArray[np.float32], store: Ite
     Args:
         slots: (B, S) item ids, left-padded with 0.
         log_p: (N+1,) log training popularity; entry 0 is 0.
-        store: where item inputs come from. protocol: distinct items (``suite``) or every slot (``paper``).
+        store: the item inputs. protocol: encode distinct items (``suite``) or every slot (``paper``).
     """
     real = slots > 0
     distinct, place = np.unique(slots[real], return_inverse=True)
     n = len(distinct)
     item_of_slot = np.full(slots.shape, n, dtype=np.int64)
     item_of_slot[real] = place
-    # A position with an item predicts the next slot, which holds one too: padding is on the left.
+    # A position with an item predicts the next slot, which also holds one: padding is on the left.
     rows = np.flatnonzero(real[:, :-1])
-    next_slot = rows + rows // (slots.shape[1] - 1) + 1  # the same position, one later, in the flattened (B, S)
+    next_slot = rows + rows // (slots.shape[1] - 1) + 1  # index of the next slot in the flattened (B, S)
     if protocol == "paper":
         ids = slots.reshape(-1).astype(np.int64)
         slot = np.arange(ids.size).reshape(slots.shape)
@@ -141,17 +141,17 @@ def build_batch(slots: NDArray[np.int32], log_p: NDArray[np.float32], store: Ite
 
 
 def log_popularity(dataset: Dataset) -> NDArray[np.float32]:
-    """log p(item), (N+1,), with p(0) = 1. Items that never train are no candidates: they get 0, not -inf."""
+    """log p(item), (N+1,), with p(0) = 1. Items never trained on get 0, not -inf: they are never candidates."""
     p = dataset.popularity
     return np.log(np.where(p > 0, p, 1.0)).astype(np.float32)
 
 
 class TrainBatches:
-    """Shuffled training batches, each assembled in a thread while the one before it trains.
+    """Shuffled training batches, each assembled in a thread while the previous one trains.
 
     Args:
-        dataset, store, protocol: see ``build_batch``. users_per_batch: B. seed: of the order of users; it is the same
-            for every method. max_steps: cuts the epoch. device: where batches go.
+        dataset, store, protocol: see ``build_batch``. users_per_batch: B. seed: of the order of users, the same for
+            every method. max_steps: maximum steps of an epoch. device: where batches are moved.
     """
 
     def __init__(
@@ -174,14 +174,14 @@ class TrainBatches:
         return self.steps
 
     def epoch(self, index: int) -> Iterator[Batch]:
-        """The batches of epoch ``index``, on the device; the order depends on the seed and the index alone."""
+        """Yield the batches of epoch ``index``, on the device; their order depends on seed and index only."""
         order = np.random.default_rng([self.seed, index]).permutation(len(self.slots))
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="tpme-batches") as pool:
-            ahead = pool.submit(self._assemble, order, 0)
+            following = pool.submit(self._assemble, order, 0)
             for step in range(self.steps):
-                batch = ahead.result()
+                batch = following.result()
                 if step + 1 < self.steps:
-                    ahead = pool.submit(self._assemble, order, step + 1)
+                    following = pool.submit(self._assemble, order, step + 1)
                 yield batch.to(self.device)
 
     def _assemble(self, order: NDArray[np.int64], step: int) -> Batch:

@@ -1,4 +1,4 @@
-"""The encoders that ship with the package: their names, and where they lie."""
+"""Names and folders of the encoders that ship with the package."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 from tpme.bench.errors import UserError
 
 BUILTIN = {"builtin:tiny-text": "text", "builtin:tiny-image": "image"}
-"""Names as they stand in a matrix, and the folder of ``bench/task/tiny`` each lies in."""
+"""Name in a matrix -> folder in ``bench/task/tiny``."""
 
 
 def builtin_folder(source: str) -> Path:
-    """The folder of a built-in encoder. Raises UserError for a name that is none."""
+    """The folder of a built-in encoder. Raises UserError for an unknown name."""
     if source not in BUILTIN:
-        raise UserError(f"encoder '{source}': no such built-in encoder; there are {', '.join(sorted(BUILTIN))}")
+        raise UserError(f"encoder '{source}': no such built-in encoder; known: {', '.join(sorted(BUILTIN))}")
     return Path(str(files("tpme.bench.task.tiny").joinpath(BUILTIN[source])))

@@ -1,17 +1,18 @@
-"""The prepared data set: a folder of memory-mapped arrays that every cell reads, and nothing else does.
+"""The prepared data set: a folder of memory-mapped arrays, the only data that cells read.
 
 =====================  ==========================================================================================
 ``dataset.json``       the :class:`Manifest`; written last
 ``sequences.npy``      int32, flat: item ids of all users, oldest first; ids run from 1 to N, 0 is padding
 ``offsets.npy``        int64 (users + 1,): user u owns ``sequences[offsets[u]:offsets[u + 1]]``
-``items.txt``          the source's name of item 1, 2, ..., one a line, UTF-8
-``users.txt``          the source's name of every user, one a line, UTF-8
+``items.txt``          the source's names of items 1, 2, ..., one a line, UTF-8
+``users.txt``          the source's names of the users, one a line, UTF-8
 ``titles.bin``         titles of items 1, 2, ..., one UTF-8 blob (text only)
 ``title_offsets.npy``  int64 (N + 2,): title i is ``titles.bin[title_offsets[i]:title_offsets[i + 1]]``; title 0 is ""
 ``images.npy``         uint8 (N + 1, 3, H, W), RGB, row 0 zeros (image only)
 =====================  ==========================================================================================
 
-Leave one out: a user's last item is the test target, the second last the validation target, the rest is training.
+Leave-one-out split: a user's last item is the test target, the second last the validation target, the others are for
+training.
 """
 
 from __future__ import annotations
@@ -36,35 +37,35 @@ Ids = NDArray[np.int32]
 
 
 class Manifest(Frozen):
-    """What a prepared data set is: the content of its ``dataset.json``."""
+    """The content of ``dataset.json``, which describes a prepared data set."""
 
     format_version: Literal[1] = 1
     name: str
     source: str
-    """Kind and place it was read from, for people."""
+    """Kind and location of the source, for people."""
     synthetic: dict[str, Any] | None = None
-    """The settings given to the built-in catalogue; ``None`` for other data."""
+    """Settings given to the built-in catalogue; ``None`` for other data."""
     modalities: tuple[Modality, ...]
     users: PositiveInt
     items: PositiveInt
     interactions: PositiveInt
     max_seq_len: PositiveInt
-    """Longest input of the sequential encoder; a user keeps at most this many items plus three."""
+    """Longest input of the sequential encoder; at most this many items plus three are kept per user."""
     image_size: PositiveInt | None
     """Height and width of the stored images in pixels."""
     skipped: dict[str, NonNegativeInt]
-    """What ``--skip-bad`` left out of the source, by reason."""
+    """Counts of what ``--skip-bad`` left out, by reason."""
     fingerprint: str
-    """SHA-256 of the content: equal fingerprints, equal data."""
+    """SHA-256 of the content: equal fingerprints mean equal data."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """What ranking needs of every user for one target. All arrays are int32 and left-padded with 0.
+    """The data for ranking one target per user. All arrays are int32 and left-padded with 0.
 
-    inputs: (users, max_seq_len), the items before the target that the model sees.
-    target: (users,), the item to be ranked.
-    history: (users, max_seq_len + 2), all earlier items that exist, which the ranking masks.
+    inputs: (users, max_seq_len), the items before the target, as input of the model.
+    target: (users,), the item to rank.
+    history: (users, max_seq_len + 2), all earlier items, which the ranking masks.
     """
 
     inputs: Ids
@@ -73,7 +74,7 @@ class Split:
 
 
 class Titles(Sequence[str]):
-    """The titles by item id; index 0 is the empty title of the padding item. Decoded when they are asked for."""
+    """Titles by item id, decoded on access; index 0 is the empty title of the padding item."""
 
     def __init__(self, blob: NDArray[np.uint8], offsets: NDArray[np.int64]) -> None:
         self._blob, self._offsets = blob, offsets
@@ -96,10 +97,7 @@ class Titles(Sequence[str]):
 
 
 class Dataset:
-    """A prepared data set, opened for reading. Arrays lie in memory maps; derived ones are built once when asked for.
-
-    Get one with :meth:`open`.
-    """
+    """A prepared data set, opened with :meth:`open`. Arrays are memory-mapped; derived ones are built on first use."""
 
     def __init__(
         self,
@@ -120,7 +118,7 @@ class Dataset:
         """Open the folder ``path``.
 
         Raises:
-            UserError: it is absent, no prepared data set, of another format version, or a file of it is damaged.
+            UserError: it is missing, not a prepared data set, of another format version, or damaged.
         """
         folder = Path(path)
         manifest = read_manifest(folder)
@@ -156,22 +154,22 @@ class Dataset:
 
     @cached_property
     def train_slots(self) -> Ids:
-        """(users, max_seq_len + 1): the training items of every user, left-padded with 0."""
+        """The training items of every user, (users, max_seq_len + 1), left-padded with 0."""
         return self._window(self.manifest.max_seq_len + 1, before_end=2)
 
     @cached_property
     def valid(self) -> Split:
-        """The second last item of every user as target."""
+        """The split whose target is the second last item of every user."""
         return self._split(before_end=1)
 
     @cached_property
     def test(self) -> Split:
-        """The last item of every user as target."""
+        """The split whose target is the last item of every user."""
         return self._split(before_end=0)
 
     @cached_property
     def popularity(self) -> NDArray[np.float64]:
-        """(N + 1,): each item's share of all training items; 0 for an item never trained on, 1 for padding."""
+        """Each item's share of all training interactions, (N + 1,); 0 for an item never trained on, 1 for padding."""
         counts = np.bincount(self.train_slots.ravel(), minlength=self.manifest.items + 1)
         counts[0] = 0
         popularity: NDArray[np.float64] = counts / counts.sum()
@@ -180,12 +178,12 @@ class Dataset:
 
     @property
     def items_never_trained(self) -> int:
-        """How many items occur as targets of validation or test only."""
+        """Number of items that occur only as validation or test targets."""
         return int(np.count_nonzero(self.popularity == 0))
 
     @property
     def cold_test_share(self) -> float:
-        """Share of users whose test target never occurs in training."""
+        """Share of users whose test target does not occur in training."""
         return float(np.mean(self.popularity[self.test.target] == 0))
 
     def facts(self, name: str) -> DatasetFacts:
@@ -194,7 +192,7 @@ class Dataset:
         return DatasetFacts(name=name, items_never_trained=self.items_never_trained, **shared)
 
     def gather_images(self, ids: NDArray[np.integer[Any]]) -> NDArray[np.uint8]:
-        """The images of items ``ids`` (n,), copied: uint8 (n, 3, H, W).
+        """Copy the images of items ``ids`` (n,): uint8 (n, 3, H, W).
 
         Raises:
             UserError: the data set has no images.
@@ -219,7 +217,7 @@ class Dataset:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read ``dataset.json`` of a prepared data set. Raises UserError where that is none, or not of this version."""
+    """Read ``dataset.json`` of a prepared data set. Raises UserError if it is missing or of another version."""
     path = folder / "dataset.json"
     if not folder.is_dir():
         raise UserError(f"{folder}: no such data set; make it with 'tpme prepare'")
@@ -231,7 +229,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise UserError(f"{path}: not readable ({error}); prepare the data set again") from None
     version = raw.get("format_version") if isinstance(raw, dict) else None
     if version != FORMAT_VERSION:
-        raise UserError(f"{path}: format version {version!r}, this tpme reads {FORMAT_VERSION}; prepare it again")
+        raise UserError(f"{path}: format version {version!r}, but this tpme reads {FORMAT_VERSION}; prepare it again")
     try:
         return Manifest.model_validate(raw)
     except ValidationError as error:
@@ -246,7 +244,7 @@ def names_as_text(names: Iterable[str]) -> bytes:
 
 
 def _lines(path: Path) -> list[str]:
-    # Not splitlines(): that also splits at characters which a name may contain.
+    # splitlines() would also split at characters that a name may contain.
     try:
         return path.read_bytes().decode("utf-8").split("\n")[:-1]
     except (OSError, UnicodeDecodeError) as error:
@@ -254,7 +252,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _load(folder: Path, name: str, dtype: type[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-    """Map one array; a file cut short fails here and not in the middle of a training run."""
+    """Map one array; a truncated file fails here and not during training."""
     try:
         array: NDArray[Any] = np.load(folder / name, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:

@@ -1,7 +1,7 @@
-"""Decoding all item images of a data set into one array on the disk, on all cores and in bounded memory.
+"""Decodes all item images of a data set into one array on disk, on all cores and in bounded memory.
 
-Worker processes write their rows straight into the file, so no pixel passes through a pipe, and only a few batches are
-under way at any time.
+Worker processes write their rows straight into the file, so no pixels pass through a pipe, and only a few batches are
+in progress at a time.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from tpme.bench.task.sources.raw import Picture
 from tpme.bench.workers import available_cores, worker_processes
 
 BATCH = 32
-"""Pictures a worker gets at a time."""
+"""Pictures per batch of a worker."""
 
 Failure = tuple[int, str]
-"""Index of a picture and why it could not be read."""
+"""Index of an unreadable picture, and the error."""
 
 Batch = tuple[int, Sequence[Picture]]
 """Index of the first picture, and the pictures."""
 
 Result = tuple[int, list[Failure]]
-"""How many pictures a batch had, and which could not be read."""
+"""Number of pictures in a batch, and those that could not be read."""
 
 
 def decode_all(
@@ -45,12 +45,12 @@ def decode_all(
     """Write ``pictures`` as ``.npy`` of uint8 (n + 1, 3, size, size): picture i in row i + 1, zeros in row 0.
 
     Args:
-        workers: processes; by default one a core. Few pictures are decoded in this process.
-        skip_bad: go on after a picture that cannot be read, and leave its row zero.
-        advance: called with how many pictures were written since the last call, in order.
+        workers: number of processes; by default one per core. A few pictures are decoded in this process.
+        skip_bad: continue after an unreadable picture and leave its row zero.
+        advance: called with the number of pictures written since the last call, in order.
 
     Returns:
-        The pictures that could not be read, by index (with ``skip_bad``).
+        The unreadable pictures (with ``skip_bad``).
 
     Raises:
         UserError: a picture cannot be read (without ``skip_bad``), a worker died, or the disk is too small.
@@ -66,12 +66,12 @@ def decode_all(
             advance(written)
             failures += failed
             if failed and not skip_bad:
-                raise UserError(f"{failed[0][1]}; replace it, or leave such items out with --skip-bad")
+                raise UserError(f"{failed[0][1]}; replace it, or skip such items with --skip-bad")
     return failures
 
 
 def _write_rows(path: Path, size: int, start: int, pictures: Sequence[Picture]) -> Result:
-    """Decode one batch into its rows. Runs in a worker."""
+    """Decode one batch into its rows of the file; runs in a worker."""
     rows, failures = np.zeros((len(pictures), 3, size, size), np.uint8), []
     for index, picture in enumerate(pictures):
         try:
@@ -80,10 +80,10 @@ def _write_rows(path: Path, size: int, start: int, pictures: Sequence[Picture]) 
             failures.append((start + index, str(error)))
     before = np.load(path, mmap_mode="r").offset + (start + 1) * rows[0].nbytes
     try:
-        with path.open("r+b") as file:  # written at once: through a mapping, every page of it would be a fault
+        with path.open("r+b") as file:  # not through a memory map, which would fault on every page
             file.seek(before)
             file.write(rows.data)
-    except OSError as error:  # that of a full disk does not say where
+    except OSError as error:  # add the path, which the error of a full disk lacks
         raise OSError(error.errno, error.strerror, str(path)) from None
     return len(pictures), failures
 
@@ -94,7 +94,7 @@ def _in_turn(path: Path, size: int, batches: Sequence[Batch]) -> Generator[Resul
 
 
 def _in_pool(path: Path, size: int, batches: Sequence[Batch], count: int) -> Generator[Result, None, None]:
-    """The batches' results in order. Enough are under way that no worker waits for a slow one to be fetched."""
+    """Yield the results in order. Enough batches are queued that no worker idles behind a slow one."""
     waiting: deque[Future[Result]] = deque()
     try:
         with worker_processes(count) as submit:
@@ -109,7 +109,7 @@ def _in_pool(path: Path, size: int, batches: Sequence[Batch], count: int) -> Gen
 
 
 def require_space(folder: Path, needed: int) -> None:
-    """Refuse beforehand: a file of images has its whole length at once, and a full disk would show after hours."""
+    """Check the disk space first: the image file is sparse, so a full disk would only show after hours."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(f"{folder}: the images need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")

@@ -1,7 +1,7 @@
-"""Loading the foundation encoders: any Hugging Face text or image encoder, by hub id, folder or built-in name.
+"""Loads the foundation encoders: any Hugging Face text or image encoder, by hub id, folder or built-in name.
 
 Only safetensors are read and no remote code runs. ``weights = "random"`` builds an encoder from its configuration
-alone, which needs no weights and, for a local folder, no network; such rows are flagged.
+alone, without weights and, for a local folder, without a network; such rows are flagged.
 """
 
 from __future__ import annotations
@@ -31,50 +31,50 @@ _PROCESSOR = "preprocessor_config.json"
 
 @dataclass(frozen=True)
 class Encoder:
-    """One loaded encoder: its parts by role, and the facts a record keeps."""
+    """One loaded encoder: its parts by role, and its facts for the record."""
 
     view: EncoderView
     facts: EncoderFacts
 
 
 def encoder_source(source: str) -> str:
-    """Where transformers finds ``source``: a folder for built-in names, else ``source`` itself.
+    """Resolve ``source`` for transformers: the folder of a built-in name, else ``source`` itself.
 
-    Raises UserError for an unknown built-in name and for a path that is no folder.
+    Raises UserError for an unknown built-in name and for a path that is not an encoder's folder.
     """
     if source.startswith("builtin:"):
         return str(builtin_folder(source))
     folder = Path(source).expanduser()
     looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1 or folder.is_dir()
     if looks_like_path and not (folder / "config.json").is_file():
-        raise UserError(f"encoder '{source}': no config.json there; give a folder saved by transformers or a hub id")
+        raise UserError(f"encoder '{source}': no config.json there; pass a folder saved by transformers or a hub id")
     return str(folder) if looks_like_path else source
 
 
 def load_encoder(
     spec: EncoderSpec, modality: Modality, *, device: torch.device | str = "cpu", seed: int = 0
 ) -> Encoder:
-    """Load one encoder, in eval mode, float32, without its pooler.
+    """Load one encoder in eval mode, in float32, without its pooler.
 
     Args:
-        spec: where it is, which revision, pretrained or random weights.
+        spec: its source, revision, and whether its weights are pretrained or random.
         modality: ``text`` or ``image``.
-        device: where to build it; ``meta`` builds the shape alone and needs no weights.
+        device: where to build it; ``meta`` builds shapes only and needs no weights.
         seed: of random weights.
 
     Raises:
-        UserError: neither network nor cache has it, it is no encoder of that modality, or it has no safetensors.
+        UserError: it is neither in the cache nor on the hub, not an encoder of that modality, or without safetensors.
     """
     folder, commit = _folder(spec)
     meta = torch.device(device).type == "meta"
     from_weights = spec.weights == "pretrained" and not meta
     module = _from_weights(spec, folder, commit) if from_weights else _from_config(spec, folder, seed, meta=meta)
-    # The pooler is in no forward path of the task: it would only be counted, never trained.
+    # The task never uses the pooler: it would be counted but never trained.
     if getattr(module, "pooler", None) is not None:
         module.pooler = None
     kind = _KINDS.get(module.main_input_name, module.main_input_name)
     if kind != modality:
-        raise UserError(f"encoder '{spec.source}': its kind is {kind}, but it is used as the {modality} encoder")
+        raise UserError(f"encoder '{spec.source}': it is of kind {kind}, but used as the {modality} encoder")
     mean, std = _normalisation(spec, folder, commit) if modality == "image" else (_HALF, _HALF)
     module.float().eval()
     try:
@@ -94,16 +94,16 @@ def load_encoder(
 
 
 def image_size(spec: EncoderSpec) -> int:
-    """Side of the square images that an image encoder expects, in pixels. Raises UserError where it states none."""
+    """Side of an image encoder's square input, in pixels. Raises UserError if its configuration has none."""
     size = getattr(_config(spec, _folder(spec)[0]), "image_size", None)
     sides = {size} if isinstance(size, int) else set(size or ())
     if len(sides) != 1:
-        raise UserError(f"encoder '{spec.source}': its configuration states no square image size; it is no ViT")
+        raise UserError(f"encoder '{spec.source}': its configuration has no square image size; choose a ViT")
     return int(sides.pop())
 
 
 def encoder_shape(spec: EncoderSpec) -> EncoderShape:
-    """Width and depth of an encoder, from its configuration alone."""
+    """Width and depth of an encoder, from its configuration."""
     config = _config(spec, _folder(spec)[0])
     try:
         return EncoderShape(width=int(config.hidden_size), depth=int(config.num_hidden_layers))
@@ -112,7 +112,7 @@ def encoder_shape(spec: EncoderSpec) -> EncoderShape:
 
 
 def encoder_digest(spec: EncoderSpec) -> str:
-    """Identity of an encoder's content: the hub commit, or SHA-256 of a folder's settings, vocabulary and weights."""
+    """Digest of an encoder's content: the hub commit, or SHA-256 of a folder's settings, vocabulary and weights."""
     folder, commit = _folder(spec)
     if commit is not None:
         return f"{spec.source}@{commit}"
@@ -124,30 +124,37 @@ def encoder_digest(spec: EncoderSpec) -> str:
     return digest.hexdigest()
 
 
+def pin_revision(spec: EncoderSpec) -> EncoderSpec:
+    """Return ``spec`` with a digest of a folder's content as its revision, because other weights make another cell."""
+    if not Path(encoder_source(spec.source)).is_dir():
+        return spec
+    return spec.model_copy(update={"revision": encoder_digest(spec)[:12]})
+
+
 # --- where the files are --------------------------------------------------------------------------------------------
 
 
 def _folder(spec: EncoderSpec) -> tuple[Path, str | None]:
-    """The folder with the encoder's configuration; the commit where it is a hub repository's, in the local cache."""
+    """The folder with the encoder's configuration and, if it is a hub repository in the local cache, its commit."""
     source = encoder_source(spec.source)
     if Path(source).is_dir():
         return Path(source), None
     path = repository_file(source, "config.json", spec.revision, f"encoder '{spec.source}'")
     if path is None:
-        raise UserError(f"encoder '{spec.source}': the hub repository has no config.json, so it is no encoder")
+        raise UserError(f"encoder '{spec.source}': the hub repository has no config.json; it is not an encoder")
     return path.parent, path.parent.name
 
 
-def _bring_weights(spec: EncoderSpec, commit: str) -> None:
-    """Have the weights of a hub repository beside its configuration, shard by shard where they are sharded."""
+def _fetch_weights(spec: EncoderSpec, commit: str) -> None:
+    """Fetch the weights of a hub repository, all shards included, into the local cache."""
 
-    def bring(name: str) -> Path | None:
+    def fetch(name: str) -> Path | None:
         return repository_file(spec.source, name, commit, f"encoder '{spec.source}'")
 
-    if bring(_WEIGHTS) is None:
-        index = bring(f"{_WEIGHTS}.index.json")
+    if fetch(_WEIGHTS) is None:
+        index = fetch(f"{_WEIGHTS}.index.json")
         for shard in sorted(set(json.loads(index.read_bytes())["weight_map"].values())) if index else ():
-            bring(shard)
+            fetch(shard)
 
 
 # --- building -------------------------------------------------------------------------------------------------------
@@ -159,7 +166,7 @@ def _config(spec: EncoderSpec, folder: Path) -> Any:
     try:
         with _quiet_transformers():
             return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, TypeError) as error:  # the last: what older versions say of a file that holds a list
+    except (OSError, ValueError, TypeError) as error:  # TypeError: older versions, for a JSON list
         raise UserError(f"encoder '{spec.source}': its config.json is not usable ({first_line(error)})") from None
 
 
@@ -172,7 +179,8 @@ def _from_config(spec: EncoderSpec, folder: Path, seed: int, *, meta: bool) -> A
             torch.manual_seed(seed)
             return AutoModel.from_config(config, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise UserError(f"encoder '{spec.source}': its configuration builds no encoder ({first_line(error)})") from None
+        message = f"encoder '{spec.source}': no encoder can be built from its configuration ({first_line(error)})"
+        raise UserError(message) from None
 
 
 def _from_weights(spec: EncoderSpec, folder: Path, commit: str | None) -> Any:
@@ -180,11 +188,11 @@ def _from_weights(spec: EncoderSpec, folder: Path, commit: str | None) -> Any:
     from transformers import AutoModel
 
     if commit is not None:
-        _bring_weights(spec, commit)
+        _fetch_weights(spec, commit)
     if not any((folder / name).is_file() for name in (_WEIGHTS, f"{_WEIGHTS}.index.json")):
         raise UserError(
-            f"encoder '{spec.source}': no {_WEIGHTS} there, and other formats are never read, because they can run "
-            "code; load it with transformers and save it again with save_pretrained"
+            f"encoder '{spec.source}': no {_WEIGHTS} there; other formats can run code and are not read: load it with "
+            "transformers and save it again with save_pretrained"
         )
     _config(spec, folder)
     try:
@@ -194,7 +202,7 @@ def _from_weights(spec: EncoderSpec, folder: Path, commit: str | None) -> Any:
                 use_safetensors=True,
                 trust_remote_code=False,
                 local_files_only=True,
-                ignore_mismatched_sizes=True,  # refused below, in one line
+                ignore_mismatched_sizes=True,  # refused below, in a one-line message
                 output_loading_info=True,
             )
     except (OSError, ValueError, SafetensorError) as error:
@@ -203,15 +211,15 @@ def _from_weights(spec: EncoderSpec, folder: Path, commit: str | None) -> Any:
     lacking = [name for name in (*loading["missing_keys"], *mismatched) if not name.startswith("pooler.")]
     if lacking:
         raise UserError(
-            f"encoder '{spec.source}': its weights lack {len(lacking)} parameters of {type(module).__name__}, or have "
-            f"them in another shape (first: {min(lacking)}); they would stay random"
+            f"encoder '{spec.source}': {len(lacking)} parameters of {type(module).__name__} are missing from its "
+            f"weights or have another shape (first: {min(lacking)}); they would stay random"
         )
     return module
 
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Without the progress bar and the report of unused heads: what matters of them is checked here."""
+    """Silence the progress bar and the report of unused heads; missing weights are checked here."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -226,7 +234,7 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def _normalisation(spec: EncoderSpec, folder: Path, commit: str | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std of the encoder's image processor, per channel; ViT's 0.5 where it ships none."""
+    """Mean and std per channel of the encoder's image processor; ViT's 0.5 if there is none."""
     path: Path | None = folder / _PROCESSOR
     if commit is not None:
         path = repository_file(spec.source, _PROCESSOR, commit, f"encoder '{spec.source}'")

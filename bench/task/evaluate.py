@@ -1,4 +1,4 @@
-"""Evaluation: encode every item once, rank the held-out targets of any number of splits with the same vectors."""
+"""Evaluation: encode every item once, then rank the held-out targets of several splits with the same vectors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tpme.bench.task.ranking import rank_targets
 from tpme.bench.task.recommender import Recommender
 
 ITEMS_PER_CHUNK = 256
-"""Items that go through the encoders at once; cached states and item ids go through in chunks 16 times as large."""
+"""Items per pass through the encoders; 16 times as many for cached states and item ids."""
 USERS_PER_CHUNK = 1024
 
 
@@ -23,10 +23,7 @@ USERS_PER_CHUNK = 1024
 def item_matrix(
     model: Recommender, store: ItemStore, device: torch.device, tick: Callable[[float], None] = lambda _share: None
 ) -> Tensor:
-    """Vectors of the whole catalogue in eval mode, (N+1, d); row 0, padding, is zero.
-
-    ``tick`` is told the share that is done.
-    """
+    """Vectors of all items in eval mode, (N+1, d); row 0, padding, is zero. ``tick`` gets the share done so far."""
     model.eval()
     ids = np.arange(1, store.dataset.manifest.items + 1, dtype=np.int64)
     chunk = ITEMS_PER_CHUNK if store.states is None and model.views else 16 * ITEMS_PER_CHUNK
@@ -34,20 +31,20 @@ def item_matrix(
     for start in range(0, len(ids), chunk):
         vectors.append(model.encode_items(store.gather(ids[start : start + chunk]).to(device)))
         tick(min(1.0, (start + chunk) / len(ids)))
-    found = torch.cat(vectors).float()
-    return torch.cat([torch.zeros_like(found[:1]), found])
+    matrix = torch.cat(vectors).float()
+    return torch.cat([torch.zeros_like(matrix[:1]), matrix])
 
 
 @torch.no_grad()
 def rank_split(model: Recommender, vectors: Tensor, split: Split) -> NDArray[np.int32]:
-    """Ranks (users,) of a split's targets, from the item vectors (N+1, d); see ``ranking`` for the rules."""
+    """Ranks (users,) of a split's targets, from item vectors (N+1, d); see ``ranking`` for the rules."""
     model.eval()
     device = vectors.device
     inputs = torch.from_numpy(split.inputs.astype(np.int64))
     users = []
     for start in range(0, len(inputs), USERS_PER_CHUNK):
         slots = inputs[start : start + USERS_PER_CHUNK].to(device)
-        # Left-padded: the last position has seen the whole sequence. clone() lets the other positions go.
+        # Left-padded: the last position has seen the whole sequence. clone() frees the other positions.
         users.append(model.user_vectors(vectors[slots], slots > 0)[:, -1].clone())
     target, history = (torch.from_numpy(array.astype(np.int64)).to(device) for array in (split.target, split.history))
     ranks: NDArray[np.int32] = rank_targets(torch.cat(users), vectors, target, history).cpu().numpy()
@@ -55,9 +52,9 @@ def rank_split(model: Recommender, vectors: Tensor, split: Split) -> NDArray[np.
 
 
 def recall_and_ndcg(ranks: NDArray[np.int32], k: int) -> tuple[float, float]:
-    """Recall@k and NDCG@k of one target a user: the share of ranks <= k, and the mean of 1 / log2(1 + rank) there.
+    """Recall@k and NDCG@k with one target per user: means of ``[rank <= k]`` and of that over ``log2(1 + rank)``.
 
-    For choosing the epoch and for progress; the reporter computes its own from the recorded ranks.
+    For choosing the epoch and for progress; reports compute their own from the recorded ranks.
     """
     hit = ranks <= k
     return float(hit.mean()), float((hit / np.log2(1.0 + ranks)).mean())

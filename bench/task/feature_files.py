@@ -1,6 +1,6 @@
 """The files of a feature cache under construction.
 
-Rows are appended with plain writes: memory stays bounded, and a full disk is an error, not the crash of a memory map.
+Rows are appended with plain writes: memory stays bounded, and a full disk raises an error instead of crashing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from tpme.bench.record import Modality, write_atomically
 
 SAVE_EVERY_S = 10.0
-"""An interrupted build loses at most this much work, and the chunk it was at."""
+"""An interrupted build loses at most this much work plus one chunk."""
 DTYPE: Literal["float16"] = "float16"
 
 Shape = tuple[int, int, int]
@@ -28,10 +28,10 @@ Shape = tuple[int, int, int]
 
 
 class Tables:
-    """The tables of a cache under construction. What an interrupted build has saved is kept, the rest is cut off.
+    """The tables of a cache under construction. Rows saved by an interrupted build are kept; later ones are cut off.
 
     Args:
-        folder: of the cache; it exists. shapes: of the finished tables, by modality.
+        folder: existing folder of the cache. shapes: of the finished tables, by modality.
     """
 
     def __init__(self, folder: Path, shapes: Mapping[Modality, Shape]) -> None:
@@ -42,7 +42,7 @@ class Tables:
         self._spent_before_s, self._saved_s = self.spent_s, 0.0
 
     def _saved(self) -> tuple[int, float]:
-        """Rows and seconds of an interrupted build; none where a file of it is missing or too short."""
+        """Rows and seconds of an interrupted build; zero if a file is missing or too short."""
         try:
             state = json.loads(self._progress.read_bytes())
             rows, spent_s = int(state["rows"]), float(state["spent_s"])
@@ -52,7 +52,7 @@ class Tables:
         return (rows, spent_s) if whole else (0, 0.0)
 
     def _end(self, modality: Modality, rows: int) -> int:
-        """Size of a file with ``rows`` rows in it."""
+        """Size of a file with ``rows`` rows."""
         _, levels, width = self.shapes[modality]
         return len(_header(self.shapes[modality])) + rows * levels * width * np.dtype(DTYPE).itemsize
 
@@ -75,18 +75,18 @@ class Tables:
         self._stack.close()
 
     def append(self, states: Mapping[Modality, NDArray[np.float16]]) -> None:
-        """Add rows, (n, levels, width) by modality."""
+        """Append rows, (n, levels, width) by modality."""
         for modality, rows in states.items():
             self._files[modality].write(rows.tobytes())
         self.rows += len(next(iter(states.values())))
 
-    def save_now_and_then(self, spent_s: float) -> None:
-        """``save``, but not all the time."""
+    def save_if_due(self, spent_s: float) -> None:
+        """Call ``save`` every SAVE_EVERY_S seconds."""
         if spent_s - self._saved_s >= SAVE_EVERY_S:
             self.save(spent_s)
 
     def save(self, spent_s: float) -> None:
-        """Bring all rows so far safely to the disk; ``spent_s`` is what this process has taken."""
+        """Sync all rows to disk; ``spent_s`` is the time spent by this process."""
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())

@@ -1,12 +1,11 @@
-"""The feature cache: hidden states of untouched encoders, computed once for all items, read by training.
+"""The feature cache: hidden states of the unmodified encoders, computed once for all items and read by training.
 
-Any decoupled method gets its cached twin from here. The cache is built by a process of its own
-(``python -m tpme.bench.task.features JOB``), so the cell that trains on it never loads the encoders. Only the states
-that are read are kept, in half precision. Building goes on where an interrupted one stopped; a finished cache carries
-checksums, and is verified when it is loaded.
+Any decoupled method can train on it. A separate process (``python -m tpme.bench.task.features JOB``) builds the cache,
+so the cell that trains on it never loads the encoders. Only the states that are read are stored, in half precision. An
+interrupted build is resumed; a finished cache has checksums, which are verified on loading.
 
-A cache is a folder: one ``.npy`` (N+1, levels, width) float16 a modality, row 0 zeros, and ``manifest.json``, written
-last. Until then ``progress.json`` says how many rows are safely on the disk.
+A cache is a folder with one ``.npy`` (N+1, levels, width) float16 per modality, row 0 zeros, and ``manifest.json``,
+written last. Until then ``progress.json`` holds the number of rows synced to disk.
 """
 
 from __future__ import annotations
@@ -31,7 +30,6 @@ from tpme.bench.errors import UserError
 from tpme.bench.measure.host import HostMemory
 from tpme.bench.measure.torch_memory import peaks, reset_peaks
 from tpme.bench.record import EncoderFacts, EncoderSpec, Frozen, Modality, Reading, write_atomically
-from tpme.bench.run.job import progress_line
 from tpme.bench.task.batches import ItemStore
 from tpme.bench.task.dataset import Dataset
 from tpme.bench.task.encoders import Encoder, encoder_digest, encoder_shape, load_encoder
@@ -40,6 +38,7 @@ from tpme.bench.task.feature_files import DTYPE as DTYPE
 from tpme.bench.task.feature_files import Tables, locked
 from tpme.bench.task.items import EncoderShape, Reads
 from tpme.bench.task.tokens import tokenise
+from tpme.bench.workers import progress_line
 
 _SOURCES = (
     "batches.py",
@@ -51,7 +50,7 @@ _SOURCES = (
     "tokens.py",
     "view.py",
 )
-"""The code that decides what a hidden state is: another version of it makes another cache."""
+"""The code that determines the hidden states: a change of it makes another cache."""
 
 Placement = Literal["device", "pinned", "unpinned", "host", "mapped"]
 PLACES: dict[Placement, str] = {
@@ -61,11 +60,11 @@ PLACES: dict[Placement, str] = {
     "host": "host memory",
     "mapped": "a memory map of their files",
 }
-"""Where cached states are kept while a cell trains."""
+"""Location of cached states during training."""
 
 
 class FeatureJob(Frozen):
-    """What a cache holds, and with it its identity."""
+    """The settings of a cache, which determine its content and identity."""
 
     dataset: Path
     store: Path
@@ -78,28 +77,28 @@ class FeatureJob(Frozen):
     limit_bytes: int
 
     def reads(self, modality: Modality) -> Reads:
-        """What is kept of one encoder."""
+        """The hidden states kept of one encoder."""
         return Reads(self.levels[modality], self.final[modality])
 
 
 class FeatureManifest(Frozen):
-    """A finished cache."""
+    """The content of a finished cache's ``manifest.json``."""
 
     build_s: float
     bytes: int
     items: int
     dtype: str
     encoders: dict[Modality, EncoderFacts]
-    """As its builder loaded them, with their revisions."""
+    """As loaded by the builder, with revisions."""
     sha256: dict[Modality, str]
     peak_bytes: Reading
     """Peak memory of the process that finished it, over what it held before it loaded the encoders."""
 
 
 def feature_folder(job: FeatureJob, fingerprint: str) -> Path:
-    """Where the cache of ``job`` on the data set with ``fingerprint`` lies: named by all that it depends on."""
+    """Folder of the cache of ``job`` on the data set with ``fingerprint``, named by a hash of all its inputs."""
     random = any(spec.weights == "random" for spec in job.encoders.values())
-    depends = {
+    identity = {
         "dataset": fingerprint,
         "encoders": {m: [encoder_digest(spec), spec.weights] for m, spec in job.encoders.items()},
         "levels": job.levels,
@@ -110,7 +109,7 @@ def feature_folder(job: FeatureJob, fingerprint: str) -> Path:
         "transformers": version("transformers"),
         "code": [hashlib.sha256(Path(__file__).with_name(name).read_bytes()).hexdigest() for name in _SOURCES],
     }
-    name = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]
+    name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     return job.store / "features" / name
 
 
@@ -121,7 +120,7 @@ def planned_bytes(items: int, shapes: Mapping[Modality, EncoderShape], reads: Ma
 
 
 def read_manifest(folder: Path) -> FeatureManifest | None:
-    """The manifest of a finished cache, or ``None`` where there is none yet. Raises UserError for a damaged one."""
+    """The manifest of a finished cache; ``None`` if there is none yet. Raises UserError if it is damaged."""
     path = folder / "manifest.json"
     try:
         return FeatureManifest.model_validate_json(path.read_bytes())
@@ -132,12 +131,12 @@ def read_manifest(folder: Path) -> FeatureManifest | None:
 
 
 def build(job: FeatureJob, tick: Callable[[float], None] = lambda _share: None) -> FeatureManifest:
-    """Build the cache of ``job``, or go on with a part of it; returns the manifest of the finished cache.
+    """Build the cache of ``job``, or resume an interrupted build; returns the manifest of the finished cache.
 
-    One process at a time builds a cache; another one waits and finds it finished.
+    One process at a time builds a cache; others wait for it.
 
-    Raises UserError where its planned bytes exceed the limit or the free disk, and where a hidden state is not finite
-    in half precision.
+    Raises UserError if its size exceeds the limit or the free disk space, or if a hidden state is not finite in half
+    precision.
     """
     dataset = Dataset.open(job.dataset)
     folder = feature_folder(job, dataset.manifest.fingerprint)
@@ -164,7 +163,7 @@ def _build(job: FeatureJob, dataset: Dataset, folder: Path, tick: Callable[[floa
         while tables.rows <= items:
             ids = np.arange(tables.rows, min(tables.rows + ITEMS_PER_CHUNK, items + 1), dtype=np.int64)
             tables.append(_states(store, ids, encoders, reads, device))
-            tables.save_now_and_then(time.perf_counter() - started)
+            tables.save_if_due(time.perf_counter() - started)
             tick(float(ids[-1]) / items)
         tables.save(time.perf_counter() - started)
     host.end_window()
@@ -194,7 +193,7 @@ def _states(
 ) -> dict[Modality, NDArray[np.float16]]:
     """The states of items ``ids`` (n,): (n, levels, width) by modality."""
     items = store.gather(ids).to(device)
-    found = {}
+    states_of = {}
     for modality, encoder in encoders.items():
         states = encoder.view.encode(
             reads[modality], tokens=items.tokens, token_mask=items.token_mask, image=items.image
@@ -204,17 +203,17 @@ def _states(
                 f"encoder '{encoder.facts.source}': a hidden state is not finite in half precision, so it cannot be "
                 "cached; remove cached = true"
             )
-        found[modality] = states.cpu().numpy()
-    return found
+        states_of[modality] = states.cpu().numpy()
+    return states_of
 
 
 def load(folder: Path, device: torch.device) -> tuple[dict[Modality, Tensor], Placement]:
-    """Read a finished cache, verified; returns (N+1, levels, width) float16 by modality, and where they are kept.
+    """Verify and read a finished cache; returns (N+1, levels, width) float16 by modality, and their placement.
 
-    On a GPU when they fit into half of its free memory; else in host memory when they fit into half of what is
-    available there, page-locked beside a GPU where the system allows that; else the files are mapped.
+    On the GPU if they fit into half of its free memory; else in host memory if they fit into half of what is
+    available, page-locked for a GPU where the system allows it; else memory-mapped.
 
-    Raises UserError where a checksum does not match.
+    Raises UserError if a checksum does not match.
     """
     manifest = read_manifest(folder)
     if manifest is None:
@@ -224,13 +223,13 @@ def load(folder: Path, device: torch.device) -> tuple[dict[Modality, Tensor], Pl
         if not path.is_file() or _sha256(path) != digest:
             raise UserError(f"{path}: its checksum does not match; delete {folder} and run the cell again")
     tables = {m: torch.from_numpy(np.load(folder / f"{m}.npy", mmap_mode="c")) for m in manifest.sha256}
-    return _kept(tables, _placement(manifest.bytes, device), device)
+    return _place(tables, _placement(manifest.bytes, device), device)
 
 
-def _kept(
+def _place(
     mapped: dict[Modality, Tensor], placement: Placement, device: torch.device
 ) -> tuple[dict[Modality, Tensor], Placement]:
-    """The tables of a memory map where ``placement`` wants them, and where they are then."""
+    """Move memory-mapped tables to ``placement``; returns them and their actual placement."""
     if placement == "mapped":
         return mapped, placement
     if placement == "device":
@@ -255,11 +254,11 @@ def _placement(size: int, device: torch.device) -> Placement:
 
 
 def _check_size(size: int, limit: int, folder: Path) -> None:
-    there = sum(path.stat().st_size for path in folder.glob("*.npy"))
-    free = shutil.disk_usage(folder).free + there
+    written = sum(path.stat().st_size for path in folder.glob("*.npy"))
+    free = shutil.disk_usage(folder).free + written
     if size > min(limit, free):
-        what = "the limit (cache_limit_bytes)" if limit < free else f"what is free on the disk of {folder}"
-        raise UserError(f"the feature cache would take {size:,} bytes, more than {what}, {min(limit, free):,}")
+        bound = "the limit (cache_limit_bytes)" if limit < free else f"the free disk space of {folder}"
+        raise UserError(f"the feature cache needs {size:,} bytes, more than {bound}, {min(limit, free):,}")
 
 
 def _sha256(path: Path) -> str:
@@ -268,7 +267,7 @@ def _sha256(path: Path) -> str:
 
 
 def main() -> None:
-    """Build the cache of the job in the first argument (JSON); prints how far it is, a line each."""
+    """Build the cache of the job in the first argument (JSON); prints one progress event per line."""
     job = FeatureJob.model_validate_json(sys.argv[1])
     try:
         build(job, lambda share: print(progress_line("build the feature cache", share), flush=True))  # noqa: T201

@@ -1,8 +1,7 @@
-"""Files of a Hugging Face repository: from the local cache, else from the hub.
+"""Files of a Hugging Face repository, from the local cache or else from the hub.
 
-transformers itself asks the hub first, for every file it might find, and without a network tries each again for half
-a minute. Here the cache comes first, the hub is asked once before anything is fetched, and what lies on the disk is
-then loaded as a folder.
+transformers queries the hub first, for every possible file, and without a network retries each for half a minute.
+This module looks in the cache first and queries the hub once before fetching; the files are then loaded as a folder.
 """
 
 from __future__ import annotations
@@ -14,35 +13,35 @@ from tpme.bench.errors import UserError
 _TIMEOUT_S = 5.0
 
 
-def repository_file(repository: str, name: str, revision: str | None, what: str) -> Path | None:
-    """Where file ``name`` of ``repository`` lies on this machine; ``None`` where the repository has no such file.
+def repository_file(repository: str, name: str, revision: str | None, label: str) -> Path | None:
+    """Local path of file ``name`` of ``repository``; ``None`` if the repository has no such file.
 
     Args:
         revision: commit, branch or tag; ``None`` is the main branch.
-        what: what is loaded, as errors call it.
+        label: name of the loaded object in error messages.
 
     Raises:
-        UserError: it is not in the cache, and the hub does not give it.
+        UserError: it is not in the cache and cannot be fetched from the hub.
     """
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError
 
-    found = try_to_load_from_cache(repository, name, revision=revision)
-    if isinstance(found, str):
-        return Path(found)
-    if found is not None:  # the cache remembers that there is no such file
+    cached = try_to_load_from_cache(repository, name, revision=revision)
+    if isinstance(cached, str):
+        return Path(cached)
+    if cached is not None:  # the cache knows that there is no such file
         return None
-    reach(repository, name, revision, what)
+    reach(repository, name, revision, label)
     try:
         return Path(hf_hub_download(repository, name, revision=revision))
     except EntryNotFoundError:
         return None
-    except Exception as error:  # every HTTP library has exceptions of its own, and hub versions changed theirs
-        raise UserError(f"{what}: cannot be fetched from the hub ({first_line(error)})") from None
+    except Exception as error:  # the exceptions depend on the HTTP library and the hub's version
+        raise UserError(f"{label}: cannot be fetched from the hub ({first_line(error)})") from None
 
 
-def reach(repository: str, name: str, revision: str | None, what: str) -> None:
-    """Ask the hub once for a file. Raises UserError where it does not answer or has no such repository."""
+def reach(repository: str, name: str, revision: str | None, label: str) -> None:
+    """Query the hub once for a file. Raises UserError if it does not answer or has no such repository."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -52,12 +51,12 @@ def reach(repository: str, name: str, revision: str | None, what: str) -> None:
         return
     except Exception as error:
         raise UserError(
-            f"{what}: no such folder, its {name} is not in the local cache, and the hub does not give it "
-            f"({first_line(error)}); give a folder saved by transformers, or fetch it where there is a network"
+            f"{label}: no such folder, its {name} is not in the local cache, and the hub does not provide it "
+            f"({first_line(error)}); pass a folder saved by transformers, or fetch it where there is a network"
         ) from None
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its kind where it has none."""
+    """The first line of an error's message, or its type if the message is empty."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

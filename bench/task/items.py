@@ -1,4 +1,4 @@
-"""Items on their way through the model: what is read of an encoder, and the tensors of a set of items."""
+"""Items as input of the model: the hidden states to read of an encoder, and the tensors of a set of items."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tpme.bench.record import Modality
 
 @dataclass(frozen=True)
 class Reads:
-    """Which hidden states of one encoder an item encoder uses; always of token 0.
+    """The hidden states that an item encoder uses of one encoder; always of token 0.
 
     ``levels`` index the L+1 hidden states of an L-layer encoder: 0 is the embedding output, i the output of layer
     i-1. ``final`` is the encoder's last hidden state after its final norm, where it has one (a ViT; a BERT's last
@@ -26,7 +26,7 @@ class Reads:
 
     @property
     def count(self) -> int:
-        """How many states are read of each item."""
+        """Number of states read per item."""
         return len(self.levels) + self.final
 
 
@@ -36,7 +36,7 @@ LAST = Reads(final=True)
 
 @dataclass(frozen=True)
 class EncoderShape:
-    """What a method must know of an encoder to build its own parts, also where only cached states are at hand."""
+    """Width and number of layers of an encoder: enough for a method to build its parts, also for cached states."""
 
     width: int
     depth: int
@@ -44,11 +44,11 @@ class EncoderShape:
 
 @dataclass(frozen=True)
 class Items:
-    """A set of n items, ready for the device. Absent modalities are ``None``.
+    """The inputs of n items. Absent modalities are ``None``.
 
-    ids: (n,) int64, 0 is padding. tokens, token_mask: (n, T) int64. image: (n, 3, H, W) uint8, as it lies on disk;
-    it is normalised on the device. states: cached hidden states per modality, (n, levels, width). tables: those of the
-    whole catalogue, (N+1, levels, width), where they lie on the device: states are looked up once the ids are there.
+    ids: (n,) int64, 0 is padding. tokens, token_mask: (n, T) int64. image: (n, 3, H, W) uint8, as stored on disk;
+    normalised on the device. states: cached hidden states per modality, (n, levels, width). tables: cached states of
+    all items, (N+1, levels, width), if they are kept on the device: states are looked up there by id.
     """
 
     ids: Tensor
@@ -62,11 +62,11 @@ class Items:
         return int(self.ids.shape[0])
 
     def to(self, device: torch.device) -> Items:
-        """Copy to ``device``; from pinned memory the host does not wait for it."""
+        """Copy to ``device``, asynchronously from pinned memory."""
         return map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True)).looked_up()
 
     def looked_up(self) -> Items:
-        """With states in place of tables."""
+        """Replace tables by the states of these items."""
         if self.tables is None:
             return self
         states = {modality: table.index_select(0, self.ids) for modality, table in self.tables.items()}
@@ -77,7 +77,7 @@ T = TypeVar("T")
 
 
 def map_tensors(value: T, change: Callable[[Tensor], Tensor]) -> T:
-    """``value`` with ``change`` applied to every tensor in it: through dataclasses and dicts, other values kept."""
+    """Apply ``change`` to every tensor in ``value``, recursively in dataclasses and dicts; other values are kept."""
     if isinstance(value, Tensor):
         return cast(T, change(value))
     if isinstance(value, dict):

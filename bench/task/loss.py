@@ -1,11 +1,10 @@
 """The training loss: in-batch cross entropy with popularity debiasing (IISAN; logQ correction of Yi et al., 2019).
 
 Every slot of the batch is a candidate for every position. Candidate logits are ``u . v - log p(item)``; a candidate
-whose item stands in the user's own training slots is masked, except the target column itself.
+whose item is in the user's own training slots is masked, except the target column itself.
 
-The suite encodes each distinct item once. The slots that show it share one vector, hence one logit, and the sum over
-them in the softmax is that logit times their number: so a column a distinct item with ``+ log(count)`` gives exactly
-the loss, and the gradients, of a column a slot.
+Protocol ``suite`` encodes each distinct item once. All its slots share one vector and logit, so one column per distinct
+item with ``+ log(count)`` gives exactly the loss and gradients of one column per slot.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ MASKED_LOGIT = -1e4
 
 @dataclass(frozen=True)
 class Candidates:
-    """The columns of the in-batch softmax, and how the V valid positions of a batch refer to them.
+    """The columns of the in-batch softmax, and the V valid positions of a batch that refer to them.
 
     log_p: (C,) log training popularity of each column's item (0 for padding).
-    log_count: (C,) log of the number of slots a column stands for.
-    item: (C,) int64, each column's place among the batch's n distinct real items; n for padding.
-    slots: (B, S) int64, the same for every slot of every user.
+    log_count: (C,) log of the number of slots each column represents.
+    item: (C,) int64, each column's index among the batch's n distinct real items; n for padding.
+    slots: (B, S) int64, the same index for every slot of every user.
     rows: (V,) int64, valid positions in the flattened (B, L) of user vectors.
     target: (V,) int64, the column of each position's next item.
     """
@@ -53,7 +52,7 @@ def in_batch_logits(users: Tensor, vectors: Tensor, candidates: Candidates) -> T
     rows, target = candidates.rows, candidates.target
     valid = users.flatten(0, 1).index_select(0, rows)
     scores = (valid @ vectors.T).float()
-    # own[b, i]: distinct item i stands in a slot of user b. The extra column is padding: never a candidate.
+    # own[b, i]: distinct item i is in a slot of user b. The extra column is padding, never a candidate.
     own = torch.zeros(b, candidates.distinct + 1, dtype=torch.bool, device=users.device)
     own.scatter_(1, candidates.slots, True)
     own[:, -1] = True

@@ -1,7 +1,7 @@
-"""From what a source read to a prepared data set: filter, number, decode, write, and let it appear all at once.
+"""Turns raw data into a prepared data set: filter, number, decode, write, and publish the folder atomically.
 
-Kept are users with at least ``min_interactions`` items, and of each the last ``max_seq_len + 3``: older ones do not
-exist for anyone. Items that no kept interaction uses are dropped; ids follow the source's order, from 1.
+Users with fewer than ``min_interactions`` items are dropped; of the others only the last ``max_seq_len + 3`` items are
+kept. Items without a kept interaction are dropped; ids follow the source's order, from 1.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ _CHUNK = 256
 
 
 @dataclass(frozen=True)
-class Kept:
-    """What is left of the raw data.
+class Selection:
+    """The part of the raw data that is kept.
 
     items: positions in ``RawData.items`` of items 1, 2, ..., N. users: positions in ``RawData.users``.
-    sequences, offsets: as the prepared data set stores them.
+    sequences, offsets: as stored in the prepared data set.
     """
 
     items: NDArray[np.int64]
@@ -49,7 +49,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class Settings:
-    """How to prepare. ``image_size`` is ``None`` without images; ``workers`` is ``None`` for one a core."""
+    """Settings of a preparation. ``image_size``: ``None`` without images. ``workers``: ``None`` for one per core."""
 
     max_seq_len: int
     min_interactions: int
@@ -72,43 +72,43 @@ def prepare(
 ) -> Manifest:
     """Write ``raw`` as a prepared data set to the folder ``destination``.
 
-    Either the whole data set is there in the end or nothing of it. An equal one that is there already is left alone;
-    while another process is preparing one there, this one waits and says so.
+    The data set appears as a whole or not at all. An equal one at ``destination`` is left alone. While another process
+    prepares the same folder, this one prints a message and waits.
 
     Args:
-        raw: what a source read.
-        destination: where the folder shall appear; its parents are made.
+        raw: the data of a source.
+        destination: the folder to write; its parents are created.
         max_seq_len: longest input of the sequential encoder.
         min_interactions: users with fewer items are dropped; at least 3, for training, validation and test.
-        image_size: height and width of the stored images in pixels; needed where ``raw`` has pictures.
-        workers: processes that decode images; by default one a core.
-        progress: where to show progress.
-        skip_bad: leave items out whose image cannot be read, with their interactions, and count them.
+        image_size: height and width of the stored images in pixels; required if ``raw`` has pictures.
+        workers: processes that decode images; by default one per core.
+        progress: progress display.
+        skip_bad: skip and count items whose image cannot be read, with their interactions.
         force: replace another data set at ``destination``.
 
     Raises:
-        UserError: an image cannot be read, nothing is left, or something else stands at ``destination``.
+        UserError: an image cannot be read, no user is left, or ``destination`` holds something else.
     """
     if min_interactions < 3:
-        raise UserError(f"min_interactions is {min_interactions}; training, validation and test need 3 items a user")
+        raise UserError(f"min_interactions is {min_interactions}; training, validation and test need 3 items per user")
     if raw.titles is None and raw.pictures is None:
-        raise UserError(f"{raw.name}: neither text nor images are to be used")
+        raise UserError(f"{raw.name}: neither text nor images are selected")
     if raw.pictures is not None and image_size is None:
-        raise UserError(f"{raw.name}: has images; give the size to store them at")
+        raise UserError(f"{raw.name}: has images; pass the size to store them at")
     settings = Settings(
         max_seq_len, min_interactions, image_size if raw.pictures is not None else None, workers, skip_bad
     )
     destination = destination.expanduser().resolve()
     progress = progress or Progress(console=Console(stderr=True), disable=True)
-    kept = keep(raw, last=max_seq_len + 3, min_interactions=min_interactions)
+    kept = select(raw, last=max_seq_len + 3, min_interactions=min_interactions)
 
     def waiting() -> None:
-        told = f"{destination}: another process is preparing it; waiting for it to end"
-        progress.console.print(told, style="yellow", markup=False, highlight=False, soft_wrap=True)
+        message = f"{destination}: another process is preparing it; waiting for it to end"
+        progress.console.print(message, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
     with workspace(destination, waiting) as space:
         existing = _existing(destination, force=force)
-        if existing is not None and not skip_bad and not _alike(existing, raw, kept, settings):
+        if existing is not None and not skip_bad and not _may_be_equal(existing, raw, kept, settings):
             raise _refusal(destination)
         folder = space / "dataset"
         folder.mkdir()
@@ -120,14 +120,16 @@ def prepare(
     return manifest
 
 
-def keep(raw: RawData, *, last: int | None, min_interactions: int, dropped: NDArray[np.bool_] | None = None) -> Kept:
-    """Filter and number.
+def select(
+    raw: RawData, *, last: int | None, min_interactions: int, dropped: NDArray[np.bool_] | None = None
+) -> Selection:
+    """Filter users and interactions, and number the remaining items.
 
     Args:
-        raw: what a source read.
-        last: how many items of a user to keep, from the end; ``None`` keeps all.
+        raw: the data of a source.
+        last: number of items to keep per user, from the end; ``None`` keeps all.
         min_interactions: users with fewer items are dropped.
-        dropped: (items,), items to leave out beforehand, with their interactions.
+        dropped: (items,), items to drop first, with their interactions.
 
     Raises:
         UserError: no user is left.
@@ -140,8 +142,8 @@ def keep(raw: RawData, *, last: int | None, min_interactions: int, dropped: NDAr
     enough = lengths >= min_interactions
     if not enough.any():
         raise UserError(
-            f"{raw.name}: no user has {min_interactions} items or more (the longest has "
-            f"{lengths.max(initial=0)} of {len(raw.users)} users), so nothing is left to prepare"
+            f"{raw.name}: no user has at least {min_interactions} items (maximum {lengths.max(initial=0)}, "
+            f"{len(raw.users)} users), so there is nothing to prepare"
         )
     to_end = np.cumsum(lengths)[user] - np.arange(len(flat))  # 1 for a user's last item
     kept_lengths = lengths[enough] if last is None else np.minimum(lengths[enough], last)
@@ -149,7 +151,7 @@ def keep(raw: RawData, *, last: int | None, min_interactions: int, dropped: NDAr
     flat = flat[enough[user] & recent]
     used = np.zeros(len(raw.items), bool)
     used[flat] = True
-    return Kept(
+    return Selection(
         items=np.flatnonzero(used),
         users=np.flatnonzero(enough),
         sequences=np.cumsum(used, dtype=np.int32)[flat],
@@ -158,7 +160,7 @@ def keep(raw: RawData, *, last: int | None, min_interactions: int, dropped: NDAr
 
 
 def _flattened(raw: RawData) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Item and user of every interaction, user after user, oldest first: both (interactions,)."""
+    """Item and user of every interaction, both (interactions,), by user and oldest first."""
     lengths = np.array([len(history) for history in raw.histories], np.int64)
     nothing = np.zeros(0, np.int32)
     return np.concatenate([nothing, *raw.histories]).astype(np.int64), np.repeat(np.arange(len(lengths)), lengths)
@@ -168,11 +170,11 @@ def _flattened(raw: RawData) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 
 
 def _existing(destination: Path, *, force: bool) -> Manifest | None:
-    """The data set that must not be replaced; ``None`` if the place is free or its content may go."""
+    """The data set that must not be replaced; ``None`` if the folder is free or may be replaced."""
     if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
         return None
     if not (destination / "dataset.json").is_file():
-        raise UserError(f"{destination}: exists and is no prepared data set; choose another destination")
+        raise UserError(f"{destination}: exists and is not a prepared data set; choose another destination")
     if force:
         return None
     try:
@@ -182,11 +184,11 @@ def _existing(destination: Path, *, force: bool) -> Manifest | None:
 
 
 def _refusal(destination: Path) -> UserError:
-    return UserError(f"{destination}: holds another data set or a damaged one; choose another place or add --force")
+    return UserError(f"{destination}: holds another data set or a damaged one; choose another folder or add --force")
 
 
-def _alike(existing: Manifest, raw: RawData, kept: Kept, settings: Settings) -> bool:
-    """Whether ``existing`` can be equal to what is to be prepared: known before any image is decoded."""
+def _may_be_equal(existing: Manifest, raw: RawData, kept: Selection, settings: Settings) -> bool:
+    """Whether ``existing`` can equal the data set to prepare, as far as known before decoding images."""
     return (
         existing.modalities == _modalities(raw)
         and existing.max_seq_len == settings.max_seq_len
@@ -199,11 +201,8 @@ def _alike(existing: Manifest, raw: RawData, kept: Kept, settings: Settings) -> 
 # --- the content -------------------------------------------------------------------------------------------
 
 
-def _build(raw: RawData, kept: Kept, folder: Path, settings: Settings, progress: Progress) -> Manifest:
-    """Write all files of the data set into ``folder``.
-
-    Its fingerprint is the SHA-256 over everything that a reader of it can see, but not over its name.
-    """
+def _build(raw: RawData, kept: Selection, folder: Path, settings: Settings, progress: Progress) -> Manifest:
+    """Write all files of the data set to ``folder``. Its fingerprint: SHA-256 of the content without the name."""
     skipped = Counter(raw.skipped)
     images = folder / "images.npy"
     if raw.pictures is not None and settings.skip_bad:
@@ -252,10 +251,7 @@ def _build(raw: RawData, kept: Kept, folder: Path, settings: Settings, progress:
 
 
 def _hashing(digest: _Hash, path: Path, items: int, settings: Settings) -> Callable[[int], None]:
-    """Called with how many images have been written since the last call: takes them into ``digest``.
-
-    While workers decode, this process has nothing else to do.
-    """
+    """Return a function that adds the next ``count`` written images to ``digest``, while the workers decode others."""
     assert settings.image_size is not None
     size, row = settings.image_size, 1
     digest.update(f"\nimages |u1 {(items + 1, 3, size, size)}\n".encode())
@@ -282,9 +278,9 @@ def _decode(
     progress: Progress,
     then: Callable[[int], None] = lambda count: None,
 ) -> list[int]:
-    """Decode the pictures of ``items`` (n,) to rows 1..n of ``path``; returns indices in ``items`` that failed.
+    """Decode the pictures of ``items`` (n,) to rows 1..n of ``path``; returns the indices in ``items`` that failed.
 
-    ``then`` is called as the ``advance`` of ``decode_all`` is.
+    ``then`` is called like ``advance`` of ``decode_all``.
     """
     assert raw.pictures is not None
     assert settings.image_size is not None
@@ -306,19 +302,21 @@ def _decode(
     return [index for index, _ in failures]
 
 
-def _write_good_images(raw: RawData, path: Path, settings: Settings, progress: Progress, skipped: Counter[str]) -> Kept:
-    """Decode, leave out what cannot be read, and write the images of the items that are kept then.
+def _write_good_images(
+    raw: RawData, path: Path, settings: Settings, progress: Progress, skipped: Counter[str]
+) -> Selection:
+    """Decode all images, drop items whose image is unreadable, and write the images of the remaining selection.
 
-    Without a bad item, older items of its users move up into the last ``max_seq_len + 3``. So everything that these
-    users ever had is decoded first.
+    Where a bad item is dropped, an older item of the same user moves into the last ``max_seq_len + 3``. So the images
+    of all items of these users are decoded first.
     """
-    every = keep(raw, last=None, min_interactions=settings.min_interactions)
+    every = select(raw, last=None, min_interactions=settings.min_interactions)
     scratch = path.with_name("decoded.npy")
     failed = every.items[_decode(raw, every.items, scratch, settings, progress)]
     dropped = np.zeros(len(raw.items), bool)
     dropped[failed] = True
     last = settings.max_seq_len + 3
-    kept = keep(raw, last=last, min_interactions=settings.min_interactions, dropped=dropped)
+    kept = select(raw, last=last, min_interactions=settings.min_interactions, dropped=dropped)
     if len(failed):
         skipped["unreadable image"] += len(failed)
         skipped["interaction with a skipped item"] += int(np.count_nonzero(dropped[_flattened(raw)[0]]))
@@ -327,19 +325,19 @@ def _write_good_images(raw: RawData, path: Path, settings: Settings, progress: P
         return kept
     decoded = np.load(scratch, mmap_mode="r")
     shape = (len(kept.items) + 1, *decoded.shape[1:])
-    require_space(path.parent, int(np.prod(shape)))  # written through a map, where a full disk is a crash
+    require_space(path.parent, int(np.prod(shape)))  # a full disk crashes writes through a memory map
     images = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
     rows = np.concatenate(([0], np.searchsorted(every.items, kept.items) + 1))
     for start in range(0, len(rows), _CHUNK):
-        _mapped_anew(images, "r+")[start : start + _CHUNK] = _mapped_anew(decoded)[rows[start : start + _CHUNK]]
+        _remap(images, "r+")[start : start + _CHUNK] = _remap(decoded)[rows[start : start + _CHUNK]]
     scratch.unlink()
     return kept
 
 
-def _mapped_anew(array: Any, mode: Literal["r", "r+"] = "r") -> NDArray[Any]:
-    """The same mapped file through a mapping of its own.
+def _remap(array: Any, mode: Literal["r", "r+"] = "r") -> NDArray[Any]:
+    """Map the same file again.
 
-    Pages that were touched count as this process's memory until their mapping goes: with one mapping for all rows,
-    memory would grow with the number of items.
+    Touched pages count as memory of this process until their mapping is closed: with one mapping for all rows, memory
+    would grow with the number of items.
     """
     return np.memmap(array.filename, array.dtype, mode, array.offset, array.shape)

@@ -135,7 +135,7 @@ class _NearPairs:
     def __init__(self, users: Tensor, candidates: Tensor, target: Tensor) -> None:
         self.users, self.candidates, self.target = users, candidates, target
         self.pairs, self.not_below = torch.zeros_like(target), torch.zeros_like(target)
-        self.found: list[tuple[Tensor, Tensor]] = []
+        self.queued: list[tuple[Tensor, Tensor]] = []
 
     def search(self, blocks: Tensor, first: int) -> None:
         """Find the zeros among -1, 0 and 1 (b, BLOCK), whose first element is number ``first`` of the scores (U, N).
@@ -143,8 +143,8 @@ class _NearPairs:
         Norms of blocks find the few that hold a zero. To look at every element would take half as long as the product.
         """
         for hit in (torch.linalg.vector_norm(blocks, dim=1) ** 2 < BLOCK - 0.5).nonzero()[:, 0].split(HITS):
-            self.found.append((first + hit * BLOCK, blocks[hit]))
-            if sum(len(numbers) for numbers, _ in self.found) >= HITS:
+            self.queued.append((first + hit * BLOCK, blocks[hit]))
+            if sum(len(numbers) for numbers, _ in self.queued) >= HITS:
                 self._compare()
 
     def counts(self) -> tuple[Tensor, Tensor]:
@@ -153,10 +153,10 @@ class _NearPairs:
         return self.pairs, self.not_below
 
     def _compare(self) -> None:
-        if not self.found:
+        if not self.queued:
             return
-        numbers, blocks = (torch.cat(part) for part in zip(*self.found, strict=True))
-        self.found = []
+        numbers, blocks = (torch.cat(part) for part in zip(*self.queued, strict=True))
+        self.queued = []
         hit, place = (blocks == 0).nonzero(as_tuple=True)
         score = numbers[hit] + place
         for number in score.split(PAIRS):

@@ -19,9 +19,9 @@ ORDER: tuple[Modality, ...] = ("image", "text")
 
 
 class ItemEncoder(nn.Module):
-    """How an item's hidden states become its vector. Methods with a side network subclass it.
+    """Maps an item's hidden states to its vector. Methods with a side network subclass it.
 
-    ``reads`` says what of each encoder is used; ``group`` names the learning rate of these parameters.
+    ``reads``: the hidden states used of each encoder. ``group``: the learning rate of these parameters.
     """
 
     group: Literal["recommender", "method"] = "method"
@@ -61,10 +61,10 @@ class Recommender(nn.Module):
     """Encoders, item encoder and sequential encoder of one cell.
 
     Args:
-        views: the loaded encoders; empty where the cell reads cached states or uses item ids alone.
+        views: the loaded encoders; empty if the cell reads cached states or item ids only.
         item_encoder: the method's, or ``TokenFusion``.
         sequence: the sequential encoder.
-        decoupled: the encoders stay untouched and run without gradients.
+        decoupled: the encoders stay unmodified and run without gradients.
     """
 
     def __init__(
@@ -80,14 +80,14 @@ class Recommender(nn.Module):
             parameter.requires_grad_(False)
 
     def train(self, mode: bool = True) -> Recommender:
-        """Set the mode: encoder layers train only if their weight matrices do, a method's own modules always."""
+        """Set the mode; an encoder layer follows it only if its weight matrices train, a method's modules always."""
         super().train(mode)
         for view in self.views.values():
             view.set_mode(mode)
         return self
 
     def hidden_states(self, items: Items) -> dict[Modality, Tensor]:
-        """What the item encoder reads of each encoder: (n, levels, width) per modality."""
+        """The hidden states that the item encoder reads, (n, levels, width) per modality."""
         if items.states is not None:
             dtype = next(self.item_encoder.parameters()).dtype
             return {modality: states.to(dtype) for modality, states in items.states.items()}
@@ -105,12 +105,12 @@ class Recommender(nn.Module):
         return vectors
 
     def user_vectors(self, vectors: Tensor, mask: Tensor) -> Tensor:
-        """User vectors (B, L, d), one a position, of item vectors (B, L, d) under ``mask`` (B, L)."""
+        """User vectors (B, L, d), one per position, from item vectors (B, L, d) under ``mask`` (B, L)."""
         users: Tensor = self.sequence(vectors, mask)
         return users
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Trainable parameters by the learning rate they follow: recommender, text, image, method."""
+        """Trainable parameters by their learning rate: recommender, text, image, method."""
         groups: dict[str, list[nn.Parameter]] = {"recommender": list(self.sequence.parameters())}
         groups.setdefault(self.item_encoder.group, []).extend(self.item_encoder.parameters())
         for modality, encoder in self.encoders.items():

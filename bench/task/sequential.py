@@ -40,13 +40,13 @@ class _Block(nn.Module):
 
 
 class SequentialEncoder(nn.Module):
-    """Item vectors of a left-padded sequence -> one user vector a position.
+    """Maps the item vectors of a left-padded sequence to one user vector per position.
 
     Args:
         dim: width d of item and user vectors. max_seq_len: positions L. blocks, heads, dropout: of the transformer.
 
     Raises:
-        UserError: where ``dim`` is no multiple of ``heads``.
+        UserError: ``dim`` is not a multiple of ``heads``.
     """
 
     def __init__(self, dim: int, max_seq_len: int, blocks: int, heads: int, dropout: float) -> None:
@@ -65,11 +65,11 @@ class SequentialEncoder(nn.Module):
     def forward(self, vectors: Tensor, mask: Tensor) -> Tensor:
         """Encode (B, L, d) item vectors under ``mask`` (B, L), true where a slot holds an item; returns (B, L, d).
 
-        Padded positions are never attended to; their own outputs mean nothing.
+        Padded positions are never attended to, and their outputs are meaningless.
         """
         length = vectors.shape[1]
         causal = torch.ones(length, length, dtype=torch.bool, device=vectors.device).tril()
-        # A padded query would see nothing, which is NaN in some kernels: it may see itself.
+        # A fully masked query gives NaN in some kernels, so padded positions attend to themselves.
         visible = (causal & mask[:, None, :]) | torch.eye(length, dtype=torch.bool, device=vectors.device)
         x = functional.dropout(self.norm(vectors + self.positions[-length:]), self.dropout, self.training)
         for block in self.blocks:
@@ -78,7 +78,7 @@ class SequentialEncoder(nn.Module):
 
 
 def init_linear(linear: nn.Linear) -> None:
-    """Xavier-normal weights, zero bias: how every new linear layer of the recommender starts."""
+    """Initialise a linear layer of the recommender: Xavier-normal weights, zero bias."""
     nn.init.xavier_normal_(linear.weight)
     if linear.bias is not None:
         nn.init.zeros_(linear.bias)

@@ -1,7 +1,6 @@
-"""Titles as token ids, by the tokenizer that belongs to a text encoder: computed once, kept on the disk.
+"""Titles as token ids of a text encoder's tokenizer, computed once and stored on disk.
 
-The tokenizer comes from a folder, from the local Hugging Face cache, or from the hub. ``trust_remote_code`` is never
-set.
+The tokenizer comes from a folder, the local Hugging Face cache, or the hub. No remote code runs.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ _TITLES_PER_CALL = 4096
 
 @dataclass(frozen=True)
 class TokenTable:
-    """The tokens of all titles by item id; row 0, the padding item, is all zero.
+    """The tokens of all titles by item id; row 0, the padding item, is zero.
 
-    ids: int32 (N + 1, T), special tokens included, cut off after T, filled up on the right with the tokenizer's
-    padding token. lengths: int32 (N + 1,), how many of them are real: the attention mask is ``arange(T) < length``.
+    ids: int32 (N + 1, T), with special tokens, truncated to T, padded on the right with the tokenizer's padding token.
+    lengths: int32 (N + 1,), number of real tokens: the attention mask is ``arange(T) < length``.
     """
 
     ids: NDArray[np.int32]
@@ -40,18 +39,17 @@ class TokenTable:
 def tokenise(
     dataset: Dataset, tokenizer_source: str, revision: str | None, title_tokens: int, store: Path
 ) -> TokenTable:
-    """The tokens of all titles of ``dataset``, from ``store`` where they are already there.
+    """The tokens of all titles of ``dataset``, read from ``store`` if present.
 
     Args:
-        dataset: one with titles.
+        dataset: a data set with titles.
         tokenizer_source: folder, hub id or built-in name of the text encoder.
         revision: of the hub repository.
-        title_tokens: T, at most so many tokens a title.
-        store: folder in which tables are kept, by data set, tokenizer and T.
+        title_tokens: T, maximum number of tokens per title.
+        store: folder of stored tables, one per data set, tokenizer and T.
 
     Raises:
-        UserError: the data set has no titles, T leaves no room for text, or neither folder, cache nor hub has the
-            tokenizer.
+        UserError: the data set has no titles, T leaves no room for text, or the tokenizer cannot be loaded.
     """
     if dataset.titles is None:
         raise UserError(f"{dataset.path}: prepared without titles; prepare it again with --modalities text,image")
@@ -59,7 +57,7 @@ def tokenise(
     special = tokenizer.num_special_tokens_to_add(pair=False)
     if title_tokens <= special:
         raise UserError(
-            f"{title_tokens} title tokens: '{tokenizer_source}' needs {special} for its special tokens alone"
+            f"title_tokens is {title_tokens}, but '{tokenizer_source}' needs {special} for its special tokens alone"
         )
     key = hashlib.sha256(f"{dataset.manifest.fingerprint}\n{title_tokens}\n{_content(tokenizer)}".encode()).hexdigest()[
         :16
@@ -76,10 +74,10 @@ def tokenise(
 
 
 def load_tokenizer(source: str, revision: str | None) -> Any:
-    """The tokenizer of ``source``. One look at the hub, and no retries, where the local cache does not have it.
+    """The tokenizer of ``source``; if it is not in the local cache, the hub is queried once, without retries.
 
     Raises:
-        UserError: it is not to be had.
+        UserError: it cannot be loaded.
     """
     from tpme.bench.task.encoders import encoder_source
 
@@ -94,7 +92,7 @@ def load_tokenizer(source: str, revision: str | None) -> Any:
 
 
 def _load(place: str, revision: str | None, *, local_files_only: bool) -> Any:
-    """The tokenizer, or the exception that says why not."""
+    """The tokenizer, or the exception of loading it."""
     from transformers import AutoTokenizer
 
     try:
@@ -103,14 +101,14 @@ def _load(place: str, revision: str | None, *, local_files_only: bool) -> Any:
         )
     except (OSError, ValueError) as error:
         return error
-    # Where its files are missing, transformers may build a tokenizer that turns every word into "unknown".
+    # With files missing, transformers may build a tokenizer that maps every word to "unknown".
     if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
         return ValueError("its vocabulary is empty; is tokenizer.json there?")
     return tokenizer
 
 
 def _content(tokenizer: Any) -> str:
-    """Everything that decides which tokens a title becomes. Where it was loaded from does not."""
+    """Everything that determines the tokens of a title, independent of where the tokenizer was loaded from."""
     from transformers import __version__
 
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -135,7 +133,7 @@ def _tokenise(titles: list[str], tokenizer: Any, title_tokens: int) -> TokenTabl
 
 
 def _read(path: Path, shape: tuple[int, int]) -> TokenTable | None:
-    """The stored table; ``None`` where there is none, or a damaged one, which will be written again."""
+    """The stored table; ``None`` if it is missing or damaged, and must be written again."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             table = TokenTable(arrays["ids"], arrays["lengths"])

@@ -1,8 +1,7 @@
-"""One view on transformer encoders: where BERT, ViT and their relatives keep layers, projections and norms.
+"""A common view of transformer encoders: the layers, projections and sub-layers of BERT, ViT and their relatives.
 
-Methods never spell module paths: transformers 5 renamed ViT's modules, and other encoders differ again. A role is
-looked up under every path known for it, relative to one layer; where none exists the method that needs it is refused
-with one clear line.
+Methods use roles instead of module paths, which differ between encoders and versions of transformers. A role is looked
+up under all known paths, relative to one layer; if none exists, a UserError says so in one line.
 """
 
 from __future__ import annotations
@@ -62,15 +61,15 @@ _ROLES: dict[Role, tuple[str, ...]] = {
     "ffn_in": ("intermediate.dense", "mlp.fc1", "ffn.lin1", "mlp.up_proj"),
     "ffn_out": ("output.dense", "mlp.fc2", "ffn.lin2", "mlp.down_proj"),
 }
-# Where a sub-layer's output is still without its residual. BERT drops out before it adds and normalises, so an
-# adapter after the dropout stands exactly where Houlsby et al. put it; elsewhere the projection's output is that place.
+# Modules whose output is a sub-layer's output without its residual. BERT applies dropout before it adds and normalises,
+# so an adapter after the dropout is exactly where Houlsby et al. put it; elsewhere it follows the projection.
 _SUBLAYER_OUTPUTS: tuple[tuple[str, ...], tuple[str, ...]] = (
     ("attention.output.dropout", *_ROLES["attention_output"]),
     ("output.dropout", *_ROLES["ffn_out"]),
 )
 
-# Set on every module of the untouched encoder: the names of its own parameters. An attribute, not a table of ids: ids
-# are reused once a method drops a module, and a deep copy of the model keeps its marks.
+# Set on every module of the unmodified encoder: the names of its own parameters. An attribute, not a table of ids: ids
+# are reused once a method drops a module, and attributes survive a deep copy of the model.
 _OWN = "_tpme_own_parameters"
 
 
@@ -88,7 +87,7 @@ class EncoderView:
 
     Args:
         module: a transformers encoder that returns ``last_hidden_state``.
-        modality: which item input it reads.
+        modality: the item input it reads.
         mean, std: normalisation of images in [0, 1], per channel.
     """
 
@@ -101,19 +100,19 @@ class EncoderView:
     ) -> None:
         self.module = module
         self.modality = modality
-        # In units of uint8 pixels; moved to the images' device once, on first use there.
+        # In units of uint8 pixels; moved to the images' device on first use.
         self._shift, self._scale = (torch.tensor(values)[:, None, None] * 255 for values in (mean, std))
-        found = _find(module, _LAYER_LISTS)
-        if found is None:
+        layers = _find(module, _LAYER_LISTS)
+        if layers is None:
             raise UserError(
-                f"{type(module).__name__} ({modality} encoder): its list of layers is at none of the known places "
+                f"{type(module).__name__} ({modality} encoder): its list of layers is at none of the known paths "
                 f"({', '.join(_LAYER_LISTS)}); choose an encoder of the BERT or ViT family"
             )
-        self._layers_path = found[0]
+        self._layers_path = layers[0]
         if any(getattr(part, "is_causal", False) is True for part in module.modules()):
             raise UserError(
-                f"{type(module).__name__} ({modality} encoder): its attention is causal, so token 0 knows nothing of "
-                "the rest; choose an encoder of the BERT or ViT family"
+                f"{type(module).__name__} ({modality} encoder): its attention is causal, so token 0 sees no other "
+                "token; choose an encoder of the BERT or ViT family"
             )
         for part in module.modules():
             setattr(part, _OWN, tuple(name for name, _ in part.named_parameters(recurse=False)))
@@ -132,18 +131,18 @@ class EncoderView:
     @property
     def embeddings(self) -> nn.Module:
         """The module whose output is hidden state 0, (n, tokens, width)."""
-        found = _find(self.module, ("embeddings",))
-        if found is None:
+        embeddings = _find(self.module, ("embeddings",))
+        if embeddings is None:
             raise UserError(
                 f"{type(self.module).__name__} ({self.modality} encoder): it has no 'embeddings'; "
                 "choose an encoder of the BERT or ViT family"
             )
-        return found[1]
+        return embeddings[1]
 
     def projections(self, *roles: Role) -> list[str]:
-        """Qualified names of the linear layers that play ``roles``, in all layers.
+        """Qualified names of the linear layers with these ``roles``, in all layers.
 
-        Raises UserError where the encoder keeps one of them at no known place.
+        Raises UserError if one of them is at none of the known paths.
         """
         return [
             f"{self._layers_path}.{i}.{path}" for i in range(len(self.layers)) for path in self._role_paths(i, roles)
@@ -153,18 +152,18 @@ class EncoderView:
         return [self._locate(layer, _ROLES[role], role)[0] for role in roles]
 
     def sublayer_outputs(self, layer: int) -> tuple[nn.Module, nn.Module]:
-        """Modules whose outputs are the attention and feed-forward sub-layers' before their residual is added."""
+        """Modules whose outputs are those of the attention and feed-forward sub-layers, before the residual."""
         attention, ffn = (self._locate(layer, paths, "sub-layer output")[1] for paths in _SUBLAYER_OUTPUTS)
         return attention, ffn
 
-    def _locate(self, layer: int, paths: tuple[str, ...], what: str) -> tuple[str, nn.Module]:
-        found = _find(self.layers[layer], paths)
-        if found is None:
+    def _locate(self, layer: int, paths: tuple[str, ...], role: str) -> tuple[str, nn.Module]:
+        part = _find(self.layers[layer], paths)
+        if part is None:
             raise UserError(
-                f"{type(self.module).__name__} ({self.modality} encoder), layer {layer}: no '{what}' at any known "
-                f"place ({', '.join(paths)}); choose an encoder of the BERT or ViT family"
+                f"{type(self.module).__name__} ({self.modality} encoder), layer {layer}: no '{role}' at any known "
+                f"path ({', '.join(paths)}); choose an encoder of the BERT or ViT family"
             )
-        return found
+        return part
 
     # --- running it ---------------------------------------------------------------------------------------------
 
@@ -176,12 +175,12 @@ class EncoderView:
         token_mask: Tensor | None = None,
         image: Tensor | None = None,
     ) -> Tensor:
-        """Run the encoder and keep what ``reads`` asks for and nothing else.
+        """Run the encoder and keep only the hidden states in ``reads``.
 
         Args:
-            reads: which hidden states; of each, token 0 alone survives the layer that made it.
-            tokens, token_mask: (n, T) int64, of a text encoder.
-            image: (n, 3, H, W) uint8, of an image encoder.
+            reads: the hidden states to return; only token 0 of each is kept.
+            tokens, token_mask: (n, T) int64, for a text encoder.
+            image: (n, 3, H, W) uint8, for an image encoder.
 
         Returns:
             (n, reads.count, width), levels in the order of ``reads``, the final state last.
@@ -203,7 +202,7 @@ class EncoderView:
 
     @contextmanager
     def _keep(self, level: int, kept: dict[int, Tensor]) -> Iterator[None]:
-        # clone() under no_grad: a view would keep all tokens of the level alive until the encoder is done.
+        # Without gradients, clone: a view would keep all tokens of the level in memory until the encoder is done.
         def first_token(hidden: Tensor) -> Tensor:
             return hidden[:, 0] if torch.is_grad_enabled() else hidden[:, 0].clone()
 
@@ -223,7 +222,7 @@ class EncoderView:
             handle.remove()
 
     def _normalise(self, image: Tensor) -> Tensor:
-        """Scale uint8 pixels to [0, 1] and normalise them, on the device they lie on."""
+        """Scale uint8 pixels to [0, 1] and normalise them, on their device."""
         if self._shift.device != image.device:
             self._shift, self._scale = self._shift.to(image.device), self._scale.to(image.device)
         return (image.float() - self._shift) / self._scale
@@ -231,18 +230,18 @@ class EncoderView:
     # --- training it --------------------------------------------------------------------------------------------
 
     def checkpoint_activations(self) -> None:
-        """Keep only layer inputs for the backward pass and compute the rest again (Chen et al., 2016).
+        """Keep only layer inputs for the backward pass and recompute the rest (Chen et al., 2016).
 
-        Not transformers' own switch: that one is off in eval mode, and frozen layers run in eval mode here.
+        The switch of transformers has no effect in eval mode, in which frozen layers run here.
         """
         for layer in self.layers:
             layer.forward = partial(_checkpointed, layer.forward)
 
     def set_mode(self, training: bool) -> None:
-        """Train mode where it belongs: a layer's own modules only if weight matrices of that layer train.
+        """Set train or eval mode; a layer's own modules train only if a weight matrix of that layer does.
 
-        Frozen layers must not drop out (their cached twin cannot), and modules that a method put in follow
-        ``training`` whatever the layer around them does. What is outside the layers counts as one more layer.
+        Frozen layers must not apply dropout (cached states have none). Modules added by a method follow ``training``
+        whatever their layer does. Everything outside the layers is treated as one more layer.
         """
         self.module.train(training)
         layers = [list(layer.modules()) for layer in self.layers]

@@ -1,4 +1,4 @@
-"""Making a folder appear all at once: it is built in a locked folder beside its place and then renamed."""
+"""Publishes a folder atomically: it is built in a locked folder beside its destination and then renamed."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from tpme.bench.errors import UserError
 
 @contextmanager
 def workspace(destination: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[Path]:
-    """An empty folder beside ``destination`` to build in; it is removed at the end, whatever happens.
+    """Provide an empty folder beside ``destination`` to build in, and always remove it at the end.
 
-    One process at a time may build for one destination; another one calls ``waiting`` and waits. The lock dies with
-    its process, so what an interrupted or killed one left behind is cleared by the next.
+    One process at a time may build for a destination; others call ``waiting`` and wait. A lock ends with its process;
+    files left by a killed process are removed by the next one.
 
     Raises:
-        UserError: the folder cannot be made.
+        UserError: the folder cannot be created.
     """
     folder = destination.parent / f".{destination.name}.preparing"
     lock = _locked(folder, destination, waiting)
     try:
         previous = folder / "previous"
         if previous.exists() and not destination.exists():
-            previous.rename(destination)  # killed in the middle of publish()
+            previous.rename(destination)  # the previous process was killed in publish()
         _clear(folder)
         yield folder
     finally:
@@ -37,21 +37,21 @@ def workspace(destination: Path, waiting: Callable[[], None] = lambda: None) -> 
 
 
 def publish(folder: Path, destination: Path, *, replace: bool) -> None:
-    """Move the finished ``folder``, which lies in the workspace, to ``destination``.
+    """Move the finished ``folder`` from the workspace to ``destination``.
 
     Raises:
-        UserError: something has appeared there meanwhile, and ``replace`` is not set.
+        UserError: ``destination`` exists by now, and ``replace`` is not set.
     """
     for file in folder.iterdir():
         handle = os.open(file, os.O_RDONLY)
-        os.fsync(handle)  # else a crash of the machine may leave the name and lose the content
+        os.fsync(handle)  # else a system crash may keep the name and lose the content
         os.close(handle)
     if replace and destination.exists():
         destination.rename(folder.parent / "previous")
     try:
         folder.rename(destination)
     except OSError as error:
-        raise UserError(f"{destination}: cannot be put there ({error.strerror})") from None
+        raise UserError(f"{destination}: cannot be moved there ({error.strerror})") from None
 
 
 def _locked(folder: Path, destination: Path, waiting: Callable[[], None]) -> IO[str]:

@@ -13,9 +13,9 @@ import torch
 from tpme.bench.errors import UserError
 from tpme.bench.measure.phases import PhaseLog
 from tpme.bench.record import CacheFacts
-from tpme.bench.run.job import parse_progress
 from tpme.bench.task.batches import States
 from tpme.bench.task.features import FeatureJob, Placement, feature_folder, load, read_manifest
+from tpme.bench.workers import parse_progress
 
 Progress = Callable[[str, float], None]
 

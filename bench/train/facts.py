@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tpme.bench.measure.sampler import Samples
+from tpme.bench.measure.sampler import SampledCurve
 from tpme.bench.record import Parameters, Reading
 from tpme.bench.task.dataset import Dataset
 from tpme.bench.task.evaluate import ITEMS_PER_CHUNK
@@ -35,7 +35,7 @@ def ranks(dataset: Dataset, rank: NDArray[np.int32]) -> Arrays:
     }
 
 
-def samples(outcome: Outcome, curve: Samples | None, device: torch.device) -> Arrays:
+def samples(outcome: Outcome, curve: SampledCurve | None, device: torch.device) -> Arrays:
     """The arrays of a record's ``samples`` file: step times, and the memory curve of the device's own memory."""
     assert curve is not None
     return {

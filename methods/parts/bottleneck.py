@@ -1,4 +1,4 @@
-"""The residual bottleneck that adapters and side networks share."""
+"""The residual bottleneck shared by adapters and side networks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Activation = Literal["relu", "gelu"]
 
 
 class Bottleneck(nn.Module):
-    """``B(x) = x + W_up act(W_down x)``: weights N(0, 0.01), biases zero, so B is nearly the identity at the start.
+    """``B(x) = x + W_up act(W_down x)``; weights N(0, 0.01) and zero biases make B nearly the identity at the start.
 
     Houlsby et al. (ICML 2019) insert it into an encoder; IISAN's SANB (SIGIR 2024, section 3) stacks it beside one.
 

@@ -19,10 +19,10 @@ def fresh() -> Callable[[str], Any]:
     """Run a piece of Python in a process of its own, small and without history; returns the JSON it prints last."""
 
     def run(code: str) -> Any:
-        told = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False, timeout=120
         )
-        assert told.returncode == 0, told.stderr
-        return json.loads(told.stdout.splitlines()[-1])
+        assert process.returncode == 0, process.stderr
+        return json.loads(process.stdout.splitlines()[-1])
 
     return run

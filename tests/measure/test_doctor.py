@@ -57,9 +57,9 @@ def test_it_fits_80_columns(diagnosis: Diagnosis) -> None:
 
 
 def test_the_command_succeeds_and_its_json_is_the_diagnosis() -> None:
-    told = CliRunner().invoke(app, ["doctor", "--json"])
-    assert told.exit_code == 0
-    assert Diagnosis.model_validate_json(told.output).cores >= 1
+    result = CliRunner().invoke(app, ["doctor", "--json"])
+    assert result.exit_code == 0
+    assert Diagnosis.model_validate_json(result.output).cores >= 1
 
 
 def test_gpus_are_listed_with_their_state(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,19 +93,19 @@ def test_downloaded_encoders_are_named(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "datasets--a--b" / "snapshots" / "abc").mkdir(parents=True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(doctor, "try_out", lambda device, nvml: ((), ()))
-    told = json.loads(diagnose(tmp_path).model_dump_json())
-    assert told["hub"]["models"] == ["google/vit-base"]
+    result = json.loads(diagnose(tmp_path).model_dump_json())
+    assert result["hub"]["models"] == ["google/vit-base"]
 
 
 def test_the_noise_floor_is_shown_once_it_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def shown() -> str:
+    def rendered() -> str:
         output = io.StringIO()
         render(diagnose(tmp_path), Console(file=output, width=200))
         return output.getvalue()
 
     monkeypatch.setattr(doctor, "try_out", lambda device, nvml: ((), ()))
-    assert "not measured yet; tpme doctor --noise" in shown()
+    assert "not measured yet; tpme doctor --noise" in rendered()
     key = environment("cuda" if torch.cuda.is_available() else "cpu").device_key
     noise = DeviceNoise(noise_time_ratio=0.031, noise_memory_ratio=0.002, overhead_ratio=0.004, source="6 A/A runs")
     keep_profile(PROFILES["cpu-generic"].model_copy(update={"name": key, "noise": noise}), tmp_path)
-    assert "time ±3.1%, memory ±0.2% (6 A/A runs); the harness adds 0.40% to an epoch" in shown()
+    assert "time ±3.1%, memory ±0.2% (6 A/A runs); the harness adds 0.40% to an epoch" in rendered()

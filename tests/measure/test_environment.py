@@ -15,8 +15,10 @@ from tpme.bench.measure.environment import allocator, environment, git_state
 
 def git(folder: Path, *arguments: str) -> str:
     identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
-    told = subprocess.run(["git", "-C", str(folder), *identity, *arguments], check=True, capture_output=True, text=True)
-    return told.stdout.strip()
+    result = subprocess.run(
+        ["git", "-C", str(folder), *identity, *arguments], check=True, capture_output=True, text=True
+    )
+    return result.stdout.strip()
 
 
 @pytest.fixture
@@ -32,22 +34,22 @@ def source(tmp_path: Path) -> Path:
 
 
 def test_a_cpu_environment() -> None:
-    told = environment("cpu")
-    assert told.device_kind == "cpu"
-    assert told.device_name
-    assert told.device_key == f"{told.device_name}, {torch.get_num_threads()} threads"
-    assert told.driver is None
-    assert told.packages["numpy"] == numpy.__version__
-    assert {"torch", "transformers", "peft", "tpme-bench"} <= set(told.packages)
+    result = environment("cpu")
+    assert result.device_kind == "cpu"
+    assert result.device_name
+    assert result.device_key == f"{result.device_name}, {torch.get_num_threads()} threads"
+    assert result.driver is None
+    assert result.packages["numpy"] == numpy.__version__
+    assert {"torch", "transformers", "peft", "tpme-bench"} <= set(result.packages)
 
 
 def test_threads_make_another_device() -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one = environment("cpu").device_key
+        key = environment("cpu").device_key
         torch.set_num_threads(2)
-        assert environment("cpu").device_key != one
+        assert environment("cpu").device_key != key
     finally:
         torch.set_num_threads(before)
 
@@ -63,10 +65,10 @@ def test_determinism_is_as_torch_says() -> None:
 
 def test_the_hosts_name_does_not_leak(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.socket, "gethostname", lambda: "secret-host-17")
-    told = environment("cpu")
-    assert "secret" not in told.hostname_hash
+    result = environment("cpu")
+    assert "secret" not in result.hostname_hash
     monkeypatch.setattr(module.socket, "gethostname", lambda: "secret-host-18")
-    assert environment("cpu").hostname_hash != told.hostname_hash
+    assert environment("cpu").hostname_hash != result.hostname_hash
 
 
 def test_allocator_settings_are_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,7 +94,7 @@ def test_an_excluded_child_does_not_count() -> None:
 
 @linux
 def test_a_child_that_lived_and_died_inside_the_window_counts(fresh: Callable[[str], Any]) -> None:
-    told = fresh(
+    output = fresh(
         PRELUDE
         + """
 memory = HostMemory()
@@ -104,13 +104,13 @@ memory.end_window()
 print(json.dumps([resident(os.getpid()).now, memory.peak().bytes]))
 """
     )
-    own, peak = told
+    own, peak = output
     assert peak - own > 150 * MIB
 
 
 @linux
 def test_a_small_program_does_not_inherit_the_peak_of_the_process_that_started_it(fresh: Callable[[str], Any]) -> None:
-    told = fresh(
+    output = fresh(
         PRELUDE
         + """
 block = grab(300)
@@ -123,7 +123,7 @@ kernel = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
 print(json.dumps([resident(os.getpid()).now, memory.peak().bytes, kernel]))
 """
     )
-    own, peak, kernel = told
+    own, peak, kernel = output
     assert peak - own < 20 * MIB
     if kernel < 250 * MIB:
         pytest.skip("this kernel does not hand a parent's peak on: there was no trap to fall into")
@@ -212,10 +212,10 @@ def test_descendants_are_found_to_the_last_generation(monkeypatch: pytest.Monkey
     with subprocess.Popen([sys.executable, "-c", outer], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
         grandchild = int(child.stdout.readline())
-        found = host.descendants(os.getpid())
+        pids = host.descendants(os.getpid())
         spared = host.descendants(os.getpid(), exclude=(child.pid,))
         child.communicate(b"\n")
-    assert {child.pid, grandchild} <= set(found)
+    assert {child.pid, grandchild} <= set(pids)
     assert not {child.pid, grandchild} & set(spared)
 
 

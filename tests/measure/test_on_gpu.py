@@ -47,52 +47,52 @@ print(json.dumps({
 
 
 @pytest.fixture(scope="module")
-def told() -> dict[str, Any]:
+def results() -> dict[str, Any]:
     """What one process says that holds 512 MiB and multiplies matrices for a second."""
     run = subprocess.run(
         [sys.executable, "-c", RUN.replace("MIB_HELD", "512")], capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr
-    found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
-    return found
+    parsed: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+    return parsed
 
 
-def memory(told: dict[str, Any], phase: int, name: str) -> dict[str, Any]:
-    found: dict[str, Any] = told["phases"][phase]["memory"][name]
-    return found
+def memory(results: dict[str, Any], phase: int, name: str) -> dict[str, Any]:
+    parsed: dict[str, Any] = results["phases"][phase]["memory"][name]
+    return parsed
 
 
-def test_torch_and_the_device_grow_by_what_was_allocated(told: dict[str, Any]) -> None:
-    allocated = memory(told, 1, "torch_allocated_bytes")["value"]
+def test_torch_and_the_device_grow_by_what_was_allocated(results: dict[str, Any]) -> None:
+    allocated = memory(results, 1, "torch_allocated_bytes")["value"]
     assert allocated >= 512 * MIB
-    before, after = (memory(told, phase, "nvml_device_bytes") for phase in (0, 1))
+    before, after = (memory(results, phase, "nvml_device_bytes") for phase in (0, 1))
     assert before["valid"], before["reason"]
     assert after["valid"], after["reason"]
     assert after["value"] - before["value"] >= 512 * MIB
     assert after["value"] < allocated + 4096 * MIB
 
 
-def test_the_process_holds_at_least_what_torch_reserved_or_is_missing_with_a_reason(told: dict[str, Any]) -> None:
-    process = memory(told, 1, "nvml_process_bytes")
+def test_the_process_holds_at_least_what_torch_reserved_or_is_missing_with_a_reason(results: dict[str, Any]) -> None:
+    process = memory(results, 1, "nvml_process_bytes")
     if process["value"] is None:
         assert process["reason"]
         pytest.skip(f"NVML does not show this process here: {process['reason']}")
-    assert process["value"] >= memory(told, 1, "torch_reserved_bytes")["value"]
+    assert process["value"] >= memory(results, 1, "torch_reserved_bytes")["value"]
 
 
-def test_a_second_of_work_takes_energy(told: dict[str, Any]) -> None:
-    energy = told["phases"][1]["energy_j"]
+def test_a_second_of_work_takes_energy(results: dict[str, Any]) -> None:
+    energy = results["phases"][1]["energy_j"]
     if energy["value"] is None:
         pytest.skip(f"no energy counter here: {energy['reason']}")
     assert 5 < energy["value"] < 5000
 
 
-def test_the_sampler_sees_the_memory_and_the_work(told: dict[str, Any]) -> None:
-    first, most = told["curve"]
+def test_the_sampler_sees_the_memory_and_the_work(results: dict[str, Any]) -> None:
+    first, most = results["curve"]
     assert most - first >= 512 * MIB
-    assert told["counters"]["gpu_utilisation_percent"]["value"] > 0
-    assert told["counters"]["gpu_temperature_c"]["value"] > 0
-    assert told["counters"]["sampler_core_share"]["value"] < 0.05
+    assert results["counters"]["gpu_utilisation_percent"]["value"] > 0
+    assert results["counters"]["gpu_temperature_c"]["value"] > 0
+    assert results["counters"]["sampler_core_share"]["value"] < 0.05
 
 
 def test_the_device_is_found_by_its_uuid() -> None:

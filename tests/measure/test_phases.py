@@ -73,7 +73,7 @@ def test_what_lies_between_two_phases_is_never_training() -> None:
 
 def test_phases_do_not_nest() -> None:
     log = cpu_log()
-    with pytest.raises(RuntimeError, match="'load' is still open"), log.phase("load"), log.phase("train"):
+    with pytest.raises(RuntimeError, match="while 'load' is open"), log.phase("load"), log.phase("train"):
         pass
     with log.phase("train"):
         pass
@@ -219,9 +219,9 @@ def test_a_training_peak_is_valid_only_if_every_training_phase_was_read() -> Non
     memory = log.phases[0].memory
     read = memory.model_copy(update={"nvml_device_bytes": Reading(value=5.0, source="NVML")})
     log.phases[0] = log.phases[0].model_copy(update={"memory": read})
-    told = log.training_memory().nvml_device_bytes
-    assert (told.value, told.valid) == (5.0, False)
-    assert "1 of 2 training phases" in str(told.reason)
+    largest = log.training_memory().nvml_device_bytes
+    assert (largest.value, largest.valid) == (5.0, False)
+    assert "1 of 2 training phases" in str(largest.reason)
 
 
 def test_no_training_is_no_training_memory() -> None:
@@ -314,7 +314,7 @@ def test_strangers_and_a_busy_start_are_flagged(gpu: FakeGpu) -> None:
 
 @pytest.mark.parametrize(
     ("nvml", "reason"),
-    [(None, "not opened"), (Nvml.open(fake_nvml(errors={"nvmlInit": "NO_PERMISSION"})), "no permission")],
+    [(None, "not opened"), (Nvml.open(fake_nvml(errors={"nvmlInit": "NO_PERMISSION"})), "Permissions")],
 )
 def test_a_gpu_without_nvml_still_runs_and_says_why(
     gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, nvml: Nvml | None, reason: str

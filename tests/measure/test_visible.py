@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from tpme.bench.measure.visible import Known, choose
+from tpme.bench.measure.visible import DeviceIdentity, choose
 
-A = Known("GPU-aaaaaaaa-0000-0000-0000-000000000001", "NVIDIA X", index=0)
-B = Known("GPU-bbbbbbbb-0000-0000-0000-000000000002", "NVIDIA X", index=1)
-OTHER = Known("GPU-cccccccc-0000-0000-0000-000000000003", "NVIDIA Y", index=1)
-MIG_1 = Known("MIG-dddddddd-0000-0000-0000-000000000004", "NVIDIA X MIG 1g", parent=A.uuid)
-MIG_2 = Known("MIG-eeeeeeee-0000-0000-0000-000000000005", "NVIDIA X MIG 1g", parent=A.uuid)
+A = DeviceIdentity("GPU-aaaaaaaa-0000-0000-0000-000000000001", "NVIDIA X", index=0)
+B = DeviceIdentity("GPU-bbbbbbbb-0000-0000-0000-000000000002", "NVIDIA X", index=1)
+OTHER = DeviceIdentity("GPU-cccccccc-0000-0000-0000-000000000003", "NVIDIA Y", index=1)
+MIG_1 = DeviceIdentity("MIG-dddddddd-0000-0000-0000-000000000004", "NVIDIA X MIG 1g", parent=A.uuid)
+MIG_2 = DeviceIdentity("MIG-eeeeeeee-0000-0000-0000-000000000005", "NVIDIA X MIG 1g", parent=A.uuid)
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,9 @@ MIG_2 = Known("MIG-eeeeeeee-0000-0000-0000-000000000005", "NVIDIA X MIG 1g", par
         (" 1 , 0", 0, B),
     ],
 )
-def test_before_cuda_starts_the_environment_decides(visible: str | None, ordinal: int, expected: Known) -> None:
+def test_before_cuda_starts_the_environment_decides(
+    visible: str | None, ordinal: int, expected: DeviceIdentity
+) -> None:
     environ = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
     assert choose([A, B], ordinal, None, environ) == expected.uuid
 
@@ -44,7 +46,7 @@ def test_numbers_of_unlike_gpus_are_only_trusted_in_pci_order() -> None:
 
 @pytest.mark.parametrize(
     ("visible", "ordinal", "message"),
-    [("", 0, "shows 0"), ("0,-1,1", 1, "shows 1"), ("7", 0, "no GPU number 7"), ("GPU-", 0, "matches 2")],
+    [("", 0, "lists 0"), ("0,-1,1", 1, "lists 1"), ("7", 0, "no GPU number 7"), ("GPU-", 0, "matches 2")],
 )
 def test_what_cannot_be_told_is_refused(visible: str, ordinal: int, message: str) -> None:
     with pytest.raises(LookupError, match=message):

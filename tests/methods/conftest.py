@@ -40,13 +40,13 @@ def folders() -> tuple[Path, ...]:
 
 def subjects() -> list[Subject]:
     """Every method with its defaults, every variant, and every method on each modality alone."""
-    found = []
+    results = []
     for name in sorted({*registry.BUILTIN, *registry.available(folders())}):
-        found += [Subject(name, options) for options in ({}, *VARIANTS.get(name, []))]
+        results += [Subject(name, options) for options in ({}, *VARIANTS.get(name, []))]
         method = registry.method_class(name, folders())
         if method.modalities is None:
-            found += [Subject(name, {}, (m,)) for m in ("text", "image") if set(method.needs) <= {m}]
-    return found
+            results += [Subject(name, {}, (m,)) for m in ("text", "image") if set(method.needs) <= {m}]
+    return results
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

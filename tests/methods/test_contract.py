@@ -32,10 +32,10 @@ def build(tiny: ModuleType, subject: Any, methods_path: tuple[Path, ...]) -> Bui
     """A freshly adapted model of the subject; always around the same encoders."""
 
     def make(**settings: Any) -> tuple[Method, Recommender]:
-        made: tuple[Method, Recommender] = tiny.build(
+        built: tuple[Method, Recommender] = tiny.build(
             subject.name, subject.options, subject.modalities, methods_path=methods_path, **settings
         )
-        return made
+        return built
 
     return make
 
@@ -147,12 +147,12 @@ def test_training_lowers_the_loss(build: Build, train: Callable[[Method, Recomme
 def test_training_is_reproducible(
     build: Build, items: Items, tiny: ModuleType, train: Callable[[Method, Recommender, int], list[float]]
 ) -> None:
-    found = []
+    results = []
     for _ in range(2):
         method, model = build(encoder_dropout=0.3, dropout=0.3)
         train(method, model, 2)
-        found.append(tiny.vectors(model, items))
-    assert torch.equal(*found)
+        results.append(tiny.vectors(model, items))
+    assert torch.equal(*results)
 
 
 def test_a_step_under_autocast_is_finite(tiny: ModuleType, modalities: tuple[str, ...], build: Build) -> None:

@@ -179,7 +179,7 @@ def test_prompts_need_the_embeddings_to_be_the_input_of_the_first_layer(tiny: Mo
     module = model.views["text"].module
     narrow = nn.Embedding(tiny.VOCAB, tiny.WIDTH // 2)  # an ELECTRA's are projected to the layers' width later
     module.embeddings.forward = lambda input_ids, **_: narrow(input_ids)
-    with pytest.raises(UserError, match="'prompt': what BertEmbeddings returns is not the input of the first layer"):
+    with pytest.raises(UserError, match="'prompt': the output of BertEmbeddings is not the input of the first layer"):
         encode(model.views["text"], tiny.items(("text",)))
 
 
@@ -239,7 +239,7 @@ def test_the_towers_written_out() -> None:
 
 @pytest.mark.parametrize("text", [EncoderShape(32, 4), EncoderShape(16, 6)], ids=["width", "depth"])
 def test_encoders_that_differ_need_the_inter_tower_off(text: EncoderShape) -> None:
-    with pytest.raises(UserError, match=r"inter tower needs encoders of one width and depth; text is . layers of"):
+    with pytest.raises(UserError, match=r"inter tower needs encoders of equal width and depth; text has . layers of"):
         network(text, EncoderShape(16, 4))
     side = network(text, EncoderShape(16, 4), inter=False)
     states = {"text": torch.randn(3, len(side_levels(text.depth)), text.width), "image": torch.randn(3, 3, 16)}

@@ -101,7 +101,7 @@ def test_a_name_like_no_other_gets_the_list() -> None:
         ("lora", {"targets": ["quary"]}, r"option 'targets\.0': .*'query'"),
         ("lora", {"targets": []}, "option 'targets': .*at least 1 item"),
         ("adapter", {"activation": "tanh"}, "option 'activation': .*'relu' or 'gelu'"),
-        ("iisan", {"intra": False, "inter": False}, "option 'options': .*with intra and inter both off"),
+        ("iisan", {"intra": False, "inter": False}, "option 'options': .*intra and inter cannot both"),
         ("bitfit", {"rank": 4}, "option 'rank': .*; its options are: none"),
     ],
 )

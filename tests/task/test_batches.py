@@ -45,14 +45,14 @@ def test_every_position_predicts_the_next_slot(tiny: ModuleType, protocol: Proto
     data = tiny.catalogue()
     batch = build_batch(SLOTS, log_popularity(data), tiny.store(data), protocol)
     pairs = zip(batch.candidates.rows.tolist(), batch.candidates.target.tolist(), strict=True)
-    found = [(divmod(row, SLOTS.shape[1] - 1), int(batch.items.ids[target])) for row, target in pairs]
+    result = [(divmod(row, SLOTS.shape[1] - 1), int(batch.items.ids[target])) for row, target in pairs]
     expected = [
         ((b, position), int(row[position + 1]))
         for b, row in enumerate(SLOTS)
         for position in range(SLOTS.shape[1] - 1)
         if row[position]
     ]
-    assert found == expected
+    assert result == expected
 
 
 def test_counts_and_popularity_of_the_candidates(tiny: ModuleType) -> None:
@@ -147,8 +147,8 @@ def test_an_epoch_has_every_user_once(tiny: ModuleType) -> None:
         for batch in batches
         for slot, used in zip(batch.slot, _used(batch), strict=True)
     ]
-    found = sorted(tuple(int(item) for item in row) for row in rows)
-    assert found == sorted(tuple(int(item) for item in row) for row in data.train_slots)
+    result = sorted(tuple(int(item) for item in row) for row in rows)
+    assert result == sorted(tuple(int(item) for item in row) for row in data.train_slots)
 
 
 def _used(batch: Any) -> torch.Tensor:
@@ -183,7 +183,7 @@ def test_the_order_is_the_same_for_every_store(tiny: ModuleType) -> None:
         )
         for store in stores
     ]
-    assert all(found == orders[0] for found in orders)
+    assert all(result == orders[0] for result in orders)
 
 
 def test_max_steps_cuts_the_epoch(tiny: ModuleType) -> None:

@@ -40,11 +40,11 @@ def folders(tiny: ModuleType, tmp_path: Path) -> dict[Modality, Path]:
     """A BERT and a ViT as save_pretrained leaves them, pooler included for the BERT."""
     from transformers import BertModel
 
-    found: dict[Modality, Path] = {"text": tmp_path / "bert", "image": tmp_path / "vit"}
+    result: dict[Modality, Path] = {"text": tmp_path / "bert", "image": tmp_path / "vit"}
     torch.manual_seed(1)
-    BertModel(tiny.bert_config()).save_pretrained(found["text"])
-    tiny.encoder("image").save_pretrained(found["image"])
-    return found
+    BertModel(tiny.bert_config()).save_pretrained(result["text"])
+    tiny.encoder("image").save_pretrained(result["image"])
+    return result
 
 
 def spec(folder: Path | str, **settings: str) -> EncoderSpec:
@@ -187,18 +187,18 @@ def test_only_safetensors_are_read(tiny: ModuleType, folders: dict[Modality, Pat
 
 
 def test_the_wrong_modality(folders: dict[Modality, Path]) -> None:
-    refused(spec(folders["image"]), "text", "its kind is image, but it is used as the text encoder")
-    refused(spec(folders["text"]), "image", "its kind is text, but it is used as the image encoder")
+    refused(spec(folders["image"]), "text", "it is of kind image, but used as the text encoder")
+    refused(spec(folders["text"]), "image", "it is of kind text, but used as the image encoder")
 
 
 def test_weights_that_lack_parameters(folders: dict[Modality, Path]) -> None:
     change(folders["text"] / "config.json", num_hidden_layers=3)
-    refused(spec(folders["text"]), "text", r"lack 16 parameters of BertModel.*first: encoder\.layer\.2\.attention")
+    refused(spec(folders["text"]), "text", r"16 parameters of BertModel .*first: encoder\.layer\.2\.attention")
 
 
 def test_weights_of_another_shape(folders: dict[Modality, Path]) -> None:
     change(folders["text"] / "config.json", intermediate_size=48)
-    refused(spec(folders["text"]), "text", r"lack 6 parameters.*another shape \(first: encoder\.layer\.0\.intermediate")
+    refused(spec(folders["text"]), "text", r" 6 parameters.*another shape \(first: encoder\.layer\.0\.intermediate")
 
 
 def test_truncated_weights(folders: dict[Modality, Path]) -> None:
@@ -216,14 +216,14 @@ def test_a_broken_configuration(folders: dict[Modality, Path], content: str) -> 
 def test_a_configuration_that_builds_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "odd"
     BertConfig(hidden_size=18, num_attention_heads=4).save_pretrained(folder)
-    refused(spec(folder, weights="random"), "text", "its configuration builds no encoder")
+    refused(spec(folder, weights="random"), "text", "no encoder can be built from its configuration")
 
 
 def test_an_encoder_of_another_family(tmp_path: Path) -> None:
     folder = tmp_path / "clip"
     small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     CLIPConfig(text_config=small | {"vocab_size": 50}, vision_config=small).save_pretrained(folder)
-    refused(spec(folder, weights="random"), "text", "its list of layers is at none of the known places")
+    refused(spec(folder, weights="random"), "text", "its list of layers is at none of the known paths")
     with pytest.raises(UserError, match="BERT or ViT family"):
         encoder_shape(spec(folder))
 
@@ -246,8 +246,8 @@ def test_relatives_of_bert_and_vit_have_all_parts(tmp_path: Path, family: str) -
     assert len(view.projections("query", "key", "value", "attention_output", "ffn_in", "ffn_out")) == 2 * 6
     assert len({part for layer in range(2) for part in view.sublayer_outputs(layer)}) == 2 * 2
     words, pixels = torch.full((3, 6), 7), torch.zeros(3, 3, 32, 32, dtype=torch.uint8)
-    given = {"tokens": words, "token_mask": torch.ones_like(words)} if modality == "text" else {"image": pixels}
-    assert view.encode(Reads((0, 2), final=True), **given).shape == (3, 3, 32)
+    inputs = {"tokens": words, "token_mask": torch.ones_like(words)} if modality == "text" else {"image": pixels}
+    assert view.encode(Reads((0, 2), final=True), **inputs).shape == (3, 3, 32)
 
 
 TEXT_FAMILIES = [family for family, (modality, _) in FAMILIES.items() if modality == "text"]
@@ -268,9 +268,9 @@ def test_a_mask_is_what_it_was_without_being_read(tmp_path: Path, family: str, i
         with torch.no_grad():
             expected = view.module(input_ids=words, attention_mask=mask).last_hidden_state[:, 0]
             with Reading() as reading:
-                found = view.encode(Reads(final=True), tokens=words, token_mask=mask)[:, 0]
-        assert torch.allclose(found, expected, atol=1e-6), lengths
-        assert not reading.found
+                result = view.encode(Reads(final=True), tokens=words, token_mask=mask)[:, 0]
+        assert torch.allclose(result, expected, atol=1e-6), lengths
+        assert not reading.detected
     short = view.encode(Reads(final=True), tokens=words[2:, :1], token_mask=torch.ones(1, 1, dtype=torch.int64))
     alone = view.encode(Reads(final=True), tokens=words[2:], token_mask=torch.tensor([[1] + [0] * 11]))
     assert torch.allclose(short, alone, atol=1e-5)  # the mask does mask
@@ -295,10 +295,10 @@ def test_masks_within_masks_and_beside_them() -> None:
 class Reading(TorchDispatchMode):
     """Whether the value of a tensor is read."""
 
-    found = False
+    detected = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.found |= func is torch.ops.aten._local_scalar_dense.default
+        self.detected |= func is torch.ops.aten._local_scalar_dense.default
         return func(*args, **(kwargs or {}))
 
 
@@ -324,9 +324,7 @@ def test_a_path_without_configuration(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_built_in_names(tmp_path: Path) -> None:
     assert Path(encoder_source("builtin:tiny-text")).parts[-2:] == ("tiny", "text")
-    refused(
-        spec("builtin:nothing"), "text", "no such built-in encoder; there are builtin:tiny-image, builtin:tiny-text"
-    )
+    refused(spec("builtin:nothing"), "text", "no such built-in encoder; known: builtin:tiny-image, builtin:tiny-text")
 
 
 # --- hub ids: the cache, and no network -----------------------------------------------------------------------------

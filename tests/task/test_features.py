@@ -127,7 +127,7 @@ def test_states_are_kept_where_half_of_the_memory_holds_them(
 
 
 def test_states_are_the_same_wherever_they_are_kept(job: FeatureJob, monkeypatch: pytest.MonkeyPatch) -> None:
-    size, found = build(job).bytes, {}
+    size, states_by = build(job).bytes, {}
     files = {path: path.read_bytes() for path in where(job).iterdir()}
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (size, size))  # half of it is too little
     for placement, device, available, pin in (
@@ -140,18 +140,20 @@ def test_states_are_the_same_wherever_they_are_kept(job: FeatureJob, monkeypatch
             patch.setattr(psutil, "virtual_memory", lambda available=available: SimpleNamespace(available=available))
             if device == "cuda":
                 patch.setattr(torch.Tensor, "pin_memory", pin or _refused)
-            found[placement], where_kept = load(where(job), torch.device(device))
+            states_by[placement], where_kept = load(where(job), torch.device(device))
         assert where_kept == placement
     dataset = Dataset.open(job.dataset)
     slots, log_p = dataset.train_slots[:9], log_popularity(dataset)
     for protocol in ("suite", "paper"):
-        batches = {kept: build_batch(slots, log_p, ItemStore(dataset, states=s), protocol) for kept, s in found.items()}
+        batches = {
+            kept: build_batch(slots, log_p, ItemStore(dataset, states=s), protocol) for kept, s in states_by.items()
+        }
         for batch in batches.values():
             for modality, states in batches["host"].items.states.items():
                 assert torch.equal(batch.items.states[modality], states)
-                assert torch.equal(states, found["host"][modality][batch.items.ids])
+                assert torch.equal(states, states_by["host"][modality][batch.items.ids])
     maps = {path.stem: path for path in where(job).glob("*.npy")}
-    for placement, states in found.items():
+    for placement, states in states_by.items():
         for modality, table in states.items():
             table[1:3] = 0  # reaches no file
             assert is_mapped(table, maps[modality]) == (placement == "mapped"), placement

@@ -32,7 +32,7 @@ from tpme.bench import cli
 from tpme.bench.errors import UserError
 from tpme.bench.task import workspace
 from tpme.bench.task.dataset import FORMAT_VERSION, Dataset, Manifest
-from tpme.bench.task.prepare import keep, prepare
+from tpme.bench.task.prepare import prepare, select
 from tpme.bench.task.sources.raw import RawData
 
 
@@ -105,10 +105,10 @@ def test_the_rules_as_one_would_write_them_by_hand(
     mask = np.isin(np.arange(8), list(dropped))
     raw = make_raw(histories)
     if not expected:
-        with pytest.raises(UserError, match="nothing is left"):
-            keep(raw, last=last, min_interactions=shortest, dropped=mask)
+        with pytest.raises(UserError, match="nothing to prepare"):
+            select(raw, last=last, min_interactions=shortest, dropped=mask)
         return
-    kept = keep(raw, last=last, min_interactions=shortest, dropped=mask)
+    kept = select(raw, last=last, min_interactions=shortest, dropped=mask)
     used = sorted({item for history in expected.values() for item in history})
     assert kept.items.tolist() == used
     assert kept.users.tolist() == list(expected)
@@ -337,7 +337,7 @@ def test_a_damaged_dataset_is_no_equal_one(destination: Path) -> None:
 def test_what_is_no_dataset_is_never_replaced(destination: Path, force: bool) -> None:
     destination.mkdir(parents=True)
     (destination / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match="is no prepared data set"):
+    with pytest.raises(UserError, match="is not a prepared data set"):
         prepare(ONE, destination, image_size=2, force=force)
     assert content(destination) == {"thesis.tex": b"years of work"}
 
@@ -345,7 +345,7 @@ def test_what_is_no_dataset_is_never_replaced(destination: Path, force: bool) ->
 def test_a_file_at_the_destination_is_never_replaced(destination: Path) -> None:
     destination.parent.mkdir()
     destination.write_text("a file")
-    with pytest.raises(UserError, match="is no prepared data set"):
+    with pytest.raises(UserError, match="is not a prepared data set"):
         prepare(ONE, destination, image_size=2, force=True)
     assert destination.read_text() == "a file"
 
@@ -368,7 +368,7 @@ def test_something_that_appears_meanwhile_is_kept(destination: Path, monkeypatch
         return ("text",)
 
     monkeypatch.setattr("tpme.bench.task.prepare._modalities", late)
-    with pytest.raises(UserError, match="cannot be put there"):
+    with pytest.raises(UserError, match="cannot be moved there"):
         prepare(replace(ONE, pictures=None), destination)
     assert list(destination.parent.iterdir()) == [destination]
     assert [path.name for path in destination.iterdir()] == ["mine"]

@@ -16,8 +16,8 @@ def brute_force(users: Tensor, items: Tensor, target: Tensor, history: Tensor) -
     for u, wanted, earlier in zip(users, target.tolist(), history.tolist(), strict=True):
         scores = {item: float(u @ items[item]) for item in range(1, len(items))}
         others = [item for item in scores if item != wanted and item not in earlier]
-        found = wanted not in earlier
-        ranks.append(1 + sum(scores[o] >= scores[wanted] for o in others) if found else len(items) - 1)
+        result = wanted not in earlier
+        ranks.append(1 + sum(scores[o] >= scores[wanted] for o in others) if result else len(items) - 1)
     return ranks
 
 
@@ -102,8 +102,8 @@ def test_ranks_equal_those_of_float64_scores(items: int, alike: float, device: s
     for users, width in ((1, 64), (2, 8), (7, 100), (40, 64)):
         task = random_task(users, items, width, seed=users)
         task[1].add_(alike)
-        found = rank_targets(*on(device, task))
-        assert found.tolist() == float64_ranks(*task)
+        result = rank_targets(*on(device, task))
+        assert result.tolist() == float64_ranks(*task)
 
 
 @settings(max_examples=40, deadline=None)

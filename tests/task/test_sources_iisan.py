@@ -113,8 +113,8 @@ def test_a_zip_archive_reads_like_its_folder(tmp_path: Path) -> None:
     zipped = read_iisan(Release(archive=archive).write(tmp_path / "zipped"))
     assert folder.pictures is not None
     assert zipped.pictures is not None
-    for one, other in zip(folder.pictures, zipped.pictures, strict=True):
-        np.testing.assert_array_equal(one(16), other(16))
+    for unzipped, other in zip(folder.pictures, zipped.pictures, strict=True):
+        np.testing.assert_array_equal(unzipped(16), other(16))
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
@@ -199,10 +199,10 @@ BROKEN = {
         Release(ITEMS.replace("Title 3", "")), r"items\.tsv, line 3: .*empty title", "empty title", users=("bob",)
     ),
     "duplicate item": Broken(
-        Release(ITEMS + "i2\tagain\n"), r"items\.tsv, line 9: item 'i2' was already there", "duplicate item"
+        Release(ITEMS + "i2\tagain\n"), r"items\.tsv, line 9: item 'i2' occurs twice", "duplicate item"
     ),
     "duplicate user": Broken(
-        Release(users=USERS + "ann\ti1 i2\n"), r"users\.tsv, line 4: user 'ann' was already", "duplicate user"
+        Release(users=USERS + "ann\ti1 i2\n"), r"users\.tsv, line 4: user 'ann' occurs twice", "duplicate user"
     ),
     "one column of items": Broken(
         Release(ITEMS + "i9\n"), r"items\.tsv, line 9: 1 columns; expected item TAB title", "wrong column count"
@@ -239,7 +239,7 @@ BROKEN = {
         "unreadable image",
     ),
     "duplicate image": Broken(
-        Release(images=IMAGES | {"sub/i2.png": encoded(9)}), r"images: .*i2.* are both 'i2'", "duplicate image"
+        Release(images=IMAGES | {"sub/i2.png": encoded(9)}), r"images: .*i2.* both belong to", "duplicate image"
     ),
     "unreadable image in a zip": Broken(
         Release(archive=with_image("i8.jpg", b"not an image")),
@@ -260,9 +260,9 @@ BROKEN = {
     "zip entry on a drive": Broken(
         Release(archive=IMAGES | {"C:evil.jpg": encoded(1)}), r"'C:evil\.jpg' points outside", "unsafe zip entry"
     ),
-    "no user left": Broken(Release(users="ann\ti1\n"), r"no user has 5 items or more \(the longest has 1", None),
-    "no users at all": Broken(Release(users=""), r"no user has 5 items or more", None),
-    "no items at all": Broken(Release(items="", users=""), r"no user has 5 items or more", None),
+    "no user left": Broken(Release(users="ann\ti1\n"), r"no user has at least 5 items \(maximum 1", None),
+    "no users at all": Broken(Release(users=""), r"no user has at least 5 items", None),
+    "no items at all": Broken(Release(items="", users=""), r"no user has at least 5 items", None),
 }
 
 
@@ -352,7 +352,7 @@ def test_a_wrong_images_option_is_named(tmp_path: Path, images: str, message: st
 
 
 def test_asking_for_images_where_none_are_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="give the place with --images"):
+    with pytest.raises(UserError, match="pass their location with --images"):
         read_iisan(Release().write(tmp_path / "toy"), modalities=("image",))
 
 

@@ -141,7 +141,7 @@ BROKEN = {
     "line after a title of two lines": Broken(
         r"items\.csv, line 11: item '8' has an empty title", "empty title", items=ITEMS + '9,"a\nb"\n8,\n'
     ),
-    "duplicate item": Broken(r"items\.csv, line 9: item '3' was", "duplicate item", items=ITEMS + "3,again\n"),
+    "duplicate item": Broken(r"items\.csv, line 9: item '3' occurs", "duplicate item", items=ITEMS + "3,again\n"),
     "empty title": Broken(r"items\.csv, line 9: item '8' has an empty title", "empty title", items=ITEMS + '8," "\n'),
     "empty item": Broken(r"items\.csv, line 9: empty item id", "empty item id", items=ITEMS + ",x\n"),
 }

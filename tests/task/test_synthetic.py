@@ -11,9 +11,9 @@ import pytest
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from tpme.bench.task.sources.drawing import COLOURS, SHAPES, TEXTURES, draw
 from tpme.bench.task.sources.synthetic import Catalogue, Synthetic, World, generate, make_catalogue, make_world
-from tpme.bench.task.sources.wording import CATEGORIES, STYLES
+from tpme.bench.task.sources.synthetic_images import COLOURS, SHAPES, TEXTURES, draw
+from tpme.bench.task.sources.synthetic_titles import CATEGORIES, STYLES
 
 SMALL = Synthetic(users=300, items=120)
 MANY = Synthetic(users=1000, items=400)
@@ -38,23 +38,23 @@ def histories(catalogue: Catalogue) -> list[NDArray[np.int32]]:
 
 
 def test_equal_settings_give_equal_data() -> None:
-    one, two = generate(SMALL), generate(SMALL)
-    assert one.titles == two.titles
-    assert one.pictures == two.pictures
-    assert all(np.array_equal(a, b) for a, b in zip(one.histories, two.histories, strict=True))
+    first, two = generate(SMALL), generate(SMALL)
+    assert first.titles == two.titles
+    assert first.pictures == two.pictures
+    assert all(np.array_equal(a, b) for a, b in zip(first.histories, two.histories, strict=True))
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"world": 2}])
 def test_another_seed_or_world_gives_other_data(change: dict[str, int]) -> None:
-    one, other = generate(SMALL), generate(SMALL.model_copy(update=change))
-    assert one.titles != other.titles
-    assert not all(np.array_equal(a, b) for a, b in zip(one.histories, other.histories, strict=True))
+    first, other = generate(SMALL), generate(SMALL.model_copy(update=change))
+    assert first.titles != other.titles
+    assert not all(np.array_equal(a, b) for a, b in zip(first.histories, other.histories, strict=True))
 
 
 def test_another_world_has_other_brands_and_another_order() -> None:
-    one, other = make_world(1), make_world(2)
-    assert len(set(one.brands) & set(other.brands)) < 4
-    assert not np.array_equal(one.category_follows, other.category_follows)
+    first, other = make_world(1), make_world(2)
+    assert len(set(first.brands) & set(other.brands)) < 4
+    assert not np.array_equal(first.category_follows, other.category_follows)
 
 
 def test_every_user_can_be_split_and_every_item_exists() -> None:
@@ -170,9 +170,9 @@ def test_every_value_of_an_attribute_can_be_seen(attribute: str, kinds: tuple[st
     """With everything else equal, noise included, two values differ plainly in a good part of the pixels."""
     plain = draw(np.random.default_rng(3), shape=1, colour=5, texture=1)
     images = [replace(plain, **{attribute: kind})(32).astype(float) for kind in range(len(kinds))]
-    for i, one in enumerate(images):
+    for i, first in enumerate(images):
         for other in images[:i]:
-            assert np.mean(np.abs(one - other).max(axis=0) > 25) > 0.05
+            assert np.mean(np.abs(first - other).max(axis=0) > 25) > 0.05
 
 
 def test_the_colour_is_that_of_its_name() -> None:

@@ -67,11 +67,13 @@ def test_they_are_small_and_carry_their_provenance() -> None:
     folders = [builtin_folder(source) for source in BUILTIN]
     assert sum((folder / "model.safetensors").stat().st_size for folder in folders) < 2.2e6
     for folder in folders:
-        told = json.loads((folder / "pretraining.json").read_text())
-        assert told["command"] == "python -m tpme.bench.task.tiny.pretrain"
-        assert told["settings"] == pretrain.Pretraining().model_dump(), "the script's defaults are not what was shipped"
-        assert set(told["versions"]) == {"python", "machine", "numpy", "torch", "transformers"}
-        assert all(loss > 0 for loss in told["losses"].values())
+        provenance = json.loads((folder / "pretraining.json").read_text())
+        assert provenance["command"] == "python -m tpme.bench.task.tiny.pretrain"
+        assert provenance["settings"] == pretrain.Pretraining().model_dump(), (
+            "the script's defaults are not what was shipped"
+        )
+        assert set(provenance["versions"]) == {"python", "machine", "numpy", "torch", "transformers"}
+        assert all(loss > 0 for loss in provenance["losses"].values())
 
 
 def test_the_demo_is_no_world_of_the_pretraining() -> None:
@@ -104,12 +106,12 @@ def test_token_0_knows_most_half_way_and_nothing_at_the_embeddings(
     text, image = token_0
     for states in (text, image):
         assert torch.equal(states[0], states[0][:1].expand_as(states[0]))
-    found = {
+    results = {
         attribute: [_probe(state, getattr(catalogue, attribute)) for state in states[1:]]
         for states, attributes in ((text, ("category", "style")), (image, ("shape", "colour", "texture")))
         for attribute in attributes
     }
-    for attribute, accuracies in found.items():
+    for attribute, accuracies in results.items():
         assert accuracies[pretrain.HALF_WAY - 1] > 0.7, (attribute, accuracies)
 
 

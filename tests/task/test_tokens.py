@@ -119,7 +119,7 @@ def test_a_damaged_table_is_made_again(dataset: Dataset, tmp_path: Path, keep: f
 
 
 def test_no_room_beside_the_special_tokens_is_refused(dataset: Dataset, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="2 title tokens"):
+    with pytest.raises(UserError, match="title_tokens is 2"):
         tokenise(dataset, make_tokenizer(tmp_path / "tokenizer"), None, 2, tmp_path / "store")
 
 

@@ -92,7 +92,7 @@ def test_every_role_is_a_linear_layer_of_the_right_shape(tiny: ModuleType, modal
 
 def test_an_unknown_encoder_is_refused_in_one_line() -> None:
     with pytest.raises(
-        UserError, match=r"^Module \(text encoder\): its list of layers is at none of the known places"
+        UserError, match=r"^Module \(text encoder\): its list of layers is at none of the known paths"
     ) as e:
         EncoderView(tree(["blocks.0.attention"]), "text")
     assert "\n" not in str(e.value)
@@ -232,8 +232,8 @@ def test_the_policy_holds_for_a_deep_copy(tiny: ModuleType) -> None:
 def run(tiny: ModuleType, method: str, *, checkpointed: bool, dropout: float) -> tuple[float, dict[str, Tensor], int]:
     """Loss, gradients and the bytes kept for the backward pass of one training step."""
     options = {"lora": {"dropout": dropout}}.get(method, {})
-    made, model = tiny.build(method, options, encoder_dropout=dropout)
-    tiny.train(made, model, steps=1)  # LoRA's B and the like are no longer zero
+    instance, model = tiny.build(method, options, encoder_dropout=dropout)
+    tiny.train(instance, model, steps=1)  # LoRA's B and the like are no longer zero
     if checkpointed:
         for view in model.views.values():
             view.checkpoint_activations()

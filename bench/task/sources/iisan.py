@@ -1,7 +1,7 @@
-"""The format in which IISAN's Amazon data are released: a folder with ``items.tsv``, ``users.tsv`` and images.
+"""Reads the release format of IISAN's Amazon data: a folder with ``items.tsv``, ``users.tsv`` and images.
 
 ``items.tsv``: item TAB title, one a line. ``users.tsv``: user TAB items, separated by single spaces, oldest first.
-Images lie in a folder or a zip archive and are named by item: ``B0098MLBAO.jpg``.
+Images are in a folder or a zip archive and are named by item: ``B0098MLBAO.jpg``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from tpme.bench.errors import UserError
 from tpme.bench.record import Modality
 from tpme.bench.task.sources.pictures import find_pictures
 from tpme.bench.task.sources.raw import RawData
-from tpme.bench.task.sources.reading import Catalogue, Complaints, as_history, bad_name, decoded_lines
+from tpme.bench.task.sources.reading import InputErrors, SourceItems, as_history, bad_name, decoded_lines
 
 
 def read_iisan(
@@ -27,26 +27,26 @@ def read_iisan(
 
     Args:
         folder: holds ``items.tsv`` and ``users.tsv``.
-        images: folder or zip archive; by default ``images`` or ``images.zip`` in ``folder``, where there is one.
-        modalities: what to use; by default text, and image if there are images. Without text, the title column may
-            be empty or absent.
-        skip_bad: leave bad lines out and count them, instead of refusing the first.
+        images: folder or zip archive; by default ``images`` or ``images.zip`` in ``folder``, if present.
+        modalities: modalities to use; by default text, and image if there are images. Without text, the title column
+            may be empty or absent.
+        skip_bad: skip and count bad lines instead of stopping at the first.
 
     Raises:
-        UserError: with file and line of the first thing that is wrong.
+        UserError: with file and line of the first error.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     images = images or next((folder / name for name in ("images", "images.zip") if (folder / name).exists()), None)
     chosen: tuple[Modality, ...] = modalities or (("text",) if images is None else ("text", "image"))
-    complaints = Complaints(skip_bad=skip_bad)
-    catalogue = _read_items(folder / "items.tsv", complaints, with_titles="text" in chosen)
+    errors = InputErrors(skip_bad=skip_bad)
+    catalogue = _read_items(folder / "items.tsv", errors, with_titles="text" in chosen)
     pictures = None
     if "image" in chosen:
         if images is None:
-            raise UserError(f"{folder}: neither 'images' nor 'images.zip' there; give the place with --images")
-        pictures = catalogue.pictures(find_pictures(images, complaints), images)
-    users = _read_users(folder / "users.tsv", catalogue, complaints)
+            raise UserError(f"{folder}: contains neither 'images' nor 'images.zip'; pass their location with --images")
+        pictures = catalogue.pictures(find_pictures(images, errors), images)
+    users = _read_users(folder / "users.tsv", catalogue, errors)
     return RawData(
         name=folder.resolve().name,
         items=catalogue.items,
@@ -54,41 +54,41 @@ def read_iisan(
         pictures=pictures,
         users=list(users),
         histories=[as_history(positions) for positions in users.values()],
-        skipped=dict(complaints.skipped),
+        skipped=dict(errors.skipped),
         source=f"iisan: {folder.resolve().name}",
     )
 
 
-def _rows(path: Path, complaints: Complaints) -> Iterator[tuple[str, list[str]]]:
-    """Place and columns of every line that is not empty."""
-    for number, line in decoded_lines(path, complaints):
+def _rows(path: Path, errors: InputErrors) -> Iterator[tuple[str, list[str]]]:
+    """Location and columns of every line that is not empty."""
+    for number, line in decoded_lines(path, errors):
         if line.strip():
             yield f"{path}, line {number}", line.rstrip("\r\n").split("\t")
 
 
-def _read_items(path: Path, complaints: Complaints, *, with_titles: bool) -> Catalogue:
-    catalogue = Catalogue(complaints)
-    for where, columns in _rows(path, complaints):
+def _read_items(path: Path, errors: InputErrors, *, with_titles: bool) -> SourceItems:
+    catalogue = SourceItems(errors)
+    for where, columns in _rows(path, errors):
         if len(columns) == 2:
             catalogue.add(columns[0], columns[1] if with_titles else None, where)
         elif len(columns) == 1 and not with_titles:
             catalogue.add(columns[0], None, where)
         else:
-            complaints.bad("wrong column count", f"{where}: {len(columns)} columns; expected item TAB title")
+            errors.report("wrong column count", f"{where}: {len(columns)} columns; expected item TAB title")
     return catalogue
 
 
-def _read_users(path: Path, catalogue: Catalogue, complaints: Complaints) -> dict[str, list[int]]:
+def _read_users(path: Path, catalogue: SourceItems, errors: InputErrors) -> dict[str, list[int]]:
     users: dict[str, list[int]] = {}
-    for where, columns in _rows(path, complaints):
+    for where, columns in _rows(path, errors):
         if len(columns) != 2:
-            complaints.bad("wrong column count", f"{where}: {len(columns)} columns; expected user TAB items")
+            errors.report("wrong column count", f"{where}: {len(columns)} columns; expected user TAB items")
             continue
         user = columns[0]
         if fault := bad_name(user, "user"):
-            complaints.bad(fault, f"{where}: {fault}")
+            errors.report(fault, f"{where}: {fault}")
         elif user in users:
-            complaints.bad("duplicate user", f"{where}: user '{user}' was already there")
+            errors.report("duplicate user", f"{where}: user '{user}' occurs twice")
         else:
             positions = (catalogue.position(item, where) for item in columns[1].split(" ") if item)
             users[user] = [position for position in positions if position is not None]

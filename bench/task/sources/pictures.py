@@ -1,4 +1,4 @@
-"""Item images in a folder or a zip archive, found by item name and decoded when they are asked for."""
+"""Item images in a folder or a zip archive, found by item name and decoded on demand."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from PIL import Image, UnidentifiedImageError
 
 from tpme.bench.errors import UserError
 from tpme.bench.task.sources.raw import Picture
-from tpme.bench.task.sources.reading import Complaints
+from tpme.bench.task.sources.reading import InputErrors
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
-# A picture that unpacks to more than this is no product photo but an accident or an attack.
+# A picture that unpacks to more than this is not a product photo but a mistake or an attack.
 MAX_ENTRY_BYTES = 256 * 2**20
 
 _UNREADABLE = (
     OSError,
-    SyntaxError,  # what Pillow raises for a broken PNG
+    SyntaxError,  # raised by Pillow for a broken PNG
     ValueError,
     EOFError,
     zlib.error,
@@ -51,12 +51,12 @@ class FilePicture:
             with self.path.open("rb") as file:
                 return decode_image(file, size)
         except _UNREADABLE as error:
-            raise UserError(f"{self.path}: {_why(error)}") from None
+            raise UserError(f"{self.path}: {_describe(error)}") from None
 
 
 @dataclass(frozen=True)
 class ZipPicture:
-    """One image inside a zip archive; it is never unpacked to the disk."""
+    """One image in a zip archive, never unpacked to disk."""
 
     archive: Path
     entry: str
@@ -66,7 +66,7 @@ class ZipPicture:
         try:
             return decode_image(io.BytesIO(self._read()), size)
         except _UNREADABLE as error:
-            raise UserError(f"{self.archive}, entry '{self.entry}': {_why(error)}") from None
+            raise UserError(f"{self.archive}, entry '{self.entry}': {_describe(error)}") from None
 
     def _read(self) -> bytes:
         archive = _opened(self.archive)
@@ -77,27 +77,27 @@ class ZipPicture:
 
 @lru_cache(maxsize=2)
 def _opened(path: Path) -> zipfile.ZipFile:
-    # Once a worker process: the directory of a large archive takes longer to read than an image.
+    # Once per worker process: reading the directory of a large archive takes longer than reading an image.
     return zipfile.ZipFile(path)
 
 
-def _why(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "unreadable image (not JPEG, PNG or WebP)"
     return f"unreadable image ({str(error) or type(error).__name__})"
 
 
 def decode_image(file: IO[bytes], size: int) -> NDArray[np.uint8]:
-    """Decode, convert to RGB and resize bilinearly, as the image processor of ViT does.
+    """Decode, convert to RGB and resize bilinearly, like ViT's image processor.
 
-    JPEG is decoded at the smallest of its built-in scales that is still at least twice as large as wanted: many
-    times faster for product photos, and the resize still averages over several pixels.
+    JPEG is decoded at the smallest of its built-in scales that is at least twice the target size: many times faster
+    for product photos, and the resize still averages over several pixels.
 
     Returns:
         uint8 (3, size, size).
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's remarks on palettes; a picture too large raises all the same
+        warnings.simplefilter("ignore")  # about palettes; a decompression bomb still raises
         image = Image.open(file, formats=("JPEG", "PNG", "WEBP"))
         image.draft(None, (2 * size, 2 * size))
         image.load()
@@ -105,31 +105,32 @@ def decode_image(file: IO[bytes], size: int) -> NDArray[np.uint8]:
     return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
 
 
-def find_pictures(path: Path, complaints: Complaints) -> dict[str, Picture]:
+def find_pictures(path: Path, errors: InputErrors) -> dict[str, Picture]:
     """All images below a folder or in a zip archive, by file name without suffix.
 
-    Suffixes count in any case. Hidden files, and what macOS adds to archives, are passed over.
+    Suffixes match in upper and lower case. Hidden files and macOS metadata are skipped.
 
     Raises:
-        UserError: there is no such folder or archive, it cannot be read, an entry of it points outside, or two
-            images have one name.
+        UserError: there is no such folder or archive, it cannot be read, an entry points outside the archive, or two
+            images have the same name.
     """
     if path.is_dir():
         entries: Iterator[tuple[PurePosixPath, Picture]] = _in_folder(path)
     elif path.is_file():
-        entries = _in_archive(path, complaints)
+        entries = _in_archive(path, errors)
     else:
         raise UserError(f"{path}: no such image folder or zip archive")
-    found: dict[str, Picture] = {}
+    pictures: dict[str, Picture] = {}
     origin: dict[str, PurePosixPath] = {}
     for name, picture in entries:
         if name.suffix.lower() not in SUFFIXES or any(part.startswith((".", "__MACOSX")) for part in name.parts):
             continue
-        if name.stem in found:
-            complaints.bad("duplicate image", f"{path}: '{origin[name.stem]}' and '{name}' are both '{name.stem}'")
+        if name.stem in pictures:
+            message = f"{path}: '{origin[name.stem]}' and '{name}' both belong to item '{name.stem}'"
+            errors.report("duplicate image", message)
             continue
-        found[name.stem], origin[name.stem] = picture, name
-    return found
+        pictures[name.stem], origin[name.stem] = picture, name
+    return pictures
 
 
 def _in_folder(folder: Path) -> Iterator[tuple[PurePosixPath, Picture]]:
@@ -140,16 +141,16 @@ def _in_folder(folder: Path) -> Iterator[tuple[PurePosixPath, Picture]]:
             yield PurePosixPath(file.relative_to(folder).as_posix()), FilePicture(file)
 
 
-def _in_archive(path: Path, complaints: Complaints) -> Iterator[tuple[PurePosixPath, Picture]]:
+def _in_archive(path: Path, errors: InputErrors) -> Iterator[tuple[PurePosixPath, Picture]]:
     try:
         with zipfile.ZipFile(path) as archive:
             names = [entry.filename for entry in archive.infolist() if not entry.is_dir()]
     except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError) as error:
         raise UserError(f"{path}: neither a folder nor a readable zip archive ({error})") from None
     for name in sorted(names):
-        # Entries are only read, never unpacked; an archive with such names is still not to be trusted.
+        # Entries are never unpacked, but an archive with such names is not trustworthy.
         place = PurePosixPath(name.replace("\\", "/"))
         if place.is_absolute() or ".." in place.parts or PureWindowsPath(name).drive:
-            complaints.bad("unsafe zip entry", f"{path}: entry '{name}' points outside the archive")
+            errors.report("unsafe zip entry", f"{path}: entry '{name}' points outside the archive")
             continue
         yield place, ZipPicture(path, name)

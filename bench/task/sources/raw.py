@@ -1,4 +1,4 @@
-"""What every source delivers before it is prepared: titles, pictures and users' histories, by item name."""
+"""The data that every source delivers: titles, pictures and users' histories, by item name."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from tpme.bench.record import Modality  # its models take longer to define than a worker to start
+    from tpme.bench.record import Modality  # defining its models takes longer than starting a worker
 
 Picture = Callable[[int], NDArray[np.uint8]]
-"""``picture(size)``: one decoded item image, uint8 (3, size, size), RGB. Called in worker processes: picklable.
+"""``picture(size)``: one decoded item image, uint8 (3, size, size), RGB. Picklable, for worker processes.
 
-Raises UserError, naming the file, where the image cannot be read.
+Raises UserError, naming the file, if the image cannot be read.
 """
 
 
 @dataclass(frozen=True)
 class RawData:
-    """One data set as a source read it, checked but not yet filtered, split or written.
+    """A data set as read from its source: checked, but not filtered, split or written.
 
-    ``titles`` and ``pictures`` are parallel to ``items``, or ``None`` where the modality is absent.
-    ``histories[u]`` are positions in ``items``, oldest first, of ``users[u]``.
+    ``titles`` and ``pictures`` are parallel to ``items``, or ``None`` without that modality. ``histories[u]``: the
+    items of ``users[u]``, oldest first, as positions in ``items``.
     """
 
     name: str
@@ -34,13 +34,13 @@ class RawData:
     users: list[str]
     histories: list[NDArray[np.int32]]
     skipped: dict[str, int]
-    """What ``--skip-bad`` left out, by reason."""
+    """Counts of what ``--skip-bad`` left out, by reason."""
     source: str = ""
-    """Kind and place it was read from, for people; empty where the name says it all."""
+    """Kind and location of the source, for people; if empty, the name is used."""
     synthetic: dict[str, Any] | None = None
-    """The settings given to the built-in catalogue; ``None`` for other data."""
+    """Settings given to the built-in catalogue; ``None`` for other data."""
 
     def only(self, modalities: tuple[Modality, ...]) -> RawData:
-        """The same with these modalities alone."""
+        """A copy restricted to these modalities."""
         titles = self.titles if "text" in modalities else None
         return replace(self, titles=titles, pictures=self.pictures if "image" in modalities else None)

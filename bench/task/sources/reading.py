@@ -1,4 +1,4 @@
-"""What the file sources share: lines and rows with their numbers, and one place where bad input ends."""
+"""Shared by the file sources: numbered lines and rows, checked items, and the handling of bad input."""
 
 from __future__ import annotations
 
@@ -14,85 +14,85 @@ from tpme.bench.errors import UserError
 from tpme.bench.task.sources.raw import Picture
 
 
-class Complaints:
-    """Bad input ends here: as a UserError, or counted by reason where it shall be skipped."""
+class InputErrors:
+    """Raises a UserError for bad input or, with ``skip_bad``, counts it by reason."""
 
     def __init__(self, *, skip_bad: bool) -> None:
         self.skip_bad = skip_bad
         self.skipped: Counter[str] = Counter()
 
-    def bad(self, reason: str, message: str) -> None:
-        """Refuse one thing: ``reason`` is its kind, ``message`` says where and what."""
+    def report(self, reason: str, message: str) -> None:
+        """Refuse or count one problem: ``reason`` is its kind, ``message`` says where and what."""
         if not self.skip_bad:
-            raise UserError(f"{message}; correct it, or leave such things out with --skip-bad")
+            raise UserError(f"{message}; correct it, or skip bad input with --skip-bad")
         self.skipped[reason] += 1
 
 
-class Catalogue:
-    """The items of a source, checked one by one as they are read."""
+class SourceItems:
+    """The items of a source, checked one by one."""
 
-    def __init__(self, complaints: Complaints) -> None:
+    def __init__(self, errors: InputErrors) -> None:
         self.items: list[str] = []
         self.titles: list[str] = []
-        self._complaints = complaints
+        self._errors = errors
         self._where: list[str] = []
         self._position: dict[str, int] = {}
         self._refused: set[str] = set()
 
     def add(self, item: str, title: str | None, where: str) -> None:
-        """Take one item; ``title`` is ``None`` in a data set without text. ``where`` names file and line."""
+        """Check and add one item; ``title`` is ``None`` in a data set without text. ``where`` names file and line."""
         if item in self._position or item in self._refused:
-            self._complaints.bad("duplicate item", f"{where}: item '{item}' was already there")
+            self._errors.report("duplicate item", f"{where}: item '{item}' occurs twice")
         elif fault := bad_name(item, "item"):
-            self._complaints.bad(fault, f"{where}: {fault}")
+            self._errors.report(fault, f"{where}: {fault}")
         elif title is not None and not title.strip():
             self._refused.add(item)
-            self._complaints.bad("empty title", f"{where}: item '{item}' has an empty title")
+            self._errors.report("empty title", f"{where}: item '{item}' has an empty title")
         else:
             self._position[item] = len(self.items)
             self.items.append(item)
             self.titles.append(title or "")
             self._where.append(where)
 
-    def pictures(self, found: dict[str, Picture], images: Path) -> list[Picture]:
-        """The picture of every item. Items without one are refused, and are no longer in the catalogue."""
+    def pictures(self, by_name: dict[str, Picture], images: Path) -> list[Picture]:
+        """The picture of every item. Items without one are reported and removed."""
         for item, where in zip(self.items, self._where, strict=True):
-            if item not in found:
+            if item not in by_name:
                 self._refused.add(item)
-                self._complaints.bad("missing image", f"{where}: item '{item}' has no image in {images}")
-        kept = [i for i, item in enumerate(self.items) if item in found]
+                self._errors.report("missing image", f"{where}: item '{item}' has no image in {images}")
+        kept = [i for i, item in enumerate(self.items) if item in by_name]
         self.items, self.titles = [self.items[i] for i in kept], [self.titles[i] for i in kept]
         self._where = [self._where[i] for i in kept]
         self._position = {item: i for i, item in enumerate(self.items)}
-        return [found[item] for item in self.items]
+        return [by_name[item] for item in self.items]
 
     def position(self, item: str, where: str) -> int | None:
-        """Where an interaction's item stands in ``items``; ``None`` if it was skipped."""
+        """Index in ``items`` of an interaction's item; ``None`` if it was skipped."""
         position = self._position.get(item)
         if position is None and item in self._refused:
-            self._complaints.skipped["interaction with a skipped item"] += 1
+            self._errors.skipped["interaction with a skipped item"] += 1
         elif position is None:
-            self._complaints.bad("unknown item", f"{where}: item '{item}' is not among the items")
+            self._errors.report("unknown item", f"{where}: item '{item}' is not among the items")
         return position
 
 
 def bad_name(name: str, kind: str) -> str | None:
-    """What is wrong with an item's or a user's name. Line breaks are, as the prepared data keep one name a line."""
+    """The problem with an item's or user's name, if any. The prepared data keep one name a line: no line breaks."""
     if not name.strip():
         return f"empty {kind} id"
     return f"line break in {kind} id" if "\n" in name else None
 
 
 def as_history(positions: list[int]) -> NDArray[np.int32]:
-    """One user's positions in the catalogue."""
+    """One user's history, as positions in the list of items."""
     return np.array(positions, np.int32)
 
 
-def decoded_lines(path: Path, complaints: Complaints) -> Iterator[tuple[int, str]]:
-    """Number (from 1) and text of every line, its line end included.
+def decoded_lines(path: Path, errors: InputErrors) -> Iterator[tuple[int, str]]:
+    """Yield number (from 1) and text of every line, with its line end.
 
     Raises:
-        UserError: the file cannot be opened, or a line of it is not UTF-8.
+        UserError: the file cannot be opened, or a line is not UTF-8.
     """
     try:
         file = path.open("rb")
@@ -103,19 +103,19 @@ def decoded_lines(path: Path, complaints: Complaints) -> Iterator[tuple[int, str
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                bad = f"{path}, line {number}: not UTF-8 (byte {line[error.start]:#04x} at column {error.start + 1})"
-                complaints.bad("not UTF-8", bad)
+                byte = f"byte {line[error.start]:#04x} at column {error.start + 1}"
+                errors.report("not UTF-8", f"{path}, line {number}: not UTF-8 ({byte})")
                 continue
             yield number, text
 
 
-def csv_rows(path: Path, complaints: Complaints) -> Iterator[tuple[str, list[str]]]:
-    """Place (file and line) and fields of every row of a CSV file, the header too. Empty lines are passed over."""
+def csv_rows(path: Path, errors: InputErrors) -> Iterator[tuple[str, list[str]]]:
+    """Yield location (file and line) and fields of every row of a CSV file, header included; skips empty lines."""
     first = last = 0
 
     def lines() -> Iterator[str]:
         nonlocal last
-        for number, text in decoded_lines(path, complaints):
+        for number, text in decoded_lines(path, errors):
             last = number
             yield text
 
@@ -127,7 +127,7 @@ def csv_rows(path: Path, complaints: Complaints) -> Iterator[tuple[str, list[str
         except StopIteration:
             return
         except csv.Error as error:
-            complaints.bad("malformed row", f"{path}, line {first}: not CSV ({error})")
+            errors.report("malformed row", f"{path}, line {first}: not CSV ({error})")
             continue
         if row:
             yield f"{path}, line {first}", row

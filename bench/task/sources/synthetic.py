@@ -1,16 +1,16 @@
-"""The built-in catalogue: invented items and users whose behaviour follows what the items look and read like.
+"""The built-in data set: synthetic items, and users whose behaviour depends on titles and images.
 
-What is planted. An item has a category, style and brand (in its title) and a colour, shape and texture (in its image),
-so either modality alone tells half. What a user takes next depends on the item before (a category leads to certain
-others, a shape to the next one, the colour stays or moves to a neighbour), on the user (liked styles, textures and
-brands, which only the history as a whole reveals) and weakly on popularity. The newest items were launched after most
-of every history, so they are met in the last two interactions only: never in training, and to be ranked by content.
+Signal: an item has a category, style and brand (in its title) and a colour, shape and texture (in its image), so each
+modality carries half of the information. The next item depends on the previous one (a category leads to certain
+others, a shape to the next one, the colour stays or moves to a neighbour), on the user (preferred styles, textures and
+brands, visible only in the whole history) and weakly on popularity. The newest items occur only in the last two
+interactions of a history: they are never trained on and can be ranked by content alone.
 
-What was tuned. The strengths below were chosen, together with the pretraining of the tiny encoders
-(``tpme.bench.task.tiny.pretrain``), so that a small recommender can learn the task within a few hundred steps and so
-that popularity, item ids alone, frozen encoders and adapted encoders come out clearly apart. Only data and pretraining
-were tuned, with one set of settings for all methods; nothing here or there knows any method. Figures obtained on this
-data show that the machinery works; they say nothing about real catalogues.
+Tuning: the strengths below were chosen, together with the pretraining of the tiny encoders
+(``tpme.bench.task.tiny.pretrain``), such that a small recommender learns the task within a few hundred steps and that
+popularity, item ids, frozen encoders and adapted encoders are clearly separated. Only data and pretraining were tuned,
+with the same settings for all methods and without any code specific to a method. Results on this data show that the
+benchmark works; they say nothing about real catalogues.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from numpy.typing import NDArray
 from pydantic import Field, PositiveInt, model_validator
 
 from tpme.bench.record import Frozen
-from tpme.bench.task.sources.drawing import COLOURS, SHAPES, TEXTURES, Drawing, draw
 from tpme.bench.task.sources.raw import RawData
-from tpme.bench.task.sources.wording import CATEGORIES, STYLES, brand_names, title
+from tpme.bench.task.sources.synthetic_images import COLOURS, SHAPES, TEXTURES, Drawing, draw
+from tpme.bench.task.sources.synthetic_titles import CATEGORIES, STYLES, brand_names, title
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 BRANDS = 24
 
-# How much each reason adds to the log odds of taking an item next.
+# Contributions to the log odds of the next item.
 CATEGORY_FOLLOWS = 4.0
 SHAPE_FOLLOWS = 3.0
 COLOUR_STAYS = 3.0
@@ -43,20 +43,20 @@ POPULARITY = 0.5
 
 
 class Synthetic(Frozen):
-    """Settings of the built-in catalogue. Everything is decided by them: equal settings, equal data."""
+    """Settings of the built-in data set. Equal settings give equal data."""
 
     users: PositiveInt = 1000
     items: Annotated[int, Field(ge=40)] = 1000
     seed: int = 12345
-    """Decides items, users and histories."""
+    """Of items, users and histories."""
     world: int = 1
-    """Decides what holds for all of them: brands, which attributes meet, and what follows what."""
+    """Seed of the ``World``: brands, combinations of attributes, and transitions."""
     shortest_history: Annotated[int, Field(ge=5)] = 5
     longest_history: Annotated[int, Field(ge=5)] = 13
     continues: Annotated[float, Field(ge=0, le=1)] = 0.75
-    """Probability that a history goes on after each interaction: lengths are geometric between the two limits."""
+    """Probability that a history continues after an interaction: lengths are geometric between the two limits."""
     newest_share: Annotated[float, Field(ge=0, lt=1)] = 0.2
-    """Share of items that nobody has met before the last two interactions."""
+    """Share of items that occur in the last two interactions of a history only."""
 
     @model_validator(mode="after")
     def _limits_in_order(self) -> Synthetic:
@@ -67,22 +67,22 @@ class Synthetic(Frozen):
 
 @dataclass(frozen=True)
 class World:
-    """What holds for all items and users of one world."""
+    """The rules shared by all items and users of one world."""
 
     brands: tuple[str, ...]
     brand_styles: Floats
-    """(brands, styles): the share of each style among a brand's items."""
+    """(brands, styles): share of each style among a brand's items."""
     category_shapes: Floats
-    """(categories, shapes): the share of each shape among a category's items."""
+    """(categories, shapes): share of each shape among a category's items."""
     category_follows: Floats
-    """(categories, categories): from 0 to 1, how strongly the second follows the first."""
+    """(categories, categories): strength, 0 to 1, of a transition from the first to the second."""
     shape_follows: Ints
-    """(shapes,): the shape that follows each."""
+    """(shapes,): the next shape after each."""
 
 
 @dataclass(frozen=True)
 class Catalogue:
-    """Items with what was planted in them; every array is (items,)."""
+    """Synthetic items and their attributes; every array is (items,)."""
 
     category: Ints
     style: Ints
@@ -95,11 +95,11 @@ class Catalogue:
 
 
 def make_world(number: int) -> World:
-    """The world of this number."""
+    """Return the world with this number."""
     rng = np.random.default_rng((number, 0))
     categories, shapes = len(CATEGORIES), len(SHAPES)
     follows = np.zeros((categories, categories))
-    order = rng.permutation(categories)  # one ring through all categories, so that each leads somewhere else
+    order = rng.permutation(categories)  # a ring through all categories, so each leads to others
     follows[order, np.roll(order, 1)] = 1.0
     follows[order, np.roll(order, 3)] = 0.7
     ring = rng.permutation(shapes)
@@ -115,7 +115,7 @@ def make_world(number: int) -> World:
 
 
 def make_catalogue(world: World, rng: np.random.Generator, count: int) -> Catalogue:
-    """``count`` items of a world."""
+    """Draw ``count`` items of a world."""
     category = rng.integers(len(CATEGORIES), size=count)
     brand = rng.integers(BRANDS, size=count)
     style = _choose(rng, world.brand_styles[brand])
@@ -136,7 +136,7 @@ def make_catalogue(world: World, rng: np.random.Generator, count: int) -> Catalo
 
 
 def generate(config: Synthetic) -> RawData:
-    """The catalogue and the histories of these settings."""
+    """Generate the items and histories of these settings."""
     world = make_world(config.world)
     catalogue = make_catalogue(world, np.random.default_rng((config.seed, 1)), config.items)
     return RawData(
@@ -152,7 +152,7 @@ def generate(config: Synthetic) -> RawData:
 
 
 def make_histories(config: Synthetic, world: World, catalogue: Catalogue) -> list[NDArray[np.int32]]:
-    """What every user took, oldest first; no item twice."""
+    """The history of every user, oldest first, without repeated items."""
     rng = np.random.default_rng((config.seed, 2))
     users, items = config.users, config.items
     lengths = config.shortest_history - 1 + rng.geometric(max(1 - config.continues, 1e-9), users)
@@ -172,8 +172,8 @@ def make_histories(config: Synthetic, world: World, catalogue: Catalogue) -> lis
 
 
 def tastes(rng: np.random.Generator, catalogue: Catalogue, users: int) -> Floats:
-    """(users, items): what a user's own liking of two styles, two textures and three brands adds."""
-    liked = np.zeros((users, len(catalogue.titles)))
+    """(users, items): contribution of each user's preference for two styles, two textures and three brands."""
+    appeal = np.zeros((users, len(catalogue.titles)))
     for attribute, kinds, count, strength in (
         (catalogue.style, len(STYLES), 2, STYLE_LIKED),
         (catalogue.texture, len(TEXTURES), 2, TEXTURE_LIKED),
@@ -182,24 +182,24 @@ def tastes(rng: np.random.Generator, catalogue: Catalogue, users: int) -> Floats
         order = np.argsort(rng.random((users, kinds)), axis=1)[:, :count]
         likes = np.zeros((users, kinds))
         np.put_along_axis(likes, order, strength, axis=1)
-        liked += likes[:, attribute]
-    return liked
+        appeal += likes[:, attribute]
+    return appeal
 
 
 def transitions(world: World, catalogue: Catalogue) -> Floats:
-    """(items, items): what having just taken the first adds to the second."""
+    """(items, items): contribution of the previous item (row) to the next (column)."""
     category, shape, colour = catalogue.category, catalogue.shape, catalogue.colour
-    apart = np.abs(colour[:, None] - colour[None, :])
-    apart = np.minimum(apart, len(COLOURS) - apart)
-    reasons: Floats = (
+    distance = np.abs(colour[:, None] - colour[None, :])
+    distance = np.minimum(distance, len(COLOURS) - distance)
+    log_odds: Floats = (
         CATEGORY_FOLLOWS * world.category_follows[category[:, None], category[None, :]]
         + SHAPE_FOLLOWS * (world.shape_follows[shape][:, None] == shape[None, :])
-        + COLOUR_STAYS * np.maximum(0, 1 - apart / 2)
+        + COLOUR_STAYS * np.maximum(0, 1 - distance / 2)
     )
-    return reasons
+    return log_odds
 
 
 def _choose(rng: np.random.Generator, shares: Floats) -> Ints:
-    """One column for each row, drawn with the row's shares."""
+    """Draw one column per row with the row's shares as probabilities."""
     chosen: Ints = np.argmax(np.log(shares) + rng.gumbel(size=shares.shape), axis=1)
     return chosen

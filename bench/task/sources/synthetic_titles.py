@@ -1,7 +1,7 @@
-"""How a synthetic item is called: a title made of attribute words, from a few templates, with words that say nothing.
+"""Titles of synthetic items: attribute words in a few templates, with uninformative filler words.
 
-Category, style and brand can be read in the title only; colour and texture are named now and then, the shape never.
-Some titles also name a *second* category that the item merely goes with, so a bag of words is not enough.
+Category, style and brand appear in the title only; colour and texture are named occasionally, the shape never. Some
+titles also name a *second* category, of a matching item, so a bag of words does not suffice.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ _COMPANION_NAMED = 0.3
 
 
 def brand_names(rng: np.random.Generator, count: int) -> tuple[str, ...]:
-    """Invented names of two syllables, all different: a tokenizer that never met one spells it in pieces."""
+    """Invented names of two syllables, all different; a tokenizer splits an unknown one into pieces."""
     numbers = rng.choice(len(SYLLABLES) ** 2, size=count, replace=False)
     return tuple(SYLLABLES[n // len(SYLLABLES)] + SYLLABLES[n % len(SYLLABLES)] for n in numbers)
 
@@ -95,6 +95,6 @@ def title(rng: np.random.Generator, brand: str, category: int, style: int, colou
 
 
 def words() -> list[str]:
-    """Every whole word a title can hold, brands aside."""
+    """All words that occur in titles, except brands."""
     groups = (*CATEGORIES, *STYLES, COLOUR_WORDS, TEXTURE_WORDS, FILLERS, GLUE)
     return sorted({word for group in groups for word in group})

@@ -1,8 +1,8 @@
-"""How a synthetic item looks: one textured shape on a pale ground, drawn at any size from a few numbers.
+"""Images of synthetic items: one textured shape on a pale background, drawn at any size from a few numbers.
 
-A drawing holds what is planted (shape, colour, texture) and what is accidental (place, size, turn, light, noise), so
-two items with equal attributes never have equal pixels. Everything is computed on a grid with four samples a pixel;
-no font, file or drawing library takes part, so an image depends on these numbers alone.
+A drawing holds the attributes (shape, colour, texture) and nuisance parameters (position, size, rotation, light,
+noise), so two items with equal attributes never have equal pixels. Everything is computed on a grid with four samples
+a pixel, without fonts, files or a drawing library, so an image depends on these numbers alone.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "purple": (126, 66, 176),
     "pink": (224, 92, 154),
 }
-"""Around the colour wheel: neighbours in this order are neighbours to the eye."""
+"""In the order of the colour wheel: neighbours look similar."""
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "crescent")
 TEXTURES = ("plain", "stripes", "bars", "dots", "checks", "shaded")
 
-_SAMPLES = 2  # a side, so four samples a pixel
-_PERIOD = 0.36  # of a texture, in half heights of the shape: six pixels at 32 x 32, still visible there
+_SAMPLES = 2  # per side, so four samples a pixel
+_PERIOD = 0.36  # of a texture, in half heights of the shape: six pixels at 32 x 32, still visible
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """One item's picture; calling it with a size renders it. Small and picklable."""
+    """One item's image; call it with a size to render it. Small and picklable."""
 
     shape: int
     colour: int
@@ -49,7 +49,7 @@ class Drawing:
     light: float
     """Brightness of the shape, around 1."""
     ground: tuple[float, float, float]
-    """Colour of the background at its middle, 0 to 255."""
+    """Colour in the middle of the background, 0 to 255."""
     slope: float
     """Change of the background's brightness from top to bottom, 0 to 255."""
     noise: float
@@ -57,7 +57,7 @@ class Drawing:
     noise_seed: int
 
     def __call__(self, size: int) -> NDArray[np.uint8]:
-        """The picture as uint8 (3, size, size), RGB."""
+        """Render as uint8 (3, size, size), RGB."""
         steps = (np.arange(size * _SAMPLES) + 0.5) * (2 / (size * _SAMPLES)) - 1
         y, x = np.meshgrid(steps, steps, indexing="ij")
         image = np.array(self.ground)[:, None, None] + self.slope * y
@@ -75,14 +75,14 @@ class Drawing:
         return pixels
 
     def _local(self, x: Grid, y: Grid) -> tuple[Grid, Grid]:
-        """Image coordinates in the shape's own frame, in which it lies between -1 and 1 and y points upwards."""
+        """Map image coordinates to the shape's frame, in which it lies between -1 and 1 and y points up."""
         dx, dy = (x - self.x) / self.scale, (self.y - y) / self.scale
         cos, sin = np.cos(self.turn), np.sin(self.turn)
         return cos * dx + sin * dy, cos * dy - sin * dx
 
 
 def draw(rng: np.random.Generator, shape: int, colour: int, texture: int) -> Drawing:
-    """A drawing of these attributes with everything else by chance."""
+    """Return a drawing of these attributes with random nuisance parameters."""
     grey = rng.uniform(208, 238)
     return Drawing(
         shape=shape,
@@ -101,7 +101,7 @@ def draw(rng: np.random.Generator, shape: int, colour: int, texture: int) -> Dra
 
 
 def inside(shape: int, x: Grid, y: Grid) -> NDArray[np.bool_]:
-    """Where the shape covers its own frame: its position in ``SHAPES``, coordinates between -1 and 1."""
+    """Mask of the points inside a shape (an index into ``SHAPES``); coordinates in its frame."""
     r = np.hypot(x, y)
     match SHAPES[shape]:
         case "circle":
@@ -131,7 +131,7 @@ def inside(shape: int, x: Grid, y: Grid) -> NDArray[np.bool_]:
 
 
 def weave(texture: int, x: Grid, y: Grid) -> Grid:
-    """How a texture (its position in ``TEXTURES``) lightens (up to 1) or darkens (down to -1) each place."""
+    """Lightening (up to 1) or darkening (down to -1) of each point by a texture (an index into ``TEXTURES``)."""
     across, along = np.sin(2 * np.pi * x / _PERIOD / 1.6), np.sin(2 * np.pi * y / _PERIOD / 1.6)
     match TEXTURES[texture]:
         case "plain":
