@@ -18,7 +18,7 @@ from tpme.bench.errors import UserError
 from tpme.bench.measure.clock import sync
 from tpme.bench.measure.host import release_free_memory
 from tpme.bench.measure.phases import measuring
-from tpme.bench.run.cell import Story
+from tpme.bench.run.cell import CellRun
 from tpme.bench.run.launch import job_of, make_tasks, run_matrix
 from tpme.bench.run.matrix import MatrixFile
 from tpme.bench.train.loop import Trainer
@@ -56,7 +56,7 @@ def measure_noise(device: str, store: Path, console: Console, matrix: MatrixFile
         cell = tasks[0].cell
         job = job_of(tasks[0], data[cell.dataset], store, (), matrix.cache_limit_bytes, float(matrix.time_limit_s))
         with measuring(device) as phases:
-            trainer = Story(job, phases, lambda _what, _share: None).prepare()
+            trainer = CellRun(job, phases, lambda _what, _share: None).prepare()
         overhead = overhead_ratio(trainer)
     if lie.time is None or not lie.memory or result.environment is None:
         raise UserError("the noise floor cannot be measured: its runs have no step times or no memory that can be read")

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tpme.bench.task.dataset import Dataset
+from tpme.bench.train.build import DataSize
 
 SCIENTIFIC_USERS, SCIENTIFIC_ITEMS = 12_076, 20_314
 SCIENTIFIC_LENGTHS = {3: 4892, 4: 2652, 5: 1465, 6: 895, 7: 609, 8: 356, 9: 300, 10: 208, 11: 699}
@@ -24,20 +25,15 @@ MAX_SEQ_LEN = 10
 
 
 @dataclass(frozen=True)
-class DataShape:
+class DataShape(DataSize):
     """What a data set's size and lengths add to the cost of a step; never its content.
 
-    users, items: how many there are. max_seq_len: longest input L. lengths: filled training slots of every user (at
-    most L + 1), sorted. occurrences: of every item that trains, in how many users' training slots it stands; ``None``
-    where that is assumed. popularity: (N+1,) training share of each item. source: where all this is from, for people.
+    lengths: filled training slots of every user (at most L + 1), sorted. occurrences: of every item that trains, the
+    number of users with it in their training slots; ``None`` where that is assumed. source: of all this, in words.
     """
 
-    users: int
-    items: int
-    max_seq_len: int
     lengths: NDArray[np.int64]
     occurrences: NDArray[np.int64] | None
-    popularity: NDArray[np.float64]
     source: str
 
     @classmethod

@@ -15,11 +15,31 @@ from tpme.bench.measure.environment import environment
 from tpme.bench.record import Reading
 from tpme.bench.run.job import Job
 from tpme.bench.task.dataset import Dataset
-from tpme.bench.train.loop import WARMUP_EPOCHS, Outcome
+from tpme.bench.train.ending import TimeLimitReached, one_line
+from tpme.bench.train.loop import WARMUP_EPOCHS, Outcome, Trainer
+
+
+def final_counters(job: Job, trainer: Trainer, *, trained: bool) -> dict[str, Reading]:
+    """All counters that nothing has to be measured for; where one fails, that one is missing with its reason.
+
+    ``trained``: training ended well, so that its step times say how well the device was used.
+    """
+    counters: dict[str, Reading] = {}
+    try:
+        with trainer.phases.phase("estimate", "counters"):
+            trainer.progress("count", 0.0)
+            counters |= noise_floor(job)
+            counters |= exact_counters(job, trainer.dataset)
+            if trained:
+                counters |= utilisation(job, trainer.outcome, counters)
+    except (Exception, TimeLimitReached) as error:
+        failed = "mfu" if "forward_flops" in counters else "forward_flops"
+        counters[failed] = Reading.missing("counted on meta", one_line(error))
+    return counters
 
 
 def exact_counters(job: Job, dataset: Dataset) -> dict[str, Reading]:
-    """The exact counters of the cell of ``job``, by name, and the peak of memory that ``tpme plan`` would tell."""
+    """The exact counters of the cell of ``job``, by name, and the peak of memory that ``tpme plan`` prints."""
     meta = MetaCell(job.cell, DataShape.of(dataset), methods_path=job.methods_path)
     counts, step = count(meta), run_step(meta, fused_attention=True)
     device = job.cell.device

@@ -48,6 +48,11 @@ def failure_of(error: BaseException, phase: str, trainer: Trainer | None) -> Fai
     )
 
 
+def one_line(error: BaseException) -> str:
+    """Kind and message of an exception that costs single readings alone, as their reason."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
 def bytes_requested(message: str) -> int | None:
     """What a failed allocation asked for, from the message ("Tried to allocate 2.00 GiB", "allocate 123 bytes")."""
     found = re.search(rf"allocate ([\d.]+) ({'|'.join(_UNITS)})", message)

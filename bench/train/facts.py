@@ -1,9 +1,13 @@
-"""What a record says of a trained cell, computed from its model, its outcome and its samples."""
+"""What a record says of a cell, and how it follows from its model, its outcome and its samples."""
 
 from __future__ import annotations
 
+import io
 import math
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,17 +15,50 @@ import torch
 from numpy.typing import NDArray
 
 from tpme.bench.measure.sampler import Samples
-from tpme.bench.record import Parameters, Reading
+from tpme.bench.record import (
+    CacheFacts,
+    Cell,
+    DatasetFacts,
+    EncoderFacts,
+    EncoderSpec,
+    Failure,
+    Flag,
+    Modality,
+    Parameters,
+    Reading,
+    write_atomically,
+)
 from tpme.bench.task.dataset import Dataset
 from tpme.bench.task.evaluate import ITEMS_PER_CHUNK
 from tpme.bench.task.recommender import Recommender
-from tpme.bench.train.loop import Outcome, Trainer
+from tpme.bench.train.loop import WARMUP_EPOCHS, Outcome, Trainer
 from tpme.methods.base import Method
 
 THROUGHPUT_CHUNKS = 4
 """Chunks of items that inference throughput is timed over, after one that is not."""
 
 Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass
+class CellFacts:
+    """What is known of the cell so far; its record is made of it whenever the cell ends."""
+
+    dataset: DatasetFacts | None = None
+    encoders: dict[Modality, EncoderFacts] = field(default_factory=dict)
+    parameters: Parameters | None = None
+    cache: CacheFacts | None = None
+    throughput: Reading | None = None
+    counters: dict[str, Reading] = field(default_factory=dict)
+    flags: list[Flag] = field(default_factory=list)
+    failure: Failure | None = None
+    trainer: Trainer | None = None
+    setup: str | None = None
+    """What is done once, during the first training steps."""
+
+    def flag(self, code: str, message: str) -> None:
+        """Flag the cell in its record."""
+        self.flags.append(Flag(code=code, message=message))
 
 
 def ranks(dataset: Dataset, rank: NDArray[np.int32]) -> Arrays:
@@ -44,6 +81,14 @@ def samples(outcome: Outcome, curve: Samples | None, device: torch.device) -> Ar
         "sample_t_s": curve.t_s,
         "sample_bytes": curve.device_bytes if device.type == "cuda" else curve.host_bytes,
     }
+
+
+def save_arrays(path: Path, arrays: Arrays) -> str:
+    """Write ``arrays`` to a compressed file; returns its name."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, allow_pickle=False, **arrays)
+    write_atomically(path, buffer.getvalue())
+    return path.name
 
 
 def parameter_counts(model: Recommender, method: Method, trainable_max: int = 0) -> Parameters:
@@ -77,9 +122,39 @@ def throughput(trainer: Trainer) -> Reading:
     )
 
 
-def reported(value: float, source: str) -> Reading:
-    """A counter of a method's own; one that is not finite is missing, because JSON cannot hold it."""
-    return Reading(value=value, source=source) if math.isfinite(value) else Reading.missing(source, f"it is {value}")
+def method_counters(method: Method, model: Recommender, name: str) -> dict[str, Reading]:
+    """The counters that the method ``name`` reports; one that is not finite is missing, because JSON cannot hold it."""
+    source = f"report() of {name}"
+    return {
+        key: Reading(value=value, source=source) if math.isfinite(value) else Reading.missing(source, f"it is {value}")
+        for key, value in ((key, float(value)) for key, value in method.report(model).items())
+    }
+
+
+def encoder_flags(cell: Cell, specs: Mapping[Modality, EncoderSpec], model: Recommender) -> list[Flag]:
+    """Encoders without meaning, and checkpointing without effect."""
+    flags = []
+    random = [modality for modality, spec in specs.items() if spec.weights == "random"]
+    if random:
+        message = f"{' and '.join(random)} encoder with random weights: quality means nothing"
+        flags.append(Flag(code="random-weights", message=message))
+    if cell.training.activation_checkpointing and (model.decoupled or not model.views):
+        message = "nothing to checkpoint: no gradient flows through an encoder"
+        flags.append(Flag(code="no-checkpointing", message=message))
+    return flags
+
+
+def warmup_epochs(outcome: Outcome) -> int:
+    """Leading epochs that do not count towards the epoch time."""
+    return WARMUP_EPOCHS if len(outcome.epochs) > 2 * WARMUP_EPOCHS else 0
+
+
+def setup_flags(setup: str | None, outcome: Outcome) -> list[Flag]:
+    """A flag where the epoch time includes ``setup``, what is done once during the first steps."""
+    if not setup or not outcome.epochs or warmup_epochs(outcome):
+        return []
+    message = f"{setup} is part of the epoch time: below three epochs none is a warm-up"
+    return [Flag(code="setup-in-time", message=message)]
 
 
 def _now(device: torch.device) -> float:

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tpme.bench.errors import UserError
 from tpme.bench.task.batches import Batch
 from tpme.bench.task.items import Items
 from tpme.bench.task.loss import Candidates, in_batch_logits
 from tpme.bench.task.recommender import Recommender
+from tpme.bench.train.loop import Trainer
 from tpme.bench.train.step import total_loss
 from tpme.methods.base import Method
 
@@ -28,14 +30,27 @@ _INSIDE = ("stages", "begin_stage", "before_step", "passes", "begin_pass", "loss
 """Hooks that may change what a step does: a graph would go on doing what was recorded."""
 
 
-def why_not(method: Method, model: Recommender) -> str | None:
-    """Why the steps of a row cannot be recorded; ``None`` where they can."""
+def unsupported_reason(method: Method, model: Recommender) -> str | None:
+    """Why the steps of a cell cannot be recorded; ``None`` where they can."""
     if model.views:
         return "encoders run in every step: it is not bound by starting kernels"
     if not model.parameter_groups():
         return "nothing trains"
     hooks = [name for name in _INSIDE if getattr(type(method), name) is not getattr(Method, name)]
     return f"its {hooks[0]}() may change what a step does" if hooks else None
+
+
+def replay_graphs(trainer: Trainer) -> str | None:
+    """Let ``trainer`` record its first step and replay it from then on; returns the reason where that cannot be.
+
+    Raises UserError on a CPU.
+    """
+    if trainer.device.type != "cuda":
+        raise UserError("cuda_graphs = true needs a CUDA device; turn it off or run with --device cuda")
+    reason = unsupported_reason(trainer.method, trainer.model)
+    if reason is None:
+        trainer.loss_of = GraphedLoss(trainer.method, trainer.model, trainer.cell.training.users_per_batch)
+    return reason
 
 
 class PaddedLoss(nn.Module):

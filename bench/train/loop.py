@@ -28,9 +28,10 @@ from tpme.bench.task.batches import Batch, ItemStore, TrainBatches
 from tpme.bench.task.dataset import Dataset
 from tpme.bench.task.evaluate import item_matrix, rank_split, recall_and_ndcg
 from tpme.bench.task.recommender import Recommender
+from tpme.bench.train.build import DataSize, schedule_of
 from tpme.bench.train.step import AUTOCAST, forward, total_loss
 from tpme.bench.train.timing import StepTimer
-from tpme.methods.base import Method, Schedule, Stage, StepState
+from tpme.methods.base import Method, Stage, StepState
 
 CHECK_EVERY_STEPS = 50
 WARMUP_EPOCHS = 1
@@ -59,8 +60,8 @@ class Outcome:
     """The most parameters that trained at one time."""
 
 
-def _go_on() -> None:
-    """Nobody times the parts of a step."""
+def _noop() -> None:
+    """No-op lap timer."""
 
 
 class Trainer:
@@ -84,16 +85,16 @@ class Trainer:
     ) -> None:
         self.cell, self.model, self.method = cell, model, method
         self.dataset, self.store, self.phases, self.device, self.progress = dataset, store, phases, device, progress
+        schedule = schedule_of(cell.training, DataSize.of(dataset))
         self.batches = TrainBatches(
             dataset,
             store,
             users_per_batch=cell.training.users_per_batch,
             protocol=cell.protocol,
             seed=cell.seed,
-            max_steps=cell.training.max_steps_per_epoch,
+            steps=schedule.steps_per_epoch,
             device=device,
         )
-        schedule = Schedule(cell.training.epochs, len(self.batches), dataset.popularity)
         self.state = StepState(model, schedule)
         self.step_of_epoch: int | None = None
         """The training step that is under way, from 1; None outside the training phases."""
@@ -187,7 +188,7 @@ class Trainer:
         self.outcome.step_epoch += [number] * len(losses)
         return len(losses), loss
 
-    def step(self, batch: Batch, optimizer: torch.optim.Optimizer, lap: Callable[[], None] = _go_on) -> Tensor:
+    def step(self, batch: Batch, optimizer: torch.optim.Optimizer, lap: Callable[[], None] = _noop) -> Tensor:
         """Forward, backward, update; returns the loss, detached, still on the device.
 
         ``lap`` is called after the forward and after the backward pass.

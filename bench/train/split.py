@@ -13,6 +13,7 @@ import numpy as np
 
 from tpme.bench.measure.clock import now
 from tpme.bench.record import Reading
+from tpme.bench.train.ending import one_line
 from tpme.bench.train.loop import Trainer
 from tpme.bench.train.timing import StepTimer
 
@@ -46,6 +47,16 @@ def step_split(trainer: Trainer) -> dict[str, Reading]:
         name: Reading(value=float(value), source=source)
         for name, value in zip(PARTS, np.median(laps, axis=0), strict=True)
     }
+
+
+def guarded_split(trainer: Trainer) -> dict[str, Reading]:
+    """``step_split`` in a phase. All results are in by then: whatever goes wrong costs these readings alone."""
+    try:
+        with trainer.phases.phase("estimate", "parts of a step"):
+            trainer.progress("parts of a step", 0.0)
+            return step_split(trainer)
+    except Exception as error:
+        return dict.fromkeys(PARTS, Reading.missing("steps after training", one_line(error)))
 
 
 def _laps(trainer: Trainer, steps: int) -> list[float]:

@@ -11,11 +11,11 @@ import torch
 
 from tpme.bench.measure.phases import measuring
 from tpme.bench.record import LearningRates, Training
-from tpme.bench.run.cell import Story
+from tpme.bench.run.cell import CellRun
 from tpme.bench.task.batches import Batch, ItemStore, build_batch, log_popularity
 from tpme.bench.task.items import map_tensors
 from tpme.bench.task.recommender import Recommender
-from tpme.bench.train.graphs import GraphedLoss, PaddedLoss, why_not
+from tpme.bench.train.graphs import GraphedLoss, PaddedLoss, unsupported_reason
 from tpme.bench.train.step import total_loss
 from tpme.methods.base import Method
 from tpme.methods.bitfit import BitFit
@@ -72,13 +72,13 @@ class Scheduled(IISAN):
 
 
 def test_who_cannot_be_recorded_is_told_why(tiny: ModuleType) -> None:
-    assert why_not(*without_encoders(tiny, "iisan")) is None
-    assert why_not(*without_encoders(tiny, "id")) is None
-    assert why_not(*tiny.build("iisan")) == "encoders run in every step: it is not bound by starting kernels"
-    assert why_not(*tiny.build("bitfit")) is not None
-    assert why_not(*without_encoders(tiny, "popularity")) == "nothing trains"
+    assert unsupported_reason(*without_encoders(tiny, "iisan")) is None
+    assert unsupported_reason(*without_encoders(tiny, "id")) is None
+    assert unsupported_reason(*tiny.build("iisan")) == "encoders run in every step: it is not bound by starting kernels"
+    assert unsupported_reason(*tiny.build("bitfit")) is not None
+    assert unsupported_reason(*without_encoders(tiny, "popularity")) == "nothing trains"
     method, model = without_encoders(tiny, "iisan")
-    assert "before_step()" in (why_not(Scheduled(method.config), model) or "")
+    assert "before_step()" in (unsupported_reason(Scheduled(method.config), model) or "")
     assert BitFit.before_step is Method.before_step  # else the test above would say nothing
 
 
@@ -96,19 +96,19 @@ def test_a_cpu_cannot_replay_graphs(world: Any, tmp_path: Any) -> None:
 
 
 def test_a_row_that_cannot_be_recorded_says_so_and_trains_as_ever(world: Any, tmp_path: Any) -> None:
-    told = {}
+    flags = {}
     for name in ("id", "fft", "popularity"):
         task = world.tasks(world.matrix([name]), tmp_path)[0]
         with measuring("cpu") as phases:
-            story = Story(world.job(task, tmp_path, ()), phases, lambda _what, _share: None)
-            trainer = story.prepare()
-        story.device = torch.device("cuda")  # nothing is recorded before the first step
-        story._record_graphs(trainer)
-        told[name] = {flag.code: flag.message for flag in story.known.flags}
+            cell_run = CellRun(world.job(task, tmp_path, ()), phases, lambda _what, _share: None)
+            trainer = cell_run.prepare()
+        trainer.device = torch.device("cuda")  # nothing is recorded before the first step
+        cell_run._replay_graphs(trainer)
+        flags[name] = {flag.code: flag.message for flag in cell_run.facts.flags}
         assert isinstance(trainer.loss_of, GraphedLoss) == (name == "id")
-    assert "no-cuda-graphs" not in told["id"]
-    assert told["fft"]["no-cuda-graphs"].endswith("encoders run in every step: it is not bound by starting kernels")
-    assert told["popularity"]["no-cuda-graphs"] == "steps are not recorded as CUDA graphs: nothing trains"
+    assert "no-cuda-graphs" not in flags["id"]
+    assert flags["fft"]["no-cuda-graphs"].endswith("encoders run in every step: it is not bound by starting kernels")
+    assert flags["popularity"]["no-cuda-graphs"] == "steps are not recorded as CUDA graphs: nothing trains"
 
 
 @pytest.mark.gpu
