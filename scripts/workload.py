@@ -137,10 +137,8 @@ def make_trainer(size: Size, folder: Path, phases: PhaseLog, device: Literal["cp
     cell, dataset = make_cell(size, folder, device), made_up_data(size, folder)
     method = create(size.method, {})
     specs = encoder_specs(cell, method)
-    width, depth = ENCODERS[size.encoders].width, ENCODERS[size.encoders].depth
-    builder = ModelBuilder(
-        method, cell.training, DataSize.of(dataset), dict.fromkeys(specs, EncoderShape(width, depth))
-    )
+    shape = EncoderShape(ENCODERS[size.encoders].width, ENCODERS[size.encoders].depth)
+    builder = ModelBuilder(method, cell.training, DataSize.of(dataset), dict.fromkeys(specs, shape))
     views = {}
     if size.cached:
         sizes = {m: (size.items + 1, reads.count, shape.width) for m, reads in builder.item_encoder.reads.items()}

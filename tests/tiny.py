@@ -145,6 +145,10 @@ def batch(modalities: Sequence[Modality] = BOTH, protocol: str = "suite", users:
     return build_batch(data.train_slots, log_popularity(data), store(data, modalities), protocol)
 
 
+def data_size() -> DataSize:
+    return DataSize(USERS, ITEMS, SLOTS - 1, catalogue().popularity)
+
+
 def schedule() -> Schedule:
     return Schedule(epochs=2, steps_per_epoch=3, popularity=catalogue().popularity)
 
@@ -162,8 +166,7 @@ def recommender(
     torch.manual_seed(seed)
     parts = views(used_modalities(method, modalities), dropout=encoder_dropout)
     training = Training(epochs=2, users_per_batch=3, embedding_dim=DIM, heads=HEADS, dropout=dropout)
-    data = DataSize(USERS, ITEMS, SLOTS - 1, catalogue().popularity)
-    builder = ModelBuilder(method, training, data, {modality: view.shape for modality, view in parts.items()})
+    builder = ModelBuilder(method, training, data_size(), {modality: view.shape for modality, view in parts.items()})
     return builder.build(parts if with_views else {})
 
 
