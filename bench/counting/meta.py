@@ -72,7 +72,7 @@ def _configuration(spec: EncoderSpec) -> Iterator[EncoderSpec]:
 
 
 class MetaCell:
-    """What a cell trains, on ``meta``: method, adapted model and canonical batch.
+    """The method, adapted model and canonical batch of a cell, on ``meta``.
 
     Args:
         cell: the settings. data: what the data set adds. encoders: where encoders come from; by default new ones.

@@ -37,14 +37,12 @@ from tpme.bench.train.compiling import compile_model
 from tpme.bench.train.ending import TimeLimitReached, failure_of, status_of
 from tpme.bench.train.facts import (
     CellFacts,
-    encoder_flags,
     epoch_time,
     method_counters,
     parameter_counts,
     ranks,
     samples,
     save_arrays,
-    setup_flags,
     throughput,
     warmup_epochs,
 )
@@ -116,7 +114,7 @@ class CellRun:
                 facts.setup = "compiling"
             elif cell.training.compile:
                 facts.flag("not-compiled", "nothing trains: nothing to compile")
-            facts.flags += encoder_flags(cell, specs, model)
+            facts.flag_encoders(cell, specs, model)
             facts.parameters = parameter_counts(model, method)
         trainer = Trainer(cell, model, method, dataset, store, self.phases, self.device, self.progress)
         if cell.training.cuda_graphs:
@@ -130,9 +128,8 @@ class CellRun:
         job = feature_job(self.job, specs, builder.item_encoder.reads)
         cached = cached_states(job, self.cell.dataset_fingerprint, self.phases, self.progress)
         self.facts.cache = cached.facts
-        self.facts.counters["cache_bytes"] = Reading(
-            value=builder.cache_bytes, source="(N+1) x levels x width x 2 bytes"
-        )
+        size = Reading(value=builder.cache_bytes, source="(N+1) x levels x width x 2 bytes")
+        self.facts.counters["cache_bytes"] = size
         self.facts.flag("cache-placement", f"cached states are kept in {PLACES[cached.placement]}")
         return ItemStore(dataset, states=cached.states, pin=self.device.type == "cuda")
 
@@ -183,12 +180,12 @@ class CellRun:
         outcome = facts.trainer.outcome if facts.trainer else Outcome()
         last = self.phases.phases[-1] if self.phases.phases else None
         warmup = warmup_epochs(outcome)
-        files = {
-            "samples": save_arrays(self.job.file(".samples.npz"), samples(outcome, self.phases.samples, self.device))
-        }
+        if facts.setup and outcome.epochs and not warmup:
+            message = f"{facts.setup} is part of the epoch time: below three epochs none is a warm-up"
+            facts.flag("setup-in-time", message)
+        arrays = {"samples": samples(outcome, self.phases.samples, self.device)}
         if facts.trainer is not None and outcome.test_ranks is not None and status == "ok":
-            arrays = ranks(facts.trainer.dataset, outcome.test_ranks)
-            files["ranks"] = save_arrays(self.job.file(".ranks.npz"), arrays)
+            arrays["ranks"] = ranks(facts.trainer.dataset, outcome.test_ranks)
         return CellResult(
             cell_id=self.job.cell_id,
             attempt=self.job.attempt,
@@ -213,8 +210,8 @@ class CellRun:
             cache=facts.cache,
             inference_items_per_s=facts.throughput,
             counters=facts.counters | self.phases.counters(),
-            flags=(*facts.flags, *setup_flags(facts.setup, outcome), *self.phases.flags()),
-            files=files,
+            flags=(*facts.flags, *self.phases.flags()),
+            files={name: save_arrays(self.job.file(f".{name}.npz"), values) for name, values in arrays.items()},
         )
 
 

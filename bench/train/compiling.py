@@ -1,4 +1,4 @@
-"""``compile = true``: the parts of a model that are the same for every method run through torch.compile."""
+"""``compile = true``: torch.compile for the parts of a model that all methods share."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ COMPILERS = ("c++", "g++", "clang++")
 def compile_model(model: Recommender) -> bool:
     """Compile, in place, every encoder layer, the item encoder and the sequential encoder of an adapted model.
 
-    Layer by layer, because hooks on whole layers pick the hidden states that are read, and stay outside. Numbers of
-    items and positions change with every batch, so shapes are dynamic, and no CUDA graph is recorded. Random numbers
-    are drawn as without compilation: dropout stays the same.
+    Encoders are compiled layer by layer: the hooks that read hidden states sit on whole layers and stay outside.
+    Shapes are dynamic, because the numbers of items and positions change with every batch, so no CUDA graph is
+    recorded. Random numbers are drawn as without compilation: dropout stays the same.
 
     Returns whether there is anything to compile: a model without trainable parameters is left as it is.
     Raises UserError where there is no C++ compiler.

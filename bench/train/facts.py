@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tpme.bench.measure.clock import now
 from tpme.bench.measure.sampler import Samples
 from tpme.bench.record import (
     CacheFacts,
@@ -35,7 +35,7 @@ from tpme.bench.train.loop import WARMUP_EPOCHS, Outcome, Trainer
 from tpme.methods.base import Method
 
 THROUGHPUT_CHUNKS = 4
-"""Chunks of items that inference throughput is timed over, after one that is not."""
+"""Timed chunks of items for the inference throughput; one more runs before them, untimed."""
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -60,9 +60,17 @@ class CellFacts:
         """Flag the cell in its record."""
         self.flags.append(Flag(code=code, message=message))
 
+    def flag_encoders(self, cell: Cell, specs: Mapping[Modality, EncoderSpec], model: Recommender) -> None:
+        """Flag encoders with random weights, and checkpointing without effect."""
+        random = [modality for modality, spec in specs.items() if spec.weights == "random"]
+        if random:
+            self.flag("random-weights", f"{' and '.join(random)} encoder with random weights: quality means nothing")
+        if cell.training.activation_checkpointing and (model.decoupled or not model.views):
+            self.flag("no-checkpointing", "nothing to checkpoint: no gradient flows through an encoder")
+
 
 def ranks(dataset: Dataset, rank: NDArray[np.int32]) -> Arrays:
-    """The arrays of a record's ``ranks`` file, one entry a user, from the ranks of the test targets."""
+    """The arrays of a record's ``ranks`` file, one entry per user; ``rank`` holds those of the test targets."""
     test = dataset.test
     return {
         "rank": rank,
@@ -92,7 +100,7 @@ def save_arrays(path: Path, arrays: Arrays) -> str:
 
 
 def parameter_counts(model: Recommender, method: Method, trainable_max: int = 0) -> Parameters:
-    """Exact counts; ``trainable_max`` is the most that trained at one time so far."""
+    """Exact counts; ``trainable_max`` is the largest number of parameters that trained at one time so far."""
     groups = {name: sum(p.numel() for p in parameters) for name, parameters in model.parameter_groups().items()}
     state = method.state(model)
     return Parameters(
@@ -106,7 +114,7 @@ def parameter_counts(model: Recommender, method: Method, trainable_max: int = 0)
 
 @torch.no_grad()
 def throughput(trainer: Trainer) -> Reading:
-    """Items encoded a second with the adapted model, ready for inference, data loading excluded."""
+    """Items per second that the adapted model encodes, once prepared for inference; data loading is excluded."""
     n = trainer.dataset.manifest.items
     ids = np.arange(1, 1 + min(n, ITEMS_PER_CHUNK), dtype=np.int64)
     items = trainer.store.gather(ids).to(trainer.device)
@@ -114,9 +122,9 @@ def throughput(trainer: Trainer) -> Reading:
     trainer.model.encode_items(items)
     times = []
     for _ in range(THROUGHPUT_CHUNKS):
-        start = _now(trainer.device)
+        start = now(trainer.device)
         trainer.model.encode_items(items)
-        times.append(_now(trainer.device) - start)
+        times.append(now(trainer.device) - start)
     return Reading(
         value=len(ids) / float(np.median(times)), source=f"median of {THROUGHPUT_CHUNKS} chunks of {len(ids)} items"
     )
@@ -131,40 +139,13 @@ def method_counters(method: Method, model: Recommender, name: str) -> dict[str, 
     }
 
 
-def encoder_flags(cell: Cell, specs: Mapping[Modality, EncoderSpec], model: Recommender) -> list[Flag]:
-    """Encoders without meaning, and checkpointing without effect."""
-    flags = []
-    random = [modality for modality, spec in specs.items() if spec.weights == "random"]
-    if random:
-        message = f"{' and '.join(random)} encoder with random weights: quality means nothing"
-        flags.append(Flag(code="random-weights", message=message))
-    if cell.training.activation_checkpointing and (model.decoupled or not model.views):
-        message = "nothing to checkpoint: no gradient flows through an encoder"
-        flags.append(Flag(code="no-checkpointing", message=message))
-    return flags
-
-
 def warmup_epochs(outcome: Outcome) -> int:
     """Leading epochs that do not count towards the epoch time."""
     return WARMUP_EPOCHS if len(outcome.epochs) > 2 * WARMUP_EPOCHS else 0
 
 
-def setup_flags(setup: str | None, outcome: Outcome) -> list[Flag]:
-    """A flag where the epoch time includes ``setup``, what is done once during the first steps."""
-    if not setup or not outcome.epochs or warmup_epochs(outcome):
-        return []
-    message = f"{setup} is part of the epoch time: below three epochs none is a warm-up"
-    return [Flag(code="setup-in-time", message=message)]
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 def epoch_time(outcome: Outcome, warmup: int) -> Reading:
-    """T of TPME in seconds: the median training time of an epoch, the first ``warmup`` ones left out."""
+    """T of TPME in seconds: the median training time of the epochs after the first ``warmup``."""
     source = f"median training time of the epochs after {warmup} warm-up epoch(s)"
     if not outcome.epochs:
         return Reading.missing(source, "no epoch was finished: nothing trains, or the cell failed before")

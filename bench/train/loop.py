@@ -1,12 +1,12 @@
 """The training loop, with the measured region in plain sight.
 
 One epoch is one ``train`` phase: data loading, forward, backward, optimiser step. Validation, test ranking and
-bookkeeping lie outside it, in phases of their own. The host does not wait for the device inside an epoch, except every
-``CHECK_EVERY_STEPS`` steps to see whether the loss is still finite, and where a method's own hooks make it: by reading
-a value, or with an ``after_step``, which under a gradient scaler must know whether there was a step.
+bookkeeping are outside it, in separate phases. The host does not wait for the device inside an epoch, except every
+``CHECK_EVERY_STEPS`` steps to check that the loss is finite, and where a method's hooks force it: by reading a value,
+or with an ``after_step``, which under a gradient scaler must know whether there was a step.
 
-The test targets are ranked with the item vectors that validation has just computed, whenever validation improved: the
-best epoch needs no checkpoint and no second encoding of the catalogue. Nothing is selected on them.
+The test targets are ranked with the item vectors that validation has just computed, whenever validation improved, so
+the best epoch needs no checkpoint and no second encoding of the catalogue. Nothing is selected on them.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class DivergedError(ArithmeticError):
 
 @dataclass
 class Outcome:
-    """What training leaves behind; filled as it goes, so that a failure keeps what is known."""
+    """Results of training; filled epoch by epoch, so a failure keeps those of the epochs before it."""
 
     epochs: list[Epoch] = field(default_factory=list)
     step_s: list[float] = field(default_factory=list)
@@ -65,11 +65,11 @@ def _noop() -> None:
 
 
 class Trainer:
-    """Trains one cell; this is the context that a method's own procedure may use.
+    """Trains one cell; the context of a method's own training procedure.
 
     Args:
         cell: the settings. model, method, dataset, store: what is trained, and on what. phases: the phase log.
-        progress: told what is being done and the share of it, for people.
+        progress: called with the current activity and the share of it that is done.
     """
 
     def __init__(
@@ -97,14 +97,14 @@ class Trainer:
         )
         self.state = StepState(model, schedule)
         self.step_of_epoch: int | None = None
-        """The training step that is under way, from 1; None outside the training phases."""
+        """The current training step, from 1; None outside the training phases."""
         self.outcome = Outcome()
-        self._own_batches = self._endless_batches()
+        self._extra_batches = self._endless_batches()
         precision = cell.training.precision
         self.autocast_dtype = AUTOCAST.get(precision)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.loss_of: Callable[[Batch], Tensor] = partial(total_loss, method, model)
-        """The sum of the losses of a batch, with its graph; another way to compute the same may be put in its place."""
+        """The sum of the losses of a batch, with its graph; replaceable by a faster way to compute the same."""
 
     # --- the procedure --------------------------------------------------------------------------------------------
 
@@ -123,7 +123,7 @@ class Trainer:
         return self.outcome
 
     def train(self) -> None:
-        """Train by the method's stages; each opens its own optimiser. Stops early on validation within a stage."""
+        """Train by the method's stages, each with a new optimiser. Stops early on validation within a stage."""
         stages = self.method.stages()
         for stage, epochs in zip(stages, _split_epochs(self.cell.training.epochs, stages), strict=True):
             self.state.stage = stage
@@ -139,12 +139,12 @@ class Trainer:
                     break
 
     def optimizer(self) -> torch.optim.Optimizer:
-        """The method's optimiser of what trains now."""
+        """The method's optimiser for the parameters that train now."""
         return self.method.optimizer(self.method.param_groups(self.model, self.cell.lr), fused=True)
 
     def training_losses(self, steps: int) -> Iterator[Tensor]:
-        """The task's loss, with its graph, on the next ``steps`` training batches of an order of their own."""
-        for batch in itertools.islice(self._own_batches, steps):
+        """The task's loss, with its graph, on the next ``steps`` training batches, in a separate order."""
+        for batch in itertools.islice(self._extra_batches, steps):
             self.model.train()
             with self.autocast():
                 loss = forward(self.model, batch).loss
