@@ -1,6 +1,6 @@
-"""Made-up catalogues, encoders and trainers of any size, for the scripts that measure beside this file.
+"""Synthetic catalogues, encoders and trainers of any size, for the measuring scripts in this folder.
 
-Values are made up, shapes are not: user lengths are those of Amazon Scientific, encoders have the configuration of BERT
+Values are synthetic, shapes are realistic: user lengths are those of Amazon Scientific, encoders have the configuration of BERT
 and ViT, and what trains is what ``tpme run`` trains. Nothing is downloaded; images are a file of zeros without blocks.
 """
 
@@ -72,7 +72,7 @@ class Size:
 
 
 def made_up_data(size: Size, folder: Path) -> Dataset:
-    """A data set of that size, which is nowhere on the disk but for its images."""
+    """A data set of that size, in memory except for its images."""
     rng = np.random.default_rng(SEED)
     slots = np.full(size.users, size.max_seq_len + 1)
     if not size.full:
@@ -132,7 +132,7 @@ def make_cell(size: Size, folder: Path, device: Literal["cpu", "cuda"]) -> Cell:
 
 
 def make_trainer(size: Size, folder: Path, phases: PhaseLog, device: Literal["cpu", "cuda"] = "cpu") -> Trainer:
-    """What trains a cell of that size, on data and weights that are made up; ``folder`` is for its files."""
+    """The trainer of a cell of that size, on synthetic data and weights; its files go to ``folder``."""
     torch.manual_seed(SEED)
     cell, dataset = make_cell(size, folder, device), made_up_data(size, folder)
     method = create(size.method, {})

@@ -1,4 +1,4 @@
-"""The noise floor of a device: equal runs, what lies between them, and how later records and the gate know of it."""
+"""The noise floor of a device: equal runs, their spread, and its way into later records and the gate."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def measured(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Dev
     return measure_noise("cpu", tmp_path / "store", Console(quiet=True), world.matrix(["id"], training={"epochs": 3}))
 
 
-def test_it_is_kept_with_the_device_and_told_in_later_records(
+def test_it_is_stored_with_the_device_and_copied_to_later_records(
     world: Any, measured: DeviceNoise, tmp_path: Path
 ) -> None:
     assert measured.noise_time_ratio > 0

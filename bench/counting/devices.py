@@ -20,8 +20,8 @@ from tpme.bench.errors import UserError
 from tpme.bench.record import Frozen, Precision, Reading, write_atomically
 
 EFFICIENCY_OF_DATASHEET, EFFICIENCY_OF_MEASURED = 0.5, 0.75
-"""Share of the stated rates that the operators of a training step are expected to reach: a datasheet states a bound that
-no kernel reaches, a measured profile the rate of one large product."""
+"""Share of the stated rates that the operators of a training step are expected to reach: a datasheet states a bound
+that no kernel reaches, a measured profile the rate of one large product."""
 _LONGEST_MATMUL_S, _SMALLEST, _LARGEST = 0.1, 1024, 8192
 _COPY_BYTES, _CALLS, _REPEAT_S = 128 << 20, 3, 0.05
 
