@@ -1,7 +1,7 @@
 """Synthetic catalogues, encoders and trainers of any size, for the measuring scripts in this folder.
 
-Values are synthetic, shapes are realistic: user lengths are those of Amazon Scientific, encoders have the configuration of BERT
-and ViT, and what trains is what ``tpme run`` trains. Nothing is downloaded; images are a file of zeros without blocks.
+Values are synthetic, shapes are realistic: user lengths are those of Amazon Scientific, encoders have the configuration
+of BERT and ViT, and the model is the one that ``tpme run`` trains. Nothing is downloaded; images are a sparse file.
 """
 
 from __future__ import annotations

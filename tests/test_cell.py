@@ -111,7 +111,7 @@ def test_item_vectors_that_are_not_finite_are_a_divergence(run_cell: RunCell) ->
         ('RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling")', None),
     ],
 )
-def test_out_of_memory_is_recorded_with_the_bytes_requested(run_cell: RunCell, error: str, requested: int | None) -> None:
+def test_out_of_memory_is_recorded_with_its_request(run_cell: RunCell, error: str, requested: int | None) -> None:
     body = f"""
     def after_backward(self, state):
         if state.step == 3:
