@@ -1,9 +1,9 @@
-"""Where a training step of each method spends its time, and how far it is from what this machine can do.
+"""Where a training step of each method spends its time, and how far that is from the limits of this machine.
 
     python scripts/profile_methods.py --docs docs/performance.md
 
-A step is cut into its parts at the tensors between them (torch.profiler, ``record_function``); the times of the whole
-step are taken without the profiler. Limits: the step's FLOPs over the measured rate of matrix products, and a roofline
+A step is divided at the tensors between its parts (torch.profiler, ``record_function``); the whole step is timed
+without the profiler. Limits: the step's FLOPs over the measured rate of matrix products, and a roofline
 of its operators, each at the rate of products or of a copy, whichever takes longer. About two minutes on two cores.
 With ``--device cuda`` every part ends with the GPU idle, and shares of operators are of its time.
 """
@@ -54,7 +54,7 @@ MARK = "part: "
 ACTIVITIES = {"cpu": [ProfilerActivity.CPU], "cuda": [ProfilerActivity.CPU, ProfilerActivity.CUDA]}
 WARMUP, STEPS = 2, 4
 OPERATORS = 3
-"""So many operators are named, those with the most time of their own."""
+"""Number of operators listed: those with the most self time."""
 
 TITLE_QUANTILES = (3, 15, 20, 23, 26, 29, 30, 30, 30, 30, 30)
 """Tokens of Amazon Scientific's titles, cut off at 30: minimum, every tenth of the titles, maximum."""

@@ -1,12 +1,11 @@
-"""Made-up catalogues, encoders and trainers of any size, for the scripts that measure beside this file.
+"""Synthetic catalogues, encoders and trainers of any size, for the measuring scripts in this folder.
 
-Values are made up, shapes are not: user lengths are those of Amazon Scientific, encoders have the configuration of BERT
-and ViT, and what trains is what ``tpme run`` trains. Nothing is downloaded; images are a file of zeros without blocks.
+Values are synthetic, shapes are realistic: user lengths are those of Amazon Scientific, encoders have the configuration
+of BERT and ViT, and the model is the one that ``tpme run`` trains. Nothing is downloaded; images are a sparse file.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,20 +13,18 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers import BertConfig, PretrainedConfig, ViTConfig
 
 from tpme.bench.counting.batch import SCIENTIFIC_LENGTHS
-from tpme.bench.counting.meta import BERT_BASE, VIT_BASE
 from tpme.bench.measure.phases import PhaseLog
 from tpme.bench.record import Cell, EncoderSpec, Modality, Training
 from tpme.bench.task.batches import ItemStore
 from tpme.bench.task.dataset import Dataset, Manifest
 from tpme.bench.task.encoders import load_encoder
 from tpme.bench.task.items import EncoderShape
-from tpme.bench.task.recommender import Recommender
-from tpme.bench.task.sequential import SequentialEncoder
 from tpme.bench.task.tokens import TokenTable
+from tpme.bench.train.build import DataSize, ModelBuilder, encoder_specs
 from tpme.bench.train.loop import Trainer
-from tpme.methods.base import Schedule, TaskShape
 from tpme.methods.registry import create
 
 SEED, TITLE_TOKENS, VOCABULARY = 12345, 30, 30522
@@ -75,7 +72,7 @@ class Size:
 
 
 def made_up_data(size: Size, folder: Path) -> Dataset:
-    """A data set of that size, which is nowhere on the disk but for its images."""
+    """A data set of that size, in memory except for its images."""
     rng = np.random.default_rng(SEED)
     slots = np.full(size.users, size.max_seq_len + 1)
     if not size.full:
@@ -113,15 +110,13 @@ def make_cell(size: Size, folder: Path, device: Literal["cpu", "cuda"]) -> Cell:
         "intermediate_size": 4 * shape.width,
     }
     specs: dict[Modality, EncoderSpec] = {}
-    kinds: dict[Modality, dict[str, object]] = {
-        "text": BERT_BASE,
-        "image": VIT_BASE | {"image_size": shape.side, "patch_size": shape.patch},
+    configs: dict[Modality, PretrainedConfig] = {
+        "text": BertConfig(**common),
+        "image": ViTConfig(**common, image_size=shape.side, patch_size=shape.patch),
     }
     for modality in size.modalities:
-        place = folder / modality
-        place.mkdir(exist_ok=True)
-        (place / "config.json").write_text(json.dumps(kinds[modality] | common))
-        specs[modality] = EncoderSpec(source=str(place), weights="random")
+        configs[modality].save_pretrained(folder / modality)
+        specs[modality] = EncoderSpec(source=str(folder / modality), weights="random")
     return Cell(
         method=size.method,
         cached=size.cached,
@@ -137,31 +132,24 @@ def make_cell(size: Size, folder: Path, device: Literal["cpu", "cuda"]) -> Cell:
 
 
 def make_trainer(size: Size, folder: Path, phases: PhaseLog, device: Literal["cpu", "cuda"] = "cpu") -> Trainer:
-    """What trains a cell of that size, on data and weights that are made up; ``folder`` is for its files."""
+    """The trainer of a cell of that size, on synthetic data and weights; its files go to ``folder``."""
     torch.manual_seed(SEED)
     cell, dataset = make_cell(size, folder, device), made_up_data(size, folder)
-    method, training = create(size.method, {}), cell.training
-    used = size.modalities if method.modalities is None else method.modalities
-    specs = {"text": cell.text_encoder, "image": cell.image_encoder}
-    width, depth = ENCODERS[size.encoders].width, ENCODERS[size.encoders].depth
-    task = TaskShape(training.embedding_dim, size.items, {m: EncoderShape(width, depth) for m in used})
-    item_encoder = method.item_encoder(task)
-    sequence = SequentialEncoder(
-        training.embedding_dim, size.max_seq_len, training.blocks, training.heads, training.dropout
-    )
+    method = create(size.method, {})
+    specs = encoder_specs(cell, method)
+    shape = EncoderShape(ENCODERS[size.encoders].width, ENCODERS[size.encoders].depth)
+    builder = ModelBuilder(method, cell.training, DataSize.of(dataset), dict.fromkeys(specs, shape))
+    views = {}
     if size.cached:
-        views = {}
-        shapes = {m: (size.items + 1, reads.count, width) for m, reads in item_encoder.reads.items()}
-        # Written, and not only asked for: memory that was never touched would not count.
-        states = {m: torch.full(shape, 0.1, dtype=torch.float16, device=device) for m, shape in shapes.items()}
+        sizes = {m: (size.items + 1, reads.count, shape.width) for m, reads in builder.item_encoder.reads.items()}
+        # Filled, because memory that was never touched would not count.
+        states = {m: torch.full(table, 0.1, dtype=torch.float16, device=device) for m, table in sizes.items()}
         store = ItemStore(dataset, states=states)
     else:
-        views = {m: load_encoder(spec, m, seed=SEED).view for m in used if (spec := specs[m]) is not None}
-        tokens = _tokens(size.items) if "text" in used else None
-        store = ItemStore(dataset, tokens=tokens, images="image" in used)
-    model = Recommender(views, item_encoder, sequence, decoupled=method.decoupled)
-    method.adapt(model, Schedule(1, -(-size.users // size.batch), dataset.popularity))
-    model.to(device)
+        views = {m: load_encoder(spec, m, seed=SEED).view for m, spec in specs.items()}
+        tokens = _tokens(size.items) if "text" in specs else None
+        store = ItemStore(dataset, tokens=tokens, images="image" in specs)
+    model = builder.build(views).to(device)
     return Trainer(cell, model, method, dataset, store, phases, torch.device(device), lambda _what, _share: None)
 
 

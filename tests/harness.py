@@ -18,7 +18,7 @@ from rich.console import Console
 
 from tpme.bench.measure.phases import measuring
 from tpme.bench.record import CellResult
-from tpme.bench.run.cell import Story
+from tpme.bench.run.cell import CellRun
 from tpme.bench.run.job import Job
 from tpme.bench.run.launch import Task, make_tasks, run_matrix
 from tpme.bench.run.matrix import MatrixFile
@@ -62,9 +62,9 @@ class World:
         task = self.tasks(matrix, folder, methods_path)[0]
         job = self.job(task, folder, methods_path, cache_limit_bytes=matrix.cache_limit_bytes, **settings)
         with measuring("cpu") as phases:
-            story = Story(job, phases, lambda _what, _share: None)
-            status = story.tell()
-        return story.record(status)
+            cell_run = CellRun(job, phases, lambda _what, _share: None)
+            status = cell_run.run()
+        return cell_run.record(status)
 
     def job(self, task: Task, folder: Path, methods_path: Sequence[Path], **settings: Any) -> Job:
         """The first attempt at a cell, as the launcher hands it over."""

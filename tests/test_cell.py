@@ -1,4 +1,4 @@
-"""The story of a cell: every way it can end is a record that says what is known."""
+"""One cell: every way it can end leaves a record of all that is known."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from tpme.bench.record import CellResult, read_result
 from tpme.bench.train.ending import TimeLimitReached, bytes_requested, status_of
 from tpme.bench.workers import parse_progress
 
-Tell = Callable[..., CellResult]
+RunCell = Callable[..., CellResult]
 
 
 @pytest.fixture
-def tell(world: Any, harness: ModuleType, tmp_path: Path) -> Tell:
+def run_cell(world: Any, harness: ModuleType, tmp_path: Path) -> RunCell:
     """Run a cell of a method whose class body is given, in this process."""
 
     def call(body: str, **changes: Any) -> CellResult:
@@ -44,8 +44,8 @@ def ending(result: CellResult) -> tuple[str, str, str]:
 # --- how a cell ends ------------------------------------------------------------------------------------------------
 
 
-def test_an_error_names_its_phase_and_its_kind(tell: Tell) -> None:
-    result = tell("def adapt(self, model, schedule): raise KeyError('query')")
+def test_an_error_names_its_phase_and_its_kind(run_cell: RunCell) -> None:
+    result = run_cell("def adapt(self, model, schedule): raise KeyError('query')")
     assert ending(result) == ("error", "adapt", "KeyError: 'query'")
     assert (result.failure.epoch, result.failure.step, result.failure.bytes_requested) == (None, None, None)
     assert result.epoch_time_s.value is None
@@ -53,14 +53,14 @@ def test_an_error_names_its_phase_and_its_kind(tell: Tell) -> None:
     assert result.dataset is not None
     assert result.text_encoder is not None
     assert [phase.kind for phase in result.phases] == ["load", "load", "load", "adapt"]
-    # Arithmetic that fails in a method is no divergence, and is told with its kind.
-    result = tell("def before_step(self, state): 1 / 0")
+    # Arithmetic that fails in a method is no divergence; its kind is recorded.
+    result = run_cell("def before_step(self, state): 1 / 0")
     assert ending(result) == ("error", "train epoch 1", "ZeroDivisionError: division by zero")
     assert (result.failure.epoch, result.failure.step) == (1, 1)
 
 
-def test_a_mistake_of_the_user_is_told_in_its_own_words(tell: Tell) -> None:
-    result = tell(
+def test_a_user_error_is_recorded_as_it_is(run_cell: RunCell) -> None:
+    result = run_cell(
         """
         def item_encoder(self, task):
             from tpme.bench.errors import UserError
@@ -70,14 +70,14 @@ def test_a_mistake_of_the_user_is_told_in_its_own_words(tell: Tell) -> None:
     assert ending(result) == ("error", "load data", "needs two encoders of one width")
 
 
-def test_a_loss_that_is_not_finite_is_told_with_its_step(tell: Tell) -> None:
+def test_a_loss_that_is_not_finite_is_recorded_with_its_step(run_cell: RunCell) -> None:
     body = """
     def losses(self, outputs):
         self.count = getattr(self, "count", 0) + 1
         loss = outputs["task"].loss
         return {"task": loss * float("nan") if self.count == 7 else loss}
     """
-    result = tell(body, training={"epochs": 3, "users_per_batch": 12, "max_steps_per_epoch": None})
+    result = run_cell(body, training={"epochs": 3, "users_per_batch": 12, "max_steps_per_epoch": None})
     message = "the loss is not finite at step 2 of epoch 2; try a lower learning rate"
     assert ending(result) == ("diverged", "train epoch 2", message)
     assert (result.failure.epoch, result.failure.step) == (2, 2)
@@ -87,8 +87,8 @@ def test_a_loss_that_is_not_finite_is_told_with_its_step(tell: Tell) -> None:
     assert "ranks" not in result.files
 
 
-def test_item_vectors_that_are_not_finite_are_a_divergence(tell: Tell) -> None:
-    result = tell(
+def test_item_vectors_that_are_not_finite_are_a_divergence(run_cell: RunCell) -> None:
+    result = run_cell(
         """
         def on_epoch_end(self, state):
             with torch.no_grad():
@@ -111,13 +111,13 @@ def test_item_vectors_that_are_not_finite_are_a_divergence(tell: Tell) -> None:
         ('RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling")', None),
     ],
 )
-def test_out_of_memory_is_told_with_what_was_asked_for(tell: Tell, error: str, requested: int | None) -> None:
+def test_out_of_memory_is_recorded_with_its_request(run_cell: RunCell, error: str, requested: int | None) -> None:
     body = f"""
     def after_backward(self, state):
         if state.step == 3:
             raise {error}
     """
-    result = tell(body, training={"epochs": 2, "max_steps_per_epoch": 2})
+    result = run_cell(body, training={"epochs": 2, "max_steps_per_epoch": 2})
     assert result.status == "oom"
     assert result.failure.phase == "train epoch 2"
     assert (result.failure.epoch, result.failure.step) == (2, 2)
@@ -125,14 +125,14 @@ def test_out_of_memory_is_told_with_what_was_asked_for(tell: Tell, error: str, r
     assert len(result.epochs) == 1
 
 
-def test_a_real_allocation_that_fails(tell: Tell) -> None:
-    result = tell("def adapt(self, model, schedule): torch.empty(2**55, dtype=torch.uint8)")
+def test_a_real_allocation_that_fails(run_cell: RunCell) -> None:
+    result = run_cell("def adapt(self, model, schedule): torch.empty(2**55, dtype=torch.uint8)")
     assert (result.status, result.failure.bytes_requested) == ("oom", 2**55)
 
 
-def test_out_of_memory_leaves_a_lower_bound_of_what_would_have_been_needed(tell: Tell) -> None:
+def test_out_of_memory_leaves_a_lower_bound_of_what_would_have_been_needed(run_cell: RunCell) -> None:
     """In its very first step, when no epoch has an account of its memory yet."""
-    result = tell(
+    result = run_cell(
         """
         def before_step(self, state):
             self.held = torch.ones(2**24)
@@ -152,15 +152,15 @@ def test_other_runtime_errors_are_errors() -> None:
     assert bytes_requested("allocate memory for 3 heads") is None
 
 
-def test_a_long_message_is_cut_to_one_line(tell: Tell) -> None:
-    result = tell("def adapt(self, model, schedule): raise ValueError('a\\n' * 1000)")
+def test_a_long_message_is_cut_to_one_line(run_cell: RunCell) -> None:
+    result = run_cell("def adapt(self, model, schedule): raise ValueError('a\\n' * 1000)")
     assert result.failure.message.startswith("ValueError: a a a")
     assert len(result.failure.message) == 400
     assert result.failure.message.endswith(" ...")
 
 
-def test_a_counter_that_is_no_number_is_missing_with_a_reason(tell: Tell) -> None:
-    result = tell("def report(self, model): return {'kept': 3, 'ratio': float('nan')}")
+def test_a_counter_that_is_no_number_is_missing_with_a_reason(run_cell: RunCell) -> None:
+    result = run_cell("def report(self, model): return {'kept': 3, 'ratio': float('nan')}")
     assert result.status == "ok"
     assert result.counters["kept"].value == 3
     assert (result.counters["ratio"].value, result.counters["ratio"].reason) == (None, "it is nan")
@@ -235,7 +235,7 @@ def start(world: Any, harness: ModuleType, folder: Path) -> tuple[subprocess.Pop
 
 @pytest.fixture(scope="module")
 def stopped(world: Any, harness: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, str, str]:
-    """Record, exit code and output of a cell that was told in the middle that its time is up."""
+    """Record, exit code and output of a cell that was stopped at its time limit."""
     process, record = start(world, harness, tmp_path_factory.mktemp("stopped"))
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
@@ -265,7 +265,7 @@ def test_only_progress_goes_to_the_standard_output(stopped: tuple[Path, int, str
 
 
 def test_a_cell_whose_launcher_is_gone_ends(world: Any, harness: ModuleType, tmp_path: Path) -> None:
-    """Nobody reads its progress: the next event ends it, without a record."""
+    """Its progress has no reader: the next event ends it, without a record."""
     process, record = start(world, harness, tmp_path)
     assert process.stdout is not None
     process.stdout.close()

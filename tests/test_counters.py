@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig
 
 from tpme.bench.counting.batch import (
     SCIENTIFIC_DISTINCT,
@@ -25,7 +26,7 @@ from tpme.bench.counting.batch import (
     canonical_slots,
 )
 from tpme.bench.counting.counters import Counts, count, run_step
-from tpme.bench.counting.meta import KNOWN, EncoderShelf, MetaCell
+from tpme.bench.counting.meta import RELEASED, MetaCell, MetaEncoders
 from tpme.bench.counting.modes import Target, Tracker
 from tpme.bench.record import Cell, EncoderSpec, Modality
 from tpme.bench.task.dataset import Dataset
@@ -34,16 +35,36 @@ from tpme.bench.task.items import map_tensors
 USERS, TOKENS, DIM = 5, 6, 8
 DATA = DataShape.assumed(users=40, items=60)
 BOTH: tuple[Modality, ...] = ("text", "image")
+SHAPE = {
+    "model_type",
+    "vocab_size",
+    "type_vocab_size",
+    "max_position_embeddings",
+    "image_size",
+    "patch_size",
+    "num_channels",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "hidden_act",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "layer_norm_eps",
+    "pad_token_id",
+    "qkv_bias",
+}
+"""Settings of an encoder that decide its shape and its cost."""
 
 
 @pytest.fixture(scope="module")
-def shelf() -> EncoderShelf:
+def encoders() -> MetaEncoders:
     """Encoders are built once for all tests of this file."""
-    return EncoderShelf()
+    return MetaEncoders()
 
 
 @pytest.fixture(scope="module")
-def meta(world: Any, shelf: EncoderShelf) -> Callable[..., MetaCell]:
+def meta(world: Any, encoders: MetaEncoders) -> Callable[..., MetaCell]:
     """A cell on meta: ``meta("fft", modalities=..., training={...}, options=...)``."""
 
     def make(method: str, modalities: tuple[Modality, ...] = BOTH, **changes: Any) -> MetaCell:
@@ -58,7 +79,7 @@ def meta(world: Any, shelf: EncoderShelf) -> Callable[..., MetaCell]:
             training=training | changes.pop("training", {}),
             **changes,
         )
-        return MetaCell(cell, DATA, shelf)
+        return MetaCell(cell, DATA, encoders)
 
     return make
 
@@ -104,7 +125,7 @@ def test_assumed_numbers_are_those_of_scientific(shared: Callable[..., Path]) ->
     number = {name: i for i, name in enumerate(sorted({name for row in rows for name in row}), start=1)}
     seen_by = np.bincount([number[name] for row in rows for name in set(row)])[1:]
     lengths = np.sort([len(row) for row in rows])
-    real = DataShape(len(rows), len(seen_by), 10, lengths, seen_by, np.zeros(1), "real")
+    real = DataShape(len(rows), len(seen_by), 10, np.zeros(1), lengths, seen_by, "real")
     for users, share in SCIENTIFIC_DISTINCT.items():
         if users >= 32:  # smaller batches: rounding to whole items and whole users
             assert real.distinct_items(users) / (users * lengths.mean()) == pytest.approx(share, abs=4e-3)
@@ -445,11 +466,14 @@ def test_known_shapes_are_those_of_the_released_configurations(shared: Callable[
         ("google/vit-base-patch16-224", "vit-base-patch16-224"),
     ):
         released = json.loads((shared("pretrained", folder) / "config.json").read_text())
-        assert {key: released.get(key, value) for key, value in KNOWN[name].items()} == KNOWN[name]
+        planned = AutoConfig.for_model(RELEASED[name]).to_dict()
+        assert {key: released.get(key, planned[key]) for key in SHAPE if key in planned} == {
+            key: planned[key] for key in SHAPE if key in planned
+        }
 
 
-def test_full_shape_without_network_or_weights(shelf: EncoderShelf) -> None:
-    cell = MetaCell(full_shape("fft"), DataShape.assumed(), shelf)
+def test_full_shape_without_network_or_weights(encoders: MetaEncoders) -> None:
+    cell = MetaCell(full_shape("fft"), DataShape.assumed(), encoders)
     counts = count(cell)
     assert counts.trainable == 194_897_216
     assert counts.optimizer_bytes == 8 * 194_897_216

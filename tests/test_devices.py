@@ -88,7 +88,7 @@ def test_a_profile_from_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("name = ", "not a readable TOML file"),
         ('name = "x"\n', "field 'source'"),
@@ -99,10 +99,10 @@ def test_a_profile_from_a_file(tmp_path: Path) -> None:
         ('name = "x"\nbandwidth = 3\n', "field"),
     ],
 )
-def test_a_bad_file_is_one_line(tmp_path: Path, text: str, told: str) -> None:
+def test_a_bad_file_is_one_line(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "bad.toml"
     path.write_text(text)
-    with pytest.raises(UserError, match=told) as error:
+    with pytest.raises(UserError, match=message) as error:
         load_profile(str(path), tmp_path)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)

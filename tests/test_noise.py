@@ -1,4 +1,4 @@
-"""The noise floor of a device: equal runs, what lies between them, and how later records and the gate know of it."""
+"""The noise floor of a device: equal runs, their spread, and its way into later records and the gate."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tpme.bench.commands.noise import MATRIX, measure_noise, overhead_ratio
 from tpme.bench.counting.devices import DeviceNoise, known_profile
 from tpme.bench.errors import UserError
 from tpme.bench.measure.phases import PhaseLog
-from tpme.bench.run.cell import Story
+from tpme.bench.run.cell import CellRun
 from tpme.bench.run.launch import make_tasks
 
 NAMES = ("noise_time_ratio", "noise_memory_ratio", "overhead_ratio")
@@ -30,7 +30,7 @@ def measured(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Dev
     return measure_noise("cpu", tmp_path / "store", Console(quiet=True), world.matrix(["id"], training={"epochs": 3}))
 
 
-def test_it_is_kept_with_the_device_and_told_in_later_records(
+def test_it_is_stored_with_the_device_and_copied_to_later_records(
     world: Any, measured: DeviceNoise, tmp_path: Path
 ) -> None:
     assert measured.noise_time_ratio > 0
@@ -57,7 +57,7 @@ def test_a_cell_that_fails_is_no_noise_floor(world: Any, tmp_path: Path) -> None
 
 def test_overhead_is_what_the_harness_adds(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = world.job(world.tasks(world.matrix(["fft"]), tmp_path)[0], tmp_path, ())
-    trainer = Story(job, PhaseLog("cpu", None, None), lambda _what, _share: None).prepare()
+    trainer = CellRun(job, PhaseLog("cpu", None, None), lambda _what, _share: None).prepare()
     plain = overhead_ratio(trainer, rounds=3)
     check, step = trainer._check, trainer.step
 

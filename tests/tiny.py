@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 
-from tpme.bench.record import LearningRates, Modality
+from tpme.bench.record import LearningRates, Modality, Training
 from tpme.bench.task.batches import Batch, ItemStore, build_batch, log_popularity
 from tpme.bench.task.items import Items
 from tpme.bench.task.loss import in_batch_loss
 from tpme.bench.task.recommender import Recommender
-from tpme.bench.task.sequential import SequentialEncoder
 from tpme.bench.task.view import EncoderView
-from tpme.methods.base import Method, Schedule, TaskShape
+from tpme.bench.train.build import DataSize, ModelBuilder, used_modalities
+from tpme.methods.base import Method, Schedule
 from tpme.methods.registry import create
 
 # Threads cost these tiny tensors more than they bring, and far more where cores are shared.
@@ -28,7 +28,7 @@ torch.set_num_threads(1)
 
 WIDTH, DEPTH, HEADS, FFN = 16, 2, 2, 32
 VOCAB, TOKENS, SIDE, PATCH = 50, 6, 32, 16
-DIM, ITEMS, SLOTS = 8, 12, 6
+DIM, USERS, ITEMS, SLOTS = 8, 7, 12, 6
 BOTH: tuple[Modality, ...] = ("text", "image")
 
 
@@ -106,7 +106,7 @@ class Tokens:
     lengths: NDArray[np.int32]
 
 
-def catalogue(users: int = 7, items: int = ITEMS, seed: int = 0) -> Catalogue:
+def catalogue(users: int = USERS, items: int = ITEMS, seed: int = 0) -> Catalogue:
     """Random users with 2 to S items, repeats included, left-padded."""
     rng = np.random.default_rng(seed)
     slots = np.zeros((users, SLOTS), dtype=np.int32)
@@ -145,12 +145,12 @@ def batch(modalities: Sequence[Modality] = BOTH, protocol: str = "suite", users:
     return build_batch(data.train_slots, log_popularity(data), store(data, modalities), protocol)
 
 
+def data_size() -> DataSize:
+    return DataSize(USERS, ITEMS, SLOTS - 1, catalogue().popularity)
+
+
 def schedule() -> Schedule:
     return Schedule(epochs=2, steps_per_epoch=3, popularity=catalogue().popularity)
-
-
-def used_modalities(method: Method, modalities: Sequence[Modality]) -> tuple[Modality, ...]:
-    return tuple(modalities) if method.modalities is None else method.modalities
 
 
 def recommender(
@@ -165,11 +165,9 @@ def recommender(
     """A recommender that ``method`` has adapted; ``seed`` is of everything but the encoders."""
     torch.manual_seed(seed)
     parts = views(used_modalities(method, modalities), dropout=encoder_dropout)
-    task = TaskShape(DIM, ITEMS, {modality: view.shape for modality, view in parts.items()})
-    sequence = SequentialEncoder(DIM, SLOTS - 1, 2, HEADS, dropout)
-    model = Recommender(parts if with_views else {}, method.item_encoder(task), sequence, decoupled=method.decoupled)
-    method.adapt(model, schedule())
-    return model
+    training = Training(epochs=2, users_per_batch=3, embedding_dim=DIM, heads=HEADS, dropout=dropout)
+    builder = ModelBuilder(method, training, data_size(), {modality: view.shape for modality, view in parts.items()})
+    return builder.build(parts if with_views else {})
 
 
 def build(

@@ -18,7 +18,7 @@ from tpme.bench.errors import UserError
 from tpme.bench.measure.clock import sync
 from tpme.bench.measure.host import release_free_memory
 from tpme.bench.measure.phases import measuring
-from tpme.bench.run.cell import Story
+from tpme.bench.run.cell import CellRun
 from tpme.bench.run.launch import job_of, make_tasks, run_matrix
 from tpme.bench.run.matrix import MatrixFile
 from tpme.bench.train.loop import Trainer
@@ -51,25 +51,25 @@ def measure_noise(device: str, store: Path, console: Console, matrix: MatrixFile
             [result] = run_matrix(matrix, run, store=store, device=device, console=console)
             if result.failure is not None:
                 raise UserError(f"the noise floor cannot be measured: {result.status}, {result.failure.message}")
-        lie = noise(read_records(runs))
+        spread = noise(read_records(runs))
         tasks, data = make_tasks(matrix, runs[0], store, device=device, methods_path=(), console=console)
         cell = tasks[0].cell
         job = job_of(tasks[0], data[cell.dataset], store, (), matrix.cache_limit_bytes, float(matrix.time_limit_s))
         with measuring(device) as phases:
-            trainer = Story(job, phases, lambda _what, _share: None).prepare()
+            trainer = CellRun(job, phases, lambda _what, _share: None).prepare()
         overhead = overhead_ratio(trainer)
-    if lie.time is None or not lie.memory or result.environment is None:
+    if spread.time is None or not spread.memory or result.environment is None:
         raise UserError("the noise floor cannot be measured: its runs have no step times or no memory that can be read")
-    found = DeviceNoise(
-        noise_time_ratio=lie.time,
-        noise_memory_ratio=max(lie.memory.values()),
+    device_noise = DeviceNoise(
+        noise_time_ratio=spread.time,
+        noise_memory_ratio=max(spread.memory.values()),
         overhead_ratio=overhead,
-        source=f"{RUNS} A/A runs of a small cell: {NOISE_QUANTILE:.0%} quantile of {lie.pairs} pairs",
+        source=f"{RUNS} A/A runs of a small cell: {NOISE_QUANTILE:.0%} quantile of {spread.pairs} pairs",
     )
     key = result.environment.device_key
     profile = known_profile(key, store) or calibrate(device, name=key)
-    keep_profile(profile.model_copy(update={"noise": found}), store)
-    return found
+    keep_profile(profile.model_copy(update={"noise": device_noise}), store)
+    return device_noise
 
 
 def overhead_ratio(trainer: Trainer, rounds: int = ROUNDS) -> float:

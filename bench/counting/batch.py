@@ -1,8 +1,8 @@
-"""The canonical batch: what a training step works on when work is counted and not measured.
+"""The canonical batch: the input of a training step that is counted instead of measured.
 
-Its size depends on the data set and the batch size alone, never on a seed: the lengths of its users are the quantiles
-of the data set's own lengths, and it shows as many distinct items as a random batch does on average. Where no data set
-is at hand both are taken from Amazon Scientific, and the batch says so.
+It depends on the data set and the batch size alone, never on a seed: its user lengths are quantiles of the data set's
+lengths, and it has as many distinct items as a random batch has on average. Without a prepared data set both are those
+of Amazon Scientific, and the batch says so.
 """
 
 from __future__ import annotations
@@ -14,30 +14,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tpme.bench.task.dataset import Dataset
+from tpme.bench.train.build import DataSize
 
 SCIENTIFIC_USERS, SCIENTIFIC_ITEMS = 12_076, 20_314
 SCIENTIFIC_LENGTHS = {3: 4892, 4: 2652, 5: 1465, 6: 895, 7: 609, 8: 356, 9: 300, 10: 208, 11: 699}
-"""Amazon Scientific as IISAN prepares it: how many users have that many training slots."""
+"""Amazon Scientific as IISAN prepares it: number of users by number of training slots."""
 SCIENTIFIC_DISTINCT = {1: 0.960, 8: 0.952, 16: 0.943, 32: 0.929, 64: 0.905, 128: 0.869, 256: 0.815, 512: 0.740}
-"""Expected distinct items per filled slot of a random batch of that many users of Amazon Scientific."""
+"""Expected distinct items per filled slot of a random batch of Amazon Scientific, by number of users."""
 MAX_SEQ_LEN = 10
 
 
 @dataclass(frozen=True)
-class DataShape:
+class DataShape(DataSize):
     """What a data set's size and lengths add to the cost of a step; never its content.
 
-    users, items: how many there are. max_seq_len: longest input L. lengths: filled training slots of every user (at
-    most L + 1), sorted. occurrences: of every item that trains, in how many users' training slots it stands; ``None``
-    where that is assumed. popularity: (N+1,) training share of each item. source: where all this is from, for people.
+    lengths: filled training slots of every user (at most L + 1), sorted. occurrences: of every item that trains, the
+    number of users with it in their training slots; ``None`` where that is assumed. source: of all this, in words.
     """
 
-    users: int
-    items: int
-    max_seq_len: int
     lengths: NDArray[np.int64]
     occurrences: NDArray[np.int64] | None
-    popularity: NDArray[np.float64]
     source: str
 
     @classmethod
@@ -58,7 +54,7 @@ class DataShape:
 
     @classmethod
     def assumed(cls, users: int | None = None, items: int | None = None) -> DataShape:
-        """The shape of a data set that is not at hand: lengths and repeats of Amazon Scientific, sizes as given."""
+        """The shape of a data set that is not prepared: lengths and repeats of Amazon Scientific, sizes as given."""
         size = items or SCIENTIFIC_ITEMS
         return cls(
             users=users or SCIENTIFIC_USERS,
@@ -71,23 +67,23 @@ class DataShape:
         )
 
     def describe(self) -> str:
-        """Its size and where that is from, in words."""
+        """Its size and the source of that, in words."""
         return f"{self.users:,} users, {self.items:,} items; {self.source}"
 
     def batch_lengths(self, users: int) -> NDArray[np.int64]:
-        """Filled slots of each of ``users`` canonical users: quantiles of all lengths, so that their mean fits too."""
+        """Filled slots of each of ``users`` canonical users: quantiles of all lengths, which keeps their mean."""
         middle = (np.arange(users) + 0.5) / users
         return self.lengths[(middle * len(self.lengths)).astype(np.int64)]
 
     def distinct_items(self, users: int) -> int:
-        """Distinct items that a random batch of ``users`` users shows on average, rounded."""
+        """Average number of distinct items in a random batch of ``users`` users, rounded."""
         slots = int(self.batch_lengths(users).sum())
         if self.occurrences is None:
             known = np.log2(list(SCIENTIFIC_DISTINCT))
             expected = slots * float(np.interp(math.log2(users), known, list(SCIENTIFIC_DISTINCT.values())))
         else:
-            # An item that k of U users have is missed by a batch of B with C(U-k, B) / C(U, B). Products only, no
-            # logarithms: these round alike on every machine.
+            # A batch of B of the U users misses an item that k users have with probability C(U-k, B) / C(U, B). Only
+            # products, no logarithms: these round alike on every machine.
             times, number = np.unique(self.occurrences, return_counts=True)
             missed = np.ones(len(times))
             for drawn in range(users):
@@ -97,7 +93,7 @@ class DataShape:
 
 
 def canonical_slots(data: DataShape, users_per_batch: int) -> NDArray[np.int32]:
-    """Item ids of the canonical batch, (B, L + 1), left-padded with 0; its n distinct items are called 1 to n."""
+    """Item ids of the canonical batch, (B, L + 1), left-padded with 0; its n distinct items are numbered 1 to n."""
     users = min(users_per_batch, data.users)
     lengths = data.batch_lengths(users)
     filled = np.arange(data.max_seq_len + 1) >= data.max_seq_len + 1 - lengths[:, None]

@@ -1,8 +1,8 @@
 """Exact counters of a cell: the same numbers on every machine, without running anything.
 
-One training step of the canonical batch runs on the ``meta`` device. Under the cell's precision (CUDA's autocast) and
-torch's math attention, because a fused kernel hides FLOPs and keeps other tensors on one device than on another. A
-method that changes while it trains is counted as it starts.
+One training step of the canonical batch runs on the ``meta`` device, under the cell's precision (CUDA's autocast) and
+with torch's math attention, because a fused kernel hides FLOPs and the tensors it saves depend on the device. A method
+that changes during training is counted as it starts.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tpme.bench.train.step import AUTOCAST, total_loss
 
 @dataclass(frozen=True)
 class Step:
-    """What one training step of the canonical batch costs.
+    """The cost of one training step of the canonical batch.
 
     forward_flops, backward_flops: of matrix products and convolutions, 1 multiply-add = 2 FLOPs; what activation
     checkpointing computes again counts as backward. saved_bytes: what autograd keeps between forward and backward
@@ -45,7 +45,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Counts:
-    """What a cell holds all the time (bytes), and one step under torch's math attention."""
+    """Memory that a cell holds all the time (bytes), and one step with torch's math attention."""
 
     batch: str
     trainable: int
@@ -125,11 +125,11 @@ def run_step(of: MetaCell, *, fused_attention: bool) -> Step:
 
 
 def planned_peak(counts: Counts, step: Step, memory_bytes: int | None, workspace_bytes: int) -> int:
-    """The most memory that training takes on its device: a step, the optimiser's state, and the cache if it fits.
+    """Peak memory of training on its device: a step, the optimiser's state, and the cache if it fits.
 
     Args:
-        counts: of the cell. step: with the attention of the device. memory_bytes: of the device; ``None`` for one where
-            everything fits. workspace_bytes: what its matrix library takes from torch's allocator.
+        counts: of the cell. step: with the attention of the device. memory_bytes: of the device; ``None`` where
+            everything fits. workspace_bytes: memory that its matrix library takes from torch's allocator.
     """
     held = step.peak_bytes + rounded(counts.optimizer_bytes) + workspace_bytes
     cache = counts.cache_bytes or 0
@@ -139,7 +139,7 @@ def planned_peak(counts: Counts, step: Step, memory_bytes: int | None, workspace
 
 
 def _backward(loss: Tensor) -> None:
-    """``loss.backward()``, but with the mode around it still on: checkpointing runs the forward pass again in it."""
+    """``loss.backward()``, but within the active mode: checkpointing repeats the forward pass in it."""
     Variable._execution_engine.run_backward(
         (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
     )

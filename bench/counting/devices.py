@@ -1,4 +1,4 @@
-"""What a device can do: from its datasheet, or measured once on this machine and kept.
+"""The capabilities of a device: from its datasheet, or measured once on this machine and stored.
 
 A profile turns exact counters into expected times (``tpme plan``) and measured times into a share of what the device
 reaches in plain matrix products (MFU).
@@ -20,35 +20,35 @@ from tpme.bench.errors import UserError
 from tpme.bench.record import Frozen, Precision, Reading, write_atomically
 
 EFFICIENCY_OF_DATASHEET, EFFICIENCY_OF_MEASURED = 0.5, 0.75
-"""Share of the stated rates that a training step's operators are expected to reach: a datasheet states what no kernel
-reaches, a measured profile what one large product does."""
+"""Share of the stated rates that the operators of a training step are expected to reach: a datasheet states a bound
+that no kernel reaches, a measured profile the rate of one large product."""
 _LONGEST_MATMUL_S, _SMALLEST, _LARGEST = 0.1, 1024, 8192
 _COPY_BYTES, _CALLS, _REPEAT_S = 128 << 20, 3, 0.05
 
 
 class DeviceNoise(Frozen):
-    """What ``tpme doctor --noise`` found on a device; ratios, 0.03 is 3 %."""
+    """Results of ``tpme doctor --noise`` on a device; ratios, 0.03 is 3 %."""
 
     RATIOS: ClassVar = ("noise_time_ratio", "noise_memory_ratio", "overhead_ratio")
 
     noise_time_ratio: float
-    """Of the median step times of two runs of the same cell."""
+    """Difference between the median step times of two runs of the same cell."""
     noise_memory_ratio: float
-    """Of their peaks."""
+    """Difference between their peaks."""
     overhead_ratio: float
-    """What the harness adds to an epoch of a bare loop over the same model and batches."""
+    """Time that the harness adds to an epoch of a bare loop over the same model and batches."""
     source: str
 
 
 class DeviceProfile(Frozen):
     """Rates and size of one device. The file of ``--device-profile`` has these fields (TOML).
 
-    A half precision without units of its own is left out; it is then taken to be as fast as fp32.
+    Leave out a half precision without hardware units; it then counts as being as fast as fp32.
     """
 
     name: str
     source: str
-    """``vendor datasheet``, or by what it was measured."""
+    """``vendor datasheet``, or how it was measured."""
     matmul_flop_per_s: dict[Precision, PositiveFloat]
     """Dense matrix products, 1 multiply-add = 2 FLOPs, half precision accumulated in fp32, no TF32."""
     memory_bytes_per_s: PositiveFloat
@@ -56,9 +56,9 @@ class DeviceProfile(Frozen):
     efficiency: PositiveFloat = Field(default=EFFICIENCY_OF_DATASHEET, le=1)
     """Share of both rates that the operators of a training step are expected to reach."""
     operator_s: PositiveFloat = 6e-6
-    """Time the host needs to start one operator: what bounds a step of many small ones."""
+    """Time in which the host starts one operator; it bounds a step of many small ones."""
     workspace_bytes: NonNegativeInt = 0
-    """What the matrix library takes from torch's allocator besides all tensors."""
+    """Memory that the matrix library takes from torch's allocator besides all tensors."""
     noise: DeviceNoise | None = None
 
     def rate(self, precision: Precision) -> float:
@@ -99,37 +99,35 @@ PROFILES: dict[str, DeviceProfile] = {
 }
 
 
-def load_profile(given: str, store: Path) -> DeviceProfile:
-    """A device profile by name, ``here`` (this machine, measured where it was not yet), or from a TOML file.
+def load_profile(name: str, store: Path) -> DeviceProfile:
+    """A device profile by name, ``here`` (this machine, measured the first time), or from a TOML file.
 
     Raises UserError for an unknown name and for a file that is no profile.
     """
-    if given in PROFILES:
-        return PROFILES[given]
-    if given == "here":
+    if name in PROFILES:
+        return PROFILES[name]
+    if name == "here":
         import torch
 
         return measured_profile("cuda" if torch.cuda.is_available() else "cpu", store)
-    path = Path(given)
+    path = Path(name)
     try:
         profile = DeviceProfile.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise UserError(
-            f"device profile '{given}': no such file; by name there are {', '.join(PROFILES)}, here"
+            f"device profile '{name}': no such file; by name there are {', '.join(PROFILES)}, here"
         ) from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{path}: not a readable TOML file: {error}") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{path}: field '{where}': {first['msg']}; its fields are {_fields()}") from None
+        raise UserError(
+            f"{path}: field '{where}': {first['msg']}; its fields are {', '.join(DeviceProfile.model_fields)}"
+        ) from None
     if "fp32" not in profile.matmul_flop_per_s:
         raise UserError(f"{path}: field 'matmul_flop_per_s': fp32 is missing; every device has it")
     return profile
-
-
-def _fields() -> str:
-    return ", ".join(DeviceProfile.model_fields)
 
 
 def measured_profile(device: str, store: Path) -> DeviceProfile:
@@ -145,15 +143,15 @@ def measured_profile(device: str, store: Path) -> DeviceProfile:
 
 
 def known_profile(key: str, store: Path) -> DeviceProfile | None:
-    """The profile measured earlier of the device ``key``, which is an environment's ``device_key``."""
+    """The stored profile of the device ``key``, an environment's ``device_key``; ``None`` where there is none."""
     try:
         return DeviceProfile.model_validate_json(_file(key, store).read_bytes())
-    except (OSError, ValidationError):  # not there yet, or of another version
+    except (OSError, ValidationError):  # none yet, or one of another version
         return None
 
 
 def keep_profile(profile: DeviceProfile, store: Path) -> None:
-    """Keep a measured profile under its name, which is the device's key."""
+    """Store a measured profile under its name, the device's key."""
     write_atomically(_file(profile.name, store), (profile.model_dump_json(indent=1) + "\n").encode())
 
 
@@ -184,7 +182,7 @@ def calibrate(device: str, name: str | None = None) -> DeviceProfile:
 
 
 def workspace_bytes(device: str) -> int:
-    """What cuBLAS takes from torch's allocator on ``device``; nothing on a CPU."""
+    """Bytes that cuBLAS takes from torch's allocator on ``device``; 0 on a CPU."""
     import torch
 
     if not device.startswith("cuda"):
@@ -193,21 +191,21 @@ def workspace_bytes(device: str) -> int:
 
 
 def _matmul_rate(device: str, dtype: Any) -> float:
-    """FLOP/s of the fastest square product: doubled in size until one takes long enough to be timed well."""
+    """FLOP/s of the fastest square product; the size doubles until one takes long enough for a precise time."""
     import torch
 
     best, size = 0.0, 256
     while True:
         left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        taken = _fastest(partial(torch.matmul, left, right), device)
-        best = max(best, 2 * size**3 / taken)
-        if size >= _SMALLEST and (8 * taken > _LONGEST_MATMUL_S or size == _LARGEST):
+        seconds = _fastest(partial(torch.matmul, left, right), device)
+        best = max(best, 2 * size**3 / seconds)
+        if size >= _SMALLEST and (8 * seconds > _LONGEST_MATMUL_S or size == _LARGEST):
             return best
         size *= 2
 
 
 def _copy_rate(device: str) -> float:
-    """Bytes a second of a copy on the device, read and written ones added."""
+    """Bytes per second of a copy on the device, reads and writes added."""
     import torch
 
     source = torch.zeros(_COPY_BYTES, dtype=torch.uint8, device=device)
@@ -216,16 +214,16 @@ def _copy_rate(device: str) -> float:
 
 
 def _fastest(work: Callable[[], object], device: str) -> float:
-    """Seconds of the fastest of several calls, after one that is not timed; of more calls where they are short."""
+    """Seconds of the fastest of several calls, after an untimed one; short calls are repeated more often."""
     from tpme.bench.measure.clock import now
 
     work()
-    taken: list[float] = []
-    while len(taken) < _CALLS or sum(taken) < _REPEAT_S:
+    times: list[float] = []
+    while len(times) < _CALLS or sum(times) < _REPEAT_S:
         start = now(device)
         work()
-        taken.append(now(device) - start)
-    return min(taken)
+        times.append(now(device) - start)
+    return min(times)
 
 
 def mfu(flops: float, step_s: float, profile: DeviceProfile, precision: Precision) -> Reading:

@@ -1,8 +1,7 @@
-"""Two views of one training step on the ``meta`` device: what the target would run, and what that costs.
+"""Two modes for one training step on the ``meta`` device: one runs it as the target would, one counts its cost.
 
-``Target`` makes the step what a GPU would run where ``meta`` alone would not: CUDA's autocast, its one-byte dropout
-masks and, for planning, its fused attention. ``Tracker`` watches every operator below autograd: FLOPs, traffic, and
-which memory is alive.
+``Target`` runs what a GPU runs where ``meta`` alone differs: CUDA's autocast, its one-byte dropout masks and, for
+planning, its fused attention. ``Tracker`` follows every operator below autograd: FLOPs, traffic, and live memory.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ _TO_FLOAT = """layer_norm group_norm rms_norm norm softmax log_softmax logsumexp
     l1_loss smooth_l1_loss binary_cross_entropy_with_logits cosine_similarity cdist exp log log1p pow __pow__ rsqrt
     reciprocal sum prod cumsum cumprod"""
 
-# No FLOPs by convention: what is neither a matrix product nor a convolution. Pointwise operators say so themselves.
+# No FLOPs by convention: neither matrix product nor convolution. Pointwise operators are tagged as such by torch.
 _NO_PRODUCT = """_log_softmax _log_softmax_backward_data _safe_softmax _softmax _softmax_backward_data _to_copy
     _unsafe_view all amax any arange argmax bernoulli bernoulli_ bincount cat clone constant_pad_nd copy_ cumsum detach_
     embedding embedding_dense_backward empty empty_like expand_copy eye fill_ floor_divide full full_like gather
@@ -58,13 +57,13 @@ class Target(TorchFunctionMode):
         self._weights: dict[Tensor, Tensor] | None = {}
 
     def end_forward(self) -> None:
-        """Forget the cast weights, as leaving autocast does; what checkpointing computes again casts its own."""
+        """Forget the cast weights, as leaving autocast does; checkpointing casts them again."""
         self._weights = None
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Cast what ``func`` is given as autocast does, then run it or what CUDA has in its place."""
+        """Cast the arguments of ``func`` as autocast does, then run it or CUDA's counterpart."""
         name, kwargs = getattr(func, "__name__", ""), dict(kwargs or {})
         if self.dtype is not None and name in _LOWER:
             args, kwargs = tree_map(self._lower, (args, kwargs))
@@ -93,7 +92,7 @@ def _float(value: Any) -> Any:
 
 
 def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:  # noqa: A002
-    """CUDA's kernel keeps a mask of one byte an element; the composite one of other devices keeps a float."""
+    """CUDA's kernel keeps a mask of one byte per element; the composite kernel of other devices keeps a float."""
     return torch.native_dropout(input, p, True)[0] if training and p > 0 else input
 
 
@@ -137,7 +136,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._alive: dict[int, tuple[weakref.ref[Any], int]] = {}
         self._saved: set[int] = set()
         for tensor in held:
-            self._meet(tensor)
+            self._track(tensor)
         self._held = set(self._alive)
 
     def __torch_dispatch__(
@@ -148,7 +147,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = func(*args, **kwargs)
         tensors = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         for tensor in tensors:
-            self._meet(tensor)
+            self._track(tensor)
         if func.is_view or not tensors:
             return out
         formula = flop_registry.get(func.overloadpacket)
@@ -164,28 +163,28 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Inside it, note what autograd keeps for the backward pass."""
 
         def pack(tensor: Tensor) -> Tensor:
-            self._meet(tensor)
+            self._track(tensor)
             self._saved.add(tensor.untyped_storage()._cdata)
             return tensor
 
         return saved_tensors_hooks(pack, lambda tensor: tensor)
 
     def saved_bytes(self) -> int:
-        """Bytes that autograd keeps now: distinct storages, without those held all along (weights, batch)."""
+        """Bytes that autograd keeps now: distinct storages, without those held from the start (weights, batch)."""
         return sum(self._alive[key][1] for key in self._saved if key in self._alive and key not in self._held)
 
-    def _meet(self, tensor: Tensor) -> None:
+    def _track(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self._alive or not size:
             return
 
-        def gone(_reference: object, key: int = key, size: int = size) -> None:
+        def release(_reference: object, key: int = key, size: int = size) -> None:
             del self._alive[key]
             self._saved.discard(key)
             self._alive_bytes -= rounded(size)
 
-        self._alive[key] = weakref.ref(storage, gone), size
+        self._alive[key] = weakref.ref(storage, release), size
         self._alive_bytes += rounded(size)
         self.peak_bytes = max(self.peak_bytes, self._alive_bytes)
 
@@ -196,7 +195,7 @@ def rounded(size: int) -> int:
 
 
 def _bytes(tensor: Tensor) -> int:
-    # An expanded tensor is read from what it really is: no more than its storage.
+    # An expanded tensor reads no more than its storage.
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 

@@ -1,4 +1,4 @@
-"""The counters that a cell's record keeps: exact ones, and how well the device was used."""
+"""The counters in a cell's record: exact ones, the noise floor, and the utilisation of the device."""
 
 from __future__ import annotations
 
@@ -15,11 +15,31 @@ from tpme.bench.measure.environment import environment
 from tpme.bench.record import Reading
 from tpme.bench.run.job import Job
 from tpme.bench.task.dataset import Dataset
-from tpme.bench.train.loop import WARMUP_EPOCHS, Outcome
+from tpme.bench.train.ending import TimeLimitReached, one_line
+from tpme.bench.train.loop import WARMUP_EPOCHS, Outcome, Trainer
+
+
+def final_counters(job: Job, trainer: Trainer, *, trained: bool) -> dict[str, Reading]:
+    """All counters that need no measurement of the cell; a failure becomes the reason of the first that is missing.
+
+    ``trained``: training ended well, so its step times give the utilisation of the device.
+    """
+    counters: dict[str, Reading] = {}
+    try:
+        with trainer.phases.phase("estimate", "counters"):
+            trainer.progress("count", 0.0)
+            counters |= noise_floor(job)
+            counters |= exact_counters(job, trainer.dataset)
+            if trained:
+                counters |= utilisation(job, trainer.outcome, counters)
+    except (Exception, TimeLimitReached) as error:
+        failed = "mfu" if "forward_flops" in counters else "forward_flops"
+        counters[failed] = Reading.missing("counted on meta", one_line(error))
+    return counters
 
 
 def exact_counters(job: Job, dataset: Dataset) -> dict[str, Reading]:
-    """The exact counters of the cell of ``job``, by name, and the peak of memory that ``tpme plan`` would tell."""
+    """The exact counters of the cell of ``job``, by name, and the peak of memory that ``tpme plan`` prints."""
     meta = MetaCell(job.cell, DataShape.of(dataset), methods_path=job.methods_path)
     counts, step = count(meta), run_step(meta, fused_attention=True)
     device = job.cell.device
@@ -32,7 +52,7 @@ def exact_counters(job: Job, dataset: Dataset) -> dict[str, Reading]:
 
 
 def noise_floor(job: Job) -> dict[str, Reading]:
-    """How far runs of one cell lie apart on the device of ``job``, and what the harness costs there, where measured."""
+    """Spread between runs of one cell on the device of ``job``, and the cost of the harness, where measured."""
     profile = known_profile(environment(job.cell.device).device_key, job.store)
     noise = profile.noise if profile else None
     if noise is None:
@@ -42,9 +62,9 @@ def noise_floor(job: Job) -> dict[str, Reading]:
 
 
 def utilisation(job: Job, outcome: Outcome, counters: Mapping[str, Reading]) -> dict[str, Reading]:
-    """``mfu`` of the training that left ``outcome``; nothing where no step was timed.
+    """``mfu`` of the training with this ``outcome``; nothing where no step was timed.
 
-    The device is calibrated where it never was before: call it outside everything that is measured.
+    Calibrates a device the first time: call it outside everything that is measured.
     """
     if not outcome.step_s:
         return {}

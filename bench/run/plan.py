@@ -19,7 +19,7 @@ from rich.console import Console
 from tpme.bench.counting.batch import DataShape
 from tpme.bench.counting.counters import Counts, Step, count, planned_peak, run_step
 from tpme.bench.counting.devices import DeviceProfile
-from tpme.bench.counting.meta import EncoderShelf, MetaCell
+from tpme.bench.counting.meta import MetaCell, MetaEncoders
 from tpme.bench.errors import UserError
 from tpme.bench.quantities import memory_reading
 from tpme.bench.record import Cell, CellResult, Frozen, Modality, Precision, find_results, read_result
@@ -126,10 +126,10 @@ def plan_matrix(
     for cell in expand(matrix, datasets, device="cuda", methods_path=methods_path):
         distinct.setdefault(_identity(cell), cell)
     recorded = _records(runs) if runs else []
-    shelf, cells = EncoderShelf(), []
+    encoders, cells = MetaEncoders(), []
     for key, cell in distinct.items():
         with console.status(f"Counting {cell.label} ..."):
-            cells.append(_plan_cell(cell, shapes[cell.dataset], shelf, methods_path, device))
+            cells.append(_plan_cell(cell, shapes[cell.dataset], encoders, methods_path, device))
         measured = _measured([result for result in recorded if _identity(result.cell) == key])
         cells[-1] = cells[-1].model_copy(update={"measured": measured})
     sources = [f"Data set '{name}': {shape.describe()}." for name, shape in shapes.items()]
@@ -165,10 +165,10 @@ def _identity(cell: Cell) -> str:
 
 
 def _plan_cell(
-    cell: Cell, data: DataShape, shelf: EncoderShelf, methods_path: Sequence[Path], device: DeviceProfile | None
+    cell: Cell, data: DataShape, encoders: MetaEncoders, methods_path: Sequence[Path], device: DeviceProfile | None
 ) -> PlannedCell:
     try:
-        meta = MetaCell(cell, data, shelf, methods_path)
+        meta = MetaCell(cell, data, encoders, methods_path)
         counts, step = count(meta), run_step(meta, fused_attention=True)
     except UserError:
         raise
@@ -183,7 +183,7 @@ def _plan_cell(
 
 def _work(meta: MetaCell, counts: Counts, step: Step, device: DeviceProfile | None) -> Work:
     whole = min(meta.cell.training.users_per_batch, meta.data.users)
-    batches = min(meta.steps, meta.data.users / whole) if counts.trainable else 0.0
+    batches = min(meta.schedule.steps_per_epoch, meta.data.users / whole) if counts.trainable else 0.0
     return Work(
         batch=counts.batch,
         trainable=counts.trainable,

@@ -151,7 +151,7 @@ class TrainBatches:
 
     Args:
         dataset, store, protocol: see ``build_batch``. users_per_batch: B. seed: of the order of users, the same for
-            every method. max_steps: maximum steps of an epoch. device: where batches are moved.
+            every method. steps: batches of an epoch. device: where batches are moved.
     """
 
     def __init__(
@@ -162,13 +162,12 @@ class TrainBatches:
         users_per_batch: int,
         protocol: Protocol,
         seed: int,
-        max_steps: int | None,
+        steps: int,
         device: torch.device,
     ) -> None:
         self.slots, self.log_p, self.store = dataset.train_slots, log_popularity(dataset), store
         self.size, self.protocol, self.seed, self.device = users_per_batch, protocol, seed, device
-        whole = -(-len(self.slots) // users_per_batch)
-        self.steps = min(whole, max_steps) if max_steps else whole
+        self.steps = steps
 
     def __len__(self) -> int:
         return self.steps

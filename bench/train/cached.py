@@ -1,4 +1,4 @@
-"""Training on cached hidden states: find the feature cache of a cell, or have a process of its own build it first."""
+"""Training on cached hidden states: the feature cache of a cell, built by a separate process if it is missing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Progress = Callable[[str, float], None]
 
 @dataclass(frozen=True)
 class CachedStates:
-    """Hidden states of all items, where they are kept, and what their cache is."""
+    """Hidden states of all items, where they are kept, and the facts about their cache."""
 
     states: States
     placement: Placement
@@ -30,14 +30,14 @@ class CachedStates:
 
 
 def cached_states(job: FeatureJob, fingerprint: str, phases: PhaseLog, progress: Progress) -> CachedStates:
-    """The cached states of ``job`` on the data set with ``fingerprint``, built first where they are not there yet.
+    """The cached states of ``job`` on the data set with ``fingerprint``; they are built first where they are missing.
 
     Raises UserError where the cache cannot be built, would be too large, or is damaged.
     """
     folder = feature_folder(job, fingerprint)
     manifest = read_manifest(folder)
-    there = manifest is not None
-    if manifest is None:
+    missing = manifest is None
+    if missing:
         with phases.phase("cache"):
             _build(job, progress)
         manifest = read_manifest(folder)
@@ -51,7 +51,7 @@ def cached_states(job: FeatureJob, fingerprint: str, phases: PhaseLog, progress:
         bytes=manifest.bytes,
         items=manifest.items,
         dtype=manifest.dtype,
-        built_by_attempt=not there,
+        built_by_attempt=missing,
         encoders=manifest.encoders,
         peak_bytes=manifest.peak_bytes,
     )
@@ -59,9 +59,9 @@ def cached_states(job: FeatureJob, fingerprint: str, phases: PhaseLog, progress:
 
 
 def _build(job: FeatureJob, progress: Progress) -> None:
-    """Run the builder; what it says goes to this process's standard error, its last line into the UserError."""
+    """Run the builder; its output goes to this process's standard error, the last line of a failure into UserError."""
     command = [sys.executable, "-P", "-m", "tpme.bench.task.features", job.model_dump_json()]
-    # A file and not a pipe: a builder that says much would wait for ever for somebody to read it.
+    # A file, because a pipe that is not read would block a builder with much output.
     with tempfile.TemporaryFile("w+", errors="replace") as log:
         with subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, text=True
@@ -74,11 +74,11 @@ def _build(job: FeatureJob, progress: Progress) -> None:
                 process.kill()
                 raise
         log.seek(0)
-        said = log.read()
-    sys.stderr.write(said)
+        output = log.read()
+    sys.stderr.write(output)
     if process.returncode < 0:
         raise UserError(f"building the feature cache failed: its process was ended by signal {-process.returncode}")
     if process.returncode:
-        lines = said.strip().splitlines()
+        lines = output.strip().splitlines()
         last = lines[-1].removeprefix("tpme: ") if lines else f"exit code {process.returncode}"
         raise UserError(f"building the feature cache failed: {last}")

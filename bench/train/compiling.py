@@ -1,4 +1,4 @@
-"""``compile = true``: the parts of a model that are the same for every method run through torch.compile."""
+"""``compile = true``: torch.compile for the parts of a model that all methods share."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ from tpme.bench.task.recommender import Recommender
 COMPILERS = ("c++", "g++", "clang++")
 
 
-def compile_model(model: Recommender) -> None:
+def compile_model(model: Recommender) -> bool:
     """Compile, in place, every encoder layer, the item encoder and the sequential encoder of an adapted model.
 
-    Layer by layer, because hooks on whole layers pick the hidden states that are read, and stay outside. Numbers of
-    items and positions change with every batch, so shapes are dynamic, and no CUDA graph is recorded. Random numbers
-    are drawn as without compilation: dropout stays the same.
+    Encoders are compiled layer by layer: the hooks that read hidden states sit on whole layers and stay outside.
+    Shapes are dynamic, because the numbers of items and positions change with every batch, so no CUDA graph is
+    recorded. Random numbers are drawn as without compilation: dropout stays the same.
 
+    Returns whether there is anything to compile: a model without trainable parameters is left as it is.
     Raises UserError where there is no C++ compiler.
     """
+    if not model.parameter_groups():
+        return False
     if sys.platform != "win32" and not any(map(shutil.which, COMPILERS)):
         raise UserError(f"compile = true needs a C++ compiler ({', '.join(COMPILERS)}); install one or turn it off")
     import torch._inductor.config as inductor
@@ -31,8 +34,9 @@ def compile_model(model: Recommender) -> None:
     layers = [layer for view in model.views.values() for layer in view.layers]
     for part in (*layers, model.item_encoder, model.sequence):
         _compile(part)
+    return True
 
 
 def _compile(part: nn.Module) -> None:
-    # forward, not the module: a hook that comes and goes with each call must not be part of what is compiled.
+    # forward, not the module: hooks that are set and removed with each call must not be compiled in.
     part.forward = torch.compile(part.forward, dynamic=True)

@@ -1,4 +1,4 @@
-"""How a cell ends when it does not end well: which status an exception is, and what the record says about it."""
+"""How a failed cell ends: the status that an exception stands for, and what the record says about it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _OUT_OF_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "out of
 
 
 class TimeLimitReached(BaseException):
-    """The launcher has asked the cell to end. Not an Exception: a method's ``except Exception`` must not keep it."""
+    """The launcher has asked the cell to end. Not an Exception, so a method's ``except Exception`` cannot catch it."""
 
 
 def status_of(error: BaseException) -> Status:
@@ -35,7 +35,7 @@ def status_of(error: BaseException) -> Status:
 
 
 def failure_of(error: BaseException, phase: str, trainer: Trainer | None) -> Failure:
-    """What the record says: where it happened, and one line of what."""
+    """Where it happened and one line about it, as the record keeps them."""
     message = " ".join(str(error).split())
     if not isinstance(error, (UserError, DivergedError, NonFiniteScoreError, TimeLimitReached)):
         message = f"{type(error).__name__}: {message}".removesuffix(": ")
@@ -48,7 +48,12 @@ def failure_of(error: BaseException, phase: str, trainer: Trainer | None) -> Fai
     )
 
 
+def one_line(error: BaseException) -> str:
+    """Kind and message of an exception that costs single readings alone, as their reason."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
 def bytes_requested(message: str) -> int | None:
-    """What a failed allocation asked for, from the message ("Tried to allocate 2.00 GiB", "allocate 123 bytes")."""
-    found = re.search(rf"allocate ([\d.]+) ({'|'.join(_UNITS)})", message)
-    return int(float(found[1]) * _UNITS[found[2]]) if found else None
+    """Size of a failed allocation, from its message ("Tried to allocate 2.00 GiB", "allocate 123 bytes")."""
+    match = re.search(rf"allocate ([\d.]+) ({'|'.join(_UNITS)})", message)
+    return int(float(match[1]) * _UNITS[match[2]]) if match else None

@@ -1,31 +1,76 @@
-"""What a record says of a trained cell, computed from its model, its outcome and its samples."""
+"""What a record says of a cell, and how it follows from its model, its outcome and its samples."""
 
 from __future__ import annotations
 
+import io
 import math
-import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tpme.bench.measure.clock import now
 from tpme.bench.measure.sampler import SampledCurve
-from tpme.bench.record import Parameters, Reading
+from tpme.bench.record import (
+    CacheFacts,
+    Cell,
+    DatasetFacts,
+    EncoderFacts,
+    EncoderSpec,
+    Failure,
+    Flag,
+    Modality,
+    Parameters,
+    Reading,
+    write_atomically,
+)
 from tpme.bench.task.dataset import Dataset
 from tpme.bench.task.evaluate import ITEMS_PER_CHUNK
 from tpme.bench.task.recommender import Recommender
-from tpme.bench.train.loop import Outcome, Trainer
+from tpme.bench.train.loop import WARMUP_EPOCHS, Outcome, Trainer
 from tpme.methods.base import Method
 
 THROUGHPUT_CHUNKS = 4
-"""Chunks of items that inference throughput is timed over, after one that is not."""
+"""Timed chunks of items for the inference throughput; one more runs before them, untimed."""
 
 Arrays = dict[str, NDArray[Any]]
 
 
+@dataclass
+class CellFacts:
+    """What is known of the cell so far; its record is made of it whenever the cell ends."""
+
+    dataset: DatasetFacts | None = None
+    encoders: dict[Modality, EncoderFacts] = field(default_factory=dict)
+    parameters: Parameters | None = None
+    cache: CacheFacts | None = None
+    throughput: Reading | None = None
+    counters: dict[str, Reading] = field(default_factory=dict)
+    flags: list[Flag] = field(default_factory=list)
+    failure: Failure | None = None
+    trainer: Trainer | None = None
+    setup: str | None = None
+    """What is done once, during the first training steps."""
+
+    def flag(self, code: str, message: str) -> None:
+        """Flag the cell in its record."""
+        self.flags.append(Flag(code=code, message=message))
+
+    def flag_encoders(self, cell: Cell, specs: Mapping[Modality, EncoderSpec], model: Recommender) -> None:
+        """Flag encoders with random weights, and checkpointing without effect."""
+        random = [modality for modality, spec in specs.items() if spec.weights == "random"]
+        if random:
+            self.flag("random-weights", f"{' and '.join(random)} encoder with random weights: quality means nothing")
+        if cell.training.activation_checkpointing and (model.decoupled or not model.views):
+            self.flag("no-checkpointing", "nothing to checkpoint: no gradient flows through an encoder")
+
+
 def ranks(dataset: Dataset, rank: NDArray[np.int32]) -> Arrays:
-    """The arrays of a record's ``ranks`` file, one entry a user, from the ranks of the test targets."""
+    """The arrays of a record's ``ranks`` file, one entry per user; ``rank`` holds those of the test targets."""
     test = dataset.test
     return {
         "rank": rank,
@@ -46,8 +91,16 @@ def samples(outcome: Outcome, curve: SampledCurve | None, device: torch.device) 
     }
 
 
+def save_arrays(path: Path, arrays: Arrays) -> str:
+    """Write ``arrays`` to a compressed file; returns its name."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, allow_pickle=False, **arrays)
+    write_atomically(path, buffer.getvalue())
+    return path.name
+
+
 def parameter_counts(model: Recommender, method: Method, trainable_max: int = 0) -> Parameters:
-    """Exact counts; ``trainable_max`` is the most that trained at one time so far."""
+    """Exact counts; ``trainable_max`` is the largest number of parameters that trained at one time so far."""
     groups = {name: sum(p.numel() for p in parameters) for name, parameters in model.parameter_groups().items()}
     state = method.state(model)
     return Parameters(
@@ -61,7 +114,7 @@ def parameter_counts(model: Recommender, method: Method, trainable_max: int = 0)
 
 @torch.no_grad()
 def throughput(trainer: Trainer) -> Reading:
-    """Items encoded a second with the adapted model, ready for inference, data loading excluded."""
+    """Items per second that the adapted model encodes, once prepared for inference; data loading is excluded."""
     n = trainer.dataset.manifest.items
     ids = np.arange(1, 1 + min(n, ITEMS_PER_CHUNK), dtype=np.int64)
     items = trainer.store.gather(ids).to(trainer.device)
@@ -69,27 +122,30 @@ def throughput(trainer: Trainer) -> Reading:
     trainer.model.encode_items(items)
     times = []
     for _ in range(THROUGHPUT_CHUNKS):
-        start = _now(trainer.device)
+        start = now(trainer.device)
         trainer.model.encode_items(items)
-        times.append(_now(trainer.device) - start)
+        times.append(now(trainer.device) - start)
     return Reading(
         value=len(ids) / float(np.median(times)), source=f"median of {THROUGHPUT_CHUNKS} chunks of {len(ids)} items"
     )
 
 
-def reported(value: float, source: str) -> Reading:
-    """A counter of a method's own; one that is not finite is missing, because JSON cannot hold it."""
-    return Reading(value=value, source=source) if math.isfinite(value) else Reading.missing(source, f"it is {value}")
+def method_counters(method: Method, model: Recommender, name: str) -> dict[str, Reading]:
+    """The counters that the method ``name`` reports; one that is not finite is missing, because JSON cannot hold it."""
+    source = f"report() of {name}"
+    return {
+        key: Reading(value=value, source=source) if math.isfinite(value) else Reading.missing(source, f"it is {value}")
+        for key, value in ((key, float(value)) for key, value in method.report(model).items())
+    }
 
 
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+def warmup_epochs(outcome: Outcome) -> int:
+    """Leading epochs that do not count towards the epoch time."""
+    return WARMUP_EPOCHS if len(outcome.epochs) > 2 * WARMUP_EPOCHS else 0
 
 
 def epoch_time(outcome: Outcome, warmup: int) -> Reading:
-    """T of TPME in seconds: the median training time of an epoch, the first ``warmup`` ones left out."""
+    """T of TPME in seconds: the median training time of the epochs after the first ``warmup``."""
     source = f"median training time of the epochs after {warmup} warm-up epoch(s)"
     if not outcome.epochs:
         return Reading.missing(source, "no epoch was finished: nothing trains, or the cell failed before")

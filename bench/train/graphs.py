@@ -1,9 +1,9 @@
 """``cuda_graphs = true``: forward and backward pass of a step without encoders, replayed as two CUDA graphs.
 
-A step on cached states, or on item ids alone, is hundreds of kernels of a few microseconds each: a GPU waits for the
-host that starts them. A graph starts all of them at once, but works on tensors of fixed size and place, while every
-batch shows another number of distinct items. So batches are copied into tensors with room for the largest one. What
-they do not fill is masked like padding: loss and gradients stay what they are.
+A step on cached states, or on item ids alone, is hundreds of kernels of a few microseconds each, and a GPU waits for
+the host that starts them. A graph starts all of them at once, but works on tensors of fixed size and address, while
+the number of distinct items changes with every batch. So batches are copied into tensors with room for the largest
+one. The rest is masked like padding, which leaves loss and gradients unchanged.
 """
 
 from __future__ import annotations
@@ -15,21 +15,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tpme.bench.errors import UserError
 from tpme.bench.task.batches import Batch
 from tpme.bench.task.items import Items
 from tpme.bench.task.loss import Candidates, in_batch_logits
 from tpme.bench.task.recommender import Recommender
+from tpme.bench.train.loop import Trainer
 from tpme.bench.train.step import total_loss
 from tpme.methods.base import Method
 
 IGNORED = -100
 """Label of a row that is no position: cross entropy leaves it out of sum and mean."""
 _INSIDE = ("stages", "begin_stage", "before_step", "passes", "begin_pass", "losses", "after_step")
-"""Hooks that may change what a step does: a graph would go on doing what was recorded."""
+"""Hooks that may change what a step does; a graph would repeat the recorded step."""
 
 
-def why_not(method: Method, model: Recommender) -> str | None:
-    """Why the steps of a row cannot be recorded; ``None`` where they can."""
+def unsupported_reason(method: Method, model: Recommender) -> str | None:
+    """Why the steps of a cell cannot be recorded; ``None`` where they can."""
     if model.views:
         return "encoders run in every step: it is not bound by starting kernels"
     if not model.parameter_groups():
@@ -38,8 +40,21 @@ def why_not(method: Method, model: Recommender) -> str | None:
     return f"its {hooks[0]}() may change what a step does" if hooks else None
 
 
+def replay_graphs(trainer: Trainer) -> str | None:
+    """Let ``trainer`` record its first step and replay it from then on; returns the reason where that cannot be.
+
+    Raises UserError on a CPU.
+    """
+    if trainer.device.type != "cuda":
+        raise UserError("cuda_graphs = true needs a CUDA device; turn it off or run with --device cuda")
+    reason = unsupported_reason(trainer.method, trainer.model)
+    if reason is None:
+        trainer.loss_of = GraphedLoss(trainer.method, trainer.model, trainer.cell.training.users_per_batch)
+    return reason
+
+
 class PaddedLoss(nn.Module):
-    """The task's loss of a batch that lies in tensors of fixed size.
+    """The task's loss of a batch that is kept in tensors of fixed size.
 
     Args:
         model: without encoders. like: a batch of B users and S slots; room is made for B S items, candidates and rows.
@@ -62,7 +77,7 @@ class PaddedLoss(nn.Module):
         return like.new_zeros(self.room, *like.shape[1:])
 
     def fill(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Copy ``batch`` into the inputs of ``forward`` and return them; what an earlier one left behind is masked."""
+        """Copy ``batch`` into the inputs of ``forward`` and return them; what is left of an earlier one is masked."""
         slot, mask, slots, ids, log_p, log_count, item, rows, target, label, *tables = self.inputs
         candidates, none = batch.candidates, batch.candidates.distinct
         for place, value in ((slot, batch.slot), (mask, batch.mask)):
@@ -110,7 +125,7 @@ class PaddedLoss(nn.Module):
 class GraphedLoss:
     """The loss of a batch and, when it is differentiated, its gradients: two graphs, recorded at the first batch.
 
-    A last batch of fewer users runs as it would without graphs. Random numbers are drawn as they would be, too.
+    A smaller last batch runs without graphs. Random numbers are drawn as without graphs.
     """
 
     def __init__(self, method: Method, model: Recommender, users: int) -> None:

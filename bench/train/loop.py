@@ -1,12 +1,12 @@
 """The training loop, with the measured region in plain sight.
 
 One epoch is one ``train`` phase: data loading, forward, backward, optimiser step. Validation, test ranking and
-bookkeeping lie outside it, in phases of their own. The host does not wait for the device inside an epoch, except every
-``CHECK_EVERY_STEPS`` steps to see whether the loss is still finite, and where a method's own hooks make it: by reading
-a value, or with an ``after_step``, which under a gradient scaler must know whether there was a step.
+bookkeeping are outside it, in separate phases. The host does not wait for the device inside an epoch, except every
+``CHECK_EVERY_STEPS`` steps to check that the loss is finite, and where a method's hooks force it: by reading a value,
+or with an ``after_step``, which under a gradient scaler must know whether there was a step.
 
-The test targets are ranked with the item vectors that validation has just computed, whenever validation improved: the
-best epoch needs no checkpoint and no second encoding of the catalogue. Nothing is selected on them.
+The test targets are ranked with the item vectors that validation has just computed, whenever validation improved, so
+the best epoch needs no checkpoint and no second encoding of the catalogue. Nothing is selected on them.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ from tpme.bench.task.batches import Batch, ItemStore, TrainBatches
 from tpme.bench.task.dataset import Dataset
 from tpme.bench.task.evaluate import item_matrix, rank_split, recall_and_ndcg
 from tpme.bench.task.recommender import Recommender
+from tpme.bench.train.build import DataSize, schedule_of
 from tpme.bench.train.step import AUTOCAST, forward, total_loss
 from tpme.bench.train.timing import StepTimer
-from tpme.methods.base import Method, Schedule, Stage, StepState
+from tpme.methods.base import Method, Stage, StepState
 
 CHECK_EVERY_STEPS = 50
 WARMUP_EPOCHS = 1
@@ -47,7 +48,7 @@ class DivergedError(ArithmeticError):
 
 @dataclass
 class Outcome:
-    """What training leaves behind; filled as it goes, so that a failure keeps what is known."""
+    """Results of training; filled epoch by epoch, so a failure keeps those of the epochs before it."""
 
     epochs: list[Epoch] = field(default_factory=list)
     step_s: list[float] = field(default_factory=list)
@@ -59,16 +60,16 @@ class Outcome:
     """The most parameters that trained at one time."""
 
 
-def _go_on() -> None:
-    """Nobody times the parts of a step."""
+def _noop() -> None:
+    """No-op lap timer."""
 
 
 class Trainer:
-    """Trains one cell; this is the context that a method's own procedure may use.
+    """Trains one cell; the context of a method's own training procedure.
 
     Args:
         cell: the settings. model, method, dataset, store: what is trained, and on what. phases: the phase log.
-        progress: told what is being done and the share of it, for people.
+        progress: called with the current activity and the share of it that is done.
     """
 
     def __init__(
@@ -84,26 +85,26 @@ class Trainer:
     ) -> None:
         self.cell, self.model, self.method = cell, model, method
         self.dataset, self.store, self.phases, self.device, self.progress = dataset, store, phases, device, progress
+        schedule = schedule_of(cell.training, DataSize.of(dataset))
         self.batches = TrainBatches(
             dataset,
             store,
             users_per_batch=cell.training.users_per_batch,
             protocol=cell.protocol,
             seed=cell.seed,
-            max_steps=cell.training.max_steps_per_epoch,
+            steps=schedule.steps_per_epoch,
             device=device,
         )
-        schedule = Schedule(cell.training.epochs, len(self.batches), dataset.popularity)
         self.state = StepState(model, schedule)
         self.step_of_epoch: int | None = None
-        """The training step that is under way, from 1; None outside the training phases."""
+        """The current training step, from 1; None outside the training phases."""
         self.outcome = Outcome()
-        self._own_batches = self._endless_batches()
+        self._extra_batches = self._endless_batches()
         precision = cell.training.precision
         self.autocast_dtype = AUTOCAST.get(precision)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.loss_of: Callable[[Batch], Tensor] = partial(total_loss, method, model)
-        """The sum of the losses of a batch, with its graph; another way to compute the same may be put in its place."""
+        """The sum of the losses of a batch, with its graph; replaceable by a faster way to compute the same."""
 
     # --- the procedure --------------------------------------------------------------------------------------------
 
@@ -122,7 +123,7 @@ class Trainer:
         return self.outcome
 
     def train(self) -> None:
-        """Train by the method's stages; each opens its own optimiser. Stops early on validation within a stage."""
+        """Train by the method's stages, each with a new optimiser. Stops early on validation within a stage."""
         stages = self.method.stages()
         for stage, epochs in zip(stages, _split_epochs(self.cell.training.epochs, stages), strict=True):
             self.state.stage = stage
@@ -138,12 +139,12 @@ class Trainer:
                     break
 
     def optimizer(self) -> torch.optim.Optimizer:
-        """The method's optimiser of what trains now."""
+        """The method's optimiser for the parameters that train now."""
         return self.method.optimizer(self.method.param_groups(self.model, self.cell.lr), fused=True)
 
     def training_losses(self, steps: int) -> Iterator[Tensor]:
-        """The task's loss, with its graph, on the next ``steps`` training batches of an order of their own."""
-        for batch in itertools.islice(self._own_batches, steps):
+        """The task's loss, with its graph, on the next ``steps`` training batches, in a separate order."""
+        for batch in itertools.islice(self._extra_batches, steps):
             self.model.train()
             with self.autocast():
                 loss = forward(self.model, batch).loss
@@ -187,7 +188,7 @@ class Trainer:
         self.outcome.step_epoch += [number] * len(losses)
         return len(losses), loss
 
-    def step(self, batch: Batch, optimizer: torch.optim.Optimizer, lap: Callable[[], None] = _go_on) -> Tensor:
+    def step(self, batch: Batch, optimizer: torch.optim.Optimizer, lap: Callable[[], None] = _noop) -> Tensor:
         """Forward, backward, update; returns the loss, detached, still on the device.
 
         ``lap`` is called after the forward and after the backward pass.

@@ -1,7 +1,7 @@
 """Where the time of a training step goes: waiting for data, forward pass, backward pass, optimiser.
 
-A few more steps after training, in a pass of their own, because marks inside every step would be one more thing that
-the training time measures. The learning rates are 0, so that every parameter stays bit for bit as training left it.
+Measured in a few more steps after training, because marks inside every step would be part of the training time. The
+learning rates are 0, so every parameter stays bit for bit as training left it.
 """
 
 from __future__ import annotations
@@ -13,21 +13,22 @@ import numpy as np
 
 from tpme.bench.measure.clock import now
 from tpme.bench.record import Reading
+from tpme.bench.train.ending import one_line
 from tpme.bench.train.loop import Trainer
 from tpme.bench.train.timing import StepTimer
 
 PARTS = ("data_wait_s", "forward_s", "backward_s", "update_s")
 WARMUP, FEWEST, MOST = 2, 3, 10
-"""Steps that are not counted (the optimiser sets its state up), and bounds of those that are."""
+"""Steps that are not counted (the optimiser sets up its state), and bounds of those that are."""
 SHARE, ALWAYS_S = 0.03, 1.0
-"""Of the training time, what the pass may take; a run so short that this is less may take the second (seconds)."""
+"""Share of the training time that these steps may take; short runs may take ``ALWAYS_S`` seconds."""
 
 
 def step_split(trainer: Trainer) -> dict[str, Reading]:
     """Medians of the four parts of a step; call it after training, in a phase of kind ``estimate``.
 
-    On a GPU the parts are what the device spends between CUDA events: waiting for data is time in which it had nothing
-    to do. The method's hooks count where they are called; what of a method's own state they change is not undone.
+    On a GPU the parts are times between CUDA events on the device: waiting for data is time in which it was idle. The
+    method's hooks count where they are called; what they change in the method's own state is not undone.
     """
     spent = trainer.outcome.step_s
     source = f"median of up to {MOST} steps after training, " + (
@@ -48,6 +49,16 @@ def step_split(trainer: Trainer) -> dict[str, Reading]:
     }
 
 
+def guarded_split(trainer: Trainer) -> dict[str, Reading]:
+    """``step_split`` in a phase; after training, so any failure costs these readings alone."""
+    try:
+        with trainer.phases.phase("estimate", "parts of a step"):
+            trainer.progress("parts of a step", 0.0)
+            return step_split(trainer)
+    except Exception as error:
+        return dict.fromkeys(PARTS, Reading.missing("steps after training", one_line(error)))
+
+
 def _laps(trainer: Trainer, steps: int) -> list[float]:
     """Seconds of every part of ``steps`` steps, in order."""
     trainer.model.train()
@@ -55,7 +66,7 @@ def _laps(trainer: Trainer, steps: int) -> list[float]:
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     state, trainer.state = trainer.state, replace(trainer.state)
-    # As many epochs as that takes: a short one has fewer batches.
+    # Of several epochs where one has fewer batches.
     batches = itertools.chain.from_iterable(trainer.batches.epoch(trainer.state.epoch) for _ in itertools.count())
     timer = StepTimer(trainer.device)
     timer.start()

@@ -77,7 +77,7 @@ def test_an_epoch_on_cached_states(
         users_per_batch=USERS,
         protocol="suite",
         seed=SEED,
-        max_steps=STEPS,
+        steps=STEPS,
         device=device,
     )
     order = np.random.default_rng([SEED, 1]).permutation(len(scientific.train_slots))  # the epoch's, as TrainBatches

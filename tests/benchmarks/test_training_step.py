@@ -19,16 +19,16 @@ from torch import Tensor
 from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 
 from tpme.bench.counting.modes import Tracker
-from tpme.bench.record import LearningRates
+from tpme.bench.record import LearningRates, Training
 from tpme.bench.task.batches import Batch, ItemStore, build_batch, log_popularity
 from tpme.bench.task.dataset import Dataset
 from tpme.bench.task.items import Items, Reads
 from tpme.bench.task.recommender import Recommender
-from tpme.bench.task.sequential import SequentialEncoder
 from tpme.bench.task.tokens import tokenise
 from tpme.bench.task.view import EncoderView
+from tpme.bench.train.build import DataSize, ModelBuilder
 from tpme.bench.train.step import total_loss
-from tpme.methods.base import Method, Schedule, TaskShape
+from tpme.methods.base import Method
 from tpme.methods.registry import create
 
 USERS, WIDTH, DEPTH, SIDE, PATCH, DIM = 32, 128, 2, 224, 16, 64
@@ -66,11 +66,9 @@ def encoders(depth: int = DEPTH) -> dict[Any, EncoderView]:
 def adapted(name: str, data: Dataset, device: torch.device) -> tuple[Method, Recommender]:
     method, views = create(name, {}), encoders()
     torch.manual_seed(1)
-    task = TaskShape(DIM, data.manifest.items, {modality: view.shape for modality, view in views.items()})
-    sequence = SequentialEncoder(DIM, 10, 2, 2, dropout=0.0)
-    model = Recommender(views, method.item_encoder(task), sequence, decoupled=method.decoupled)
-    method.adapt(model, Schedule(1, 1, data.popularity))
-    return method, model.train().to(device)
+    shapes = {modality: view.shape for modality, view in views.items()}
+    training = Training(embedding_dim=DIM, dropout=0.0, epochs=1)
+    return method, ModelBuilder(method, training, DataSize.of(data), shapes).build(views).train().to(device)
 
 
 @pytest.fixture(scope="module")

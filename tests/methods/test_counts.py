@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from tpme.bench.counting.meta import EncoderShelf
-from tpme.bench.record import EncoderSpec, Modality
+from tpme.bench.counting.meta import MetaEncoders
+from tpme.bench.record import EncoderSpec, Modality, Training
 from tpme.bench.task.items import Items
 from tpme.bench.task.recommender import Recommender
-from tpme.bench.task.sequential import SequentialEncoder
-from tpme.methods.base import Schedule, TaskShape
+from tpme.bench.train.build import DataSize, ModelBuilder, used_modalities
 from tpme.methods.registry import BUILTIN, create
 
 ITEMS = 20_314
@@ -50,21 +49,16 @@ ENCODERS: dict[Modality, EncoderSpec] = {
 
 
 @pytest.fixture(scope="module")
-def shelf() -> EncoderShelf:
-    return EncoderShelf()
+def encoders() -> MetaEncoders:
+    return MetaEncoders()
 
 
-def paper_model(shelf: EncoderShelf, name: str, options: Mapping[str, Any]) -> Recommender:
+def paper_model(encoders: MetaEncoders, name: str, options: Mapping[str, Any]) -> Recommender:
     """The method at BERT-base + ViT-B/16 and d = 64, without memory for the weights."""
     method = create(name, options)
-    used = tuple(ENCODERS) if method.modalities is None else method.modalities
-    views = {m: shelf.view(ENCODERS[m], m) for m in used}
-    task = TaskShape(64, ITEMS, {m: view.shape for m, view in views.items()})
-    model = Recommender(
-        views, method.item_encoder(task), SequentialEncoder(64, 10, 2, 2, 0.1), decoupled=method.decoupled
-    )
-    method.adapt(model, Schedule(1, 1, np.full(ITEMS + 1, 1 / ITEMS)))
-    return model
+    views = {m: encoders.view(ENCODERS[m], m) for m in used_modalities(method, tuple(ENCODERS))}
+    data = DataSize(1, ITEMS, 10, np.full(ITEMS + 1, 1 / ITEMS))
+    return ModelBuilder(method, Training(epochs=1), data, {m: view.shape for m, view in views.items()}).build(views)
 
 
 def trainable(model: Recommender) -> int:
@@ -72,8 +66,8 @@ def trainable(model: Recommender) -> int:
 
 
 @pytest.mark.parametrize(("name", "options", "expected"), PAPER.values(), ids=PAPER)
-def test_at_the_papers_shapes(shelf: EncoderShelf, name: str, options: dict[str, Any], expected: int) -> None:
-    model = paper_model(shelf, name, options)
+def test_at_the_papers_shapes(encoders: MetaEncoders, name: str, options: dict[str, Any], expected: int) -> None:
+    model = paper_model(encoders, name, options)
     assert trainable(model) == expected
     assert trainable(model) == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
@@ -83,8 +77,8 @@ def test_every_method_is_counted() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(BUILTIN))
-def test_an_adapted_model_runs_on_the_meta_device(shelf: EncoderShelf, name: str) -> None:
-    model = paper_model(shelf, name, {}).to("meta").eval()
+def test_an_adapted_model_runs_on_the_meta_device(encoders: MetaEncoders, name: str) -> None:
+    model = paper_model(encoders, name, {}).to("meta").eval()
     items = Items(
         ids=torch.zeros(2, dtype=torch.int64),
         tokens=torch.zeros(2, 30, dtype=torch.int64),

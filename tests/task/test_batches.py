@@ -8,17 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from tpme.bench.record import Protocol
+from tpme.bench.record import Protocol, Training
 from tpme.bench.task.batches import ItemStore, TrainBatches, build_batch, log_popularity
 from tpme.bench.task.items import Items
 from tpme.bench.task.recommender import Recommender
+from tpme.bench.train.build import steps_per_epoch
 
 SLOTS = np.array([[0, 0, 5, 2, 5, 9], [0, 2, 9, 9, 1, 4], [7, 5, 3, 1, 2, 6]], dtype=np.int32)
 
 
 def loader(tiny: ModuleType, **changes: Any) -> TrainBatches:
     data = tiny.catalogue(users=10)
-    settings = {"users_per_batch": 4, "protocol": "suite", "seed": 1, "max_steps": None, "device": torch.device("cpu")}
+    settings = {"users_per_batch": 4, "protocol": "suite", "seed": 1, "steps": 3, "device": torch.device("cpu")}
     return TrainBatches(data, tiny.store(data), **(settings | changes))
 
 
@@ -176,9 +177,7 @@ def test_the_order_is_the_same_for_every_store(tiny: ModuleType) -> None:
     torch.manual_seed(5)  # nor does the state of torch's own generator matter
     orders = [
         order(
-            TrainBatches(
-                data, store, users_per_batch=4, protocol="suite", seed=1, max_steps=None, device=torch.device("cpu")
-            ),
+            TrainBatches(data, store, users_per_batch=4, protocol="suite", seed=1, steps=3, device=torch.device("cpu")),
             0,
         )
         for store in stores
@@ -186,9 +185,11 @@ def test_the_order_is_the_same_for_every_store(tiny: ModuleType) -> None:
     assert all(result == orders[0] for result in orders)
 
 
-def test_max_steps_cuts_the_epoch(tiny: ModuleType) -> None:
-    whole, cut = loader(tiny), loader(tiny, max_steps=2)
-    assert (len(whole), len(cut), len(loader(tiny, max_steps=99))) == (3, 2, 3)
+def test_fewer_steps_cut_the_epoch(tiny: ModuleType) -> None:
+    steps = [steps_per_epoch(10, Training(users_per_batch=4, max_steps_per_epoch=most)) for most in (None, 2, 99)]
+    assert steps == [3, 2, 3]
+    whole, cut = loader(tiny, steps=steps[0]), loader(tiny, steps=steps[1])
+    assert (len(whole), len(cut)) == (3, 2)
     assert order(cut, 0) == order(whole, 0)[:2]
 
 

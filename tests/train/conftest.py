@@ -14,11 +14,10 @@ from tpme.bench.record import Cell, EncoderSpec, LearningRates, Training
 from tpme.bench.task.batches import ItemStore
 from tpme.bench.task.dataset import Dataset
 from tpme.bench.task.encoders import load_encoder
-from tpme.bench.task.recommender import Recommender
-from tpme.bench.task.sequential import SequentialEncoder
 from tpme.bench.task.tokens import tokenise
+from tpme.bench.train.build import DataSize, ModelBuilder, used_modalities
 from tpme.bench.train.loop import Trainer
-from tpme.methods.base import Method, Schedule, TaskShape
+from tpme.methods.base import Method
 from tpme.methods.registry import create
 
 MakeTrainer = Callable[..., Trainer]
@@ -47,20 +46,11 @@ def make_trainer(world: Any) -> MakeTrainer:
             method = create(method, {})
         protocol = changes.pop("protocol", "suite")
         training = Training(**(TRAINING | changes))
-        used = modalities if method.modalities is None else method.modalities
+        used = used_modalities(method, modalities)
         torch.manual_seed(seed)
         views = {modality: load_encoder(specs[modality], modality, seed=seed).view for modality in used}
-        task = TaskShape(training.embedding_dim, dataset.manifest.items, {m: view.shape for m, view in views.items()})
-        sequence = SequentialEncoder(
-            training.embedding_dim, dataset.manifest.max_seq_len, training.blocks, training.heads, training.dropout
-        )
-        item_encoder = method.item_encoder(task)
-        model = Recommender({} if cached else views, item_encoder, sequence, decoupled=method.decoupled)
-        steps = min(-(-dataset.manifest.users // training.users_per_batch), training.max_steps_per_epoch or 10**9)
-        method.adapt(model, Schedule(training.epochs, steps, dataset.popularity))
-        if training.activation_checkpointing:
-            for view in model.views.values():
-                view.checkpoint_activations()
+        shapes = {modality: view.shape for modality, view in views.items()}
+        model = ModelBuilder(method, training, DataSize.of(dataset), shapes).build({} if cached else views)
         cell = Cell(
             method="toy",
             dataset="world",
@@ -75,10 +65,9 @@ def make_trainer(world: Any) -> MakeTrainer:
         )
         store = ItemStore(dataset, tokens=tokens if "text" in used else None, images="image" in used)
         if cached:
-            shapes = {
-                m: (dataset.manifest.items + 1, r.count, views[m].shape.width) for m, r in item_encoder.reads.items()
-            }
-            store = ItemStore(dataset, states={m: torch.randn(shape).half().to(device) for m, shape in shapes.items()})
+            reads, rows = model.item_encoder.reads, dataset.manifest.items + 1
+            tables = {m: torch.randn(rows, reads[m].count, shapes[m].width).half().to(device) for m in reads}
+            store = ItemStore(dataset, states=tables)
         phases = PhaseLog(device, None, None)
         torch.manual_seed(seed)
         model.to(device)

@@ -1,4 +1,4 @@
-"""Steps as CUDA graphs: what is recorded computes what a step computes, and who cannot have one is told."""
+"""Steps as CUDA graphs: they compute what a step computes, and the reason is given where a step cannot be recorded."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 
 from tpme.bench.measure.phases import measuring
 from tpme.bench.record import LearningRates, Training
-from tpme.bench.run.cell import Story
+from tpme.bench.run.cell import CellRun
 from tpme.bench.task.batches import Batch, ItemStore, build_batch, log_popularity
 from tpme.bench.task.items import map_tensors
 from tpme.bench.task.recommender import Recommender
-from tpme.bench.train.graphs import GraphedLoss, PaddedLoss, why_not
+from tpme.bench.train.graphs import GraphedLoss, PaddedLoss, unsupported_reason
 from tpme.bench.train.step import total_loss
 from tpme.methods.base import Method
 from tpme.methods.bitfit import BitFit
@@ -31,14 +31,14 @@ def without_encoders(tiny: ModuleType, name: str, dropout: float = 0.0) -> tuple
 
 def batches(tiny: ModuleType, model: Recommender, protocol: str = "suite") -> list[Batch]:
     """Batches of the same users in number, with ever fewer items."""
-    found = []
+    result = []
     for seed, items in enumerate((tiny.ITEMS, 4, 3)):
         data = tiny.catalogue(USERS, items, seed)
         reads = model.item_encoder.reads
         states = {m: torch.randn(items + 1, read.count, tiny.WIDTH).half() for m, read in reads.items()}
         store = ItemStore(data, states=states) if states else ItemStore(data)
-        found.append(build_batch(data.train_slots, log_popularity(data), store, protocol))  # type: ignore[arg-type]
-    return found
+        result.append(build_batch(data.train_slots, log_popularity(data), store, protocol))  # type: ignore[arg-type]
+    return result
 
 
 @pytest.mark.parametrize("protocol", ["suite", "paper"])
@@ -50,17 +50,17 @@ def test_room_that_is_not_filled_changes_nothing(tiny: ModuleType, name: str, pr
     padded = PaddedLoss(model, given[0])
     places = [tensor.data_ptr() for tensor in padded.inputs]
     for batch in given:  # what an earlier, larger one leaves behind must not count
-        found = {}
+        results = {}
         for way in ("plain", "padded"):
             torch.manual_seed(3)
             model.zero_grad()
             loss = total_loss(method, model, batch) if way == "plain" else padded(*padded.fill(batch))
             loss.backward()
-            found[way] = (loss.detach(), tiny.gradients(model))
-        assert float(found["padded"][0]) == pytest.approx(float(found["plain"][0]), rel=1e-6)
-        assert found["padded"][1].keys() == found["plain"][1].keys()
-        for key, gradient in found["plain"][1].items():
-            assert torch.allclose(found["padded"][1][key], gradient, atol=1e-6), key
+            results[way] = (loss.detach(), tiny.gradients(model))
+        assert float(results["padded"][0]) == pytest.approx(float(results["plain"][0]), rel=1e-6)
+        assert results["padded"][1].keys() == results["plain"][1].keys()
+        for key, gradient in results["plain"][1].items():
+            assert torch.allclose(results["padded"][1][key], gradient, atol=1e-6), key
     assert [tensor.data_ptr() for tensor in padded.inputs] == places
 
 
@@ -71,14 +71,14 @@ class Scheduled(IISAN):
         pass
 
 
-def test_who_cannot_be_recorded_is_told_why(tiny: ModuleType) -> None:
-    assert why_not(*without_encoders(tiny, "iisan")) is None
-    assert why_not(*without_encoders(tiny, "id")) is None
-    assert why_not(*tiny.build("iisan")) == "encoders run in every step: it is not bound by starting kernels"
-    assert why_not(*tiny.build("bitfit")) is not None
-    assert why_not(*without_encoders(tiny, "popularity")) == "nothing trains"
+def test_the_reason_why_steps_cannot_be_recorded(tiny: ModuleType) -> None:
+    assert unsupported_reason(*without_encoders(tiny, "iisan")) is None
+    assert unsupported_reason(*without_encoders(tiny, "id")) is None
+    assert unsupported_reason(*tiny.build("iisan")) == "encoders run in every step: it is not bound by starting kernels"
+    assert unsupported_reason(*tiny.build("bitfit")) is not None
+    assert unsupported_reason(*without_encoders(tiny, "popularity")) == "nothing trains"
     method, model = without_encoders(tiny, "iisan")
-    assert "before_step()" in (why_not(Scheduled(method.config), model) or "")
+    assert "before_step()" in (unsupported_reason(Scheduled(method.config), model) or "")
     assert BitFit.before_step is Method.before_step  # else the test above would say nothing
 
 
@@ -96,19 +96,19 @@ def test_a_cpu_cannot_replay_graphs(world: Any, tmp_path: Any) -> None:
 
 
 def test_a_row_that_cannot_be_recorded_says_so_and_trains_as_ever(world: Any, tmp_path: Any) -> None:
-    told = {}
+    flags = {}
     for name in ("id", "fft", "popularity"):
         task = world.tasks(world.matrix([name]), tmp_path)[0]
         with measuring("cpu") as phases:
-            story = Story(world.job(task, tmp_path, ()), phases, lambda _what, _share: None)
-            trainer = story.prepare()
-        story.device = torch.device("cuda")  # nothing is recorded before the first step
-        story._record_graphs(trainer)
-        told[name] = {flag.code: flag.message for flag in story.known.flags}
+            cell_run = CellRun(world.job(task, tmp_path, ()), phases, lambda _what, _share: None)
+            trainer = cell_run.prepare()
+        trainer.device = torch.device("cuda")  # nothing is recorded before the first step
+        cell_run._replay_graphs(trainer)
+        flags[name] = {flag.code: flag.message for flag in cell_run.facts.flags}
         assert isinstance(trainer.loss_of, GraphedLoss) == (name == "id")
-    assert "no-cuda-graphs" not in told["id"]
-    assert told["fft"]["no-cuda-graphs"].endswith("encoders run in every step: it is not bound by starting kernels")
-    assert told["popularity"]["no-cuda-graphs"] == "steps are not recorded as CUDA graphs: nothing trains"
+    assert "no-cuda-graphs" not in flags["id"]
+    assert flags["fft"]["no-cuda-graphs"].endswith("encoders run in every step: it is not bound by starting kernels")
+    assert flags["popularity"]["no-cuda-graphs"] == "steps are not recorded as CUDA graphs: nothing trains"
 
 
 @pytest.mark.gpu

@@ -62,11 +62,11 @@ def test_time_is_charged_to_the_part_that_spends_it(
         monkeypatch.setattr(trained.batches, "epoch", slow_epoch)
     if part == "backward_s":
         next(trained.model.sequence.parameters()).register_hook(slow_backward)
-    found = {name: reading.value for name, reading in step_split(trained).items()}
-    assert set(found) == set(PARTS)
-    for name, seconds in found.items():
+    readings = {name: reading.value for name, reading in step_split(trained).items()}
+    assert set(readings) == set(PARTS)
+    for name, seconds in readings.items():
         assert seconds is not None
-        assert (seconds >= SLEEP_S) == (name == part), found
+        assert (seconds >= SLEEP_S) == (name == part), readings
 
 
 def test_nothing_that_training_left_is_changed(trained: Trainer) -> None:
@@ -86,22 +86,22 @@ def test_it_never_takes_much_of_a_cells_time(trained: Trainer, trained_steps: in
     assert isinstance(trained.method, Slow)
     trained.outcome.step_s[:] = [0.5] * trained_steps
     trained.method.steps = 0
-    found = step_split(trained)["forward_s"]
+    readings = step_split(trained)["forward_s"]
     assert trained.method.steps == (measured + WARMUP if measured else 0)
     assert trained.method.steps <= SHARE * trained_steps
     if measured:
-        assert f"of {measured} steps" in found.source
+        assert f"of {measured} steps" in readings.source
     else:
-        assert found.value is None
-        assert f"only {trained_steps} steps" in str(found.reason)
+        assert readings.value is None
+        assert f"only {trained_steps} steps" in str(readings.reason)
 
 
 def test_what_trains_nothing_says_so(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer("popularity")
     trainer.run()
-    found = step_split(trainer)
-    assert [found[name].value for name in PARTS] == [None] * 4
-    assert all("no training step" in str(found[name].reason) for name in PARTS)
+    readings = step_split(trainer)
+    assert [readings[name].value for name in PARTS] == [None] * 4
+    assert all("no training step" in str(readings[name].reason) for name in PARTS)
 
 
 def test_every_row_that_trains_has_the_parts_of_its_step(card_run: Any) -> None:

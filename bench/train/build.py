@@ -1,0 +1,113 @@
+"""The recipe of a model: from a method, training settings and the size of a data set to the adapted recommender.
+
+The run of a cell and its counters on ``meta`` both follow it, so what is planned is what is trained.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tpme.bench.record import Cell, EncoderSpec, Modality, Training
+from tpme.bench.task.dataset import Dataset
+from tpme.bench.task.features import planned_bytes
+from tpme.bench.task.items import EncoderShape
+from tpme.bench.task.recommender import Recommender
+from tpme.bench.task.sequential import SequentialEncoder
+from tpme.bench.task.view import EncoderView
+from tpme.methods.base import Method, Schedule, TaskShape
+
+
+@dataclass(frozen=True)
+class DataSize:
+    """What a model depends on of its data set.
+
+    users, items: how many there are. max_seq_len: longest input L. popularity: (N+1,) training share of each item.
+    """
+
+    users: int
+    items: int
+    max_seq_len: int
+    popularity: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> DataSize:
+        """The size of a prepared data set."""
+        manifest = dataset.manifest
+        return DataSize(manifest.users, manifest.items, manifest.max_seq_len, dataset.popularity)
+
+
+def seed_generators(seed: int) -> None:
+    """Seed every generator that a method may draw from."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+
+
+def steps_per_epoch(users: int, training: Training) -> int:
+    """Training steps of an epoch over ``users`` users; the last batch may be smaller than the others."""
+    whole = -(-users // training.users_per_batch)
+    return min(whole, training.max_steps_per_epoch or whole)
+
+
+def schedule_of(training: Training, data: DataSize) -> Schedule:
+    """What a method may know of its training."""
+    return Schedule(training.epochs, steps_per_epoch(data.users, training), data.popularity)
+
+
+def used_modalities(method: Method, modalities: Sequence[Modality]) -> tuple[Modality, ...]:
+    """The modalities whose encoders ``method`` uses; ``modalities`` are those of the cell."""
+    return tuple(modalities) if method.modalities is None else method.modalities
+
+
+def encoder_specs(cell: Cell, method: Method) -> dict[Modality, EncoderSpec]:
+    """The encoders of ``cell`` that ``method`` uses."""
+    specs: dict[Modality, EncoderSpec | None] = {"text": cell.text_encoder, "image": cell.image_encoder}
+    return {m: spec for m in used_modalities(method, cell.modalities) if (spec := specs[m]) is not None}
+
+
+class ModelBuilder:
+    """Builds a model in two steps, because inputs and encoders are loaded between them.
+
+    The constructor initialises what is trained from scratch, with random numbers drawn for the item encoder first and
+    for the sequential encoder second. ``build`` adds the encoders and adapts the model.
+
+    Args:
+        method, training: of the cell. data: size of its data set. shapes: of the encoders that the method uses.
+    """
+
+    def __init__(
+        self, method: Method, training: Training, data: DataSize, shapes: Mapping[Modality, EncoderShape]
+    ) -> None:
+        self.method, self.training, self.data, self.shapes = method, training, data, shapes
+        self.schedule = schedule_of(training, data)
+        self.item_encoder = method.item_encoder(TaskShape(training.embedding_dim, data.items, shapes))
+        self.sequence = SequentialEncoder(
+            training.embedding_dim, data.max_seq_len, training.blocks, training.heads, training.dropout
+        )
+
+    @property
+    def cache_bytes(self) -> int:
+        """Size of the feature cache with the states that the item encoder reads."""
+        return planned_bytes(self.data.items, self.shapes, self.item_encoder.reads)
+
+    def build(self, views: Mapping[Modality, EncoderView], seed: int | None = None) -> Recommender:
+        """The model, adapted by the method.
+
+        Args:
+            views: the loaded encoders; empty for a cell on cached states. seed: of the adaptation; what loading the
+                encoders drew must not make cached and uncached rows differ. ``None`` leaves the generators alone.
+        """
+        model = Recommender(views, self.item_encoder, self.sequence, decoupled=self.method.decoupled)
+        if seed is not None:
+            seed_generators(seed)
+        self.method.adapt(model, self.schedule)
+        if self.training.activation_checkpointing:
+            for view in model.views.values():
+                view.checkpoint_activations()
+        return model

@@ -1,0 +1,77 @@
+"""The recipe of a model: what is counted on ``meta`` is what a cell trains."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tpme.bench.counting.batch import DataShape
+from tpme.bench.counting.meta import MetaCell
+from tpme.bench.measure.phases import PhaseLog
+from tpme.bench.record import Training
+from tpme.bench.run.cell import CellRun
+from tpme.bench.task.recommender import Recommender
+from tpme.bench.train.build import ModelBuilder, steps_per_epoch
+from tpme.methods.registry import BUILTIN, create
+
+CACHED = [name for name in sorted(BUILTIN) if (method := create(name, {})).decoupled and method.modalities is None]
+
+
+def parameters(model: Recommender) -> dict[str, tuple[torch.Size, bool]]:
+    """Shape of every parameter, and whether it trains."""
+    return {name: (parameter.shape, parameter.requires_grad) for name, parameter in model.named_parameters()}
+
+
+def checkpointed(model: Recommender) -> bool:
+    layers = [layer for view in model.views.values() for layer in view.layers]
+    return bool(layers) and all(isinstance(layer.forward, partial) for layer in layers)
+
+
+@pytest.mark.parametrize(
+    ("method", "cached"), [*((name, False) for name in sorted(BUILTIN)), *((name, True) for name in CACHED)]
+)
+def test_the_counters_see_the_model_that_is_trained(world: Any, tmp_path: Path, method: str, cached: bool) -> None:
+    # Nothing at its default: a setting that only one of the two reads would make them differ.
+    training = {"embedding_dim": 12, "blocks": 1, "heads": 3, "dropout": 0.3, "users_per_batch": 7}
+    training |= {"activation_checkpointing": True, "max_steps_per_epoch": 5 if cached else None}
+    matrix = world.matrix([{"name": method, "cached": cached}], training=training)
+    job = world.job(world.tasks(matrix, tmp_path)[0], tmp_path, ())
+    trainer = CellRun(job, PhaseLog("cpu", None, None), lambda _what, _share: None).prepare()
+    meta = MetaCell(job.cell, DataShape.of(trainer.dataset))
+    assert parameters(meta.model) == parameters(trainer.model)
+    assert repr(meta.model) == repr(trainer.model)  # modules without parameters, such as dropout, too
+    assert meta.model.decoupled == trainer.model.decoupled
+    assert meta.model.item_encoder.reads == trainer.model.item_encoder.reads
+    assert checkpointed(meta.model) == checkpointed(trainer.model) == (not cached and bool(trainer.model.views))
+    steps = meta.schedule.steps_per_epoch
+    assert steps == trainer.state.schedule.steps_per_epoch == len(list(trainer.batches.epoch(1)))
+    assert meta.schedule.epochs == trainer.state.schedule.epochs
+    assert (meta.schedule.popularity == trainer.state.schedule.popularity).all()
+
+
+def test_decoupled_methods_are_tested_on_cached_states() -> None:
+    assert "iisan" in CACHED
+
+
+def test_the_last_smaller_batch_is_a_step_and_the_limit_cuts() -> None:
+    limits = (None, 2, 99)
+    assert [steps_per_epoch(10, Training(users_per_batch=4, max_steps_per_epoch=most)) for most in limits] == [3, 2, 3]
+    assert steps_per_epoch(8, Training(users_per_batch=4)) == 2
+
+
+def test_loading_does_not_change_what_adaptation_draws(tiny: Any) -> None:
+    """``build`` with a seed: whatever was drawn since the constructor, the adapted parameters are the same."""
+    adapted = []
+    for drawn in (0, 5):
+        views = tiny.views()
+        method = create("lora", {})
+        torch.manual_seed(1)
+        shapes = {modality: view.shape for modality, view in views.items()}
+        builder = ModelBuilder(method, Training(embedding_dim=8), tiny.data_size(), shapes)
+        torch.rand(drawn)
+        adapted.append(builder.build(views, seed=3).state_dict())
+    assert all(torch.equal(adapted[0][name], adapted[1][name]) for name in adapted[0])
