@@ -1,6 +1,6 @@
 """How often 'tpme ab' errs on this machine: unchanged code, a 20 % slowdown, a 10 % memory growth.
 
-    python scripts/ab_calibration.py --docs docs/ci.md
+    python scripts/ab_calibration.py --docs docs/lab/calibration.md
 
 Every comparison is one that ``tpme ab`` would make, over one cell of a few seconds, in a repository made for the
 purpose whose commits inject the change. Results are kept as they come, so an interrupted calibration goes on where it

@@ -1,7 +1,7 @@
 """The table of benchmark results in the documentation, from what pytest-benchmark kept of one run.
 
     tox -e bench -- --benchmark-json runs/bench.json
-    python scripts/benchmark_table.py runs/bench.json --docs docs/performance.md
+    python scripts/benchmark_table.py runs/bench.json --docs docs/lab/performance.md
 
 Several files, of runs with other settings, follow each other in one table.
 """

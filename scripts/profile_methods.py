@@ -1,6 +1,6 @@
 """Where a training step of each method spends its time, and how far it is from what this machine can do.
 
-    python scripts/profile_methods.py --docs docs/performance.md
+    python scripts/profile_methods.py --docs docs/lab/performance.md
 
 A step is cut into its parts at the tensors between them (torch.profiler, ``record_function``); the times of the whole
 step are taken without the profiler. Limits: the step's FLOPs over the measured rate of matrix products, and a roofline

@@ -1,6 +1,6 @@
 """How epoch time and memory grow with users, items, batch, sequence length and depth, and evaluation with items.
 
-    python scripts/scaling.py --docs docs/scaling.md
+    python scripts/scaling.py --docs docs/lab/scaling.md
 
 Every point is measured in a process of its own and kept as one line of ``--out``, so an interrupted run goes on where
 it stopped; delete the file to measure anew. ``--only AXIS`` measures one axis. About ten minutes on two cores;

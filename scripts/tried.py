@@ -1,6 +1,6 @@
 """What else was tried, with a number for each: both ways in turns, in one run.
 
-    python scripts/tried.py --docs docs/performance.md
+    python scripts/tried.py --docs docs/lab/tried.md
 
 Steps are those of ``profile_methods.py``. About three minutes on two cores; nothing else should run meanwhile.
 """

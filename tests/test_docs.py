@@ -30,7 +30,7 @@ def blocks(document: Path) -> dict[str, str]:
 def test_the_documented_method_runs(tmp_path: Path) -> None:
     from tpme.bench.record import find_results, read_result
 
-    files = blocks(ROOT / "docs" / "adding-a-method.md")
+    files = blocks(ROOT / "docs" / "methods.md")
     methods = tmp_path / "my-methods"
     methods.mkdir()
     (methods / "norms.py").write_text(files["norms.py"])
