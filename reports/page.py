@@ -66,10 +66,7 @@ def _group(section: Section) -> dict[str, Any]:
         "name": section.name,
         "frame": None
         if frame is None
-        else {
-            short: [*map(_number, (getattr(frame, name).min, getattr(frame, name).max))]
-            for name, short in SHORT.items()
-        },
+        else {short: [getattr(frame, name).min, getattr(frame, name).max] for name, short in SHORT.items()},
         "frozen": section.frame_from,
         "shared": [own_path(text) for text in (*section.notes.shared, instruments(section))],
         "footnotes": [own_path(text) for text in section.notes.footnotes],
@@ -99,7 +96,7 @@ def _row(section: Section, index: int, name: str, line: Line, usable: bool, firs
 
 
 def _number(value: Any) -> float | None:
-    return None if pd.isna(value) else float(f"{value:.10g}")  # further digits differ between machines
+    return None if pd.isna(value) else float(value)
 
 
 # --- the cell behind a row -----------------------------------------------------------------------------------
