@@ -75,7 +75,7 @@ def test_what_choose_and_export_print_is_what_the_records_of_the_demo_give(tmp_p
     """Line by line; three dots stand for lines that are left out."""
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "demo").symlink_to(ROOT / "results" / "demo")
-    shown = re.findall(r"```\n(\$ .*?)```", (ROOT / "docs" / "choosing.md").read_text(), flags=re.DOTALL)
+    shown = re.findall(r"```\n(\$ .*?)```", (ROOT / "docs" / "reports.md").read_text(), flags=re.DOTALL)
     parts = [re.split(r"^\$ (.*)\n", block, flags=re.MULTILINE)[1:] for block in shown]
     told = {command: text for block in parts for command, text in zip(block[::2], block[1::2], strict=True)}
     repeated = [command for command in told if re.match("tpme choose|tpme export .*--out|sqlite3", command)]
