@@ -208,7 +208,7 @@ def _read(results: Path) -> list[dict[str, Any]]:
 def _table(kinds: Sequence[Kind], lines: Sequence[dict[str, Any]]) -> str:
     """The Markdown table, with what it was measured on."""
     rows = [
-        "| injected | comparisons | alarms | told as improved | change seen: median, range |",
+        "| injected | comparisons | alarms | reported as improved | change seen: median, range |",
         "|---|---|---|---|---|",
     ]
     for kind in kinds:
