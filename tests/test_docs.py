@@ -136,3 +136,28 @@ def value(text: str) -> Any:
 
 def as_toml(default: Any) -> Any:
     return list(default) if isinstance(default, tuple) else default
+
+
+DOCUMENTS = sorted(path for folder in (ROOT, *ROOT.glob("docs/**/")) for path in folder.glob("*.md"))
+
+
+def anchors(document: Path) -> set[str]:
+    """What a link into a document may name: its headings as GitHub writes them."""
+    headings = re.findall(r"^#+ (.*)$", document.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_link_leads_somewhere(document: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", document.read_text(encoding="utf-8")):
+        target, _, anchor = link.partition("#")
+        if "://" not in link:
+            path = (document.parent / target).resolve() if target else document
+            assert path.exists(), link
+            assert not anchor or anchor in anchors(path), link
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_file_that_a_document_names_exists(document: Path) -> None:
+    named = re.findall(r"`((?:bench|methods|reports|tests|scripts)/[\w/]+\.\w+)`", document.read_text(encoding="utf-8"))
+    assert [name for name in named if not (ROOT / name).exists() and name != "methods/NAME.py"] == []

@@ -33,7 +33,6 @@ def contents(folder: Path) -> dict[str, bytes | str]:
     return {str(path.relative_to(folder)): content(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["demo", "scientific-text"])
 def test_the_reports_regenerate_from_the_records(name: str, tmp_path: Path) -> None:
     """In a new process, with another hash seed. To repair: tpme report results/NAME --out docs/NAME --formats ..."""
