@@ -86,6 +86,22 @@ def test_what_choose_and_export_print_is_what_the_records_of_the_demo_give(tmp_p
         assert re.fullmatch(pattern, printed), f"{command} prints now:\n{printed}"
 
 
+def first_table(document: Path) -> list[list[str]]:
+    """Rows of the first table of a document, without marks and bold type."""
+    text = re.sub(r" <sup>.*?</sup>|\*\*", "", document.read_text(encoding="utf-8"))
+    table = re.findall(r"^(?:\|.*\n)+", text, flags=re.MULTILINE)[0]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()]
+    return [row for row in rows if not row[0].startswith("---")]
+
+
+@pytest.mark.parametrize(("document", "report"), [("README.md", "demo"), ("docs/results.md", "scientific-text")])
+def test_a_table_of_results_is_that_of_its_report(document: str, report: str) -> None:
+    """Row by row; a document may leave out columns."""
+    for row, complete in zip(first_table(ROOT / document), first_table(ROOT / f"docs/{report}/report.md"), strict=True):
+        rest = iter(complete)
+        assert all(field in rest for field in row), row
+
+
 def expanded(text: str) -> int:
     """How many cells a matrix has on a data set of titles and images."""
     matrix = MatrixFile.model_validate(tomllib.loads(text))
