@@ -23,7 +23,7 @@ piece() { # run a command within the rest of this call's time
     local left=$((until - SECONDS)) code=0
     [ "$left" -gt 0 ] && timeout "$left" "$@" || code=$?
     if [ "$left" -le 0 ] || [ "$code" -eq 124 ]; then
-        echo "PIECE_S is over: call again." >&2
+        echo "The time limit of this call (PIECE_S) is reached: call again." >&2
         exit 75
     fi
     return "$code"
