@@ -1,11 +1,10 @@
-"""How often 'tpme ab' errs on this machine: unchanged code, a 20 % slowdown, a 10 % memory growth.
+"""Measure how often ``tpme ab`` errs here: on unchanged code, on 20 % slower steps, on 10 % more memory.
 
-    python scripts/ab_calibration.py --docs docs/ci.md
+    python scripts/ab_calibration.py --docs docs/lab/calibration.md
 
-Every comparison is one that ``tpme ab`` would make, over one cell of a few seconds, in a repository made for the
-purpose whose commits inject the change. Results are kept as they come, so an interrupted calibration goes on where it
-stopped. With the defaults (40, 20 and 20 comparisons) it takes about 40 minutes on two cores; nothing else should run
-meanwhile.
+Every comparison is one of ``tpme ab`` over a cell of a few seconds, in a temporary repository whose commits inject the
+change. Results are stored one by one, so an interrupted calibration continues where it stopped. The default 40, 20 and
+20 comparisons take about 40 minutes on two otherwise idle cores.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from statistics import median
 from typing import Any
 
 from rich.console import Console
+from workload import put
 
 from tpme.bench.commands.ab import Pair, Request, compare, plan_pairs
 from tpme.bench.record import find_results, read_result
@@ -32,7 +32,7 @@ from tpme.reports.gate.gate_metrics import METRICS
 from tpme.reports.gate.measures import memory
 from tpme.reports.gate.verdict import GateReport, Policy
 
-START, END = "<!-- calibration -->", "<!-- /calibration -->"
+MARK = "calibration"
 MATRIX = """\
 name = "calibration"
 modalities = ["text"]
@@ -47,7 +47,7 @@ users_per_batch = 8
 title_tokens = 16
 """
 METHOD = '''\
-"""LoRA with a change injected: work that makes every step longer, or memory that is held all the time."""
+"""LoRA with a change injected: work that lengthens every step, or memory held all the time."""
 
 import time
 
@@ -78,7 +78,7 @@ METHOD = Injected
 
 @dataclass(frozen=True)
 class Kind:
-    """One row of the table: what is injected, how often, and the metrics in which it must show."""
+    """One row of the table: the injected change, number of comparisons, and the metrics that must show it."""
 
     name: str
     times: int
@@ -86,7 +86,7 @@ class Kind:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Calibrate, print the table and, where asked, put it into the documentation."""
+    """Calibrate, print the table and, with ``--docs``, write it into the documentation."""
     options = _options(arguments)
     kinds = (
         Kind("unchanged code", options.unchanged, ()),
@@ -104,17 +104,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     table = _table(kinds, _read(results))
     sys.stdout.write(table + "\n")
     if options.docs is not None:
-        _put(table, options.docs)
+        put(table, options.docs, MARK)
     return 0
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="How often 'tpme ab' errs on this machine.")
+    parser = argparse.ArgumentParser(description="Measure how often 'tpme ab' errs on this machine.")
     parser.add_argument("--unchanged", type=int, default=40, help="comparisons of a revision with itself")
     parser.add_argument("--slower", type=int, default=20, help="comparisons with steps made 20 %% slower")
     parser.add_argument("--larger", type=int, default=20, help="comparisons with 10 %% more memory")
     parser.add_argument("--out", type=Path, default=Path("runs/ab-calibration"), help="folder for the results")
-    parser.add_argument("--docs", type=Path, help=f"document whose part between {START} and {END} is replaced")
+    parser.add_argument("--docs", type=Path, help="document in which to replace the marked part")
     return parser.parse_args(arguments)
 
 
@@ -123,7 +123,7 @@ def _request(folder: Path, repository: Path) -> Request:
 
 
 def _repository(root: Path, folder: Path, console: Console) -> Path:
-    """A repository with a tag for each kind; how much memory 10 % are is measured by one run of the base."""
+    """Create a repository with a tag for each kind; one run of the base shows how much memory 10 % is."""
     root.mkdir()
     (folder / "matrix.toml").write_text(MATRIX)
     _git(root, "init", "-q", "-b", "main")
@@ -161,7 +161,7 @@ def _new(folder: Path) -> Path:
 
 
 def _calibrate(kind: Kind, repository: Path, folder: Path, results: Path, console: Console) -> None:
-    """Make the comparisons of one kind that are not there yet; planned once, for every plan is the same."""
+    """Make the missing comparisons of one kind, all over the same cells."""
     done = sum(line["kind"] == kind.name for line in _read(results))
     if done >= kind.times:
         return
@@ -185,14 +185,14 @@ def _compare(
 
 
 def _line(kind: Kind, report: GateReport, folder: Path) -> dict[str, Any]:
-    """What is kept of one comparison."""
-    comparisons = {one.metric: one for cell in report.cells for one in cell.comparisons}
+    """The stored result of one comparison."""
+    comparisons = {compared.metric: compared for cell in report.cells for compared in cell.comparisons}
     records = [read_result(path) for path in find_results([folder])]
-    ratios = {name: one.ratio for name, one in comparisons.items() if one.kind in ("time", "memory")}
+    ratios = {name: compared.ratio for name, compared in comparisons.items() if compared.kind in ("time", "memory")}
     return {
         "kind": kind.name,
-        "regressed": sorted(name for name, one in comparisons.items() if one.verdict == "regressed"),
-        "improved": sorted(name for name, one in comparisons.items() if one.verdict == "improved"),
+        "regressed": sorted(name for name, compared in comparisons.items() if compared.verdict == "regressed"),
+        "improved": sorted(name for name, compared in comparisons.items() if compared.verdict == "improved"),
         "ratios": {name: round(ratio, 4) for name, ratio in ratios.items() if ratio is not None},
         "measured_again": bool(report.notes),
         "comparison_s": round(report.duration_s, 1),
@@ -206,40 +206,33 @@ def _read(results: Path) -> list[dict[str, Any]]:
 
 
 def _table(kinds: Sequence[Kind], lines: Sequence[dict[str, Any]]) -> str:
-    """The Markdown table, with what it was measured on."""
+    """Return the Markdown table and what it was measured on."""
     rows = [
-        "| injected | comparisons | alarms | told as improved | change seen: median, range |",
+        "| injected | comparisons | alarms | reported as improved | change seen: median, range |",
         "|---|---|---|---|---|",
     ]
     for kind in kinds:
         own = [line for line in lines if line["kind"] == kind.name][: kind.times]
         if not own:
             continue
-        # An injected change counts as found only in the number it must show in; of unchanged code any alarm is one.
+        # An injected change is detected only in the metrics that must show it; on unchanged code any alarm counts.
         alarms = sum(any(not kind.metrics or name in kind.metrics for name in line["regressed"]) for line in own)
         improved = sum(bool(line["improved"]) for line in own)
         name = kind.metrics[0] if kind.metrics else "step_s"
         seen = sorted(line["ratios"][name] - 1 for line in own)
-        told = f"{METRICS[name].title} {median(seen):+.1%}, {seen[0]:+.1%} to {seen[-1]:+.1%}"
-        rows.append(f"| {kind.name} | {len(own)} | {alarms} | {improved} | {told} |")
+        change = f"{METRICS[name].title} {median(seen):+.1%}, {seen[0]:+.1%} to {seen[-1]:+.1%}"
+        rows.append(f"| {kind.name} | {len(own)} | {alarms} | {improved} | {change} |")
     if not lines:
         return "\n".join(rows)
     again, cells = sum(line["measured_again"] for line in lines), max(line["cell_s"] for line in lines)
-    taken = median(line["comparison_s"] for line in lines)
+    comparison_s = median(line["comparison_s"] for line in lines)
     rows += [
         "",
-        f"Measured on {lines[-1]['device']}: cells of at most {cells:.0f} s, a comparison took {taken:.0f} s (median), "
+        f"Measured on {lines[-1]['device']}: cells of at most {cells:.0f} s, "
+        f"a comparison took {comparison_s:.0f} s (median), "
         f"{again} of {len(lines)} were measured more than once before judging.",
     ]
     return "\n".join(rows)
-
-
-def _put(table: str, document: Path) -> None:
-    text = document.read_text(encoding="utf-8")
-    if START not in text or END not in text:
-        sys.exit(f"{document}: has no {START} ... {END}")
-    before, after = text.split(START)[0], text.split(END)[1]
-    document.write_text(f"{before}{START}\n{table}\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""A picture of noise for every item of a catalogue: enough where only time and memory are to be measured.
+"""Write a noise image for every item of a catalogue, for measuring time and memory without the real images.
 
     python scripts/noise_images.py data/scientific/items.tsv images.zip
 
-The pictures are small; ``tpme prepare`` brings them to the encoder's size. Ranks over them mean nothing.
+The images are small; ``tpme prepare`` resizes them for the encoder. Ranks over them are meaningless.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ SIDE = 16
 
 
 def main(items: Path, archive: Path) -> None:
-    """Write a zip archive with ``ITEM.png`` for the first column of every line of ``items``; equal on every run."""
+    """Write a zip archive with ``ITEM.png`` for the first column of every line of ``items``; always the same bytes."""
     rng = np.random.default_rng(0)
     partial = archive.with_name(f".{archive.name}.partial")
     with zipfile.ZipFile(partial, "w") as file:
         for line in items.read_text(encoding="utf-8").splitlines():
             if item := line.partition("\t")[0].strip():
-                picture = io.BytesIO()
-                Image.fromarray(rng.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)).save(picture, "png")
-                file.writestr(zipfile.ZipInfo(f"{item}.png"), picture.getvalue())
+                image = io.BytesIO()
+                Image.fromarray(rng.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)).save(image, "png")
+                file.writestr(zipfile.ZipInfo(f"{item}.png"), image.getvalue())
     partial.replace(archive)
 
 

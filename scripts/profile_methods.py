@@ -1,6 +1,6 @@
 """Where a training step of each method spends its time, and how far that is from the limits of this machine.
 
-    python scripts/profile_methods.py --docs docs/performance.md
+    python scripts/profile_methods.py --docs docs/lab/performance.md
 
 A step is divided at the tensors between its parts (torch.profiler, ``record_function``); the whole step is timed
 without the profiler. Limits: the step's FLOPs over the measured rate of matrix products, and a roofline

@@ -1,10 +1,10 @@
-"""How epoch time and memory grow with users, items, batch, sequence length and depth, and evaluation with items.
+"""Measure how an epoch grows with users, items, batch, sequence length and encoders, and evaluation with items.
 
-    python scripts/scaling.py --docs docs/scaling.md
+    python scripts/scaling.py --docs docs/lab/scaling.md
 
-Every point is measured in a process of its own and kept as one line of ``--out``, so an interrupted run goes on where
-it stopped; delete the file to measure anew. ``--only AXIS`` measures one axis. About ten minutes on two cores;
-nothing else should run meanwhile.
+Each point is measured in its own process and stored as one line of ``--out``, so an interrupted run continues where it
+stopped; delete the file to start over. ``--only AXIS`` measures one axis. Takes about ten minutes on two otherwise idle
+cores.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from tpme.reports.figures.style import COLOURS, COLUMN_INCHES, SILVER, margins, 
 
 STEPS, WARMUP = 8, 2
 SHORT = 3
-"""Steps of an epoch that is not measured whole; those before them; those where one takes seconds."""
+"""Steps where one takes seconds. ``STEPS``: of an epoch that is not measured whole, after ``WARMUP`` steps."""
 POINT_LIMIT_S = 300
 
 Device = Literal["cpu", "cuda"]
 
 
 class Point(Frozen):
-    """One point, before it is measured: which axis, where on it, and which row."""
+    """A point to measure: axis, value on it, and row."""
 
     axis: str
     value: int | str
@@ -50,26 +50,26 @@ class Point(Frozen):
 
     @property
     def label(self) -> str:
-        """The row, as tables call it."""
+        """Name of the row in tables."""
         return f"{self.method} (cached)" if self.cached else self.method
 
 
-class Measured(Frozen):
-    """One measured point. Bytes are a process's peak over what it held before data and model."""
+class Measurement(Frozen):
+    """A measured point. Bytes are a process's peak over what it held before data and model."""
 
     point: Point
     seconds: float
-    """Of an epoch; of a step on the axis of depth; of an evaluation there."""
+    """Of an epoch; of a step on the axis ``depth``, of an evaluation on the axis ``evaluation``."""
     memory_bytes: float
     parts: dict[str, float] = {}
 
 
 @dataclass(frozen=True)
 class Axis:
-    """Values of one axis, the rows that are measured along it, and the sizes that do not change.
+    """Values of one axis, the rows measured along it, and the fixed sizes.
 
-    varies: the field of ``Size`` that takes the values. unit: what is timed. largest: the last value of a row that has
-    no points after it.
+    varies: the field of ``Size`` that takes the values. unit: what is timed. largest: the last value of rows that stop
+    before the end of the axis.
     """
 
     varies: str
@@ -81,7 +81,7 @@ class Axis:
     largest: dict[str, int] = field(default_factory=dict)
 
     def points(self, name: str, device: Device) -> Iterator[Point]:
-        """All its points."""
+        """Yield all points of the axis."""
         for method, cached in self.rows:
             for value in self.values:
                 if not isinstance(value, int) or value <= self.largest.get(method, value):
@@ -127,7 +127,7 @@ AXES = {
 
 
 def size_of(point: Point) -> Size:
-    """The size of a point's workload."""
+    """Return the size of a point's workload."""
     axis = AXES[point.axis]
     return Size(point.method, point.cached, **axis.size | {axis.varies: point.value})
 
@@ -135,7 +135,7 @@ def size_of(point: Point) -> Size:
 # --- one point, in its process ----------------------------------------------------------------------------------------
 
 
-def measure(point: Point) -> Measured:
+def measure(point: Point) -> Measurement:
     """Measure ``point`` in this process."""
     import torch
 
@@ -157,12 +157,12 @@ def measure(point: Point) -> Measured:
         if point.axis == "sequence":
             parts["loss_s"] = _loss_alone(trainer)
     kinds = ("validate", "rank") if point.axis == "evaluation" else ("train",)
-    return Measured(point=point, seconds=seconds, memory_bytes=_memory(phases, kinds), parts=parts)
+    return Measurement(point=point, seconds=seconds, memory_bytes=_memory(phases, kinds), parts=parts)
 
 
 def _training(point: Point, trainer: Any) -> tuple[float, dict[str, float]]:
-    """Seconds of an epoch: measured whole along the users, else its number of steps times their median. By depth, of
-    one step."""
+    """Seconds of an epoch: timed whole along the users, else its number of steps times their median. On the axis
+    ``depth``, seconds of one step."""
     whole = len(trainer.batches)
     steps = whole if point.axis == "users" else SHORT if point.axis == "depth" else min(STEPS, whole)
     optimizer = trainer.optimizer()
@@ -176,7 +176,7 @@ def _training(point: Point, trainer: Any) -> tuple[float, dict[str, float]]:
 
 
 def _evaluation(trainer: Any, phases: PhaseLog) -> tuple[float, dict[str, float]]:
-    """Seconds of encoding all items and of ranking one target a user, the second time they are done."""
+    """Seconds of encoding all items and of ranking one target per user, each on its second run."""
     from tpme.bench.task.evaluate import item_matrix, rank_split
 
     for _ in range(2):
@@ -184,29 +184,29 @@ def _evaluation(trainer: Any, phases: PhaseLog) -> tuple[float, dict[str, float]
             vectors = item_matrix(trainer.model, trainer.store, trainer.device)
         with phases.phase("rank"):
             rank_split(trainer.model, vectors, trainer.dataset.test)
-    parts = {f"{one.kind}_s": one.wall_s for one in phases.phases[-2:]}
+    parts = {f"{phase.kind}_s": phase.wall_s for phase in phases.phases[-2:]}
     return sum(parts.values()), parts
 
 
 def _loss_alone(trainer: Any) -> float:
-    """Seconds of the loss of one batch, forward and backward: the fastest of a few."""
+    """Seconds of the loss of one batch, forward and backward: the fastest of ``SHORT`` runs."""
     import torch
 
     from tpme.bench.measure.clock import now
     from tpme.bench.task.loss import in_batch_loss
 
-    batch, dim, taken = next(trainer.batches.epoch(1)), trainer.cell.training.embedding_dim, []
+    batch, dim, times_s = next(trainer.batches.epoch(1)), trainer.cell.training.embedding_dim, []
     for _ in range(SHORT):
         items = torch.randn(len(batch.items), dim, device=trainer.device, requires_grad=True)
         users = torch.randn(*batch.mask.shape, dim, device=trainer.device, requires_grad=True)
         started = now(trainer.device)
         in_batch_loss(users, items, batch.candidates).backward()  # type: ignore[no-untyped-call]
-        taken.append(now(trainer.device) - started)
-    return min(taken)
+        times_s.append(now(trainer.device) - started)
+    return min(times_s)
 
 
 def _counted(trainer: Any) -> dict[str, float]:
-    """What a step costs by count alone: FLOPs, and the peak of a simulated step (bytes)."""
+    """Counted cost of a step: FLOPs, and the peak of a simulated step (bytes)."""
     from tpme.bench.counting.batch import DataShape
     from tpme.bench.counting.counters import count, run_step
     from tpme.bench.counting.meta import MetaCell
@@ -232,30 +232,30 @@ def _memory(phases: PhaseLog, kinds: tuple[str, ...]) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure what is missing and, where asked, put tables and plots into the documentation."""
+    """Measure missing points; print the tables or write them and the plots into the documentation."""
     options = _options(arguments)
     if options.point is not None:
         sys.stdout.write(measure(Point.model_validate_json(options.point)).model_dump_json() + "\n")
         return 0
     names = options.only or list(AXES)
-    wanted = [point for name in names for point in AXES[name].points(name, options.device)]
-    known = {line.point: line for line in read(options.out)}
+    points = [point for name in names for point in AXES[name].points(name, options.device)]
+    measured = {line.point: line for line in read(options.out)}
     failed, started = 0, time.monotonic()
-    for number, point in enumerate(wanted, start=1):
-        if point in known:
+    for number, point in enumerate(points, start=1):
+        if point in measured:
             continue
         line = _in_own_process(point, options.out)
         if line is None:
             failed += 1
             continue
-        known[point] = line
-        told = f"{line.seconds:9.3f} s {line.memory_bytes / 2**20:9.1f} MiB"
+        measured[point] = line
+        result = f"{line.seconds:9.3f} s {line.memory_bytes / 2**20:9.1f} MiB"
         sys.stderr.write(
-            f"{number}/{len(wanted)} {point.axis} {point.value} {point.label}: {told}, "
+            f"{number}/{len(points)} {point.axis} {point.value} {point.label}: {result}, "
             f"{time.monotonic() - started:.0f} s so far\n"
         )
     for name in names:
-        lines = [known[point] for point in wanted if point.axis == name and point in known]
+        lines = [measured[point] for point in points if point.axis == name and point in measured]
         if lines and options.docs is not None:
             _document(name, lines, options.docs)
         elif lines:
@@ -264,28 +264,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="How time and memory grow with users, items, batch, length, depth.")
-    parser.add_argument("--only", action="append", choices=list(AXES), help="measure this axis alone; may be repeated")
+    parser = argparse.ArgumentParser(
+        description="Measure how time and memory grow with users, items, batch, length, encoders."
+    )
+    parser.add_argument("--only", action="append", choices=list(AXES), help="measure only this axis; may be repeated")
     parser.add_argument("--out", type=Path, default=Path("runs/scaling/points.jsonl"), help="file of measured points")
-    parser.add_argument("--docs", type=Path, help="document whose marked parts are replaced; plots go beside it")
+    parser.add_argument("--docs", type=Path, help="document in which to replace the marked parts; plots go beside it")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--point", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 
-def read(out: Path) -> list[Measured]:
-    """The points measured so far; a line cut off by an interruption is left out."""
-    found = []
+def read(out: Path) -> list[Measurement]:
+    """Read the points measured so far, without a line that an interruption cut off."""
+    lines = []
     for text in out.read_text().splitlines() if out.exists() else ():
         try:
-            found.append(Measured.model_validate_json(text))
+            lines.append(Measurement.model_validate_json(text))
         except ValueError:
             continue
-    return found
+    return lines
 
 
-def _in_own_process(point: Point, out: Path) -> Measured | None:
-    """Measure and keep one point; ``None``, saying so, where that fails."""
+def _in_own_process(point: Point, out: Path) -> Measurement | None:
+    """Measure and store one point; print the reason and return ``None`` if that fails."""
     command = [sys.executable, __file__, "--point", point.model_dump_json()]
     try:
         done = subprocess.run(
@@ -298,7 +300,7 @@ def _in_own_process(point: Point, out: Path) -> Measured | None:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         sys.stderr.write(f"{point.axis} {point.value} {point.label}: {last}\n")
         return None
-    line = Measured.model_validate_json(done.stdout.splitlines()[-1])
+    line = Measurement.model_validate_json(done.stdout.splitlines()[-1])
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("a", encoding="utf-8") as file:
         file.write(line.model_dump_json() + "\n")
@@ -308,36 +310,36 @@ def _in_own_process(point: Point, out: Path) -> Measured | None:
 # --- tables and plots -------------------------------------------------------------------------------------------------
 
 
-def growth(lines: Sequence[Measured]) -> list[float | None]:
-    """Of one row's lines: the exponent with which the time grew since the line before; 1 is linear.
+def growth(lines: Sequence[Measurement]) -> list[float | None]:
+    """For the lines of one row, the exponent of the time's growth since the previous line; 1 is linear.
 
-    ``None`` for the first line and between values that are no numbers.
+    ``None`` for the first line and between values that are not numbers.
     """
-    found: list[float | None] = [None]
+    exponents: list[float | None] = [None]
     for before, line in itertools.pairwise(lines):
         x, x_before = line.point.value, before.point.value
         numbers = isinstance(x, int) and isinstance(x_before, int)
-        found.append(math.log(line.seconds / before.seconds) / math.log(x / x_before) if numbers else None)
-    return found
+        exponents.append(math.log(line.seconds / before.seconds) / math.log(x / x_before) if numbers else None)
+    return exponents
 
 
-def by_row(lines: Sequence[Measured]) -> dict[str, list[Measured]]:
-    """Lines by the row they belong to, in order of the axis."""
-    rows: dict[str, list[Measured]] = {}
+def by_row(lines: Sequence[Measurement]) -> dict[str, list[Measurement]]:
+    """Group lines by row, in order of the axis."""
+    rows: dict[str, list[Measurement]] = {}
     for line in lines:
         rows.setdefault(line.point.label, []).append(line)
     return rows
 
 
-def table(name: str, lines: Sequence[Measured]) -> str:
-    """The Markdown table of one axis."""
+def table(name: str, lines: Sequence[Measurement]) -> str:
+    """Return the Markdown table of one axis."""
     axis, parts = AXES[name], [part for part in lines[0].parts if part != "step_s"]
     head = ["row", axis.title, f"{axis.unit} (s)", "memory (MiB)", *(_HEADERS[part] for part in parts)]
     head += ["growth"] if any(isinstance(value, int) for value in axis.values) else []
     rows = [f"| {' | '.join(head)} |", f"|---|{'---:|' * (len(head) - 1)}"]
     for label, own in by_row(lines).items():
         for line, exponent in zip(own, growth(own), strict=True):
-            value = f"{line.point.value:,}" if isinstance(line.point.value, int) else _described(line.point.value)
+            value = f"{line.point.value:,}" if isinstance(line.point.value, int) else _encoder_shape(line.point.value)
             cells = [label, value, f"{line.seconds:.3g}", f"{line.memory_bytes / 2**20:,.0f}"]
             cells += [_part(part, line.parts[part]) for part in parts]
             if "growth" in head:
@@ -360,13 +362,13 @@ def _part(name: str, value: float) -> str:
     return f"{value / scale:,.0f}" if name == "counted_bytes" else f"{value / scale:.3g}"
 
 
-def _described(encoders: str) -> str:
+def _encoder_shape(encoders: str) -> str:
     shape = ENCODERS[encoders]
     return f"{encoders} ({shape.depth} x {shape.width})"
 
 
-def plot(name: str, lines: Sequence[Measured]) -> bytes:
-    """Time and memory along one axis as PNG; dashed: linear growth from the first point."""
+def plot(name: str, lines: Sequence[Measurement]) -> bytes:
+    """Plot time and memory along one axis as PNG; dashed: linear growth from the first point."""
     axis = AXES[name]
     with style():
         figure = new_figure(2 * COLUMN_INCHES, 2.3)
@@ -394,11 +396,11 @@ def plot(name: str, lines: Sequence[Measured]) -> bytes:
         return save(figure, "png")
 
 
-def _curves(own: Sequence[Measured]) -> tuple[list[float], list[float]]:
+def _curves(own: Sequence[Measurement]) -> tuple[list[float], list[float]]:
     return [line.seconds for line in own], [max(line.memory_bytes, 2**20) / 2**20 for line in own]
 
 
-def _document(name: str, lines: Sequence[Measured], document: Path) -> None:
+def _document(name: str, lines: Sequence[Measurement], document: Path) -> None:
     place = document.with_suffix("") / f"{name}.png"
     place.parent.mkdir(exist_ok=True)
     place.write_bytes(plot(name, lines))

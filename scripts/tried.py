@@ -1,8 +1,8 @@
-"""What else was tried, with a number for each: both ways in turns, in one run.
+"""Measure changes that were tried: with and without each, in turns, in one run.
 
-    python scripts/tried.py --docs docs/performance.md
+    python scripts/tried.py --docs docs/lab/tried.md
 
-Steps are those of ``profile_methods.py``. About three minutes on two cores; nothing else should run meanwhile.
+Steps are those of ``profile_methods.py``. Takes about three minutes on two otherwise idle cores.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from tpme.bench.train.compiling import compile_model
 from tpme.bench.train.loop import Trainer
 
 WARMUP, STEPS, AHEAD = 3, 8, 4
-SHOWN, DIM = 300, 64
-"""Items of a batch, and the width of their vectors."""
+BATCH_ITEMS, DIM = 300, 64
+"""Items in a batch, and the width of their vectors."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One thing tried: seconds without and with it."""
+    """One change: seconds without and with it."""
 
     tried: str
     work: str
@@ -47,10 +47,10 @@ class Row:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure everything, and print or document it."""
-    parser = argparse.ArgumentParser(description="What else was tried, with a number for each.")
-    parser.add_argument("--only", action="append", choices=list(TRIALS), help="this one alone; may be repeated")
-    parser.add_argument("--docs", type=Path, help="document whose marked part is replaced")
+    """Measure the changes, and print or document them."""
+    parser = argparse.ArgumentParser(description="Measure changes that were tried.")
+    parser.add_argument("--only", action="append", choices=list(TRIALS), help="only this change; may be repeated")
+    parser.add_argument("--docs", type=Path, help="document in which to replace the marked part")
     options = parser.parse_args(arguments)
     lines = ["| tried | work | without (ms) | with (ms) | time | remark |", "|---|---|---:|---:|---:|---|"]
     with tempfile.TemporaryDirectory(prefix="tpme-tried-") as folder:
@@ -68,55 +68,57 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def ms(seconds: float) -> str:
-    """Milliseconds with three digits, or all before the point."""
+    """Milliseconds with three significant digits, or all digits before the point."""
     return f"{seconds * 1e3:,.0f}" if seconds >= 0.1 else f"{seconds * 1e3:.3g}"
 
 
 def trainer_of(label: str, folder: Path) -> Trainer:
-    """What trains the row ``label`` of ``profile_methods.py``."""
+    """The trainer of row ``label`` of ``profile_methods.py``."""
     trainer = make_trainer(SIZES[label], folder, PhaseLog("cpu", None, None))
     trainer.model.train()
     return trainer
 
 
 def steps_in_turns(*trainers: Trainer) -> list[list[float]]:
-    """Seconds of ``WARMUP + STEPS`` training steps of each, step by step in turns."""
+    """Seconds of ``WARMUP + STEPS`` training steps of each trainer, taking turns step by step."""
     epochs = [(trainer, trainer.optimizer(), trainer.batches.epoch(1)) for trainer in trainers]
-    taken: list[list[float]] = [[] for _ in trainers]
+    step_s: list[list[float]] = [[] for _ in trainers]
     for _ in range(WARMUP + STEPS):
-        for (trainer, optimizer, batches), times in zip(epochs, taken, strict=True):
+        for (trainer, optimizer, batches), times in zip(epochs, step_s, strict=True):
             batch = next(batches)
             started = time.perf_counter()
             trainer.step(batch, optimizer)
             times.append(time.perf_counter() - started)
-    return taken
+    return step_s
 
 
 def foreach(folder: Path) -> Iterator[Row]:
-    """Updates by torch's multi-tensor Adam in place of the fused one."""
+    """Update with torch's multi-tensor Adam in place of the fused one."""
     for label in ("fft", "iisan (cached)"):
         trainer = trainer_of(label, folder)
-        works = []
+        updates = []
         for option in ("fused", "foreach"):
             groups = trainer.method.param_groups(trainer.model, trainer.cell.lr)
-            works.append(torch.optim.Adam(groups, **{option: True}).step)
+            updates.append(torch.optim.Adam(groups, **{option: True}).step)
         for parameter in trainer.model.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-        yield Row("foreach Adam, not fused", f"update, {label}", *fastest(works, rounds=10))
+        yield Row("foreach Adam, not fused", f"update, {label}", *fastest(updates, rounds=10))
 
 
 def compiling(folder: Path) -> Iterator[Row]:
     """``training.compile``."""
     for number, label in enumerate(("fft", "iisan (cached)", "id")):
-        # Nothing is compiled already, though all rows have the sequential encoder.
+        # Forget what was compiled for the previous row: all rows share the sequential encoder.
         torch.compiler.reset()
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / f"compiled-{number}")
         plain, compiled = trainer_of(label, folder), trainer_of(label, folder)
         compile_model(compiled.model)
         without, with_it = steps_in_turns(plain, compiled)
         step_s = median(with_it[WARMUP:])
-        spent = sum(with_it[:WARMUP]) - WARMUP * step_s
-        yield Row("`training.compile`", f"step, {label}", median(without[WARMUP:]), step_s, f"{spent:.0f} s to compile")
+        compile_s = sum(with_it[:WARMUP]) - WARMUP * step_s
+        yield Row(
+            "`training.compile`", f"step, {label}", median(without[WARMUP:]), step_s, f"{compile_s:.0f} s to compile"
+        )
 
 
 def half_precision(folder: Path) -> Iterator[Row]:
@@ -128,7 +130,7 @@ def half_precision(folder: Path) -> Iterator[Row]:
 
 
 def prefetch(folder: Path) -> Iterator[Row]:
-    """More than one batch assembled ahead."""
+    """Assemble more than one batch ahead."""
     trainer = trainer_of("iisan (cached)", folder)
     optimizer = trainer.optimizer()
     trainer.batches.steps = WARMUP * STEPS
@@ -137,8 +139,8 @@ def prefetch(folder: Path) -> Iterator[Row]:
         for batch in batches():
             trainer.step(batch, optimizer)
 
-    works = [lambda: epoch(lambda: trainer.batches.epoch(1)), lambda: epoch(lambda: _far_ahead(trainer.batches))]
-    without, with_it = fastest(works, rounds=3)
+    epochs = [lambda: epoch(lambda: trainer.batches.epoch(1)), lambda: epoch(lambda: _far_ahead(trainer.batches))]
+    without, with_it = fastest(epochs, rounds=3)
     yield Row(f"{AHEAD} batches ahead, not 1", f"{WARMUP * STEPS} steps, iisan (cached)", without, with_it)
 
 
@@ -154,20 +156,20 @@ def _far_ahead(batches: TrainBatches) -> Iterator[Batch]:
 
 
 def sparse_table(folder: Path) -> Iterator[Row]:
-    """Gradient and update of the rows of an ID table that a batch shows, and of no other."""
+    """Gradient and update of only those rows of an ID table that occur in the batch."""
     for items in (20_000, 1_000_000):
-        works = []
+        steps = []
         for sparse in (False, True):
             table = nn.Embedding(items + 1, DIM, sparse=sparse)
             weights = list(table.parameters())
             optimizer = torch.optim.SparseAdam(weights) if sparse else torch.optim.Adam(weights, fused=True)
-            works.append(lambda table=table, optimizer=optimizer: _table_step(table, optimizer))
-        remark = "other results: rows that a batch does not show stay, where Adam's moments move them on"
-        yield Row("sparse gradient of the ID table", f"its step, {items:,} items", *fastest(works), remark)
+            steps.append(lambda table=table, optimizer=optimizer: _table_step(table, optimizer))
+        remark = "other results: rows outside the batch stay, whereas Adam's moments move them"
+        yield Row("sparse gradient of the ID table", f"its step, {items:,} items", *fastest(steps), remark)
 
 
 def _table_step(table: nn.Embedding, optimizer: torch.optim.Optimizer) -> None:
-    ids: Tensor = torch.randint(1, table.num_embeddings, (SHOWN,))
+    ids: Tensor = torch.randint(1, table.num_embeddings, (BATCH_ITEMS,))
     table(ids).square().sum().backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

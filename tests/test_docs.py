@@ -30,7 +30,7 @@ def blocks(document: Path) -> dict[str, str]:
 def test_the_documented_method_runs(tmp_path: Path) -> None:
     from tpme.bench.record import find_results, read_result
 
-    files = blocks(ROOT / "docs" / "adding-a-method.md")
+    files = blocks(ROOT / "docs" / "methods.md")
     methods = tmp_path / "my-methods"
     methods.mkdir()
     (methods / "norms.py").write_text(files["norms.py"])
@@ -75,7 +75,7 @@ def test_what_choose_and_export_print_is_what_the_records_of_the_demo_give(tmp_p
     """Line by line; three dots stand for lines that are left out."""
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "demo").symlink_to(ROOT / "results" / "demo")
-    shown = re.findall(r"```\n(\$ .*?)```", (ROOT / "docs" / "choosing.md").read_text(), flags=re.DOTALL)
+    shown = re.findall(r"```\n(\$ .*?)```", (ROOT / "docs" / "reports.md").read_text(), flags=re.DOTALL)
     parts = [re.split(r"^\$ (.*)\n", block, flags=re.MULTILINE)[1:] for block in shown]
     told = {command: text for block in parts for command, text in zip(block[::2], block[1::2], strict=True)}
     repeated = [command for command in told if re.match("tpme choose|tpme export .*--out|sqlite3", command)]
@@ -84,6 +84,22 @@ def test_what_choose_and_export_print_is_what_the_records_of_the_demo_give(tmp_p
         printed = "".join(f"{line}\n" for line in answer(command, tmp_path))
         pattern = r"(.*\n)*?".join(map(re.escape, re.split(r"^\.\.\.\n", told[command], flags=re.MULTILINE)))
         assert re.fullmatch(pattern, printed), f"{command} prints now:\n{printed}"
+
+
+def first_table(document: Path) -> list[list[str]]:
+    """Rows of the first table of a document, without marks and bold type."""
+    text = re.sub(r" <sup>.*?</sup>|\*\*", "", document.read_text(encoding="utf-8"))
+    table = re.findall(r"^(?:\|.*\n)+", text, flags=re.MULTILINE)[0]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()]
+    return [row for row in rows if not row[0].startswith("---")]
+
+
+@pytest.mark.parametrize(("document", "report"), [("README.md", "demo"), ("docs/results.md", "scientific-text")])
+def test_a_table_of_results_is_that_of_its_report(document: str, report: str) -> None:
+    """Row by row; a document may leave out columns."""
+    for row, complete in zip(first_table(ROOT / document), first_table(ROOT / f"docs/{report}/report.md"), strict=True):
+        rest = iter(complete)
+        assert all(field in rest for field in row), row
 
 
 def expanded(text: str) -> int:
@@ -136,3 +152,28 @@ def value(text: str) -> Any:
 
 def as_toml(default: Any) -> Any:
     return list(default) if isinstance(default, tuple) else default
+
+
+DOCUMENTS = sorted(path for folder in (ROOT, *ROOT.glob("docs/**/")) for path in folder.glob("*.md"))
+
+
+def anchors(document: Path) -> set[str]:
+    """What a link into a document may name: its headings as GitHub writes them."""
+    headings = re.findall(r"^#+ (.*)$", document.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_link_leads_somewhere(document: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", document.read_text(encoding="utf-8")):
+        target, _, anchor = link.partition("#")
+        if "://" not in link:
+            path = (document.parent / target).resolve() if target else document
+            assert path.exists(), link
+            assert not anchor or anchor in anchors(path), link
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_file_that_a_document_names_exists(document: Path) -> None:
+    named = re.findall(r"`((?:bench|methods|reports|tests|scripts)/[\w/]+\.\w+)`", document.read_text(encoding="utf-8"))
+    assert [name for name in named if not (ROOT / name).exists() and name != "methods/NAME.py"] == []

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PERFORMANCE = ROOT / "docs" / "performance.md"
+PERFORMANCE = ROOT / "docs" / "lab" / "performance.md"
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def scaling(script: Any) -> ModuleType:
 
 
 def line(scaling: ModuleType, point: Any, seconds: float) -> Any:
-    return scaling.Measured(point=point, seconds=seconds, memory_bytes=2**20 * seconds, parts={"step_s": 0.1})
+    return scaling.Measurement(point=point, seconds=seconds, memory_bytes=2**20 * seconds, parts={"step_s": 0.1})
 
 
 def test_growth_is_an_exponent(scaling: ModuleType) -> None:
@@ -41,7 +41,7 @@ def test_growth_is_an_exponent(scaling: ModuleType) -> None:
     assert scaling.growth(lines) == [None, pytest.approx(1.0), pytest.approx(2.0)]
 
 
-def test_an_interrupted_run_goes_on(scaling: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_continues(scaling: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, document, asked = tmp_path / "points.jsonl", tmp_path / "scaling.md", []
     document.write_text("before\n<!-- users -->\nold\n<!-- /users -->\nafter\n")
 
@@ -70,7 +70,7 @@ def test_an_interrupted_run_goes_on(scaling: ModuleType, tmp_path: Path, monkeyp
     assert document.read_text() == whole
 
 
-def test_a_point_that_fails_is_told_and_not_kept(
+def test_a_point_that_fails_is_reported_and_not_stored(
     scaling: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     point = scaling.Point(axis="users", value=10, method="no-such-method", cached=False, device="cpu")
