@@ -18,7 +18,6 @@ def texts(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in found}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["demo", "scientific-text"])
 def test_the_tables_regenerate_from_the_records(name: str, tmp_path: Path) -> None:
     """In a process of its own, with another order of hashes. To repair: tpme report results/NAME --out docs/NAME."""
