@@ -211,6 +211,7 @@ def ab(harness: ModuleType, world: Any, repository: Repository, tmp_path: Path) 
     return run
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_a_slower_and_larger_method_is_found_and_measured_twice(
     ab: Any, repository: Repository, tmp_path: Path

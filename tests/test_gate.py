@@ -261,6 +261,7 @@ def gate_step(world: Any, tmp_path: Path) -> Callable[[], tuple[int, str]]:
     return run
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_as_a_new_user(gate_step: Callable[..., tuple[int, str]], world: Any, tmp_path: Path) -> None:
     user = tmp_path / "user"

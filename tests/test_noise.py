@@ -55,6 +55,7 @@ def test_a_cell_that_fails_is_no_noise_floor(world: Any, tmp_path: Path) -> None
     assert not (tmp_path / "devices").exists()
 
 
+@pytest.mark.alone
 def test_overhead_is_what_the_harness_adds(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = world.job(world.tasks(world.matrix(["fft"]), tmp_path)[0], tmp_path, ())
     trainer = CellRun(job, PhaseLog("cpu", None, None), lambda _what, _share: None).prepare()

@@ -200,6 +200,7 @@ def launch(tmp_path: Path, program: str, *, ignored: bool = False) -> subprocess
     return subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("sign", "code", "told"),
     [(signal.SIGINT, 0, "interrupted\n"), (signal.SIGTERM, 143, ""), (signal.SIGHUP, 129, "")],
@@ -231,6 +232,7 @@ except KeyboardInterrupt:
     assert is_gone(pid)
 
 
+@pytest.mark.alone
 def test_what_is_ignored_stays_ignored(tmp_path: Path) -> None:
     program = f"""
 import os, time

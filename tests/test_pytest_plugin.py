@@ -101,6 +101,7 @@ def test_no_matrix(tpme_cell):
     )
 
 
+@pytest.mark.slow
 def test_limits_hold_for_classes_and_under_xdist(session: Any) -> None:
     """Two processes share the store; pytest-benchmark times nothing there, and the limits hold all the same."""
     pytest.importorskip("xdist")

@@ -19,6 +19,7 @@ def workers() -> list[psutil.Process]:
     return [child for child in alive if "spawn_main" in " ".join(child.cmdline())]
 
 
+@pytest.mark.alone
 def test_ctrl_c_while_a_process_starts_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that has started and that nobody has noted yet would wait for work for ever, and we for it."""
     start = SpawnProcess.start

@@ -12,6 +12,7 @@ import pytest
 from tpme.bench.measure import contention
 from tpme.bench.measure.contention import CoreWait
 
+pytestmark = pytest.mark.alone
 linux = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux's scheduler interface")
 
 

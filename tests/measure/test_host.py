@@ -14,6 +14,7 @@ from tpme.bench.measure import host
 from tpme.bench.measure.host import HostMemory, SampledHost, parse_status, resident
 
 MIB = 1 << 20
+pytestmark = pytest.mark.alone
 linux = pytest.mark.skipif(not host.HAS_PROC, reason="needs Linux's /proc")
 PRELUDE = """
 import ctypes, json, os, subprocess, sys

@@ -16,6 +16,7 @@ from tpme.bench.measure.nvml import Nvml
 from tpme.bench.measure.phases import PhaseLog, measuring
 from tpme.bench.record import Phase, Reading
 
+pytestmark = pytest.mark.alone
 MIB = 1 << 20
 
 

@@ -21,6 +21,7 @@ from tpme.bench.measure.sampler import Sampler, SamplerError
 from tpme.bench.measure.sampler_process import CPU_SHARE, LONGEST_PERIOD_S, SLOW_EVERY, Pace, Probe, calibrate
 
 MIB = 1 << 20
+pytestmark = pytest.mark.alone
 linux = pytest.mark.skipif(not HAS_PROC, reason="needs Linux's /proc")
 
 

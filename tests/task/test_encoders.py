@@ -238,7 +238,12 @@ FAMILIES: dict[str, tuple[Modality, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def rarely(*families: str) -> list[Any]:
+    """Parameters of which all but RoBERTa and DeiT are left to the slow tests."""
+    return [name if name in ("roberta", "deit") else pytest.param(name, marks=pytest.mark.slow) for name in families]
+
+
+@pytest.mark.parametrize("family", rarely(*FAMILIES))
 def test_relatives_of_bert_and_vit_have_all_parts(tmp_path: Path, family: str) -> None:
     modality, settings = FAMILIES[family]
     AutoConfig.for_model(family, **settings).save_pretrained(tmp_path)
@@ -254,7 +259,7 @@ TEXT_FAMILIES = [family for family, (modality, _) in FAMILIES.items() if modalit
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", ["bert", *TEXT_FAMILIES, "modernbert"])
+@pytest.mark.parametrize("family", ["bert", *rarely(*TEXT_FAMILIES, "modernbert")])
 def test_a_mask_is_what_it_was_without_being_read(tmp_path: Path, family: str, implementation: str) -> None:
     """Also where it is not padding alone (ModernBERT's windows), and where nothing is masked."""
     settings = FAMILIES.get(family, ("text", WORDS))[1] | {"pad_token_id": 0}

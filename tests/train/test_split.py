@@ -41,6 +41,7 @@ def trained(make_trainer: MakeTrainer) -> Trainer:
     return trainer
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("part", PARTS)
 def test_time_is_charged_to_the_part_that_spends_it(
     trained: Trainer, part: str, monkeypatch: pytest.MonkeyPatch
