@@ -15,7 +15,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.resources import files
@@ -65,10 +65,28 @@ class Task:
     folder: Path
 
 
-def store_folder(given: Path | None) -> Path:
+def choose_device(name: str) -> str:
+    """``cpu`` or ``cuda``; ``auto`` takes a GPU where torch sees one.
+
+    Raises UserError for another name and for a GPU that is not there.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device {name}: choose cpu, cuda or auto")
+    if name == "cpu":
+        return "cpu"
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    if name == "cuda":
+        raise UserError("--device cuda: torch sees no CUDA device; 'tpme doctor' says why, --device cpu runs without")
+    return "cpu"
+
+
+def store_folder(path: Path | None) -> Path:
     """Where prepared catalogues, token tables and feature caches are kept between runs."""
-    if given is not None:
-        return given.resolve()
+    if path is not None:
+        return path.resolve()
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("TPME_STORE") or Path(cache) / "tpme").resolve()
 
@@ -124,9 +142,13 @@ def make_tasks(
     for cell in cells:
         version = versions[cell.method]
         identity = cell_id(cell, version)
-        slug = re.sub(r"[^A-Za-z0-9]+", "-", cell.label).strip("-") or "method"
-        tasks.append(Task(cell, identity, version, run / "cells" / f"{slug}-{identity}"))
+        tasks.append(Task(cell, identity, version, run / "cells" / f"{slug(cell)}-{identity}"))
     return tasks, {name: path for name, (path, _) in data.items()}
+
+
+def slug(cell: Cell) -> str:
+    """The label of a cell as part of a folder's name."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", cell.label).strip("-") or "method"
 
 
 def latest_attempt(folder: Path) -> CellResult | None:
@@ -164,7 +186,7 @@ def run_matrix(
             result = latest_attempt(task.folder)
             if result is None or not _is_done(result, limit_s):
                 job = job_of(task, paths[task.cell.dataset], store, methods_path, matrix.cache_limit_bytes, limit_s)
-                result = _run_cell(job, bars)
+                result = _run_with_bar(job, bars)
                 bars.console.print(_line(result))
             results.append(result)
             bars.advance(overall)
@@ -223,41 +245,48 @@ def job_of(
     )
 
 
-def _run_cell(job: Job, bars: Progress) -> CellResult:
-    """Run one attempt in its own process and return its record, written by the cell or, if it could not, by us."""
-    job_file, record = job.file(".job.json"), job.file(".json")
+def _run_with_bar(job: Job, bars: Progress) -> CellResult:
     bar = bars.add_task(job.cell.label, total=100, detail="start")
-    started, began = time.monotonic(), datetime.now(UTC)
     try:
-        write_atomically(job_file, job.model_dump_json(indent=1).encode())
-        ending = run_process(
-            command(job_file),
-            log=job.file(".log"),
-            limit_s=job.time_limit_s,
-            show=lambda what, share: bars.update(bar, completed=round(100 * share), detail=what),
-        )
-    except BaseException:
-        if not record.exists():
-            _forget(job)
-        raise
+        return run_job(job, show=lambda what, share: bars.update(bar, completed=round(100 * share), detail=what))
     finally:
         bars.remove_task(bar)
+
+
+def run_job(
+    job: Job,
+    python: Sequence[str] = (sys.executable, "-P"),
+    content: bytes | None = None,
+    show: Callable[[str, float], None] = lambda *_: None,
+) -> CellResult:
+    """Run one attempt in a process of its own; returns its record, written by the cell or, if it left none, here.
+
+    Args:
+        job: what to run. python: the interpreter; ``-P``: no file of the working directory hides a package.
+        content: of the job file, where the cell's code is of another version. show: called with progress.
+    """
+    job_file, record = job.file(".job.json"), job.file(".json")
+    started, began = time.monotonic(), datetime.now(UTC)
+    try:
+        write_atomically(job_file, content or job.model_dump_json(indent=1).encode())
+        command = [*python, "-m", "tpme.bench.run.cell", str(job_file)]
+        ending = run_process(command, log=job.file(".log"), limit_s=job.time_limit_s, show=show)
+    except BaseException:
+        if not record.exists():
+            _remove_files(job)
+        raise
+    finally:
         job_file.unlink(missing_ok=True)
     with contextlib.suppress(RecordError):
         if record.exists():
             return read_result(record)
-    result = _unrecorded(job, ending, time.monotonic() - started, began)
-    _forget(job, but=job.file(".log"))
+    result = _failed_result(job, ending, time.monotonic() - started, began)
+    _remove_files(job, but=job.file(".log"))
     write_result(result, record)
     return result
 
 
-def command(job_file: Path) -> list[str]:
-    """What runs one cell. ``-P``: a file of the working directory must not be imported in place of a package."""
-    return [sys.executable, "-P", "-m", "tpme.bench.run.cell", str(job_file)]
-
-
-def _forget(job: Job, but: Path | None = None) -> None:
+def _remove_files(job: Job, but: Path | None = None) -> None:
     """Remove what an attempt without a record left, so that nothing half-written stays behind."""
     for path in (*job.folder.glob(f"attempt-{job.attempt}.*"), *job.folder.glob(f".attempt-{job.attempt}.*")):
         if path != but:
@@ -266,7 +295,7 @@ def _forget(job: Job, but: Path | None = None) -> None:
         job.folder.rmdir()
 
 
-def _unrecorded(job: Job, ending: Ending, wall_s: float, began: datetime) -> CellResult:
+def _failed_result(job: Job, ending: Ending, wall_s: float, began: datetime) -> CellResult:
     """The record of a cell whose process ended without writing one, or wrote one that cannot be read."""
     log = job.file(".log")
     status: Status = "timeout" if ending.timed_out else "killed" if ending.code < 0 else "error"

@@ -14,8 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from tpme.bench.errors import UserError
-from tpme.bench.run.job import Job
-from tpme.bench.run.launch import make_tasks
+from tpme.bench.run.launch import job_of, make_tasks
 from tpme.bench.run.matrix import MatrixFile, load_matrix
 
 
@@ -52,21 +51,12 @@ def _jobs(matrix: MatrixFile, request: dict[str, Any]) -> list[dict[str, Any]]:
         methods_path=methods_path,
         console=Console(quiet=True),
     )
-    return [
-        Job(
-            cell=task.cell,
-            cell_id=task.cell_id,
-            attempt=1,
-            code_version=task.code_version,
-            dataset_path=datasets[task.cell.dataset],
-            store=store,
-            folder=task.folder,
-            methods_path=methods_path,
-            cache_limit_bytes=matrix.cache_limit_bytes,
-            time_limit_s=request["time_limit_s"] or matrix.time_limit_s,
-        ).model_dump(mode="json")
+    limit_s = float(request["time_limit_s"] or matrix.time_limit_s)
+    jobs = (
+        job_of(task, datasets[task.cell.dataset], store, methods_path, matrix.cache_limit_bytes, limit_s)
         for task in tasks
-    ]
+    )
+    return [job.model_dump(mode="json") for job in jobs]
 
 
 if __name__ == "__main__":
