@@ -2,12 +2,14 @@
 
 Methods come from three places: this package, the entry-point group ``tpme.methods`` of installed packages
 (``name = "package.module:Class"``), and folders given as ``--methods-path`` (every ``*.py`` file there defines
-``METHOD = Class`` and is the method named like the file; files whose names start with ``_`` are left alone).
+``METHOD = Class`` and is the method named like the file; files whose names start with ``_`` are helpers,
+which the others import with ``from ._helper import ...``).
 """
 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
 import importlib.util
 import sys
@@ -109,19 +111,33 @@ def _import_module(name: str) -> ModuleType:
 
 
 def _import_file(path: Path) -> ModuleType:
-    name = f"tpme_method_{path.stem}"
-    if name in sys.modules and sys.modules[name].__file__ == str(path):
+    """Load a method's file as a module of a package that is its folder: ``from ._helper import`` works in it.
+
+    ``from _helper import`` at the top of the file works, too.
+    """
+    folder = str(path.parent)
+    package = f"tpme_methods_{hashlib.sha256(folder.encode()).hexdigest()[:12]}"
+    name = f"{package}.{path.stem}"
+    if name in sys.modules:
         return sys.modules[name]
+    sys.modules.setdefault(package, ModuleType(package)).__path__ = [folder]
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    before = set(sys.modules)
     sys.modules[name] = module
+    sys.path.append(folder)
     try:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
         raise UserError(_broken(str(path), error)) from error
+    finally:
+        sys.path.remove(folder)
+        for helper in set(sys.modules) - before:  # a helper of another folder may have the same name
+            if helper.startswith("_") and getattr(sys.modules[helper], "__file__", None) == f"{folder}/{helper}.py":
+                del sys.modules[helper]
     return module
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from tpme.bench.errors import UserError
 from tpme.bench.record import Cell, EncoderSpec, cell_id
-from tpme.bench.run.job import code_version, pinned
+from tpme.bench.run.job import pinned
 from tpme.bench.run.matrix import Dataset, MatrixFile, expand, load_matrix, presets
 
 TEXT = Dataset(Path("/nowhere/text"), "f" * 64, ("text",))
@@ -457,17 +457,6 @@ def test_an_encoder_in_a_folder_is_known_by_its_content(tmp_path: Path) -> None:
     )
     hub = EncoderSpec(source="somebody/text", revision="v1")
     assert pinned(hub) == hub
-
-
-def test_the_code_version_depends_on_content_alone(tmp_path: Path) -> None:
-    built_in = code_version()
-    assert built_in == code_version()
-    for folder in ("a", "z"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "mine.py").write_text("METHOD = 1")
-    assert code_version(tmp_path / "a" / "mine.py") == code_version(tmp_path / "z" / "mine.py") != built_in
-    (tmp_path / "a" / "mine.py").write_text("METHOD = 2")
-    assert code_version(tmp_path / "a" / "mine.py") != code_version(tmp_path / "z" / "mine.py")
 
 
 def to_toml(value: Any) -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -57,19 +55,3 @@ def pinned(spec: EncoderSpec) -> EncoderSpec:
     if not Path(encoder_source(spec.source)).is_dir():
         return spec
     return spec.model_copy(update={"revision": encoder_digest(spec)[:12]})
-
-
-def code_version(method_file: Path | None = None) -> str:
-    """Version of the measured code: 12 hex digits over the sources of task, loop, instruments, counters and methods.
-
-    Reports, the command line and documentation may change without making results stale. A method from elsewhere adds
-    its own file, so that a change of it makes only its own cells stale.
-    """
-    bench = Path(str(files("tpme.bench")))
-    sources = [bench / "run" / "cell.py", *Path(str(files("tpme.methods"))).rglob("*.py")]
-    sources += [path for part in ("task", "train", "measure", "counting") for path in (bench / part).rglob("*.py")]
-    if method_file is not None and method_file not in sources:
-        sources.append(method_file)
-    # Sorted by name and content, not by place: where something is installed does not matter.
-    digests = sorted(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in sources)
-    return hashlib.sha256("\n".join(digests).encode()).hexdigest()[:12]

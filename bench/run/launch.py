@@ -8,7 +8,7 @@ failure of one cell never stops the matrix.
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import errno
 import hashlib
 import os
 import re
@@ -21,6 +21,7 @@ from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -46,13 +47,16 @@ from tpme.bench.record import (
     write_atomically,
     write_result,
 )
-from tpme.bench.run.job import Job, code_version, time_limit_message
+from tpme.bench.run.job import Job, time_limit_message
 from tpme.bench.run.matrix import Dataset, DatasetEntry, MatrixFile, expand
 from tpme.bench.run.process import Ending, run_process
+from tpme.bench.run.version import code_version
 
 FINISHED: frozenset[Status] = frozenset({"ok", "oom", "diverged", "timeout", "skipped"})
 """Ends that a second attempt would only repeat; a timeout only where it gets no more time."""
 LONGEST_MESSAGE = 400
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
+"""What a file system without locks answers."""
 
 
 @dataclass(frozen=True)
@@ -132,12 +136,12 @@ def make_tasks(
     matrix: MatrixFile, run: Path, store: Path, *, device: str, methods_path: Sequence[Path], console: Console
 ) -> tuple[list[Task], dict[str, Path]]:
     """All cells of a matrix with their identity, and the paths of the data sets."""
-    from tpme.methods.registry import BUILTIN, source_file
+    from tpme.methods.registry import source_file
 
     data = prepare_datasets(matrix, store, console)
     cells = expand(matrix, {name: entry for name, (_, entry) in data.items()}, device=device, methods_path=methods_path)
     names = {cell.method for cell in cells}
-    versions = {name: code_version(None if name in BUILTIN else source_file(name, methods_path)) for name in names}
+    versions = {name: code_version(source_file(name, methods_path)) for name in names}
     tasks = []
     for cell in cells:
         version = versions[cell.method]
@@ -179,7 +183,7 @@ def run_matrix(
     tasks, paths = make_tasks(matrix, run, store, device=device, methods_path=methods_path, console=console)
     limit_s = float(matrix.time_limit_s if time_limit_s is None else time_limit_s)
     results = []
-    with _alone(run), _progress(console) as bars:
+    with locked_run(run), _progress(console) as bars:
         write_atomically(run / "matrix.json", (matrix.model_dump_json(indent=1) + "\n").encode())
         overall = bars.add_task("matrix", total=len(tasks), detail="")
         for task in tasks:
@@ -194,17 +198,21 @@ def run_matrix(
 
 
 @contextlib.contextmanager
-def _alone(run: Path) -> Iterator[None]:
-    """Hold the run folder against a second launcher, which would run the same cells; the lock dies with its process."""
+def locked_run(run: Path) -> Iterator[None]:
+    """Lock the run folder: a second launcher would run the same cells. The lock dies with its process."""
     run.mkdir(parents=True, exist_ok=True)
-    with (run / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{run}: another 'tpme run' works there; wait for it, or choose another folder") from None
-        except OSError:  # a file system without locks
-            pass
+    lock = FileLock(run / ".lock", fallback_to_soft=False)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"{run}: another 'tpme run' works there; wait for it, or choose another folder") from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def _is_done(result: CellResult, limit_s: float) -> bool:
@@ -269,8 +277,7 @@ def run_job(
     started, began = time.monotonic(), datetime.now(UTC)
     try:
         write_atomically(job_file, content or job.model_dump_json(indent=1).encode())
-        command = [*python, "-m", "tpme.bench.run.cell", str(job_file)]
-        ending = run_process(command, log=job.file(".log"), limit_s=job.time_limit_s, show=show)
+        ending = run_process(command(job_file, python), log=job.file(".log"), limit_s=job.time_limit_s, show=show)
     except BaseException:
         if not record.exists():
             _remove_files(job)
@@ -284,6 +291,11 @@ def run_job(
     _remove_files(job, but=job.file(".log"))
     write_result(result, record)
     return result
+
+
+def command(job_file: Path, python: Sequence[str]) -> list[str]:
+    """The command that runs one cell."""
+    return [*python, "-m", "tpme.bench.run.cell", str(job_file)]
 
 
 def _remove_files(job: Job, but: Path | None = None) -> None:
