@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
-from tpme.bench.errors import UserError
+from tpme.bench.errors import UserError, first_problem
 
 SCHEMA_VERSION = 1
 
@@ -394,9 +394,8 @@ def _refusal(data: bytes, error: ValidationError) -> str:
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if version != SCHEMA_VERSION:
         return f"schema version {version!r}, this tpme reads {SCHEMA_VERSION}; use the tpme that wrote it"
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    return f"field '{where}': {first['msg']}; the record was changed or truncated"
+    first = first_problem(error)
+    return f"field '{first.field}': {first.message}; the record was changed or truncated"
 
 
 def find_attempts(roots: list[Path]) -> list[Path]:

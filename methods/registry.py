@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from tpme.bench.errors import UserError
+from tpme.bench.errors import UserError, first_problem, one_line
 
 if TYPE_CHECKING:
     from tpme.methods.base import Method
@@ -90,10 +90,11 @@ def create(name: str, options: Mapping[str, Any], methods_path: Sequence[Path] =
     try:
         return found(found.Config(**options))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "options"
+        first = first_problem(error)
         fields = ", ".join(found.Config.model_fields) or "none"
-        raise UserError(f"method '{name}', option '{where}': {first['msg']}; its options are: {fields}") from None
+        raise UserError(
+            f"method '{name}', option '{first.field or 'options'}': {first.message}; its options are: {fields}"
+        ) from None
 
 
 def source_file(name: str, methods_path: Sequence[Path] = ()) -> Path:
@@ -142,4 +143,4 @@ def _import_file(path: Path) -> ModuleType:
 
 
 def _broken(origin: str, error: Exception) -> str:
-    return f"{origin}: cannot be imported ({type(error).__name__}: {' '.join(str(error).split())})"
+    return f"{origin}: cannot be imported ({one_line(error)})"

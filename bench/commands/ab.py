@@ -30,7 +30,7 @@ from tpme.bench.commands.gate import (
     publish,
 )
 from tpme.bench.commands.options import DeviceName, Settings, split_names
-from tpme.bench.errors import UserError
+from tpme.bench.errors import UserError, first_problem
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -243,8 +243,8 @@ def _parse_job(content: dict[str, Any], side: str) -> Job:
     try:
         return Job.model_validate({name: value for name, value in content.items() if name in Job.model_fields})
     except ValidationError as error:
-        first = error.errors()[0]["msg"]
-        raise UserError(f"{side}: its cells are not those of this tpme ({first})") from None
+        message = first_problem(error).message
+        raise UserError(f"{side}: its cells are not those of this tpme ({message})") from None
 
 
 def _jobs_of_side(side: str, tree: Tree, request: Request, folder: Path, repository: Path) -> Any:

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperCommand
 
 from tpme.bench.commands.options import split_names
-from tpme.bench.errors import UserError
+from tpme.bench.errors import UserError, first_problem
 
 if TYPE_CHECKING:
     from tpme.reports.gate.verdict import GateReport, Policy
@@ -72,10 +72,10 @@ def policy_of(require: str | None, **bounds: Any) -> Policy:
     try:
         return Policy.model_validate({"require": tuple(split_names(require)), **bounds})
     except ValidationError as error:
-        first = error.errors()[0]
-        if first["loc"][0] == "require":
+        first = first_problem(error)
+        if first.field.startswith("require"):
             raise UserError(f"--require {require}: choose from {', '.join(get_args(Kind))}") from None
-        raise UserError(f"{first['loc'][0]}: {first['msg']}") from None
+        raise UserError(f"{first.field}: {first.message}") from None
 
 
 def publish(report: GateReport, *, everything: bool, github: bool, **files: Path | None) -> None:

@@ -33,7 +33,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from tpme.bench.errors import UserError
+from tpme.bench.errors import UserError, first_problem
 from tpme.bench.record import (
     Cell,
     CellResult,
@@ -116,9 +116,8 @@ def _synthetic(entry: DatasetEntry, store: Path, console: Console) -> Path:
     try:
         settings = Synthetic(**(entry.synthetic or {}))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"data set '{entry.name}', synthetic.{where}: {first['msg']}") from None
+        first = first_problem(error)
+        raise UserError(f"data set '{entry.name}', synthetic.{first.field}: {first.message}") from None
     # Equal settings give equal data only while the code that draws it stays the same.
     drawn_by = [path.read_bytes() for path in sorted(Path(str(files("tpme.bench.task.sources"))).glob("*.py"))]
     code = hashlib.sha256(b"".join(drawn_by)).hexdigest()

@@ -26,7 +26,7 @@ from pydantic import (
     model_validator,
 )
 
-from tpme.bench.errors import UserError
+from tpme.bench.errors import UserError, first_problem
 from tpme.bench.record import Cell, EncoderSpec, Frozen, LearningRates, Modality, Protocol, Training, cell_id
 from tpme.bench.run.job import pinned
 
@@ -176,9 +176,8 @@ def _assign(place: Any, keys: list[str], value: Any) -> None:
 
 
 def _first(error: ValidationError) -> str:
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"]) or "the matrix"
-    return f"{where}: {'no such setting' if first['type'] == 'extra_forbidden' else first['msg']}"
+    field, message, kind = first_problem(error)
+    return f"{field or 'the matrix'}: {'no such setting' if kind == 'extra_forbidden' else message}"
 
 
 def expand(

@@ -20,7 +20,7 @@ from tpme.bench.counting.batch import DataShape
 from tpme.bench.counting.counters import Counts, Step, count, planned_peak, run_step
 from tpme.bench.counting.devices import DeviceProfile
 from tpme.bench.counting.meta import EncoderShelf, MetaCell
-from tpme.bench.errors import UserError
+from tpme.bench.errors import UserError, one_line
 from tpme.bench.record import Cell, CellResult, Frozen, Modality, Precision, find_results, read_result
 from tpme.bench.run.launch import prepare_datasets
 from tpme.bench.run.matrix import Dataset, DatasetEntry, MatrixFile, expand
@@ -172,8 +172,7 @@ def _plan_cell(
     except UserError:
         raise
     except Exception as error:  # a method that needs values: its row says so, the others are planned
-        problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        return PlannedCell(label=cell.label, cell=cell, work=None, problem=problem)
+        return PlannedCell(label=cell.label, cell=cell, work=None, problem=one_line(error))
     work = _work(meta, counts, step, device)
     return PlannedCell(
         label=cell.label, cell=cell, work=work, expected=_expect(meta, work, step, device) if device else None
