@@ -16,10 +16,10 @@ import pytest
 from tpme.bench.errors import UserError
 from tpme.bench.record import Cell, EncoderSpec, cell_id
 from tpme.bench.run.job import pinned
-from tpme.bench.run.matrix import Dataset, MatrixFile, expand, load_matrix, presets
+from tpme.bench.run.matrix import MatrixFile, PreparedDataset, expand, load_matrix, presets
 
-TEXT = Dataset(Path("/nowhere/text"), "f" * 64, ("text",))
-BOTH = Dataset(Path("/nowhere/both"), "e" * 64, ("text", "image"))
+TEXT = PreparedDataset(Path("/nowhere/text"), "f" * 64, ("text",))
+BOTH = PreparedDataset(Path("/nowhere/both"), "e" * 64, ("text", "image"))
 HUB = {"text": {"source": "somebody/text"}, "image": {"source": "somebody/image"}}
 
 
@@ -34,7 +34,7 @@ def raw(**changes: Any) -> dict[str, Any]:
     return {key: value for key, value in (plain | changes).items() if value is not None}
 
 
-def cells(data: Dataset = BOTH, device: str = "cpu", **changes: Any) -> list[Cell]:
+def cells(data: PreparedDataset = BOTH, device: str = "cpu", **changes: Any) -> list[Cell]:
     matrix = MatrixFile.model_validate(raw(**changes))
     return expand(matrix, {entry.name: data for entry in matrix.datasets}, device=device)
 
@@ -251,9 +251,9 @@ CONFLICTS: dict[str, tuple[dict[str, Any], str]] = {
         "'fft', training: users_per_batch: .*greater than 0",
     ),
     "no image encoder": ({"encoders": [{"text": HUB["text"]}]}, "uses image but gives no image encoder"),
-    "the same twice": ({"methods": [{"name": "id"}, {"name": "id"}]}, "'id' stands in it twice"),
-    "cached twice": ({"methods": [{"name": "iisan", "cached": [True, True]}]}, "'iisan .cached.' stands in it twice"),
-    "the same trial twice": ({"methods": [{"name": "fft", "lr": [1e-3, 1e-3]}]}, "'fft' stands in it twice"),
+    "the same twice": ({"methods": [{"name": "id"}, {"name": "id"}]}, "'id' is in it twice"),
+    "cached twice": ({"methods": [{"name": "iisan", "cached": [True, True]}]}, "'iisan .cached.' is in it twice"),
+    "the same trial twice": ({"methods": [{"name": "fft", "lr": [1e-3, 1e-3]}]}, "'fft' is in it twice"),
     "no such encoder": ({"encoders": [{**HUB, "text": {"source": "./nowhere"}}]}, "'./nowhere': no config.json there"),
     "no such built-in": ({"encoders": [{**HUB, "text": {"source": "builtin:huge"}}]}, "no such built-in encoder"),
 }
@@ -389,7 +389,7 @@ def test_identity_changes_with_everything_that_may_change_the_result() -> None:
     ids = {"plain": cell_id(cells(**plain)[0], "v")}
     for name, changes in CHANGES.items():
         ids[name] = cell_id(cells(**(plain | changes))[0], "v")
-    ids["data"] = cell_id(cells(data=Dataset(BOTH.path, "0" * 64, BOTH.modalities), **plain)[0], "v")
+    ids["data"] = cell_id(cells(data=PreparedDataset(BOTH.path, "0" * 64, BOTH.modalities), **plain)[0], "v")
     ids["device"] = cell_id(cells(device="cuda", **plain)[0], "v")
     ids["code"] = cell_id(cells(**plain)[0], "w")
     assert len(set(ids.values())) == len(ids)
@@ -409,7 +409,7 @@ def test_identity_does_not_change_with_places_names_or_order() -> None:
         {"datasets": [{"name": "d", "path": "/elsewhere"}]},
         {"methods": [{"name": "fft"}, {"name": "iisan"}]},
     ):
-        moved = Dataset(Path("/elsewhere"), BOTH.fingerprint, BOTH.modalities)
+        moved = PreparedDataset(Path("/elsewhere"), BOTH.fingerprint, BOTH.modalities)
         found = cells(data=moved, **({"methods": [{"name": "iisan"}]} | changes))
         assert [cell_id(cell, "v") for cell in found if cell.method == "iisan"] == [cell_id(plain, "v")]
     # A further trial leaves the first one as it is.

@@ -1,7 +1,7 @@
 """``tpme ab``: the same cells with two revisions of the code, interleaved on one device.
 
-Base and head take turns (A B B A ...), so that whatever slows the machine for a while slows both. What then looks
-changed is measured once more before anything is said about it.
+Base and head take turns (A B B A ...): what slows the machine for a while slows both. A cell that looks changed is
+measured once more before it is judged.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 SIDES = ("base", "head")
 MOST_TIMES = 4
-"""How often a cell is measured at most: twice where it looks changed, more often where noise hides how much."""
+"""Most measurements of a cell: two where it looks changed, more where noise hides by how much."""
 _SIDE_SCRIPT = Path(__file__).parents[1] / "run" / "side.py"
 
 
@@ -160,8 +160,8 @@ def compare(
     both = [pair for pair in pairs if len(pair.jobs) == len(SIDES)]
     names = (sides[0].name, sides[1].name)
 
-    def measure(chosen: Sequence[Pair], why: str) -> None:
-        for pair in chosen:
+    def measure(some: Sequence[Pair], why: str) -> None:
+        for pair in some:
             with console.status(escape(f"{pair.cell.label}: {why}")):
                 _interleave(pair, commands, folder, rounds)
 
@@ -215,7 +215,7 @@ def _one_sided(pair: Pair) -> CellVerdict:
 def pair_cells(sides: tuple[Tree, Tree], request: Request, folder: Path, repository: Path) -> list[Pair]:
     """The cells of both sides, paired by what they run; each side plans with its own code.
 
-    Raises UserError where a side cannot plan at all, and where there is nothing to run.
+    Raises UserError where a side cannot plan at all, and where nothing is left to run.
     """
     from tpme.reports.gate.measures import cell_key
 
@@ -248,7 +248,7 @@ def _parse_job(content: dict[str, Any], side: str) -> Job:
 
 
 def _jobs_of_side(side: str, tree: Tree, request: Request, folder: Path, repository: Path) -> Any:
-    """Let a side's own code plan the matrix, in a process of its own."""
+    """The jobs of a side, planned by its own code in its own process."""
     from tpme.bench.record import write_atomically
     from tpme.bench.run.launch import choose_device
     from tpme.bench.run.matrix import presets
@@ -293,7 +293,7 @@ def _interleave(pair: Pair, commands: dict[str, list[str]], folder: Path, rounds
 
 
 def _run(pair: Pair, side: str, python: list[str], folder: Path) -> Recorded:
-    """One run of a cell in the environment of its side; one that leaves no record becomes one."""
+    """One run of a cell in the environment of its side; one that leaves no record gets one."""
     from tpme.bench.run.launch import run_job, slug
     from tpme.reports.data.load import Recorded
 
@@ -306,7 +306,7 @@ def _run(pair: Pair, side: str, python: list[str], folder: Path) -> Recorded:
 
 
 def _new_folder(parent: Path) -> Path:
-    """The first of ``parent/1``, ``parent/2`` ... that is not there yet, made."""
+    """The first of ``parent/1``, ``parent/2`` ... that does not exist yet; it is made."""
     number = 1
     while True:
         try:

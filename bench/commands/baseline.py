@@ -34,8 +34,8 @@ def baseline(
     out: Annotated[Path, typer.Option(help="The baseline file.")],
     runs: Annotated[list[Path] | None, typer.Argument(metavar="RUNS...", help="Run folders.")] = None,
     count: Annotated[str | None, typer.Option(metavar="MATRIX", help="Count this matrix, run nothing.")] = None,
-    update: Annotated[bool, typer.Option("--update", help="Keep what was not measured again.")] = False,
-    replace: Annotated[bool, typer.Option("--replace", help="Write the file anew.")] = False,
+    update: Annotated[bool, typer.Option("--update", help="Keep the cells that were not measured again.")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace the whole file.")] = False,
     settings: Settings = None,
     methods_path: MethodsPath = None,
     store: Store = None,
@@ -44,7 +44,7 @@ def baseline(
     if bool(runs) == bool(count):
         raise UserError("give either run folders or --count MATRIX")
     if out.exists() and not (update or replace):
-        raise UserError(f"{out}: is there already; --update keeps what was not measured again, --replace nothing")
+        raise UserError(f"{out}: exists already; --update keeps what was not measured again, --replace nothing")
     from rich.console import Console
 
     from tpme.reports.gate.baseline import from_records, updated, write_baseline
@@ -70,7 +70,7 @@ def baseline(
 
 
 def _replaced(out: Path, update: bool, console: Console) -> Baseline | None:
-    """The baseline that stands there; ``None`` for one of another version or a broken one, which can be replaced."""
+    """The baseline to be replaced; ``None`` if it is broken or of another version."""
     from tpme.reports.gate.baseline import read_baseline
 
     try:

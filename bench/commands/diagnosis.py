@@ -1,7 +1,7 @@
 """What this machine has, and how each quantity of a report is measured on it.
 
-Nothing is guessed from a version number: every instrument is tried out on a fraction of a second of work, and what
-it then says, or why it says nothing, is shown.
+Nothing is guessed from a version number: every instrument is tried on a fraction of a second of work. Shown is its
+reading, or why it has none.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Hub(Frozen):
 
 
 class Quantity(Frozen):
-    """One quantity of the report on this machine: ``state`` is ``no`` when it cannot be had, and ``why`` says why."""
+    """One quantity of the report on this machine; ``why`` says why its ``state`` is not ``yes``."""
 
     name: str
     how: str
@@ -62,7 +62,7 @@ class Quantity(Frozen):
 
 
 class Diagnosis(Frozen):
-    """Everything ``tpme doctor`` found out."""
+    """Everything that ``tpme doctor`` shows."""
 
     python: str
     platform: str
@@ -77,7 +77,7 @@ class Diagnosis(Frozen):
     cuda: str
     """Whether torch can compute on a GPU, in words."""
     device: Literal["cpu", "cuda"]
-    """Where ``quantities`` was tried out: the GPU if there is one."""
+    """Where the instruments were tried: the GPU if there is one."""
     driver: str | None
     nvml: str | None
     """Why NVML cannot be used; None where it can."""
@@ -86,11 +86,11 @@ class Diagnosis(Frozen):
     quantities: tuple[Quantity, ...]
     flags: tuple[Flag, ...]
     noise: DeviceNoise | None
-    """As measured on this device once; None where it never was."""
+    """Measured on this device once; None if never."""
 
 
 def diagnose(store: Path) -> Diagnosis:
-    """Look at this machine and try the instruments out (about two seconds, more where CUDA must start).
+    """Inspect this machine and try the instruments (about two seconds, more where CUDA must start).
 
     Args:
         store: where the profiles of devices are.
@@ -103,9 +103,9 @@ def diagnose(store: Path) -> Diagnosis:
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
     profile = None
     try:
-        quantities, flags = try_out(device, nvml)
+        quantities, flags = try_instruments(device, nvml)
         profile = known_profile(environment(device).device_key, store)
-    except RuntimeError as error:  # a GPU that is there, but broken or full
+    except RuntimeError as error:  # a broken or full GPU
         message = str(error).splitlines()[0]
         quantities, flags = (Quantity(name="all", how="a moment of work", state="no", why=message),), ()
     nvml.close()
@@ -133,7 +133,7 @@ def diagnose(store: Path) -> Diagnosis:
     )
 
 
-def try_out(device: str, nvml: Nvml) -> tuple[tuple[Quantity, ...], tuple[Flag, ...]]:
+def try_instruments(device: str, nvml: Nvml) -> tuple[tuple[Quantity, ...], tuple[Flag, ...]]:
     """Measure a moment of work on ``device``; returns what each quantity would be measured by, and all warnings."""
     with measuring(device, nvml=nvml) as log:
         log.baseline()
@@ -162,8 +162,8 @@ def _quantities(device: str, phase: Phase, sampler: Reading) -> Iterator[Quantit
     yield Quantity(name="T epoch time", how=f"{clock}; median over epochs", state="yes")
     yield Quantity(name="P parameters", how="counted from the model: exact, equal everywhere", state="yes")
     if is_cuda(device):
-        chosen = memory.nvml_process_bytes if memory.nvml_process_bytes.valid else memory.nvml_device_bytes
-        yield _quantity("M memory", chosen)
+        reading = memory.nvml_process_bytes if memory.nvml_process_bytes.valid else memory.nvml_device_bytes
+        yield _quantity("M memory", reading)
         yield _quantity("M by process", memory.nvml_process_bytes)
         yield _quantity("M by device", memory.nvml_device_bytes)
         yield _quantity("M by torch", memory.torch_allocated_bytes)
@@ -176,7 +176,7 @@ def _quantities(device: str, phase: Phase, sampler: Reading) -> Iterator[Quantit
     if sampler.value is None:
         yield _quantity("Sampler", sampler)
     else:
-        yield Quantity(name="Sampler", how=f"a process of its own, {sampler.value:.2%} of one core", state="yes")
+        yield Quantity(name="Sampler", how=f"its own process, {sampler.value:.2%} of one core", state="yes")
 
 
 def _quantity(name: str, reading: Reading) -> Quantity:
@@ -213,7 +213,7 @@ def _hub() -> Hub:
     from huggingface_hub import constants
 
     folder = Path(constants.HF_HUB_CACHE)
-    found = sorted(path.name for path in folder.glob("models--*") if any((path / "snapshots").glob("*")))
-    models = tuple(name.removeprefix("models--").replace("--", "/", 1) for name in found)
+    names = sorted(path.name for path in folder.glob("models--*") if any((path / "snapshots").glob("*")))
+    models = tuple(name.removeprefix("models--").replace("--", "/", 1) for name in names)
     offline = constants.HF_HUB_OFFLINE or os.environ.get("TRANSFORMERS_OFFLINE") in ("1", "true")
     return Hub(folder=str(folder), models=models, offline=offline)

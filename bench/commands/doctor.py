@@ -22,7 +22,7 @@ _MARKS = {"yes": Text("yes", "green"), "doubtful": Text("doubtful", "yellow"), "
 def doctor(
     as_json: AsJson = False,
     noise: Annotated[
-        bool, typer.Option("--noise", help="Measure how far equal runs lie apart here first (two minutes).")
+        bool, typer.Option("--noise", help="First measure how much equal runs differ here (two minutes).")
     ] = False,
     store: Store = None,
 ) -> None:

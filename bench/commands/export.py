@@ -29,5 +29,5 @@ def export(
         write_table(frame, out)
         print(f"Written to {out}: {len(frame)} records, {frame.shape[1]} columns")  # noqa: T201
     if mlflow is not None:
-        new, there = push(records, mlflow, experiment)
-        print(f"Pushed to {mlflow}, experiment {experiment}: {new} new runs, {there} were there already")  # noqa: T201
+        new, known = push(records, mlflow, experiment)
+        print(f"Pushed to {mlflow}, experiment {experiment}: {new} new runs, {known} were there already")  # noqa: T201

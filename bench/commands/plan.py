@@ -157,8 +157,8 @@ def _compared(cells: list[PlannedCell]) -> Table:
 
 def _triple(plan: float | None, measured: float | None, write: Callable[[float], str]) -> tuple[str, str, str]:
     """Plan, measured, and measured over plan."""
-    told = [_NONE if value is None else write(value) for value in (plan, measured)]
-    return told[0], told[1], f"{measured / plan:.2f}" if plan and measured else _NONE
+    texts = [_NONE if value is None else write(value) for value in (plan, measured)]
+    return texts[0], texts[1], f"{measured / plan:.2f}" if plan and measured else _NONE
 
 
 def _label(planned: PlannedCell, cells: list[PlannedCell]) -> str:

@@ -102,7 +102,7 @@ def prepare_synthetic(
     workers: Workers = None,
     force: Force = False,
 ) -> None:
-    """The built-in catalogue: invented items and users, with structure to be found."""
+    """The built-in catalogue: synthetic items and users whose interactions can be learned."""
     from tpme.bench.task.sources.synthetic import Synthetic, generate
 
     config = Synthetic(users=users, items=items, seed=seed)

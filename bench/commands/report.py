@@ -15,7 +15,7 @@ def report(
     out: Annotated[Path | None, typer.Option(help="Folder; by default RUN/report, of several runs ./report.")] = None,
     weights: Annotated[str, typer.Option(help="Of T, P and M in TPME; they add up to 1.")] = "0.45,0.10,0.45",
     frame: Annotated[
-        Path | None, typer.Option(help="Measure TPME against the frame in this file; made where it is not there.")
+        Path | None, typer.Option(help="Measure TPME against the frame in this file, which is made if missing.")
     ] = None,
     rows: Annotated[str | None, typer.Option(help="Rows that get a TPME: fft,lora,...")] = None,
     mix: Annotated[bool, typer.Option("--mix", help="One TPME over different devices, protocols or data.")] = False,

@@ -11,7 +11,7 @@ from tpme.bench.commands.options import DeviceName, Matrix, MethodsPath, Setting
 from tpme.bench.errors import UserError
 
 UNFINISHED = frozenset({"error", "killed", "timeout"})
-"""Ends that make the exit code 1: the cell said nothing about its method."""
+"""Ends that make the exit code 1: the cell tells nothing about its method."""
 
 
 def run(
@@ -28,7 +28,7 @@ def run(
     ] = False,
     report: Annotated[bool, typer.Option(help="Write the report at the end.")] = True,
 ) -> None:
-    """Run what is missing of a matrix, every cell in a process of its own, and report."""
+    """Run the unfinished cells of a matrix, each in its own process, and report."""
     from rich.console import Console
     from rich.markup import escape
 
@@ -40,17 +40,17 @@ def run(
     switched_on = [name for name, on in (("compile", compiled), ("cuda_graphs", cuda_graphs)) if on]
     matrix = load_matrix(source, [*(settings or []), *(f"training.{name}=true" for name in switched_on)])
     folder = out or Path("runs") / matrix.name
-    chosen = choose_device(device)
-    if matrix.training.cuda_graphs and chosen == "cpu":
+    device_name = choose_device(device)
+    if matrix.training.cuda_graphs and device_name == "cpu":
         raise UserError("training.cuda_graphs needs a CUDA device, and these cells would run on the CPU; turn it off")
     console = Console()
-    message = f"{matrix.description or source}\nRecords go to {folder}, device {chosen}."
+    message = f"{matrix.description or source}\nRecords go to {folder}, device {device_name}."
     console.print(f"[bold]{escape(matrix.name)}[/]: {escape(message)}")
     results = run_matrix(
         matrix,
         folder,
         store=store_folder(store),
-        device=chosen,
+        device=device_name,
         methods_path=methods_path or [],
         time_limit_s=time_limit,
         console=console,

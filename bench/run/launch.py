@@ -1,8 +1,8 @@
-"""One process and one device per cell: time limits, failures as records, resuming what is missing.
+"""One process and one device per cell: time limits, failures as records, resuming unfinished runs.
 
-A run folder holds ``cells/METHOD-ID/attempt-N.json`` and what lies beside it. A cell whose latest attempt ended in a
-way that would come out the same again is done; one that was killed, ended in an error or never ended is run again. The
-failure of one cell never stops the matrix.
+A run folder holds ``cells/METHOD-ID/attempt-N.json`` and its logs, ranks and samples. A cell is done when another
+attempt would end as its latest one did; a cell that was killed, ended in an error or never ended is run again. The
+failure of one cell does not stop the matrix.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ from tpme.bench.record import (
     write_result,
 )
 from tpme.bench.run.job import Job, time_limit_message
-from tpme.bench.run.matrix import Dataset, DatasetEntry, MatrixFile, expand
+from tpme.bench.run.matrix import DatasetEntry, MatrixFile, PreparedDataset, expand
 from tpme.bench.run.process import Ending, run_process
 from tpme.bench.run.version import code_version
 
 FINISHED: frozenset[Status] = frozenset({"ok", "oom", "diverged", "timeout", "skipped"})
-"""Ends that a second attempt would only repeat; a timeout only where it gets no more time."""
+"""Statuses that another attempt would repeat; ``timeout`` only if the limit is not raised."""
 LONGEST_MESSAGE = 400
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 """What a file system without locks answers."""
@@ -72,7 +72,7 @@ class Task:
 def choose_device(name: str) -> str:
     """``cpu`` or ``cuda``; ``auto`` takes a GPU where torch sees one.
 
-    Raises UserError for another name and for a GPU that is not there.
+    Raises UserError for any other name, and for ``cuda`` without a GPU.
     """
     if name not in ("auto", "cpu", "cuda"):
         raise UserError(f"--device {name}: choose cpu, cuda or auto")
@@ -95,16 +95,16 @@ def store_folder(path: Path | None) -> Path:
     return Path(os.environ.get("TPME_STORE") or Path(cache) / "tpme").resolve()
 
 
-def prepare_datasets(matrix: MatrixFile, store: Path, console: Console) -> dict[str, tuple[Path, Dataset]]:
+def prepare_datasets(matrix: MatrixFile, store: Path, console: Console) -> dict[str, tuple[Path, PreparedDataset]]:
     """Open the matrix's prepared data sets; the built-in catalogue is prepared into the store on first use."""
     from tpme.bench.task.dataset import read_manifest
 
-    found = {}
+    datasets = {}
     for entry in matrix.datasets:
         path = _synthetic(entry, store, console) if entry.path is None else entry.path.expanduser().resolve()
         manifest = read_manifest(path)
-        found[entry.name] = path, Dataset(path, manifest.fingerprint, manifest.modalities)
-    return found
+        datasets[entry.name] = path, PreparedDataset(path, manifest.fingerprint, manifest.modalities)
+    return datasets
 
 
 def _synthetic(entry: DatasetEntry, store: Path, console: Console) -> Path:
@@ -119,8 +119,8 @@ def _synthetic(entry: DatasetEntry, store: Path, console: Console) -> Path:
         first = first_problem(error)
         raise UserError(f"data set '{entry.name}', synthetic.{first.field}: {first.message}") from None
     # Equal settings give equal data only while the code that draws it stays the same.
-    drawn_by = [path.read_bytes() for path in sorted(Path(str(files("tpme.bench.task.sources"))).glob("*.py"))]
-    code = hashlib.sha256(b"".join(drawn_by)).hexdigest()
+    generators = [path.read_bytes() for path in sorted(Path(str(files("tpme.bench.task.sources"))).glob("*.py"))]
+    code = hashlib.sha256(b"".join(generators)).hexdigest()
     identity = f"{settings.model_dump_json()} {entry.image_size} {code}"
     name = hashlib.sha256(identity.encode()).hexdigest()[:12]
     path = store / "datasets" / f"synthetic-{name}"
@@ -134,7 +134,7 @@ def _synthetic(entry: DatasetEntry, store: Path, console: Console) -> Path:
 def make_tasks(
     matrix: MatrixFile, run: Path, store: Path, *, device: str, methods_path: Sequence[Path], console: Console
 ) -> tuple[list[Task], dict[str, Path]]:
-    """All cells of a matrix with their identity, and the paths of the data sets."""
+    """All cells of a matrix with their identities, and the paths of the data sets by name."""
     from tpme.methods.registry import source_file
 
     data = prepare_datasets(matrix, store, console)
@@ -176,7 +176,7 @@ def run_matrix(
 ) -> list[CellResult]:
     """Run every cell of ``matrix`` that is not done; returns the latest records of all its cells, in order.
 
-    Ctrl-C stops the running cell, leaves no record of it, and raises KeyboardInterrupt; a second call goes on there.
+    Ctrl-C stops the running cell, leaves no record of it, and raises KeyboardInterrupt; a second call resumes.
     SIGTERM and SIGHUP do the same and raise SystemExit.
     """
     tasks, paths = make_tasks(matrix, run, store, device=device, methods_path=methods_path, console=console)
@@ -190,7 +190,7 @@ def run_matrix(
             if result is None or not _is_done(result, limit_s):
                 job = job_of(task, paths[task.cell.dataset], store, methods_path, matrix.cache_limit_bytes, limit_s)
                 result = _run_with_bar(job, bars)
-                bars.console.print(_line(result))
+                bars.console.print(_outcome_line(result))
             results.append(result)
             bars.advance(overall)
     return results
@@ -266,7 +266,7 @@ def run_job(
     content: bytes | None = None,
     show: Callable[[str, float], None] = lambda *_: None,
 ) -> CellResult:
-    """Run one attempt in a process of its own; returns its record, written by the cell or, if it left none, here.
+    """Run one attempt in its own process; returns the record that the cell wrote or, if it wrote none, one made here.
 
     Args:
         job: what to run. python: the interpreter; ``-P``: no file of the working directory hides a package.
@@ -298,7 +298,7 @@ def command(job_file: Path, python: Sequence[str]) -> list[str]:
 
 
 def _remove_files(job: Job, but: Path | None = None) -> None:
-    """Remove what an attempt without a record left, so that nothing half-written stays behind."""
+    """Remove the files of an attempt that left no record, save for ``but``."""
     for path in (*job.folder.glob(f"attempt-{job.attempt}.*"), *job.folder.glob(f".attempt-{job.attempt}.*")):
         if path != but:
             path.unlink(missing_ok=True)
@@ -329,7 +329,7 @@ def _failed_result(job: Job, ending: Ending, wall_s: float, began: datetime) -> 
         started_at=began.isoformat(timespec="seconds"),
         wall_s=wall_s,
         time_limit_s=job.time_limit_s,
-        epoch_time_s=Reading.missing("training epochs", f"the cell ended as '{status}' without a record of its own"),
+        epoch_time_s=Reading.missing("training epochs", f"the cell ended as '{status}' without writing a record"),
     )
 
 
@@ -347,14 +347,14 @@ def _last_line(log: Path) -> str:
     return lines[-1][-LONGEST_MESSAGE:] if lines else "no output"
 
 
-def _line(result: CellResult) -> str:
-    """What happened to a cell, in one line."""
+def _outcome_line(result: CellResult) -> str:
+    """The outcome of a cell in one line."""
     label, mark = result.cell.label, "[green]ok[/]" if result.status == "ok" else f"[red]{result.status}[/]"
     if result.failure:
         return f"{escape(f'{label:<18}')} {mark}  {escape(result.failure.message)}"
     best = max((epoch.valid_recall_10 for epoch in result.epochs), default=None)
     epoch_s = result.epoch_time_s.value
-    told = [f"{result.wall_s:.1f} s", f"{epoch_s:.2f} s an epoch" if epoch_s is not None else "nothing to train"]
+    details = [f"{result.wall_s:.1f} s", f"{epoch_s:.2f} s an epoch" if epoch_s is not None else "nothing to train"]
     if best is not None:
-        told.append(f"validation Recall@10 {best:.4f}")
-    return f"{escape(f'{label:<18}')} {mark}  {', '.join(told)}"
+        details.append(f"validation Recall@10 {best:.4f}")
+    return f"{escape(f'{label:<18}')} {mark}  {', '.join(details)}"

@@ -31,14 +31,14 @@ def main() -> None:
     Path(request["answer"]).write_text(json.dumps({"jobs": jobs, "problems": problems}), encoding="utf-8")
 
 
-def _parts(matrix: MatrixFile, wanted: list[str]) -> list[MatrixFile]:
-    """A matrix for each method: one that a revision does not know must not hide the others."""
-    names = [entry.name for entry in matrix.methods]
-    for name in wanted:
-        if name not in names:
-            raise UserError(f"--methods {name}: the matrix has no such row, only {', '.join(dict.fromkeys(names))}")
-    chosen = [entry for entry in matrix.methods if not wanted or entry.name in wanted]
-    return [matrix.model_copy(update={"methods": (entry,)}) for entry in chosen]
+def _parts(matrix: MatrixFile, methods: list[str]) -> list[MatrixFile]:
+    """A matrix for each method: one that a revision does not know does not stop the others."""
+    known = [entry.name for entry in matrix.methods]
+    for name in methods:
+        if name not in known:
+            raise UserError(f"--methods {name}: the matrix has no such row, only {', '.join(dict.fromkeys(known))}")
+    rows = [entry for entry in matrix.methods if not methods or entry.name in methods]
+    return [matrix.model_copy(update={"methods": (entry,)}) for entry in rows]
 
 
 def _jobs(matrix: MatrixFile, request: dict[str, Any]) -> list[dict[str, Any]]:

@@ -28,7 +28,7 @@ Shape = tuple[int, int, int]
 
 
 class Tables:
-    """The tables of a cache under construction. What an interrupted build has saved is kept, the rest is cut off.
+    """The tables of a cache under construction. Rows that an interrupted build saved are kept, the rest is cut off.
 
     Args:
         folder: of the cache; it exists. shapes: of the finished tables, by modality.
@@ -81,12 +81,12 @@ class Tables:
         self.rows += len(next(iter(states.values())))
 
     def save_now_and_then(self, spent_s: float) -> None:
-        """``save``, but not all the time."""
+        """``save``, at most every ``SAVE_EVERY_S`` seconds."""
         if spent_s - self._saved_s >= SAVE_EVERY_S:
             self.save(spent_s)
 
     def save(self, spent_s: float) -> None:
-        """Bring all rows so far safely to the disk; ``spent_s`` is what this process has taken."""
+        """Write all rows so far to the disk; ``spent_s`` is the time this process has taken."""
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
@@ -103,7 +103,7 @@ def _header(shape: Shape) -> bytes:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Make ``folder`` and hold it against other builders; the lock dies with its process."""
+    """Make ``folder`` and lock it for one builder; the lock dies with its process."""
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):
         yield

@@ -1,4 +1,4 @@
-"""Making a folder appear all at once: it is built in a locked folder beside its place and then renamed."""
+"""Make a folder appear all at once: build it in a locked folder beside its place, then rename it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from tpme.bench.errors import UserError
 
 @contextmanager
 def workspace(destination: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[Path]:
-    """An empty folder beside ``destination`` to build in; it is removed at the end, whatever happens.
+    """An empty folder beside ``destination`` to build in; it is always removed at the end.
 
-    One process at a time may build for one destination; another one calls ``waiting`` and waits. The lock dies with
-    its process, so what an interrupted or killed one left behind is cleared by the next.
+    One process at a time may build for one destination; any other calls ``waiting`` and waits. The lock dies with
+    its process; the next one clears what an interrupted or killed one left behind.
 
     Raises:
         UserError: the folder cannot be made.
@@ -37,7 +37,7 @@ def workspace(destination: Path, waiting: Callable[[], None] = lambda: None) -> 
 
 
 def publish(folder: Path, destination: Path, *, replace: bool) -> None:
-    """Move the finished ``folder``, which lies in the workspace, to ``destination``.
+    """Move the finished ``folder``, which is in the workspace, to ``destination``.
 
     Raises:
         UserError: something has appeared there meanwhile, and ``replace`` is not set.
