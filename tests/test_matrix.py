@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 
 from tpme.bench.errors import UserError
 from tpme.bench.record import Cell, EncoderSpec, cell_id
@@ -263,7 +263,7 @@ CONFLICTS: dict[str, tuple[dict[str, Any], str]] = {
 def test_a_mistake_in_the_file_is_one_line_that_says_where(name: str, tmp_path: Path) -> None:
     changes, message = MISTAKES[name]
     path = tmp_path / "m.toml"
-    path.write_text("\n".join(f"{key} = {to_toml(value)}" for key, value in raw(**changes).items()))
+    path.write_text(tomli_w.dumps(raw(**changes)))
     with pytest.raises(UserError, match=message) as error:
         load_matrix(str(path))
     assert str(error.value).startswith(f"{path}: ")
@@ -457,11 +457,3 @@ def test_an_encoder_in_a_folder_is_known_by_its_content(tmp_path: Path) -> None:
     )
     hub = EncoderSpec(source="somebody/text", revision="v1")
     assert pinned(hub) == hub
-
-
-def to_toml(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key} = {to_toml(entry)}" for key, entry in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(to_toml, value)) + "]"
-    return "inf" if value == float("inf") else json.dumps(value)
