@@ -16,19 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from tpme.bench.commands.gate import (
-    BenchmarkFile,
-    Everything,
-    Github,
-    JsonFile,
-    JunitFile,
-    MarkdownFile,
-    Require,
-    ResidentBound,
-    TimeThreshold,
-    policy_of,
-    publish,
-)
+from tpme.bench.commands import gate
 from tpme.bench.commands.options import DeviceName, Settings, split_names
 from tpme.bench.errors import UserError, first_problem
 
@@ -90,15 +78,15 @@ def ab(
     device: DeviceName = "auto",
     time_limit: Annotated[float | None, typer.Option(min=1, help="Seconds a run may take.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the records; by default runs/ab.")] = None,
-    time_threshold: TimeThreshold = 0.10,
-    resident_bound: ResidentBound = 0.05,
-    require: Require = None,
-    everything: Everything = False,
-    github: Github = False,
-    as_json: JsonFile = None,
-    as_markdown: MarkdownFile = None,
-    as_junit: JunitFile = None,
-    as_benchmark: BenchmarkFile = None,
+    time_threshold: gate.TimeThreshold = 0.10,
+    resident_bound: gate.ResidentBound = 0.05,
+    require: gate.Require = None,
+    everything: gate.Everything = False,
+    github: gate.Github = False,
+    as_json: gate.JsonFile = None,
+    as_markdown: gate.MarkdownFile = None,
+    as_junit: gate.JunitFile = None,
+    as_benchmark: gate.BenchmarkFile = None,
 ) -> None:
     """Compare two revisions of a repository, their runs interleaved on this machine. Exit codes as in 'tpme check'."""
     from rich.console import Console
@@ -106,33 +94,17 @@ def ab(
 
     from tpme.bench.run.trees import trees
 
-    policy = policy_of(require, time_threshold=time_threshold, resident_bound=resident_bound)
-    request = Request(
-        matrix=matrix,
-        settings=settings or [],
-        methods=split_names(methods),
-        methods_path=methods_path or [],
-        rounds=rounds,
-        device=device,
-        time_limit_s=time_limit,
-    )
+    policy = gate.policy_of(require, time_threshold=time_threshold, resident_bound=resident_bound)
+    rows, folders = split_names(methods), methods_path or []
+    request = Request(matrix, settings or [], rows, folders, rounds, device, time_limit)
     console = Console()
     with trees(repository, base, head) as sides:
         folder = _new_folder(out or Path("runs") / "ab")
-        message = f"{sides[0].name} against {sides[1].name}; records go to {folder}"
-        console.print(escape(message), highlight=False)
+        console.print(escape(f"{sides[0].name} against {sides[1].name}; records go to {folder}"), highlight=False)
         started = time.perf_counter()
         pairs = pair_cells(sides, request, folder, repository)
         report = compare(pairs, sides, policy, folder, rounds=request.rounds, started=started, console=console)
-    publish(
-        report,
-        everything=everything,
-        github=github,
-        as_json=as_json,
-        as_markdown=as_markdown,
-        as_junit=as_junit,
-        as_benchmark=as_benchmark,
-    )
+    gate.publish(report, everything, github, as_json, as_markdown, as_junit, as_benchmark)
 
 
 def compare(

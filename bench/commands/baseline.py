@@ -65,8 +65,8 @@ def baseline(
     )
     for name, device in new.devices.items():
         floor = "unknown" if device.noise.time is None else f"{device.noise.time:.1%}"
-        noise = f"noise of time {floor} on {name} ({device.noise.source})"
-        console.print(noise, markup=False, highlight=False, soft_wrap=True)
+        line = f"noise of time {floor} on {name} ({device.noise.source})"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _replaced(out: Path, update: bool, console: Console) -> Baseline | None:

@@ -8,19 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tpme.bench.commands.gate import (
-    BenchmarkFile,
-    Everything,
-    Github,
-    JsonFile,
-    JunitFile,
-    MarkdownFile,
-    Require,
-    ResidentBound,
-    TimeThreshold,
-    policy_of,
-    publish,
-)
+from tpme.bench.commands import gate
 
 if TYPE_CHECKING:
     from tpme.reports.gate.baseline import Side
@@ -29,25 +17,25 @@ if TYPE_CHECKING:
 def check(
     runs: Annotated[list[Path], typer.Argument(metavar="RUNS...", help="Run folders, record files, or one baseline.")],
     baseline: Annotated[Path, typer.Option(help="Baseline file, or a run folder to be used as one.")],
-    time_threshold: TimeThreshold = 0.10,
+    time_threshold: gate.TimeThreshold = 0.10,
     allocated_bound: Annotated[float, typer.Option(min=0, help="Relative growth of allocated memory.")] = 0.01,
-    resident_bound: ResidentBound = 0.05,
+    resident_bound: gate.ResidentBound = 0.05,
     quality_threshold: Annotated[float, typer.Option(min=0, help="Relative loss of Recall or NDCG.")] = 0.05,
     strict: Annotated[bool, typer.Option(help="Any changed counter, missing or new cell fails.")] = False,
-    require: Require = None,
-    everything: Everything = False,
-    github: Github = False,
-    as_json: JsonFile = None,
-    as_markdown: MarkdownFile = None,
-    as_junit: JunitFile = None,
-    as_benchmark: BenchmarkFile = None,
+    require: gate.Require = None,
+    everything: gate.Everything = False,
+    github: gate.Github = False,
+    as_json: gate.JsonFile = None,
+    as_markdown: gate.MarkdownFile = None,
+    as_junit: gate.JunitFile = None,
+    as_benchmark: gate.BenchmarkFile = None,
 ) -> None:
     """Compare runs with a baseline. Exit codes: 0 fine, 1 regressed, 2 nothing comparable was measured, 3 error."""
     from tpme.reports.gate.baseline import load_baseline, load_runs
     from tpme.reports.gate.check import judge
     from tpme.reports.gate.verdict import conclude
 
-    policy = policy_of(
+    policy = gate.policy_of(
         require,
         time_threshold=time_threshold,
         allocated_bound=allocated_bound,
@@ -68,15 +56,7 @@ def check(
         notes=(*base.notes, *head.notes, *_other_packages(base, head)),
         duration_s=time.perf_counter() - started,
     )
-    publish(
-        report,
-        everything=everything,
-        github=github,
-        as_json=as_json,
-        as_markdown=as_markdown,
-        as_junit=as_junit,
-        as_benchmark=as_benchmark,
-    )
+    gate.publish(report, everything, github, as_json, as_markdown, as_junit, as_benchmark)
 
 
 def _other_packages(base: Side, head: Side) -> tuple[str, ...]:

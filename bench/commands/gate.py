@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from typer.core import TyperCommand
@@ -62,8 +62,6 @@ class GateCommand(TyperCommand):
 
 def policy_of(require: str | None, **bounds: Any) -> Policy:
     """A policy from the options of a command; raises UserError for a value that makes no sense."""
-    from typing import get_args
-
     from pydantic import ValidationError
 
     from tpme.reports.gate.metrics import Kind
@@ -78,7 +76,15 @@ def policy_of(require: str | None, **bounds: Any) -> Policy:
         raise UserError(f"{first.field}: {first.message}") from None
 
 
-def publish(report: GateReport, *, everything: bool, github: bool, **files: Path | None) -> None:
+def publish(
+    report: GateReport,
+    everything: bool,
+    github: bool,
+    as_json: Path | None,
+    as_markdown: Path | None,
+    as_junit: Path | None,
+    as_benchmark: Path | None,
+) -> None:
     """Print the report, write the files that were asked for, and exit with its code."""
     from rich.console import Console
 
@@ -86,7 +92,6 @@ def publish(report: GateReport, *, everything: bool, github: bool, **files: Path
 
     show(report, Console(), everything=everything)
     if github:
-        for line in github_annotations(report):
-            print(line)  # noqa: T201
-    write(report, **files)
+        print(*github_annotations(report), sep="\n")  # noqa: T201
+    write(report, as_json=as_json, as_markdown=as_markdown, as_junit=as_junit, as_benchmark=as_benchmark)
     raise typer.Exit(report.exit_code)

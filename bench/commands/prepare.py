@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast, get_args
 
@@ -46,15 +47,8 @@ def prepare_iisan(
     from tpme.bench.task.sources.iisan import read_iisan
 
     chosen = parse_modalities(modalities)
-    run_prepare(
-        lambda: read_iisan(source, images=images, modalities=chosen, skip_bad=skip_bad),
-        destination,
-        max_seq_len=max_seq_len,
-        image_size=image_size,
-        workers=workers,
-        skip_bad=skip_bad,
-        force=force,
-    )
+    read = partial(read_iisan, source, images=images, modalities=chosen, skip_bad=skip_bad)
+    run_prepare(read, destination, max_seq_len, image_size, workers, force, skip_bad)
 
 
 @app.command("tables")
@@ -79,15 +73,10 @@ def prepare_tables(
 
     chosen = parse_modalities(modalities)
     columns = Columns(user=user_column, item=item_column, timestamp=time_column, title=title_column)
-    run_prepare(
-        lambda: read_tables(interactions, items, images=images, modalities=chosen, columns=columns, skip_bad=skip_bad),
-        destination,
-        max_seq_len=max_seq_len,
-        image_size=image_size,
-        workers=workers,
-        skip_bad=skip_bad,
-        force=force,
+    read = partial(
+        read_tables, interactions, items, images=images, modalities=chosen, columns=columns, skip_bad=skip_bad
     )
+    run_prepare(read, destination, max_seq_len, image_size, workers, force, skip_bad)
 
 
 @app.command("synthetic")
@@ -107,14 +96,7 @@ def prepare_synthetic(
 
     config = Synthetic(users=users, items=items, seed=seed)
     chosen = parse_modalities(modalities) or ("text", "image")
-    run_prepare(
-        lambda: generate(config).only(chosen),
-        destination,
-        max_seq_len=max_seq_len,
-        image_size=image_size,
-        workers=workers,
-        force=force,
-    )
+    run_prepare(lambda: generate(config).only(chosen), destination, max_seq_len, image_size, workers, force)
 
 
 def parse_modalities(text: str | None) -> tuple[Modality, ...] | None:
@@ -134,12 +116,11 @@ def parse_modalities(text: str | None) -> tuple[Modality, ...] | None:
 def run_prepare(
     read: Callable[[], RawData],
     destination: Path,
-    *,
     max_seq_len: int,
     image_size: int,
-    workers: int | None = None,
+    workers: int | None,
+    force: bool,
     skip_bad: bool = False,
-    force: bool = False,
 ) -> None:
     """Read a source, prepare it and print the result; progress goes to stderr. Raises UserError as these do."""
     from tpme.bench.task.dataset import Dataset
