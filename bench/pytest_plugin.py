@@ -40,7 +40,7 @@ SMALL = (
     "training.users_per_batch=16",
     "training.epochs=2",
 )
-"""What is laid over the preset ``demo`` where a test names no matrix of its own."""
+"""Settings laid over the preset ``demo`` where a test names no matrix."""
 _UNUSED = "is marked tpme(...), but ran no cell: nothing was measured; call the fixture tpme_cell"
 
 
@@ -57,7 +57,7 @@ RunCell = Callable[..., MeasuredCell]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Announce the marker."""
+    """Register the marker."""
     config.addinivalue_line("markers", f"tpme({', '.join(f'{name}=...' for name in LIMITS)}): limits of a cell")
 
 
@@ -70,7 +70,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture
 def tpme_cell(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RunCell]:
-    """A function that runs one cell in a process of its own and returns what it measured.
+    """A function that runs one cell in its own process and returns what it measured.
 
     ``tpme_cell(method, *, matrix=None, options=None, cached=False, methods_path=(), settings=(), device="cpu")``:
     ``matrix`` is a preset or TOML file that gives one data set, one pair of encoders and one seed; its methods are
@@ -82,7 +82,7 @@ def tpme_cell(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RunCel
         cell = _run(method, tmp_path / f"tpme-{len(cells)}", request.config.rootpath, **settings)
         cells.append(cell)
         if len(cells) == 1:
-            _feed_benchmark(request, cell)
+            _report_benchmark(request, cell)
         _check_limits(request.node, cell)
         return cell
 
@@ -131,12 +131,12 @@ def _run(
         pytest.fail(f"tpme_cell: the matrix gives {len(results)} cells, tpme_cell runs one", pytrace=False)
     (result,) = results
     if result.status != "ok":
-        told = result.failure.message if result.failure else "no message"
-        pytest.fail(f"tpme_cell: {method} ended as {result.status}: {told}", pytrace=False)
-    return _measured(result, folder)
+        message = result.failure.message if result.failure else "no message"
+        pytest.fail(f"tpme_cell: {method} ended as {result.status}: {message}", pytrace=False)
+    return _measured_cell(result, folder)
 
 
-def _measured(result: CellResult, folder: Path) -> MeasuredCell:
+def _measured_cell(result: CellResult, folder: Path) -> MeasuredCell:
     from tpme.reports.gate.measures import counters, read_records, step_times
 
     (recorded,) = read_records([folder])
@@ -144,14 +144,14 @@ def _measured(result: CellResult, folder: Path) -> MeasuredCell:
 
 
 def _limits(item: pytest.Item) -> dict[str, float] | None:
-    """The marker's limits; fails the test for one that there is not."""
+    """The marker's limits; fails the test for an unknown one."""
     marker = item.get_closest_marker("tpme")
     if marker is None:
         return None
     unknown = [*map(repr, marker.args), *(name for name in marker.kwargs if name not in LIMITS)]
     if unknown or not marker.kwargs:
-        found = f"{unknown[0]} is no limit" if unknown else "it limits nothing"
-        pytest.fail(f"{item.name}: marker tpme: {found}; there are {', '.join(LIMITS)}", pytrace=False)
+        problem = f"{unknown[0]} is no limit" if unknown else "it limits nothing"
+        pytest.fail(f"{item.name}: marker tpme: {problem}; there are {', '.join(LIMITS)}", pytrace=False)
     return dict(marker.kwargs)
 
 
@@ -161,8 +161,8 @@ def _check_limits(item: pytest.Item, cell: MeasuredCell) -> None:
         missing = [counter for counter in LIMITS[name] if counter not in cell.counters]
         if missing:
             reading = cell.result.counters.get(missing[0])
-            why = reading.reason if reading is not None else "the cell does not count it"
-            broken.append(f"{name}={limit:,}: {missing[0]} of {label} is not known: {why}")
+            reason = reading.reason if reading is not None else "the cell does not count it"
+            broken.append(f"{name}={limit:,}: {missing[0]} of {label} is not known: {reason}")
             continue
         value = sum(cell.counters[counter] for counter in LIMITS[name])
         if value > limit:
@@ -174,15 +174,15 @@ def _check_limits(item: pytest.Item, cell: MeasuredCell) -> None:
 # --- pytest-benchmark ----------------------------------------------------------------------------------------
 
 
-def _feed_benchmark(request: pytest.FixtureRequest, cell: MeasuredCell) -> None:
+def _report_benchmark(request: pytest.FixtureRequest, cell: MeasuredCell) -> None:
     """Hand the step times to pytest-benchmark, unless the test uses it itself: its fixture works once."""
     config = request.config
     if not config.pluginmanager.hasplugin("benchmark") or "benchmark" in request.fixturenames:
         return
     if config.getoption("benchmark_skip", False) or not len(cell.step_s):
         return
-    given = request.node.get_closest_marker("benchmark")
-    options = {} if given is None else given.kwargs
+    marker = request.node.get_closest_marker("benchmark")
+    options = {} if marker is None else marker.kwargs
     request.node.add_marker(pytest.mark.benchmark(**options, timer=_replayed(cell.step_s)), append=False)
     benchmark = request.getfixturevalue("benchmark")
     benchmark.extra_info.update(_extra_info(cell))

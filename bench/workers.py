@@ -1,4 +1,4 @@
-"""Worker processes beside this one: Ctrl-C reaches this process alone, and they do not outlive it."""
+"""Worker processes beside this one: Ctrl-C reaches this process alone, and workers end with it."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ def available_cores() -> int:
 def worker_processes(
     count: int, prepare: Callable[..., None] | None = None, *arguments: Any, fork: bool = False
 ) -> Iterator[Submit]:
-    """At most ``count`` processes, started as they are needed; what nobody waits for any more is cancelled at the end.
+    """At most ``count`` processes, started on demand; pending work is cancelled at the end.
 
     Args:
         count: of processes.
         prepare: called with ``arguments`` in every process before its first work.
-        fork: processes have what this one has, at once, where otherwise each loads its modules and unpickles its
-            ``arguments``; allowed only while no other thread of this process may hold a lock that they need.
+        fork: processes start with this one's memory instead of loading modules and unpickling ``arguments``; only
+            safe while no other thread of this process holds a lock that they need.
     """
     context = multiprocessing.get_context("fork" if fork else "spawn")
     pool = ProcessPoolExecutor(count, mp_context=context, initializer=_start, initargs=(prepare, arguments))
 
-    def submit(function: Callable[..., Any], *given: Any) -> Future[Any]:
-        with _interrupts_held():
-            return pool.submit(function, *given)
+    def submit(function: Callable[..., Any], *values: Any) -> Future[Any]:
+        with _deferred_interrupts():
+            return pool.submit(function, *values)
 
     try:
         yield submit
@@ -47,37 +47,37 @@ def worker_processes(
 
 
 def _start(prepare: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
-    """Do not outlive the parent if it is killed."""
+    """Prepare a worker, which exits when its parent dies."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def follow() -> None:
+    def exit_with_parent() -> None:
         parent.join()
         os._exit(1)
 
-    threading.Thread(target=follow, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
     if prepare is not None:
         prepare(*arguments)
 
 
 @contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """A Ctrl-C in here is heard at the end: in the middle of a start it would leave a process that nobody ends.
+def _deferred_interrupts() -> Iterator[None]:
+    """Defer Ctrl-C to the end of the block: in the middle of a start it would leave an orphan process.
 
-    Processes started in here are born with it blocked: it is the parent that ends them then.
+    Processes started in the block have it blocked; their parent ends them.
     """
-    came: list[int] = []
+    received: list[int] = []
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    # Blocked in this thread, it goes to another one, and is heard in the main thread all the same.
+    # Blocked in this thread, it goes to another one, and still reaches the main thread's handler.
     main = threading.current_thread() is threading.main_thread()
-    handler = signal.signal(signal.SIGINT, lambda number, _frame: came.append(number)) if main else None
+    handler = signal.signal(signal.SIGINT, lambda number, _frame: received.append(number)) if main else None
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         if main:
             signal.signal(signal.SIGINT, handler)
-        if came:
+        if received:
             signal.raise_signal(signal.SIGINT)
 
 

@@ -2,12 +2,14 @@
 
 Methods come from three sources: this package, the entry-point group ``tpme.methods`` of installed packages
 (``name = "package.module:Class"``), and folders passed as ``--methods-path`` (every ``*.py`` file there defines
-``METHOD = Class`` and is the method named like the file; files whose names start with ``_`` are ignored).
+``METHOD = Class`` and is the method named like the file; files whose names start with ``_`` are helpers,
+which the others import with ``from ._helper import ...``).
 """
 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
 import importlib.util
 import sys
@@ -19,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from tpme.bench.errors import UserError
+from tpme.bench.errors import UserError, first_problem, one_line
 
 if TYPE_CHECKING:
     from tpme.methods.base import Method
@@ -88,10 +90,11 @@ def create(name: str, options: Mapping[str, Any], methods_path: Sequence[Path] =
     try:
         return definition(definition.Config(**options))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "options"
+        first = first_problem(error)
         fields = ", ".join(definition.Config.model_fields) or "none"
-        raise UserError(f"method '{name}', option '{where}': {first['msg']}; its options are: {fields}") from None
+        raise UserError(
+            f"method '{name}', option '{first.field or 'options'}': {first.message}; its options are: {fields}"
+        ) from None
 
 
 def source_file(name: str, methods_path: Sequence[Path] = ()) -> Path:
@@ -109,21 +112,35 @@ def _import_module(name: str) -> ModuleType:
 
 
 def _import_file(path: Path) -> ModuleType:
-    name = f"tpme_method_{path.stem}"
-    if name in sys.modules and sys.modules[name].__file__ == str(path):
+    """Load a method's file as a module of a package that is its folder: ``from ._helper import`` works in it.
+
+    ``from _helper import`` at the top of the file works, too.
+    """
+    folder = str(path.parent)
+    package = f"tpme_methods_{hashlib.sha256(folder.encode()).hexdigest()[:12]}"
+    name = f"{package}.{path.stem}"
+    if name in sys.modules:
         return sys.modules[name]
+    sys.modules.setdefault(package, ModuleType(package)).__path__ = [folder]
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    before = set(sys.modules)
     sys.modules[name] = module
+    sys.path.append(folder)
     try:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
         raise UserError(_broken(str(path), error)) from error
+    finally:
+        sys.path.remove(folder)
+        for helper in set(sys.modules) - before:  # a helper of another folder may have the same name
+            if helper.startswith("_") and getattr(sys.modules[helper], "__file__", None) == f"{folder}/{helper}.py":
+                del sys.modules[helper]
     return module
 
 
 def _broken(origin: str, error: Exception) -> str:
-    return f"{origin}: cannot be imported ({type(error).__name__}: {' '.join(str(error).split())})"
+    return f"{origin}: cannot be imported ({one_line(error)})"

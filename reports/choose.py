@@ -7,21 +7,17 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from rich.console import Console
 
 from tpme.bench.errors import UserError
 from tpme.bench.quantities import QUALITY_DIGITS, byte_unit, bytes_text, number, quantity
 from tpme.reports.data.section import Section
 from tpme.reports.data.trials import Line
-from tpme.reports.report import make_report
 from tpme.reports.tables import fields
 from tpme.reports.tables.fields import table_of
 from tpme.reports.tables.table import Column, Entry, Table, plain
-from tpme.reports.tables.terminal import to_terminal
 
 BYTES = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 SECONDS = {"ms": 1e-3, "s": 1, "min": 60, "h": 3600}
@@ -258,40 +254,3 @@ def to_json(choices: Sequence[Choice], limits: Limits) -> str:
         )
     content = {"limits": dict(limits.items), "device": limits.device, "groups": groups}
     return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
-
-
-def choose_command(
-    runs: Sequence[Path],
-    *,
-    max_memory: str | None,
-    max_epoch_time: str | None,
-    max_params: str | None,
-    min_ndcg10: float | None,
-    min_recall10: float | None,
-    device: str | None,
-    as_json: bool,
-) -> int:
-    """Print the answer and return the exit code: 0 where a row qualifies, 1 where none does."""
-
-    def given(option: str, text: str | None, units: Mapping[str, float], example: str) -> float | None:
-        return None if text is None else parse_quantity(option, text, units, example)
-
-    asked = {
-        "memory_bytes": given("--max-memory", max_memory, BYTES, "8GB"),
-        "epoch_time_s": given("--max-epoch-time", max_epoch_time, SECONDS, "60s"),
-        "trainable_millions": given("--max-params", max_params, MILLIONS, "5M"),
-        "ndcg_10": min_ndcg10,
-        "recall_10": min_recall10,
-    }
-    limits = Limits({key: bound for key, bound in asked.items() if bound is not None}, device)
-    choices = choose(make_report(runs).sections, limits)
-    if as_json:
-        print(to_json(choices, limits))  # noqa: T201
-    else:
-        console = Console()
-        for choice in choices:
-            if choice.qualifying:
-                console.print(to_terminal(qualifying_table(choice, limits), console.width), "")
-            if choice.rejected:
-                console.print(to_terminal(rejected_table(choice, limits), console.width), "")
-    return 0 if any(choice.qualifying for choice in choices) else 1

@@ -17,6 +17,7 @@ from string import Template
 from typing import Any
 
 import pandas as pd
+import tomli_w
 
 from tpme.bench.record import Cell, CellResult, DatasetFacts
 from tpme.reports.data.load import Recorded, load_samples, stretches, thin
@@ -158,7 +159,7 @@ def matrix_of(cell: Cell, facts: DatasetFacts | None = None) -> str:
         data["path"] = "FOLDER"
     else:
         data |= {"synthetic": facts.synthetic, "image_size": facts.image_size}
-    head = [f"data: {_toml(cell.dataset)}, fingerprint {cell.dataset_fingerprint[:12]}"]
+    head = [f"data: {json.dumps(cell.dataset, ensure_ascii=False)}, fingerprint {cell.dataset_fingerprint[:12]}"]
     if "path" in data:
         head.append("fill in: path, the folder of that data, prepared; or in its place the synthetic settings it had")
     encoders = {"text": cell.text_encoder, "image": cell.image_encoder}
@@ -181,18 +182,11 @@ def matrix_of(cell: Cell, facts: DatasetFacts | None = None) -> str:
         "training": cell.training.model_dump(mode="json", exclude_none=True),
         "lr": cell.lr.model_dump(),
     }
-    text = [f"# {line}" for line in head] + [f"{key} = {_toml(value)}" for key, value in lines.items()]
-    return "\n".join(text) + "\n"
+    return "".join(f"# {line}\n" for line in head) + tomli_w.dumps(_without_none(lines))
 
 
-def _toml(value: Any) -> str:
+def _without_none(value: Any) -> Any:
+    """``value`` without what TOML cannot hold."""
     if isinstance(value, Mapping):
-        inside = ", ".join(f"{_key(key)} = {_toml(one)}" for key, one in value.items() if one is not None)
-        return f"{{ {inside} }}" if inside else "{}"
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_toml, value))}]"
-    return json.dumps(value, ensure_ascii=False)  # TOML writes numbers, booleans and strings as JSON does
-
-
-def _key(key: str) -> str:
-    return key if key.replace("_", "").isalnum() and key.isascii() else json.dumps(key)
+        return {key: _without_none(entry) for key, entry in value.items() if entry is not None}
+    return [_without_none(entry) for entry in value] if isinstance(value, list | tuple) else value

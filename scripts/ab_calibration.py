@@ -25,7 +25,7 @@ from typing import Any
 from rich.console import Console
 from workload import put
 
-from tpme.bench.commands.ab import Pair, Request, compare, plan_pairs
+from tpme.bench.commands.ab import Pair, Request, compare, pair_cells
 from tpme.bench.record import find_results, read_result
 from tpme.bench.run.trees import Tree, trees
 from tpme.reports.gate.gate_metrics import METRICS
@@ -132,7 +132,7 @@ def _repository(root: Path, folder: Path, console: Console) -> Path:
     _commit(root, METHOD.replace("SLOWDOWN, HELD_BYTES = 0.0, 0", "SLOWDOWN, HELD_BYTES = 0.2, 0"), "20 % slower steps")
     first = _new(folder / "first")
     with trees(root, "base", "base") as sides:
-        _compare(sides, plan_pairs(sides, _request(folder, root), first, root), first, console, rounds=1)
+        _compare(sides, pair_cells(sides, _request(folder, root), first, root), first, console, rounds=1)
     peaks = [memory(read_result(path))["host_rss_bytes"] for path in find_results([first])]
     held = f"SLOWDOWN, HELD_BYTES = 0.0, {round(0.1 * min(peaks))}"
     _commit(root, METHOD.replace("SLOWDOWN, HELD_BYTES = 0.0, 0", held), "10 % more memory")
@@ -167,7 +167,7 @@ def _calibrate(kind: Kind, repository: Path, folder: Path, results: Path, consol
         return
     home = _new(folder / _tag(kind.name))
     with trees(repository, "base", _tag(kind.name)) as sides:
-        planned = plan_pairs(sides, _request(folder, repository), home, repository)
+        planned = pair_cells(sides, _request(folder, repository), home, repository)
         for number in range(done + 1, kind.times + 1):
             report = _compare(sides, planned, home / str(number), console)
             line = _line(kind, report, home / str(number))

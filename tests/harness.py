@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import tomli_w
 from rich.console import Console
 
 from tpme.bench.measure.phases import measuring
@@ -84,11 +84,7 @@ class World:
 
     def write(self, path: Path, matrix: MatrixFile) -> Path:
         """``matrix`` as a TOML file."""
-        path.write_text(
-            "\n".join(
-                f"{key} = {_toml(value)}" for key, value in matrix.model_dump(mode="json").items() if value is not None
-            )
-        )
+        path.write_text(tomli_w.dumps(matrix.model_dump(mode="json", exclude_none=True)))
         return path
 
 
@@ -152,11 +148,3 @@ def write_method(folder: Path, name: str, body: str) -> None:
         f'"""A method of the tests."""\nimport torch\nfrom tpme.methods.base import *\n\n'
         f"class Mine(Method):\n{text}\n\nMETHOD = Mine\n"
     )
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key} = {_toml(entry)}" for key, entry in value.items() if entry is not None) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_toml, value)) + "]"
-    return json.dumps(value)

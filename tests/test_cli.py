@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from tpme.bench import cli
@@ -57,13 +58,16 @@ def test_a_mistake_is_one_line_and_code_2(arguments: tuple[str, ...], told: str)
 
 
 def test_switches_of_run_are_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[list[str]] = []
-    monkeypatch.setattr(
-        "tpme.bench.commands.run.run_command", lambda _matrix, **how: given.append(how["settings"]) or 0
-    )
+    laid_over: list[list[str]] = []
+
+    def load(_source: str, settings: list[str]) -> None:
+        laid_over.append(settings)
+        raise typer.Exit
+
+    monkeypatch.setattr("tpme.bench.run.matrix.load_matrix", load)
     for switches in ((), ("--compile",), ("--set", "seeds=[4]", "--cuda-graphs")):
         assert CliRunner().invoke(cli.app, ["run", "demo", *switches]).exit_code == 0
-    assert given == [[], ["training.compile=true"], ["seeds=[4]", "training.cuda_graphs=true"]]
+    assert laid_over == [[], ["training.compile=true"], ["seeds=[4]", "training.cuda_graphs=true"]]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
-from tpme.bench.commands.check import guarded
+from tpme.bench import cli
 from tpme.bench.run.matrix import load_matrix
 from tpme.methods.registry import BUILTIN
 from tpme.reports.gate.baseline import read_baseline
@@ -152,11 +152,15 @@ def test_mistakes_exit_with_3(check: Tpme, counted: Path, arguments: list[str]) 
     assert "Traceback" not in done.stderr
 
 
-def test_a_bug_is_no_regression(capsys: pytest.CaptureFixture[str]) -> None:
-    def broken() -> int:
+def test_a_bug_is_no_regression(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(*_: object) -> int:
         raise RuntimeError("a bug")
 
-    assert guarded(broken) == 3  # Python's own 1 would read as a regression
+    monkeypatch.setattr("tpme.reports.gate.baseline.load_runs", broken)
+    baseline = str(ROOT / "baselines" / "base-shape.json")
+    with pytest.raises(SystemExit) as ended:
+        cli.app(["check", "runs", "--baseline", baseline])
+    assert ended.value.code == 3  # Python's own 1 would read as a regression
     assert "RuntimeError: a bug" in capsys.readouterr().err
 
 

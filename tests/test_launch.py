@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import subprocess
@@ -62,7 +63,7 @@ class Stubbed:
         self.world, self.run_folder, self.ran_file, self.patch = world, root / "run", root / "ran", monkeypatch
         script = root / "stub.py"
         script.write_text(STUB)
-        monkeypatch.setattr(launch, "command", lambda job_file: [sys.executable, str(script), str(job_file)])
+        monkeypatch.setattr(launch, "command", lambda job_file, _python: [sys.executable, str(script), str(job_file)])
         monkeypatch.setenv("STUB_RAN", str(self.ran_file))
         self.said = ""
 
@@ -151,6 +152,15 @@ def test_more_seeds_run_only_the_new_ones(stubbed: Stubbed) -> None:
     assert stubbed.ran == [1]
 
 
+def test_a_file_system_without_locks_is_enough(stubbed: Stubbed, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with launch.locked_run(stubbed.run_folder):
+        assert names(stubbed.run_folder) == [".lock"]
+
+
 def test_a_changed_method_from_elsewhere_makes_its_own_cells_stale(stubbed: Stubbed, tmp_path: Path) -> None:
     mine = tmp_path / "methods"
     mine.mkdir()
@@ -227,7 +237,7 @@ def test_what_lies_in_a_run_folder(stubbed: Stubbed) -> None:
 
 
 def test_one_launcher_at_a_time(stubbed: Stubbed, tmp_path: Path) -> None:
-    with launch._alone(stubbed.run_folder), pytest.raises(UserError, match="another 'tpme run' works there"):
+    with launch.locked_run(stubbed.run_folder), pytest.raises(UserError, match="another 'tpme run' works there"):
         stubbed.run("ok")
     assert stubbed.ran == []
     assert stubbed.run("ok")[0].status == "ok"
@@ -296,7 +306,7 @@ def test_every_card_method_runs(card_run: Any, harness: ModuleType) -> None:
 def test_a_second_run_does_nothing(card_run: Any, world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     matrix, folder, results = card_run
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.parent.name != folder.name}
-    monkeypatch.setattr(launch, "command", lambda job_file: pytest.fail("a cell was started"))
+    monkeypatch.setattr(launch, "command", lambda *_: pytest.fail("a cell was started"))
     assert world.run(matrix, folder) == list(results.values())
     assert {path: path.stat().st_mtime_ns for path in before} == before
 

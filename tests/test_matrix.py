@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import subprocess
 import sys
@@ -12,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 
 from tpme.bench.errors import UserError
 from tpme.bench.record import Cell, EncoderSpec, cell_id
-from tpme.bench.run.job import code_version
-from tpme.bench.run.matrix import Dataset, MatrixFile, expand, load_matrix, presets
+from tpme.bench.run.matrix import MatrixFile, PreparedDataset, expand, load_matrix, presets
 from tpme.bench.task.encoders import pin_revision
 
-TEXT = Dataset(Path("/nowhere/text"), "f" * 64, ("text",))
-BOTH = Dataset(Path("/nowhere/both"), "e" * 64, ("text", "image"))
+TEXT = PreparedDataset(Path("/nowhere/text"), "f" * 64, ("text",))
+BOTH = PreparedDataset(Path("/nowhere/both"), "e" * 64, ("text", "image"))
 HUB = {"text": {"source": "somebody/text"}, "image": {"source": "somebody/image"}}
 
 
@@ -35,7 +34,7 @@ def raw(**changes: Any) -> dict[str, Any]:
     return {key: value for key, value in (plain | changes).items() if value is not None}
 
 
-def cells(data: Dataset = BOTH, device: str = "cpu", **changes: Any) -> list[Cell]:
+def cells(data: PreparedDataset = BOTH, device: str = "cpu", **changes: Any) -> list[Cell]:
     matrix = MatrixFile.model_validate(raw(**changes))
     return expand(matrix, {entry.name: data for entry in matrix.datasets}, device=device)
 
@@ -263,9 +262,9 @@ CONFLICTS: dict[str, tuple[dict[str, Any], str]] = {
         "'fft', training: users_per_batch: .*greater than 0",
     ),
     "no image encoder": ({"encoders": [{"text": HUB["text"]}]}, "uses image but gives no image encoder"),
-    "the same twice": ({"methods": [{"name": "id"}, {"name": "id"}]}, "'id' stands in it twice"),
-    "cached twice": ({"methods": [{"name": "iisan", "cached": [True, True]}]}, "'iisan .cached.' stands in it twice"),
-    "the same trial twice": ({"methods": [{"name": "fft", "lr": [1e-3, 1e-3]}]}, "'fft' stands in it twice"),
+    "the same twice": ({"methods": [{"name": "id"}, {"name": "id"}]}, "'id' is in it twice"),
+    "cached twice": ({"methods": [{"name": "iisan", "cached": [True, True]}]}, "'iisan .cached.' is in it twice"),
+    "the same trial twice": ({"methods": [{"name": "fft", "lr": [1e-3, 1e-3]}]}, "'fft' is in it twice"),
     "no such encoder": ({"encoders": [{**HUB, "text": {"source": "./nowhere"}}]}, "'./nowhere': no config.json there"),
     "no such built-in": ({"encoders": [{**HUB, "text": {"source": "builtin:huge"}}]}, "no such built-in encoder"),
 }
@@ -275,7 +274,7 @@ CONFLICTS: dict[str, tuple[dict[str, Any], str]] = {
 def test_a_mistake_in_the_file_is_one_line_that_says_where(name: str, tmp_path: Path) -> None:
     changes, message = MISTAKES[name]
     path = tmp_path / "m.toml"
-    path.write_text("\n".join(f"{key} = {to_toml(value)}" for key, value in raw(**changes).items()))
+    path.write_text(tomli_w.dumps(raw(**changes)))
     with pytest.raises(UserError, match=message) as error:
         load_matrix(str(path))
     assert str(error.value).startswith(f"{path}: ")
@@ -401,7 +400,7 @@ def test_identity_changes_with_everything_that_may_change_the_result() -> None:
     ids = {"plain": cell_id(cells(**plain)[0], "v")}
     for name, changes in CHANGES.items():
         ids[name] = cell_id(cells(**(plain | changes))[0], "v")
-    ids["data"] = cell_id(cells(data=Dataset(BOTH.path, "0" * 64, BOTH.modalities), **plain)[0], "v")
+    ids["data"] = cell_id(cells(data=PreparedDataset(BOTH.path, "0" * 64, BOTH.modalities), **plain)[0], "v")
     ids["device"] = cell_id(cells(device="cuda", **plain)[0], "v")
     ids["code"] = cell_id(cells(**plain)[0], "w")
     assert len(set(ids.values())) == len(ids)
@@ -421,7 +420,7 @@ def test_identity_does_not_change_with_places_names_or_order() -> None:
         {"datasets": [{"name": "d", "path": "/elsewhere"}]},
         {"methods": [{"name": "fft"}, {"name": "iisan"}]},
     ):
-        moved = Dataset(Path("/elsewhere"), BOTH.fingerprint, BOTH.modalities)
+        moved = PreparedDataset(Path("/elsewhere"), BOTH.fingerprint, BOTH.modalities)
         found = cells(data=moved, **({"methods": [{"name": "iisan"}]} | changes))
         assert [cell_id(cell, "v") for cell in found if cell.method == "iisan"] == [cell_id(plain, "v")]
     # A further trial leaves the first one as it is.
@@ -469,22 +468,3 @@ def test_an_encoder_in_a_folder_is_known_by_its_content(tmp_path: Path) -> None:
     )
     hub = EncoderSpec(source="somebody/text", revision="v1")
     assert pin_revision(hub) == hub
-
-
-def test_the_code_version_depends_on_content_alone(tmp_path: Path) -> None:
-    built_in = code_version()
-    assert built_in == code_version()
-    for folder in ("a", "z"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "mine.py").write_text("METHOD = 1")
-    assert code_version(tmp_path / "a" / "mine.py") == code_version(tmp_path / "z" / "mine.py") != built_in
-    (tmp_path / "a" / "mine.py").write_text("METHOD = 2")
-    assert code_version(tmp_path / "a" / "mine.py") != code_version(tmp_path / "z" / "mine.py")
-
-
-def to_toml(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key} = {to_toml(entry)}" for key, entry in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(to_toml, value)) + "]"
-    return "inf" if value == float("inf") else json.dumps(value)

@@ -1,50 +1,37 @@
 """``tpme ab``: the same cells with two revisions of the code, interleaved on one device.
 
-Base and head take turns (A B B A ...), so that whatever slows the machine for a while slows both. What then looks
-changed is measured once more before anything is said about it.
+Base and head take turns (A B B A ...): what slows the machine for a while slows both. A cell that looks changed is
+measured once more before it is judged.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import ValidationError
-from rich.console import Console
-from rich.markup import escape
+import typer
 
-from tpme.bench.commands.check import report_out
-from tpme.bench.commands.run import choose_device
-from tpme.bench.errors import UserError
-from tpme.bench.record import (
-    Cell,
-    CellResult,
-    Failure,
-    Reading,
-    Status,
-    read_result,
-    write_atomically,
-    write_result,
-)
-from tpme.bench.run.launch import command
-from tpme.bench.run.matrix import presets
-from tpme.bench.run.process import run_process
-from tpme.bench.run.trees import Tree, trees
-from tpme.reports.data.load import Recorded
-from tpme.reports.gate.interleaved import judge_runs, suspicious, undecided
-from tpme.reports.gate.measures import cell_key
-from tpme.reports.gate.verdict import CellVerdict, GateReport, Policy, conclude
+from tpme.bench.commands import gate
+from tpme.bench.commands.options import DeviceName, Settings, split_names
+from tpme.bench.errors import UserError, first_problem
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tpme.bench.record import Cell
+    from tpme.bench.run.job import Job
+    from tpme.bench.run.trees import Tree
+    from tpme.reports.data.load import Recorded
+    from tpme.reports.gate.verdict import CellVerdict, GateReport, Policy
 
 SIDES = ("base", "head")
 MOST_TIMES = 4
-"""How often a cell is measured at most: twice where it looks changed, more often where noise hides how much."""
+"""Most measurements of a cell: two where it looks changed, more where noise hides by how much."""
 _SIDE_SCRIPT = Path(__file__).parents[1] / "run" / "side.py"
 
 
@@ -77,19 +64,47 @@ class Pair:
     runs: dict[str, list[Recorded]] = field(default_factory=lambda: {side: [] for side in SIDES})
 
 
-def ab_command(
-    base: str, head: str | None, request: Request, policy: Policy, *, repository: Path, out: Path | None, **output: Any
-) -> int:
-    """Compare two revisions and return the exit code of the gate; ``head=None`` is the work tree."""
+def ab(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Git revision to compare with.")],
+    matrix: Annotated[str, typer.Option(help="Name of a preset, or a TOML file, read once for both sides.")],
+    head: Annotated[str | None, typer.Argument(metavar="HEAD", help="Git revision; by default the work tree.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Only these rows of the matrix: lora,iisan,...")] = None,
+    settings: Settings = None,
+    methods_path: Annotated[
+        list[Path] | None, typer.Option(help="Folder with further methods; in the repository: each side's own.")
+    ] = None,
+    repository: Annotated[Path, typer.Option(help="The git repository that is compared.")] = Path(),
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of each cell on each side before judging.")] = 2,
+    device: DeviceName = "auto",
+    time_limit: Annotated[float | None, typer.Option(min=1, help="Seconds a run may take.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the records; by default runs/ab.")] = None,
+    time_threshold: gate.TimeThreshold = 0.10,
+    resident_bound: gate.ResidentBound = 0.05,
+    require: gate.Require = None,
+    everything: gate.Everything = False,
+    github: gate.Github = False,
+    as_json: gate.JsonFile = None,
+    as_markdown: gate.MarkdownFile = None,
+    as_junit: gate.JunitFile = None,
+    as_benchmark: gate.BenchmarkFile = None,
+) -> None:
+    """Compare two revisions of a repository, their runs interleaved on this machine. Exit codes as in 'tpme check'."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    from tpme.bench.run.trees import trees
+
+    policy = gate.policy_of(require, time_threshold=time_threshold, resident_bound=resident_bound)
+    rows, folders = split_names(methods), methods_path or []
+    request = Request(matrix, settings or [], rows, folders, rounds, device, time_limit)
     console = Console()
     with trees(repository, base, head) as sides:
-        folder = _fresh(out or Path("runs") / "ab")
-        told = f"{sides[0].name} against {sides[1].name}; records go to {folder}"
-        console.print(escape(told), highlight=False)
+        folder = _new_folder(out or Path("runs") / "ab")
+        console.print(escape(f"{sides[0].name} against {sides[1].name}; records go to {folder}"), highlight=False)
         started = time.perf_counter()
-        pairs = plan_pairs(sides, request, folder, repository)
+        pairs = pair_cells(sides, request, folder, repository)
         report = compare(pairs, sides, policy, folder, rounds=request.rounds, started=started, console=console)
-    return report_out(report, **output)
+    gate.publish(report, everything, github, as_json, as_markdown, as_junit, as_benchmark)
 
 
 def compare(
@@ -105,15 +120,20 @@ def compare(
     """Run all cells on both sides, what looks changed once more, what noise hides up to ``MOST_TIMES``, and judge.
 
     Args:
-        pairs: planned by ``plan_pairs``. sides: base and head. folder: for the records. rounds: pairs of runs of each
+        pairs: planned by ``pair_cells``. sides: base and head. folder: for the records. rounds: pairs of runs of each
             cell before it is judged. started: ``time.perf_counter`` of when the command began.
     """
+    from rich.markup import escape
+
+    from tpme.reports.gate.interleaved import judge_runs, suspicious, undecided
+    from tpme.reports.gate.verdict import conclude
+
     commands = {side: tree.command for side, tree in zip(SIDES, sides, strict=True)}
     both = [pair for pair in pairs if len(pair.jobs) == len(SIDES)]
     names = (sides[0].name, sides[1].name)
 
-    def measure(chosen: Sequence[Pair], why: str) -> None:
-        for pair in chosen:
+    def measure(some: Sequence[Pair], why: str) -> None:
+        for pair in some:
             with console.status(escape(f"{pair.cell.label}: {why}")):
                 _interleave(pair, commands, folder, rounds)
 
@@ -135,26 +155,28 @@ def compare(
         doubtful = {cell.key for cell in verdicts if undecided(cell, policy)}
     devices = tuple(sorted({run.device_key for pair in both for runs in pair.runs.values() for run in runs}))
     return conclude(
-        [*verdicts, *(_alone(pair) for pair in pairs if pair not in both)],
+        [*verdicts, *(_one_sided(pair) for pair in pairs if pair not in both)],
         policy,
         command="ab",
         base=names[0],
         head=names[1],
         base_devices=devices,
         head_devices=devices,
-        notes=_told(times, both),
+        notes=_repeat_notes(times, both),
         duration_s=time.perf_counter() - started,
     )
 
 
-def _told(times: dict[str, int], pairs: Sequence[Pair]) -> list[str]:
+def _repeat_notes(times: dict[str, int], pairs: Sequence[Pair]) -> list[str]:
     """Which cells were measured more than once."""
     labels = {number: [pair.cell.label for pair in pairs if times.get(pair.key) == number] for number in times.values()}
     return [f"measured {number} times before judging: {', '.join(labels[number])}" for number in sorted(labels)]
 
 
-def _alone(pair: Pair) -> CellVerdict:
+def _one_sided(pair: Pair) -> CellVerdict:
     """A cell that only one side can run."""
+    from tpme.reports.gate.verdict import CellVerdict
+
     state: Literal["missing", "new"] = "missing" if "base" in pair.jobs else "new"
     return CellVerdict(key=pair.key, name=pair.cell.label, dataset=pair.cell.dataset, state=state, note=pair.problem)
 
@@ -162,22 +184,20 @@ def _alone(pair: Pair) -> CellVerdict:
 # --- planning ------------------------------------------------------------------------------------------------
 
 
-def plan_pairs(sides: tuple[Tree, Tree], request: Request, folder: Path, repository: Path) -> list[Pair]:
+def pair_cells(sides: tuple[Tree, Tree], request: Request, folder: Path, repository: Path) -> list[Pair]:
     """The cells of both sides, paired by what they run; each side plans with its own code.
 
-    Raises UserError where a side cannot plan at all, and where there is nothing to run.
+    Raises UserError where a side cannot plan at all, and where nothing is left to run.
     """
+    from tpme.reports.gate.measures import cell_key
+
     pairs: dict[str, Pair] = {}
     problems: dict[str, str] = {}
     for side, tree in zip(SIDES, sides, strict=True):
-        answer = _ask_side(side, tree, request, folder, repository)
+        answer = _jobs_of_side(side, tree, request, folder, repository)
         problems |= {method: f"{tree.name}: {problem}" for method, problem in answer["problems"].items()}
         for job in answer["jobs"]:
-            try:
-                cell = Cell.model_validate(job["cell"])
-            except ValidationError as error:
-                first = error.errors()[0]["msg"]
-                raise UserError(f"{tree.name}: its cells are not those of this tpme ({first})") from None
+            cell = _parse_job(job, tree.name).cell
             pairs.setdefault(cell_key(cell), Pair(cell_key(cell), cell)).jobs[side] = job
     if not pairs:
         raise UserError(f"nothing to run: {'; '.join(problems.values())}")
@@ -186,31 +206,48 @@ def plan_pairs(sides: tuple[Tree, Tree], request: Request, folder: Path, reposit
     return list(pairs.values())
 
 
-def _ask_side(side: str, tree: Tree, request: Request, folder: Path, repository: Path) -> Any:
-    """Let a side's own code plan the matrix, in a process of its own."""
-    asked, answer = folder / f"{side}.request.json", folder / f"{side}.answer.json"
+def _parse_job(content: dict[str, Any], side: str) -> Job:
+    """A job as this tpme knows it; the code of ``side`` may know fields that this one does not."""
+    from pydantic import ValidationError
+
+    from tpme.bench.run.job import Job
+
+    try:
+        return Job.model_validate({name: value for name, value in content.items() if name in Job.model_fields})
+    except ValidationError as error:
+        message = first_problem(error).message
+        raise UserError(f"{side}: its cells are not those of this tpme ({message})") from None
+
+
+def _jobs_of_side(side: str, tree: Tree, request: Request, folder: Path, repository: Path) -> Any:
+    """The jobs of a side, planned by its own code in its own process."""
+    from tpme.bench.record import write_atomically
+    from tpme.bench.run.launch import choose_device
+    from tpme.bench.run.matrix import presets
+
+    question, answer = folder / f"{side}.request.json", folder / f"{side}.answer.json"
     source = request.matrix if request.matrix in presets() else str(Path(request.matrix).resolve())
     content = {
         "matrix": source,
         "settings": list(request.settings),
         "methods": list(request.methods),
-        "methods_path": [str(_of_side(path, tree, repository)) for path in request.methods_path],
+        "methods_path": [str(_in_checkout(path, tree, repository)) for path in request.methods_path],
         "device": choose_device(request.device),
         "store": str((folder / f"{side}-store").resolve()),
         "runs": str((folder / side).resolve()),
         "time_limit_s": request.time_limit_s,
         "answer": str(answer.resolve()),
     }
-    write_atomically(asked, json.dumps(content, indent=1).encode())
-    command = [*tree.command, str(_SIDE_SCRIPT), str(asked)]
+    write_atomically(question, json.dumps(content, indent=1).encode())
+    command = [*tree.command, str(_SIDE_SCRIPT), str(question)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        told = done.stderr.strip().splitlines() or ["no output"]
-        raise UserError(f"{tree.name}: cannot plan its cells: {told[-1].removeprefix('tpme: ')}")
+        lines = done.stderr.strip().splitlines() or ["no output"]
+        raise UserError(f"{tree.name}: cannot plan its cells: {lines[-1].removeprefix('tpme: ')}")
     return json.loads(answer.read_text(encoding="utf-8"))
 
 
-def _of_side(path: Path, tree: Tree, repository: Path) -> Path:
+def _in_checkout(path: Path, tree: Tree, repository: Path) -> Path:
     """A folder of the repository as the side's checkout has it; any other folder as it is."""
     top = next(parent for parent in (repository.resolve(), *repository.resolve().parents) if (parent / ".git").exists())
     where = path.resolve()
@@ -228,36 +265,20 @@ def _interleave(pair: Pair, commands: dict[str, list[str]], folder: Path, rounds
 
 
 def _run(pair: Pair, side: str, python: list[str], folder: Path) -> Recorded:
-    """One run of a cell in the environment of its side; one that leaves no record becomes one."""
-    slug = re.sub(r"[^A-Za-z0-9]+", "-", pair.cell.label).strip("-")
-    home = folder / side / f"{slug}-{pair.key}" / f"run-{len(pair.runs[side]) + 1}"
-    job = pair.jobs[side] | {"folder": str(home.resolve()), "attempt": 1}
-    job_file, record, log = home / "job.json", home / "attempt-1.json", home / "attempt-1.log"
-    write_atomically(job_file, json.dumps(job, indent=1).encode())
-    began, started = datetime.now(UTC), time.monotonic()
-    limit_s = float(job["time_limit_s"])
-    ending = run_process([*python, *command(job_file)[2:]], log=log, limit_s=limit_s)
-    if not record.exists():
-        status: Status = "timeout" if ending.timed_out else "killed" if ending.code < 0 else "error"
-        message = f"its process ended with code {ending.code} and left no record (log: {log})"
-        result = CellResult(
-            cell_id=job["cell_id"],
-            attempt=1,
-            cell=Cell.model_validate(job["cell"]),
-            code_version=job["code_version"],
-            status=status,
-            failure=Failure(phase="unknown", message=message),
-            started_at=began.isoformat(timespec="seconds"),
-            wall_s=time.monotonic() - started,
-            epoch_time_s=Reading.missing("training epochs", "the run left no record of its own"),
-        )
-        write_result(result, record)
-    result = read_result(record)
-    return Recorded(record, result, result.environment.device_key if result.environment else "unknown device")
+    """One run of a cell in the environment of its side; one that leaves no record gets one."""
+    from tpme.bench.run.launch import run_job, slug
+    from tpme.reports.data.load import Recorded
+
+    home = folder / side / f"{slug(pair.cell)}-{pair.key}" / f"run-{len(pair.runs[side]) + 1}"
+    content = pair.jobs[side] | {"folder": str(home.resolve()), "attempt": 1}
+    job = _parse_job(content, side)
+    result = run_job(job, python, json.dumps(content, indent=1).encode())
+    device_key = result.environment.device_key if result.environment else "unknown device"
+    return Recorded(job.file(".json"), result, device_key)
 
 
-def _fresh(parent: Path) -> Path:
-    """The first of ``parent/1``, ``parent/2`` ... that is not there yet, made."""
+def _new_folder(parent: Path) -> Path:
+    """The first of ``parent/1``, ``parent/2`` ... that does not exist yet; it is made."""
     number = 1
     while True:
         try:

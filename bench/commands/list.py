@@ -1,38 +1,42 @@
-"""What there is to choose from: methods, presets and built-in encoders, as rows for people and for programs."""
+"""``tpme list``: methods, presets and built-in encoders, as tables for people or JSON for programs."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-Rows = list[dict[str, Any]]
+import typer
+
+from tpme.bench.commands.options import AsJson, MethodsPath
+
+app = typer.Typer(no_args_is_help=True, help="Show what there is to choose from.")
 
 
-def methods(methods_path: Sequence[Path] = ()) -> Rows:
-    """One row a method: its name, what it does, whether it can be cached, its options with their defaults."""
+@app.command()
+def methods(as_json: AsJson = False, methods_path: MethodsPath = None) -> None:
+    """The fine-tuning methods and their options."""
     from tpme.methods.registry import available, method_class
 
     rows = []
-    for name, origin in available(methods_path).items():
-        found = method_class(name, methods_path)
+    for name, origin in available(methods_path or []).items():
+        cls = method_class(name, methods_path or [])
         rows.append(
             {
                 "name": name,
-                "what": _summary(sys.modules[found.__module__].__doc__),
-                "cacheable": found.decoupled,
-                "baseline": found.baseline,
-                "options": found.Config().model_dump(mode="json"),
+                "what": _summary(sys.modules[cls.__module__].__doc__),
+                "cacheable": cls.decoupled,
+                "baseline": cls.baseline,
+                "options": cls.Config().model_dump(mode="json"),
                 "origin": origin,
             }
         )
-    return rows
+    _show(rows, as_json)
 
 
-def presets() -> Rows:
-    """One row a matrix that ships with the package."""
+@app.command()
+def presets(as_json: AsJson = False) -> None:
+    """The matrices that ship with the package."""
     from tpme.bench.run.matrix import load_matrix
     from tpme.bench.run.matrix import presets as paths
 
@@ -41,11 +45,12 @@ def presets() -> Rows:
         matrix = load_matrix(name)
         methods = ", ".join(dict.fromkeys(method.name for method in matrix.methods))
         rows.append({"name": name, "what": matrix.description, "protocol": matrix.protocol, "methods": methods})
-    return rows
+    _show(rows, as_json)
 
 
-def encoders() -> Rows:
-    """One row a built-in encoder; any other is given by hub id or folder."""
+@app.command()
+def encoders(as_json: AsJson = False) -> None:
+    """The built-in encoders; any other is given by hub id or folder."""
     from tpme.bench.task.builtin import BUILTIN, builtin_folder
 
     rows = []
@@ -58,10 +63,10 @@ def encoders() -> Rows:
                 "bytes": (builtin_folder(source) / "model.safetensors").stat().st_size,
             }
         )
-    return rows
+    _show(rows, as_json)
 
 
-def show(rows: Rows, *, as_json: bool) -> None:
+def _show(rows: list[dict[str, Any]], as_json: bool) -> None:
     """Print rows as a table for people or as JSON."""
     from rich.console import Console
     from rich.table import Table
@@ -79,13 +84,9 @@ def show(rows: Rows, *, as_json: bool) -> None:
 
 
 def _cell(value: Any) -> str:
-    return (
-        ("yes" if value else "no")
-        if isinstance(value, bool)
-        else f"{value:,}"
-        if isinstance(value, int)
-        else str(value)
-    )
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _summary(docstring: str | None) -> str:

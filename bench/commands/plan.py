@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
+import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tpme.bench.counting.devices import DeviceProfile, load_profile
+from tpme.bench.commands.options import AsJson, Matrix, MethodsPath, Settings, Store
 from tpme.bench.errors import UserError
-from tpme.bench.record import Cell
-from tpme.bench.run.launch import store_folder
-from tpme.bench.run.matrix import load_matrix
-from tpme.bench.run.plan import MatrixPlan, PlannedCell, Work, plan_matrix
+
+if TYPE_CHECKING:
+    from tpme.bench.counting.devices import DeviceProfile
+    from tpme.bench.record import Cell
+    from tpme.bench.run.plan import MatrixPlan, PlannedCell, Work
 
 NARROWEST = 110
 """Columns: a number that is cut to fit a narrow screen, or a pipe, would be a wrong number."""
@@ -23,42 +26,48 @@ _NONE = "–"
 _FITS = {"yes": Text("yes", "green"), "tight": Text("tight", "yellow"), "no": Text("no", "red")}
 
 
-def plan_command(
-    source: str,
-    *,
-    profile: str | None,
-    settings: Sequence[str],
-    users: int | None,
-    items: int | None,
-    runs: Path | None,
-    methods_path: Sequence[Path],
-    store: Path | None,
-    as_json: bool,
-) -> int:
-    """Plan the matrix and print it; the exit code is 1 where a cell could not be counted."""
-    matrix = load_matrix(source, settings)
+def plan(
+    source: Matrix,
+    device_profile: Annotated[
+        str | None, typer.Option(help="h200, h100, a100-80gb, rtx4090, cpu-generic, here, or a TOML file.")
+    ] = None,
+    settings: Settings = None,
+    users: Annotated[int | None, typer.Option(min=1, help="Plan for a data set of so many users.")] = None,
+    items: Annotated[int | None, typer.Option(min=1, help="Plan for a data set of so many items.")] = None,
+    runs: Annotated[Path | None, typer.Option(help="Records to compare with; by default runs/NAME.")] = None,
+    methods_path: MethodsPath = None,
+    store: Store = None,
+    as_json: AsJson = False,
+) -> None:
+    """What a matrix would cost, without running it: memory, FLOPs and, for a device, time."""
+    from tpme.bench.counting.devices import load_profile
+    from tpme.bench.run.launch import store_folder
+    from tpme.bench.run.matrix import load_matrix
+    from tpme.bench.run.plan import plan_matrix
+
+    matrix = load_matrix(source, settings or [])
     folder = store_folder(store)
     if runs is None and (Path("runs") / matrix.name / "cells").is_dir():
         runs = Path("runs") / matrix.name
     elif runs is not None and not runs.exists():
         raise UserError(f"--runs {runs}: no such folder; 'tpme run {source}' writes one")
-    plan = plan_matrix(
+    planned = plan_matrix(
         matrix,
         store=folder,
-        device=load_profile(profile, folder) if profile else None,
+        device=load_profile(device_profile, folder) if device_profile else None,
         users=users,
         items=items,
         runs=runs,
-        methods_path=methods_path,
+        methods_path=methods_path or [],
         console=Console(stderr=True),
     )
     if as_json:
-        print(plan.model_dump_json(indent=1))  # noqa: T201
+        print(planned.model_dump_json(indent=1))  # noqa: T201
     else:
         console = Console()
         console.width = max(console.width, NARROWEST)
-        render(plan, console)
-    return 1 if any(cell.problem for cell in plan.cells) else 0
+        render(planned, console)
+    raise typer.Exit(1 if any(cell.problem for cell in planned.cells) else 0)
 
 
 # --- for people ----------------------------------------------------------------------------------------------------
@@ -148,8 +157,8 @@ def _compared(cells: list[PlannedCell]) -> Table:
 
 def _triple(plan: float | None, measured: float | None, write: Callable[[float], str]) -> tuple[str, str, str]:
     """Plan, measured, and measured over plan."""
-    told = [_NONE if value is None else write(value) for value in (plan, measured)]
-    return told[0], told[1], f"{measured / plan:.2f}" if plan and measured else _NONE
+    texts = [_NONE if value is None else write(value) for value in (plan, measured)]
+    return texts[0], texts[1], f"{measured / plan:.2f}" if plan and measured else _NONE
 
 
 def _label(planned: PlannedCell, cells: list[PlannedCell]) -> str:

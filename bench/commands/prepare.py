@@ -1,24 +1,108 @@
-"""What ``tpme prepare`` shows: progress while it works, and a small table of what came out."""
+"""``tpme prepare``: a data set in the prepared format, with progress while it works and a table of the result."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import cast, get_args
+from typing import TYPE_CHECKING, Annotated, cast, get_args
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from tpme.bench.errors import UserError
-from tpme.bench.record import Modality
-from tpme.bench.task.dataset import Dataset
-from tpme.bench.task.prepare import prepare
-from tpme.bench.task.sources.raw import RawData
+
+if TYPE_CHECKING:
+    from tpme.bench.record import Modality
+    from tpme.bench.task.dataset import Dataset
+    from tpme.bench.task.sources.raw import RawData
+
+app = typer.Typer(no_args_is_help=True, help="Turn a data set into the prepared format that cells read.")
+
+Destination = Annotated[Path, typer.Argument(metavar="DEST", help="Folder to write the prepared data set to.")]
+Images = Annotated[Path | None, typer.Option(help="Folder or zip archive of images named by item.")]
+Modalities = Annotated[str | None, typer.Option(help="text, image or text,image; by default what there is.")]
+ImageSize = Annotated[int, typer.Option(min=1, help="Side of the stored images in pixels.")]
+MaxSeqLen = Annotated[int, typer.Option(min=1, help="Longest input of the sequential encoder.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes that decode images; by default one a core.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave bad input out and count it, instead of stopping.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace another prepared data set at DEST.")]
+
+
+@app.command("iisan")
+def prepare_iisan(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder with items.tsv and users.tsv.")],
+    destination: Destination,
+    images: Images = None,
+    modalities: Modalities = None,
+    image_size: ImageSize = 224,
+    max_seq_len: MaxSeqLen = 10,
+    workers: Workers = None,
+    skip_bad: SkipBad = False,
+    force: Force = False,
+) -> None:
+    """The format of IISAN's Amazon data: items.tsv, users.tsv and images."""
+    from tpme.bench.task.sources.iisan import read_iisan
+
+    chosen = parse_modalities(modalities)
+    read = partial(read_iisan, source, images=images, modalities=chosen, skip_bad=skip_bad)
+    run_prepare(read, destination, max_seq_len, image_size, workers, force, skip_bad)
+
+
+@app.command("tables")
+def prepare_tables(
+    destination: Destination,
+    interactions: Annotated[Path, typer.Option(help="CSV with the columns user, item and timestamp.")],
+    items: Annotated[Path, typer.Option(help="CSV with the columns item and title.")],
+    images: Images = None,
+    modalities: Modalities = None,
+    user_column: Annotated[str, typer.Option(help="Name of that column in the header.")] = "user",
+    item_column: Annotated[str, typer.Option(help="Name of that column in both headers.")] = "item",
+    time_column: Annotated[str, typer.Option(help="Name of the column that orders interactions.")] = "timestamp",
+    title_column: Annotated[str, typer.Option(help="Name of that column in the header.")] = "title",
+    image_size: ImageSize = 224,
+    max_seq_len: MaxSeqLen = 10,
+    workers: Workers = None,
+    skip_bad: SkipBad = False,
+    force: Force = False,
+) -> None:
+    """Two CSV files and images named by item; MicroLens as published, too."""
+    from tpme.bench.task.sources.tables import Columns, read_tables
+
+    chosen = parse_modalities(modalities)
+    columns = Columns(user=user_column, item=item_column, timestamp=time_column, title=title_column)
+    read = partial(
+        read_tables, interactions, items, images=images, modalities=chosen, columns=columns, skip_bad=skip_bad
+    )
+    run_prepare(read, destination, max_seq_len, image_size, workers, force, skip_bad)
+
+
+@app.command("synthetic")
+def prepare_synthetic(
+    destination: Destination,
+    users: Annotated[int, typer.Option(min=1, help="Number of users.")] = 1000,
+    items: Annotated[int, typer.Option(min=40, help="Number of items.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Equal settings and seed give equal data.")] = 12345,
+    modalities: Modalities = None,
+    image_size: ImageSize = 32,
+    max_seq_len: MaxSeqLen = 10,
+    workers: Workers = None,
+    force: Force = False,
+) -> None:
+    """The built-in catalogue: synthetic items and users whose interactions can be learned."""
+    from tpme.bench.task.sources.synthetic import Synthetic, generate
+
+    config = Synthetic(users=users, items=items, seed=seed)
+    chosen = parse_modalities(modalities) or ("text", "image")
+    run_prepare(lambda: generate(config).only(chosen), destination, max_seq_len, image_size, workers, force)
 
 
 def parse_modalities(text: str | None) -> tuple[Modality, ...] | None:
     """``"text,image"`` as the modalities; ``None`` stays ``None``. Raises UserError for any other word."""
+    from tpme.bench.record import Modality
+
     if text is None:
         return None
     words = [word.strip() for word in text.split(",")]
@@ -32,14 +116,16 @@ def parse_modalities(text: str | None) -> tuple[Modality, ...] | None:
 def run_prepare(
     read: Callable[[], RawData],
     destination: Path,
-    *,
     max_seq_len: int,
     image_size: int,
-    workers: int | None = None,
+    workers: int | None,
+    force: bool,
     skip_bad: bool = False,
-    force: bool = False,
 ) -> None:
     """Read a source, prepare it and print the result; progress goes to stderr. Raises UserError as these do."""
+    from tpme.bench.task.dataset import Dataset
+    from tpme.bench.task.prepare import prepare
+
     columns = (TextColumn("{task.description:9}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
         reading = progress.add_task("Reading", total=1)

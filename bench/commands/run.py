@@ -2,72 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
-from rich.console import Console
-from rich.markup import escape
+import typer
 
+from tpme.bench.commands.options import DeviceName, Matrix, MethodsPath, Settings, Store
 from tpme.bench.errors import UserError
-from tpme.bench.record import Status
-from tpme.bench.run.launch import run_matrix, store_folder
-from tpme.bench.run.matrix import load_matrix
 
-UNFINISHED: frozenset[Status] = frozenset({"error", "killed", "timeout"})
-"""Ends that make the exit code 1: the cell said nothing about its method."""
+UNFINISHED = frozenset({"error", "killed", "timeout"})
+"""Ends that make the exit code 1: the cell tells nothing about its method."""
 
 
-def run_command(
-    source: str,
-    *,
-    out: Path | None,
-    device: str,
-    settings: Sequence[str],
-    methods_path: Sequence[Path],
-    store: Path | None,
-    time_limit_s: float | None,
-    report: bool,
-) -> int:
-    """Run the matrix and return the exit code: 1 where a cell ended in an error, was killed or took too long."""
-    if time_limit_s is not None and not time_limit_s > 0:
-        raise UserError(f"--time-limit {time_limit_s:g}: give a number of seconds above 0")
-    console = Console()
-    matrix = load_matrix(source, settings)
-    run = out or Path("runs") / matrix.name
-    chosen = choose_device(device)
-    if matrix.training.cuda_graphs and chosen == "cpu":
+def run(
+    source: Matrix,
+    out: Annotated[Path | None, typer.Option(help="Run folder; by default runs/NAME.")] = None,
+    device: DeviceName = "auto",
+    settings: Settings = None,
+    methods_path: MethodsPath = None,
+    store: Store = None,
+    time_limit: Annotated[float | None, typer.Option(help="Seconds a cell may take.")] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Short for --set training.compile=true.")] = False,
+    cuda_graphs: Annotated[
+        bool, typer.Option("--cuda-graphs", help="Short for --set training.cuda_graphs=true.")
+    ] = False,
+    report: Annotated[bool, typer.Option(help="Write the report at the end.")] = True,
+) -> None:
+    """Run the unfinished cells of a matrix, each in its own process, and report."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    from tpme.bench.run.launch import choose_device, run_matrix, store_folder
+    from tpme.bench.run.matrix import load_matrix
+
+    if time_limit is not None and not time_limit > 0:
+        raise UserError(f"--time-limit {time_limit:g}: give a number of seconds above 0")
+    switched_on = [name for name, on in (("compile", compiled), ("cuda_graphs", cuda_graphs)) if on]
+    matrix = load_matrix(source, [*(settings or []), *(f"training.{name}=true" for name in switched_on)])
+    folder = out or Path("runs") / matrix.name
+    device_name = choose_device(device)
+    if matrix.training.cuda_graphs and device_name == "cpu":
         raise UserError("training.cuda_graphs needs a CUDA device, and these cells would run on the CPU; turn it off")
-    told = f"{matrix.description or source}\nRecords go to {run}, device {chosen}."
-    console.print(f"[bold]{escape(matrix.name)}[/]: {escape(told)}")
+    console = Console()
+    message = f"{matrix.description or source}\nRecords go to {folder}, device {device_name}."
+    console.print(f"[bold]{escape(matrix.name)}[/]: {escape(message)}")
     results = run_matrix(
         matrix,
-        run,
+        folder,
         store=store_folder(store),
-        device=chosen,
-        methods_path=methods_path,
-        time_limit_s=time_limit_s,
+        device=device_name,
+        methods_path=methods_path or [],
+        time_limit_s=time_limit,
         console=console,
     )
     if report:
         from tpme.reports.report import write_report
 
-        write_report([run], run / "report", console=console)
-    return 1 if any(result.status in UNFINISHED for result in results) else 0
-
-
-def choose_device(wanted: str) -> str:
-    """``cpu`` or ``cuda``; ``auto`` takes a GPU where torch sees one.
-
-    Raises UserError for another name and for a GPU that is not there.
-    """
-    if wanted not in ("auto", "cpu", "cuda"):
-        raise UserError(f"--device {wanted}: choose cpu, cuda or auto")
-    if wanted == "cpu":
-        return "cpu"
-    import torch
-
-    if torch.cuda.is_available():
-        return "cuda"
-    if wanted == "cuda":
-        raise UserError("--device cuda: torch sees no CUDA device; 'tpme doctor' says why, --device cpu runs without")
-    return "cpu"
+        write_report([folder], folder / "report", console=console)
+    raise typer.Exit(1 if any(result.status in UNFINISHED for result in results) else 0)

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, get_args
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
-from tpme.bench.errors import UserError
+from tpme.bench.errors import UserError, first_problem
 from tpme.bench.record import Frozen, Precision, Reading, write_atomically
 
 EFFICIENCY_OF_DATASHEET, EFFICIENCY_OF_MEASURED = 0.5, 0.75
@@ -120,10 +120,9 @@ def load_profile(name: str, store: Path) -> DeviceProfile:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{path}: not a readable TOML file: {error}") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        first = first_problem(error)
         raise UserError(
-            f"{path}: field '{where}': {first['msg']}; its fields are {', '.join(DeviceProfile.model_fields)}"
+            f"{path}: field '{first.field}': {first.message}; its fields are {', '.join(DeviceProfile.model_fields)}"
         ) from None
     if "fp32" not in profile.matmul_flop_per_s:
         raise UserError(f"{path}: field 'matmul_flop_per_s': fp32 is missing; every device has it")

@@ -1,26 +1,27 @@
-"""One process and one device per cell: time limits, failures as records, resuming what is missing.
+"""One process and one device per cell: time limits, failures as records, resuming unfinished runs.
 
-A run folder holds ``cells/METHOD-ID/attempt-N.json`` and what lies beside it. A cell whose latest attempt ended in a
-way that would come out the same again is done; one that was killed, ended in an error or never ended is run again. The
-failure of one cell never stops the matrix.
+A run folder holds ``cells/METHOD-ID/attempt-N.json`` and its logs, ranks and samples. A cell is done when another
+attempt would end as its latest one did; a cell that was killed, ended in an error or never ended is run again. The
+failure of one cell does not stop the matrix.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import errno
 import hashlib
 import os
 import re
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -32,7 +33,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from tpme.bench.errors import UserError
+from tpme.bench.errors import UserError, first_problem
 from tpme.bench.record import (
     Cell,
     CellResult,
@@ -46,13 +47,16 @@ from tpme.bench.record import (
     write_atomically,
     write_result,
 )
-from tpme.bench.run.job import Job, code_version, time_limit_message
-from tpme.bench.run.matrix import Dataset, DatasetEntry, MatrixFile, expand
+from tpme.bench.run.job import Job, time_limit_message
+from tpme.bench.run.matrix import DatasetEntry, MatrixFile, PreparedDataset, expand
 from tpme.bench.run.process import Ending, run_process
+from tpme.bench.run.version import code_version
 
 FINISHED: frozenset[Status] = frozenset({"ok", "oom", "diverged", "timeout", "skipped"})
-"""Ends that a second attempt would only repeat; a timeout only where it gets no more time."""
+"""Statuses that another attempt would repeat; ``timeout`` only if the limit is not raised."""
 LONGEST_MESSAGE = 400
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
+"""What a file system without locks answers."""
 
 
 @dataclass(frozen=True)
@@ -65,24 +69,42 @@ class Task:
     folder: Path
 
 
-def store_folder(given: Path | None) -> Path:
+def choose_device(name: str) -> str:
+    """``cpu`` or ``cuda``; ``auto`` takes a GPU where torch sees one.
+
+    Raises UserError for any other name, and for ``cuda`` without a GPU.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device {name}: choose cpu, cuda or auto")
+    if name == "cpu":
+        return "cpu"
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    if name == "cuda":
+        raise UserError("--device cuda: torch sees no CUDA device; 'tpme doctor' says why, --device cpu runs without")
+    return "cpu"
+
+
+def store_folder(path: Path | None) -> Path:
     """Where prepared catalogues, token tables and feature caches are kept between runs."""
-    if given is not None:
-        return given.resolve()
+    if path is not None:
+        return path.resolve()
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("TPME_STORE") or Path(cache) / "tpme").resolve()
 
 
-def prepare_datasets(matrix: MatrixFile, store: Path, console: Console) -> dict[str, tuple[Path, Dataset]]:
+def prepare_datasets(matrix: MatrixFile, store: Path, console: Console) -> dict[str, tuple[Path, PreparedDataset]]:
     """Open the matrix's prepared data sets; the built-in catalogue is prepared into the store on first use."""
     from tpme.bench.task.dataset import read_manifest
 
-    found = {}
+    datasets = {}
     for entry in matrix.datasets:
         path = _synthetic(entry, store, console) if entry.path is None else entry.path.expanduser().resolve()
         manifest = read_manifest(path)
-        found[entry.name] = path, Dataset(path, manifest.fingerprint, manifest.modalities)
-    return found
+        datasets[entry.name] = path, PreparedDataset(path, manifest.fingerprint, manifest.modalities)
+    return datasets
 
 
 def _synthetic(entry: DatasetEntry, store: Path, console: Console) -> Path:
@@ -94,12 +116,11 @@ def _synthetic(entry: DatasetEntry, store: Path, console: Console) -> Path:
     try:
         settings = Synthetic(**(entry.synthetic or {}))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"data set '{entry.name}', synthetic.{where}: {first['msg']}") from None
+        first = first_problem(error)
+        raise UserError(f"data set '{entry.name}', synthetic.{first.field}: {first.message}") from None
     # Equal settings give equal data only while the code that draws it stays the same.
-    drawn_by = [path.read_bytes() for path in sorted(Path(str(files("tpme.bench.task.sources"))).glob("*.py"))]
-    code = hashlib.sha256(b"".join(drawn_by)).hexdigest()
+    generators = [path.read_bytes() for path in sorted(Path(str(files("tpme.bench.task.sources"))).glob("*.py"))]
+    code = hashlib.sha256(b"".join(generators)).hexdigest()
     identity = f"{settings.model_dump_json()} {entry.image_size} {code}"
     name = hashlib.sha256(identity.encode()).hexdigest()[:12]
     path = store / "datasets" / f"synthetic-{name}"
@@ -113,20 +134,24 @@ def _synthetic(entry: DatasetEntry, store: Path, console: Console) -> Path:
 def make_tasks(
     matrix: MatrixFile, run: Path, store: Path, *, device: str, methods_path: Sequence[Path], console: Console
 ) -> tuple[list[Task], dict[str, Path]]:
-    """All cells of a matrix with their identity, and the paths of the data sets."""
-    from tpme.methods.registry import BUILTIN, source_file
+    """All cells of a matrix with their identities, and the paths of the data sets by name."""
+    from tpme.methods.registry import source_file
 
     data = prepare_datasets(matrix, store, console)
     cells = expand(matrix, {name: entry for name, (_, entry) in data.items()}, device=device, methods_path=methods_path)
     names = {cell.method for cell in cells}
-    versions = {name: code_version(None if name in BUILTIN else source_file(name, methods_path)) for name in names}
+    versions = {name: code_version(source_file(name, methods_path)) for name in names}
     tasks = []
     for cell in cells:
         version = versions[cell.method]
         identity = cell_id(cell, version)
-        slug = re.sub(r"[^A-Za-z0-9]+", "-", cell.label).strip("-") or "method"
-        tasks.append(Task(cell, identity, version, run / "cells" / f"{slug}-{identity}"))
+        tasks.append(Task(cell, identity, version, run / "cells" / f"{slug(cell)}-{identity}"))
     return tasks, {name: path for name, (path, _) in data.items()}
+
+
+def slug(cell: Cell) -> str:
+    """The label of a cell as part of a folder's name."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", cell.label).strip("-") or "method"
 
 
 def latest_attempt(folder: Path) -> CellResult | None:
@@ -151,38 +176,42 @@ def run_matrix(
 ) -> list[CellResult]:
     """Run every cell of ``matrix`` that is not done; returns the latest records of all its cells, in order.
 
-    Ctrl-C stops the running cell, leaves no record of it, and raises KeyboardInterrupt; a second call goes on there.
+    Ctrl-C stops the running cell, leaves no record of it, and raises KeyboardInterrupt; a second call resumes.
     SIGTERM and SIGHUP do the same and raise SystemExit.
     """
     tasks, paths = make_tasks(matrix, run, store, device=device, methods_path=methods_path, console=console)
     limit_s = float(matrix.time_limit_s if time_limit_s is None else time_limit_s)
     results = []
-    with _alone(run), _progress(console) as bars:
+    with locked_run(run), _progress(console) as bars:
         write_atomically(run / "matrix.json", (matrix.model_dump_json(indent=1) + "\n").encode())
         overall = bars.add_task("matrix", total=len(tasks), detail="")
         for task in tasks:
             result = latest_attempt(task.folder)
             if result is None or not _is_done(result, limit_s):
                 job = job_of(task, paths[task.cell.dataset], store, methods_path, matrix.cache_limit_bytes, limit_s)
-                result = _run_cell(job, bars)
-                bars.console.print(_line(result))
+                result = _run_with_bar(job, bars)
+                bars.console.print(_outcome_line(result))
             results.append(result)
             bars.advance(overall)
     return results
 
 
 @contextlib.contextmanager
-def _alone(run: Path) -> Iterator[None]:
-    """Hold the run folder against a second launcher, which would run the same cells; the lock dies with its process."""
+def locked_run(run: Path) -> Iterator[None]:
+    """Lock the run folder: a second launcher would run the same cells. The lock dies with its process."""
     run.mkdir(parents=True, exist_ok=True)
-    with (run / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{run}: another 'tpme run' works there; wait for it, or choose another folder") from None
-        except OSError:  # a file system without locks
-            pass
+    lock = FileLock(run / ".lock", fallback_to_soft=False)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"{run}: another 'tpme run' works there; wait for it, or choose another folder") from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def _is_done(result: CellResult, limit_s: float) -> bool:
@@ -223,42 +252,53 @@ def job_of(
     )
 
 
-def _run_cell(job: Job, bars: Progress) -> CellResult:
-    """Run one attempt in its own process and return its record, written by the cell or, if it could not, by us."""
-    job_file, record = job.file(".job.json"), job.file(".json")
+def _run_with_bar(job: Job, bars: Progress) -> CellResult:
     bar = bars.add_task(job.cell.label, total=100, detail="start")
-    started, began = time.monotonic(), datetime.now(UTC)
     try:
-        write_atomically(job_file, job.model_dump_json(indent=1).encode())
-        ending = run_process(
-            command(job_file),
-            log=job.file(".log"),
-            limit_s=job.time_limit_s,
-            show=lambda what, share: bars.update(bar, completed=round(100 * share), detail=what),
-        )
-    except BaseException:
-        if not record.exists():
-            _forget(job)
-        raise
+        return run_job(job, show=lambda what, share: bars.update(bar, completed=round(100 * share), detail=what))
     finally:
         bars.remove_task(bar)
+
+
+def run_job(
+    job: Job,
+    python: Sequence[str] = (sys.executable, "-P"),
+    content: bytes | None = None,
+    show: Callable[[str, float], None] = lambda *_: None,
+) -> CellResult:
+    """Run one attempt in its own process; returns the record that the cell wrote or, if it wrote none, one made here.
+
+    Args:
+        job: what to run. python: the interpreter; ``-P``: no file of the working directory hides a package.
+        content: of the job file, where the cell's code is of another version. show: called with progress.
+    """
+    job_file, record = job.file(".job.json"), job.file(".json")
+    started, began = time.monotonic(), datetime.now(UTC)
+    try:
+        write_atomically(job_file, content or job.model_dump_json(indent=1).encode())
+        ending = run_process(command(job_file, python), log=job.file(".log"), limit_s=job.time_limit_s, show=show)
+    except BaseException:
+        if not record.exists():
+            _remove_files(job)
+        raise
+    finally:
         job_file.unlink(missing_ok=True)
     with contextlib.suppress(RecordError):
         if record.exists():
             return read_result(record)
-    result = _unrecorded(job, ending, time.monotonic() - started, began)
-    _forget(job, but=job.file(".log"))
+    result = _failed_result(job, ending, time.monotonic() - started, began)
+    _remove_files(job, but=job.file(".log"))
     write_result(result, record)
     return result
 
 
-def command(job_file: Path) -> list[str]:
-    """What runs one cell. ``-P``: a file of the working directory must not be imported in place of a package."""
-    return [sys.executable, "-P", "-m", "tpme.bench.run.cell", str(job_file)]
+def command(job_file: Path, python: Sequence[str]) -> list[str]:
+    """The command that runs one cell."""
+    return [*python, "-m", "tpme.bench.run.cell", str(job_file)]
 
 
-def _forget(job: Job, but: Path | None = None) -> None:
-    """Remove what an attempt without a record left, so that nothing half-written stays behind."""
+def _remove_files(job: Job, but: Path | None = None) -> None:
+    """Remove the files of an attempt that left no record, save for ``but``."""
     for path in (*job.folder.glob(f"attempt-{job.attempt}.*"), *job.folder.glob(f".attempt-{job.attempt}.*")):
         if path != but:
             path.unlink(missing_ok=True)
@@ -266,7 +306,7 @@ def _forget(job: Job, but: Path | None = None) -> None:
         job.folder.rmdir()
 
 
-def _unrecorded(job: Job, ending: Ending, wall_s: float, began: datetime) -> CellResult:
+def _failed_result(job: Job, ending: Ending, wall_s: float, began: datetime) -> CellResult:
     """The record of a cell whose process ended without writing one, or wrote one that cannot be read."""
     log = job.file(".log")
     status: Status = "timeout" if ending.timed_out else "killed" if ending.code < 0 else "error"
@@ -289,7 +329,7 @@ def _unrecorded(job: Job, ending: Ending, wall_s: float, began: datetime) -> Cel
         started_at=began.isoformat(timespec="seconds"),
         wall_s=wall_s,
         time_limit_s=job.time_limit_s,
-        epoch_time_s=Reading.missing("training epochs", f"the cell ended as '{status}' without a record of its own"),
+        epoch_time_s=Reading.missing("training epochs", f"the cell ended as '{status}' without writing a record"),
     )
 
 
@@ -307,14 +347,14 @@ def _last_line(log: Path) -> str:
     return lines[-1][-LONGEST_MESSAGE:] if lines else "no output"
 
 
-def _line(result: CellResult) -> str:
-    """What happened to a cell, in one line."""
+def _outcome_line(result: CellResult) -> str:
+    """The outcome of a cell in one line."""
     label, mark = result.cell.label, "[green]ok[/]" if result.status == "ok" else f"[red]{result.status}[/]"
     if result.failure:
         return f"{escape(f'{label:<18}')} {mark}  {escape(result.failure.message)}"
     best = max((epoch.valid_recall_10 for epoch in result.epochs), default=None)
     epoch_s = result.epoch_time_s.value
-    told = [f"{result.wall_s:.1f} s", f"{epoch_s:.2f} s an epoch" if epoch_s is not None else "nothing to train"]
+    details = [f"{result.wall_s:.1f} s", f"{epoch_s:.2f} s an epoch" if epoch_s is not None else "nothing to train"]
     if best is not None:
-        told.append(f"validation Recall@10 {best:.4f}")
-    return f"{escape(f'{label:<18}')} {mark}  {', '.join(told)}"
+        details.append(f"validation Recall@10 {best:.4f}")
+    return f"{escape(f'{label:<18}')} {mark}  {', '.join(details)}"

@@ -1,6 +1,6 @@
 """A matrix file (TOML) -> validated cells: method x dataset x encoders x settings x learning rate x seed.
 
-The shape of the file is ``MatrixFile``; ``bench/presets/*.toml`` are examples. A mistake in a matrix is found here,
+The shape of the file is ``MatrixFile``; ``bench/presets/*.toml`` are examples. Mistakes in a matrix are found here,
 before anything runs.
 """
 
@@ -26,7 +26,7 @@ from pydantic import (
     model_validator,
 )
 
-from tpme.bench.errors import UserError
+from tpme.bench.errors import UserError, first_problem
 from tpme.bench.record import Cell, EncoderSpec, Frozen, LearningRates, Modality, Protocol, Training, cell_id
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class MethodEntry(Frozen):
 
 
 class MatrixFile(Frozen):
-    """A matrix as it is written."""
+    """A matrix file."""
 
     name: str
     description: str = ""
@@ -110,8 +110,8 @@ class MatrixFile(Frozen):
 
 
 @dataclass(frozen=True)
-class Dataset:
-    """What a matrix must know of a prepared data set."""
+class PreparedDataset:
+    """What the cells of a matrix take from a prepared data set."""
 
     path: Path
     fingerprint: str
@@ -178,13 +178,12 @@ def _assign(place: Any, keys: list[str], value: Any) -> None:
 
 
 def _first(error: ValidationError) -> str:
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"]) or "the matrix"
-    return f"{where}: {'no such setting' if first['type'] == 'extra_forbidden' else first['msg']}"
+    field, message, kind = first_problem(error)
+    return f"{field or 'the matrix'}: {'no such setting' if kind == 'extra_forbidden' else message}"
 
 
 def expand(
-    matrix: MatrixFile, datasets: dict[str, Dataset], *, device: str, methods_path: Sequence[Path] = ()
+    matrix: MatrixFile, datasets: dict[str, PreparedDataset], *, device: str, methods_path: Sequence[Path] = ()
 ) -> list[Cell]:
     """All cells of a matrix, in the order they will run.
 
@@ -229,7 +228,7 @@ def expand(
     seen: set[str] = set()
     for cell in cells:
         if (identity := cell_id(cell, "")) in seen:
-            raise UserError(f"matrix '{matrix.name}': method '{cell.label}' stands in it twice with the same settings")
+            raise UserError(f"matrix '{matrix.name}': method '{cell.label}' is in it twice with the same settings")
         seen.add(identity)
     return cells
 
@@ -246,14 +245,16 @@ def _cached(method: MethodEntry) -> tuple[bool, ...]:
     return (method.cached,) if isinstance(method.cached, bool) else method.cached
 
 
-def _modalities(matrix: MatrixFile, entry: DatasetEntry, data: Dataset, pair: EncoderEntry) -> tuple[Modality, ...]:
-    wanted = matrix.modalities or data.modalities
-    for modality in wanted:
+def _modalities(
+    matrix: MatrixFile, entry: DatasetEntry, data: PreparedDataset, pair: EncoderEntry
+) -> tuple[Modality, ...]:
+    used = matrix.modalities or data.modalities
+    for modality in used:
         if modality not in data.modalities:
             raise UserError(f"data set '{entry.name}' has no {modality}; set modalities = {list(data.modalities)}")
         if getattr(pair, modality) is None:
             raise UserError(f"the matrix uses {modality} but gives no {modality} encoder; add encoders.{modality}")
-    return tuple(modality for modality in data.modalities if modality in wanted)
+    return tuple(modality for modality in data.modalities if modality in used)
 
 
 def _trainings(matrix: MatrixFile) -> list[Training]:
@@ -287,18 +288,20 @@ def _learning_rates(matrix: MatrixFile) -> dict[int, list[LearningRates]]:
         common = _TRIALS.validate_python(matrix.axes.get("lr", ({},)))
     except ValidationError as error:
         raise UserError(f"matrix '{matrix.name}', axes.lr: {_first(error)}") from None
-    found = {id(method): [_laid_over(matrix.lr, lr) for lr in method.lr or common] for method in matrix.methods}
-    if len({len(trials) for trials in found.values()}) > 1:
-        told = ", ".join(f"{method.name} {len(found[id(method)])}" for method in matrix.methods)
-        raise UserError(f"matrix '{matrix.name}': every method must get the same number of lr trials, there are {told}")
-    return found
+    trials = {id(method): [_laid_over(matrix.lr, lr) for lr in method.lr or common] for method in matrix.methods}
+    if len({len(rates) for rates in trials.values()}) > 1:
+        numbers = ", ".join(f"{method.name} {len(trials[id(method)])}" for method in matrix.methods)
+        raise UserError(
+            f"matrix '{matrix.name}': every method must get the same number of lr trials, there are {numbers}"
+        )
+    return trials
 
 
 def _laid_over(base: LearningRates, lr: LearningRates | float) -> LearningRates:
-    given = (
+    rates = (
         dict.fromkeys(("text", "image", "method"), lr) if isinstance(lr, float) else lr.model_dump(exclude_unset=True)
     )
-    return base.model_copy(update=given)
+    return base.model_copy(update=rates)
 
 
 def _check(method: MethodEntry, modalities: tuple[Modality, ...], methods_path: Sequence[Path]) -> Method:

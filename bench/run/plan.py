@@ -20,11 +20,11 @@ from tpme.bench.counting.batch import DataShape
 from tpme.bench.counting.counters import Counts, Step, count, planned_peak, run_step
 from tpme.bench.counting.devices import DeviceProfile
 from tpme.bench.counting.meta import MetaCell, MetaEncoders
-from tpme.bench.errors import UserError
+from tpme.bench.errors import UserError, one_line
 from tpme.bench.quantities import memory_reading
 from tpme.bench.record import Cell, CellResult, Frozen, Modality, Precision, find_results, read_result
 from tpme.bench.run.launch import prepare_datasets
-from tpme.bench.run.matrix import Dataset, DatasetEntry, MatrixFile, expand
+from tpme.bench.run.matrix import DatasetEntry, MatrixFile, PreparedDataset, expand
 
 FULL, TIGHT = 1.0, 0.9
 """Shares of a device's memory: above the first a cell does not fit, above the second it may not (fragmentation)."""
@@ -41,8 +41,8 @@ class Expected(Frozen):
     fits: Literal["yes", "tight", "no"]
 
 
-class Measured(Frozen):
-    """What the finished records of the same cell say (medians; the most memory of all)."""
+class MeasuredCost(Frozen):
+    """Costs in the finished records of the same cell: medians, and the most memory of all."""
 
     records: int
     epoch_s: float | None
@@ -85,11 +85,11 @@ class PlannedCell(Frozen):
     problem: str | None = None
     """Why it could not be counted."""
     expected: Expected | None = None
-    measured: Measured | None = None
+    measured: MeasuredCost | None = None
 
 
 class MatrixPlan(Frozen):
-    """A matrix, planned."""
+    """The costs of all distinct cells of a matrix."""
 
     schema_version: Literal[1] = 1
     matrix: str
@@ -117,7 +117,7 @@ def plan_matrix(
             Amazon Scientific. runs: run folder whose records are set beside the plan. console: for progress.
 
     Raises:
-        UserError: the matrix is wrong, or an encoder's configuration is not to be had.
+        UserError: the matrix is wrong, or an encoder's configuration cannot be had.
     """
     datasets, shapes = {}, {}
     for entry in matrix.datasets:
@@ -130,7 +130,7 @@ def plan_matrix(
     for key, cell in distinct.items():
         with console.status(f"Counting {cell.label} ..."):
             cells.append(_plan_cell(cell, shapes[cell.dataset], encoders, methods_path, device))
-        measured = _measured([result for result in recorded if _identity(result.cell) == key])
+        measured = _measured_cost([result for result in recorded if _identity(result.cell) == key])
         cells[-1] = cells[-1].model_copy(update={"measured": measured})
     sources = [f"Data set '{name}': {shape.describe()}." for name, shape in shapes.items()]
     return MatrixPlan(matrix=matrix.name, device=device, assumptions=tuple(sources), cells=tuple(cells))
@@ -138,27 +138,27 @@ def plan_matrix(
 
 def _data(
     matrix: MatrixFile, entry: DatasetEntry, store: Path, users: int | None, items: int | None, console: Console
-) -> tuple[Dataset, DataShape]:
+) -> tuple[PreparedDataset, DataShape]:
     """A data set as the matrix and as the counters see it: the prepared one, or an assumed one."""
-    from tpme.bench.task.dataset import Dataset as Prepared
+    from tpme.bench.task.dataset import Dataset
 
     here = entry.path is None or (entry.path.expanduser() / "dataset.json").is_file()
     if here and users is None and items is None:
         path, dataset = prepare_datasets(matrix.model_copy(update={"datasets": (entry,)}), store, console)[entry.name]
-        return dataset, DataShape.of(Prepared.open(path))
+        return dataset, DataShape.of(Dataset.open(path))
     both: tuple[Modality, ...] = ("text", "image")
     modalities = tuple(modality for modality in both if any(getattr(pair, modality) for pair in matrix.encoders))
-    return Dataset(entry.path or store, "not prepared", modalities), DataShape.assumed(users, items)
+    return PreparedDataset(entry.path or store, "not prepared", modalities), DataShape.assumed(users, items)
 
 
 def _identity(cell: Cell) -> str:
-    """Equal for cells that cost the same: whatever changes neither work nor memory is left out."""
-    told = cell.model_dump(
+    """Equal for cells that cost the same: what changes neither work nor memory is left out."""
+    settings = cell.model_dump(
         mode="json", exclude={"seed", "lr", "lr_trial", "lr_trials", "device", "dataset_fingerprint"}
     )
     for unrelated in ("epochs", "patience"):
-        del told["training"][unrelated]
-    return json.dumps(told, sort_keys=True)
+        del settings["training"][unrelated]
+    return json.dumps(settings, sort_keys=True)
 
 
 # --- one cell --------------------------------------------------------------------------------------------------------
@@ -173,8 +173,7 @@ def _plan_cell(
     except UserError:
         raise
     except Exception as error:  # a method that needs values: its row says so, the others are planned
-        problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        return PlannedCell(label=cell.label, cell=cell, work=None, problem=problem)
+        return PlannedCell(label=cell.label, cell=cell, work=None, problem=one_line(error))
     work = _work(meta, counts, step, device)
     return PlannedCell(
         label=cell.label, cell=cell, work=work, expected=_expect(meta, work, step, device) if device else None
@@ -227,13 +226,13 @@ def _records(runs: Path) -> list[CellResult]:
     return [result for path in find_results([runs]) if (result := read_result(path)).status == "ok"]
 
 
-def _measured(results: list[CellResult]) -> Measured | None:
+def _measured_cost(results: list[CellResult]) -> MeasuredCost | None:
     if not results:
         return None
     memories = [memory for result in results if (memory := _memory(result))]
     flops = [total for result in results if (total := _step_flops(result)) is not None]
     most = max(memories, default=None)
-    return Measured(
+    return MeasuredCost(
         records=len(results),
         epoch_s=_median([result.epoch_time_s.value for result in results]),
         memory_bytes=most[0] if most else None,
@@ -255,5 +254,5 @@ def _step_flops(result: CellResult) -> float | None:
 
 
 def _median(values: Sequence[float | None]) -> float | None:
-    had = [value for value in values if value is not None]
-    return median(had) if had else None
+    known = [value for value in values if value is not None]
+    return median(known) if known else None

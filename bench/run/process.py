@@ -1,7 +1,7 @@
-"""Running the process of one cell: show its progress, limit its time, and leave nothing of it behind.
+"""Run the process of one cell: show its progress, limit its time, and end everything it started.
 
-The process leads a session of its own, so Ctrl-C in a terminal reaches the launcher alone, and everything that the
-process has started can be ended with it.
+The process leads its own session: Ctrl-C in a terminal reaches the launcher alone, and everything the process started
+can be ended with it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import NoReturn
 from tpme.bench.workers import parse_progress
 
 GRACE_S = 10.0
-"""What a process gets to write its record, or to clean up, before it is killed."""
+"""Time a process has to write its record, or to clean up, before it is killed."""
 POLL_S = 0.2
 PATIENT = {"GOMP_SPINCOUNT": "5000"}
 """Threads of torch's CPU kernels wait for each other by spinning, for milliseconds by default. Where anything else
@@ -49,13 +49,13 @@ def run_process(
         command: writes progress events to its standard output (``workers.progress_line``).
         log: takes its standard error.
         limit_s: then it gets SIGTERM, and is killed after ``GRACE_S``.
-        show: is told its progress.
+        show: called with its progress.
 
     Raises:
         KeyboardInterrupt, SystemExit: SIGINT, or SIGTERM or SIGHUP, came meanwhile; the process has been ended.
     """
     deadline = time.monotonic() + limit_s
-    with _noted_signals() as caught:
+    with _deferred_signals() as caught:
         with log.open("wb") as errors:
             process = subprocess.Popen(
                 command,
@@ -68,7 +68,7 @@ def run_process(
         try:
             timed_out = _watch(process, deadline, caught, show)
             if caught or timed_out:
-                _ask(process, signal.SIGINT if caught else signal.SIGTERM)
+                _request_end(process, signal.SIGINT if caught else signal.SIGTERM)
         finally:
             _kill_session(process)
     if caught:
@@ -77,34 +77,34 @@ def run_process(
 
 
 def raise_signal(number: int) -> NoReturn:
-    """What ends this program: KeyboardInterrupt for SIGINT, SystemExit with 128 + the signal for another."""
+    """End this program: KeyboardInterrupt for SIGINT, SystemExit with 128 + the signal for any other."""
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     raise SystemExit(128 + number)
 
 
 @contextlib.contextmanager
-def _noted_signals() -> Iterator[list[int]]:
-    """Note the signals that end a program instead of stopping in the middle of something. Ignored ones stay ignored."""
+def _deferred_signals() -> Iterator[list[int]]:
+    """Collect the signals that would end the program instead of acting on them. Ignored ones stay ignored."""
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield caught  # only the main thread may set handlers, and only there they run
+        yield caught  # only the main thread sets and runs handlers
         return
     before = {number: signal.getsignal(number) for number in ENDING}
-    heeded = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
-    for number in heeded:
+    handled = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
+    for number in handled:
         signal.signal(number, lambda number, _frame: caught.append(number))
     try:
         yield caught
     finally:
-        for number, handler in heeded.items():
+        for number, handler in handled.items():
             signal.signal(number, handler)
 
 
 def _watch(
     process: subprocess.Popen[bytes], deadline: float, caught: list[int], show: Callable[[str, float], None]
 ) -> bool:
-    """Show progress until the process ends, its time is up or a signal came; returns whether its time is up.
+    """Show progress until the process ends, its time is up or a signal arrives; returns whether its time is up.
 
     The end of its output is not its end, nor the other way round: a child may hold the output open, and a process may
     close it and hang.
@@ -131,15 +131,15 @@ def _watch(
     return False
 
 
-def _ask(process: subprocess.Popen[bytes], sign: signal.Signals) -> None:
-    """Ask the process to end by itself, and give it time to."""
+def _request_end(process: subprocess.Popen[bytes], sign: signal.Signals) -> None:
+    """Signal the process to end, and give it time to."""
     process.send_signal(sign)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(GRACE_S)
 
 
 def _kill_session(process: subprocess.Popen[bytes]) -> None:
-    """End whatever is left of the process and of all it started."""
+    """Kill what is left of the process and of everything it started."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

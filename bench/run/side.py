@@ -14,8 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from tpme.bench.errors import UserError
-from tpme.bench.run.job import Job
-from tpme.bench.run.launch import make_tasks
+from tpme.bench.run.launch import job_of, make_tasks
 from tpme.bench.run.matrix import MatrixFile, load_matrix
 
 
@@ -32,14 +31,14 @@ def main() -> None:
     Path(request["answer"]).write_text(json.dumps({"jobs": jobs, "problems": problems}), encoding="utf-8")
 
 
-def _parts(matrix: MatrixFile, wanted: list[str]) -> list[MatrixFile]:
-    """A matrix for each method: one that a revision does not know must not hide the others."""
-    names = [entry.name for entry in matrix.methods]
-    for name in wanted:
-        if name not in names:
-            raise UserError(f"--methods {name}: the matrix has no such row, only {', '.join(dict.fromkeys(names))}")
-    chosen = [entry for entry in matrix.methods if not wanted or entry.name in wanted]
-    return [matrix.model_copy(update={"methods": (entry,)}) for entry in chosen]
+def _parts(matrix: MatrixFile, methods: list[str]) -> list[MatrixFile]:
+    """A matrix for each method: one that a revision does not know does not stop the others."""
+    known = [entry.name for entry in matrix.methods]
+    for name in methods:
+        if name not in known:
+            raise UserError(f"--methods {name}: the matrix has no such row, only {', '.join(dict.fromkeys(known))}")
+    rows = [entry for entry in matrix.methods if not methods or entry.name in methods]
+    return [matrix.model_copy(update={"methods": (entry,)}) for entry in rows]
 
 
 def _jobs(matrix: MatrixFile, request: dict[str, Any]) -> list[dict[str, Any]]:
@@ -52,21 +51,12 @@ def _jobs(matrix: MatrixFile, request: dict[str, Any]) -> list[dict[str, Any]]:
         methods_path=methods_path,
         console=Console(quiet=True),
     )
-    return [
-        Job(
-            cell=task.cell,
-            cell_id=task.cell_id,
-            attempt=1,
-            code_version=task.code_version,
-            dataset_path=datasets[task.cell.dataset],
-            store=store,
-            folder=task.folder,
-            methods_path=methods_path,
-            cache_limit_bytes=matrix.cache_limit_bytes,
-            time_limit_s=request["time_limit_s"] or matrix.time_limit_s,
-        ).model_dump(mode="json")
+    limit_s = float(request["time_limit_s"] or matrix.time_limit_s)
+    jobs = (
+        job_of(task, datasets[task.cell.dataset], store, methods_path, matrix.cache_limit_bytes, limit_s)
         for task in tasks
-    ]
+    )
+    return [job.model_dump(mode="json") for job in jobs]
 
 
 if __name__ == "__main__":

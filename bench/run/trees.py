@@ -1,4 +1,4 @@
-"""Two revisions of a repository side by side, each in an environment of its own.
+"""Two revisions of a repository side by side, each in its own environment.
 
 A repository that is a Python package is installed from its checkout into a virtual environment of that side, with the
 dependencies that the revision itself asks for. What this Python has already, and the revision accepts, is not installed
@@ -27,14 +27,14 @@ WORK_TREE = "work tree"
 
 @dataclass(frozen=True)
 class Tree:
-    """One side: what it is called, where its files are, and what runs its code."""
+    """One side: its name, its files and its interpreter."""
 
     name: str
     root: Path
     python: str = sys.executable
     """The interpreter of its environment."""
     variables: dict[str, str] = field(default_factory=dict)
-    """What that must find set."""
+    """Environment variables it runs with."""
 
     @property
     def command(self) -> list[str]:
@@ -84,7 +84,7 @@ def _tree(top: Path, revision: str | None, folder: Path) -> Tree:
 
 
 def _copy_work_tree(top: Path, folder: Path) -> None:
-    """A snapshot, so that edits made while the runs go on reach none of them."""
+    """A snapshot: edits during the runs do not reach them."""
     listed = _git(top, "ls-files", "-z", "--cached", "--others", "--exclude-standard", wrong=f"{top}: cannot be listed")
     for name in filter(None, listed.split("\0")):
         source, target = top / name, folder / name
@@ -95,7 +95,7 @@ def _copy_work_tree(top: Path, folder: Path) -> None:
 
 
 def _environment(folder: Path) -> tuple[str, Path]:
-    """A virtual environment that sees the packages of this one behind its own: its interpreter and its packages.
+    """Make a virtual environment that also sees the packages of this one; returns its interpreter and its packages.
 
     ``venv``'s own ``system_site_packages`` would show the packages of the Python that *this* environment was made from.
     """
@@ -109,23 +109,23 @@ def _environment(folder: Path) -> tuple[str, Path]:
 
 
 def _install(checkout: Path, python: str, name: str) -> None:
-    told = "no output"
+    message = "no output"
     # What build and package need is usually here; only where it is not, pip may fetch it.
     for options in (["--no-build-isolation", "--no-index"], []):
         command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *options, str(checkout)]
         done = _run(command)
         if done.returncode == 0:
             return
-        told = (done.stderr.strip() or done.stdout.strip() or told).splitlines()[-1]
-    raise UserError(f"{name}: cannot be installed: {told}")
+        message = (done.stderr.strip() or done.stdout.strip() or message).splitlines()[-1]
+    raise UserError(f"{name}: cannot be installed: {message}")
 
 
 def _variables(top: Path, checkout: Path, site: Path | None) -> dict[str, str]:
     """``PYTHONPATH`` with the side's own packages first; a folder of the repository in it is the checkout's."""
     paths = [] if site is None else [site]
     for path in map(Path.resolve, map(Path, filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))):
-        own = checkout / path.relative_to(top) if path.is_relative_to(top) else path
-        paths.append(own if own.exists() else path)
+        copy = checkout / path.relative_to(top) if path.is_relative_to(top) else path
+        paths.append(copy if copy.exists() else path)
     return {"PYTHONPATH": os.pathsep.join(map(str, paths))} if paths else {}
 
 
@@ -144,8 +144,8 @@ def _is_package(checkout: Path, name: str) -> bool:
 def _git(folder: Path, *arguments: str, wrong: str) -> str:
     done = _run(["git", "-C", str(folder), *arguments])
     if done.returncode != 0:
-        told = done.stderr.strip().splitlines()
-        raise UserError(f"{wrong}{f' ({told[-1]})' if told else ''}")
+        lines = done.stderr.strip().splitlines()
+        raise UserError(f"{wrong}{f' ({lines[-1]})' if lines else ''}")
     return done.stdout.strip()
 
 

@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import NonNegativeInt, PositiveInt, ValidationError
 
-from tpme.bench.errors import UserError
+from tpme.bench.errors import UserError, first_problem
 from tpme.bench.record import DatasetFacts, Frozen, Modality
 
 FORMAT_VERSION = 1
@@ -233,9 +233,8 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         return Manifest.model_validate(raw)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{path}: field '{where}': {first['msg']}; prepare the data set again") from None
+        first = first_problem(error)
+        raise UserError(f"{path}: field '{first.field}': {first.message}; prepare the data set again") from None
 
 
 def names_as_text(names: Iterable[str]) -> bytes:

@@ -5,7 +5,6 @@ Rows are appended with plain writes: memory stays bounded, and a full disk raise
 
 from __future__ import annotations
 
-import fcntl
 import io
 import json
 import os
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import IO, Literal
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 
 from tpme.bench.record import Modality, write_atomically
@@ -103,8 +103,7 @@ def _header(shape: Shape) -> bytes:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Make ``folder`` and hold it against other builders; the lock dies with its process."""
+    """Make ``folder`` and lock it for one builder; the lock dies with its process."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(folder / "lock"):
         yield

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+
+from filelock import FileLock, Timeout
 
 from tpme.bench.errors import UserError
 
@@ -33,7 +33,7 @@ def workspace(destination: Path, waiting: Callable[[], None] = lambda: None) -> 
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        lock.close()
+        lock.release()
 
 
 def publish(folder: Path, destination: Path, *, replace: bool) -> None:
@@ -54,27 +54,21 @@ def publish(folder: Path, destination: Path, *, replace: bool) -> None:
         raise UserError(f"{destination}: cannot be moved there ({error.strerror})") from None
 
 
-def _locked(folder: Path, destination: Path, waiting: Callable[[], None]) -> IO[str]:
+def _locked(folder: Path, destination: Path, waiting: Callable[[], None]) -> FileLock:
+    lock = FileLock(folder / "lock")
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            lock = (folder / "lock").open("w")
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                waiting()
+                lock.acquire()
+            return lock
         except FileNotFoundError:
             continue  # its holder has just removed the folder
         except OSError as error:
             raise UserError(f"{destination}: cannot be written ({error.strerror}: {error.filename})") from None
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            waiting()
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        try:
-            # The previous holder may have removed the folder between open and lock.
-            if os.fstat(lock.fileno()).st_ino == (folder / "lock").stat().st_ino:
-                return lock
-        except FileNotFoundError:
-            pass
-        lock.close()
 
 
 def _clear(folder: Path) -> None:

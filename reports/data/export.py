@@ -23,7 +23,7 @@ import pandas as pd
 
 from tpme.bench.errors import UserError
 from tpme.bench.record import CellResult, write_atomically
-from tpme.reports.data.load import Recorded, read_every, to_frame, with_quality
+from tpme.reports.data.load import Recorded, to_frame, with_quality
 
 TABLE = "cells"
 """Name of the table in an SQLite file."""
@@ -237,17 +237,3 @@ def _curves(result: CellResult, start_ms: int) -> Iterator[Any]:
 
 def _is_number(value: Any) -> bool:
     return pd.api.types.is_number(value) and not pd.api.types.is_bool(value)
-
-
-def export_command(runs: Sequence[Path], *, out: Path | None, mlflow: str | None, experiment: str) -> None:
-    """Write the file, push to MLflow, or both, and say what was done."""
-    if out is None and mlflow is None:
-        raise UserError("nothing to do: give --out FILE.csv (or .parquet, .sqlite), --mlflow URI, or both")
-    records = read_every(runs)
-    if out is not None:
-        frame = records_frame(records)
-        write_table(frame, out)
-        print(f"Written to {out}: {len(frame)} records, {frame.shape[1]} columns")  # noqa: T201
-    if mlflow is not None:
-        new, there = push(records, mlflow, experiment)
-        print(f"Pushed to {mlflow}, experiment {experiment}: {new} new runs, {there} were there already")  # noqa: T201

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from pydantic import Field, ValidationError, model_validator
 
-from tpme.bench.errors import UserError
+from tpme.bench.errors import UserError, first_problem
 from tpme.bench.quantities import COSTS
 from tpme.bench.record import Frozen, write_atomically
 
@@ -53,7 +53,7 @@ class Weights(Frozen):
         try:
             return cls(time=time, parameters=parameters, memory=memory)
         except ValidationError as error:
-            message = error.errors()[0]["msg"].removeprefix("Value error, ")
+            message = first_problem(error).message.removeprefix("Value error, ")
             raise UserError(f"weights '{text}': {message[0].lower()}{message[1:]}; give T,P,M from 0 to 1") from None
 
     def __str__(self) -> str:
@@ -209,6 +209,7 @@ def read_frames(path: Path) -> list[Frame]:
             f"{path}: not a readable frame ({error}); name a file that --frame made, or one that is not there"
         ) from None
     except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(str(part) for part in problem["loc"])
-        raise UserError(f"{path}: field '{where}': {problem['msg']}; delete it, and --frame makes it anew") from None
+        first = first_problem(error)
+        raise UserError(
+            f"{path}: field '{first.field}': {first.message}; delete it, and --frame makes it anew"
+        ) from None

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, ValidationError
 
-from tpme.bench.errors import UserError
+from tpme.bench.errors import UserError, first_problem
 from tpme.bench.record import Environment, Frozen, write_atomically
 from tpme.reports.data.load import Recorded
 from tpme.reports.data.stats import student_t
@@ -191,9 +191,8 @@ def read_baseline(path: Path) -> Baseline:
     try:
         baseline = Baseline.model_validate(raw)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{path}: field '{where}': {first['msg']}; it was changed by hand: {again}") from None
+        first = first_problem(error)
+        raise UserError(f"{path}: field '{first.field}': {first.message}; it was changed by hand: {again}") from None
     seen: set[str] = set()
     for cell in baseline.cells:
         if cell.key != cell_key(cell.cell) or cell.key in seen:

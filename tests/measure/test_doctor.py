@@ -13,8 +13,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from tpme.bench.cli import app
-from tpme.bench.commands import doctor
-from tpme.bench.commands.doctor import Diagnosis, Quantity, diagnose, render
+from tpme.bench.commands.diagnosis import Diagnosis, Quantity, diagnose
+from tpme.bench.commands.doctor import render
 from tpme.bench.counting.devices import PROFILES, DeviceNoise, keep_profile
 from tpme.bench.measure.environment import environment
 from tpme.bench.measure.nvml import Nvml
@@ -66,7 +66,7 @@ def test_gpus_are_listed_with_their_state(monkeypatch: pytest.MonkeyPatch) -> No
     gpus = (FakeGpu(processes={7: None}), FakeGpu(uuid="GPU-2", errors={"nvmlDeviceGetMemoryInfo": "NO_PERMISSION"}))
     nvml = Nvml.open(fake_nvml(*gpus))
     monkeypatch.setattr(Nvml, "open", lambda: nvml)
-    monkeypatch.setattr(doctor, "try_out", lambda device, nvml: ((), ()))
+    monkeypatch.setattr("tpme.bench.commands.diagnosis.try_instruments", lambda device, nvml: ((), ()))
     found = diagnose(Path())
     assert [gpu.processes for gpu in found.gpus] == [1, None]
     assert found.nvml is None
@@ -81,7 +81,7 @@ def test_a_broken_gpu_is_a_finding_not_a_crash(monkeypatch: pytest.MonkeyPatch) 
     def fail(device: str, nvml: Nvml) -> None:
         raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be ...")
 
-    monkeypatch.setattr(doctor, "try_out", fail)
+    monkeypatch.setattr("tpme.bench.commands.diagnosis.try_instruments", fail)
     assert diagnose(Path()).quantities == (
         Quantity(name="all", how="a moment of work", state="no", why="CUDA error: out of memory"),
     )
@@ -92,7 +92,7 @@ def test_downloaded_encoders_are_named(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "models--broken--download").mkdir()
     (tmp_path / "datasets--a--b" / "snapshots" / "abc").mkdir(parents=True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(doctor, "try_out", lambda device, nvml: ((), ()))
+    monkeypatch.setattr("tpme.bench.commands.diagnosis.try_instruments", lambda device, nvml: ((), ()))
     result = json.loads(diagnose(tmp_path).model_dump_json())
     assert result["hub"]["models"] == ["google/vit-base"]
 
@@ -103,7 +103,7 @@ def test_the_noise_floor_is_shown_once_it_was_measured(tmp_path: Path, monkeypat
         render(diagnose(tmp_path), Console(file=output, width=200))
         return output.getvalue()
 
-    monkeypatch.setattr(doctor, "try_out", lambda device, nvml: ((), ()))
+    monkeypatch.setattr("tpme.bench.commands.diagnosis.try_instruments", lambda device, nvml: ((), ()))
     assert "not measured yet; tpme doctor --noise" in rendered()
     key = environment("cuda" if torch.cuda.is_available() else "cpu").device_key
     noise = DeviceNoise(noise_time_ratio=0.031, noise_memory_ratio=0.002, overhead_ratio=0.004, source="6 A/A runs")

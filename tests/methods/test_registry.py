@@ -162,6 +162,17 @@ def test_a_method_in_a_file(folder: Path) -> None:
     assert registry.source_file("mine", [folder]) == (folder / "mine.py").resolve()
 
 
+@pytest.mark.parametrize("line", ["from ._shared import NAME", "from _shared import NAME"])
+def test_a_helper_beside_a_file_can_be_imported(folder: Path, tmp_path: Path, line: str) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    for place, name in ((folder, "first"), (other, "second")):
+        (place / "_shared.py").write_text(f"NAME = '{name}'\n")
+        (place / f"{name}.py").write_text(f"{METHOD}\n{line}\nMine.NAME = NAME\n")
+    classes = [registry.method_class(name, [folder, other]) for name in ("first", "second")]
+    assert [cls.NAME for cls in classes] == ["first", "second"]  # type: ignore[attr-defined]
+
+
 def test_files_of_one_name_in_two_folders_are_two_methods(folder: Path, tmp_path: Path) -> None:
     other = tmp_path / "elsewhere"
     other.mkdir()

@@ -188,8 +188,8 @@ def test_bad_input_is_one_line(factory, records, monkeypatch, capsys, arguments,
 
 def test_it_needs_no_torch_and_cells_need_no_mlflow(factory, records, tmp_path):
     code = (
-        "import sys; from pathlib import Path; from tpme.reports.data.export import export_command; "
-        f"export_command([Path({str(factory.root)!r})], out=Path({str(tmp_path / 'a.csv')!r}), mlflow=None, "
+        "import sys; from pathlib import Path; from tpme.bench.commands.export import export; "
+        f"export([Path({str(factory.root)!r})], out=Path({str(tmp_path / 'a.csv')!r}), mlflow=None, "
         "experiment=''); bad = {'torch', 'mlflow'} & set(sys.modules); sys.exit(f'imported {bad}' if bad else 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)

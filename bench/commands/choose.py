@@ -1,0 +1,53 @@
+"""``tpme choose``: the rows within an engineer's limits, best first, and why each of the others is not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated
+
+import typer
+
+from tpme.bench.commands.options import AsJson, Records
+
+Share = Annotated[float | None, typer.Option(min=0, max=1, help="Least mean over the test users.")]
+
+
+def choose(
+    runs: Records,
+    max_memory: Annotated[str | None, typer.Option(help="Most memory M: 8GB, 8GiB, 500MB.")] = None,
+    max_epoch_time: Annotated[str | None, typer.Option(help="Longest epoch T: 500ms, 60s, 2min.")] = None,
+    max_params: Annotated[str | None, typer.Option(help="Most trainable parameters P: 500K, 5M.")] = None,
+    min_ndcg10: Share = None,
+    min_recall10: Share = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, or a part of the device's name: H200.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Which rows keep your limits, best first, and why the others do not. Exit code 0 if any row does, 1 if none."""
+    from rich.console import Console
+
+    from tpme.reports import choose as logic
+    from tpme.reports.report import make_report
+    from tpme.reports.tables.terminal import to_terminal
+
+    def limit(option: str, text: str | None, units: Mapping[str, float], example: str) -> float | None:
+        return None if text is None else logic.parse_quantity(option, text, units, example)
+
+    bounds = {
+        "memory_bytes": limit("--max-memory", max_memory, logic.BYTES, "8GB"),
+        "epoch_time_s": limit("--max-epoch-time", max_epoch_time, logic.SECONDS, "60s"),
+        "trainable_millions": limit("--max-params", max_params, logic.MILLIONS, "5M"),
+        "ndcg_10": min_ndcg10,
+        "recall_10": min_recall10,
+    }
+    limits = logic.Limits({key: bound for key, bound in bounds.items() if bound is not None}, device)
+    choices = logic.choose(make_report(runs).sections, limits)
+    if as_json:
+        print(logic.to_json(choices, limits))  # noqa: T201
+    else:
+        console = Console()
+        for choice in choices:
+            if choice.qualifying:
+                console.print(to_terminal(logic.qualifying_table(choice, limits), console.width), "")
+            if choice.rejected:
+                console.print(to_terminal(logic.rejected_table(choice, limits), console.width), "")
+    raise typer.Exit(0 if any(choice.qualifying for choice in choices) else 1)

@@ -1,0 +1,33 @@
+"""``tpme export``: all records as one table for other tools, or as runs of an MLflow server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tpme.bench.commands.options import Records
+from tpme.bench.errors import UserError
+
+
+def export(
+    runs: Records,
+    out: Annotated[Path | None, typer.Option(help="FILE.csv, FILE.parquet or FILE.sqlite.")] = None,
+    mlflow: Annotated[str | None, typer.Option(metavar="URI", help="Push the records to this MLflow server.")] = None,
+    experiment: Annotated[str, typer.Option(help="Experiment of MLflow.")] = "tpme",
+) -> None:
+    """Write all records to one tidy table, a row each, earlier attempts included, or push them to MLflow."""
+    if out is None and mlflow is None:
+        raise UserError("nothing to do: give --out FILE.csv (or .parquet, .sqlite), --mlflow URI, or both")
+    from tpme.reports.data.export import push, records_frame, write_table
+    from tpme.reports.data.load import read_every
+
+    records = read_every(runs)
+    if out is not None:
+        frame = records_frame(records)
+        write_table(frame, out)
+        print(f"Written to {out}: {len(frame)} records, {frame.shape[1]} columns")  # noqa: T201
+    if mlflow is not None:
+        new, known = push(records, mlflow, experiment)
+        print(f"Pushed to {mlflow}, experiment {experiment}: {new} new runs, {known} were there already")  # noqa: T201

@@ -1,0 +1,54 @@
+"""``tpme report``: tables, figures and report.md of finished runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tpme.bench.commands.options import Records, split_names
+
+
+def report(
+    runs: Records,
+    out: Annotated[Path | None, typer.Option(help="Folder; by default RUN/report, of several runs ./report.")] = None,
+    weights: Annotated[str, typer.Option(help="Of T, P and M in TPME; they add up to 1.")] = "0.45,0.10,0.45",
+    frame: Annotated[
+        Path | None, typer.Option(help="Measure TPME against the frame in this file, which is made if missing.")
+    ] = None,
+    rows: Annotated[str | None, typer.Option(help="Rows that get a TPME: fft,lora,...")] = None,
+    mix: Annotated[bool, typer.Option("--mix", help="One TPME over different devices, protocols or data.")] = False,
+    title: Annotated[str | None, typer.Option(help="Title of report.md.")] = None,
+    formats: Annotated[
+        str | None, typer.Option(help="What to write beside report.md: html,csv,json,tex,png,svg,pdf or all.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes that draw; by default one a core.")] = None,
+    show: Annotated[str, typer.Option(help="Tables to print: results,steps,plan,phases,... or all.")] = "results",
+) -> None:
+    """Turn records into tables, figures and report.md."""
+    from rich.console import Console
+
+    from tpme.bench.workers import available_cores
+    from tpme.reports.data.section import parse_rows
+    from tpme.reports.data.tpme import Weights
+    from tpme.reports.report import FORMATS, write_report
+    from tpme.reports.tables.results import TABLES
+
+    single = runs[0] if len(runs) == 1 and runs[0].is_dir() else Path()
+    folder = out or single / "report"
+    console = Console()
+    write_report(
+        runs,
+        folder,
+        weights=Weights.parse(weights),
+        frame=frame,
+        rows=None if rows is None else parse_rows(rows),
+        mix=mix,
+        title=title,
+        formats=None if formats is None else FORMATS if formats == "all" else split_names(formats),
+        workers=workers or available_cores(),
+        show=[name for name in TABLES if name != "pairs"] if show == "all" else split_names(show),  # too long
+        console=console,
+    )
+    console.print(f"Written to {folder / 'report.md'}", markup=False)
