@@ -103,7 +103,7 @@ def _counted(source: str, settings: Sequence[str], methods_path: Sequence[Path],
     from tpme.bench.run.matrix import load_matrix
     from tpme.bench.run.plan import plan_matrix
     from tpme.reports.gate.baseline import new_baseline
-    from tpme.reports.gate.measures import Measured, cell_key
+    from tpme.reports.gate.measures import GateCell, cell_key
 
     matrix = load_matrix(source, settings)
     plan = plan_matrix(matrix, store=store_folder(store), methods_path=methods_path, console=Console(stderr=True))
@@ -112,7 +112,7 @@ def _counted(source: str, settings: Sequence[str], methods_path: Sequence[Path],
         work = planned.work
         counted = {} if work is None else {name: getattr(work, field) for name, field in _COUNTED.items()}
         cells.append(
-            Measured(
+            GateCell(
                 key=cell_key(planned.cell),
                 cell=planned.cell,
                 status="error" if work is None else "ok",

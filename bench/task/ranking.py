@@ -96,12 +96,12 @@ def _scaled(users: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
     n = d and r = 2^-24 (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1). Here n = d + 6: scaling,
     centring and subtracting round, too.
     """
-    blocks = candidates.split(4096)
+    blocks = _parts(candidates, 4096)
     mean = torch.stack([block.double().sum(dim=0) for block in blocks]).sum(dim=0) / len(candidates)
     centred = torch.empty_like(candidates)
-    for block, part in zip(blocks, centred.split(4096), strict=True):
+    for block, part in zip(blocks, _parts(centred, 4096), strict=True):
         part.copy_(block.double() - mean)
-    longest = torch.stack([block.double().norm(dim=1).max() for block in centred.split(4096)]).max()
+    longest = torch.stack([block.double().norm(dim=1).max() for block in _parts(centred, 4096)]).max()
     exact = users.double()
     lengths = exact.norm(dim=1, keepdim=True)
     bad = (~(lengths * longest).isfinite()).nonzero()
@@ -119,9 +119,9 @@ def _equal_items(candidates: Tensor) -> Tensor | None:
     Equal items tie. Where they are few the comparison of near pairs finds them; where they are most of the catalogue,
     as with a collapsed model, it would take minutes.
     """
-    if 2 * len(candidates[:, 0].unique()) > len(candidates):
+    if 2 * len(torch.unique(candidates[:, 0])) > len(candidates):
         return None
-    numbers: Tensor = candidates.unique(dim=0, return_inverse=True)[1]
+    numbers: Tensor = torch.unique(candidates, dim=0, return_inverse=True)[1]
     return numbers
 
 
@@ -142,7 +142,7 @@ class _NearPairs:
 
         Norms of blocks find the few that hold a zero. To look at every element would take half as long as the product.
         """
-        for hit in (torch.linalg.vector_norm(blocks, dim=1) ** 2 < BLOCK - 0.5).nonzero()[:, 0].split(HITS):
+        for hit in _parts((torch.linalg.vector_norm(blocks, dim=1) ** 2 < BLOCK - 0.5).nonzero()[:, 0], HITS):
             self.queued.append((first + hit * BLOCK, blocks[hit]))
             if sum(len(numbers) for numbers, _ in self.queued) >= HITS:
                 self._compare()
@@ -159,7 +159,7 @@ class _NearPairs:
         self.queued = []
         hit, place = (blocks == 0).nonzero(as_tuple=True)
         score = numbers[hit] + place
-        for number in score.split(PAIRS):
+        for number in _parts(score, PAIRS):
             user, item = number // len(self.candidates), number % len(self.candidates)
             ahead = _not_below(self.users[user], self.candidates[item], self.candidates[self.target[user]])
             self.pairs += user.bincount(minlength=len(self.pairs))
@@ -183,10 +183,14 @@ def _not_below(users: Tensor, items: Tensor, targets: Tensor) -> Tensor:
     return terms[:, 0] >= 0
 
 
+def _parts(tensor: Tensor, size: int) -> list[Tensor]:
+    return [tensor[start : start + size] for start in range(0, len(tensor), size)]
+
+
 @contextmanager
 def _ieee_products() -> Iterator[None]:
     """Float32 products in float32, whatever was allowed before: the bound does not hold for TF32 or bfloat16."""
-    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:
