@@ -22,7 +22,9 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, V
 
 from tpme.bench.errors import UserError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+BASELINES_OF_VERSION_1 = ("frozen", "id", "popularity")
+"""The baselines among the methods of that time; records of version 1 do not say."""
 
 Modality = Literal["text", "image"]
 Protocol = Literal["suite", "paper"]
@@ -98,6 +100,7 @@ class Cell(Frozen):
     dataset: str
     dataset_fingerprint: str
     """SHA-256 of the prepared dataset's content."""
+    task: str = "recommendation"
     modalities: tuple[Modality, ...]
     text_encoder: EncoderSpec | None = None
     image_encoder: EncoderSpec | None = None
@@ -109,6 +112,10 @@ class Cell(Frozen):
     lr_trials: PositiveInt = 1
     device: Literal["cpu", "cuda"] = "cpu"
     seed: int = 12345
+    matrix: str | None = None
+    """Name of the matrix that asked for it; ``None`` where it is not known."""
+    baseline: bool = False
+    """A reference row: the method adapts no encoder, and gets a TPME only where it is named."""
 
     @property
     def label(self) -> str:
@@ -116,12 +123,18 @@ class Cell(Frozen):
         return f"{self.method} (cached)" if self.cached else self.method
 
 
+NO_IDENTITY = frozenset({"matrix", "baseline", "lr_trial", "lr_trials"})
+"""Fields of a cell that say where it stands, not what runs: further learning rates leave those that ran as they are."""
+
+
 def cell_id(cell: Cell, code_version: str) -> str:
     """Identity of a cell: 12 hex digits of SHA-256 over its canonical JSON and the version of the measured code.
 
-    Not over the number of its trial: further learning rates leave those that have run as they are.
+    Without the fields in ``NO_IDENTITY``, and without the task where it is the default one.
     """
-    settings = cell.model_dump(mode="json", exclude={"lr_trial", "lr_trials"})
+    settings = cell.model_dump(mode="json", exclude=set(NO_IDENTITY))
+    if cell.task == Cell.model_fields["task"].default:
+        del settings["task"]
     canonical = json.dumps(settings, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(f"{code_version}\n{canonical}".encode()).hexdigest()[:12]
 
@@ -196,6 +209,8 @@ class Epoch(Frozen):
 
     index: int
     """From 1."""
+    stage: str = ""
+    """Name of the training stage it belongs to; empty where training has one stage."""
     train_s: PositiveFloat
     steps: PositiveInt
     loss: float
@@ -239,6 +254,8 @@ class CacheFacts(Frozen):
     """False when an earlier cell had already built it; ``build_s`` is then what that build took."""
     encoders: dict[Modality, EncoderFacts] = {}
     """The encoders whose states it holds; the cell itself loads none."""
+    peak_bytes: Reading = Reading.missing("peak memory of the builder", "the record is of schema version 1")
+    """Peak memory of the process that built it; of a build in several runs, of the last one."""
 
 
 class DatasetFacts(Frozen):
@@ -251,6 +268,14 @@ class DatasetFacts(Frozen):
     interactions: int
     items_never_trained: int
     modalities: tuple[Modality, ...]
+    source: str | None = None
+    """Kind and place it was read from, for people; ``None`` where it is not known."""
+    synthetic: dict[str, Any] | None = None
+    """The settings given to the built-in catalogue; ``None`` for other data, and where they are not known."""
+    max_seq_len: PositiveInt | None = None
+    """Longest input of the sequential encoder, in items."""
+    image_size: PositiveInt | None = None
+    """Height and width of the stored images in pixels; ``None`` without images."""
 
 
 class Environment(Frozen):
@@ -270,6 +295,10 @@ class Environment(Frozen):
     deterministic: bool
     git_revision: str | None
     git_dirty: bool | None
+    node: str | None = None
+    """Name of the cluster's node; ``None`` without a cluster."""
+    devices: tuple[str, ...] = ()
+    """The devices of a cell that trained on several, in the order of their ranks; empty for one device."""
 
 
 class Flag(Frozen):
@@ -292,10 +321,26 @@ class Failure(Frozen):
     bytes_requested: int | None = None
 
 
+class NamedMetric(Frozen):
+    """One measure of quality of a task that has other ones than Recall and NDCG, and which way it improves."""
+
+    value: Reading
+    higher_is_better: bool
+
+
+class ImportSource(Frozen):
+    """Where a row was imported from that was not measured here."""
+
+    name: str
+    """The publication or tool, for people."""
+    reference: str = ""
+    """Its address, DOI or file."""
+
+
 class CellResult(Frozen):
     """One finished attempt at one cell, whatever its end."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     cell_id: str
     attempt: PositiveInt
     cell: Cell
@@ -325,6 +370,10 @@ class CellResult(Frozen):
     inference_items_per_s: Reading | None = None
     counters: dict[str, Reading] = {}
     """Exact counters (FLOPs, bytes saved for backward ...) and a method's own (``report()``)."""
+    metrics: dict[str, NamedMetric] = {}
+    """Test metrics by name, where ranks do not hold the quality; empty for recommendation."""
+    source: ImportSource | None = None
+    """``None`` for what was measured here."""
     flags: tuple[Flag, ...] = ()
     files: dict[str, str] = {}
     """``ranks`` and ``samples``: names of the ``.npz`` files beside this record.
@@ -375,28 +424,37 @@ def write_result(result: CellResult, path: Path) -> None:
 
 
 def read_result(path: Path) -> CellResult:
-    """Read one record. Raises RecordError with one clear line for anything that is not a whole, known record."""
+    """Read one record, of any version so far. Raises RecordError, one line, for what is not a whole, known record."""
     try:
         data = path.read_bytes()
-        return CellResult.model_validate_json(data)
-    except OSError as error:
-        raise RecordError(f"{path}: not a readable record ({error}); delete it and run its cell again") from None
+        try:
+            return CellResult.model_validate_json(data)
+        except ValidationError:
+            return CellResult.model_validate(_migrated(json.loads(data)))
     except ValidationError as error:
-        raise RecordError(f"{path}: {_refusal(data, error)}") from None
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        reason = f"field '{where}': {first['msg']}; the record was changed or truncated"
+    except RecordError as error:
+        reason = str(error)
+    except (OSError, ValueError) as error:
+        reason = f"not a readable record ({error}); delete it and run its cell again"
+    raise RecordError(f"{path}: {reason}")
 
 
-def _refusal(data: bytes, error: ValidationError) -> str:
-    """Why a record is not read: it is no JSON, of another version, or, of this version, the first wrong field."""
-    try:
-        raw = json.loads(data)
-    except ValueError as broken:
-        return f"not a readable record ({broken}); delete it and run its cell again"
+def _migrated(raw: Any) -> dict[str, Any]:
+    """A record of version 1 as one of this version; raises RecordError for versions that are not known.
+
+    Version 1 names neither the matrix nor which methods are baselines, and holds no peak memory of caches.
+    """
     version = raw.get("schema_version") if isinstance(raw, dict) else None
-    if version != SCHEMA_VERSION:
-        return f"schema version {version!r}, this tpme reads {SCHEMA_VERSION}; use the tpme that wrote it"
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    return f"field '{where}': {first['msg']}; the record was changed or truncated"
+    if version not in range(1, SCHEMA_VERSION + 1):
+        known = f"this tpme reads 1 to {SCHEMA_VERSION}"
+        raise RecordError(f"schema version {version!r}, {known}; use the tpme that wrote it")
+    migrated: dict[str, Any] = raw | {"schema_version": SCHEMA_VERSION}
+    if version == 1 and isinstance(cell := raw.get("cell"), dict):
+        migrated["cell"] = cell | {"baseline": cell.get("method") in BASELINES_OF_VERSION_1}
+    return migrated
 
 
 def find_attempts(roots: list[Path]) -> list[Path]:

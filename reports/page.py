@@ -18,7 +18,7 @@ from typing import Any
 
 import pandas as pd
 
-from tpme.bench.record import Cell, CellResult
+from tpme.bench.record import Cell, CellResult, DatasetFacts
 from tpme.reports.data.load import Recorded, load_samples, stretches, thin
 from tpme.reports.data.section import Section
 from tpme.reports.data.tpme import COLUMNS, Weights, members
@@ -28,11 +28,6 @@ SHORT = dict(zip(COLUMNS, ("t", "p", "m"), strict=True))
 QUALITY = tuple(f"{metric}_10{end}" for metric in ("recall", "ndcg") for end in ("", "_low", "_high"))
 SPREADS = {"t_sd": "epoch_time_s_sd", "m_sd": "memory_bytes_sd", "e": "energy_epoch_j", "seen": "memory_seen_bytes"}
 CURVE_POINTS = 160
-
-CATALOGUES: Mapping[str, Mapping[str, Any]] = {
-    "a6b895b62d4db16ddd1d0c2d7e51d10d4e85a6f00a5a07d9e3d05ad44aba874f": {"users": 1000, "continues": 0.85},
-}
-"""Settings of the built-in catalogue as presets have it, by the fingerprint of what they draw: no record holds them."""
 
 
 def page(title: str, sections: Sequence[Section], weights: Weights) -> str:
@@ -112,7 +107,7 @@ def _cell(recorded: Recorded) -> dict[str, Any]:
         "failure": shorten_path(f"during {failure.phase}: {failure.message}") if failure else None,
         "phases": _phases(result),
         "curve": _curve(recorded),
-        "configuration": matrix_of(result.cell),
+        "configuration": matrix_of(result.cell, result.dataset),
         "environment": _environment(result),
         "command": f"tpme run cell.toml --device {result.cell.device}",
     }
@@ -152,15 +147,19 @@ def _environment(result: CellResult) -> dict[str, str]:
     return {key: shorten_path(str(value)) for key, value in values.items() if value is not None}
 
 
-def matrix_of(cell: Cell) -> str:
+def matrix_of(cell: Cell, facts: DatasetFacts | None = None) -> str:
     """A matrix (TOML) of this cell alone, whose first lines say what is to be filled in.
 
-    A record holds no folder: neither that of its data nor, in a page, that of an encoder on the disk.
+    A record holds no folder: neither that of its data nor, in a page, that of an encoder on the disk. ``facts`` hold
+    the settings of the built-in catalogue.
     """
-    catalogue = CATALOGUES.get(cell.dataset_fingerprint)
-    data = {"name": cell.dataset, **({"path": "FOLDER"} if catalogue is None else {"synthetic": catalogue})}
+    data: dict[str, Any] = {"name": cell.dataset}
+    if facts is None or facts.synthetic is None:
+        data["path"] = "FOLDER"
+    else:
+        data |= {"synthetic": facts.synthetic, "image_size": facts.image_size}
     head = [f"data: {_toml(cell.dataset)}, fingerprint {cell.dataset_fingerprint[:12]}"]
-    if catalogue is None:
+    if "path" in data:
         head.append("fill in: path, the folder of that data, prepared; or in its place the synthetic settings it had")
     encoders = {"text": cell.text_encoder, "image": cell.image_encoder}
     pair = {

@@ -26,10 +26,10 @@ from typing import Any
 from rich.console import Console
 
 from tpme.bench.commands.ab import Pair, Request, compare, plan_pairs
+from tpme.bench.quantities import QUANTITIES
 from tpme.bench.record import find_results, read_result
 from tpme.bench.run.trees import Tree, trees
 from tpme.reports.gate.measures import memory
-from tpme.reports.gate.metrics import METRICS
 from tpme.reports.gate.verdict import GateReport, Policy
 
 START, END = "<!-- calibration -->", "<!-- /calibration -->"
@@ -220,7 +220,7 @@ def _table(kinds: Sequence[Kind], lines: Sequence[dict[str, Any]]) -> str:
         improved = sum(bool(line["improved"]) for line in own)
         name = kind.metrics[0] if kind.metrics else "step_s"
         seen = sorted(line["ratios"][name] - 1 for line in own)
-        told = f"{METRICS[name].title} {median(seen):+.1%}, {seen[0]:+.1%} to {seen[-1]:+.1%}"
+        told = f"{QUANTITIES[name].title} {median(seen):+.1%}, {seen[0]:+.1%} to {seen[-1]:+.1%}"
         rows.append(f"| {kind.name} | {len(own)} | {alarms} | {improved} | {told} |")
     if not lines:
         return "\n".join(rows)

@@ -275,6 +275,10 @@ def test_where_the_store_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_every_card_method_runs(card_run: Any, harness: ModuleType) -> None:
     _, _, results = card_run
     assert {label: result.failure for label, result in results.items()} == dict.fromkeys(results)
+    assert {result.cell.matrix for result in results.values()} == {"small"}
+    assert [label for label, result in results.items() if result.cell.baseline] == ["frozen", "id", "popularity"]
+    given = {"users": harness.USERS, "items": harness.ITEMS}
+    assert all(result.dataset.synthetic == given for result in results.values())
     assert list(results) == [
         "fft",
         "adapter",
@@ -345,6 +349,7 @@ def test_a_cached_cell_never_holds_the_encoders(card_run: Any) -> None:
     assert cached.cache.built_by_attempt
     assert cached.cache.encoders == {"text": plain.text_encoder, "image": plain.image_encoder}
     assert cached.cache.bytes == cached.counters["cache_bytes"].value
+    assert cached.cache.peak_bytes.value > 0
     assert 0 < cached.cache.build_s < next(phase.wall_s for phase in cached.phases if phase.kind == "cache")
     assert {flag.message for flag in cached.flags if flag.code == "cache-placement"} == {
         "cached states are kept in host memory"

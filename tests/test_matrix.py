@@ -108,6 +108,17 @@ def test_a_cell_carries_every_setting_of_its_matrix() -> None:
     assert (cell.lr_trial, cell.lr_trials) == (0, 1)
 
 
+def test_a_cell_says_which_matrix_asked_and_whether_it_is_a_baseline(tmp_path: Path) -> None:
+    (tmp_path / "nearest.py").write_text(
+        "from tpme.methods.base import Method\n\nclass Nearest(Method):\n    baseline = True\n\nMETHOD = Nearest\n"
+    )
+    names = ("fft", "iisan", "frozen", "id", "popularity", "nearest")
+    matrix = MatrixFile.model_validate(raw(name="mine", methods=[{"name": name} for name in names]))
+    found = expand(matrix, {"d": BOTH}, device="cpu", methods_path=[tmp_path])
+    assert {cell.matrix for cell in found} == {"mine"}
+    assert [cell.method for cell in found if cell.baseline] == ["frozen", "id", "popularity", "nearest"]
+
+
 def test_trials_are_laid_over_the_learning_rates_of_the_matrix() -> None:
     base = {"recommender": 1e-3, "text": 2e-3, "image": 3e-3, "method": 4e-3}
     found = cells(methods=[{"name": "fft", "lr": [5e-3, {"text": 6e-3}, 1]}], lr=base)

@@ -23,6 +23,7 @@ from tpme.bench.record import (
     Reading,
     RecordError,
     attempt_number,
+    cell_id,
     find_results,
     read_result,
     write_atomically,
@@ -147,11 +148,15 @@ def test_a_reader_sees_all_or_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"schema_version": 1, "cell_id"', "not a readable record"),
+        (b'{"schema_version": 2, "cell_id"', "not a readable record"),
         (b"\xff\xfe", "not a readable record"),
-        (b"[]", "schema version None, this tpme reads 1"),
-        (b'{"schema_version": 2}', "schema version 2, this tpme reads 1; use the tpme that wrote it"),
+        (b"[]", "schema version None, this tpme reads 1 to 2"),
+        (b'{"schema_version": 0}', "schema version 0, this tpme reads 1 to 2; use the tpme that wrote it"),
+        (b'{"schema_version": 3}', "schema version 3, this tpme reads 1 to 2; use the tpme that wrote it"),
+        (b'{"schema_version": [2]}', r"schema version \[2\], this tpme reads 1 to 2; use the tpme that wrote it"),
         (b'{"schema_version": 1}', "field 'cell_id': Field required; the record was changed or truncated"),
+        (b'{"schema_version": 2}', "field 'cell_id': Field required; the record was changed or truncated"),
+        (b'{"schema_version": 1, "cell": 3}', "field 'cell_id': Field required; the record was changed or truncated"),
     ],
 )
 def test_what_is_no_record_is_refused_in_one_line(tmp_path: Path, content: bytes, message: str) -> None:
@@ -172,6 +177,59 @@ def test_a_changed_record_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps(raw))
     with pytest.raises(RecordError, match=r"field 'epoch_time_s': .*must say why"):
         read_result(path)
+
+
+# --- earlier versions -----------------------------------------------------------------------------------------------
+
+VERSION_1 = """{
+ "schema_version": 1, "cell_id": "d101e2ee631f", "attempt": 1, "code_version": "v", "status": "ok", "wall_s": 1.5,
+ "cell": {"method": "frozen", "cached": true, "dataset": "d", "dataset_fingerprint": "f", "modalities": ["text"]},
+ "started_at": "2026-01-01T00:00:00+00:00",
+ "dataset": {
+  "name": "d", "fingerprint": "f", "users": 9, "items": 8, "interactions": 45, "items_never_trained": 1,
+  "modalities": ["text"]
+ },
+ "epochs": [{"index": 1, "train_s": 0.5, "steps": 3, "loss": 2.0, "valid_recall_10": 0.1, "valid_ndcg_10": 0.05}],
+ "epoch_time_s": {"value": 0.5, "source": "clock", "valid": true, "reason": null},
+ "cache": {"build_s": 4.2, "bytes": 640, "items": 8, "dtype": "float16", "built_by_attempt": false, "encoders": {}}
+}"""
+
+
+def test_a_record_of_version_1_is_read_as_one_of_version_2(tmp_path: Path) -> None:
+    path = tmp_path / "attempt-1.json"
+    path.write_text(VERSION_1)
+    old = read_result(path)
+    assert (old.schema_version, old.cell.baseline, old.cell.matrix, old.cell.task) == (2, True, None, "recommendation")
+    assert cell_id(old.cell, "v") == old.cell_id
+    assert (old.metrics, old.source, old.epochs[0].stage) == ({}, None, "")
+    assert old.cache is not None
+    assert (old.cache.build_s, old.cache.peak_bytes.valid) == (4.2, False)
+    assert old.cache.peak_bytes.reason == "the record is of schema version 1"
+    assert old.dataset is not None
+    assert (old.dataset.source, old.dataset.synthetic, old.dataset.image_size) == (None, None, None)
+    again = tmp_path / "attempt-2.json"
+    write_result(old, again)
+    assert read_result(again) == old
+    assert path.read_text() == VERSION_1
+
+
+@pytest.mark.parametrize(("method", "baseline"), [("frozen", True), ("id", True), ("popularity", True), ("ids", False)])
+def test_version_1_knew_three_baselines(tmp_path: Path, method: str, baseline: bool) -> None:
+    path = tmp_path / "attempt-1.json"
+    path.write_text(VERSION_1.replace("frozen", method))
+    assert read_result(path).cell.baseline is baseline
+    path.write_text(VERSION_1.replace("frozen", method).replace('"schema_version": 1', '"schema_version": 2'))
+    assert read_result(path).cell.baseline is False
+
+
+def test_a_cells_identity_is_what_runs() -> None:
+    """Not which matrix asked for it, nor how its row is treated."""
+    identity = cell_id(CELL, "v")
+    assert identity == "a56fc6ae3004"
+    for field, value in {"matrix": "m", "baseline": True, "lr_trial": 1, "lr_trials": 2}.items():
+        assert cell_id(CELL.model_copy(update={field: value}), "v") == identity
+    for field, value in {"task": "retrieval", "seed": 1, "dataset": "e"}.items():
+        assert cell_id(CELL.model_copy(update={field: value}), "v") != identity
 
 
 # --- finding them ---------------------------------------------------------------------------------------------------

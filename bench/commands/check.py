@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from tpme.bench.errors import UserError
+from tpme.bench.quantities import Kind
 from tpme.reports.gate.baseline import (
     Baseline,
     Side,
@@ -26,8 +27,7 @@ from tpme.reports.gate.baseline import (
 )
 from tpme.reports.gate.check import judge
 from tpme.reports.gate.formats import github_annotations, show, write
-from tpme.reports.gate.measures import Measured, cell_key
-from tpme.reports.gate.metrics import Kind
+from tpme.reports.gate.measures import GateCell, cell_key
 from tpme.reports.gate.verdict import ERROR, GateReport, Policy, conclude
 
 _COUNTED = {
@@ -172,7 +172,7 @@ def _counted(source: str, settings: Sequence[str], methods_path: Sequence[Path],
         work = planned.work
         counted = {} if work is None else {name: getattr(work, field) for name, field in _COUNTED.items()}
         cells.append(
-            Measured(
+            GateCell(
                 key=cell_key(planned.cell),
                 cell=planned.cell,
                 status="error" if work is None else "ok",

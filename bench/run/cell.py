@@ -151,18 +151,9 @@ class Story:
 
     def _open_dataset(self) -> Dataset:
         dataset = Dataset.open(self.job.dataset_path)
-        manifest = dataset.manifest
-        if manifest.fingerprint != self.cell.dataset_fingerprint:
+        if dataset.manifest.fingerprint != self.cell.dataset_fingerprint:
             raise UserError(f"{self.job.dataset_path}: changed since the matrix was read; run the matrix again")
-        self.known.dataset = DatasetFacts(
-            name=self.cell.dataset,
-            fingerprint=manifest.fingerprint,
-            users=manifest.users,
-            items=manifest.items,
-            interactions=manifest.interactions,
-            items_never_trained=dataset.items_never_trained,
-            modalities=manifest.modalities,
-        )
+        self.known.dataset = dataset.facts(self.cell.dataset)
         return dataset
 
     def _specs(self, method: Method) -> dict[Modality, EncoderSpec]:

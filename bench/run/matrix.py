@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import (
     Discriminator,
@@ -29,6 +29,9 @@ from pydantic import (
 from tpme.bench.errors import UserError
 from tpme.bench.record import Cell, EncoderSpec, Frozen, LearningRates, Modality, Protocol, Training, cell_id
 from tpme.bench.run.job import pinned
+
+if TYPE_CHECKING:
+    from tpme.methods.base import Method
 
 PAPER_SETTINGS = {"users_per_batch"}
 """What a method's own ``training`` table may set, and only under the ``paper`` protocol (its batch sizes differ)."""
@@ -201,7 +204,7 @@ def expand(
         data = datasets[entry.name]
         modalities = _modalities(matrix, entry, data, pair)
         for training, method in itertools.product(_trainings(matrix), matrix.methods):
-            _check(method, modalities, methods_path)
+            baseline = _check(method, modalities, methods_path).baseline
             for cached, (trial, lr) in itertools.product(_cached(method), enumerate(trials[id(method)])):
                 cells.append(
                     Cell(
@@ -220,6 +223,8 @@ def expand(
                         lr_trials=len(trials[id(method)]),
                         device="cuda" if device == "cuda" else "cpu",
                         seed=seed,
+                        matrix=matrix.name,
+                        baseline=baseline,
                     )
                 )
     seen: set[str] = set()
@@ -293,7 +298,8 @@ def _laid_over(base: LearningRates, lr: LearningRates | float) -> LearningRates:
     return base.model_copy(update=given)
 
 
-def _check(method: MethodEntry, modalities: tuple[Modality, ...], methods_path: Sequence[Path]) -> None:
+def _check(method: MethodEntry, modalities: tuple[Modality, ...], methods_path: Sequence[Path]) -> Method:
+    """The method, built once to see that it can do what the matrix asks; raises UserError where it cannot."""
     from tpme.methods.registry import create
 
     made = create(method.name, method.options, methods_path)
@@ -305,3 +311,4 @@ def _check(method: MethodEntry, modalities: tuple[Modality, ...], methods_path: 
     lacking = [modality for modality in made.needs if modality not in modalities]
     if lacking:
         raise UserError(f"method '{method.name}' needs {' and '.join(made.needs)}; this matrix has no {lacking[0]}")
+    return made

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from pydantic import NonNegativeInt, PositiveInt, ValidationError
 
 from tpme.bench.errors import UserError
-from tpme.bench.record import Frozen, Modality
+from tpme.bench.record import DatasetFacts, Frozen, Modality
 
 FORMAT_VERSION = 1
 
@@ -42,6 +42,8 @@ class Manifest(Frozen):
     name: str
     source: str
     """Kind and place it was read from, for people."""
+    synthetic: dict[str, Any] | None = None
+    """The settings given to the built-in catalogue; ``None`` for other data."""
     modalities: tuple[Modality, ...]
     users: PositiveInt
     items: PositiveInt
@@ -185,6 +187,11 @@ class Dataset:
     def cold_test_share(self) -> float:
         """Share of users whose test target never occurs in training."""
         return float(np.mean(self.popularity[self.test.target] == 0))
+
+    def facts(self, name: str) -> DatasetFacts:
+        """What a record says of the data, which its matrix calls ``name``."""
+        shared = self.manifest.model_dump(exclude={"name", "format_version", "skipped"})
+        return DatasetFacts(name=name, items_never_trained=self.items_never_trained, **shared)
 
     def gather_images(self, ids: NDArray[np.integer[Any]]) -> NDArray[np.uint8]:
         """The images of items ``ids`` (n,), copied: uint8 (n, 3, H, W).

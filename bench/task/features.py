@@ -28,7 +28,9 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from tpme.bench.errors import UserError
-from tpme.bench.record import EncoderFacts, EncoderSpec, Frozen, Modality, write_atomically
+from tpme.bench.measure.host import HostMemory
+from tpme.bench.measure.torch_memory import peaks, reset_peaks
+from tpme.bench.record import EncoderFacts, EncoderSpec, Frozen, Modality, Reading, write_atomically
 from tpme.bench.run.job import progress_line
 from tpme.bench.task.batches import ItemStore
 from tpme.bench.task.dataset import Dataset
@@ -90,6 +92,8 @@ class FeatureManifest(Frozen):
     encoders: dict[Modality, EncoderFacts]
     """As its builder loaded them, with their revisions."""
     sha256: dict[Modality, str]
+    peak_bytes: Reading
+    """Peak memory of the process that finished it, over what it held before it loaded the encoders."""
 
 
 def feature_folder(job: FeatureJob, fingerprint: str) -> Path:
@@ -148,7 +152,10 @@ def _build(job: FeatureJob, dataset: Dataset, folder: Path, tick: Callable[[floa
     shapes = {m: encoder_shape(spec) for m, spec in job.encoders.items()}
     size = planned_bytes(items, shapes, reads)
     _check_size(size, job.limit_bytes, folder)
-    device = torch.device(job.device)
+    device, host = torch.device(job.device), HostMemory()
+    before = host.tree_bytes()
+    host.start_window()
+    reset_peaks(device)
     encoders = {m: load_encoder(spec, m, device=device, seed=job.seed) for m, spec in job.encoders.items()}
     text = job.encoders.get("text")
     tokens = tokenise(dataset, text.source, text.revision, job.title_tokens, job.store) if text else None
@@ -160,6 +167,9 @@ def _build(job: FeatureJob, dataset: Dataset, folder: Path, tick: Callable[[floa
             tables.save_now_and_then(time.perf_counter() - started)
             tick(float(ids[-1]) / items)
         tables.save(time.perf_counter() - started)
+    host.end_window()
+    held = host.peak()
+    resident = Reading(value=held.bytes - before, source=f"{held.source}, over the baseline")
     manifest = FeatureManifest(
         build_s=tables.spent_s,
         bytes=size,
@@ -167,6 +177,7 @@ def _build(job: FeatureJob, dataset: Dataset, folder: Path, tick: Callable[[floa
         dtype=DTYPE,
         encoders={m: encoder.facts for m, encoder in encoders.items()},
         sha256={m: _sha256(folder / f"{m}.npy") for m in job.encoders},
+        peak_bytes=peaks(device)[1] if device.type == "cuda" else resident,
     )
     write_atomically(folder / "manifest.json", manifest.model_dump_json(indent=1).encode())
     (folder / "progress.json").unlink(missing_ok=True)

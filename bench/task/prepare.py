@@ -237,6 +237,7 @@ def _build(raw: RawData, kept: Kept, folder: Path, settings: Settings, progress:
     manifest = Manifest(
         name=raw.name,
         source=raw.source or raw.name,
+        synthetic=raw.synthetic,
         modalities=_modalities(raw),
         users=len(kept.users),
         items=len(kept.items),

@@ -53,6 +53,7 @@ def cached_states(job: FeatureJob, fingerprint: str, phases: PhaseLog, progress:
         dtype=manifest.dtype,
         built_by_attempt=not there,
         encoders=manifest.encoders,
+        peak_bytes=manifest.peak_bytes,
     )
     return CachedStates(states, placement, facts)
 

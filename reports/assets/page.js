@@ -54,7 +54,7 @@ function keepState() {
   history.replaceState(null, "", kept.size ? `#${kept}` : location.pathname + location.search);
 }
 
-/* ---- TPME, as reports/tpme.py computes it ---- */
+/* ---- TPME, as reports/data/tpme.py computes it ---- */
 function frameOf(rows) {
   if (state.frame === "report") return group().frame;
   if (!rows.length) return null;
@@ -100,7 +100,7 @@ function number(value, digits = 3) {
 const spread = (value, sd, digits = 3) => (known(sd) ? `${number(value, digits)} ± ${number(sd, 2)}` : number(value, digits));
 function scaled(value, units, sd, digits) {
   if (!known(value)) return "–";
-  const [unit, scale] = units.find(([, one]) => value >= one) ?? units[units.length - 1];
+  const [unit, scale] = units.find(([, size]) => value >= size) ?? units[units.length - 1];
   return `${spread(value / scale, known(sd) ? sd / scale : null, digits)} ${unit}`;
 }
 const bytes = (value, sd, digits) => scaled(value, [["GB", 1e9], ["MB", 1e6]], sd, digits);
@@ -144,13 +144,13 @@ const valueOf = (column, row) => (column.value ? column.value(row) : row[column.
 /* ---- the table ---- */
 function visible(rows) {
   const words = state.filter.toLowerCase().split(/\s+/).filter(Boolean);
-  const column = COLUMNS.find((one) => one.key === state.sort);
+  const column = COLUMNS.find((candidate) => candidate.key === state.sort);
   const sign = state.down ? -1 : 1;
   return rows
     .filter((row) => words.every((word) => row.name.toLowerCase().includes(word)) && (!state.status || row.status === state.status))
     .sort((a, b) => {
       const [x, y] = [valueOf(column, a), valueOf(column, b)];
-      if (known(x) !== known(y)) return known(x) ? -1 : 1; // what is missing comes last, whichever way
+      if (known(x) !== known(y)) return known(x) ? -1 : 1; // missing values come last in either order
       const order = !known(x) ? 0 : typeof x === "string" ? x.localeCompare(y, "en") : x - y;
       return sign * order || a.name.localeCompare(b.name, "en");
     });
@@ -178,12 +178,12 @@ function tableRow(row, best) {
   const place = row.index;
   const choose = make("input", { type: "checkbox", "aria-label": `${row.name} is one of the K rows`, "data-choose": place, disabled: !row.usable, onchange: (event) => {
     const rest = state.rows.filter((name) => name !== row.name);
-    const rows = event.target.checked ? group().rows.map((one) => one.name).filter((name) => rest.includes(name) || name === row.name) : rest;
+    const rows = event.target.checked ? group().rows.map((other) => other.name).filter((name) => rest.includes(name) || name === row.name) : rest;
     change({ rows }, `[data-choose="${place}"]`);
   } });
   choose.checked = row.inside;
-  const tell = () => opened || tip(open, telling(row)); // opened, it would cover what it says
-  const open = make("button", { type: "button", class: "open", "data-open": place, "aria-expanded": String(opened), "aria-controls": opened ? `cell-${place}` : null, onmouseenter: tell, onfocus: tell, onmouseleave: hideTip, onblur: hideTip, onkeydown: (event) => event.key === "Escape" && hideTip(), onclick: () => change({ open: opened ? "" : row.name }, `[data-open="${place}"]`) }, row.name);
+  const hint = () => opened || tip(open, summary(row)); // an open row shows the same text
+  const open = make("button", { type: "button", class: "open", "data-open": place, "aria-expanded": String(opened), "aria-controls": opened ? `cell-${place}` : null, onmouseenter: hint, onfocus: hint, onmouseleave: hideTip, onblur: hideTip, onkeydown: (event) => event.key === "Escape" && hideTip(), onclick: () => change({ open: opened ? "" : row.name }, `[data-open="${place}"]`) }, row.name);
   const unseen = (text) => make("span", { class: "unseen" }, text);
   const marks = row.notes.length ? make("sup", { class: "mark" }, unseen(", footnote "), row.notes.join(",")) : null;
   const front = row.front ? make("span", { class: "mark" }, make("span", { "aria-hidden": "true" }, " ◆"), unseen(", on the Pareto front")) : null;
@@ -201,11 +201,11 @@ function detail(row) {
   const part = (title, ...content) => make("div", {}, make("h3", {}, title), ...content);
   const code = (what, text) => make("pre", { tabindex: 0, role: "region", "aria-label": what }, text);
   const pairs = (what, entries) => part(what, make("table", { class: "pairs", "aria-label": what }, make("tbody", {}, ...entries.map(([key, value]) => make("tr", {}, make("th", { scope: "row" }, key), make("td", {}, String(value)))))));
-  const { method, footnotes: told, ...numbers } = record(row);
+  const { method, footnotes: notes, ...numbers } = record(row);
   const plain = Object.entries(numbers).filter(([, value]) => known(value)).map(([key, value]) => [key, typeof value === "number" ? Number(value.toPrecision(10)) : value]);
   const parts = [];
   if (cell.failure) parts.push(part(`Ended as ${row.status}`, make("p", {}, cell.failure)));
-  if (told) parts.push(part("Notes", ...footnotes(row).map((text, i) => make("p", { class: "notes" }, `${row.notes[i]} ${text}`))));
+  if (notes) parts.push(part("Notes", ...footnotes(row).map((text, i) => make("p", { class: "notes" }, `${row.notes[i]} ${text}`))));
   if (Object.keys(cell.phases).length) parts.push(part("Phases and memory over time", timeline(cell)));
   parts.push(pairs("Numbers of the row", plain), part("Configuration", code("Configuration", cell.configuration)));
   parts.push(part("To repeat it", make("p", { class: "soft" }, `Save the configuration as cell.toml${cell.configuration.includes("\n# fill in") ? ", fill in what its first lines name" : ""}, then:`), code("Command", cell.command),
@@ -214,7 +214,7 @@ function detail(row) {
   return make("div", { class: "cell" }, make("p", { class: "soft" }, `Cell ${cell.id}, seed ${cell.seed}, attempt ${cell.attempt}, measured code ${cell.code}`), ...parts);
 }
 
-/* Kinds of phases in the order of their colours; names stand beside every lane, so colour alone tells nothing. */
+/* Kinds of phases in the order of their colours; every lane has a name, so colour is never the only cue. */
 const KINDS = ["train", "validate", "rank", "load", "cache", "adapt", "warmup", "export", "estimate", "search", "round", "prepare"];
 
 /* A lane with the name of each phase and, on the same time axis above them, the memory curve in bands of their colours. */
@@ -227,8 +227,8 @@ function timeline({ phases, curve }) {
   const x = (time) => left + (time / last) * (right - left);
   const bands = (kind, y, tall) => phases[kind].map(([from, to]) => make("svg:rect", { class: `kind-${KINDS.indexOf(kind) % 7}`, x: x(from), y, width: Math.max(0.8, x(to) - x(from)), height: tall }, make("svg:title", {}, `${kind}, ${number(from)} to ${number(to)} s`)));
   const spent = (kind) => number(phases[kind].reduce((sum, [from, to]) => sum + to - from, 0));
-  const told = kinds.map((kind) => `${kind} ${spent(kind)} s`).join(", ");
-  const drawn = make("svg:svg", { viewBox: `0 0 320 ${height + 16}`, class: "timeline", role: "img", "aria-label": top ? `Memory rises to ${bytes(most)} within ${number(last)} seconds. Phases: ${told}` : `Phases: ${told}` });
+  const summed = kinds.map((kind) => `${kind} ${spent(kind)} s`).join(", ");
+  const drawn = make("svg:svg", { viewBox: `0 0 320 ${height + 16}`, class: "timeline", role: "img", "aria-label": top ? `Memory rises to ${bytes(most)} within ${number(last)} seconds. Phases: ${summed}` : `Phases: ${summed}` });
   if (top) {
     const points = curve.map(([time, used]) => `${x(time).toFixed(1)},${(top - 6 - (used / most) * (top - 24)).toFixed(1)}`);
     const under = make("svg:polygon", { points: [`${x(curve[0][0])},${top - 6}`, ...points, `${x(curve[curve.length - 1][0])},${top - 6}`].join(" ") });
@@ -280,7 +280,7 @@ function drawChart(rows) {
 }
 
 /* The numbers of a row and its flags. */
-function telling(row) {
+function summary(row) {
   const place = known(row.rank) ? `Rank ${row.rank}, TPME ${percent(row)} %` : known(row.bound) ? `TPME ${percent(row)} %` : row.status === "ok" ? "no TPME" : `ended as ${row.status}`;
   return [
     row.name, place + (known(row.low) ? ` (95 %: ${interval(row, 2)})` : "") + (row.front ? ", on the Pareto front" : ""), `Recall@10 ${ranged(row, "recall_10")}, NDCG@10 ${ranged(row, "ndcg_10")}`,
@@ -288,9 +288,9 @@ function telling(row) {
   ].join("\n");
 }
 
-/* All points are one stop of the tab key; arrow keys go on from there. */
+/* The points are a single tab stop; arrow keys move between them. */
 function drawPoint({ row, x, y }, first) {
-  const text = telling(row);
+  const text = summary(row);
   const shape = row.front ? make("svg:rect", { class: "dot", x: x - 5, y: y - 5, width: 10, height: 10, transform: `rotate(45 ${x} ${y})` }) : make("svg:circle", { class: "dot", cx: x, cy: y, r: 5 });
   const select = () => change({ open: row.name, filter: "", status: "" }, `[data-open="${row.index}"]`);
   const node = make("svg:g", { class: row.front ? "point front" : "point", tabindex: first ? 0 : -1, role: "button", "aria-label": text, "data-point": row.name, onclick: select, onfocus: () => tip(node, text), onmouseenter: () => tip(node, text), onblur: hideTip, onmouseleave: hideTip,
@@ -312,7 +312,7 @@ function frontBoxes(front) {
   return front.slice(1).flatMap((next, i) => [[front[i].x, front[i].y - 2, next.x, front[i].y + 2], [next.x - 2, next.y, next.x + 2, front[i].y]]);
 }
 
-/* Greedy: each name takes the nearest free place on rings around its point; without one it is left to the tooltip. */
+/* Greedy, as in figures/labels.py: each name takes the nearest free place on rings around its point; a name without one is in the tooltip only. */
 function placeNames(chart, spots, [left, top, right, bottom], lines) {
   const taken = [...lines, ...spots.map((spot) => [spot.x - 6, spot.y - 6, spot.x + 6, spot.y + 6])];
   const free = (box) => box[0] >= left && box[1] >= top && box[2] <= right && box[3] <= bottom && !taken.some((other) => box[0] < other[2] && other[0] < box[2] && box[1] < other[3] && other[1] < box[3]);
@@ -321,22 +321,22 @@ function placeNames(chart, spots, [left, top, right, bottom], lines) {
     const label = make("svg:text", { "pointer-events": "none" }, name);
     chart.append(label);
     const size = label.getBBox();
-    let found = null;
-    for (let ring = 0; ring < 14 && !found; ring += 1) {
-      for (let turn = 0; turn < 16 && !found; turn += 1) {
+    let place = null;
+    for (let ring = 0; ring < 14 && !place; ring += 1) {
+      for (let turn = 0; turn < 16 && !place; turn += 1) {
         const angle = (Math.PI * 2 * (turn % 2 ? turn + 1 : -turn)) / 32;
         const [dx, dy] = [Math.cos(angle), Math.sin(angle)];
         const cx = spot.x + dx * (9 + 9 * ring) + (Math.abs(dx) < 0.2 ? 0 : (Math.sign(dx) * size.width) / 2);
         const cy = spot.y + dy * (9 + 9 * ring) + (Math.abs(dy) < 0.2 ? 0 : (Math.sign(dy) * size.height) / 2);
         const box = [cx - size.width / 2, cy - size.height / 2, cx + size.width / 2, cy + size.height / 2];
-        if (free(box)) found = { box, far: ring > 1 };
+        if (free(box)) place = { box, far: ring > 1 };
       }
     }
-    if (!found) { label.remove(); continue; }
-    taken.push(found.box);
-    label.setAttribute("x", found.box[0]);
-    label.setAttribute("y", found.box[3] - 0.24 * size.height);
-    if (found.far) chart.append(make("svg:line", { class: "lead", x1: spot.x, y1: spot.y, x2: Math.min(Math.max(spot.x, found.box[0]), found.box[2]), y2: Math.min(Math.max(spot.y, found.box[1]), found.box[3]) }));
+    if (!place) { label.remove(); continue; }
+    taken.push(place.box);
+    label.setAttribute("x", place.box[0]);
+    label.setAttribute("y", place.box[3] - 0.24 * size.height);
+    if (place.far) chart.append(make("svg:line", { class: "lead", x1: spot.x, y1: spot.y, x2: Math.min(Math.max(spot.x, place.box[0]), place.box[2]), y2: Math.min(Math.max(spot.y, place.box[1]), place.box[3]) }));
   }
 }
 
@@ -361,7 +361,7 @@ function setWeight(index, value) {
   const rest = weights[a] + weights[b];
   weights[index] = value;
   weights[a] = rest > 0 ? ((1 - value) * weights[a]) / rest : (1 - value) / 2;
-  weights[b] = Math.max(0, 1 - value - weights[a]); // so that they add up to 1 however often one is moved
+  weights[b] = Math.max(0, 1 - value - weights[a]); // the sum stays 1 after any number of moves
   change({ weights });
 }
 
@@ -375,19 +375,19 @@ function change(changes, focus) {
 function draw() {
   hideTip();
   const rows = compute();
-  const one = group();
-  byId("group-name").textContent = one.name;
+  const current = group();
+  byId("group-name").textContent = current.name;
   byId("group").value = String(state.group);
   state.weights.forEach((weight, i) => {
     const slider = byId(`weight-${AXES[i]}`);
     if (Number(slider.value) !== weight) slider.value = String(weight);
     slider.setAttribute("aria-valuetext", `${(100 * weight).toFixed(0)} percent`);
-    const told = byId(`told-${AXES[i]}`);
-    told.textContent = weight.toFixed(2);
-    told.dataset.value = String(weight);
+    const output = byId(`output-${AXES[i]}`);
+    output.textContent = weight.toFixed(2);
+    output.dataset.value = String(weight);
   });
-  document.querySelectorAll("input[name=frame]").forEach((input) => { input.checked = input.value === state.frame; input.disabled = input.value === "report" && !one.frame; });
-  byId("frame-name").textContent = one.frozen ? `frozen in ${one.frozen}` : "of the rows this report compares";
+  document.querySelectorAll("input[name=frame]").forEach((input) => { input.checked = input.value === state.frame; input.disabled = input.value === "report" && !current.frame; });
+  byId("frame-name").textContent = current.frozen ? `frozen in ${current.frozen}` : "of the rows this report compares";
   byId("quality").value = state.quality;
   if (byId("filter").value !== state.filter) byId("filter").value = state.filter;
   byId("status").value = state.status;
@@ -395,14 +395,14 @@ function draw() {
   drawTable(rows);
   const ranked = rows.filter((row) => row.inside).sort((a, b) => a.rank - b.rank);
   say("said", ranked.length ? `K = ${ranked.length} rows; lowest TPME: ${ranked.filter((row) => row.rank === 1).map((row) => row.name).join(", ")}.` : "No row is chosen, so there is no TPME.");
-  byId("no-intervals").hidden = ownChoices() || !one.rows.some((row) => known(row.tpme_low));
-  byId("shared").replaceChildren(...one.shared.map((text) => make("p", {}, text)));
-  byId("footnotes").replaceChildren(...one.footnotes.map((text, i) => make("p", {}, `${i + 1} ${text}`)));
+  byId("no-intervals").hidden = ownChoices() || !current.rows.some((row) => known(row.tpme_low));
+  byId("shared").replaceChildren(...current.shared.map((text) => make("p", {}, text)));
+  byId("footnotes").replaceChildren(...current.footnotes.map((text, i) => make("p", {}, `${i + 1} ${text}`)));
 }
 
 function toCsv() {
   const quote = (value) => (/[",\r\n]/.test(value) ? `"${value.replaceAll('"', '""')}"` : value);
-  // A spreadsheet runs what starts like a formula.
+  // A spreadsheet would run text that starts like a formula.
   const safe = (value) => (!known(value) ? "" : typeof value === "string" ? quote(/^[=+\-@\t\r]/.test(value) ? `'${value}` : value) : String(value));
   const rows = visible(compute()).map(record);
   return [Object.keys(record(group().rows[0])), ...rows.map((row) => Object.values(row).map(safe))].map((line) => `${line.join(",")}\n`).join("");
@@ -414,14 +414,14 @@ function download() {
   setTimeout(() => URL.revokeObjectURL(link.href), 1000);
 }
 
-byId("group").append(...DATA.groups.map((one, i) => make("option", { value: i }, one.name)));
+byId("group").append(...DATA.groups.map(({ name }, i) => make("option", { value: i }, name)));
 byId("group-choice").hidden = DATA.groups.length < 2;
 byId("group").addEventListener("change", (event) => change({ ...initial(Number(event.target.value)), weights: state.weights }));
 AXES.forEach((axis, i) => byId(`weight-${axis}`).addEventListener("input", (event) => setWeight(i, Number(event.target.value))));
 document.querySelectorAll("input[name=frame]").forEach((input) => input.addEventListener("change", () => change({ frame: input.value })));
 byId("quality").addEventListener("change", (event) => change({ quality: event.target.value }));
 byId("filter").addEventListener("input", (event) => change({ filter: event.target.value }));
-byId("status").append(...[...new Set(DATA.groups.flatMap((one) => one.rows.map((row) => row.status)))].sort().map((status) => make("option", { value: status }, status)));
+byId("status").append(...[...new Set(DATA.groups.flatMap(({ rows }) => rows.map((row) => row.status)))].sort().map((status) => make("option", { value: status }, status)));
 byId("status").addEventListener("change", (event) => change({ status: event.target.value }));
 byId("reset").addEventListener("click", () => change(initial(state.group)));
 byId("csv").addEventListener("click", download);

@@ -88,7 +88,7 @@ def _more(result: CellResult) -> dict[str, Any]:
 
 
 def _flat(value: Any) -> Any:
-    return json.dumps(value, sort_keys=True) if isinstance(value, dict | list) else value
+    return json.dumps(value, sort_keys=True) if isinstance(value, dict | list | tuple) else value
 
 
 # --- files ---------------------------------------------------------------------------------------------------

@@ -205,6 +205,8 @@ def _cell_columns(cell: Cell, device_key: str) -> dict[str, Any]:
         "label": cell.label,
         "method": cell.method,
         "cached": cell.cached,
+        "matrix": cell.matrix,
+        "baseline": cell.baseline,
         "options": _canonical(cell.options),
         "dataset": cell.dataset,
         "dataset_fingerprint": cell.dataset_fingerprint,

@@ -28,9 +28,6 @@ from tpme.reports.data.stats import Floats
 from tpme.reports.data.tpme import Frame, Weights, frame_of, lower_bound, tpme
 from tpme.reports.data.trials import Group, Line, lines_of
 
-NO_ADAPTATION = ("frozen", "id", "popularity")
-"""Methods that adapt no encoder: they would set the minima, so they get a TPME only where they are named."""
-
 
 @dataclass(frozen=True)
 class Section:
@@ -125,7 +122,7 @@ def make_section(
         group: the cells.
         records: the records of ``group.cells``, in its order.
         weights: of T, P and M in TPME.
-        named: rows or labels that get a TPME; None for all methods that adapt an encoder.
+        named: rows or labels that get a TPME; None for all but baselines.
         frozen: a frame to use instead of the rows' own, and its file.
     """
     seeds = _seeds(group.cells)
@@ -206,7 +203,7 @@ def _line(seeds: Sequence[Line]) -> dict[str, Any]:
     return line
 
 
-SHARED = ("label", "method", "cached", "options", "lr", "search_trials", "search_cells", "search_wall_s")
+SHARED = ("label", "method", "baseline", "cached", "options", "lr", "search_trials", "search_cells", "search_wall_s")
 VARIED = (
     "epoch_time_s",
     "memory_bytes",
@@ -281,7 +278,7 @@ def _ranks(seeds: Sequence[Line]) -> list[Ranks]:
 
 def _compared(summary: pd.DataFrame, named: Sequence[str] | None) -> pd.Series[bool]:
     if named is None:
-        return ~summary["method"].isin(NO_ADAPTATION)
+        return ~summary["baseline"]  # they would set the minima
     return summary["label"].isin(named) | pd.Series(summary.index.isin(named), index=summary.index)
 
 

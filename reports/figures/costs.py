@@ -1,6 +1,6 @@
-"""The figures of a report, each drawn from a ``Section`` alone; here all of them, quality against TPME, and costs.
+"""The list of a report's figures, each drawn from a ``Section``, and two of them: quality against TPME, and costs.
 
-Rows that carry a footnote have a ``*`` behind their name; the footnotes stand under the tables.
+Rows with a footnote have a ``*`` behind their name; the footnotes are below the tables.
 """
 
 from __future__ import annotations
@@ -20,19 +20,22 @@ from tpme.reports.data.load import Array
 from tpme.reports.data.section import Section
 from tpme.reports.data.tpme import pareto
 from tpme.reports.figures import curves, shares
-from tpme.reports.figures.axes import LOG_FROM, log_axis, name_rows
-from tpme.reports.figures.figure import Plot, row_label
 from tpme.reports.figures.labels import place_labels
 from tpme.reports.figures.style import (
     BLUE,
     COLUMN_INCHES,
     GREEN,
     GREY,
+    LOG_FROM,
     ORANGE,
     SILVER,
     VERMILION,
+    Plot,
+    log_axis,
     margins,
+    name_rows,
     new_figure,
+    row_label,
     style,
     text_width,
 )
@@ -41,19 +44,19 @@ Maker = Callable[[Section], Plot | None]
 
 
 def makers() -> tuple[Maker, ...]:
-    """What draws the figures of a report, in their order."""
+    """The functions that draw the figures of a report, in order."""
     return (
         quality_tpme, shares.ranks, shares.weights, costs, shares.phases, curves.memory_over_time, curves.step_times,
     )  # fmt: skip
 
 
 def all_plots(section: Section) -> list[Plot]:
-    """Every figure there is something to show in."""
-    return [plot for make in makers() if (plot := made(make, section)) is not None]
+    """Every figure that has data."""
+    return [plot for make in makers() if (plot := make_plot(make, section)) is not None]
 
 
-def made(make: Maker, section: Section) -> Plot | None:
-    """One figure in the common look, its caption complete; None where there is nothing to show."""
+def make_plot(make: Maker, section: Section) -> Plot | None:
+    """One figure in the common style with its complete caption; None without data."""
     with style():
         plot = make(section)
     if plot is None:
@@ -63,27 +66,27 @@ def made(make: Maker, section: Section) -> Plot | None:
 
 
 def _out_of_memory(section: Section) -> str:
-    """The rows that ran out of memory, for every caption: a figure of quality or time has no place for them."""
+    """Names the rows that ran out of memory in every caption: figures of quality or time cannot show them."""
     unit, scale = byte_unit(section.summary["memory_seen_bytes"])
     rows = section.summary[section.summary["status"] == "oom"]
     least = {name: number(seen / scale) for name, seen in rows["memory_seen_bytes"].items() if pd.notna(seen)}
-    told = [f"{name}, M ≥ {least[name]} {unit}" if name in least else str(name) for name in rows.index]
-    return f" Out of memory: {'; '.join(told)}." if told else ""
+    parts = [f"{name}, M ≥ {least[name]} {unit}" if name in least else str(name) for name in rows.index]
+    return f" Out of memory: {'; '.join(parts)}." if parts else ""
 
 
 def quality_tpme(section: Section) -> Plot | None:
     """Recall@10 against TPME with intervals; the Pareto front is marked. None for fewer than two rows."""
     summary = section.summary
-    shown = summary[summary["tpme"].notna() & summary["recall_10"].notna()]
-    if len(shown) < 2:
+    rows = summary[summary["tpme"].notna() & summary["recall_10"].notna()]
+    if len(rows) < 2:
         return None
-    figure = new_figure(COLUMN_INCHES, 3.0 + 0.04 * len(shown))
+    figure = new_figure(COLUMN_INCHES, 3.0 + 0.04 * len(rows))
     axes = figure.add_subplot()
-    x, y = 100 * shown["tpme"], shown["recall_10"]
-    front = pareto(shown)
-    reach = np.stack([y - shown["recall_10_low"], shown["recall_10_high"] - y]).clip(min=0)
+    x, y = 100 * rows["tpme"], rows["recall_10"]
+    front = pareto(rows)
+    reach = np.stack([y - rows["recall_10_low"], rows["recall_10_high"] - y]).clip(min=0)
     axes.errorbar(x, y, yerr=reach, fmt="none", ecolor=SILVER, elinewidth=0.5, zorder=1)
-    best = shown[front].sort_values("tpme")
+    best = rows[front].sort_values("tpme")
     corners = np.repeat(np.column_stack([100 * best["tpme"], best["recall_10"]]), 2, axis=0)
     steps = np.column_stack([corners[1:, 0], corners[:-1, 1]])
     axes.plot(*steps.T, color=VERMILION, lw=0.8, zorder=2)
@@ -93,17 +96,17 @@ def quality_tpme(section: Section) -> Plot | None:
     axes.set_ylabel("Recall@10, higher is better")
     axes.margins(x=0.12, y=0.1)
     rest = summary[summary["tpme"].isna() & summary["recall_10"].notna()]
-    beside, far = _references(rest, shown)
+    beside, far = _references(rest, rows)
     right = _draw_references(section, axes, beside)
-    below = textwrap.wrap(_told(section, far), 60)
+    below = textwrap.wrap(_off_scale(section, far), 60)
     axes.set_xlabel("\n".join([axes.get_xlabel(), *below]))
     margins(figure, 0.55, 0.05 + right, 0.36 + 0.12 * len(below), 0.28)
     figure.legend(loc="upper left", ncols=2, frameon=False, fontsize=6)
     ends = axes.get_xlim()
-    place_labels(
+    unplaced = place_labels(
         axes,
         np.column_stack([x, y]),
-        [row_label(section, str(name)) for name in shown.index],
+        [row_label(section, str(name)) for name in rows.index],
         lines=[*itertools.pairwise(steps), *(((ends[0], y), (ends[1], y)) for y in beside)],
         bars=[*zip(np.column_stack([x, y - reach[0]]), np.column_stack([x, y + reach[1]]), strict=True)],
     )
@@ -115,11 +118,13 @@ def quality_tpme(section: Section) -> Plot | None:
         caption += " Dotted lines: rows without a TPME."
     if len(far):
         caption += " Those far from the others are named at the foot."
+    if unplaced:
+        caption += f" No room for {', '.join(unplaced)}."
     return Plot("quality-tpme", "Quality against TPME", _with_warning(section, caption), figure)
 
 
 def costs(section: Section) -> Plot | None:
-    """Bars of T, P and M side by side, relative to full fine-tuning where it is there."""
+    """Bars of T, P and M side by side, relative to full fine-tuning if the section has it."""
     unit, scale = byte_unit(section.summary["memory_seen_bytes"])
     columns = (
         ("epoch_time_s", "T", "s", 1.0, BLUE),
@@ -129,20 +134,20 @@ def costs(section: Section) -> Plot | None:
     summary = section.summary
     bounded = (summary["status"] == "oom") & summary["memory_seen_bytes"].notna()
     summary = summary.assign(memory_bytes=summary["memory_bytes"].where(~bounded, summary["memory_seen_bytes"]))
-    shown = summary[summary[[name for name, *_ in columns]].notna().any(axis=1)]
-    if shown.empty:
+    rows = summary[summary[[name for name, *_ in columns]].notna().any(axis=1)]
+    if rows.empty:
         return None
-    full = shown[(shown["method"] == "fft") & (shown["status"] == "ok")].head(0 if section.group.mixed else 1)
-    figure = new_figure(COLUMN_INCHES, 0.6 + 0.17 * len(shown))
+    full = rows[(rows["method"] == "fft") & (rows["status"] == "ok")].head(0 if section.group.mixed else 1)
+    figure = new_figure(COLUMN_INCHES, 0.6 + 0.17 * len(rows))
     panels = figure.subplots(1, 3, sharey=True)
-    names = [row_label(section, str(name)) for name in shown.index]
+    names = [row_label(section, str(name)) for name in rows.index]
     position = name_rows(figure, panels[0], names, across=0.2)
     logarithmic = []
     for axes, (name, symbol, per, divisor, colour) in zip(panels, columns, strict=True):
-        values = shown[name].astype(float) / divisor
+        values = rows[name].astype(float) / divisor
         base = float(full[name].iloc[0]) / divisor if len(full) and full[name].iloc[0] > 0 else None
         relative = values / base if base else values
-        least = (bounded[shown.index] & (name == "memory_bytes")).to_numpy()
+        least = (bounded[rows.index] & (name == "memory_bytes")).to_numpy()
         show = quantity(name).format
         texts = [f"≥ {show(value)}" if bound else show(value) for value, bound in zip(values, least, strict=True)]
         logarithmic += [symbol] if _bars(axes, position, relative, texts, least, colour) else []
@@ -166,7 +171,7 @@ def costs(section: Section) -> Plot | None:
 def _bars(
     axes: Any, position: Array, relative: pd.Series[float], texts: Sequence[str], lower_bound: Array, colour: str
 ) -> bool:
-    """Horizontal bars with the raw value behind each. Returns whether the axis had to be logarithmic."""
+    """Horizontal bars with the raw value behind each. Returns whether the axis is logarithmic."""
     positive = relative[relative > 0]
     logarithmic = len(positive) > 1 and positive.max() > LOG_FROM * positive.min()
     top = positive.max() if len(positive) else 1.0
@@ -192,16 +197,16 @@ def _bars(
     return logarithmic
 
 
-def _references(rest: pd.DataFrame, shown: pd.DataFrame) -> tuple[pd.Series[float], pd.Series[float]]:
+def _references(rest: pd.DataFrame, rows: pd.DataFrame) -> tuple[pd.Series[float], pd.Series[float]]:
     """Recall@10 of the rows without a TPME, ascending: those that fit on the axis of the others, and the rest."""
-    low, high = shown["recall_10_low"].min(), shown["recall_10_high"].max()
+    low, high = rows["recall_10_low"].min(), rows["recall_10_high"].max()
     values = rest["recall_10"].sort_values()
     near = values.between(low - (high - low) / 2, high + (high - low) / 2)
     return values[near], values[~near]
 
 
 def _draw_references(section: Section, axes: Any, values: pd.Series[float]) -> float:
-    """A dotted line for each value, its row named on the right. Returns the room for the names in inches."""
+    """A dotted line for each value with its row's name on the right. Returns the width of the names in inches."""
     for value in values:
         axes.axhline(value, color=GREY, lw=0.6, ls=(0, (2, 2)), zorder=0)
     low, high = axes.get_ylim()
@@ -215,14 +220,14 @@ def _draw_references(section: Section, axes: Any, values: pd.Series[float]) -> f
     return text_width(axes.figure, names, 6)
 
 
-def _told(section: Section, far: pd.Series[float]) -> str:
-    """What has no place on the axis."""
+def _off_scale(section: Section, far: pd.Series[float]) -> str:
+    """Lists the rows that do not fit on the axis."""
     values = [f"{row_label(section, str(name))} {value:.3f}" for name, value in far.items()]
     return f"off the scale: {', '.join(values)}" if values else ""
 
 
 def _apart(values: list[float], least: float) -> list[float]:
-    """Ascending values, pushed up where needed until neighbours are ``least`` apart."""
+    """Ascending values, moved up until neighbours are at least ``least`` apart."""
     spread: list[float] = []
     for value in values:
         spread.append(max(value, spread[-1] + least) if spread else value)
@@ -230,5 +235,5 @@ def _apart(values: list[float], least: float) -> list[float]:
 
 
 def _with_warning(section: Section, caption: str) -> str:
-    """A quality figure repeats what the flags of all rows say."""
+    """``caption`` with the notes that apply to all rows, which every figure of quality repeats."""
     return " ".join([caption, *(text if text.endswith(".") else f"{text}." for text in section.notes.shared)])

@@ -1,4 +1,4 @@
-"""The figures of what is sampled inside a cell: its memory over time, phase by phase, and its training steps."""
+"""Figures of samples inside a cell: memory over time by phase, and training step times."""
 
 from __future__ import annotations
 
@@ -16,24 +16,34 @@ from tpme.bench.quantities import byte_unit
 from tpme.bench.record import CellResult
 from tpme.reports.data.load import Array, Samples, load_samples, stretches, thin
 from tpme.reports.data.section import Section
-from tpme.reports.figures.axes import LOG_FROM, log_axis, name_rows
-from tpme.reports.figures.figure import Plot, row_label
 from tpme.reports.figures.shares import phase_colours, phase_legend
-from tpme.reports.figures.style import BLUE, COLUMN_INCHES, GREY, SILVER, margins, new_figure
+from tpme.reports.figures.style import (
+    BLUE,
+    COLUMN_INCHES,
+    GREY,
+    LOG_FROM,
+    SILVER,
+    Plot,
+    log_axis,
+    margins,
+    name_rows,
+    new_figure,
+    row_label,
+)
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """A cell and what was sampled in it."""
+    """A cell and its samples."""
 
     result: CellResult
     samples: Samples
 
 
 def memory_over_time(section: Section) -> Plot | None:
-    """The memory curve of one cell of every row (its first seed), a small panel each, the area coloured by phase.
+    """Memory curves of one cell of every row (its first seed) in small panels, coloured by phase.
 
-    Memory is on one axis, time is not: a cell of seconds beside one of hours would be a line without phases.
+    Panels share the memory axis but not the time axis: on that of a cell of hours, one of seconds would be a line.
     """
     cells = _first_cells(section)
     drawn = {name: curve for name, cell in cells.items() if len((curve := thin(cell.samples))[0])}
@@ -68,8 +78,8 @@ def memory_over_time(section: Section) -> Plot | None:
     figure.supylabel(f"memory ({unit})", fontsize=7, x=0.01)
     margins(figure, 0.42, 0.08, 0.33, 0.2 + 0.13 * lines, across=0.16, down=0.3)
     caption = (
-        "Memory over the life of one cell of each row (its first seed), coloured by phase; each panel has a time axis "
-        "of its own. All that is in use is shown, the baseline included, which M leaves out."
+        "Memory over the run of one cell of each row (its first seed), coloured by phase; each panel has its own time "
+        "axis. The curve includes the baseline, which M leaves out."
     )
     if full is not None:
         caption += f" Dashed: the peak of {full}."
@@ -77,7 +87,7 @@ def memory_over_time(section: Section) -> Plot | None:
 
 
 def step_times(section: Section) -> Plot | None:
-    """Distribution of the training step times of one cell of every row, warm-up epochs left out."""
+    """Distribution of training step times of one cell of every row, without warm-up epochs."""
     times = {name: _steady_steps(cell) for name, cell in _first_cells(section).items()}
     times = {name: steps for name, steps in times.items() if len(steps)}
     if not times:
@@ -109,13 +119,13 @@ def step_times(section: Section) -> Plot | None:
 
 
 def _first_cells(section: Section) -> dict[str, Sampled]:
-    """The first seed of every row that left samples, with them."""
-    firsts = ((name, one.result, one.beside("samples")) for name, one in section.firsts(sampled=True).items())
+    """The first seed of every row with its samples, if it has any."""
+    firsts = ((name, cell.result, cell.beside("samples")) for name, cell in section.firsts(sampled=True).items())
     return {name: Sampled(result, load_samples(path)) for name, result, path in firsts if path is not None}
 
 
 def _draw_memory(axes: Any, time_s: Array, used: Array, coloured: Sequence[tuple[str, float, float]]) -> None:
-    """The curve, what lies under it coloured by phase, and a time axis with few ticks that ends with the cell."""
+    """The curve, the area under it coloured by phase, and a time axis with few ticks that ends with the cell."""
     areas, fills = [], []
     for colour, start_s, end_s in coloured:
         start_s, end_s = max(start_s, time_s[0]), min(end_s, time_s[-1])
@@ -130,12 +140,12 @@ def _draw_memory(axes: Any, time_s: Array, used: Array, coloured: Sequence[tuple
     end = float(time_s[-1])
     axes.set_xlim(0, end)
     ticks = MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(0, end)
-    last = max(tick for tick in ticks if tick <= 0.93 * end)  # nearer to the end it would meet the next panel's 0
+    last = max(tick for tick in ticks if tick <= 0.93 * end)  # nearer to the end it would touch the next panel's 0
     axes.set_xticks([0, last], ["0", f"{last:g}"])
 
 
 def _panel_title(section: Section, name: str, most: int = 20) -> str:
-    """The name of a row above a narrow panel, shorter where something stands behind it."""
+    """The name of a row above a narrow panel, shortened to leave room for marks."""
     beyond = len(row_label(section, name, len(name))) - len(name)
     return row_label(section, name, max(most - beyond, 8))
 

@@ -1,4 +1,4 @@
-"""Figures of shares: of wall time by phase, of TPME's weights by who wins there, of ranks by who holds them."""
+"""Figures of shares: wall time by phase, TPME's weights by winning row, and ranks under resampling."""
 
 from __future__ import annotations
 
@@ -16,19 +16,29 @@ from tpme.reports.data.phases import phase_shares
 from tpme.reports.data.resampling import DRAWS, LEVEL
 from tpme.reports.data.section import Section
 from tpme.reports.data.tpme import COLUMNS
-from tpme.reports.figures.axes import name_rows
-from tpme.reports.figures.figure import Plot, row_label
 from tpme.reports.figures.labels import halo
-from tpme.reports.figures.style import BLUE, COLOURS, COLUMN_INCHES, PALE, SILVER, margins, new_figure, text_width
+from tpme.reports.figures.style import (
+    BLUE,
+    COLOURS,
+    COLUMN_INCHES,
+    PALE,
+    SILVER,
+    Plot,
+    margins,
+    name_rows,
+    new_figure,
+    row_label,
+    text_width,
+)
 
 KINDS = 6
-"""So many phases get a colour of their own, the longest; the rest are one."""
+"""Number of phases, the longest, that get their own colours; the rest share one."""
 WINNERS, LEAST_SHARE = 12, 0.01
-"""So many winners are told apart in the simplex, if they have this share of it."""
+"""Number of winners that the simplex tells apart, and the share of it that each must have."""
 
 
 def phases(section: Section) -> Plot | None:
-    """Wall time of a cell of every row, stacked by phase as a share of the whole."""
+    """Wall time of a cell of every row by phase, in stacked shares."""
     share = phase_shares(section)
     if share.empty:
         return None
@@ -51,18 +61,18 @@ def phases(section: Section) -> Plot | None:
 
 
 def phase_colours(section: Section) -> dict[str, str]:
-    """The colour of every kind of phase in all figures of a section; those that take little time share one."""
+    """The colour of every kind of phase in all figures of a section; short phases share one."""
     kinds = list(phase_shares(section).columns)
     return dict(zip(kinds, [*COLOURS[:KINDS], *[SILVER] * len(kinds)], strict=False))
 
 
 def phase_legend(figure: Figure, colours: Mapping[str, str]) -> None:
-    """What the colours of phases mean, at the top, four in a line."""
+    """The legend of the phases at the top of a figure, four in a line."""
     rest = [kind for kind, colour in colours.items() if colour == SILVER]
     entries = [Patch(color=colour, label=kind) for kind, colour in colours.items() if colour != SILVER]
     if rest:
         entries.append(Patch(color=SILVER, label=rest[0] if len(rest) == 1 else "all else"))
-    by_line = [entry for column in range(4) for entry in entries[column::4]]  # it fills column by column
+    by_line = [entry for column in range(4) for entry in entries[column::4]]  # legends fill column by column
     figure.legend(
         handles=by_line, loc="upper center", ncols=4, frameon=False, fontsize=6, handlelength=1, columnspacing=1,
         borderaxespad=0.2,
@@ -72,8 +82,8 @@ def phase_legend(figure: Figure, colours: Mapping[str, str]) -> None:
 def weights(section: Section) -> Plot | None:
     """The simplex of TPME's weights, divided among the rows that have the lowest TPME somewhere.
 
-    The largest regions have a number and a colour, from the eighth on hatched too, so no two look alike, not even in
-    grey. What is too small to be seen is one grey.
+    The largest regions have a number and a colour, with hatching from the eighth on, and differ even in greyscale.
+    Regions too small to see share one grey.
     """
     frame, rows = section.frame, section.compared
     if frame is None or len(rows) < 2:
@@ -120,7 +130,7 @@ def weights(section: Section) -> Plot | None:
 
 
 def ranks(section: Section) -> Plot | None:
-    """How often every row holds every rank by TPME when epochs and seeds are resampled; None for a single row."""
+    """How often each row has each rank by TPME when epochs and seeds are resampled; None for a single row."""
     resampled = section.resampled
     if resampled is None or len(resampled.rows) < 2:
         return None
@@ -134,10 +144,10 @@ def ranks(section: Section) -> Plot | None:
     edges = np.arange(count + 1) + 0.5
     shades = LinearSegmentedColormap.from_list("share", ["white", BLUE])
     drawn = axes.pcolormesh(edges, edges, share, cmap=shades, vmin=0, vmax=100, edgecolors=PALE, linewidth=0.3)
-    if (COLUMN_INCHES - left - right) / count > 0.18:  # else the numbers would not fit
+    if (COLUMN_INCHES - left - right) / count > 0.18:  # the numbers fit
         for row, column in np.argwhere(share >= 0.5):
-            told, colour = f"{share[row, column]:.0f}", "white" if share[row, column] > 90 else "black"
-            axes.text(column + 1, row + 1, told, fontsize=5.5, ha="center", va="center", color=colour)
+            text, colour = f"{share[row, column]:.0f}", "white" if share[row, column] > 90 else "black"
+            axes.text(column + 1, row + 1, text, fontsize=5.5, ha="center", va="center", color=colour)
     beside: dict[str, Any] = {"xytext": (3, 0), "textcoords": "offset points", "fontsize": 6, "annotation_clip": False}
     axes.annotate(f"{100 * LEVEL:.0f} %", (count + 0.5, 0.5), va="bottom", **beside)
     for place, name in enumerate(resampled.rows, start=1):
@@ -163,12 +173,12 @@ def ranks(section: Section) -> Plot | None:
 
 
 def _regions(section: Section) -> tuple[dict[int, Array], dict[int, float]]:
-    """Where each row of ``compared`` has the lowest TPME: polygons in the plane and their shares, the largest first."""
+    """Where each row of ``compared`` has the lowest TPME: polygons in the plane, largest first, and their shares."""
     costs = section.summary.loc[section.compared, list(COLUMNS)].to_numpy(dtype=np.float64)
     low = np.array([getattr(section.frame, name).min for name in COLUMNS])
     span = np.array([getattr(section.frame, name).max for name in COLUMNS]) - low
     terms = np.divide(costs - low, span, out=np.zeros_like(costs), where=span > 0)
-    distinct = sorted(np.unique(terms.round(12), axis=0, return_index=True)[1])  # of equals the first
+    distinct = sorted(np.unique(terms.round(12), axis=0, return_index=True)[1])  # the first of equal rows
     won = {int(row): _won(terms[row], terms[[other for other in distinct if other != row]]) for row in distinct}
     regions = {row: _flat(corners) for row, corners in won.items() if len(corners)}
     share = {row: _area(region) / _area(_flat(np.eye(3))) for row, region in regions.items()}
@@ -189,9 +199,9 @@ def _flat(weights: Array) -> Array:
 
 
 def _won(own: Array, others: Array) -> Array:
-    """Where a row has the lowest TPME: corners of a convex polygon, shape ``(corners, 3 weights)``, maybe none.
+    """Where a row has the lowest TPME: corners of a convex polygon, shape ``(corners, 3 weights)``, possibly none.
 
-    The simplex, cut by one plane for each other row (Sutherland and Hodgman's clipping): TPME is linear in the weights.
+    TPME is linear in the weights, so each other row cuts the simplex by a plane (Sutherland and Hodgman's clipping).
     """
     corners = list(np.eye(3))
     for other in others:
@@ -214,9 +224,9 @@ def _area(points: Array) -> float:
 
 
 def _roomiest(polygon: Array, taken: list[Array], steps: int = 120, size: float = 0.035) -> tuple[Array, float]:
-    """The point of a convex polygon, shape ``(corners, 2)``, furthest from its sides and from texts of that size.
+    """The point of a convex polygon, shape ``(corners, 2)``, furthest from its sides and from texts of ``size``.
 
-    Returns it and how far that is; negative where none of the points tried lies inside.
+    Returns the point and its distance, which is negative if no candidate lies inside.
     """
     first, second = np.divmod(np.arange((steps + 1) ** 2), steps + 1)
     first, second = first[first + second <= steps], second[first + second <= steps]

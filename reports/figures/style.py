@@ -1,4 +1,4 @@
-"""One look for all figures, and how they are saved: the same records give the same bytes.
+"""What all figures share: their look, axes, row labels, and how they are saved. The same records give the same bytes.
 
 Figures are made without pyplot, so nothing global is left behind. Widths are those of a paper's column; colours
 are those of Okabe and Ito, which colour-blind readers can tell apart. Texts are never read as mathematics.
@@ -7,19 +7,28 @@ are those of Okabe and Ito, which colour-blind readers can tell apart. Texts are
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from tpme.reports.data.load import Array
+from tpme.reports.data.section import Section
 
 COLUMN_INCHES = 3.5
+LOG_FROM = 20
+"""An axis is logarithmic where the largest value is more than this many times the smallest."""
 
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 COLOURS = (BLUE, ORANGE, GREEN, VERMILION, "#CC79A7", "#56B4E9", "#F0E442")
-"""Of parts of a whole, in this order."""
+"""Colours of the parts of a whole, in this order."""
 GREY, SILVER, PALE = "#666666", "#AAAAAA", "#DDDDDD"
 
 SETTINGS = {
@@ -28,7 +37,7 @@ SETTINGS = {
     "font.family": "DejaVu Sans",
     "font.size": 7,
     "axes.titlesize": 7,
-    "axes.titley": 1.0,  # else every drawing measures all ticks to place titles above them
+    "axes.titley": 1.0,  # a fixed position saves measuring all ticks in every drawing
     "axes.labelsize": 7,
     "xtick.labelsize": 6,
     "ytick.labelsize": 6.5,
@@ -50,9 +59,19 @@ SETTINGS = {
 }
 
 
+@dataclass(frozen=True)
+class Plot:
+    """A finished figure; ``name`` is its file name without the ending."""
+
+    name: str
+    title: str
+    caption: str
+    figure: Figure
+
+
 @contextmanager
 def style() -> Iterator[None]:
-    """The look, inside a ``with`` block only."""
+    """The common style, inside a ``with`` block."""
     with mpl.rc_context():
         mpl.rcdefaults()
         mpl.rcParams.update(SETTINGS)
@@ -71,7 +90,7 @@ def margins(
 ) -> None:
     """Room around the axes and, for panels, ``across`` and ``down`` between them, in inches.
 
-    Set by hand because the automatic layouts draw every figure several times to find the same.
+    Set explicitly because automatic layouts draw every figure several times for the same result.
     """
     width, height = figure.get_size_inches()
     grid: Any = figure.axes[0].get_gridspec()
@@ -96,11 +115,64 @@ def text_width(figure: Figure, texts: Iterable[str], size: float) -> float:
     return float(max(widths) / figure.dpi)
 
 
+def name_rows(
+    figure: Figure,
+    axes: Any,
+    names: Sequence[str],
+    *,
+    right: float = 0.05,
+    bottom: float = 0.36,
+    top: float = 0.2,
+    across: float = 0,
+) -> Array:
+    """Write names on the left of horizontal bars and set the margins. Returns the bars' positions, from the top down.
+
+    ``right``, ``bottom``, ``top`` and ``across`` are the margins and the gap between panels, in inches.
+    """
+    position = np.arange(len(names), dtype=np.float64)[::-1]
+    axes.set_yticks(position, names)
+    axes.set_ylim(-0.6, len(names) - 0.4)
+    axes.tick_params(axis="y", length=0)
+    margins(figure, text_width(figure, names, 6.5) + 0.12, right, bottom, top, across=across)
+    return position
+
+
+def log_axis(axes: Any, low: float, high: float, most: int = 3) -> None:
+    """Make the x axis logarithmic from ``low`` to ``high`` with at most ``most`` ticks."""
+    axes.set_xscale("log")
+    axes.set_xlim(low, high)
+    axes.xaxis.set_major_locator(FixedLocator(_round_values(low, high, most)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _power(value)))
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _round_values(low: float, high: float, most: int) -> list[float]:
+    """As many as ``most`` allows: 1, 2, 5 or 1, 3 times each power of ten, each power, or every n-th power."""
+    powers = range(math.floor(math.log10(low)), math.floor(math.log10(high)) + 1)
+    for digits in ((1, 2, 5), (1, 3), (1,)):
+        values = [digit * 10.0**power for power in powers for digit in digits]
+        inside = [value for value in values if low <= value <= high]
+        if len(inside) <= most:
+            return inside
+    stride = math.ceil(len(inside) / most)
+    return [value for value in inside if round(math.log10(value)) % stride == 0]
+
+
+def _power(value: float) -> str:
+    """0.01 to 5000 as a number, other values as a power of ten."""
+    if 0.0099 <= value <= 5000:
+        return f"{value:g}"
+    power = math.floor(math.log10(value) + 1e-9)
+    digit = round(value / 10.0**power)
+    raised = "10" + str(power).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return raised if digit == 1 else f"{digit}·{raised}"
+
+
 PDF_METADATA = {"CreationDate": None, "Creator": None, "Producer": None}
 
 
 def save(figure: Figure, ending: str) -> bytes:
-    """The figure as ``png``, ``svg`` or ``pdf``, without dates or versions in it."""
+    """The figure as ``png``, ``svg`` or ``pdf``, without dates or versions."""
     file = io.BytesIO()
     metadata = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}, "pdf": PDF_METADATA}[ending]
     with style():
@@ -109,5 +181,12 @@ def save(figure: Figure, ending: str) -> bytes:
 
 
 def shorten(name: str, limit: int = 24) -> str:
-    """A name that fits beside an axis, its middle left out: rows often differ in their ends. Tables give it in full."""
+    """A name that fits beside an axis, without its middle: rows often differ in their ends. Tables have it in full."""
     return name if len(name) <= limit else f"{name[: limit // 2]}…{name[limit // 2 + 1 - limit :]}"
+
+
+def row_label(section: Section, name: str, limit: int = 24) -> str:
+    """Name of a row beside an axis, with ``*`` if it has footnotes and its status if it did not finish."""
+    status = str(section.summary.loc[name, "status"])
+    mark = "*" if section.notes.marks[name] else ""
+    return shorten(name, limit) + mark + ("" if status == "ok" else f" ({status})")

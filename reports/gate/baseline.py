@@ -1,4 +1,4 @@
-"""The baseline file: what the gate compares with, small, sorted, one line a number, and on what it was measured."""
+"""The baseline file: the sorted numbers that the gate compares with, one per line, and their devices."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tpme.bench.record import Environment, Frozen, write_atomically
 from tpme.reports.data.load import Recorded
 from tpme.reports.data.stats import student_t
 from tpme.reports.gate.measures import (
-    Measured,
+    GateCell,
     cell_key,
     latest_code,
     measure,
@@ -39,18 +39,18 @@ _ONE_LINE = {"options", "training", "lr", "text_encoder", "image_encoder", "pack
 
 
 class Noise(Frozen):
-    """How far runs of the same code lay apart: the 95 % quantile of the relative differences of all their pairs."""
+    """How far runs of the same code differ: the 95 % quantile of the relative differences of all pairs."""
 
     time: float | None = None
-    """Of the median step times."""
+    """For median step times."""
     memory: dict[str, float] = {}
-    """Of the peaks, by instrument."""
+    """For memory peaks, by instrument."""
     pairs: int = 0
     source: str = "not measured: every cell was run once"
 
 
-class Device(Frozen):
-    """What was measured on, and how noisy it was."""
+class BaselineDevice(Frozen):
+    """A device of a baseline and its noise."""
 
     name: str
     kind: Literal["cpu", "cuda"]
@@ -62,79 +62,78 @@ class Device(Frozen):
 
 
 class Baseline(Frozen):
-    """A baseline as it is written."""
+    """The content of a baseline file."""
 
     format: Literal["tpme-baseline"] = FORMAT
     schema_version: Literal[1] = SCHEMA_VERSION
     written: str
     """ISO 8601, UTC."""
     tpme: str
-    """Version of the package that wrote it."""
+    """Version of the package that wrote the file."""
     code_versions: tuple[str, ...] = ()
-    """Of the measured code."""
+    """Versions of the measured code."""
     git_revisions: tuple[str, ...] = ()
-    """Of the suite, where it ran from a repository; ``+`` for uncommitted changes."""
+    """Git revisions of the suite if it ran from a repository; ``+`` marks uncommitted changes."""
     packages: dict[str, str] = {}
-    devices: dict[str, Device] = {}
-    cells: tuple[Measured, ...] = Field(min_length=1)
+    devices: dict[str, BaselineDevice] = {}
+    cells: tuple[GateCell, ...] = Field(min_length=1)
 
 
 @dataclass(frozen=True)
 class Side:
-    """One side of a comparison: cells by key, with what is known of where they were measured."""
+    """One side of a comparison: cells by key, devices and package versions."""
 
     source: str
-    cells: dict[str, Measured]
-    devices: dict[str, Device] = field(default_factory=dict)
+    cells: dict[str, GateCell]
+    devices: dict[str, BaselineDevice] = field(default_factory=dict)
     packages: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
 def load_baseline(path: Path) -> Side:
-    """Read a baseline file, or a run folder to be used as one. Raises UserError with one line for anything else."""
-    return load_runs([path]) if path.is_dir() else _of_file(path)
+    """Read a baseline file, or a run folder as a baseline. Raises a one-line UserError for anything else."""
+    return load_runs([path]) if path.is_dir() else _from_file(path)
 
 
 def load_runs(paths: Sequence[Path]) -> Side:
-    """Read the records below ``paths``, or one file of counters. Raises UserError with one line for anything else."""
+    """Read the records below ``paths``, or one baseline file. Raises a one-line UserError for anything else."""
     if len(paths) == 1 and _is_baseline(paths[0]):
-        return _of_file(paths[0])
+        return _from_file(paths[0])
     source = ", ".join(map(str, paths))
     records, older = latest_code(read_records(paths))
     notes = (f"{older} records of older code in {source} were left out",) if older else ()
-    cells = {one.key: one for one in measure(records)}
+    cells = {cell.key: cell for cell in measure(records)}
     return Side(source, cells, _devices(records), _packages(records), notes)
 
 
-def _of_file(path: Path) -> Side:
+def _from_file(path: Path) -> Side:
     baseline = read_baseline(path)
-    return Side(str(path), {one.key: one for one in baseline.cells}, baseline.devices, baseline.packages)
+    return Side(str(path), {cell.key: cell for cell in baseline.cells}, baseline.devices, baseline.packages)
 
 
 def from_records(paths: Sequence[Path]) -> Baseline:
-    """The baseline of all finished cells below ``paths``; a cell found in several runs also tells the noise.
+    """The baseline of all finished cells below ``paths``; repeats of a cell also give the noise.
 
-    Raises UserError for unreadable records, and where no cell ended in a way that the same code would repeat.
+    Raises UserError for unreadable records, and if no cell ended reproducibly (``ok``, ``oom`` or ``diverged``).
     """
     records, _ = latest_code(read_records(paths))
-    cells = [one for one in measure(records) if one.status in ("ok", "oom", "diverged")]
+    cells = [cell for cell in measure(records) if cell.status in ("ok", "oom", "diverged")]
     if not cells:
         ends = ", ".join(sorted({recorded.result.status for recorded in records}))
         failure = records[0].result.failure
-        told = f": {failure.message}" if failure else ""
-        raise UserError(f"{paths[0]}: no cell to compare with later; they ended as {ends}{told}")
-    environments = [one.result.environment for one in records if one.result.environment is not None]
+        message = f": {failure.message}" if failure else ""
+        raise UserError(f"{paths[0]}: no cell to compare with later; they ended as {ends}{message}")
     return new_baseline(
-        [one.model_copy(update={"devices": {k: thinned(v) for k, v in one.devices.items()}}) for one in cells],
+        [cell.model_copy(update={"devices": {k: thinned(v) for k, v in cell.devices.items()}}) for cell in cells],
         code_versions=tuple(sorted({recorded.result.code_version for recorded in records})),
-        git_revisions=tuple(sorted({_revision(one) for one in environments if one.git_revision})),
+        git_revisions=tuple(sorted({_revision(env) for env in _environments(records) if env.git_revision})),
         packages=_packages(records),
         devices=_devices(records),
     )
 
 
-def new_baseline(cells: Iterable[Measured], **fields: Any) -> Baseline:
-    """A baseline written now, by this version, of ``cells``, sorted."""
+def new_baseline(cells: Iterable[GateCell], **fields: Any) -> Baseline:
+    """A baseline of ``cells``, written now by this version."""
     return Baseline(
         written=datetime.now(UTC).isoformat(timespec="seconds"),
         tpme=metadata.version("tpme-bench"),
@@ -144,41 +143,39 @@ def new_baseline(cells: Iterable[Measured], **fields: Any) -> Baseline:
 
 
 def updated(old: Baseline, new: Baseline) -> Baseline:
-    """``old`` with what ``new`` measured in place of what it holds of the same cells and devices."""
-    cells = {one.key: one for one in old.cells}
-    for one in new.cells:
-        before = cells.get(one.key)
-        cells[one.key] = one.model_copy(
-            update={
-                "devices": (before.devices if before else {}) | one.devices,
-                "quality": one.quality or (before.quality if before else None),
-            }
-        )
+    """``old`` with the measurements of ``new``, which replace those of the same cells and devices."""
+    cells = {cell.key: cell for cell in old.cells}
+    for cell in new.cells:
+        before = cells.get(cell.key)
+        if before is not None:
+            merged = {"devices": before.devices | cell.devices, "quality": cell.quality or before.quality}
+            cell = cell.model_copy(update=merged)
+        cells[cell.key] = cell
     devices = dict(old.devices)
     for key, device in new.devices.items():
-        known = old.devices.get(key)
-        keeps = known is not None and known.noise.pairs > device.noise.pairs
-        devices[key] = device.model_copy(update={"noise": known.noise}) if known is not None and keeps else device
-    merged = {
-        "cells": tuple(sort_cells(cells.values())),
-        "devices": dict(sorted(devices.items())),
-        "code_versions": tuple(sorted({*old.code_versions, *new.code_versions})),
-        "git_revisions": tuple(sorted({*old.git_revisions, *new.git_revisions})),
-    }
-    return new.model_copy(update=merged)
+        noises = [item.noise for item in (device, old.devices.get(key)) if item is not None]
+        devices[key] = device.model_copy(update={"noise": max(noises, key=lambda noise: noise.pairs)})
+    return new.model_copy(
+        update={
+            "cells": tuple(sort_cells(cells.values())),
+            "devices": dict(sorted(devices.items())),
+            "code_versions": tuple(sorted({*old.code_versions, *new.code_versions})),
+            "git_revisions": tuple(sorted({*old.git_revisions, *new.git_revisions})),
+        }
+    )
 
 
 # --- the file ------------------------------------------------------------------------------------------------
 
 
 def write_baseline(baseline: Baseline, path: Path) -> None:
-    """Write it so that a diff shows one number a line; samples and settings stand on one line each."""
+    """Write the file with one number per line for readable diffs; samples and settings take one line each."""
     text = _text(baseline.model_dump(mode="json", exclude_none=True), "")
     write_atomically(path, (text + "\n").encode())
 
 
 def read_baseline(path: Path) -> Baseline:
-    """Read what ``write_baseline`` wrote. Raises UserError with one line for anything else."""
+    """Read what ``write_baseline`` wrote. Raises a one-line UserError for anything else."""
     again = "write it with 'tpme baseline'"
     try:
         raw = json.loads(path.read_bytes())
@@ -198,15 +195,15 @@ def read_baseline(path: Path) -> Baseline:
         where = ".".join(str(part) for part in first["loc"])
         raise UserError(f"{path}: field '{where}': {first['msg']}; it was changed by hand: {again}") from None
     seen: set[str] = set()
-    for one in baseline.cells:
-        if one.key != cell_key(one.cell) or one.key in seen:
-            raise UserError(f"{path}: cell {one.key} ({one.cell.label}) does not fit its key; {again}")
-        seen.add(one.key)
+    for cell in baseline.cells:
+        if cell.key != cell_key(cell.cell) or cell.key in seen:
+            raise UserError(f"{path}: cell {cell.key} ({cell.cell.label}) does not fit its key; {again}")
+        seen.add(cell.key)
     return baseline
 
 
 def _is_baseline(path: Path) -> bool:
-    """A file that is no record; a broken one is left to ``read_baseline``, whose message names it."""
+    """Whether a file claims to be a baseline, valid or not: ``read_baseline`` reports what is wrong with it."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
@@ -221,14 +218,14 @@ def _text(value: Any, indent: str, name: str = "") -> str:
     if isinstance(value, list) and any(isinstance(item, dict) for item in value):
         return "[\n" + ",\n".join(inner + _text(item, inner) for item in value) + f"\n{indent}]"
     if isinstance(value, float) and value.is_integer():
-        return str(int(value))  # counters are whole numbers, however they were stored
+        return str(int(value))  # counters are whole numbers even if stored as floats
     return json.dumps(value, ensure_ascii=False)
 
 
-# --- where it was measured -----------------------------------------------------------------------------------
+# --- devices and noise ---------------------------------------------------------------------------------------
 
 
-def _devices(records: Sequence[Recorded]) -> dict[str, Device]:
+def _devices(records: Sequence[Recorded]) -> dict[str, BaselineDevice]:
     by_key: dict[str, list[Recorded]] = {}
     for recorded in records:
         if recorded.result.environment is not None:
@@ -236,44 +233,44 @@ def _devices(records: Sequence[Recorded]) -> dict[str, Device]:
     return {key: _device(runs) for key, runs in sorted(by_key.items())}
 
 
-def _device(runs: Sequence[Recorded]) -> Device:
-    found = runs[-1].result.environment
-    assert found is not None
-    return Device(
-        name=found.device_name,
-        kind=found.device_kind,
-        driver=found.driver,
-        cpu_threads=found.cpu_threads,
-        platform=found.platform,
-        allocator=found.allocator,
-        noise=stretched(noise(runs), runs),
+def _device(runs: Sequence[Recorded]) -> BaselineDevice:
+    environment = runs[-1].result.environment
+    assert environment is not None
+    return BaselineDevice(
+        name=environment.device_name,
+        kind=environment.device_kind,
+        driver=environment.driver,
+        cpu_threads=environment.cpu_threads,
+        platform=environment.platform,
+        allocator=environment.allocator,
+        noise=widened(noise(runs), runs),
     )
 
 
-def stretched(found: Noise, runs: Sequence[Recorded]) -> Noise:
-    """``found``, widened where it comes from few repeats: the differences seen so far say little of the next one's.
+def widened(measured: Noise, runs: Sequence[Recorded]) -> Noise:
+    """``measured``, widened for few repeats, whose differences say little about those of further runs.
 
-    By as much as Student's t with so many degrees of freedom (repeats without the first of each cell) reaches further
-    than the normal distribution, both at 99.5 %: 3.9 for three runs of one cell, 1.2 for three runs of six.
+    The factor is the ratio of the 99.5 % quantiles of Student's t and the normal distribution; the degrees of freedom
+    are the repeats without the first of each cell. It is 3.9 for three runs of one cell, 1.2 for three runs of six.
     """
     repeats = Counter(cell_key(recorded.result.cell) for recorded in runs if recorded.result.status == "ok")
     freedom = repeats.total() - len(repeats)
-    if not found.pairs or not freedom:
-        return found
-    widened = student_t(freedom) / student_t(math.inf)
-    return found.model_copy(
+    if not measured.pairs or not freedom:
+        return measured
+    factor = student_t(freedom) / student_t(math.inf)
+    return measured.model_copy(
         update={
-            "time": None if found.time is None else round(widened * found.time, 4),
-            "memory": {name: round(widened * value, 4) for name, value in found.memory.items()},
-            "source": f"{found.source}, x {widened:.1f} for so few",
+            "time": None if measured.time is None else round(factor * measured.time, 4),
+            "memory": {name: round(factor * value, 4) for name, value in measured.memory.items()},
+            "source": f"{measured.source}, x {factor:.1f} for so few",
         }
     )
 
 
 def noise(runs: Sequence[Recorded]) -> Noise:
-    """How far repeats of the same cell lie apart; where there are none, how far the epochs of one run do.
+    """How far repeats of a cell differ or, without repeats, the epochs of single runs.
 
-    The noise floor of the device, which a record carries where it was measured, raises the latter.
+    The latter is at least the noise floor of the device, if a record carries one.
     """
     whole = [recorded for recorded in runs if recorded.result.status == "ok"]
     repeats: dict[str, list[Recorded]] = {}
@@ -299,7 +296,7 @@ def noise(runs: Sequence[Recorded]) -> Noise:
     for group in groups:
         read = [memory(recorded.result) for recorded in group]
         for name in sorted(set().union(*read)):
-            peaks.setdefault(name, []).extend(_gaps([one[name] for one in read if name in one]))
+            peaks.setdefault(name, []).extend(_gaps([peak[name] for peak in read if name in peak]))
     pairs = sum(len(group) * (len(group) - 1) // 2 for group in groups)
     return Noise(
         time=_high(times) if times else None,
@@ -324,7 +321,7 @@ def _epoch_medians(recorded: Recorded) -> list[float]:
 
 
 def _gaps(values: Sequence[float]) -> list[float]:
-    """Relative difference of every pair, the smaller one taken for 1."""
+    """Relative difference of every pair, relative to the smaller value."""
     return [max(a, b) / min(a, b) - 1 for a, b in itertools.combinations(values, 2) if min(a, b) > 0]
 
 
@@ -333,9 +330,13 @@ def _high(values: Sequence[float]) -> float:
 
 
 def _packages(records: Sequence[Recorded]) -> dict[str, str]:
-    environments = [one.result.environment for one in records if one.result.environment is not None]
+    environments = _environments(records)
     return dict(sorted(environments[-1].packages.items())) if environments else {}
 
 
-def _revision(found: Environment) -> str:
-    return f"{found.git_revision}{'+' if found.git_dirty else ''}"
+def _environments(records: Sequence[Recorded]) -> list[Environment]:
+    return [recorded.result.environment for recorded in records if recorded.result.environment is not None]
+
+
+def _revision(environment: Environment) -> str:
+    return f"{environment.git_revision}{'+' if environment.git_dirty else ''}"

@@ -1,9 +1,8 @@
-"""Judge interleaved runs of two code versions on one device: what ``tpme ab`` measured.
+"""Judge interleaved runs of two code versions on one device, as ``tpme ab`` makes them.
 
-Noise on a shared machine is one-sided: something else can only make a step slower. All runs of a side take the same
-steps over the same batches, so the side is represented by each step's fastest run, and how much that would change
-without one of the runs says how well it is known. The mean over steps, unlike a quantile, also sees what slows only few
-of them.
+Noise on a shared machine is one-sided: other load only makes a step slower. All runs of a side take the same steps over
+the same batches, so each step counts with its fastest run. The noise of a side is how much slower it would look without
+one of its runs. The mean over steps, unlike a quantile, also detects a slowdown of few steps.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ RESAMPLES = 1000
 LEVEL = 0.95
 TIMES = {"step_s": step_times, "epoch_s": epoch_times}
 SUSPICIOUS = 0.5
-"""Share of a bound from which a change of time or memory is measured again before anything is said about it."""
+"""Share of a bound from which a change of time or memory is measured again before it is judged."""
 NEAR = 0.75
-"""Share of the bound from which a change of memory is not settled by the runs that are there."""
-RUNS_TELL = ("time", "memory")
-"""Kinds of numbers of which more runs tell more."""
+"""Share of the bound from which a change of memory needs more runs."""
+REPEATABLE = ("time", "memory")
+"""Kinds of metrics that more runs measure more precisely."""
 
 Runs = Mapping[str, Sequence[Recorded]]
 """The runs of each cell, by its key, in the order in which they ran."""
@@ -36,19 +35,22 @@ Runs = Mapping[str, Sequence[Recorded]]
 def judge_runs(
     base: Runs, head: Runs, policy: Policy, names: tuple[str, str], confirmed: Mapping[str, int] | None = None
 ) -> list[CellVerdict]:
-    """Every cell of either side: counters, quality and ends as ``check`` judges them, time and memory over the runs.
+    """Verdicts on every cell of either side: counters, quality and ends as in ``check``, time and memory over the runs.
 
     Args:
-        base, head: the runs. policy: the rules. names: of the two sides.
-        confirmed: of cells that were measured twice, how many of the first runs of each side came before that; the
-            later ones alone must then show a change of time as well.
+        base: runs of the base.
+        head: runs of the head.
+        policy: thresholds and levels.
+        names: of the two sides.
+        confirmed: for cells that were measured again, the number of runs of each side before that; the later runs
+            alone must then show a change of time as well.
     """
     sides = [_side(name, runs) for name, runs in zip(names, (base, head), strict=True)]
     verdicts = []
     for cell in judge(sides[0], sides[1], policy):
         if cell.state == "compared":
             first = (confirmed or {}).get(cell.key, 0)
-            more = _measured(base[cell.key], head[cell.key], policy, first)
+            more = _compare_runs(base[cell.key], head[cell.key], policy, first)
             cell = cell.model_copy(update={"comparisons": (*cell.comparisons, *more)})
         verdicts.append(cell)
     return verdicts
@@ -57,80 +59,82 @@ def judge_runs(
 def suspicious(cell: CellVerdict, policy: Policy) -> bool:
     """Whether a cell must be measured again before it is judged.
 
-    It must where it ended otherwise, where time or memory moved by half of what counts, and where the noise of its
-    times is larger than the threshold.
+    True if its end changed, if time or memory moved by half of the bound, and if the noise of its times exceeds the
+    threshold.
     """
-    for one in cell.comparisons:
-        if one.kind == "status" and one.verdict not in ("same", "not compared"):
+    for item in cell.comparisons:
+        if item.kind == "status" and item.verdict not in ("same", "not compared"):
             return True
-        if one.kind not in RUNS_TELL or one.ratio is None or one.bound is None:
+        if item.kind not in REPEATABLE or item.ratio is None or item.bound is None:
             continue
-        threshold = policy.time_threshold if one.kind == "time" else one.bound
-        if max(one.ratio, 1 / one.ratio) > 1 + SUSPICIOUS * threshold or one.bound > threshold:
+        threshold = policy.time_threshold if item.kind == "time" else item.bound
+        if max(item.ratio, 1 / item.ratio) > 1 + SUSPICIOUS * threshold or item.bound > threshold:
             return True
     return False
 
 
 def undecided(cell: CellVerdict, policy: Policy) -> bool:
-    """Whether only more runs can tell: time beyond the threshold but not beyond the noise, or memory near its bound."""
-    for one in cell.comparisons:
-        if one.kind not in RUNS_TELL or one.ratio is None or one.bound is None or one.verdict != "same":
+    """Whether more runs are needed: time beyond the threshold but within the noise, or memory near its bound."""
+    for item in cell.comparisons:
+        if item.kind not in REPEATABLE or item.ratio is None or item.bound is None or item.verdict != "same":
             continue
-        threshold = policy.time_threshold if one.kind == "time" else NEAR * one.bound
-        proven = one.kind == "time" and one.p is not None and one.p < policy.alpha
-        withdrawn = proven and direction(one.ratio, one.bound) != "same"  # more runs have told: it did not come back
-        if direction(one.ratio, threshold) != "same" and not withdrawn:
+        threshold = policy.time_threshold if item.kind == "time" else NEAR * item.bound
+        proven = item.kind == "time" and item.p is not None and item.p < policy.alpha
+        withdrawn = proven and direction(item.ratio, item.bound) != "same"  # the later runs did not confirm it
+        if direction(item.ratio, threshold) != "same" and not withdrawn:
             return True
     return False
 
 
 def _side(name: str, runs: Runs) -> Side:
-    """Counters, ranks and ends; times and peaks are left to this module."""
-    cells = [one for recorded in runs.values() for one in measure(_of_the_usual_end(recorded))]
-    return Side(name, {one.key: one.model_copy(update={"devices": {}}) for one in cells})
+    """Counters, ranks and ends of one side, without its times and peaks."""
+    cells = [cell for repeats in runs.values() for cell in measure(_majority(repeats))]
+    return Side(name, {cell.key: cell.model_copy(update={"devices": {}}) for cell in cells})
 
 
-def _of_the_usual_end(runs: Sequence[Recorded]) -> list[Recorded]:
-    """The runs that are taken for the cell: those that finished, if more than half of them did, else the others."""
-    whole = _whole(runs)
-    if 2 * len(whole) > len(runs):
-        return whole
-    return [recorded for recorded in runs if recorded.result.status != "ok"]
+def _majority(runs: Sequence[Recorded]) -> list[Recorded]:
+    """The finished runs if they are more than half, else the others."""
+    finished = _finished(runs)
+    return finished if 2 * len(finished) > len(runs) else [run for run in runs if run.result.status != "ok"]
 
 
-def _whole(runs: Sequence[Recorded]) -> list[Recorded]:
+def _finished(runs: Sequence[Recorded]) -> list[Recorded]:
     return [recorded for recorded in runs if recorded.result.status == "ok"]
 
 
-def _measured(base: Sequence[Recorded], head: Sequence[Recorded], policy: Policy, first: int) -> list[Comparison]:
-    sides = [_whole(runs) for runs in (base, head)]
+def _compare_runs(base: Sequence[Recorded], head: Sequence[Recorded], policy: Policy, first: int) -> list[Comparison]:
+    sides = [_finished(runs) for runs in (base, head)]
     if not all(sides):
         return []
-    found = []
-    for name, values_of in TIMES.items():
-        old, new = ([taken for recorded in runs if len(taken := values_of(recorded))] for runs in sides)
+    comparisons = []
+    for name, times_of in TIMES.items():
+        old, new = ([times for recorded in runs if len(times := times_of(recorded))] for runs in sides)
         if old and new:
-            compared = compare_times(name, old, new, policy)
-            found.append(_confirmed(compared, old[first:], new[first:], policy) if first else compared)
+            item = compare_times(name, old, new, policy)
+            comparisons.append(_confirmed(item, old[first:], new[first:], policy) if first else item)
         elif old or new:
-            found.append(one_sided(name, *(float(_fastest(runs).mean()) if runs else None for runs in (old, new))))
+            means = (float(_fastest(runs).mean()) if runs else None for runs in (old, new))
+            comparisons.append(one_sided(name, *means))
     peaks = [[memory(recorded.result) for recorded in runs] for runs in sides]
-    for name in sorted({name for runs in peaks for one in runs for name in one}):
-        before, after = ([one[name] for one in runs if name in one] for runs in peaks)
+    for name in sorted({name for runs in peaks for run in runs for name in run}):
+        before, after = ([run[name] for run in runs if name in run] for runs in peaks)
         if before and after:
-            found.append(compare_peaks(name, before, after, policy))
+            comparisons.append(compare_peaks(name, before, after, policy))
         else:
-            found.append(one_sided(name, min(before, default=None), min(after, default=None)))
-    return found
+            comparisons.append(one_sided(name, min(before, default=None), min(after, default=None)))
+    return comparisons
 
 
 def compare_times(name: str, base: Sequence[Floats], head: Sequence[Floats], policy: Policy) -> Comparison:
-    """Mean over steps of each step's fastest run; beyond the threshold, the noise, and what a rank test believes.
+    """Compare the mean over steps of each step's fastest run by threshold, noise and a rank test.
 
-    Where there are too few steps (or epochs) for the test to reject, it is given those of all runs.
+    If there are too few steps (or epochs) for the test to reject, it uses those of all runs.
 
     Args:
-        name: the metric. base, head: its values in every run (seconds), each of shape ``(steps,)``.
+        name: the metric.
+        base: its values in every run of the base (seconds), each of shape ``(steps,)``.
+        head: its values in every run of the head.
+        policy: thresholds and levels.
     """
     best = [_fastest(runs) for runs in (base, head)]
     means = [float(values.mean()) for values in best]
@@ -160,9 +164,9 @@ def compare_times(name: str, base: Sequence[Floats], head: Sequence[Floats], pol
 
 
 def compare_peaks(name: str, base: Sequence[float], head: Sequence[float], policy: Policy) -> Comparison:
-    """Memory: the median peaks differ beyond the bound, and the peaks of the sides hardly mix (bytes).
+    """Compare memory peaks (bytes): their medians differ beyond the bound and the two sides separate.
 
-    They must not mix at all, or so little that a rank test rejects as it would of four runs apart from four.
+    They separate if they do not overlap, or if a rank test rejects as clearly as for four runs apart from four.
     """
     if min(base) <= 0:
         return Comparison(metric=name, kind="memory", verdict="not compared", note="the base holds no positive peak")
@@ -188,7 +192,7 @@ def compare_peaks(name: str, base: Sequence[float], head: Sequence[float], polic
 
 
 def _confirmed(compared: Comparison, base: Sequence[Floats], head: Sequence[Floats], policy: Policy) -> Comparison:
-    """``compared``, unless the later runs alone do not show at least half of what counts, in the same direction."""
+    """``compared``, or ``same`` if the later runs alone do not show half of the threshold in the same direction."""
     if compared.verdict not in ("regressed", "improved") or not base or not head:
         return compared
     old, new = (float(_fastest(runs).mean()) for runs in (base, head))
@@ -201,14 +205,14 @@ def _confirmed(compared: Comparison, base: Sequence[Floats], head: Sequence[Floa
 
 
 def _fastest(runs: Sequence[Floats]) -> Floats:
-    """Each step in the run that took it fastest, shape ``(steps,)``; validation may have stopped a run earlier."""
+    """The fastest time of each step, shape ``(steps,)``, over the steps that all runs took."""
     steps = min(map(len, runs))
-    fastest: Floats = np.min([taken[:steps] for taken in runs], axis=0)
+    fastest: Floats = np.min([times[:steps] for times in runs], axis=0)
     return fastest
 
 
 def _noise(runs: Sequence[Floats]) -> float:
-    """By how much a side would look slower without one of its runs, relative; 0 for a single run."""
+    """How much slower a side would look without one of its runs, relative; 0 for a single run."""
     if len(runs) < 2:
         return 0.0
     without = [float(_fastest([*runs[:left], *runs[left + 1 :]]).mean()) for left in range(len(runs))]
@@ -216,12 +220,12 @@ def _noise(runs: Sequence[Floats]) -> float:
 
 
 def _interval(base: Sequence[Floats], head: Sequence[Floats]) -> tuple[float, float]:
-    """95 % bootstrap interval of the ratio of ``_fastest``'s means: runs and steps are drawn again.
+    """95 % bootstrap interval of the ratio of ``_fastest``'s means over runs and steps.
 
-    Where both sides took equally many steps the same ones are drawn, for they worked on the same batches.
+    If both sides took equally many steps, the same steps are drawn for both: they worked on the same batches.
     """
     rng = np.random.default_rng(0)
-    sides = [np.stack([taken[: min(map(len, runs))] for taken in runs]) for runs in (base, head)]
+    sides = [np.stack([times[: min(map(len, runs))] for times in runs]) for runs in (base, head)]
     same = sides[0].shape[1] == sides[1].shape[1]
     ratios = []
     for _ in range(RESAMPLES):

@@ -1,4 +1,4 @@
-"""What one cell measured, reduced to what the gate compares: from records, and as it stands in a baseline file."""
+"""A cell reduced to what the gate compares, from records or a baseline file."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ import numpy as np
 from pydantic import PositiveFloat, field_validator, model_validator
 
 from tpme.bench.errors import UserError
-from tpme.bench.quantities import memory_instrument
+from tpme.bench.quantities import COUNTERS, memory_instrument
 from tpme.bench.record import (
+    NO_IDENTITY,
     Cell,
     CellResult,
     Frozen,
@@ -30,19 +31,18 @@ from tpme.bench.record import (
 from tpme.reports.data.load import Recorded, load_samples
 from tpme.reports.data.ranks import Ranks, gains, load_ranks
 from tpme.reports.data.stats import Floats, quantiles
-from tpme.reports.gate.metrics import COUNTERS
 
 SAMPLE = 100
-"""Step times that a baseline keeps of a cell, as quantiles."""
+"""Number of step-time quantiles that a baseline keeps of a cell."""
 CUTOFF = 10
-"""K of the quality that is compared; ranks beyond it are not kept."""
+"""K of the compared quality metrics; a rank beyond it counts as a miss."""
 
 
 class Timing(Frozen):
-    """Step and epoch times of one cell on one device, warm-up epochs left out (seconds).
+    """Step and epoch times of one cell on one device, without warm-up epochs (seconds).
 
-    A baseline keeps at most ``SAMPLE`` quantiles of the step times. They vary less than as many drawn steps would, so
-    a test that takes them for drawn ones errs on the quiet side.
+    A baseline keeps at most ``SAMPLE`` quantiles of the step times. Quantiles vary less than as many sampled steps, so
+    a rank test over them is conservative.
     """
 
     step_s: tuple[PositiveFloat, ...] = ()
@@ -50,26 +50,26 @@ class Timing(Frozen):
 
 
 class OnDevice(Frozen):
-    """What may be compared only on the same device."""
+    """Measurements that are comparable only on the same device."""
 
     timing: Timing = Timing()
     memory: dict[str, float] = {}
-    """Peaks over training by instrument: ``torch_allocated_bytes``, on a CPU ``host_rss_bytes``."""
+    """Peaks over training by instrument: ``torch_allocated_bytes``, or ``host_rss_bytes`` on a CPU."""
 
 
 class Quality(Frozen):
-    """What the test needs of every user: the rank of the target, cut off behind ``CUTOFF``."""
+    """Quality of a cell with the rank of every user's target, for the paired test."""
 
     users: str
-    """Digest of users and targets: only equal ones are paired."""
+    """Digest of users and targets; only cells with equal digests are paired."""
     recall_10: float
     ndcg_10: float
     ranks: str
-    """Base64 of deflated bytes, one a user: the rank, or 0 for a miss."""
+    """Base64 of deflated bytes, one for each user: the rank, or 0 for a miss."""
 
     @classmethod
     def of(cls, ranks: Ranks) -> Quality:
-        """Reduce the recorded ranks."""
+        """Reduce recorded ranks to those up to ``CUTOFF``."""
         rank = np.where((ranks.rank <= CUTOFF) & ~ranks.in_history.astype(bool), ranks.rank, 0).astype(np.uint8)
         return cls(
             users=hashlib.sha256(np.ascontiguousarray(ranks.target, dtype="<i8").tobytes()).hexdigest()[:12],
@@ -89,29 +89,29 @@ class Quality(Frozen):
 
     @model_validator(mode="after")
     def _agrees(self) -> Quality:
-        for name, told in (("recall_10", self.recall_10), ("ndcg_10", self.ndcg_10)):
-            if not abs(float(self.gains(name).mean()) - told) < 1e-5:
-                raise ValueError(f"{name} is not what the ranks beside it say")
+        for name, stored in (("recall_10", self.recall_10), ("ndcg_10", self.ndcg_10)):
+            if not abs(float(self.gains(name).mean()) - stored) < 1e-5:
+                raise ValueError(f"{name} does not match the ranks beside it")
         return self
 
     def gains(self, name: str) -> Floats:
-        """What each user adds to ``recall_10`` or ``ndcg_10``, shape ``(users,)``."""
+        """Contribution of each user to ``recall_10`` or ``ndcg_10``, shape ``(users,)``."""
         rank = np.frombuffer(zlib.decompress(base64.b64decode(self.ranks)), dtype=np.uint8).astype(np.float64)
         if name == "recall_10":
             return (rank > 0).astype(np.float64)
         return np.where(rank > 0, 1 / np.log2(1 + np.maximum(rank, 1)), 0.0)
 
 
-class Measured(Frozen):
-    """One cell, whatever number of runs it was measured in."""
+class GateCell(Frozen):
+    """One cell, pooled over its runs."""
 
     key: str
-    """Identity of what was run, whatever the code: see ``cell_key``."""
+    """Identity of the cell, independent of the code version: see ``cell_key``."""
     cell: Cell
     status: Status = "ok"
     counters: dict[str, float] = {}
     own_counters: dict[str, float] = {}
-    """Of the method's ``report()``: told, not judged, for nobody knows which way is better."""
+    """From the method's ``report()``: printed but not judged, because their direction is unknown."""
     devices: dict[str, OnDevice] = {}
     quality: Quality | None = None
     no_quality: str | None = None
@@ -119,28 +119,28 @@ class Measured(Frozen):
 
 
 def cell_key(cell: Cell) -> str:
-    """Identity of a cell for comparisons: 12 hex digits over all that was run.
+    """Identity of a cell for comparisons: 12 hex digits over its settings.
 
-    Unlike the cell's id it leaves out the code's version, which is what is compared, the device, which bounds only
-    time and memory, and the place among learning-rate trials; and settings at their defaults, so that a baseline
-    stays one when a later version knows further settings.
+    Unlike the cell's id it leaves out the code version, which is what is compared, the device, which matters only for
+    time and memory, the position among learning-rate trials, and settings at their defaults: a baseline stays valid
+    when a later version adds settings.
     """
-    what = cell.model_dump(mode="json", exclude={"device", "lr_trial", "lr_trials"}, exclude_defaults=True)
-    canonical = json.dumps(what, sort_keys=True, separators=(",", ":"))
+    settings = cell.model_dump(mode="json", exclude={"device", *NO_IDENTITY}, exclude_defaults=True)
+    canonical = json.dumps(settings, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
 
 def read_records(paths: Iterable[Path]) -> list[Recorded]:
-    """All records below ``paths``, of each cell folder the latest attempt; the same cell in two runs counts twice.
+    """All records below ``paths``: the latest attempt of each cell folder; a cell in two runs counts twice.
 
-    Raises UserError where there is none, or one cannot be read.
+    Raises UserError if there are none or one cannot be read.
     """
     roots = list(paths)
-    found = {path.resolve(): path for path in find_results(roots) if attempt_number(path) or path in roots}
-    if not found:
+    records = {path.resolve(): path for path in find_results(roots) if attempt_number(path) or path in roots}
+    if not records:
         where = ", ".join(map(str, roots))
-        raise UserError(f"{where}: an empty run, no records (attempt-*.json) in there; run its matrix first")
-    return [_recorded(path) for path in found.values()]
+        raise UserError(f"{where}: an empty run without records (attempt-*.json); run its matrix first")
+    return [_recorded(path) for path in records.values()]
 
 
 def _recorded(path: Path) -> Recorded:
@@ -150,7 +150,7 @@ def _recorded(path: Path) -> Recorded:
 
 
 def latest_code(records: Sequence[Recorded]) -> tuple[list[Recorded], int]:
-    """Of each cell on each device the records of the code that ran last, and how many older ones were left out."""
+    """The records of the latest code version of each cell on each device, and the number of older ones."""
     newest: dict[tuple[str, str], CellResult] = {}
     for recorded in records:
         place = cell_key(recorded.result.cell), recorded.device_key
@@ -164,35 +164,35 @@ def latest_code(records: Sequence[Recorded]) -> tuple[list[Recorded], int]:
     return kept, len(records) - len(kept)
 
 
-def measure(records: Sequence[Recorded]) -> list[Measured]:
-    """One ``Measured`` a cell, sorted for people; repeats of a cell on one device are pooled.
+def measure(records: Sequence[Recorded]) -> list[GateCell]:
+    """One ``GateCell`` for each cell, in the order of ``sort_cells``; repeats on one device are pooled.
 
-    Raises UserError where repeats disagree about an exact counter: then something else was changed between them.
+    Raises UserError if repeats disagree about an exact counter: something changed between the runs.
     """
     by_key: dict[str, list[Recorded]] = {}
     for recorded in records:
         by_key.setdefault(cell_key(recorded.result.cell), []).append(recorded)
-    return sort_cells(_measured(key, runs) for key, runs in by_key.items())
+    return sort_cells(_gate_cell(key, runs) for key, runs in by_key.items())
 
 
-def sort_cells(cells: Iterable[Measured]) -> list[Measured]:
-    """By data set, row, options, seed and key: the order of a baseline file and of every table of the gate."""
+def sort_cells(cells: Iterable[GateCell]) -> list[GateCell]:
+    """Cells by data set, row, options, seed and key: the order of baseline files and of the gate's tables."""
 
-    def order(one: Measured) -> tuple[str, str, str, int, str]:
-        options = json.dumps(one.cell.options, sort_keys=True)
-        return one.cell.dataset, one.cell.label, options, one.cell.seed, one.key
+    def order(item: GateCell) -> tuple[str, str, str, int, str]:
+        options = json.dumps(item.cell.options, sort_keys=True)
+        return item.cell.dataset, item.cell.label, options, item.cell.seed, item.key
 
     return sorted(cells, key=order)
 
 
-def _measured(key: str, runs: Sequence[Recorded]) -> Measured:
+def _gate_cell(key: str, runs: Sequence[Recorded]) -> GateCell:
     whole = [recorded for recorded in runs if recorded.result.status == "ok"]
     last = max(whole or runs, key=lambda recorded: recorded.result.started_at)
     by_device: dict[str, list[Recorded]] = {}
     for recorded in whole:
         by_device.setdefault(recorded.device_key, []).append(recorded)
     quality, reason = _quality(last)
-    return Measured(
+    return GateCell(
         key=key,
         cell=last.result.cell,
         status=last.result.status,
@@ -205,22 +205,22 @@ def _measured(key: str, runs: Sequence[Recorded]) -> Measured:
 
 
 def counters(result: CellResult) -> dict[str, float]:
-    """The exact counters of a record, those that are known and valid."""
-    found: dict[str, float] = {}
+    """The exact counters of a record that are known and valid."""
+    counted: dict[str, float] = {}
     if result.parameters is not None:
-        found["trainable_parameters"] = result.parameters.trainable
-        found["trainable_parameters_max"] = result.parameters.trainable_max
-        found["total_parameters"] = result.parameters.total
-        found["stored_bytes"] = result.parameters.stored_bytes
+        counted["trainable_parameters"] = result.parameters.trainable
+        counted["trainable_parameters_max"] = result.parameters.trainable_max
+        counted["total_parameters"] = result.parameters.total
+        counted["stored_bytes"] = result.parameters.stored_bytes
     if result.epochs:
-        found["steps_per_epoch"] = result.epochs[0].steps
-        if len(result.epochs) >= result.cell.training.epochs:  # else validation stopped it, which is not exact
-            found["steps"] = sum(epoch.steps for epoch in result.epochs)
+        counted["steps_per_epoch"] = result.epochs[0].steps
+        if len(result.epochs) >= result.cell.training.epochs:  # early stopping is not exact
+            counted["steps"] = sum(epoch.steps for epoch in result.epochs)
     for name in COUNTERS:
         reading = result.counters.get(name)
         if reading is not None and reading.valid and reading.value is not None:
-            found.setdefault(name, reading.value)
-    return found
+            counted.setdefault(name, reading.value)
+    return counted
 
 
 def _own_counters(result: CellResult) -> dict[str, float]:
@@ -231,38 +231,34 @@ def _own_counters(result: CellResult) -> dict[str, float]:
     }
 
 
-def _agreed(found: Sequence[tuple[Recorded, dict[str, float]]]) -> dict[str, float]:
-    first, told = found[0]
-    for other, counted in found[1:]:
-        for name in told.keys() & counted.keys():
-            if told[name] != counted[name]:
+def _agreed(counted: Sequence[tuple[Recorded, dict[str, float]]]) -> dict[str, float]:
+    first, expected = counted[0]
+    for other, values in counted[1:]:
+        for name in expected.keys() & values.keys():
+            if expected[name] != values[name]:
                 raise UserError(
-                    f"{other.path}: {name} is {counted[name]:g}, in {first.path} it is {told[name]:g} for the same "
-                    "cell; the runs are not repeats of one code, check them apart"
+                    f"{other.path}: {name} is {values[name]:g}, in {first.path} it is {expected[name]:g} for the same "
+                    "cell; the runs are not repeats of the same code, check them separately"
                 )
-    return {name: told[name] for name in COUNTERS if name in told}
+    return {name: expected[name] for name in COUNTERS if name in expected}
 
 
 def _on_device(runs: Sequence[Recorded]) -> OnDevice:
-    steps, epochs, peaks = [], [], dict[str, list[float]]()
+    steps, epochs = (np.concatenate([times(recorded) for recorded in runs]) for times in (step_times, epoch_times))
+    peaks: dict[str, list[float]] = {}
     for recorded in runs:
-        result = recorded.result
-        steps.append(step_times(recorded))
-        epochs.append(epoch_times(recorded))
-        for name, value in memory(result).items():
+        for name, value in memory(recorded.result).items():
             peaks.setdefault(name, []).append(value)
     return OnDevice(
-        timing=Timing(
-            step_s=tuple(map(float, np.concatenate(steps))), epoch_s=tuple(map(float, np.concatenate(epochs)))
-        ),
+        timing=Timing(step_s=tuple(map(float, steps)), epoch_s=tuple(map(float, epochs))),
         memory={name: float(np.median(values)) for name, values in peaks.items()},
     )
 
 
 def step_times(recorded: Recorded) -> Floats:
-    """Seconds of every training step after the warm-up, shape ``(steps,)``.
+    """Seconds of every training step after the warm-up epochs, shape ``(steps,)``.
 
-    Where the run was too short for warm-up epochs it is the first step alone, in which everything happens first.
+    A run too short for warm-up epochs leaves out its first step instead, which includes one-time work.
     """
     name, warmup = recorded.result.files.get("samples"), recorded.result.warmup_epochs
     if name is None:
@@ -271,7 +267,7 @@ def step_times(recorded: Recorded) -> Floats:
     samples = load_samples(path)
     counted: Floats = np.asarray(samples.step_s, dtype=np.float64)
     if len(counted) != len(samples.step_epoch) or not (np.isfinite(counted) & (counted > 0)).all():
-        raise RecordError(f"{path}: its step times are not positive, or not one an epoch number; run the cell again")
+        raise RecordError(f"{path}: its step times are not positive or do not fit their epochs; run the cell again")
     return counted[samples.step_epoch > warmup] if warmup else counted[1:]
 
 
@@ -282,18 +278,19 @@ def epoch_times(recorded: Recorded) -> Floats:
 
 
 def memory(result: CellResult) -> dict[str, float]:
-    """The peaks over training that are gated: allocated by torch, and on a CPU, where there is none, resident."""
-    if result.training_memory is None:
+    """The gated peaks over training: torch's allocated bytes, or the resident bytes on a CPU."""
+    peaks = result.training_memory
+    if peaks is None:
         return {}
-    name = memory_instrument("measured_peak_bytes", result.training_memory, result.cell.device)
-    reading: Reading = getattr(result.training_memory, name)
+    name = memory_instrument("measured_peak_bytes", peaks, result.cell.device)
+    reading: Reading = getattr(peaks, name)
     return {name: reading.value} if reading.valid and reading.value is not None else {}
 
 
 def _quality(recorded: Recorded) -> tuple[Quality | None, str | None]:
     result = recorded.result
     if any(flag.code == "random-weights" for flag in result.flags):
-        return None, "an encoder with random weights: its quality means nothing"
+        return None, "an encoder with random weights: its quality is meaningless"
     name = result.files.get("ranks")
     if name is None:
         return None, "no ranks were recorded"
@@ -301,11 +298,11 @@ def _quality(recorded: Recorded) -> tuple[Quality | None, str | None]:
 
 
 def thinned(on_device: OnDevice) -> OnDevice:
-    """The same with bounded samples of four digits: what a baseline keeps."""
-    timing = Timing(step_s=_digits(on_device.timing.step_s), epoch_s=_digits(on_device.timing.epoch_s))
-    return OnDevice(timing=timing, memory=on_device.memory)
+    """The measurements as a baseline keeps them: at most ``SAMPLE`` times, with four digits."""
+    kept = {name: _rounded_quantiles(values) for name, values in on_device.timing}
+    return OnDevice(timing=Timing(**kept), memory=on_device.memory)
 
 
-def _digits(values: Sequence[float]) -> tuple[float, ...]:
+def _rounded_quantiles(values: Sequence[float]) -> tuple[float, ...]:
     kept: Any = quantiles(np.array(values, dtype=np.float64), SAMPLE)
     return tuple(float(f"{value:.4g}") for value in kept)

@@ -1,4 +1,4 @@
-"""What the gate says: a report of comparisons, versioned, the one source of every output format.
+"""The gate's report: judged comparisons with a schema version, from which every output format is written.
 
 ``docs/ci.md`` documents the JSON; a change of a field's meaning or name raises ``SCHEMA_VERSION``.
 """
@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
+from tpme.bench.quantities import KINDS, Kind, quantity
 from tpme.bench.record import Cell, Frozen
-from tpme.reports.gate.metrics import KINDS, Kind, metric
 
 SCHEMA_VERSION: Literal[1] = 1
 Verdict = Literal["same", "improved", "regressed", "changed", "not compared"]
@@ -25,26 +26,26 @@ class Policy(Frozen):
 
     time_threshold: float = 0.10
     allocated_bound: float = 0.01
-    """Of torch's allocated peak, which hardly varies; reserved memory is never judged."""
+    """For torch's allocated peak, which hardly varies; reserved memory is never judged."""
     resident_bound: float = 0.05
-    """Of a CPU's resident peak, which the C library's allocator and the system share in."""
+    """For the resident peak on a CPU, which the C library's allocator and the system affect."""
     quality_threshold: float = 0.05
     alpha: float = 0.002
-    """Level of each rank test of times; asv's."""
+    """Level of each rank test of times, as in asv."""
     quality_alpha: float = 0.01
-    """Level of the family of all quality tests of one check."""
+    """Family-wise level of all quality tests of one check."""
     strict: bool = False
-    """Any changed or lost exact counter, missing or new cell fails: the baseline must be updated on purpose."""
+    """Fail for any changed or lost exact counter and any missing or new cell: update the baseline explicitly."""
     require: tuple[Kind, ...] = ()
-    """Kinds of which something must have been compared."""
+    """Kinds of metrics of which at least one must have been compared."""
 
     def memory_bound(self, name: str) -> float:
-        """How far a peak may grow."""
+        """Relative growth that a peak may show."""
         return self.allocated_bound if name == "torch_allocated_bytes" else self.resident_bound
 
 
 class Comparison(Frozen):
-    """One number of one cell, before and after."""
+    """One metric of one cell in base and head."""
 
     metric: str
     kind: Kind
@@ -54,22 +55,27 @@ class Comparison(Frozen):
     """``head / base``."""
     low: float | None = None
     high: float | None = None
-    """95 % interval of the ratio, where there is one."""
+    """95 % interval of the ratio, if there is one."""
     bound: float | None = None
     """The relative change that had to be exceeded."""
     p: float | None = None
-    """Of the test, where there is one; of quality after Holm's correction."""
+    """p-value of the test, if there is one; for quality after Holm's correction."""
     verdict: Verdict
     note: str | None = None
 
     @property
     def title(self) -> str:
-        """The metric, for people."""
-        return metric(self.metric).title
+        """Name of the metric for people."""
+        return quantity(self.metric).title
+
+    @property
+    def unit(self) -> str:
+        """Unit of ``base`` and ``head``, empty for a count or a share."""
+        return quantity(self.metric).unit
 
 
 class CellVerdict(Frozen):
-    """One cell: in both, only in the baseline (``missing``) or only in the runs (``new``)."""
+    """One cell: on both sides, only in the base (``missing``) or only in the head (``new``)."""
 
     key: str
     name: str
@@ -81,13 +87,13 @@ class CellVerdict(Frozen):
 
 
 class GateReport(Frozen):
-    """All that ``tpme check`` or ``tpme ab`` found."""
+    """The outcome of ``tpme check`` or ``tpme ab``."""
 
     format: Literal["tpme-gate"] = "tpme-gate"
     schema_version: Literal[1] = SCHEMA_VERSION
     command: Literal["check", "ab"]
     base: str
-    """Where the base comes from: a file, or a git revision."""
+    """Source of the base: a file or a git revision."""
     head: str
     base_devices: tuple[str, ...] = ()
     head_devices: tuple[str, ...] = ()
@@ -101,9 +107,9 @@ class GateReport(Frozen):
     duration_s: float
     """Time the command itself took."""
 
-    def found(self, *verdicts: Verdict) -> list[tuple[CellVerdict, Comparison]]:
-        """All comparisons of these verdicts with their cells, in order."""
-        return [(cell, one) for cell in self.cells for one in cell.comparisons if one.verdict in verdicts]
+    def with_verdict(self, *verdicts: Verdict) -> list[tuple[CellVerdict, Comparison]]:
+        """All comparisons with one of ``verdicts``, with their cells, in order."""
+        return [(cell, item) for cell in self.cells for item in cell.comparisons if item.verdict in verdicts]
 
     def state(self, state: str) -> list[CellVerdict]:
         """The cells that are ``compared``, ``missing`` or ``new``."""
@@ -112,16 +118,17 @@ class GateReport(Frozen):
 
 def conclude(cells: Sequence[CellVerdict], policy: Policy, **fields: Any) -> GateReport:
     """The report over judged cells, with its exit code."""
-    all_of = [one for cell in cells for one in cell.comparisons]
-    compared = {kind: sum(one.kind == kind and one.verdict != "not compared" for one in all_of) for kind in KINDS}
+    comparisons = [item for cell in cells for item in cell.comparisons]
+    judged = Counter(item.kind for item in comparisons if item.verdict != "not compared")
+    compared = {kind: judged[kind] for kind in KINDS}
     notes = list(fields.pop("notes", ()))
     lacking = [kind for kind in policy.require if not compared[kind]]
     overall: Overall = "fine"
-    if any(one.verdict == "regressed" for one in all_of):
+    if any(item.verdict == "regressed" for item in comparisons):
         overall = "regressed"
     elif policy.strict and (
         any(cell.state != "compared" for cell in cells)
-        or any(one.kind == "counter" and (one.verdict not in ("same", "not compared") or _lost(one)) for one in all_of)
+        or any(i.kind == "counter" and (i.verdict not in ("same", "not compared") or _lost(i)) for i in comparisons)
     ):
         overall = "baseline out of date"
     elif lacking or not any(compared[kind] for kind in KINDS if kind != "status"):
@@ -139,21 +146,20 @@ def conclude(cells: Sequence[CellVerdict], policy: Policy, **fields: Any) -> Gat
     )
 
 
-def _lost(one: Comparison) -> bool:
-    """A counter that the runs no longer count; the number of steps is not, where validation stopped the training."""
-    return one.base is not None and one.head is None and one.metric != "steps"
+def _lost(item: Comparison) -> bool:
+    """Whether the head no longer has a counter. ``steps`` may be missing: early stopping makes it inexact."""
+    return item.base is not None and item.head is None and item.metric != "steps"
 
 
 def names(cells: Iterable[Cell]) -> list[str]:
-    """A name for every cell: its label, followed by whatever sets it apart from others of the same label."""
-    listed = list(cells)
-    flat = [_flat(cell) for cell in listed]
-    found = []
-    for cell, own in zip(listed, flat, strict=True):
-        same = [other for twin, other in zip(listed, flat, strict=True) if twin.label == cell.label]
-        apart = [name for name in own if any(other.get(name) != own[name] for other in same)]
-        found.append(cell.label + (f" [{', '.join(f'{name}={own[name]}' for name in apart)}]" if apart else ""))
-    return found
+    """A name for every cell: its label, and the settings in which it differs from cells of the same label."""
+    flat = [(cell.label, _flat(cell)) for cell in cells]
+    unique = []
+    for label, settings in flat:
+        namesakes = [other for name, other in flat if name == label]
+        apart = [key for key, value in settings.items() if any(other.get(key) != value for other in namesakes)]
+        unique.append(label + (f" [{', '.join(f'{key}={settings[key]}' for key in apart)}]" if apart else ""))
+    return unique
 
 
 def differing(cell: Cell, other: Cell) -> list[str]:
@@ -163,15 +169,15 @@ def differing(cell: Cell, other: Cell) -> list[str]:
 
 
 def _flat(cell: Cell) -> dict[str, str]:
-    """All settings of a cell that identify it, nested ones by a dotted name."""
-    found: dict[str, str] = {}
+    """All settings that identify a cell; nested ones have dotted names."""
+    flat: dict[str, str] = {}
 
     def walk(value: Any, name: str) -> None:
         if isinstance(value, dict) and value:
             for key, item in value.items():
                 walk(item, f"{name}.{key}" if name else key)
         else:
-            found[name] = value if isinstance(value, str) else json.dumps(value)
+            flat[name] = value if isinstance(value, str) else json.dumps(value)
 
     walk(cell.model_dump(mode="json", exclude={"device", "lr_trial", "lr_trials"}), "")
-    return found
+    return flat

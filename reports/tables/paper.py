@@ -1,7 +1,6 @@
 """Paper view: what the IISAN paper prints beside what was measured here, with the ratio.
 
-A record holds no name of a matrix, so the preset ``iisan-paper`` is known by what it runs: its data set, by name, and
-its two encoders.
+Shown for rows of the matrix ``iisan-paper`` with the encoders that the paper used.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from tpme.reports.tables.fields import Field
 from tpme.reports.tables.table import Column, Entry, Table
 
 SOURCE = "Fu et al., IISAN, SIGIR 2024 (abstract, and README of the authors' release)"
-DATASET, ENCODERS = "scientific", ("bert-base-uncased", "vit-base-patch16-224")
+MATRIX, ENCODERS = "iisan-paper", ("bert-base-uncased", "vit-base-patch16-224")
 
 
 class Range(NamedTuple):
@@ -81,7 +80,7 @@ def paper(section: Section) -> Table:
 
 def _is_of_the_paper(cell: Cell) -> bool:
     encoders = tuple(PurePosixPath(spec.source).name for spec in (cell.text_encoder, cell.image_encoder) if spec)
-    return cell.dataset == DATASET and encoders == ENCODERS
+    return cell.matrix == MATRIX and encoders == ENCODERS
 
 
 def _of_a_whole_epoch(result: CellResult) -> float:

@@ -15,7 +15,7 @@ from tpme.reports.data.metrics import LEVEL
 from tpme.reports.data.phases import phase_times
 from tpme.reports.data.ranks import METRICS
 from tpme.reports.data.resampling import DRAWS
-from tpme.reports.data.section import NO_ADAPTATION, Section
+from tpme.reports.data.section import Section
 from tpme.reports.tables import fields
 from tpme.reports.tables.differences import pairs
 from tpme.reports.tables.differences import table as differences
@@ -245,7 +245,7 @@ def _result_notes(section: Section) -> list[str]:
         notes.append("No row has a TPME: none that adapts an encoder finished with a trusted T, P and M.")
     if len(names) == 1 and section.frame_from is None:
         notes.append("With one row TPME is 0 by definition and says nothing.")
-    left_out = summary.index[~summary["compared"] & summary["method"].isin(NO_ADAPTATION)]
+    left_out = summary.index[~summary["compared"] & summary["baseline"]]
     if len(left_out):
         notes.append(f"No encoder is adapted, so no TPME unless named with --rows: {', '.join(map(str, left_out))}.")
     sources = sorted(set(summary.loc[summary["tpme"].notna(), "memory_source"]))

@@ -77,6 +77,8 @@ class Factory:
             "text_encoder": TEXT,
             "image_encoder": IMAGE,
             "seed": 1,
+            "matrix": "demo",
+            "baseline": method in ("frozen", "id", "popularity"),
         }
         return Cell(**{**fields, **changes})
 

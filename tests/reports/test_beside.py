@@ -87,6 +87,7 @@ def test_energy_is_a_column_where_there_is_any(factory):
 # --- the paper -------------------------------------------------------------------------------------------------
 
 PAPER = {
+    "matrix": "iisan-paper",
     "dataset": "scientific",
     "text_encoder": EncoderSpec(source="bert-base-uncased"),
     "image_encoder": EncoderSpec(source="google/vit-base-patch16-224"),
@@ -133,7 +134,7 @@ def test_the_other_protocol_is_named_and_epochs_cut_short_are_scaled(factory):
 
 
 @pytest.mark.parametrize(
-    "other", [{"dataset": "microlens"}, {"text_encoder": EncoderSpec(source="bert-large-uncased")}]
+    "other", [{"matrix": "microlens"}, {"matrix": None}, {"text_encoder": EncoderSpec(source="bert-large-uncased")}]
 )
 def test_other_matrices_have_no_paper_view(factory, other):
     factory.write("fft", **{**PAPER, **other})

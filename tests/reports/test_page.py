@@ -51,7 +51,7 @@ def texts(tab, key: str) -> dict[str, str]:
 
 
 def weights(tab) -> tuple[float, ...]:
-    return tuple(float(tab.get_attribute(f"#told-{axis}", "data-value")) for axis in "tpm")
+    return tuple(float(tab.get_attribute(f"#output-{axis}", "data-value")) for axis in "tpm")
 
 
 def slide(tab, axis: str, value: float) -> None:
@@ -393,7 +393,7 @@ def test_the_command_of_a_page_repeats_every_cell_of_the_demo(tmp_path):
     records = [read_result(path) for path in find_results([ROOT / "results" / "demo"])]
     assert records
     for result in records:
-        text = matrix_of(result.cell)
+        text = matrix_of(result.cell, result.dataset)
         assert "fill in" not in text
         matrix = MatrixFile.model_validate(tomllib.loads(text))
         prepared = prepared or prepare_datasets(matrix, tmp_path, Console(file=io.StringIO()))

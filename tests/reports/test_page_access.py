@@ -63,9 +63,9 @@ def test_the_tab_key_reaches_every_control_once_and_leaves(tab: Any) -> None:
 
 def test_arrow_keys_move_sliders_and_points(tab: Any) -> None:
     tab.focus("#weight-m")
-    before = float(tab.get_attribute("#told-m", "data-value"))
+    before = float(tab.get_attribute("#output-m", "data-value"))
     tab.keyboard.press("ArrowRight")
-    told = [float(tab.get_attribute(f"#told-{axis}", "data-value")) for axis in "tpm"]
+    told = [float(tab.get_attribute(f"#output-{axis}", "data-value")) for axis in "tpm"]
     assert told[2] > before
     assert sum(told) == pytest.approx(1, abs=1e-12)
     assert focused(tab) == "weight-m"
@@ -130,7 +130,7 @@ def test_paper_shows_every_row_and_no_control(tab: Any) -> None:
     for control in ("input", "select", "#reset", "#csv"):
         assert not any(one.is_visible() for one in tab.locator(control).all()), control
     assert tab.locator("#body tr[data-row] th:visible").count() == 15
-    assert tab.inner_text("#told-t") == "0.45"
+    assert tab.inner_text("#output-t") == "0.45"
     assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     clipped = """() => [...document.querySelectorAll("main *")].filter((one) => one.checkVisibility()
         && !one.closest(".unseen") && one.getBoundingClientRect().right > innerWidth + 1)

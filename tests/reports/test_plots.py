@@ -142,6 +142,15 @@ def test_labels_of_identical_points_and_of_a_crowd_stay_apart():
             assert box.x1 <= window.x1 + 1
 
 
+def test_a_name_without_room_is_left_out_and_returned():
+    with style():
+        figure = new_figure(1, 1)
+        axes = figure.add_subplot()
+        axes.set(xlim=(0, 1), ylim=(0, 1))
+        assert place_labels(axes, [(0.5, 0.5), (0.5, 0.6)], ["a", "wider than the axes"]) == ["wider than the axes"]
+        assert [text.get_text() for text in axes.texts] == ["a"]
+
+
 def test_files_carry_no_date_and_are_the_same_twice(factory):
     methods(factory, 4)
     files = []

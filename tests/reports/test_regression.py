@@ -323,9 +323,9 @@ def test_a_cell_that_no_longer_ends_is_a_regression(sides: tuple[Any, Any]) -> N
     base.write("lora")
     head.write("lora", status="oom", time=None, code="n")
     report = report_of(base.root, head.root)
-    assert [c.metric for _, c in report.found("regressed")] == ["status"]
+    assert [c.metric for _, c in report.with_verdict("regressed")] == ["status"]
     assert report.exit_code == 1
-    assert [c.metric for _, c in report_of(head.root, base.root).found("improved")] == ["status"]
+    assert [c.metric for _, c in report_of(head.root, base.root).with_verdict("improved")] == ["status"]
 
 
 @pytest.mark.parametrize(("before", "after"), [("error", "error"), ("error", "killed"), ("timeout", "timeout")])
@@ -503,7 +503,7 @@ def refused(read: Callable[[], object]) -> str:
         (lambda text: text.replace('"saved_bytes": 123456', '"saved_bytes": "many"'), "counters.saved_bytes"),
         (lambda text: text.replace('"seed": 1', '"seed": 2'), "does not fit its key"),
         (lambda text: text.replace('"ranks": "e', '"ranks": "%'), "not the ranks"),
-        (lambda text: re.sub(r'"recall_10": 0\.\d', '"recall_10": 0.9', text), "not what the ranks beside it say"),
+        (lambda text: re.sub(r'"recall_10": 0\.\d', '"recall_10": 0.9', text), "does not match the ranks beside it"),
         (lambda text: re.sub(r'"step_s": \[[\d.]+', '"step_s": [0.0', text), "greater than 0"),
         (lambda text: "[]", 'lacks "format"'),
         (lambda text: "", "not a readable baseline"),
@@ -522,8 +522,8 @@ def test_broken_records_are_one_clear_line(factory: Any, tmp_path: Path) -> None
     whole = path.read_text()
     path.write_text(whole[:500])
     assert "not a readable record" in refused(lambda: load_runs([factory.root]))
-    path.write_text(whole.replace('"schema_version": 1', '"schema_version": 2'))
-    assert "schema version 2, this tpme reads 1" in refused(lambda: load_runs([factory.root]))
+    path.write_text(whole.replace('"schema_version": 2', '"schema_version": 3'))
+    assert "schema version 3, this tpme reads 1 to 2;" in refused(lambda: load_runs([factory.root]))
     path.write_text(whole.replace('"steps": 10', '"steps": 0', 1))
     assert "field 'epochs.0.steps'" in refused(lambda: load_runs([factory.root]))
     path.write_text(whole.replace('"wall_s"', '"wall"', 1))

@@ -204,6 +204,23 @@ def test_rows_without_adaptation_get_no_tpme_unless_named(demo_run):
     assert "K = 3 rows" in " ".join(results(named).notes)
 
 
+def test_a_plug_ins_baseline_gets_no_tpme_and_does_not_move_the_frame(factory):
+    """Whatever it is called: the record says that it adapts no encoder."""
+    for name, cost in (("fft", 20.0), ("lora", 12.0), ("adapter", 14.0)):
+        factory.write(name, time=cost, millions=cost, peak=cost * 1e9)
+    (without,) = make_report([factory.root]).sections
+    factory.write("nearest", baseline=True, time=0.1, millions=0.001, peak=1e7)
+    factory.write("frozen", baseline=False, time=13.0, millions=13.0, peak=13e9)  # a name alone decides nothing
+    (section,) = make_report([factory.root]).sections
+    assert section.frame == without.frame.model_copy(update={"rows": ("adapter", "fft", "frozen", "lora")})
+    shown = column(results(section), "tpme_percent")
+    assert shown["nearest"] is None
+    assert {name: shown[name] for name in ("fft", "lora")} == pytest.approx({"fft": 100, "lora": 0})
+    assert "No encoder is adapted, so no TPME unless named with --rows: nearest." in results(section).notes
+    (named,) = make_report([factory.root], rows=["nearest", "fft"]).sections
+    assert sorted(named.compared) == ["fft", "nearest"]
+
+
 def test_out_of_memory_is_shown_with_its_lower_bound(demo_run):
     (section,) = make_report([demo_run]).sections
     table = results(section)

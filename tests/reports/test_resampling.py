@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+from scipy import stats as scipy_stats
 
 from tpme.bench.record import read_result
 from tpme.reports.data import resampling
@@ -118,6 +120,19 @@ def test_medians_are_distributed_as_those_of_samples_really_drawn():
         shares = np.linspace(0.05, 0.95, 19)
         between = [np.mean(told <= edge) - np.mean(drawn <= edge) for edge in np.quantile(drawn, shares)]
         assert np.abs(between).max() < 0.02, n
+
+
+def test_the_interval_of_a_time_is_scipys_percentile_bootstrap_of_the_median():
+    times_s = np.random.default_rng(1).lognormal(0, 0.5, 101)
+    expected = scipy_stats.bootstrap((times_s,), np.median, method="percentile", n_resamples=20_000, rng=2)
+    found = resampling.time_interval(draw("row", row(times_s)))
+    assert found == pytest.approx(tuple(expected.confidence_interval), rel=0.02)
+
+
+@settings(max_examples=40, deadline=None)
+@given(arrays(np.float64, array_shapes(min_dims=2, max_dims=2, max_side=8), elements=st.integers(0, 4)))
+def test_ranks_of_a_draw_are_scipys_with_the_better_rank_for_ties(values):
+    assert (resampling._ranks(values) == scipy_stats.rankdata(values, method="min", axis=1)).all()
 
 
 def test_time_and_memory_of_a_seed_stay_together():

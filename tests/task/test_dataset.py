@@ -20,6 +20,7 @@ from tpme.bench.task.dataset import Dataset
 from tpme.bench.task.prepare import prepare
 from tpme.bench.task.sources.iisan import read_iisan
 from tpme.bench.task.sources.raw import RawData
+from tpme.bench.task.sources.synthetic import Synthetic, generate
 
 Golden = dict[str, Any]
 
@@ -49,6 +50,20 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("small") / "data"
     prepare(raw, folder, max_seq_len=2, min_interactions=3, image_size=4)
     return folder
+
+
+def test_what_a_record_says_of_the_data(small: Path, tmp_path: Path) -> None:
+    manifest = Dataset.open(small).manifest
+    facts = Dataset.open(small).facts("mine")
+    assert (facts.name, facts.source, facts.synthetic) == ("mine", "small", None)
+    assert (facts.max_seq_len, facts.image_size, facts.modalities) == (2, 4, ("text", "image"))
+    assert (facts.fingerprint, facts.users, facts.items, facts.interactions) == (manifest.fingerprint, 2, 5, 8)
+    assert facts.items_never_trained == 2  # a and e
+    invented = generate(Synthetic(users=10, continues=0.5)).only(("text",))
+    prepare(invented, tmp_path / "invented", max_seq_len=3)
+    facts = Dataset.open(tmp_path / "invented").facts("s")
+    assert (facts.source, facts.synthetic) == ("synthetic", {"users": 10, "continues": 0.5})
+    assert (facts.max_seq_len, facts.image_size) == (3, None)
 
 
 def test_windows_of_a_hand_made_example(small: Path) -> None:

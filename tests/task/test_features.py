@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tpme.bench.errors import UserError
+from tpme.bench.measure.phases import measuring
 from tpme.bench.record import EncoderSpec
 from tpme.bench.task import feature_files, features
 from tpme.bench.task.batches import ItemStore, build_batch, log_popularity
@@ -21,6 +22,7 @@ from tpme.bench.task.features import FeatureJob, build, feature_folder, load
 from tpme.bench.task.prepare import prepare
 from tpme.bench.task.sources.synthetic import Synthetic, generate
 from tpme.bench.task.tokens import tokenise
+from tpme.bench.train.cached import cached_states
 
 TEXT = EncoderSpec(source="builtin:tiny-text")
 CPU = torch.device("cpu")
@@ -84,6 +86,22 @@ def test_an_interrupted_build_goes_on_and_gives_the_same(job: FeatureJob, monkey
     for modality, table in states.items():
         torch.testing.assert_close(again[modality].float(), table.float(), atol=2e-2, rtol=2e-2)
     assert set(manifest.sha256) == set(whole)
+    assert manifest.peak_bytes.valid
+
+
+def test_every_reader_of_a_cache_gets_what_its_build_took(job: FeatureJob) -> None:
+    manifest = build(job)
+    peak = manifest.peak_bytes
+    assert peak.source.startswith("peak resident memory of the process")
+    assert peak.source.endswith("over the baseline")
+    assert peak.value is not None
+    assert 0 <= peak.value < 2**31
+    assert build(job) == manifest  # not built again
+    fingerprint = Dataset.open(job.dataset).manifest.fingerprint
+    with measuring("cpu") as phases:
+        found = [cached_states(job, fingerprint, phases, lambda _what, _share: None).facts for _ in range(2)]
+    assert [facts.built_by_attempt for facts in found] == [False, False]
+    assert {(facts.build_s, facts.peak_bytes) for facts in found} == {(manifest.build_s, peak)}
 
 
 GIB = 2**30

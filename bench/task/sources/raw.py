@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,8 @@ class RawData:
     """What ``--skip-bad`` left out, by reason."""
     source: str = ""
     """Kind and place it was read from, for people; empty where the name says it all."""
+    synthetic: dict[str, Any] | None = None
+    """The settings given to the built-in catalogue; ``None`` for other data."""
 
     def only(self, modalities: tuple[Modality, ...]) -> RawData:
         """The same with these modalities alone."""

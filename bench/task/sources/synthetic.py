@@ -147,6 +147,7 @@ def generate(config: Synthetic) -> RawData:
         users=[f"user-{number:05d}" for number in range(config.users)],
         histories=make_histories(config, world, catalogue),
         skipped={},
+        synthetic=config.model_dump(exclude_unset=True),
     )
 
 
