@@ -14,8 +14,9 @@ from typing import Literal
 from tpme.bench.record import Memory, Reading
 
 Better = Literal["higher", "lower"]
-Kind = Literal["status", "counter", "time", "memory", "quality", "report"]
-"""How the gate compares a quantity (counters are exact, equal on every machine); ``report``: in reports alone."""
+Kind = Literal["status", "counter", "time", "memory", "quality"]
+"""How the gate compares a quantity; counters are exact, equal on every machine."""
+KINDS: tuple[Kind, ...] = ("status", "counter", "time", "memory", "quality")
 MemoryRule = Literal["held", "allocated"]
 """Which instrument is meant by "memory": see ``INSTRUMENTS``."""
 
@@ -65,7 +66,8 @@ class Quantity:
     unit: str = ""
     """Of the stored value: ``s``, ``bytes``, ``FLOP``, ``J``, ``M`` (millions), ``%``, ``items/s``, or none."""
     better: Better | None = "lower"
-    kind: Kind = "report"
+    kind: Kind | None = None
+    """None where only reports show it."""
     digits: int = 3
     """Significant digits."""
     decimals: int | None = None

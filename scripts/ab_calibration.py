@@ -26,9 +26,9 @@ from rich.console import Console
 from workload import put
 
 from tpme.bench.commands.ab import Pair, Request, compare, pair_cells
+from tpme.bench.quantities import QUANTITIES
 from tpme.bench.record import find_results, read_result
 from tpme.bench.run.trees import Tree, trees
-from tpme.reports.gate.gate_metrics import METRICS
 from tpme.reports.gate.measures import memory
 from tpme.reports.gate.verdict import GateReport, Policy
 
@@ -220,7 +220,7 @@ def _table(kinds: Sequence[Kind], lines: Sequence[dict[str, Any]]) -> str:
         improved = sum(bool(line["improved"]) for line in own)
         name = kind.metrics[0] if kind.metrics else "step_s"
         seen = sorted(line["ratios"][name] - 1 for line in own)
-        change = f"{METRICS[name].title} {median(seen):+.1%}, {seen[0]:+.1%} to {seen[-1]:+.1%}"
+        change = f"{QUANTITIES[name].title} {median(seen):+.1%}, {seen[0]:+.1%} to {seen[-1]:+.1%}"
         rows.append(f"| {kind.name} | {len(own)} | {alarms} | {improved} | {change} |")
     if not lines:
         return "\n".join(rows)

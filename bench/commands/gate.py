@@ -64,7 +64,7 @@ def policy_of(require: str | None, **bounds: Any) -> Policy:
     """A policy from the options of a command; raises UserError for a value that makes no sense."""
     from pydantic import ValidationError
 
-    from tpme.reports.gate.gate_metrics import Kind
+    from tpme.bench.quantities import Kind
     from tpme.reports.gate.verdict import Policy
 
     try:

@@ -11,11 +11,12 @@ from tpme.bench.counting.batch import DataShape
 from tpme.bench.counting.counters import count, planned_peak, run_step
 from tpme.bench.counting.devices import DeviceNoise, known_profile, measured_profile, mfu, workspace_bytes
 from tpme.bench.counting.meta import MetaCell
+from tpme.bench.errors import one_line
 from tpme.bench.measure.environment import environment
 from tpme.bench.record import Reading
 from tpme.bench.run.job import Job
 from tpme.bench.task.dataset import Dataset
-from tpme.bench.train.ending import TimeLimitReached, one_line
+from tpme.bench.train.ending import TimeLimitReached
 from tpme.bench.train.loop import WARMUP_EPOCHS, Outcome, Trainer
 
 

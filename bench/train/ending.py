@@ -48,11 +48,6 @@ def failure_of(error: BaseException, phase: str, trainer: Trainer | None) -> Fai
     )
 
 
-def one_line(error: BaseException) -> str:
-    """Kind and message of an exception that costs single readings alone, as their reason."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
 def bytes_requested(message: str) -> int | None:
     """Size of a failed allocation, from its message ("Tried to allocate 2.00 GiB", "allocate 123 bytes")."""
     match = re.search(rf"allocate ([\d.]+) ({'|'.join(_UNITS)})", message)

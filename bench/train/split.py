@@ -11,9 +11,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from tpme.bench.errors import one_line
 from tpme.bench.measure.clock import now
 from tpme.bench.record import Reading
-from tpme.bench.train.ending import one_line
 from tpme.bench.train.loop import Trainer
 from tpme.bench.train.timing import StepTimer
 

@@ -38,7 +38,7 @@ WINNERS, LEAST_SHARE = 12, 0.01
 
 
 def phases(section: Section) -> Plot | None:
-    """Wall time of a cell of every row, stacked by phase as a share of the whole."""
+    """Wall time of a cell of every row by phase, in stacked shares."""
     share = phase_shares(section)
     if share.empty:
         return None
@@ -61,7 +61,7 @@ def phases(section: Section) -> Plot | None:
 
 
 def phase_colours(section: Section) -> dict[str, str]:
-    """The colour of every kind of phase in all figures of a section; those that take little time share one."""
+    """The colour of every kind of phase in all figures of a section; short phases share one."""
     kinds = list(phase_shares(section).columns)
     return dict(zip(kinds, [*COLOURS[:KINDS], *[SILVER] * len(kinds)], strict=False))
 

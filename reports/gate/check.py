@@ -9,10 +9,10 @@ from functools import partial
 import numpy as np
 
 from tpme.bench.errors import UserError
+from tpme.bench.quantities import QUANTITIES, quantity
 from tpme.bench.record import Cell, Status
 from tpme.reports.data.stats import Floats, holm, mann_whitney, paired, smallest_p
 from tpme.reports.gate.baseline import Noise, Side
-from tpme.reports.gate.gate_metrics import METRICS, gate_metric
 from tpme.reports.gate.measures import GateCell, Timing, cell_key, sort_cells
 from tpme.reports.gate.verdict import CellVerdict, Comparison, Policy, Verdict, differing, names
 
@@ -101,14 +101,16 @@ def _status(old: GateCell, new: GateCell) -> Comparison:
 def one_sided(name: str, base: float | None, head: float | None) -> Comparison:
     """A number that only one side has: reported, not judged."""
     note = "not in the base" if base is None else "not measured by the runs"
-    return Comparison(metric=name, kind=gate_metric(name).kind, base=base, head=head, verdict="not compared", note=note)
+    return Comparison(
+        metric=name, kind=quantity(name).kind or "counter", base=base, head=head, verdict="not compared", note=note
+    )
 
 
 def counters(old: GateCell, new: GateCell) -> Iterator[Comparison]:
     """Exact counters: any difference is a change. A method's own counters are reported but never judged."""
     highest, trainable = "trainable_parameters_max", "trainable_parameters"
     varied = any(side.counters.get(highest) != side.counters.get(trainable) for side in (old, new))
-    for name in METRICS:
+    for name in QUANTITIES:
         if (name in old.counters or name in new.counters) and (name != highest or varied):
             yield _counter(name, old.counters.get(name), new.counters.get(name), judged=True)
     for name in sorted(old.own_counters.keys() | new.own_counters.keys()):

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from tpme.bench.quantities import amount, quantity
 from tpme.bench.record import write_atomically
-from tpme.reports.gate.gate_metrics import format_value, gate_metric
 from tpme.reports.gate.verdict import CellVerdict, Comparison, GateReport, Verdict
 from tpme.reports.tables.table import escape_markdown
 
@@ -64,7 +64,7 @@ def _join(cells: list[str]) -> str:
 
 
 def _row(cell: CellVerdict, item: Comparison) -> tuple[str, ...]:
-    before, after = (format_value(value, item.unit) for value in (item.base, item.head))
+    before, after = (amount(value, item.unit) for value in (item.base, item.head))
     return cell.name, item.title, before, after, change(item), evidence(item)
 
 
@@ -79,7 +79,7 @@ def change(item: Comparison) -> str:
 def describe(item: Comparison) -> str:
     """Before, after, change and evidence in one line."""
     more = "; ".join(part for part in (change(item), evidence(item)) if part not in ("", "-"))
-    values = f"{format_value(item.base, item.unit)} -> {format_value(item.head, item.unit)}"
+    values = f"{amount(item.base, item.unit)} -> {amount(item.head, item.unit)}"
     return f"{values}{f' ({more})' if more else ''}"
 
 
@@ -216,7 +216,7 @@ def smaller_is_better(report: GateReport) -> list[dict[str, Any]]:
     entries = []
     for cell in report.cells:
         for item in cell.comparisons:
-            if isinstance(item.head, str) or item.head is None or gate_metric(item.metric).more_is_better:
+            if isinstance(item.head, str) or item.head is None or quantity(item.metric).more_is_better:
                 continue
             entry = {"name": f"{cell.name}: {item.title}", "unit": item.unit or "count", "value": item.head}
             entries.append(entry | ({"extra": f"base {item.base:g}"} if isinstance(item.base, float) else {}))

@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import PositiveFloat, field_validator, model_validator
 
 from tpme.bench.errors import UserError
-from tpme.bench.quantities import memory_instrument
+from tpme.bench.quantities import COUNTERS, memory_instrument
 from tpme.bench.record import (
     NO_IDENTITY,
     Cell,
@@ -31,7 +31,6 @@ from tpme.bench.record import (
 from tpme.reports.data.load import Recorded, load_samples
 from tpme.reports.data.ranks import Ranks, gains, load_ranks
 from tpme.reports.data.stats import Floats, quantiles
-from tpme.reports.gate.gate_metrics import COUNTERS
 
 SAMPLE = 100
 """Number of step-time quantiles that a baseline keeps of a cell."""
@@ -280,10 +279,11 @@ def epoch_times(recorded: Recorded) -> Floats:
 
 def memory(result: CellResult) -> dict[str, float]:
     """The gated peaks over training: torch's allocated bytes, or the resident bytes on a CPU."""
-    if result.training_memory is None:
+    peaks = result.training_memory
+    if peaks is None:
         return {}
-    name = memory_instrument("measured_peak_bytes", result.training_memory, result.cell.device)
-    reading: Reading = getattr(result.training_memory, name)
+    name = memory_instrument("measured_peak_bytes", peaks, result.cell.device)
+    reading: Reading = getattr(peaks, name)
     return {name: reading.value} if reading.valid and reading.value is not None else {}
 
 

@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
+from tpme.bench.quantities import KINDS, Kind, quantity
 from tpme.bench.record import Cell, Frozen
-from tpme.reports.gate.gate_metrics import KINDS, Kind, gate_metric
 
 SCHEMA_VERSION: Literal[1] = 1
 Verdict = Literal["same", "improved", "regressed", "changed", "not compared"]
@@ -66,12 +66,12 @@ class Comparison(Frozen):
     @property
     def title(self) -> str:
         """Name of the metric for people."""
-        return gate_metric(self.metric).title
+        return quantity(self.metric).title
 
     @property
     def unit(self) -> str:
         """Unit of ``base`` and ``head``, empty for a count or a share."""
-        return gate_metric(self.metric).unit
+        return quantity(self.metric).unit
 
 
 class CellVerdict(Frozen):

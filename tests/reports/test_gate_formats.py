@@ -10,8 +10,8 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
+from tpme.bench.quantities import amount
 from tpme.reports.gate import formats as gate_formats
-from tpme.reports.gate.gate_metrics import format_value
 from tpme.reports.gate.verdict import CellVerdict, Comparison, GateReport, Policy, conclude
 
 NASTY = "a|b [red]<c>&*`_ 50%\n::error::x\x07\ufffe"
@@ -152,4 +152,4 @@ def test_an_interval_is_shown_with_its_change() -> None:
     ],
 )
 def test_values_are_shown_with_their_unit(value: float | str | None, unit: str, text: str) -> None:
-    assert format_value(value, unit) == text
+    assert amount(value, unit) == text
