@@ -18,7 +18,7 @@ from tpme.bench.errors import UserError
 
 INTERRUPTED = (129, 130, 143)
 """Exit codes of SIGHUP, SIGINT (into which typer turns a KeyboardInterrupt) and SIGTERM: 128 + the signal."""
-ON_INTERRUPT = "interrupted; nothing half-written is left, the same command goes on from what is finished"
+ON_INTERRUPT = "interrupted; no partial files are left, the same command resumes"
 
 app = typer.Typer(
     name="tpme",

@@ -22,7 +22,7 @@ def choose(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, or a part of the device's name: H200.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Which rows keep your limits, best first, and why the others do not. Exit code 0 if any row does, 1 if none."""
+    """List the rows within your limits, best first, and why others are not. Exit code 0 if any row is, 1 if none."""
     from rich.console import Console
 
     from tpme.reports import choose as logic

@@ -10,7 +10,7 @@ import typer
 
 from tpme.bench.commands.options import AsJson, MethodsPath
 
-app = typer.Typer(no_args_is_help=True, help="Show what there is to choose from.")
+app = typer.Typer(no_args_is_help=True, help="List methods, presets or encoders.")
 
 
 @app.command()
