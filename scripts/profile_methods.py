@@ -29,8 +29,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from workload import ENCODERS, TITLE_TOKENS, Size, make_trainer, put
 
 from tpme.bench.counting.batch import DataShape
-from tpme.bench.counting.counters import run_step
 from tpme.bench.counting.devices import DeviceProfile, calibrate
+from tpme.bench.counting.exact import run_step
 from tpme.bench.counting.meta import MetaCell
 from tpme.bench.measure.clock import now, sync
 from tpme.bench.measure.phases import PhaseLog

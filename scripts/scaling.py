@@ -208,7 +208,7 @@ def _loss_alone(trainer: Any) -> float:
 def _counted(trainer: Any) -> dict[str, float]:
     """Counted cost of a step: FLOPs, and the peak of a simulated step (bytes)."""
     from tpme.bench.counting.batch import DataShape
-    from tpme.bench.counting.counters import count, run_step
+    from tpme.bench.counting.exact import count, run_step
     from tpme.bench.counting.meta import MetaCell
 
     meta = MetaCell(trainer.cell, DataShape.of(trainer.dataset))

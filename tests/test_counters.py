@@ -25,7 +25,7 @@ from tpme.bench.counting.batch import (
     DataShape,
     canonical_slots,
 )
-from tpme.bench.counting.counters import Counts, count, run_step
+from tpme.bench.counting.exact import Counts, count, run_step
 from tpme.bench.counting.meta import RELEASED, MetaCell, MetaEncoders
 from tpme.bench.counting.modes import Target, Tracker
 from tpme.bench.record import Cell, EncoderSpec, Modality

@@ -34,14 +34,6 @@ ROOMS = (
     "bench.pytest_plugin",
 )
 """From bottom to top: a room imports itself and those before it. A module is in the longest name that fits."""
-UPWARD = {("bench.task.features", "bench.run.job"), ("bench.train.cached", "bench.run.job")}
-"""Imports that still run against the order; to be emptied."""
-CIRCULAR = {("reports.data.metrics", "reports.data.load")}
-"""Imports that still close a circle of modules; to be emptied."""
-SAME_CLASS = {"Catalogue", "Dataset", "Device", "Known", "Measured", "Samples"}
-"""Names that two classes still have; to be emptied."""
-SAME_FILE = {"counters.py", "environment.py", "metrics.py"}
-"""Names that two files still have; to be emptied."""
 
 
 def sources() -> Iterator[tuple[str, ast.Module]]:
@@ -103,12 +95,12 @@ def test_imports_point_one_way(folder: str, forbidden: tuple[str, ...]) -> None:
 
 def test_no_import_runs_up() -> None:
     """A room knows those below it alone, so there is no circle between rooms."""
-    assert {pair for pair in own_imports() if room(pair[1]) > room(pair[0])} <= UPWARD
+    assert {pair for pair in own_imports() if room(pair[1]) > room(pair[0])} == set()
 
 
 def test_no_modules_import_each_other() -> None:
     graph: dict[str, set[str]] = {}
-    for module, other in own_imports() - UPWARD - CIRCULAR:
+    for module, other in own_imports():
         graph.setdefault(module, set()).add(other)
     assert list(graphlib.TopologicalSorter(graph).static_order())  # a circle raises, naming its modules
 
@@ -126,7 +118,7 @@ def test_one_name_is_one_class() -> None:
         for node in ast.walk(tree):
             if isinstance(node, ast.ClassDef):
                 places.setdefault(node.name, []).append(module)
-    assert {name: found for name, found in places.items() if len(found) > 1 and name not in SAME_CLASS} == {}
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}
 
 
 def test_one_name_is_one_file() -> None:
@@ -136,7 +128,7 @@ def test_one_name_is_one_file() -> None:
         for path in (ROOT / package).rglob("*.py"):
             if path.name != "__init__.py" and path.parent.name not in ("commands", "sources"):
                 places.setdefault(path.name, []).append(str(path.relative_to(ROOT)))
-    assert {name: found for name, found in places.items() if len(found) > 1 and name not in SAME_FILE} == {}
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}
 
 
 def test_every_package_folder_is_listed() -> None:

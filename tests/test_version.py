@@ -40,7 +40,7 @@ def changes(tree: Path, path: str, method: str = "methods/lora.py") -> bool:
         "bench/run/cell.py",
         "bench/train/loop.py",
         "bench/counting/devices.py",  # decides MFU
-        "bench/counting/counters.py",
+        "bench/counting/exact.py",
         "bench/measure/phases.py",
         "bench/measure/sampler_process.py",  # a process of its own
         "bench/task/features.py",

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from tpme.bench.counting.batch import DataShape
-from tpme.bench.counting.counters import count, planned_peak, run_step
 from tpme.bench.counting.devices import DeviceNoise, known_profile, measured_profile, mfu, workspace_bytes
+from tpme.bench.counting.exact import count, planned_peak, run_step
 from tpme.bench.counting.meta import MetaCell
 from tpme.bench.errors import one_line
 from tpme.bench.measure.environment import environment

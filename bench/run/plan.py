@@ -17,8 +17,8 @@ import torch
 from rich.console import Console
 
 from tpme.bench.counting.batch import DataShape
-from tpme.bench.counting.counters import Counts, Step, count, planned_peak, run_step
 from tpme.bench.counting.devices import DeviceProfile
+from tpme.bench.counting.exact import Counts, Step, count, planned_peak, run_step
 from tpme.bench.counting.meta import MetaCell, MetaEncoders
 from tpme.bench.errors import UserError, one_line
 from tpme.bench.quantities import memory_reading
