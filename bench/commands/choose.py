@@ -22,11 +22,7 @@ def choose(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, or a part of the device's name: H200.")] = None,
     as_json: AsJson = False,
 ) -> None:
-<<<<<<< HEAD
     """List the rows within your limits, best first, and why others are not. Exit code 0 if any row is, 1 if none."""
-=======
-    """List the rows within your limits, best first, and why others are not. Exit code 0 if any row is, 1 if none."""
->>>>>>> a2
     from rich.console import Console
 
     from tpme.reports import choose as logic
