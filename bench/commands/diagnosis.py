@@ -52,8 +52,8 @@ class Hub(Frozen):
     offline: bool
 
 
-class Quantity(Frozen):
-    """One quantity of the report on this machine; ``why`` says why its ``state`` is not ``yes``."""
+class Availability(Frozen):
+    """Whether and how one quantity is measured on this machine; ``why`` says why its ``state`` is not ``yes``."""
 
     name: str
     how: str
@@ -83,7 +83,7 @@ class Diagnosis(Frozen):
     """Why NVML cannot be used; None where it can."""
     gpus: tuple[GpuInfo, ...]
     hub: Hub
-    quantities: tuple[Quantity, ...]
+    quantities: tuple[Availability, ...]
     flags: tuple[Flag, ...]
     noise: DeviceNoise | None
     """Measured on this device once; None if never."""
@@ -107,7 +107,7 @@ def diagnose(store: Path) -> Diagnosis:
         profile = known_profile(environment(device).device_key, store)
     except RuntimeError as error:  # a broken or full GPU
         message = str(error).splitlines()[0]
-        quantities, flags = (Quantity(name="all", how="a moment of work", state="no", why=message),), ()
+        quantities, flags = (Availability(name="all", how="a moment of work", state="no", why=message),), ()
     nvml.close()
     revision, dirty = git_state()
     return Diagnosis(
@@ -133,7 +133,7 @@ def diagnose(store: Path) -> Diagnosis:
     )
 
 
-def try_instruments(device: str, nvml: Nvml) -> tuple[tuple[Quantity, ...], tuple[Flag, ...]]:
+def try_instruments(device: str, nvml: Nvml) -> tuple[tuple[Availability, ...], tuple[Flag, ...]]:
     """Measure a moment of work on ``device``; returns what each quantity would be measured by, and all warnings."""
     with measuring(device, nvml=nvml) as log:
         log.baseline()
@@ -156,11 +156,11 @@ def _work(device: str) -> None:
             time.sleep(0.02)
 
 
-def _quantities(device: str, phase: Phase, sampler: Reading) -> Iterator[Quantity]:
+def _quantities(device: str, phase: Phase, sampler: Reading) -> Iterator[Availability]:
     memory = phase.memory
     clock = "wall clock, with the GPU synchronised at both ends" if is_cuda(device) else "wall clock"
-    yield Quantity(name="T epoch time", how=f"{clock}; median over epochs", state="yes")
-    yield Quantity(name="P parameters", how="counted from the model: exact, equal everywhere", state="yes")
+    yield Availability(name="T epoch time", how=f"{clock}; median over epochs", state="yes")
+    yield Availability(name="P parameters", how="counted from the model: exact, equal everywhere", state="yes")
     if is_cuda(device):
         reading = memory.nvml_process_bytes if memory.nvml_process_bytes.valid else memory.nvml_device_bytes
         yield _quantity("M memory", reading)
@@ -172,16 +172,18 @@ def _quantities(device: str, phase: Phase, sampler: Reading) -> Iterator[Quantit
         yield _quantity("M memory", memory.host_rss_bytes)
         yield _quantity("M on a GPU", memory.nvml_process_bytes)
     yield _quantity("E energy", phase.energy_j)
-    yield Quantity(name="Quality", how="ranks of the test targets in the full catalogue: exact", state="yes")
+    yield Availability(name="Quality", how="ranks of the test targets in the full catalogue: exact", state="yes")
     if sampler.value is None:
         yield _quantity("Sampler", sampler)
     else:
-        yield Quantity(name="Sampler", how=f"its own process, {sampler.value:.2%} of one core", state="yes")
+        yield Availability(name="Sampler", how=f"its own process, {sampler.value:.2%} of one core", state="yes")
 
 
-def _quantity(name: str, reading: Reading) -> Quantity:
+def _quantity(name: str, reading: Reading) -> Availability:
     state: Literal["yes", "doubtful", "no"] = "yes" if reading.valid else "doubtful"
-    return Quantity(name=name, how=reading.source, state="no" if reading.value is None else state, why=reading.reason)
+    return Availability(
+        name=name, how=reading.source, state="no" if reading.value is None else state, why=reading.reason
+    )
 
 
 def _gpus(nvml: Nvml) -> Iterator[GpuInfo]:

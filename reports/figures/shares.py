@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from tpme.reports.data.load import Array
-from tpme.reports.data.phases import phase_shares
+from tpme.reports.data.phase_times import phase_shares
 from tpme.reports.data.resampling import DRAWS, LEVEL
 from tpme.reports.data.section import Section
 from tpme.reports.data.tpme import COLUMNS

@@ -12,7 +12,7 @@ import pandas as pd
 from tpme.bench.quantities import MISSING, byte_unit, bytes_text, number, quantity
 from tpme.bench.record import PhaseKind
 from tpme.reports.data.metrics import LEVEL
-from tpme.reports.data.phases import phase_times
+from tpme.reports.data.phase_times import phase_times
 from tpme.reports.data.ranks import METRICS
 from tpme.reports.data.resampling import DRAWS
 from tpme.reports.data.section import Section

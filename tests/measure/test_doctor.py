@@ -13,7 +13,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from tpme.bench.cli import app
-from tpme.bench.commands.diagnosis import Diagnosis, Quantity, diagnose
+from tpme.bench.commands.diagnosis import Availability, Diagnosis, diagnose
 from tpme.bench.commands.doctor import render
 from tpme.bench.counting.devices import PROFILES, DeviceNoise, keep_profile
 from tpme.bench.measure.environment import environment
@@ -83,7 +83,7 @@ def test_a_broken_gpu_is_a_finding_not_a_crash(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr("tpme.bench.commands.diagnosis.try_instruments", fail)
     assert diagnose(Path()).quantities == (
-        Quantity(name="all", how="a moment of work", state="no", why="CUDA error: out of memory"),
+        Availability(name="all", how="a moment of work", state="no", why="CUDA error: out of memory"),
     )
 
 
