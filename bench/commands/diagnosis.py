@@ -180,10 +180,8 @@ def _quantities(device: str, phase: Phase, sampler: Reading) -> Iterator[Availab
 
 
 def _quantity(name: str, reading: Reading) -> Availability:
-    state: Literal["yes", "doubtful", "no"] = "yes" if reading.valid else "doubtful"
-    return Availability(
-        name=name, how=reading.source, state="no" if reading.value is None else state, why=reading.reason
-    )
+    state: Literal["yes", "doubtful", "no"] = "no" if reading.value is None else "yes" if reading.valid else "doubtful"
+    return Availability(name=name, how=reading.source, state=state, why=reading.reason)
 
 
 def _gpus(nvml: Nvml) -> Iterator[GpuInfo]:
