@@ -25,6 +25,7 @@ def session(pytester: pytest.Pytester, world: Any, monkeypatch: pytest.MonkeyPat
     )
     monkeypatch.setenv("TPME_STORE", str(world.store))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # pytest-benchmark writes no file in a worker
 
     def run(body: str, *arguments: str) -> Any:
         pytester.makepyfile("import pytest\n" + body)
