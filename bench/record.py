@@ -85,7 +85,7 @@ class Training(Frozen):
     @model_validator(mode="after")
     def _compiled_or_recorded(self) -> Training:
         if self.compile and self.cuda_graphs:
-            raise ValueError("compile and cuda_graphs exclude each other: a graph is recorded of what runs without")
+            raise ValueError("compile and cuda_graphs exclude each other: graphs record steps that are not compiled")
         return self
 
 
@@ -154,7 +154,7 @@ class Reading(Frozen):
     @model_validator(mode="after")
     def _missing_has_a_reason(self) -> Reading:
         if (self.value is None or not self.valid) and not self.reason:
-            raise ValueError("a missing or invalid reading must say why")
+            raise ValueError("a missing or invalid reading needs a reason")
         return self
 
     @classmethod

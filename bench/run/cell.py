@@ -169,7 +169,7 @@ class CellRun:
         last = self.phases.phases[-1] if self.phases.phases else None
         warmup = warmup_epochs(outcome)
         if facts.setup and outcome.epochs and not warmup:
-            message = f"{facts.setup} is part of the epoch time: below three epochs none is a warm-up"
+            message = f"{facts.setup} is part of the epoch time: with fewer than three epochs there is no warm-up epoch"
             facts.flag("setup-in-time", message)
         arrays = {"samples": samples(outcome, self.phases.samples, self.device)}
         if facts.trainer is not None and outcome.test_ranks is not None and status == "ok":

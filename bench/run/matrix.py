@@ -105,7 +105,7 @@ class MatrixFile(Frozen):
     def _names_differ(self) -> MatrixFile:
         names = [entry.name for entry in self.datasets]
         if len(set(names)) < len(names):
-            raise ValueError(f"two data sets have one name ({', '.join(names)})")
+            raise ValueError(f"two data sets share a name ({', '.join(names)})")
         return self
 
 
@@ -155,7 +155,7 @@ def _lay_over(raw: dict[str, Any], setting: str) -> None:
     try:
         _assign(raw, key.strip().split("."), value)
     except (IndexError, TypeError, ValueError):
-        raise UserError(f"--set {setting}: the matrix has no such place") from None
+        raise UserError(f"--set {setting}: no such setting in the matrix") from None
 
 
 def _assign(place: Any, keys: list[str], value: Any) -> None:
@@ -228,7 +228,7 @@ def expand(
     seen: set[str] = set()
     for cell in cells:
         if (identity := cell_id(cell, "")) in seen:
-            raise UserError(f"matrix '{matrix.name}': method '{cell.label}' is in it twice with the same settings")
+            raise UserError(f"matrix '{matrix.name}': method '{cell.label}' appears twice with the same settings")
         seen.add(identity)
     return cells
 
@@ -253,7 +253,7 @@ def _modalities(
         if modality not in data.modalities:
             raise UserError(f"data set '{entry.name}' has no {modality}; set modalities = {list(data.modalities)}")
         if getattr(pair, modality) is None:
-            raise UserError(f"the matrix uses {modality} but gives no {modality} encoder; add encoders.{modality}")
+            raise UserError(f"the matrix uses {modality} but names no {modality} encoder; add encoders.{modality}")
     return tuple(modality for modality in data.modalities if modality in used)
 
 
@@ -292,7 +292,7 @@ def _learning_rates(matrix: MatrixFile) -> dict[int, list[LearningRates]]:
     if len({len(rates) for rates in trials.values()}) > 1:
         numbers = ", ".join(f"{method.name} {len(trials[id(method)])}" for method in matrix.methods)
         raise UserError(
-            f"matrix '{matrix.name}': every method must get the same number of lr trials, there are {numbers}"
+            f"matrix '{matrix.name}': every method must get the same number of lr trials, but there are {numbers}"
         )
     return trials
 

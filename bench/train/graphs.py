@@ -33,7 +33,7 @@ _INSIDE = ("stages", "begin_stage", "before_step", "passes", "begin_pass", "loss
 def unsupported_reason(method: Method, model: Recommender) -> str | None:
     """Why the steps of a cell cannot be recorded; ``None`` where they can."""
     if model.views:
-        return "encoders run in every step: it is not bound by starting kernels"
+        return "encoders run in every step, so kernel launches do not limit it"
     if not model.parameter_groups():
         return "nothing trains"
     hooks = [name for name in _INSIDE if getattr(type(method), name) is not getattr(Method, name)]
