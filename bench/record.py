@@ -244,7 +244,7 @@ class EncoderFacts(Frozen):
 
 
 class CacheFacts(Frozen):
-    """The feature cache a cell trained on. Built by a process of its own, paid once per dataset and encoders."""
+    """The feature cache a cell trained on. Built by a separate process, paid once per dataset and encoders."""
 
     build_s: float
     bytes: int
@@ -459,13 +459,13 @@ def _migrated(raw: Any) -> dict[str, Any]:
 
 def find_attempts(roots: list[Path]) -> list[Path]:
     """All record files below ``roots`` (a record file itself counts), sorted."""
-    found: set[Path] = set()
+    records: set[Path] = set()
     for root in roots:
         if not root.exists():
             raise RecordError(f"{root}: no such file or folder; name one that 'tpme run' wrote")
         inside = [root] if root.is_file() else root.rglob("attempt-*.json")
-        found.update(path for path in inside if attempt_number(path) or path == root)
-    return sorted(found)
+        records.update(path for path in inside if attempt_number(path) or path == root)
+    return sorted(records)
 
 
 def find_results(roots: list[Path]) -> list[Path]:

@@ -34,7 +34,7 @@ THROTTLES: Mapping[str, str] = {
 
 
 class NvmlError(Exception):
-    """A failed NVML query. ``code``: NVML's error name without ``NVML_ERROR_``, or one of ours; ``reason``: a text."""
+    """A failed NVML query. ``code``: NVML's error name without ``NVML_ERROR_``, or a local code; ``reason``: a text."""
 
     def __init__(self, code: str, reason: str) -> None:
         super().__init__(reason)

@@ -93,7 +93,7 @@ class MatrixFile(Frozen):
     training: Training = Training()
     axes: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = {}
     """Further axes over training settings, such as ``precision = ["fp32", "bf16"]``; ``lr`` lists the learning-rate
-    trials of every method that has none of its own."""
+    trials of every method that lists none."""
     lr: LearningRates = LearningRates()
     methods: tuple[MethodEntry, ...] = Field(min_length=1)
     time_limit_s: PositiveInt = 6 * 3600
@@ -308,13 +308,13 @@ def _check(method: MethodEntry, modalities: tuple[Modality, ...], methods_path: 
     """The method, built once to see that it can do what the matrix asks; raises UserError where it cannot."""
     from tpme.methods.registry import create
 
-    made = create(method.name, method.options, methods_path)
-    if any(_cached(method)) and not made.decoupled:
+    instance = create(method.name, method.options, methods_path)
+    if any(_cached(method)) and not instance.decoupled:
         raise UserError(
             f"method '{method.name}' cannot be cached: it changes the encoders, so their hidden states do not stay "
             "the same; remove cached = true"
         )
-    lacking = [modality for modality in made.needs if modality not in modalities]
+    lacking = [modality for modality in instance.needs if modality not in modalities]
     if lacking:
-        raise UserError(f"method '{method.name}' needs {' and '.join(made.needs)}; this matrix has no {lacking[0]}")
-    return made
+        raise UserError(f"method '{method.name}' needs {' and '.join(instance.needs)}; this matrix has no {lacking[0]}")
+    return instance
