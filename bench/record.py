@@ -152,7 +152,7 @@ class Reading(Frozen):
     reason: str | None = None
 
     @model_validator(mode="after")
-    def _missing_has_a_reason(self) -> Reading:
+    def _require_reason(self) -> Reading:
         if (self.value is None or not self.valid) and not self.reason:
             raise ValueError("a missing or invalid reading needs a reason")
         return self
@@ -385,7 +385,7 @@ class CellResult(Frozen):
     """
 
     @model_validator(mode="after")
-    def _failure_is_told(self) -> CellResult:
+    def _require_failure(self) -> CellResult:
         if self.status != "ok" and self.failure is None:
             raise ValueError(f"a cell that ended as '{self.status}' must say where and why")
         return self

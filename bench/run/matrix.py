@@ -137,14 +137,14 @@ def load_matrix(source: str, settings: Sequence[str] = ()) -> MatrixFile:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{path}: not a readable TOML file: {error}") from None
     for setting in settings:
-        _lay_over(raw, setting)
+        _apply_setting(raw, setting)
     try:
         return MatrixFile.model_validate(raw)
     except ValidationError as error:
         raise UserError(f"{path}: {_first(error)}") from None
 
 
-def _lay_over(raw: dict[str, Any], setting: str) -> None:
+def _apply_setting(raw: dict[str, Any], setting: str) -> None:
     key, equals, text = setting.partition("=")
     if not equals:
         raise UserError(f"--set {setting}: write it as key=value, for example training.epochs=2")
@@ -288,7 +288,7 @@ def _learning_rates(matrix: MatrixFile) -> dict[int, list[LearningRates]]:
         common = _TRIALS.validate_python(matrix.axes.get("lr", ({},)))
     except ValidationError as error:
         raise UserError(f"matrix '{matrix.name}', axes.lr: {_first(error)}") from None
-    trials = {id(method): [_laid_over(matrix.lr, lr) for lr in method.lr or common] for method in matrix.methods}
+    trials = {id(method): [_merged_rates(matrix.lr, lr) for lr in method.lr or common] for method in matrix.methods}
     if len({len(rates) for rates in trials.values()}) > 1:
         numbers = ", ".join(f"{method.name} {len(trials[id(method)])}" for method in matrix.methods)
         raise UserError(
@@ -297,7 +297,7 @@ def _learning_rates(matrix: MatrixFile) -> dict[int, list[LearningRates]]:
     return trials
 
 
-def _laid_over(base: LearningRates, lr: LearningRates | float) -> LearningRates:
+def _merged_rates(base: LearningRates, lr: LearningRates | float) -> LearningRates:
     rates = (
         dict.fromkeys(("text", "image", "method"), lr) if isinstance(lr, float) else lr.model_dump(exclude_unset=True)
     )

@@ -68,12 +68,12 @@ class PaddedLoss(nn.Module):
         candidates = like.candidates
         self.inputs = (
             *(torch.zeros_like(t) for t in (like.slot, like.mask, candidates.slots)),
-            *(self._roomy(t) for t in (like.items.ids, candidates.log_p, candidates.log_count)),
-            *(self._roomy(t) for t in (candidates.item, candidates.rows, candidates.target, candidates.target)),
-            *(self._roomy(table) for table in states.values()),
+            *(self._buffer(t) for t in (like.items.ids, candidates.log_p, candidates.log_count)),
+            *(self._buffer(t) for t in (candidates.item, candidates.rows, candidates.target, candidates.target)),
+            *(self._buffer(table) for table in states.values()),
         )
 
-    def _roomy(self, like: Tensor) -> Tensor:
+    def _buffer(self, like: Tensor) -> Tensor:
         return like.new_zeros(self.room, *like.shape[1:])
 
     def fill(self, batch: Batch) -> tuple[Tensor, ...]:
