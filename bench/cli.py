@@ -40,7 +40,7 @@ app.command()(baseline.baseline)
 def main() -> NoReturn:
     """Entry point: a UserError becomes one line on stderr and exit code 2, Ctrl-C one line and exit code 130.
 
-    So does what the file system refuses: no permission, a full disk.
+    So do errors of the file system: no permission, a full disk.
     """
     try:
         app()

@@ -278,7 +278,7 @@ def _run(pair: Pair, side: str, python: list[str], folder: Path) -> Recorded:
 
 
 def _new_folder(parent: Path) -> Path:
-    """The first of ``parent/1``, ``parent/2`` ... that does not exist yet; it is made."""
+    """The first of ``parent/1``, ``parent/2`` ... that does not exist yet, created."""
     number = 1
     while True:
         try:

@@ -1,4 +1,4 @@
-"""``tpme choose``: the rows within an engineer's limits, best first, and why each of the others is not."""
+"""``tpme choose``: the rows within an engineer's limits, best first, and why the others fail."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def plan(
     store: Store = None,
     as_json: AsJson = False,
 ) -> None:
-    """What a matrix would cost, without running it: memory, FLOPs and, for a device, time."""
+    """Estimate what a matrix costs without running it: memory, FLOPs and, for a device, time."""
     from tpme.bench.counting.devices import load_profile
     from tpme.bench.run.launch import store_folder
     from tpme.bench.run.matrix import load_matrix
@@ -201,7 +201,7 @@ def _table(*first: str) -> Table:
 
 
 def _scale(values: Iterable[float], unit: str) -> tuple[float, str]:
-    """The power of 1000 that fits the largest of ``values``, and what it makes of ``unit``."""
+    """The power of 1000 that fits the largest of ``values``, and ``unit`` with its prefix."""
     most = max(values, default=0)
     power = next((power for power in range(6, 0, -1) if most >= 1000**power), 0)
     return 1000.0**power, f"{' kMGTPE'[power].strip()}{unit}"

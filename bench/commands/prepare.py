@@ -68,7 +68,7 @@ def prepare_tables(
     skip_bad: SkipBad = False,
     force: Force = False,
 ) -> None:
-    """Two CSV files and images named by item; MicroLens as published, too."""
+    """Prepare two CSV files and images named by item, such as MicroLens as published."""
     from tpme.bench.task.sources.tables import Columns, read_tables
 
     chosen = parse_modalities(modalities)
@@ -91,7 +91,7 @@ def prepare_synthetic(
     workers: Workers = None,
     force: Force = False,
 ) -> None:
-    """The built-in catalogue: synthetic items and users whose interactions can be learned."""
+    """Prepare the built-in catalogue: synthetic items and users whose interactions can be learned."""
     from tpme.bench.task.sources.synthetic import Synthetic, generate
 
     config = Synthetic(users=users, items=items, seed=seed)

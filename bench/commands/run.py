@@ -11,7 +11,7 @@ from tpme.bench.commands.options import DeviceName, Matrix, MethodsPath, Setting
 from tpme.bench.errors import UserError
 
 UNFINISHED = frozenset({"error", "killed", "timeout"})
-"""Ends that make the exit code 1: the cell tells nothing about its method."""
+"""Statuses that make the exit code 1, because they say nothing about the method."""
 
 
 def run(

@@ -66,7 +66,7 @@ class CellRun:
         try:
             with self.phases.phase("load", "libraries"):
                 load_libraries(self.device)
-                gc.freeze()  # a million objects of libraries: later collections, also those within a step, skip them
+                gc.freeze()  # a million library objects: later collections, also those within a step, skip them
             self.phases.baseline()
             self._train_and_export()
         except (Exception, TimeLimitReached) as error:

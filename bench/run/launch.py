@@ -56,7 +56,7 @@ FINISHED: frozenset[Status] = frozenset({"ok", "oom", "diverged", "timeout", "sk
 """Statuses that another attempt would repeat; ``timeout`` only if the limit is not raised."""
 LONGEST_MESSAGE = 400
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
-"""What a file system without locks answers."""
+"""Error codes of a file system without locks."""
 
 
 @dataclass(frozen=True)
@@ -266,7 +266,7 @@ def run_job(
     content: bytes | None = None,
     show: Callable[[str, float], None] = lambda *_: None,
 ) -> CellResult:
-    """Run one attempt in its own process; returns the record that the cell wrote or, if it wrote none, one made here.
+    """Run one attempt in its own process; returns the record of the cell or, if it left none, one written here.
 
     Args:
         job: what to run. python: the interpreter; ``-P``: no file of the working directory hides a package.

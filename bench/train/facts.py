@@ -42,7 +42,7 @@ Arrays = dict[str, NDArray[Any]]
 
 @dataclass
 class CellFacts:
-    """What is known of the cell so far; its record is made of it whenever the cell ends."""
+    """What is known of the cell so far; its record is built from it whenever the cell ends."""
 
     dataset: DatasetFacts | None = None
     encoders: dict[Modality, EncoderFacts] = field(default_factory=dict)

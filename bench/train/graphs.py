@@ -57,7 +57,7 @@ class PaddedLoss(nn.Module):
     """The task's loss of a batch that is kept in tensors of fixed size.
 
     Args:
-        model: without encoders. like: a batch of B users and S slots; room is made for B S items, candidates and rows.
+        model: without encoders. like: a batch of B users and S slots; sizes allow B S items, candidates and rows.
     """
 
     def __init__(self, model: Recommender, like: Batch) -> None:
