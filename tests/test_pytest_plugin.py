@@ -54,7 +54,7 @@ def test_beyond(tpme_cell):
     result.assert_outcomes(passed=1, failed=1)
     result.stdout.fnmatch_lines(
         [
-            "*bitfit has trainable_parameters = *, allowed is max_params=10",
+            "*bitfit has trainable_parameters = *, the limit is max_params=10",
             "*max_cache_bytes=1: cache_bytes of bitfit is not known: *",
         ]
     )
@@ -95,7 +95,7 @@ def test_no_matrix(tpme_cell):
         [
             "*test_without_the_fixture is marked tpme(...), but ran no cell: nothing was measured*",
             "*test_without_a_cell is marked tpme(...), but ran no cell*",
-            "*max_parms is no limit; there are max_params, *",
+            "*max_parms is not a limit; choose from max_params, *",
             "*unknown method 'lorra'; did you mean 'lora'?*",
             "*nowhere.toml*",
         ]

@@ -107,7 +107,7 @@ def diagnose(store: Path) -> Diagnosis:
         profile = known_profile(environment(device).device_key, store)
     except RuntimeError as error:  # a broken or full GPU
         message = str(error).splitlines()[0]
-        quantities, flags = (Availability(name="all", how="a moment of work", state="no", why=message),), ()
+        quantities, flags = (Availability(name="all", how="a short workload", state="no", why=message),), ()
     nvml.close()
     revision, dirty = git_state()
     return Diagnosis(
@@ -134,7 +134,7 @@ def diagnose(store: Path) -> Diagnosis:
 
 
 def try_instruments(device: str, nvml: Nvml) -> tuple[tuple[Availability, ...], tuple[Flag, ...]]:
-    """Measure a moment of work on ``device``; returns what each quantity would be measured by, and all warnings."""
+    """Measure a short workload on ``device``; returns what each quantity would be measured by, and all warnings."""
     with measuring(device, nvml=nvml) as log:
         log.baseline()
         with log.phase("train", "trial"):

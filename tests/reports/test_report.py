@@ -300,12 +300,12 @@ def test_doubtful_readings_shape_no_frame_and_say_so(factory):
 
 
 def test_random_weights_stand_under_tables_and_the_quality_figure(factory, tmp_path):
-    flag = Flag(code="random-weights", message="text encoder with random weights: quality means nothing")
+    flag = Flag(code="random-weights", message="text encoder with random weights: quality is meaningless")
     for method in ("fft", "lora"):
         factory.write(method, flags=(flag,), time=float(len(method)))
     write_report([factory.root], tmp_path / "out")
     text = (tmp_path / "out" / "report.md").read_text()
-    assert text.count("quality means nothing") == 2
+    assert text.count("quality is meaningless") == 2
 
 
 def test_memory_sources_that_differ_are_told(factory):
