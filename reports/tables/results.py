@@ -269,10 +269,9 @@ def _interval_note(section: Section) -> str:
     still = summary.index[(summary["tpme_high"] - summary["tpme_low"]).round(6) == 0]
     if len(still) and section.frame_from is None and len(summary) > 1:
         varied = section.weights.time > 0 or len(alone) < len(seeds)
-        why = (
-            "what varies of them is an end of the frame in every draw" if varied else "nothing that counts was repeated"
-        )
-        note += f" Of {' and '.join(map(str, still))} it has no width: {why}."
+        row = "this row is" if len(still) == 1 else "each of these rows is"
+        why = f"{row} the minimum or maximum in every resample" if varied else "no cost that counts was measured twice"
+        note += f" No interval for {' and '.join(map(str, still))}: {why}."
     if alone:
         whose = "One seed a row" if len(alone) == len(seeds) else f"Of one seed ({', '.join(alone)})"
         note += f" {whose}: what another one would change is not in it."
