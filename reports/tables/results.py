@@ -11,11 +11,11 @@ import pandas as pd
 
 from tpme.bench.quantities import MISSING, byte_unit, bytes_text, number, quantity
 from tpme.bench.record import PhaseKind
-from tpme.reports.data.metrics import LEVEL
 from tpme.reports.data.phase_times import phase_times
 from tpme.reports.data.ranks import METRICS
 from tpme.reports.data.resampling import DRAWS
 from tpme.reports.data.section import Section
+from tpme.reports.data.stats import LEVEL
 from tpme.reports.tables import fields
 from tpme.reports.tables.differences import pairs
 from tpme.reports.tables.differences import table as differences
@@ -39,7 +39,7 @@ def results(section: Section) -> Table:
     """The main table: quality, T, P, M and TPME of every row."""
     columns = [
         fields.method(section),
-        fields.status(),
+        fields.hidden("status"),  # people read it in place of the quality
         fields.seeds(),
         *fields.quality(section, "recall_10", seeds=True),
         *fields.quality(section, "ndcg_10", seeds=True),
