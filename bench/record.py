@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
-from tpme.bench.errors import UserError
+from tpme.bench.errors import UserError, first_problem
 
 SCHEMA_VERSION = 2
 BASELINES_OF_VERSION_1 = ("frozen", "id", "popularity")
@@ -385,7 +385,7 @@ class CellResult(Frozen):
     """
 
     @model_validator(mode="after")
-    def _failure_is_told(self) -> CellResult:
+    def _failure_has_a_message(self) -> CellResult:
         if self.status != "ok" and self.failure is None:
             raise ValueError(f"a cell that ended as '{self.status}' must say where and why")
         return self
@@ -432,12 +432,11 @@ def read_result(path: Path) -> CellResult:
         except ValidationError:
             return CellResult.model_validate(_migrated(json.loads(data)))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        reason = f"field '{where}': {first['msg']}; the record was changed or truncated"
+        first = first_problem(error)
+        reason = f"field '{first.field}': {first.message}; the record was changed or truncated"
     except RecordError as error:
         reason = str(error)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = f"not a readable record ({error}); delete it and run its cell again"
     raise RecordError(f"{path}: {reason}")
 
@@ -459,13 +458,13 @@ def _migrated(raw: Any) -> dict[str, Any]:
 
 def find_attempts(roots: list[Path]) -> list[Path]:
     """All record files below ``roots`` (a record file itself counts), sorted."""
-    found: set[Path] = set()
+    attempts: set[Path] = set()
     for root in roots:
         if not root.exists():
             raise RecordError(f"{root}: no such file or folder; name one that 'tpme run' wrote")
         inside = [root] if root.is_file() else root.rglob("attempt-*.json")
-        found.update(path for path in inside if attempt_number(path) or path == root)
-    return sorted(found)
+        attempts.update(path for path in inside if attempt_number(path) or path == root)
+    return sorted(attempts)
 
 
 def find_results(roots: list[Path]) -> list[Path]:

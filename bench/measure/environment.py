@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tpme.bench.measure.clock import is_cuda
 from tpme.bench.record import Environment
+from tpme.bench.workers import available_cores
 
 PACKAGES = (
     "tpme-bench",
@@ -83,16 +84,7 @@ def cpu_model() -> str:
 def cpu_threads() -> int:
     """Threads torch computes with; while torch is not imported, the cores this process may use."""
     torch = sys.modules.get("torch")
-    if torch is not None:
-        return int(torch.get_num_threads())
-    return usable_cores()
-
-
-def usable_cores() -> int:
-    """Cores this process may run on; in a container or under taskset fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return available_cores() if torch is None else int(torch.get_num_threads())
 
 
 def allocator() -> str:

@@ -308,13 +308,13 @@ def _check(method: MethodEntry, modalities: tuple[Modality, ...], methods_path: 
     """The method, built once to see that it can do what the matrix asks; raises UserError where it cannot."""
     from tpme.methods.registry import create
 
-    made = create(method.name, method.options, methods_path)
-    if any(_cached(method)) and not made.decoupled:
+    checked = create(method.name, method.options, methods_path)
+    if any(_cached(method)) and not checked.decoupled:
         raise UserError(
             f"method '{method.name}' cannot be cached: it changes the encoders, so their hidden states do not stay "
             "the same; remove cached = true"
         )
-    lacking = [modality for modality in made.needs if modality not in modalities]
+    lacking = [modality for modality in checked.needs if modality not in modalities]
     if lacking:
-        raise UserError(f"method '{method.name}' needs {' and '.join(made.needs)}; this matrix has no {lacking[0]}")
-    return made
+        raise UserError(f"method '{method.name}' needs {' and '.join(checked.needs)}; this matrix has no {lacking[0]}")
+    return checked

@@ -144,8 +144,8 @@ def _data(
 
     here = entry.path is None or (entry.path.expanduser() / "dataset.json").is_file()
     if here and users is None and items is None:
-        path, dataset = prepare_datasets(matrix.model_copy(update={"datasets": (entry,)}), store, console)[entry.name]
-        return dataset, DataShape.of(Dataset.open(path))
+        [data] = prepare_datasets(matrix.model_copy(update={"datasets": (entry,)}), store, console).values()
+        return data, DataShape.of(Dataset.open(data.path))
     both: tuple[Modality, ...] = ("text", "image")
     modalities = tuple(modality for modality in both if any(getattr(pair, modality) for pair in matrix.encoders))
     return PreparedDataset(entry.path or store, "not prepared", modalities), DataShape.assumed(users, items)
