@@ -52,7 +52,7 @@ def environment(device: object) -> Environment:
         driver=driver,
         cpu_threads=threads,
         allocator=allocator(),
-        deterministic=_deterministic(),
+        deterministic="torch" in sys.modules and sys.modules["torch"].are_deterministic_algorithms_enabled(),
         git_revision=revision,
         git_dirty=dirty,
     )
@@ -122,11 +122,6 @@ def _git(folder: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return result.stdout.strip() if result.returncode == 0 else None
-
-
-def _deterministic() -> bool:
-    torch = sys.modules.get("torch")
-    return torch is not None and bool(torch.are_deterministic_algorithms_enabled())
 
 
 def _gpu(device: object) -> tuple[str, str | None, dict[str, str]]:
