@@ -32,7 +32,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from tpme.bench.errors import UserError, first_problem
+from tpme.bench.errors import LONGEST_MESSAGE, UserError, first_problem
 from tpme.bench.record import (
     Cell,
     CellResult,
@@ -53,7 +53,6 @@ from tpme.bench.run.version import code_version
 
 FINISHED: frozenset[Status] = frozenset({"ok", "oom", "diverged", "timeout", "skipped"})
 """Statuses that another attempt would repeat; ``timeout`` only if the limit is not raised."""
-LONGEST_MESSAGE = 400
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 """What a file system without locks answers."""
 
