@@ -8,6 +8,10 @@ if TYPE_CHECKING:
     from pydantic import ValidationError
 
 
+LONGEST_MESSAGE = 400
+"""Characters of the message of a failed cell."""
+
+
 class UserError(Exception):
     """Bad input. The command line prints the message alone, without a traceback, and exits with code 2."""
 

@@ -109,6 +109,7 @@ def _run(
     from tpme.bench.errors import UserError
     from tpme.bench.run.launch import run_matrix, store_folder
     from tpme.bench.run.matrix import MethodEntry, load_matrix, presets
+    from tpme.reports.gate.measures import counters, read_records, step_times
 
     folders = [methods_path] if isinstance(methods_path, str | Path) else methods_path
     try:
@@ -133,12 +134,6 @@ def _run(
     if result.status != "ok":
         message = result.failure.message if result.failure else "no message"
         pytest.fail(f"tpme_cell: {method} ended as {result.status}: {message}", pytrace=False)
-    return _measured_cell(result, folder)
-
-
-def _measured_cell(result: CellResult, folder: Path) -> MeasuredCell:
-    from tpme.reports.gate.measures import counters, read_records, step_times
-
     (recorded,) = read_records([folder])
     return MeasuredCell(result, counters(result), step_times(recorded))
 

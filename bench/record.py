@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
-from tpme.bench.errors import UserError
+from tpme.bench.errors import UserError, first_problem
 
 SCHEMA_VERSION = 2
 BASELINES_OF_VERSION_1 = ("frozen", "id", "popularity")
@@ -432,12 +432,11 @@ def read_result(path: Path) -> CellResult:
         except ValidationError:
             return CellResult.model_validate(_migrated(json.loads(data)))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        reason = f"field '{where}': {first['msg']}; the record was changed or truncated"
+        first = first_problem(error)
+        reason = f"field '{first.field}': {first.message}; the record was changed or truncated"
     except RecordError as error:
         reason = str(error)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = f"not a readable record ({error}); delete it and run its cell again"
     raise RecordError(f"{path}: {reason}")
 

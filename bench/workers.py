@@ -17,7 +17,7 @@ Submit = Callable[..., Future[Any]]
 
 
 def available_cores() -> int:
-    """Processor cores this process may use."""
+    """Processor cores this process may use; in a container or under taskset fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

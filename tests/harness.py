@@ -20,7 +20,7 @@ from tpme.bench.measure.phases import measuring
 from tpme.bench.record import CellResult
 from tpme.bench.run.cell import CellRun
 from tpme.bench.run.job import Job
-from tpme.bench.run.launch import Task, make_tasks, run_matrix
+from tpme.bench.run.launch import make_jobs, run_matrix
 from tpme.bench.run.matrix import MatrixFile
 
 USERS, ITEMS, TITLE_TOKENS = 60, 60, 8
@@ -52,35 +52,23 @@ class World:
         """Run a matrix as ``tpme run`` does."""
         return run_matrix(matrix, folder, store=self.store, device="cpu", console=quiet(), **settings)
 
-    def tasks(self, matrix: MatrixFile, folder: Path, methods_path: Sequence[Path] = ()) -> Any:
-        """The planned cells of a matrix."""
-        return make_tasks(matrix, folder, self.store, device="cpu", methods_path=methods_path, console=quiet())[0]
+    def jobs(self, matrix: MatrixFile, folder: Path, methods_path: Sequence[Path] = ()) -> list[Job]:
+        """The jobs of a matrix."""
+        return make_jobs(matrix, folder, self.store, device="cpu", methods_path=methods_path, console=quiet())
 
     def tell(self, matrix: MatrixFile, folder: Path, **settings: Any) -> CellResult:
         """Run the first cell of a matrix in this process; returns its record, which is not written."""
         methods_path = settings.pop("methods_path", ())
-        task = self.tasks(matrix, folder, methods_path)[0]
-        job = self.job(task, folder, methods_path, cache_limit_bytes=matrix.cache_limit_bytes, **settings)
+        job = self.job(matrix, folder, methods_path, **settings)
         with measuring("cpu") as phases:
             cell_run = CellRun(job, phases, lambda _what, _share: None)
             status = cell_run.run()
         return cell_run.record(status)
 
-    def job(self, task: Task, folder: Path, methods_path: Sequence[Path], **settings: Any) -> Job:
-        """The first attempt at a cell, as the launcher hands it over."""
-        plain = {
-            "cell": task.cell,
-            "cell_id": task.cell_id,
-            "attempt": 1,
-            "code_version": task.code_version,
-            "dataset_path": self.data,
-            "store": self.store,
-            "folder": folder,
-            "methods_path": tuple(methods_path),
-            "cache_limit_bytes": 2**30,
-            "time_limit_s": 100.0,
-        }
-        return Job(**(plain | settings))
+    def job(self, matrix: MatrixFile, folder: Path, methods_path: Sequence[Path] = (), **settings: Any) -> Job:
+        """The job of the first cell of a matrix, which writes to ``folder`` itself."""
+        [job, *_] = self.jobs(matrix, folder, methods_path)
+        return job.model_copy(update={"folder": folder, "time_limit_s": 100.0} | settings)
 
     def write(self, path: Path, matrix: MatrixFile) -> Path:
         """``matrix`` as a TOML file."""

@@ -177,14 +177,14 @@ def test_data_or_encoders_that_changed_since_the_matrix_was_read(
         shutil.copytree(folder, tmp_path / folder.name)
     moved = harness.World(tmp_path / "text", tmp_path / "image", tmp_path / "data", world.store)
     matrix = moved.matrix(["frozen"], modalities=["text"])
-    task = moved.tasks(matrix, tmp_path)[0]
-    other = task.cell.model_copy(update={"dataset_fingerprint": "0" * 64})
+    [job] = moved.jobs(matrix, tmp_path)
+    other = job.cell.model_copy(update={"dataset_fingerprint": "0" * 64})
     status, _, message = ending(moved.tell(matrix, tmp_path / "cell", cell=other))
     assert status == "error"
     assert message == f"{moved.data}: changed since the matrix was read; run the matrix again"
     with (moved.text / "tokenizer_config.json").open("a") as file:
         file.write(" ")
-    status, _, message = ending(moved.tell(matrix, tmp_path / "cell", cell=task.cell))
+    status, _, message = ending(moved.tell(matrix, tmp_path / "cell", cell=job.cell))
     assert status == "error"
     assert message == f"encoder '{moved.text}': changed since the matrix was read; run the matrix again"
 
@@ -224,8 +224,7 @@ def start(world: Any, harness: ModuleType, folder: Path) -> tuple[subprocess.Pop
             pass
     """
     harness.write_method(folder / "methods", "waiting", body)
-    task = world.tasks(world.matrix(["waiting"]), folder, (folder / "methods",))[0]
-    job = world.job(task, folder, (folder / "methods",), time_limit_s=12.5)
+    job = world.job(world.matrix(["waiting"]), folder, (folder / "methods",), time_limit_s=12.5)
     (folder / "job.json").write_text(job.model_dump_json())
     command = [sys.executable, "-P", "-m", "tpme.bench.run.cell", str(folder / "job.json")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -94,7 +94,7 @@ class Stubbed:
         return [int(seed) for seed in self.ran_file.read_text().split()]
 
     def folder(self, seed: int) -> Path:
-        found: Path = self.world.tasks(self.matrix(seed + 1), self.run_folder)[seed].folder
+        found: Path = self.world.jobs(self.matrix(seed + 1), self.run_folder)[seed].folder
         return found
 
 
@@ -171,10 +171,10 @@ def test_a_changed_method_from_elsewhere_makes_its_own_cells_stale(stubbed: Stub
         # In a process of its own: a module is imported once.
         program = (
             "import sys; from pathlib import Path; from rich.console import Console\n"
-            "from tpme.bench.run.launch import make_tasks; from tpme.bench.run.matrix import MatrixFile\n"
+            "from tpme.bench.run.launch import make_jobs; from tpme.bench.run.matrix import MatrixFile\n"
             "matrix, store, mine = MatrixFile.model_validate_json(sys.argv[1]), *map(Path, sys.argv[2:])\n"
-            "tasks, _ = make_tasks(matrix, Path(), store, device='cpu', methods_path=[mine], console=Console())\n"
-            "print(*(task.cell_id for task in tasks))"
+            "jobs = make_jobs(matrix, Path(), store, device='cpu', methods_path=[mine], console=Console())\n"
+            "print(*(job.cell_id for job in jobs))"
         )
         call = [sys.executable, "-c", program, matrix.model_dump_json(), str(stubbed.world.store), str(mine)]
         return subprocess.run(call, capture_output=True, text=True, check=True).stdout.split()
@@ -250,8 +250,8 @@ def test_the_built_in_catalogue_is_prepared_once_into_the_store(
     matrix = world.matrix(["popularity"], datasets=[entry])
     console = Console(file=io.StringIO())
     first = launch.prepare_datasets(matrix, tmp_path, console)["synthetic"]
-    assert first[0].parent == tmp_path / "datasets"
-    assert set(first[1].modalities) == {"text", "image"}
+    assert first.path.parent == tmp_path / "datasets"
+    assert set(first.modalities) == {"text", "image"}
     monkeypatch.setattr("tpme.bench.task.prepare.prepare", None)
     assert launch.prepare_datasets(matrix, tmp_path, console)["synthetic"] == first
     assert console.file.getvalue().count("Preparing") == 1  # type: ignore[attr-defined]

@@ -16,7 +16,7 @@ from tpme.bench.counting.devices import DeviceNoise, known_profile
 from tpme.bench.errors import UserError
 from tpme.bench.measure.phases import PhaseLog
 from tpme.bench.run.cell import CellRun
-from tpme.bench.run.launch import make_tasks
+from tpme.bench.run.launch import make_jobs
 
 NAMES = ("noise_time_ratio", "noise_memory_ratio", "overhead_ratio")
 
@@ -57,7 +57,7 @@ def test_a_cell_that_fails_is_no_noise_floor(world: Any, tmp_path: Path) -> None
 
 @pytest.mark.alone
 def test_overhead_is_what_the_harness_adds(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = world.job(world.tasks(world.matrix(["fft"]), tmp_path)[0], tmp_path, ())
+    job = world.job(world.matrix(["fft"]), tmp_path)
     trainer = CellRun(job, PhaseLog("cpu", None, None), lambda _what, _share: None).prepare()
     plain = overhead_ratio(trainer, rounds=3)
     check, step = trainer._check, trainer.step
@@ -76,5 +76,5 @@ def test_overhead_is_what_the_harness_adds(world: Any, tmp_path: Path, monkeypat
 
 
 def test_the_cell_of_the_noise_floor_can_be_planned(tmp_path: Path) -> None:
-    [task] = make_tasks(MATRIX, tmp_path, tmp_path, device="cpu", methods_path=(), console=Console(quiet=True))[0]
-    assert task.cell.training.epochs > 2, "or the first one, which warms up, would count"
+    [job] = make_jobs(MATRIX, tmp_path, tmp_path, device="cpu", console=Console(quiet=True))
+    assert job.cell.training.epochs > 2, "or the first one, which warms up, would count"

@@ -150,6 +150,7 @@ def test_a_reader_sees_all_or_nothing(tmp_path: Path) -> None:
     [
         (b'{"schema_version": 2, "cell_id"', "not a readable record"),
         (b"\xff\xfe", "not a readable record"),
+        (b"[" * 100_000, "not a readable record"),
         (b"[]", "schema version None, this tpme reads 1 to 2"),
         (b'{"schema_version": 0}', "schema version 0, this tpme reads 1 to 2; use the tpme that wrote it"),
         (b'{"schema_version": 3}', "schema version 3, this tpme reads 1 to 2; use the tpme that wrote it"),

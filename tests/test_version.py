@@ -84,10 +84,13 @@ def test_a_new_method_leaves_the_others(tree: Path) -> None:
     assert code_version(tree / "methods" / "new.py") != before
 
 
+@pytest.mark.parametrize("package", [False, True])
 @pytest.mark.parametrize("line", ["from ._shared import rank", "from . import _shared", "from _shared import rank"])
-def test_a_helper_beside_a_method_belongs_to_it(tree: Path, line: str) -> None:
+def test_a_helper_beside_a_method_belongs_to_it(tree: Path, line: str, package: bool) -> None:
     mine = tree / "mine"
     mine.mkdir()
+    if package:
+        (mine / "__init__.py").write_text("")
     (mine / "_shared.py").write_text("from ._deeper import rank\n")
     (mine / "_deeper.py").write_text("rank = 4\n")
     (mine / "_unused.py").write_text("")

@@ -120,7 +120,7 @@ def compare(
     """Run all cells on both sides, what looks changed once more, what noise hides up to ``MOST_TIMES``, and judge.
 
     Args:
-        pairs: planned by ``pair_cells``. sides: base and head. folder: for the records. rounds: pairs of runs of each
+        pairs: from ``pair_cells``. sides: base and head. folder: for the records. rounds: pairs of runs of each
             cell before it is judged. started: ``time.perf_counter`` of when the command began.
     """
     from rich.markup import escape
@@ -181,13 +181,13 @@ def _one_sided(pair: Pair) -> CellVerdict:
     return CellVerdict(key=pair.key, name=pair.cell.label, dataset=pair.cell.dataset, state=state, note=pair.problem)
 
 
-# --- planning ------------------------------------------------------------------------------------------------
+# --- listing the jobs ----------------------------------------------------------------------------------------
 
 
 def pair_cells(sides: tuple[Tree, Tree], request: Request, folder: Path, repository: Path) -> list[Pair]:
-    """The cells of both sides, paired by what they run; each side plans with its own code.
+    """The cells of both sides, paired by what they run; each side lists its jobs with its own code.
 
-    Raises UserError where a side cannot plan at all, and where nothing is left to run.
+    Raises UserError where a side cannot list its jobs, and where nothing is left to run.
     """
     from tpme.reports.gate.measures import cell_key
 
@@ -220,7 +220,7 @@ def _parse_job(content: dict[str, Any], side: str) -> Job:
 
 
 def _jobs_of_side(side: str, tree: Tree, request: Request, folder: Path, repository: Path) -> Any:
-    """The jobs of a side, planned by its own code in its own process."""
+    """The jobs of a side, listed by its own code in its own process."""
     from tpme.bench.record import write_atomically
     from tpme.bench.run.launch import choose_device
     from tpme.bench.run.matrix import presets
@@ -243,7 +243,7 @@ def _jobs_of_side(side: str, tree: Tree, request: Request, folder: Path, reposit
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or ["no output"]
-        raise UserError(f"{tree.name}: cannot plan its cells: {lines[-1].removeprefix('tpme: ')}")
+        raise UserError(f"{tree.name}: cannot list its cells: {lines[-1].removeprefix('tpme: ')}")
     return json.loads(answer.read_text(encoding="utf-8"))
 
 

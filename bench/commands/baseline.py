@@ -16,18 +16,8 @@ if TYPE_CHECKING:
 
     from tpme.reports.gate.baseline import Baseline
 
-_COUNTED = {
-    "trainable_parameters": "trainable",
-    "stored_bytes": "stored_bytes",
-    "forward_flops": "forward_flops",
-    "backward_flops": "backward_flops",
-    "saved_bytes": "saved_bytes_math",
-    "gradient_bytes": "gradient_bytes",
-    "weight_bytes": "weight_bytes",
-    "optimizer_bytes": "optimizer_bytes",
-    "cache_bytes": "cache_bytes",
-}
-"""Counters as records name them, and the planner's fields of them."""
+_FIELDS = {"trainable_parameters": "trainable", "saved_bytes": "saved_bytes_math"}
+"""Fields of the planner that are not named like the counter of a record."""
 
 
 def baseline(
@@ -99,6 +89,7 @@ def _counted(source: str, settings: Sequence[str], methods_path: Sequence[Path],
     from rich.console import Console
 
     from tpme.bench.measure.environment import package_versions
+    from tpme.bench.quantities import COUNTERS
     from tpme.bench.run.launch import store_folder
     from tpme.bench.run.matrix import load_matrix
     from tpme.bench.run.plan import plan_matrix
@@ -109,14 +100,13 @@ def _counted(source: str, settings: Sequence[str], methods_path: Sequence[Path],
     plan = plan_matrix(matrix, store=store_folder(store), methods_path=methods_path, console=Console(stderr=True))
     cells = []
     for planned in plan.cells:
-        work = planned.work
-        counted = {} if work is None else {name: getattr(work, field) for name, field in _COUNTED.items()}
+        values = {name: getattr(planned.work, _FIELDS.get(name, name), None) for name in COUNTERS}
         cells.append(
             GateCell(
                 key=cell_key(planned.cell),
                 cell=planned.cell,
-                status="error" if work is None else "ok",
-                counters={name: value for name, value in counted.items() if value is not None},
+                status="error" if planned.work is None else "ok",
+                counters={name: value for name, value in values.items() if value is not None},
             )
         )
     return new_baseline(cells, packages=package_versions())

@@ -22,12 +22,12 @@ from tpme.bench.measure.environment import (
     environment,
     git_state,
     package_versions,
-    usable_cores,
 )
 from tpme.bench.measure.nvml import Nvml, NvmlError
 from tpme.bench.measure.phases import measuring
 from tpme.bench.quantities import memory_reading
 from tpme.bench.record import Flag, Frozen, Phase, Reading
+from tpme.bench.workers import available_cores
 
 TRIAL_S = 0.6
 _TRIAL_BYTES = 64 << 20
@@ -118,7 +118,7 @@ def diagnose(store: Path) -> Diagnosis:
         git_revision=revision,
         git_dirty=dirty,
         cpu=cpu_model(),
-        cores=usable_cores(),
+        cores=available_cores(),
         threads=cpu_threads(),
         memory_bytes=psutil.virtual_memory().total,
         allocator=allocator(),

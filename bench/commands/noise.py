@@ -19,7 +19,7 @@ from tpme.bench.measure.clock import sync
 from tpme.bench.measure.host import release_free_memory
 from tpme.bench.measure.phases import measuring
 from tpme.bench.run.cell import CellRun
-from tpme.bench.run.launch import job_of, make_tasks, run_matrix
+from tpme.bench.run.launch import make_jobs, run_matrix
 from tpme.bench.run.matrix import MatrixFile
 from tpme.bench.train.loop import Trainer
 from tpme.bench.train.step import forward
@@ -52,9 +52,7 @@ def measure_noise(device: str, store: Path, console: Console, matrix: MatrixFile
             if result.failure is not None:
                 raise UserError(f"the noise floor cannot be measured: {result.status}, {result.failure.message}")
         spread = noise(read_records(runs))
-        tasks, data = make_tasks(matrix, runs[0], store, device=device, methods_path=(), console=console)
-        cell = tasks[0].cell
-        job = job_of(tasks[0], data[cell.dataset], store, (), matrix.cache_limit_bytes, float(matrix.time_limit_s))
+        [job] = make_jobs(matrix, runs[0], store, device=device, console=console)
         with measuring(device) as phases:
             trainer = CellRun(job, phases, lambda _what, _share: None).prepare()
         overhead = overhead_ratio(trainer)

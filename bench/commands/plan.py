@@ -14,6 +14,7 @@ from rich.text import Text
 
 from tpme.bench.commands.options import AsJson, Matrix, MethodsPath, Settings, Store
 from tpme.bench.errors import UserError
+from tpme.bench.quantities import MISSING
 
 if TYPE_CHECKING:
     from tpme.bench.counting.devices import DeviceProfile
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 NARROWEST = 110
 """Columns: a number that is cut to fit a narrow screen, or a pipe, would be a wrong number."""
-_NONE = "–"
 _FITS = {"yes": Text("yes", "green"), "tight": Text("tight", "yellow"), "no": Text("no", "red")}
 
 
@@ -117,7 +117,7 @@ def _planned(cells: list[PlannedCell], device: DeviceProfile | None) -> Table:
         row = _cells(planned.work, planned.cell, size, step, epoch)
         if planned.expected is not None:
             trains = planned.work.trainable > 0
-            row += [_time(planned.expected.epoch_s) if trains else _NONE, _FITS[planned.expected.fits]]
+            row += [_time(planned.expected.epoch_s) if trains else MISSING, _FITS[planned.expected.fits]]
         table.add_row(_label(planned, cells), *row)
     return table
 
@@ -157,8 +157,8 @@ def _compared(cells: list[PlannedCell]) -> Table:
 
 def _triple(plan: float | None, measured: float | None, write: Callable[[float], str]) -> tuple[str, str, str]:
     """Plan, measured, and measured over plan."""
-    texts = [_NONE if value is None else write(value) for value in (plan, measured)]
-    return texts[0], texts[1], f"{measured / plan:.2f}" if plan and measured else _NONE
+    texts = [MISSING if value is None else write(value) for value in (plan, measured)]
+    return texts[0], texts[1], f"{measured / plan:.2f}" if plan and measured else MISSING
 
 
 def _label(planned: PlannedCell, cells: list[PlannedCell]) -> str:

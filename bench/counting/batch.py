@@ -43,12 +43,9 @@ class DataShape(DataSize):
         first_seen = np.diff(slots, axis=1, prepend=0) > 0
         seen_by = np.bincount(slots[first_seen])
         return cls(
-            users=dataset.manifest.users,
-            items=dataset.manifest.items,
-            max_seq_len=dataset.manifest.max_seq_len,
+            **vars(DataSize.of(dataset)),
             lengths=np.sort((slots > 0).sum(axis=1)),
             occurrences=seen_by[seen_by > 0],
-            popularity=dataset.popularity,
             source="the prepared data set",
         )
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tpme.bench.measure.clock import is_cuda
 from tpme.bench.record import Environment
+from tpme.bench.workers import available_cores
 
 PACKAGES = (
     "tpme-bench",
@@ -51,7 +52,7 @@ def environment(device: object) -> Environment:
         driver=driver,
         cpu_threads=threads,
         allocator=allocator(),
-        deterministic=_deterministic(),
+        deterministic="torch" in sys.modules and sys.modules["torch"].are_deterministic_algorithms_enabled(),
         git_revision=revision,
         git_dirty=dirty,
     )
@@ -83,16 +84,7 @@ def cpu_model() -> str:
 def cpu_threads() -> int:
     """Threads torch computes with; while torch is not imported, the cores this process may use."""
     torch = sys.modules.get("torch")
-    if torch is not None:
-        return int(torch.get_num_threads())
-    return usable_cores()
-
-
-def usable_cores() -> int:
-    """Cores this process may run on; in a container or under taskset fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return available_cores() if torch is None else int(torch.get_num_threads())
 
 
 def allocator() -> str:
@@ -130,11 +122,6 @@ def _git(folder: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return result.stdout.strip() if result.returncode == 0 else None
-
-
-def _deterministic() -> bool:
-    torch = sys.modules.get("torch")
-    return torch is not None and bool(torch.are_deterministic_algorithms_enabled())
 
 
 def _gpu(device: object) -> tuple[str, str | None, dict[str, str]]:

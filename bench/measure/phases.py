@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 from tpme.bench.measure.clock import is_cuda, now, sync
 from tpme.bench.measure.contention import CROWDED, SOURCE, CoreWait
-from tpme.bench.measure.gpu import GpuReadings, GpuWindow, idle_flags, unreadable
+from tpme.bench.measure.gpu import GpuWindow, idle_flags, unreadable
 from tpme.bench.measure.host import HostMemory, HostPeak, SampledHost, release_free_memory
 from tpme.bench.measure.nvml import Device, Nvml, NvmlError
 from tpme.bench.measure.sampler import PERIOD_S, Column, SampledCurve, Sampler
@@ -217,7 +217,8 @@ class PhaseLog:
         allocated, reserved = peaks(self._device)
         rows = self._sampler.rows_since(self._mark) if self._sampler else {}
         host = self._host.peak(_sampled_host(rows))
-        gpu = self._gpu_readings(end_s - start_s, rows, reserved)
+        held = None if reserved.value is None else int(reserved.value)
+        gpu = self._gpu.end(end_s - start_s, rows, held) if self._gpu else unreadable(self._no_gpu)
         self.phases.append(
             Phase(
                 kind=kind,
@@ -238,11 +239,6 @@ class PhaseLog:
         self._end_s = end_s
         if not (self._kept_host or self._kept_device):
             self._left[kind] = self._held()
-
-    def _gpu_readings(self, wall_s: float, rows: dict[str, Column], reserved: Reading) -> GpuReadings:
-        if self._gpu is None:
-            return unreadable(self._no_gpu)
-        return self._gpu.end(wall_s, rows, None if reserved.value is None else int(reserved.value))
 
     def _over_baseline(self, peak: HostPeak) -> Reading:
         if self._baseline_bytes is None:

@@ -98,19 +98,15 @@ class Sampler:
             stderr=subprocess.PIPE,
         )
         self._started_s = time.perf_counter()
-        output = self._first_line()
+        assert self._process.stderr is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stderr, selectors.EVENT_READ)
+            output = self._process.stderr.readline() if selector.select(_START_S) else b""
         if b'"ready"' not in output:
             output += _end(self._process)
             self._process = None
             raise SamplerError(f"the sampler did not start: {output.decode(errors='replace').strip() or 'no output'}")
         return self
-
-    def _first_line(self) -> bytes:
-        process = self._running()
-        assert process.stderr is not None
-        with selectors.DefaultSelector() as selector:
-            selector.register(process.stderr, selectors.EVENT_READ)
-            return process.stderr.readline() if selector.select(_START_S) else b""
 
     def mark(self) -> int:
         """Number of rows so far, to mark the start of a window."""

@@ -88,7 +88,6 @@ def _by_index(devices: Sequence[DeviceIdentity], index: int, environ: Mapping[st
         raise LookupError(
             "GPUs of several models without CUDA_DEVICE_ORDER=PCI_BUS_ID: CUDA and NVML may number them differently"
         )
-    for gpu in gpus:
-        if gpu.index == index:
-            return gpu
-    raise LookupError(f"there is no GPU number {index}: NVML lists {len(gpus)}")
+    if (gpu := next((gpu for gpu in gpus if gpu.index == index), None)) is None:
+        raise LookupError(f"there is no GPU number {index}: NVML lists {len(gpus)}")
+    return gpu

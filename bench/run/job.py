@@ -12,7 +12,7 @@ class Job(Frozen):
 
     cell: Cell
     cell_id: str
-    attempt: int
+    attempt: int = 1
     code_version: str
     dataset_path: Path
     store: Path

@@ -16,7 +16,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
@@ -33,7 +32,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from tpme.bench.errors import UserError, first_problem
+from tpme.bench.errors import LONGEST_MESSAGE, UserError, first_problem
 from tpme.bench.record import (
     Cell,
     CellResult,
@@ -54,19 +53,8 @@ from tpme.bench.run.version import code_version
 
 FINISHED: frozenset[Status] = frozenset({"ok", "oom", "diverged", "timeout", "skipped"})
 """Statuses that another attempt would repeat; ``timeout`` only if the limit is not raised."""
-LONGEST_MESSAGE = 400
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 """Error codes of a file system without locks."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """One cell of a run, its identity, the version of the code it measures, and its folder."""
-
-    cell: Cell
-    cell_id: str
-    code_version: str
-    folder: Path
 
 
 def choose_device(name: str) -> str:
@@ -95,7 +83,7 @@ def store_folder(path: Path | None) -> Path:
     return Path(os.environ.get("TPME_STORE") or Path(cache) / "tpme").resolve()
 
 
-def prepare_datasets(matrix: MatrixFile, store: Path, console: Console) -> dict[str, tuple[Path, PreparedDataset]]:
+def prepare_datasets(matrix: MatrixFile, store: Path, console: Console) -> dict[str, PreparedDataset]:
     """Open the matrix's prepared data sets; the built-in catalogue is prepared into the store on first use."""
     from tpme.bench.task.dataset import read_manifest
 
@@ -103,7 +91,7 @@ def prepare_datasets(matrix: MatrixFile, store: Path, console: Console) -> dict[
     for entry in matrix.datasets:
         path = _synthetic(entry, store, console) if entry.path is None else entry.path.expanduser().resolve()
         manifest = read_manifest(path)
-        datasets[entry.name] = path, PreparedDataset(path, manifest.fingerprint, manifest.modalities)
+        datasets[entry.name] = PreparedDataset(path, manifest.fingerprint, manifest.modalities)
     return datasets
 
 
@@ -131,22 +119,36 @@ def _synthetic(entry: DatasetEntry, store: Path, console: Console) -> Path:
     return path
 
 
-def make_tasks(
-    matrix: MatrixFile, run: Path, store: Path, *, device: str, methods_path: Sequence[Path], console: Console
-) -> tuple[list[Task], dict[str, Path]]:
-    """All cells of a matrix with their identities, and the paths of the data sets by name."""
+def make_jobs(
+    matrix: MatrixFile,
+    run: Path,
+    store: Path,
+    *,
+    device: str,
+    methods_path: Sequence[Path] = (),
+    time_limit_s: float | None = None,
+    console: Console,
+) -> list[Job]:
+    """The first attempt at every cell of a matrix, in the order they run."""
     from tpme.methods.registry import source_file
 
-    data = prepare_datasets(matrix, store, console)
-    cells = expand(matrix, {name: entry for name, (_, entry) in data.items()}, device=device, methods_path=methods_path)
-    names = {cell.method for cell in cells}
-    versions = {name: code_version(source_file(name, methods_path)) for name in names}
-    tasks = []
-    for cell in cells:
-        version = versions[cell.method]
-        identity = cell_id(cell, version)
-        tasks.append(Task(cell, identity, version, run / "cells" / f"{slug(cell)}-{identity}"))
-    return tasks, {name: path for name, (path, _) in data.items()}
+    datasets = prepare_datasets(matrix, store, console)
+    cells = expand(matrix, datasets, device=device, methods_path=methods_path)
+    versions = {name: code_version(source_file(name, methods_path)) for name in {cell.method for cell in cells}}
+    return [
+        Job(
+            cell=cell,
+            cell_id=(identity := cell_id(cell, versions[cell.method])),
+            code_version=versions[cell.method],
+            dataset_path=datasets[cell.dataset].path,
+            store=store,
+            folder=run / "cells" / f"{slug(cell)}-{identity}",
+            methods_path=tuple(path.resolve() for path in methods_path),
+            cache_limit_bytes=matrix.cache_limit_bytes,
+            time_limit_s=matrix.time_limit_s if time_limit_s is None else time_limit_s,
+        )
+        for cell in cells
+    ]
 
 
 def slug(cell: Cell) -> str:
@@ -154,14 +156,13 @@ def slug(cell: Cell) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "-", cell.label).strip("-") or "method"
 
 
-def latest_attempt(folder: Path) -> CellResult | None:
-    """The latest record of a cell, or ``None``; a record that cannot be read counts as none."""
-    paths = sorted(folder.glob("attempt-*.json"), key=attempt_number)
-    records = [path for path in paths if re.fullmatch(r"attempt-\d+", path.stem)]
+def latest_attempt(folder: Path) -> tuple[int, CellResult | None]:
+    """Number of attempts at a cell, and the latest record; a record that cannot be read counts as ``None``."""
+    latest = max(folder.glob("attempt-*.json"), key=attempt_number, default=Path())
     try:
-        return read_result(records[-1]) if records else None
+        return attempt_number(latest), read_result(latest) if attempt_number(latest) else None
     except RecordError:
-        return None
+        return attempt_number(latest), None
 
 
 def run_matrix(
@@ -179,17 +180,17 @@ def run_matrix(
     Ctrl-C stops the running cell, leaves no record of it, and raises KeyboardInterrupt; a second call resumes.
     SIGTERM and SIGHUP do the same and raise SystemExit.
     """
-    tasks, paths = make_tasks(matrix, run, store, device=device, methods_path=methods_path, console=console)
-    limit_s = float(matrix.time_limit_s if time_limit_s is None else time_limit_s)
+    jobs = make_jobs(
+        matrix, run, store, device=device, methods_path=methods_path, time_limit_s=time_limit_s, console=console
+    )
     results = []
     with locked_run(run), _progress(console) as bars:
         write_atomically(run / "matrix.json", (matrix.model_dump_json(indent=1) + "\n").encode())
-        overall = bars.add_task("matrix", total=len(tasks), detail="")
-        for task in tasks:
-            result = latest_attempt(task.folder)
-            if result is None or not _is_done(result, limit_s):
-                job = job_of(task, paths[task.cell.dataset], store, methods_path, matrix.cache_limit_bytes, limit_s)
-                result = _run_with_bar(job, bars)
+        overall = bars.add_task("matrix", total=len(jobs), detail="")
+        for job in jobs:
+            attempts, result = latest_attempt(job.folder)
+            if result is None or not _is_done(result, job.time_limit_s):
+                result = _run_with_bar(job.model_copy(update={"attempt": attempts + 1}), bars)
                 bars.console.print(_outcome_line(result))
             results.append(result)
             bars.advance(overall)
@@ -230,25 +231,6 @@ def _progress(console: Console) -> Progress:
         TextColumn("{task.fields[detail]}", markup=False),
         console=console,
         transient=True,
-    )
-
-
-def job_of(
-    task: Task, dataset: Path, store: Path, methods_path: Sequence[Path], cache_limit_bytes: int, limit_s: float
-) -> Job:
-    """The next attempt at the cell of ``task``."""
-    attempts = [attempt_number(path) for path in task.folder.glob("attempt-*.json")]
-    return Job(
-        cell=task.cell,
-        cell_id=task.cell_id,
-        attempt=max(attempts, default=0) + 1,
-        code_version=task.code_version,
-        dataset_path=dataset,
-        store=store,
-        folder=task.folder,
-        methods_path=tuple(path.resolve() for path in methods_path),
-        cache_limit_bytes=cache_limit_bytes,
-        time_limit_s=limit_s,
     )
 
 

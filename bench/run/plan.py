@@ -8,7 +8,7 @@ and time. The peak is that of a simulated step, operator by operator, with every
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Literal
@@ -125,7 +125,8 @@ def plan_matrix(
     distinct: dict[str, Cell] = {}
     for cell in expand(matrix, datasets, device="cuda", methods_path=methods_path):
         distinct.setdefault(_identity(cell), cell)
-    recorded = _records(runs) if runs else []
+    results = map(read_result, find_results([runs] if runs else []))
+    recorded = [result for result in results if result.status == "ok"]
     encoders, cells = MetaEncoders(), []
     for key, cell in distinct.items():
         with console.status(f"Counting {cell.label} ..."):
@@ -144,8 +145,8 @@ def _data(
 
     here = entry.path is None or (entry.path.expanduser() / "dataset.json").is_file()
     if here and users is None and items is None:
-        path, dataset = prepare_datasets(matrix.model_copy(update={"datasets": (entry,)}), store, console)[entry.name]
-        return dataset, DataShape.of(Dataset.open(path))
+        [data] = prepare_datasets(matrix.model_copy(update={"datasets": (entry,)}), store, console).values()
+        return data, DataShape.of(Dataset.open(data.path))
     both: tuple[Modality, ...] = ("text", "image")
     modalities = tuple(modality for modality in both if any(getattr(pair, modality) for pair in matrix.encoders))
     return PreparedDataset(entry.path or store, "not prepared", modalities), DataShape.assumed(users, items)
@@ -222,29 +223,18 @@ def _expect(meta: MetaCell, work: Work, step: Step, device: DeviceProfile) -> Ex
 # --- what was measured -----------------------------------------------------------------------------------------------
 
 
-def _records(runs: Path) -> list[CellResult]:
-    return [result for path in find_results([runs]) if (result := read_result(path)).status == "ok"]
-
-
 def _measured_cost(results: list[CellResult]) -> MeasuredCost | None:
     if not results:
         return None
-    memories = [memory for result in results if (memory := _memory(result))]
-    flops = [total for result in results if (total := _step_flops(result)) is not None]
-    most = max(memories, default=None)
+    peaks = [memory_reading("measured_peak_bytes", result.training_memory, result.cell.device) for result in results]
+    most = max(peaks, key=lambda peak: peak.value or 0.0)
     return MeasuredCost(
         records=len(results),
         epoch_s=_median([result.epoch_time_s.value for result in results]),
-        memory_bytes=most[0] if most else None,
-        memory_source=most[1] if most else None,
-        step_flops=_median(flops),
+        memory_bytes=most.value,
+        memory_source=None if most.value is None else most.source,
+        step_flops=_median(map(_step_flops, results)),
     )
-
-
-def _memory(result: CellResult) -> tuple[float, str] | None:
-    """Peak of training, and its instrument."""
-    reading = memory_reading("measured_peak_bytes", result.training_memory, result.cell.device)
-    return None if reading.value is None else (reading.value, reading.source)
 
 
 def _step_flops(result: CellResult) -> float | None:
@@ -253,6 +243,6 @@ def _step_flops(result: CellResult) -> float | None:
     return sum(values) if len(values) == len(parts) else None
 
 
-def _median(values: Sequence[float | None]) -> float | None:
+def _median(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return median(known) if known else None

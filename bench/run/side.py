@@ -1,7 +1,7 @@
-"""Plan the cells of one side of ``tpme ab`` with that side's own code.
+"""List the jobs of one side of ``tpme ab`` with that side's own code.
 
 Run as a script with a request file (see ``bench/commands/ab.py``), in that side's environment: every import below is
-the side's, which may be older than this file. Writes the jobs of all cells and what could not be planned.
+the side's, which may be older than this file. Writes the jobs of all cells and what a method of it cannot run.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from tpme.bench.errors import UserError
-from tpme.bench.run.launch import job_of, make_tasks
+from tpme.bench.run.launch import make_jobs
 from tpme.bench.run.matrix import MatrixFile, load_matrix
 
 
@@ -42,19 +42,14 @@ def _parts(matrix: MatrixFile, methods: list[str]) -> list[MatrixFile]:
 
 
 def _jobs(matrix: MatrixFile, request: dict[str, Any]) -> list[dict[str, Any]]:
-    store, methods_path = Path(request["store"]), tuple(Path(path) for path in request["methods_path"])
-    tasks, datasets = make_tasks(
+    jobs = make_jobs(
         matrix,
         Path(request["runs"]),
-        store,
+        Path(request["store"]),
         device=request["device"],
-        methods_path=methods_path,
+        methods_path=[Path(path) for path in request["methods_path"]],
+        time_limit_s=request["time_limit_s"],
         console=Console(quiet=True),
-    )
-    limit_s = float(request["time_limit_s"] or matrix.time_limit_s)
-    jobs = (
-        job_of(task, datasets[task.cell.dataset], store, methods_path, matrix.cache_limit_bytes, limit_s)
-        for task in tasks
     )
     return [job.model_dump(mode="json") for job in jobs]
 

@@ -64,8 +64,8 @@ def _resolve(importer: Path, level: int, name: str) -> tuple[Path, ...]:
     parts = tuple(filter(None, name.split(".")))
     if level:
         return _module_files(importer.parents[level - 1], parts)
-    if (package := _package(importer.parent)) is not None:
-        return _module_files(package.parent, parts) if parts[0] == package.name else ()
+    if (package := _package(importer.parent)) is not None and parts[0] == package.name:
+        return _module_files(package.parent, parts)
     return _module_files(importer.parent, parts) if parts[0].startswith("_") else ()  # a helper beside a method
 
 

@@ -61,7 +61,7 @@ def decode_all(
     batches = [(start, pictures[start : start + BATCH]) for start in range(0, len(pictures), BATCH)]
     failures: list[Failure] = []
     count = min(workers or available_cores(), len(batches) // 2)
-    with closing(_in_pool(path, size, batches, count) if count > 1 else _in_turn(path, size, batches)) as results:
+    with closing(_results(path, size, batches, count)) as results:
         for written, failed in results:
             advance(written)
             failures += failed
@@ -88,13 +88,11 @@ def _write_rows(path: Path, size: int, start: int, pictures: Sequence[Picture]) 
     return len(pictures), failures
 
 
-def _in_turn(path: Path, size: int, batches: Sequence[Batch]) -> Generator[Result, None, None]:
-    for start, pictures in batches:
-        yield _write_rows(path, size, start, pictures)
-
-
-def _in_pool(path: Path, size: int, batches: Sequence[Batch], count: int) -> Generator[Result, None, None]:
+def _results(path: Path, size: int, batches: Sequence[Batch], count: int) -> Generator[Result, None, None]:
     """Yield the results in order. Enough batches are queued that no worker idles behind a slow one."""
+    if count <= 1:
+        yield from (_write_rows(path, size, start, pictures) for start, pictures in batches)
+        return
     waiting: deque[Future[Result]] = deque()
     try:
         with worker_processes(count) as submit:

@@ -69,16 +69,12 @@ class FeatureJob(Frozen):
     dataset: Path
     store: Path
     encoders: dict[Modality, EncoderSpec]
-    levels: dict[Modality, tuple[int, ...]]
-    final: dict[Modality, bool]
+    reads: dict[Modality, Reads]
+    """The hidden states kept of each encoder."""
     title_tokens: int
     device: str
     seed: int
     limit_bytes: int
-
-    def reads(self, modality: Modality) -> Reads:
-        """The hidden states kept of one encoder."""
-        return Reads(self.levels[modality], self.final[modality])
 
 
 class FeatureManifest(Frozen):
@@ -101,8 +97,7 @@ def feature_folder(job: FeatureJob, fingerprint: str) -> Path:
     identity = {
         "dataset": fingerprint,
         "encoders": {m: [encoder_digest(spec), spec.weights] for m, spec in job.encoders.items()},
-        "levels": job.levels,
-        "final": job.final,
+        "reads": {m: [reads.levels, reads.final] for m, reads in job.reads.items()},
         "title_tokens": job.title_tokens if "text" in job.encoders else None,
         "seed": job.seed if random else None,
         "dtype": DTYPE,
@@ -147,9 +142,8 @@ def build(job: FeatureJob, tick: Callable[[float], None] = lambda _share: None) 
 
 def _build(job: FeatureJob, dataset: Dataset, folder: Path, tick: Callable[[float], None]) -> FeatureManifest:
     started, items = time.perf_counter(), dataset.manifest.items
-    reads = {m: job.reads(m) for m in job.encoders}
     shapes = {m: encoder_shape(spec) for m, spec in job.encoders.items()}
-    size = planned_bytes(items, shapes, reads)
+    size = planned_bytes(items, shapes, job.reads)
     _check_size(size, job.limit_bytes, folder)
     device, host = torch.device(job.device), HostMemory()
     before = host.tree_bytes()
@@ -159,10 +153,10 @@ def _build(job: FeatureJob, dataset: Dataset, folder: Path, tick: Callable[[floa
     text = job.encoders.get("text")
     tokens = tokenise(dataset, text.source, text.revision, job.title_tokens, job.store) if text else None
     store = ItemStore(dataset, tokens=tokens, images="image" in job.encoders)
-    with Tables(folder, {m: (items + 1, reads[m].count, shapes[m].width) for m in job.encoders}) as tables:
+    with Tables(folder, {m: (items + 1, job.reads[m].count, shapes[m].width) for m in job.encoders}) as tables:
         while tables.rows <= items:
             ids = np.arange(tables.rows, min(tables.rows + ITEMS_PER_CHUNK, items + 1), dtype=np.int64)
-            tables.append(_states(store, ids, encoders, reads, device))
+            tables.append(_states(store, ids, encoders, job.reads, device))
             tables.save_if_due(time.perf_counter() - started)
             tick(float(ids[-1]) / items)
         tables.save(time.perf_counter() - started)

@@ -6,7 +6,6 @@ import shutil
 import sys
 
 import torch
-from torch import nn
 
 from tpme.bench.errors import UserError
 from tpme.bench.task.recommender import Recommender
@@ -33,10 +32,6 @@ def compile_model(model: Recommender) -> bool:
     inductor.fallback_random = True
     layers = [layer for view in model.views.values() for layer in view.layers]
     for part in (*layers, model.item_encoder, model.sequence):
-        _compile(part)
+        # forward, not the module: hooks that are set and removed with each call must not be compiled in.
+        part.forward = torch.compile(part.forward, dynamic=True)
     return True
-
-
-def _compile(part: nn.Module) -> None:
-    # forward, not the module: hooks that are set and removed with each call must not be compiled in.
-    part.forward = torch.compile(part.forward, dynamic=True)

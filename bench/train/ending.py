@@ -6,12 +6,11 @@ import re
 
 import torch
 
-from tpme.bench.errors import UserError
+from tpme.bench.errors import LONGEST_MESSAGE, UserError
 from tpme.bench.record import Failure, Status
 from tpme.bench.task.ranking import NonFiniteScoreError
 from tpme.bench.train.loop import DivergedError, Trainer
 
-LONGEST_MESSAGE = 400
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 # The CPU's allocator, cuBLAS and the CUDA runtime itself raise a plain RuntimeError.
 _OUT_OF_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "out of memory")

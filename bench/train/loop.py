@@ -239,7 +239,15 @@ class Trainer:
         outcome = self.outcome
         if epoch is not None:
             outcome.epochs.append(
-                Epoch(index=epoch, train_s=train_s, steps=steps, loss=loss, valid_recall_10=recall, valid_ndcg_10=ndcg)
+                Epoch(
+                    index=epoch,
+                    stage=self.state.stage.name,
+                    train_s=train_s,
+                    steps=steps,
+                    loss=loss,
+                    valid_recall_10=recall,
+                    valid_ndcg_10=ndcg,
+                )
             )
         improved = outcome.best_recall is None or recall > outcome.best_recall
         if improved:

@@ -12,7 +12,7 @@ from rich.console import Console
 from tpme.bench.commands.noise import MATRIX, overhead_ratio
 from tpme.bench.measure.phases import PhaseLog, measuring
 from tpme.bench.run.cell import CellRun
-from tpme.bench.run.launch import job_of, make_tasks
+from tpme.bench.run.launch import make_jobs
 from tpme.bench.train.loop import Trainer
 
 MOST = 0.01
@@ -22,8 +22,7 @@ MOST = 0.01
 @pytest.fixture
 def trainer(tmp_path: Path) -> Trainer:
     """A small cell: its steps take some ten milliseconds, so what the harness adds to each would show."""
-    tasks, data = make_tasks(MATRIX, tmp_path, tmp_path, device="cpu", methods_path=(), console=Console(quiet=True))
-    job = job_of(tasks[0], data["synthetic"], tmp_path, (), 2**30, 600.0)
+    [job] = make_jobs(MATRIX, tmp_path, tmp_path, device="cpu", console=Console(quiet=True))
     return CellRun(job, PhaseLog("cpu", None, None), lambda _what, _share: None).prepare()
 
 

@@ -397,8 +397,7 @@ def test_the_command_of_a_page_repeats_every_cell_of_the_demo(tmp_path):
         assert "fill in" not in text
         matrix = MatrixFile.model_validate(tomllib.loads(text))
         prepared = prepared or prepare_datasets(matrix, tmp_path, Console(file=io.StringIO()))
-        datasets = {name: dataset for name, (_, dataset) in prepared.items()}
-        [cell] = expand(matrix, datasets, device=result.cell.device)
+        [cell] = expand(matrix, prepared, device=result.cell.device)
         assert cell_id(cell, result.code_version) == result.cell_id, cell.label
 
 

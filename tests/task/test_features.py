@@ -19,6 +19,7 @@ from tpme.bench.task.batches import ItemStore, build_batch, log_popularity
 from tpme.bench.task.dataset import Dataset
 from tpme.bench.task.encoders import load_encoder
 from tpme.bench.task.features import FeatureJob, build, feature_folder, load
+from tpme.bench.task.items import Reads
 from tpme.bench.task.prepare import prepare
 from tpme.bench.task.sources.synthetic import Synthetic, generate
 from tpme.bench.task.tokens import tokenise
@@ -35,8 +36,7 @@ def job(tmp_path: Path) -> FeatureJob:
         dataset=tmp_path / "data",
         store=tmp_path / "store",
         encoders={"text": TEXT, "image": EncoderSpec(source="builtin:tiny-image")},
-        levels={"text": (0, 2, 4), "image": (0, 2, 4)},
-        final={"text": False, "image": True},
+        reads={"text": Reads((0, 2, 4)), "image": Reads((0, 2, 4), final=True)},
         title_tokens=16,
         device="cpu",
         seed=0,
@@ -56,7 +56,7 @@ def test_cached_states_are_the_encoders_own_in_half_precision(job: FeatureJob) -
     items = store.gather(np.arange(1, dataset.manifest.items + 1, dtype=np.int64))
     with torch.no_grad():
         own = load_encoder(TEXT, "text").view.encode(
-            job.reads("text"), tokens=items.tokens, token_mask=items.token_mask, image=None
+            job.reads["text"], tokens=items.tokens, token_mask=items.token_mask, image=None
         )
     assert states["text"].dtype == torch.float16
     assert states["image"].shape == (dataset.manifest.items + 1, 4, 64)
@@ -223,7 +223,7 @@ def test_a_cache_over_the_limit_is_refused_with_its_planned_bytes(job: FeatureJo
 @pytest.mark.parametrize(
     "change",
     [
-        {"levels": {"text": (0, 4), "image": (0, 4)}},
+        {"reads": {"text": Reads((0, 4)), "image": Reads((0, 4), final=True)}},
         {"title_tokens": 12},
         {"encoders": {"text": TEXT}},
     ],

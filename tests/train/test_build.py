@@ -39,7 +39,7 @@ def test_the_counters_see_the_model_that_is_trained(world: Any, tmp_path: Path, 
     training = {"embedding_dim": 12, "blocks": 1, "heads": 3, "dropout": 0.3, "users_per_batch": 7}
     training |= {"activation_checkpointing": True, "max_steps_per_epoch": 5 if cached else None}
     matrix = world.matrix([{"name": method, "cached": cached}], training=training)
-    job = world.job(world.tasks(matrix, tmp_path)[0], tmp_path, ())
+    job = world.job(matrix, tmp_path)
     trainer = CellRun(job, PhaseLog("cpu", None, None), lambda _what, _share: None).prepare()
     meta = MetaCell(job.cell, DataShape.of(trainer.dataset))
     assert parameters(meta.model) == parameters(trainer.model)

@@ -98,9 +98,9 @@ def test_a_cpu_cannot_replay_graphs(world: Any, tmp_path: Any) -> None:
 def test_a_row_that_cannot_be_recorded_says_so_and_trains_as_ever(world: Any, tmp_path: Any) -> None:
     flags = {}
     for name in ("id", "fft", "popularity"):
-        task = world.tasks(world.matrix([name]), tmp_path)[0]
+        job = world.job(world.matrix([name]), tmp_path)
         with measuring("cpu") as phases:
-            cell_run = CellRun(world.job(task, tmp_path, ()), phases, lambda _what, _share: None)
+            cell_run = CellRun(job, phases, lambda _what, _share: None)
             trainer = cell_run.prepare()
         trainer.device = torch.device("cuda")  # nothing is recorded before the first step
         cell_run._replay_graphs(trainer)

@@ -296,6 +296,7 @@ def test_stages_have_optimisers_names_and_parameters_of_their_own(make_trainer: 
     assert method.log == [("all", 0, 0), everything, ("fusion", 3, 3 * STEPS), heads]
     trains = [phase.name for phase in trainer.phases.phases if phase.kind == "train"]
     assert trains == ["all epoch 1", "all epoch 2", "all epoch 3", "fusion epoch 4"]
+    assert [epoch.stage for epoch in trainer.outcome.epochs] == ["all", "all", "all", "fusion"]
     assert trainer.outcome.trainable_max == everything
 
 
