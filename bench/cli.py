@@ -18,14 +18,14 @@ from tpme.bench.errors import UserError
 
 INTERRUPTED = (129, 130, 143)
 """Exit codes of SIGHUP, SIGINT (into which typer turns a KeyboardInterrupt) and SIGTERM: 128 + the signal."""
-ON_INTERRUPT = "interrupted; no partial files are left, the same command resumes"
+ON_INTERRUPT = "interrupted; no partial files are left; run the same command to resume"
 
 app = typer.Typer(
     name="tpme",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="What parameter-efficient fine-tuning costs in multimodal sequential recommendation, and what it buys.",
+    help="Measure the cost and quality of parameter-efficient fine-tuning in multimodal sequential recommendation.",
 )
 app.add_typer(prepare.app, name="prepare")
 for command in (run.run, report.report, choose.choose, export.export, plan.plan):
@@ -40,7 +40,7 @@ app.command()(baseline.baseline)
 def main() -> NoReturn:
     """Entry point: a UserError becomes one line on stderr and exit code 2, Ctrl-C one line and exit code 130.
 
-    So does what the file system refuses: no permission, a full disk.
+    So do errors of the file system: no permission, a full disk.
     """
     try:
         app()

@@ -1,4 +1,4 @@
-"""The exception that a user causes, and errors of others in one line."""
+"""The exception for mistakes of the user, and other errors in one line."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Refuse a marker that limits nothing."""
+    """Refuse a marker that sets no limit."""
     limits = _limits(item)
     if limits is not None and "tpme_cell" not in getattr(item, "fixturenames", ()):
         pytest.fail(f"{item.name} {_UNUSED}", pytrace=False)
@@ -145,8 +145,8 @@ def _limits(item: pytest.Item) -> dict[str, float] | None:
         return None
     unknown = [*map(repr, marker.args), *(name for name in marker.kwargs if name not in LIMITS)]
     if unknown or not marker.kwargs:
-        problem = f"{unknown[0]} is no limit" if unknown else "it limits nothing"
-        pytest.fail(f"{item.name}: marker tpme: {problem}; there are {', '.join(LIMITS)}", pytrace=False)
+        problem = f"{unknown[0]} is not a limit" if unknown else "it sets no limit"
+        pytest.fail(f"{item.name}: marker tpme: {problem}; choose from {', '.join(LIMITS)}", pytrace=False)
     return dict(marker.kwargs)
 
 
@@ -161,7 +161,7 @@ def _check_limits(item: pytest.Item, cell: MeasuredCell) -> None:
             continue
         value = sum(cell.counters[counter] for counter in LIMITS[name])
         if value > limit:
-            broken.append(f"{label} has {' + '.join(LIMITS[name])} = {value:,.0f}, allowed is {name}={limit:,}")
+            broken.append(f"{label} has {' + '.join(LIMITS[name])} = {value:,.0f}, the limit is {name}={limit:,}")
     if broken:
         pytest.fail("\n".join(broken), pytrace=False)
 

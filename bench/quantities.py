@@ -81,11 +81,6 @@ class Quantity:
         """Name in a sentence."""
         return self.name or self.header
 
-    @property
-    def more_is_better(self) -> bool:
-        """Whether a rise is an improvement."""
-        return self.better == "higher"
-
     def format(self, value: float | None) -> str:
         """A value without its unit; a dash for a missing one."""
         if value is None or not math.isfinite(value):

@@ -2,9 +2,9 @@
 
 A *cell* is one training run to be measured: method x dataset x encoders x seed x settings. Every finished
 attempt at a cell is one immutable JSON file, written to a temporary name and renamed, so a reader never sees
-half a record. Ranks, step times and memory samples lie beside it as ``.npz`` files named in ``files``.
+half a record. Ranks, step times and memory samples are stored beside it as ``.npz`` files named in ``files``.
 
-Units are part of the field names: ``_s`` seconds, ``_bytes``, ``_j`` joules. A value that could not be had is
+Units are part of the field names: ``_s`` seconds, ``_bytes``, ``_j`` joules. A value that is not available is
 ``None`` and its ``reason`` says why; it is never 0. This module imports pydantic only, so that reports start
 fast and need no torch.
 """
@@ -85,7 +85,7 @@ class Training(Frozen):
     @model_validator(mode="after")
     def _compiled_or_recorded(self) -> Training:
         if self.compile and self.cuda_graphs:
-            raise ValueError("compile and cuda_graphs exclude each other: a graph is recorded of what runs without")
+            raise ValueError("compile and cuda_graphs exclude each other: graphs record steps that are not compiled")
         return self
 
 
@@ -119,12 +119,12 @@ class Cell(Frozen):
 
     @property
     def label(self) -> str:
-        """How the row is called in tables: the method, and whether it trained on cached features."""
+        """Name of the row in tables: the method, and whether it trained on cached features."""
         return f"{self.method} (cached)" if self.cached else self.method
 
 
 NO_IDENTITY = frozenset({"matrix", "baseline", "lr_trial", "lr_trials"})
-"""Fields of a cell that say where it stands, not what runs: further learning rates leave those that ran as they are."""
+"""Fields that place a cell in its matrix and do not change what runs: adding a learning rate makes no result stale."""
 
 
 def cell_id(cell: Cell, code_version: str) -> str:
@@ -152,9 +152,9 @@ class Reading(Frozen):
     reason: str | None = None
 
     @model_validator(mode="after")
-    def _missing_has_a_reason(self) -> Reading:
+    def _require_reason(self) -> Reading:
         if (self.value is None or not self.valid) and not self.reason:
-            raise ValueError("a missing or invalid reading must say why")
+            raise ValueError("a missing or invalid reading needs a reason")
         return self
 
     @classmethod
@@ -201,7 +201,7 @@ class Phase(Frozen):
     memory: Memory
     energy_j: Reading
     gpu: GpuFacts | None = None
-    """None where no GPU was used or it could not be asked."""
+    """None where no GPU was used or it could not be queried."""
 
 
 class Epoch(Frozen):
@@ -232,7 +232,7 @@ class Parameters(Frozen):
 
 
 class EncoderFacts(Frozen):
-    """The encoder that was really loaded."""
+    """The encoder that was loaded."""
 
     source: str
     revision: str | None
@@ -244,7 +244,7 @@ class EncoderFacts(Frozen):
 
 
 class CacheFacts(Frozen):
-    """The feature cache a cell trained on. Built by a process of its own, paid once per dataset and encoders."""
+    """The feature cache a cell trained on. Built by a separate process, paid once per dataset and encoders."""
 
     build_s: float
     bytes: int
@@ -259,7 +259,7 @@ class CacheFacts(Frozen):
 
 
 class DatasetFacts(Frozen):
-    """The data that was really read."""
+    """The data that was read."""
 
     name: str
     fingerprint: str
@@ -322,7 +322,7 @@ class Failure(Frozen):
 
 
 class NamedMetric(Frozen):
-    """One measure of quality of a task that has other ones than Recall and NDCG, and which way it improves."""
+    """A quality metric of a task without Recall and NDCG, and which way it improves."""
 
     value: Reading
     higher_is_better: bool
@@ -338,7 +338,7 @@ class ImportSource(Frozen):
 
 
 class CellResult(Frozen):
-    """One finished attempt at one cell, whatever its end."""
+    """One finished attempt at one cell, however it ended."""
 
     schema_version: Literal[2] = 2
     cell_id: str
@@ -351,7 +351,7 @@ class CellResult(Frozen):
     """ISO 8601, UTC."""
     wall_s: float
     time_limit_s: float | None = None
-    """What the attempt was given; one that ended as ``timeout`` is worth repeating with more."""
+    """Of the attempt; one that ended as ``timeout`` is worth repeating with a higher limit."""
     environment: Environment | None = None
     dataset: DatasetFacts | None = None
     text_encoder: EncoderFacts | None = None
@@ -385,7 +385,7 @@ class CellResult(Frozen):
     """
 
     @model_validator(mode="after")
-    def _failure_has_a_message(self) -> CellResult:
+    def _require_failure(self) -> CellResult:
         if self.status != "ok" and self.failure is None:
             raise ValueError(f"a cell that ended as '{self.status}' must say where and why")
         return self
@@ -458,13 +458,13 @@ def _migrated(raw: Any) -> dict[str, Any]:
 
 def find_attempts(roots: list[Path]) -> list[Path]:
     """All record files below ``roots`` (a record file itself counts), sorted."""
-    attempts: set[Path] = set()
+    records: set[Path] = set()
     for root in roots:
         if not root.exists():
             raise RecordError(f"{root}: no such file or folder; name one that 'tpme run' wrote")
         inside = [root] if root.is_file() else root.rglob("attempt-*.json")
-        attempts.update(path for path in inside if attempt_number(path) or path == root)
-    return sorted(attempts)
+        records.update(path for path in inside if attempt_number(path) or path == root)
+    return sorted(records)
 
 
 def find_results(roots: list[Path]) -> list[Path]:

@@ -28,7 +28,7 @@ class IISANConfig(MethodConfig):
     inter: bool = True
 
     @model_validator(mode="after")
-    def _has_a_tower(self) -> IISANConfig:
+    def _require_a_tower(self) -> IISANConfig:
         if not (self.intra or self.inter):
             raise ValueError("intra and inter cannot both be false")
         return self

@@ -25,7 +25,7 @@ class _Counts(ItemEncoder):
         return self.counts[ids]
 
 
-class _AnyUser(nn.Module):
+class _ConstantUser(nn.Module):
     """A constant user vector 1, which makes every user's score of an item its popularity."""
 
     def forward(self, vectors: Tensor, mask: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class Popularity(Method):
         """Set the popularity and replace the sequential encoder."""
         assert isinstance(model.item_encoder, _Counts)
         model.item_encoder.counts.copy_(torch.from_numpy(schedule.popularity)[:, None])
-        model.sequence = _AnyUser()
+        model.sequence = _ConstantUser()
 
     def state(self, model: Recommender) -> dict[str, Tensor]:
         """The counts."""

@@ -40,7 +40,7 @@ class Limits:
 
     def __str__(self) -> str:
         texts = [
-            f"{LIMITED[key].header} {'≥' if LIMITED[key].more_is_better else '≤'} {_amount(key, bound)}"
+            f"{LIMITED[key].header} {'≥' if LIMITED[key].better == 'higher' else '≤'} {_amount(key, bound)}"
             for key, bound in self.items
         ]
         return ", ".join([*texts, *([f"device {self.device}"] if self.device else [])]) or "nothing"
@@ -152,7 +152,7 @@ def _out_of_memory(line: pd.Series[Any], limit: float | None) -> Reason:
 def _violation(key: str, limit: float, line: pd.Series[Any], random: bool) -> Reason | None:
     """The reason why a finished row breaks one limit; None where it keeps it."""
     name, value = LIMITED[key].header, None if pd.isna(line[key]) else float(line[key])
-    least = LIMITED[key].more_is_better
+    least = LIMITED[key].better == "higher"
     bound = f"(limit {_amount(key, limit)})"
     if random and least:
         return Reason("random-weights", f"{name} means nothing with random weights {bound}", key, None, limit)
@@ -172,7 +172,7 @@ def _beside(key: str, value: float, limit: float) -> str:
     unit, scale = _unit(key, limit)
     texts = (number(value / scale, digits) for digits in range(3, 17))
     text = next((text for text in texts if float(text) != limit / scale), repr(value / scale))
-    return f"{text}{unit} {'<' if LIMITED[key].more_is_better else '>'} {limit / scale:g}{unit}"
+    return f"{text}{unit} {'<' if LIMITED[key].better == 'higher' else '>'} {limit / scale:g}{unit}"
 
 
 def _amount(key: str, value: float) -> str:

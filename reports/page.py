@@ -16,7 +16,6 @@ from importlib.resources import files
 from string import Template
 from typing import Any
 
-import pandas as pd
 import tomli_w
 
 from tpme.bench.record import Cell, CellResult, DatasetFacts
@@ -24,6 +23,7 @@ from tpme.reports.data.load import Recorded, load_samples, stretches, thin
 from tpme.reports.data.section import Section
 from tpme.reports.data.tpme import COLUMNS, Weights, members
 from tpme.reports.data.trials import Line, shorten_path
+from tpme.reports.tables.fields import value_of
 
 SHORT = dict(zip(COLUMNS, ("t", "p", "m"), strict=True))
 QUALITY = tuple(f"{metric}_10{end}" for metric in ("recall", "ndcg") for end in ("", "_low", "_high"))
@@ -79,19 +79,15 @@ def _row(section: Section, index: int, name: str, line: Line, usable: bool, firs
         "status": line["status"],
         "compared": bool(line["compared"]),
         "usable": usable,
-        **{short: _number(line[column]) for column, short in SHORT.items()},
+        **{short: value_of(line[column]) for column, short in SHORT.items()},
         **({"m": None} if line["status"] == "oom" else {}),  # the largest reading is a lower bound
-        **{key: _number(line[column]) for key, column in SPREADS.items()},
-        **{key: _number(line[key]) for key in (*QUALITY, "tpme_low", "tpme_high")},
+        **{key: value_of(line[column]) for key, column in SPREADS.items()},
+        **{key: value_of(line[key]) for key in (*QUALITY, "tpme_low", "tpme_high")},
         "source": line["memory_source"],
         "seeds": int(line["seeds_ok"]),
         "notes": section.notes.marks[name],
         "cell": _cell(first),
     }
-
-
-def _number(value: Any) -> float | None:
-    return None if pd.isna(value) else float(value)
 
 
 # --- the cell behind a row -----------------------------------------------------------------------------------

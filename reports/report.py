@@ -19,7 +19,7 @@ from tpme.bench.errors import UserError
 from tpme.bench.record import write_atomically
 from tpme.reports.data.load import read, to_frame
 from tpme.reports.data.section import Section, check_rows, make_section
-from tpme.reports.data.tpme import DEFAULT, Frame, Weights, read_frames, write_frames
+from tpme.reports.data.tpme import DEFAULT, Weights, read_frames, write_frames
 from tpme.reports.data.trials import names, shorten_path, split
 from tpme.reports.page import page
 from tpme.reports.tables.results import TABLES, all_tables
@@ -43,11 +43,6 @@ class Report:
     title: str
     sections: tuple[Section, ...]
     command: str
-
-    @property
-    def frames(self) -> list[Frame]:
-        """The frames used, one for each section that has one."""
-        return [section.frame for section in self.sections if section.frame is not None]
 
 
 def make_report(
@@ -113,12 +108,8 @@ def write_report(
     Args:
         paths: run folders or record files.
         out: the folder; created where it does not exist.
-        weights: of T, P and M in TPME.
-        frame: file with frozen frames, to use instead of each group's own min and max; a file that does not exist is
-            first written from these records.
-        rows: rows or methods that get a TPME; by default all that adapt an encoder.
-        mix: put all records into one section, whatever their device, protocol or data, and say so.
-        title: of the report.
+        weights, rows, mix, title: as in ``make_report``.
+        frame: as in ``make_report``; a file that does not exist is first written from these records.
         formats: those of ``FORMATS`` to write beside ``report.md``; by default all, without figures where there are
             more than ``ROWS_DRAWN`` rows.
         workers: processes that draw figures; several are forked, while no other thread may run.
@@ -160,9 +151,10 @@ def write_report(
 
 def freeze(frame: Path, report: Report, console: Console) -> None:
     """Store the frames of a report in a file. Raises UserError where no row has a TPME."""
-    if not report.frames:
+    frames = [section.frame for section in report.sections if section.frame is not None]
+    if not frames:
         raise UserError(f"{frame}: not made, for none of these rows has a TPME")
-    write_frames(frame, report.frames)
+    write_frames(frame, frames)
     console.print(f"{frame}: was not there; holds the frame of these records now", markup=False, soft_wrap=True)
 
 

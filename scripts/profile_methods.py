@@ -114,11 +114,11 @@ def profiled(label: str, size: Size, folder: Path, machine: DeviceProfile, devic
         started = now(device)
         trainer.step(batch, optimizer)
         taken.append(now(device) - started)
-    with profile(activities=ACTIVITIES[device]) as found:
+    with profile(activities=ACTIVITIES[device]) as profiler:
         order = np.random.default_rng(0).permutation(size.users)
         for step in range(WARMUP):
             staged_step(trainer, order[step * size.batch : (step + 1) * size.batch], optimizer)
-    parts, operators = _read(found, device)
+    parts, operators = _read(profiler, device)
     whole = sum(parts.values())
     step = run_step(MetaCell(trainer.cell, DataShape.of(trainer.dataset)), fused_attention=True)
     flops = step.forward_flops + step.backward_flops
@@ -178,9 +178,9 @@ def _part(name: str, device: torch.device) -> Iterator[None]:
         sync(device)
 
 
-def _read(found: Any, device: Device) -> tuple[dict[str, float], list[tuple[str, float]]]:
-    """Seconds of each part, and the operators with the most time of their own, with their shares of all of it."""
-    averages = found.key_averages()
+def _read(profiler: Any, device: Device) -> tuple[dict[str, float], list[tuple[str, float]]]:
+    """Seconds of each part, and the operators with the most self time, with their shares of it."""
+    averages = profiler.key_averages()
     parts = dict.fromkeys(PARTS, 0.0)
     for event in averages:
         if event.key.startswith(MARK):
@@ -206,10 +206,10 @@ def chunks_table() -> str:
     ]
     for titles, encoders, backward in ((142, "mini", True), (142, "small", True), (256, "small", False)):
         taken = _chunk_times(titles, encoders, backward=backward)
-        told = [f"{taken[0] * 1e3:.0f} ms", *(f"{taken[0] / one:.2f}x" for one in taken[1:])]
+        times = [f"{taken[0] * 1e3:.0f} ms", *(f"{taken[0] / time:.2f}x" for time in taken[1:])]
         shape = ENCODERS[encoders]
         name = "forward, backward" if backward else "forward"
-        rows.append(f"| {titles} | {shape.depth} x {shape.width} | {name} | {' | '.join(told)} |")
+        rows.append(f"| {titles} | {shape.depth} x {shape.width} | {name} | {' | '.join(times)} |")
     return "\n".join(rows)
 
 

@@ -27,6 +27,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from workload import ENCODERS, Size, make_trainer, put
 
 from tpme.bench.measure.phases import PhaseLog, measuring
+from tpme.bench.quantities import memory_reading
 from tpme.bench.record import Frozen
 from tpme.bench.run.process import PATIENT
 from tpme.reports.figures.style import COLOURS, COLUMN_INCHES, SILVER, margins, new_figure, save, style
@@ -157,7 +158,7 @@ def measure(point: Point) -> Measurement:
         if point.axis == "sequence":
             parts["loss_s"] = _loss_alone(trainer)
     kinds = ("validate", "rank") if point.axis == "evaluation" else ("train",)
-    return Measurement(point=point, seconds=seconds, memory_bytes=_memory(phases, kinds), parts=parts)
+    return Measurement(point=point, seconds=seconds, memory_bytes=_memory(phases, kinds, point.device), parts=parts)
 
 
 def _training(point: Point, trainer: Any) -> tuple[float, dict[str, float]]:
@@ -219,13 +220,10 @@ def _counted(trainer: Any) -> dict[str, float]:
     }
 
 
-def _memory(phases: PhaseLog, kinds: tuple[str, ...]) -> float:
-    peaks = []
-    for phase in phases.phases:
-        if phase.kind in kinds:
-            readings = (phase.memory.torch_allocated_bytes, phase.memory.host_rss_bytes)
-            peaks += [next(reading.value for reading in readings if reading.value is not None)]
-    return max(peaks)
+def _memory(phases: PhaseLog, kinds: tuple[str, ...], device: Device) -> float:
+    measured = [phase for phase in phases.phases if phase.kind in kinds]
+    peaks = [memory_reading("phase_peak_bytes", phase.memory, device).value for phase in measured]
+    return max(peak for peak in peaks if peak is not None)
 
 
 # --- all points -------------------------------------------------------------------------------------------------------

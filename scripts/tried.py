@@ -139,12 +139,12 @@ def prefetch(folder: Path) -> Iterator[Row]:
         for batch in batches():
             trainer.step(batch, optimizer)
 
-    epochs = [lambda: epoch(lambda: trainer.batches.epoch(1)), lambda: epoch(lambda: _far_ahead(trainer.batches))]
+    epochs = [lambda: epoch(lambda: trainer.batches.epoch(1)), lambda: epoch(lambda: _prefetch(trainer.batches))]
     without, with_it = fastest(epochs, rounds=3)
     yield Row(f"{AHEAD} batches ahead, not 1", f"{WARMUP * STEPS} steps, iisan (cached)", without, with_it)
 
 
-def _far_ahead(batches: TrainBatches) -> Iterator[Batch]:
+def _prefetch(batches: TrainBatches) -> Iterator[Batch]:
     order = np.random.default_rng([batches.seed, 1]).permutation(len(batches.slots))
     with ThreadPoolExecutor(max_workers=1) as pool:
         waiting = deque(pool.submit(batches._assemble, order, step) for step in range(AHEAD))

@@ -71,7 +71,7 @@ class Size:
     modalities: tuple[Modality, ...] = ("text", "image")
 
 
-def made_up_data(size: Size, folder: Path) -> Dataset:
+def synthetic_data(size: Size, folder: Path) -> Dataset:
     """A data set of that size, in memory except for its images."""
     rng = np.random.default_rng(SEED)
     slots = np.full(size.users, size.max_seq_len + 1)
@@ -81,8 +81,8 @@ def made_up_data(size: Size, folder: Path) -> Dataset:
     offsets = np.concatenate(([0], np.cumsum(slots + 2)))
     side = ENCODERS[size.encoders].side
     manifest = Manifest(
-        name="made-up",
-        source="made up",
+        name="synthetic",
+        source="synthetic",
         modalities=size.modalities,
         users=size.users,
         items=size.items,
@@ -90,7 +90,7 @@ def made_up_data(size: Size, folder: Path) -> Dataset:
         max_seq_len=size.max_seq_len,
         image_size=side,
         skipped={},
-        fingerprint="made up",
+        fingerprint="synthetic",
     )
     images = None
     if not size.cached and size.method != "id" and "image" in size.modalities:
@@ -120,8 +120,8 @@ def make_cell(size: Size, folder: Path, device: Literal["cpu", "cuda"]) -> Cell:
     return Cell(
         method=size.method,
         cached=size.cached,
-        dataset="made-up",
-        dataset_fingerprint="made up",
+        dataset="synthetic",
+        dataset_fingerprint="synthetic",
         modalities=size.modalities,
         text_encoder=specs.get("text"),
         image_encoder=specs.get("image"),
@@ -134,7 +134,7 @@ def make_cell(size: Size, folder: Path, device: Literal["cpu", "cuda"]) -> Cell:
 def make_trainer(size: Size, folder: Path, phases: PhaseLog, device: Literal["cpu", "cuda"] = "cpu") -> Trainer:
     """The trainer of a cell of that size, on synthetic data and weights; its files go to ``folder``."""
     torch.manual_seed(SEED)
-    cell, dataset = make_cell(size, folder, device), made_up_data(size, folder)
+    cell, dataset = make_cell(size, folder, device), synthetic_data(size, folder)
     method = create(size.method, {})
     specs = encoder_specs(cell, method)
     shape = EncoderShape(ENCODERS[size.encoders].width, ENCODERS[size.encoders].depth)

@@ -55,10 +55,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _own_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep the store of whoever runs the tests out of them, in what they start too."""
+def _empty_stores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests, and what they start, see neither the user's store nor compiled kernels of earlier runs.
+
+    torch.compile reuses kernels that were compiled for another instruction set (``ATEN_CPU_CAPABILITY``); with AVX-512
+    kernels under avx2 every loss was NaN.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TPME_STORE", str(tmp_path_factory.mktemp("store")))
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
         yield
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tpme.bench.record import EncoderSpec, Frozen, LearningRates, Training
-from tpme.bench.run.matrix import Dataset, DatasetEntry, MatrixFile, MethodEntry, expand
+from tpme.bench.run.matrix import DatasetEntry, MatrixFile, MethodEntry, PreparedDataset, expand
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -105,7 +105,7 @@ def test_a_table_of_results_is_that_of_its_report(document: str, report: str) ->
 def expanded(text: str) -> int:
     """How many cells a matrix has on a data set of titles and images."""
     matrix = MatrixFile.model_validate(tomllib.loads(text))
-    data = {entry.name: Dataset(Path("mine"), "0" * 64, ("text", "image")) for entry in matrix.datasets}
+    data = {entry.name: PreparedDataset(Path("mine"), "0" * 64, ("text", "image")) for entry in matrix.datasets}
     return len(expand(matrix, data, device="cpu"))
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tpme.bench.record import find_results, read_result
-from tpme.bench.run.matrix import Dataset, expand, load_matrix
+from tpme.bench.run.matrix import PreparedDataset, expand, load_matrix
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "gpu_matrix.sh"
 ROWS = ["adapter", "bitfit", "fft", "iisan", "iisan (cached)", "lora"]
@@ -78,14 +78,14 @@ def test_the_papers_matrix_in_pieces(gpu_matrix: Run, tmp_path: Path) -> None:
 def test_under_the_suite_protocol_all_rows_have_one_batch_size() -> None:
     settings = re.findall(r'--set "(\S+)"', next(line for line in SCRIPT.read_text().splitlines() if "own=(--" in line))
     matrix = load_matrix("iisan-paper", [setting.replace("$protocol", "suite") for setting in settings])
-    cells = expand(matrix, {"scientific": Dataset(Path(), "0" * 64, ("text", "image"))}, device="cpu")
+    cells = expand(matrix, {"scientific": PreparedDataset(Path(), "0" * 64, ("text", "image"))}, device="cpu")
     assert sorted(cell.label for cell in cells) == ROWS
     assert {(cell.protocol, cell.training.users_per_batch) for cell in cells} == {("suite", 32)}
 
 
 def test_what_can_be_fast_is_on_in_every_row_of_the_last_pass() -> None:
     matrix = load_matrix(str(SCRIPT.with_name("gpu_speed.toml")))
-    cells = expand(matrix, {"scientific": Dataset(Path(), "0" * 64, ("text", "image"))}, device="cuda")
+    cells = expand(matrix, {"scientific": PreparedDataset(Path(), "0" * 64, ("text", "image"))}, device="cuda")
     assert sorted(cell.label for cell in cells) == SPEED
     assert {(c.protocol, c.training.precision, c.training.cuda_graphs) for c in cells} == {("suite", "bf16", True)}
 

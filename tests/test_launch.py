@@ -195,7 +195,7 @@ def test_a_cell_that_says_nothing_still_becomes_a_row(stubbed: Stubbed, monkeypa
     assert silent.failure is not None
     assert silent.failure.message == "its process ended with code 1: the last words (log: attempt-1.log)"
     assert half.failure is not None
-    assert half.failure.message.startswith("its process was ended by SIGKILL; the kernel does that when host memory")
+    assert half.failure.message.startswith("its process was ended by SIGKILL; the kernel does this when host memory")
     assert (half.cell, half.attempt, half.wall_s > 0) == (silent.cell.model_copy(update={"seed": 1}), 1, True)
     assert half.epoch_time_s.value is None
     assert read_result(stubbed.folder(1) / "attempt-1.json") == half
@@ -237,7 +237,7 @@ def test_what_lies_in_a_run_folder(stubbed: Stubbed) -> None:
 
 
 def test_one_launcher_at_a_time(stubbed: Stubbed, tmp_path: Path) -> None:
-    with launch.locked_run(stubbed.run_folder), pytest.raises(UserError, match="another 'tpme run' works there"):
+    with launch.locked_run(stubbed.run_folder), pytest.raises(UserError, match="another 'tpme run' is using it"):
         stubbed.run("ok")
     assert stubbed.ran == []
     assert stubbed.run("ok")[0].status == "ok"

@@ -211,7 +211,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "no source": ({"datasets": [{"name": "d"}]}, "datasets.0: .*give either path"),
     "one name twice": (
         {"datasets": [{"name": "d", "path": "a"}, {"name": "d", "path": "b"}]},
-        "two data sets have one",
+        "two data sets share a",
     ),
     "unknown protocol": ({"protocol": "mine"}, "protocol: Input should be 'suite' or 'paper'"),
     "zero epochs": ({"training": {"epochs": 0}}, "training.epochs: .*greater than 0"),
@@ -232,15 +232,15 @@ CONFLICTS: dict[str, tuple[dict[str, Any], str]] = {
     "half cached": ({"methods": [{"name": "fft", "cached": [False, True]}]}, "'fft' cannot be cached"),
     "unequal trials": (
         {"methods": [{"name": "fft", "lr": [1e-3, 1e-4]}, {"name": "lora"}]},
-        "same number of lr trials, there are fft 2, lora 1",
+        "same number of lr trials, but there are fft 2, lora 1",
     ),
     "unequal trials of one method": (
         {"methods": [{"name": "lora", "lr": [1e-3, 1e-4]}, {"name": "lora", "options": {"rank": 4}, "lr": [1e-3]}]},
-        "same number of lr trials, there are lora 2, lora 1",
+        "same number of lr trials, but there are lora 2, lora 1",
     ),
     "unequal trials beside an axis": (
         {"methods": [{"name": "fft", "lr": [1e-3]}, {"name": "lora"}], "axes": {"lr": [1e-3, 1e-4]}},
-        "same number of lr trials, there are fft 1, lora 2",
+        "same number of lr trials, but there are fft 1, lora 2",
     ),
     "a bad learning rate on an axis": (
         {"axes": {"lr": [1e-3, -1]}},
@@ -261,11 +261,11 @@ CONFLICTS: dict[str, tuple[dict[str, Any], str]] = {
         {"protocol": "paper", "methods": [{"name": "fft", "training": {"users_per_batch": 0}}]},
         "'fft', training: users_per_batch: .*greater than 0",
     ),
-    "no image encoder": ({"encoders": [{"text": HUB["text"]}]}, "uses image but gives no image encoder"),
-    "the same twice": ({"methods": [{"name": "id"}, {"name": "id"}]}, "'id' is in it twice"),
-    "cached twice": ({"methods": [{"name": "iisan", "cached": [True, True]}]}, "'iisan .cached.' is in it twice"),
-    "the same trial twice": ({"methods": [{"name": "fft", "lr": [1e-3, 1e-3]}]}, "'fft' is in it twice"),
-    "no such encoder": ({"encoders": [{**HUB, "text": {"source": "./nowhere"}}]}, "'./nowhere': no config.json there"),
+    "no image encoder": ({"encoders": [{"text": HUB["text"]}]}, "uses image but names no image encoder"),
+    "the same twice": ({"methods": [{"name": "id"}, {"name": "id"}]}, "'id' appears twice"),
+    "cached twice": ({"methods": [{"name": "iisan", "cached": [True, True]}]}, "'iisan .cached.' appears twice"),
+    "the same trial twice": ({"methods": [{"name": "fft", "lr": [1e-3, 1e-3]}]}, "'fft' appears twice"),
+    "no such encoder": ({"encoders": [{**HUB, "text": {"source": "./nowhere"}}]}, "'./nowhere': it has no config.json"),
     "no such built-in": ({"encoders": [{**HUB, "text": {"source": "builtin:huge"}}]}, "no such built-in encoder"),
 }
 
@@ -348,8 +348,8 @@ def test_settings_reach_into_tables_and_lists(toml: Callable[[str], str]) -> Non
         ("training.epochs", "--set training.epochs: write it as key=value"),
         ("training.epoch=2", "training.epoch: no such setting"),
         ("training.epochs=", "training.epochs: .*valid integer"),
-        ("name.first=x", "--set name.first=x: the matrix has no such place"),
-        ("methods.7.name=x", "--set methods.7.name=x: the matrix has no such place"),
+        ("name.first=x", "--set name.first=x: no such setting in the matrix"),
+        ("methods.7.name=x", "--set methods.7.name=x: no such setting in the matrix"),
         ("methods.0=1", "methods.0: "),
         ("=1", ": no such setting"),
     ],

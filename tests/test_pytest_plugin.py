@@ -25,6 +25,7 @@ def session(pytester: pytest.Pytester, world: Any, monkeypatch: pytest.MonkeyPat
     )
     monkeypatch.setenv("TPME_STORE", str(world.store))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # pytest-benchmark writes no file in a worker
 
     def run(body: str, *arguments: str) -> Any:
         pytester.makepyfile("import pytest\n" + body)
@@ -53,7 +54,7 @@ def test_beyond(tpme_cell):
     result.assert_outcomes(passed=1, failed=1)
     result.stdout.fnmatch_lines(
         [
-            "*bitfit has trainable_parameters = *, allowed is max_params=10",
+            "*bitfit has trainable_parameters = *, the limit is max_params=10",
             "*max_cache_bytes=1: cache_bytes of bitfit is not known: *",
         ]
     )
@@ -94,7 +95,7 @@ def test_no_matrix(tpme_cell):
         [
             "*test_without_the_fixture is marked tpme(...), but ran no cell: nothing was measured*",
             "*test_without_a_cell is marked tpme(...), but ran no cell*",
-            "*max_parms is no limit; there are max_params, *",
+            "*max_parms is not a limit; choose from max_params, *",
             "*unknown method 'lorra'; did you mean 'lora'?*",
             "*nowhere.toml*",
         ]

@@ -34,7 +34,7 @@ def test_importing_them_loads_nothing_heavy():
 
 
 def test_every_reported_quality_and_every_cost_is_listed():
-    assert all(quantity(f"{metric}_{k}").more_is_better for metric, k in REPORTED)
+    assert all(quantity(f"{metric}_{k}").better == "higher" for metric, k in REPORTED)
     assert all(QUANTITIES[key].better == "lower" for key in (*COSTS, *COUNTERS))
     assert quantity("shards").kind == "counter"  # of a method's report()
     assert quantity("shards").title == "shards"

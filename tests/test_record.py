@@ -54,7 +54,7 @@ def test_a_missing_value_says_why() -> None:
     reading = Reading.missing("NVML", "no GPU")
     assert (reading.value, reading.valid, reading.reason) == (None, False, "no GPU")
     for settings in ({"value": None}, {"value": 1.0, "valid": False}, {"value": None, "valid": False, "reason": ""}):
-        with pytest.raises(ValidationError, match="must say why"):
+        with pytest.raises(ValidationError, match="needs a reason"):
             Reading(source="clock", **settings)
 
 
@@ -176,7 +176,7 @@ def test_a_changed_record_is_refused(tmp_path: Path) -> None:
     raw = json.loads(path.read_bytes())
     raw["epoch_time_s"]["value"] = None
     path.write_text(json.dumps(raw))
-    with pytest.raises(RecordError, match=r"field 'epoch_time_s': .*must say why"):
+    with pytest.raises(RecordError, match=r"field 'epoch_time_s': .*needs a reason"):
         read_result(path)
 
 

@@ -71,12 +71,12 @@ def ab(
     methods: Annotated[str | None, typer.Option(help="Only these rows of the matrix: lora,iisan,...")] = None,
     settings: Settings = None,
     methods_path: Annotated[
-        list[Path] | None, typer.Option(help="Folder with further methods; in the repository: each side's own.")
+        list[Path] | None, typer.Option(help="Folder with further methods; in the repository, each side uses its own.")
     ] = None,
     repository: Annotated[Path, typer.Option(help="The git repository that is compared.")] = Path(),
     rounds: Annotated[int, typer.Option(min=1, help="Runs of each cell on each side before judging.")] = 2,
     device: DeviceName = "auto",
-    time_limit: Annotated[float | None, typer.Option(min=1, help="Seconds a run may take.")] = None,
+    time_limit: Annotated[float | None, typer.Option(min=1, help="Time limit of a run in seconds.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the records; by default runs/ab.")] = None,
     time_threshold: gate.TimeThreshold = 0.10,
     resident_bound: gate.ResidentBound = 0.05,
@@ -88,7 +88,7 @@ def ab(
     as_junit: gate.JunitFile = None,
     as_benchmark: gate.BenchmarkFile = None,
 ) -> None:
-    """Compare two revisions of a repository, their runs interleaved on this machine. Exit codes as in 'tpme check'."""
+    """Compare two revisions of a repository by interleaved runs on this machine. Exit codes as in 'tpme check'."""
     from rich.console import Console
     from rich.markup import escape
 
@@ -149,7 +149,7 @@ def compare(
         again = [pair for pair in both if pair.key in doubtful]
         if not again:
             break
-        measure(again, "once more, to be sure")
+        measure(again, "repeated to confirm")
         times |= {pair.key: number for pair in again}
         verdicts = judge(dict.fromkeys(times, rounds))
         doubtful = {cell.key for cell in verdicts if undecided(cell, policy)}
@@ -216,7 +216,7 @@ def _parse_job(content: dict[str, Any], side: str) -> Job:
         return Job.model_validate({name: value for name, value in content.items() if name in Job.model_fields})
     except ValidationError as error:
         message = first_problem(error).message
-        raise UserError(f"{side}: its cells are not those of this tpme ({message})") from None
+        raise UserError(f"{side}: this tpme cannot read its cells ({message})") from None
 
 
 def _jobs_of_side(side: str, tree: Tree, request: Request, folder: Path, repository: Path) -> Any:
@@ -278,7 +278,7 @@ def _run(pair: Pair, side: str, python: list[str], folder: Path) -> Recorded:
 
 
 def _new_folder(parent: Path) -> Path:
-    """The first of ``parent/1``, ``parent/2`` ... that does not exist yet; it is made."""
+    """The first of ``parent/1``, ``parent/2`` ... that does not exist yet, created."""
     number = 1
     while True:
         try:

@@ -23,7 +23,7 @@ _FIELDS = {"trainable_parameters": "trainable", "saved_bytes": "saved_bytes_math
 def baseline(
     out: Annotated[Path, typer.Option(help="The baseline file.")],
     runs: Annotated[list[Path] | None, typer.Argument(metavar="RUNS...", help="Run folders.")] = None,
-    count: Annotated[str | None, typer.Option(metavar="MATRIX", help="Count this matrix, run nothing.")] = None,
+    count: Annotated[str | None, typer.Option(metavar="MATRIX", help="Count this matrix without running it.")] = None,
     update: Annotated[bool, typer.Option("--update", help="Keep the cells that were not measured again.")] = False,
     replace: Annotated[bool, typer.Option("--replace", help="Replace the whole file.")] = False,
     settings: Settings = None,
@@ -34,7 +34,7 @@ def baseline(
     if bool(runs) == bool(count):
         raise UserError("give either run folders or --count MATRIX")
     if out.exists() and not (update or replace):
-        raise UserError(f"{out}: exists already; --update keeps what was not measured again, --replace nothing")
+        raise UserError(f"{out}: already exists; --update keeps cells not measured again, --replace keeps none")
     from rich.console import Console
 
     from tpme.reports.gate.baseline import from_records, updated, write_baseline
@@ -48,14 +48,14 @@ def baseline(
     write_baseline(new, out)
     console.print(
         f"{out}: {len(new.cells)} cell{'s' * (len(new.cells) != 1)}, {out.stat().st_size / 1e3:.1f} kB, "
-        f"measured on {', '.join(new.devices) or 'no device: exact counters alone'}",
+        f"measured on {', '.join(new.devices) or 'no device: exact counters only'}",
         markup=False,
         highlight=False,
         soft_wrap=True,
     )
     for name, device in new.devices.items():
         floor = "unknown" if device.noise.time is None else f"{device.noise.time:.1%}"
-        line = f"noise of time {floor} on {name} ({device.noise.source})"
+        line = f"time noise {floor} on {name} ({device.noise.source})"
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -68,7 +68,7 @@ def _replaced(out: Path, update: bool, console: Console) -> Baseline | None:
     except UserError as error:
         if update:
             raise
-        console.print(f"replacing what cannot be compared with: {error}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"replacing a file that is not usable: {error}", markup=False, highlight=False, soft_wrap=True)
         return None
 
 
@@ -81,7 +81,7 @@ def _show_changes(old: Baseline, new: Baseline, out: Path, console: Console) -> 
     before, after = (Side(str(out), {cell.key: cell for cell in side.cells}) for side in (old, new))
     policy = Policy()
     cells = judge(before, after, policy)
-    show(conclude(cells, policy, command="check", base=f"{out} as it was", head="now", duration_s=0.0), console)
+    show(conclude(cells, policy, command="check", base=f"{out} before", head="now", duration_s=0.0), console)
 
 
 def _counted(source: str, settings: Sequence[str], methods_path: Sequence[Path], store: Path | None) -> Baseline:

@@ -21,7 +21,7 @@ def check(
     allocated_bound: Annotated[float, typer.Option(min=0, help="Relative growth of allocated memory.")] = 0.01,
     resident_bound: gate.ResidentBound = 0.05,
     quality_threshold: Annotated[float, typer.Option(min=0, help="Relative loss of Recall or NDCG.")] = 0.05,
-    strict: Annotated[bool, typer.Option(help="Any changed counter, missing or new cell fails.")] = False,
+    strict: Annotated[bool, typer.Option(help="Fail on any changed counter and any missing or new cell.")] = False,
     require: gate.Require = None,
     everything: gate.Everything = False,
     github: gate.Github = False,
@@ -63,4 +63,4 @@ def _other_packages(base: Side, head: Side) -> tuple[str, ...]:
     both = sorted(base.packages.keys() & head.packages.keys())
     other = [name for name in both if base.packages[name] != head.packages[name]]
     changes = ", ".join(f"{name} {base.packages[name]} -> {head.packages[name]}" for name in other)
-    return (f"other versions than the base: {changes}",) if changes else ()
+    return (f"package versions differ from the base: {changes}",) if changes else ()

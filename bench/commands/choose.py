@@ -1,4 +1,4 @@
-"""``tpme choose``: the rows within an engineer's limits, best first, and why each of the others is not."""
+"""``tpme choose``: the rows within an engineer's limits, best first, and why the others fail."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import typer
 
 from tpme.bench.commands.options import AsJson, Records
 
-Share = Annotated[float | None, typer.Option(min=0, max=1, help="Least mean over the test users.")]
+Share = Annotated[float | None, typer.Option(min=0, max=1, help="Minimum mean over the test users.")]
 
 
 def choose(
     runs: Records,
-    max_memory: Annotated[str | None, typer.Option(help="Most memory M: 8GB, 8GiB, 500MB.")] = None,
+    max_memory: Annotated[str | None, typer.Option(help="Maximum memory M: 8GB, 8GiB, 500MB.")] = None,
     max_epoch_time: Annotated[str | None, typer.Option(help="Longest epoch T: 500ms, 60s, 2min.")] = None,
-    max_params: Annotated[str | None, typer.Option(help="Most trainable parameters P: 500K, 5M.")] = None,
+    max_params: Annotated[str | None, typer.Option(help="Maximum trainable parameters P: 500K, 5M.")] = None,
     min_ndcg10: Share = None,
     min_recall10: Share = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, or a part of the device's name: H200.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, or part of the device's name: H200.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the rows within your limits, best first, and why others are not. Exit code 0 if any row is, 1 if none."""
+    """List the rows within your limits, best first, and why the others fail. Exit code 0 if any row passes, else 1."""
     from rich.console import Console
 
     from tpme.reports import choose as logic

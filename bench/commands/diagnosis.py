@@ -25,6 +25,7 @@ from tpme.bench.measure.environment import (
 )
 from tpme.bench.measure.nvml import Nvml, NvmlError
 from tpme.bench.measure.phases import measuring
+from tpme.bench.quantities import memory_reading
 from tpme.bench.record import Flag, Frozen, Phase, Reading
 from tpme.bench.workers import available_cores
 
@@ -107,7 +108,7 @@ def diagnose(store: Path) -> Diagnosis:
         profile = known_profile(environment(device).device_key, store)
     except RuntimeError as error:  # a broken or full GPU
         message = str(error).splitlines()[0]
-        quantities, flags = (Availability(name="all", how="a moment of work", state="no", why=message),), ()
+        quantities, flags = (Availability(name="all", how="a short workload", state="no", why=message),), ()
     nvml.close()
     revision, dirty = git_state()
     return Diagnosis(
@@ -134,7 +135,7 @@ def diagnose(store: Path) -> Diagnosis:
 
 
 def try_instruments(device: str, nvml: Nvml) -> tuple[tuple[Availability, ...], tuple[Flag, ...]]:
-    """Measure a moment of work on ``device``; returns what each quantity would be measured by, and all warnings."""
+    """Measure a short workload on ``device``; returns what each quantity would be measured by, and all warnings."""
     with measuring(device, nvml=nvml) as log:
         log.baseline()
         with log.phase("train", "trial"):
@@ -161,15 +162,14 @@ def _quantities(device: str, phase: Phase, sampler: Reading) -> Iterator[Availab
     clock = "wall clock, with the GPU synchronised at both ends" if is_cuda(device) else "wall clock"
     yield Availability(name="T epoch time", how=f"{clock}; median over epochs", state="yes")
     yield Availability(name="P parameters", how="counted from the model: exact, equal everywhere", state="yes")
-    if is_cuda(device):
-        reading = memory.nvml_process_bytes if memory.nvml_process_bytes.valid else memory.nvml_device_bytes
-        yield _quantity("M memory", reading)
+    kind = "cuda" if is_cuda(device) else "cpu"
+    yield _quantity("M memory", memory_reading("memory_bytes", memory, kind))
+    if kind == "cuda":
         yield _quantity("M by process", memory.nvml_process_bytes)
         yield _quantity("M by device", memory.nvml_device_bytes)
         yield _quantity("M by torch", memory.torch_allocated_bytes)
         yield _quantity("M on the host", memory.host_rss_bytes)
     else:
-        yield _quantity("M memory", memory.host_rss_bytes)
         yield _quantity("M on a GPU", memory.nvml_process_bytes)
     yield _quantity("E energy", phase.energy_j)
     yield Availability(name="Quality", how="ranks of the test targets in the full catalogue: exact", state="yes")

@@ -22,7 +22,7 @@ _MARKS = {"yes": Text("yes", "green"), "doubtful": Text("doubtful", "yellow"), "
 def doctor(
     as_json: AsJson = False,
     noise: Annotated[
-        bool, typer.Option("--noise", help="First measure how much equal runs differ here (two minutes).")
+        bool, typer.Option("--noise", help="First measure how much identical runs differ here (two minutes).")
     ] = False,
     store: Store = None,
 ) -> None:
@@ -66,7 +66,7 @@ def render(diagnosis: Diagnosis, console: Console) -> None:
 
 def _noise(noise: DeviceNoise | None) -> Text:
     if noise is None:
-        return Text("Noise floor of this device: not measured yet; tpme doctor --noise", "dim")
+        return Text("Noise floor of this device: not measured yet; run 'tpme doctor --noise'", "dim")
     return Text(
         f"Noise floor of this device: time ±{noise.noise_time_ratio:.1%}, memory ±{noise.noise_memory_ratio:.1%} "
         f"({noise.source}); the harness adds {noise.overhead_ratio:.2%} to an epoch"

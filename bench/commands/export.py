@@ -15,9 +15,9 @@ def export(
     runs: Records,
     out: Annotated[Path | None, typer.Option(help="FILE.csv, FILE.parquet or FILE.sqlite.")] = None,
     mlflow: Annotated[str | None, typer.Option(metavar="URI", help="Push the records to this MLflow server.")] = None,
-    experiment: Annotated[str, typer.Option(help="Experiment of MLflow.")] = "tpme",
+    experiment: Annotated[str, typer.Option(help="MLflow experiment.")] = "tpme",
 ) -> None:
-    """Write all records to one tidy table, a row each, earlier attempts included, or push them to MLflow."""
+    """Write all records, earlier attempts included, to one table with a row per record, or push them to MLflow."""
     if out is None and mlflow is None:
         raise UserError("nothing to do: give --out FILE.csv (or .parquet, .sqlite), --mlflow URI, or both")
     from tpme.reports.data.export import push, records_frame, write_table
@@ -30,4 +30,4 @@ def export(
         print(f"Written to {out}: {len(frame)} records, {frame.shape[1]} columns")  # noqa: T201
     if mlflow is not None:
         new, known = push(records, mlflow, experiment)
-        print(f"Pushed to {mlflow}, experiment {experiment}: {new} new runs, {known} were there already")  # noqa: T201
+        print(f"Pushed to {mlflow}, experiment {experiment}: {new} new runs, {known} existed already")  # noqa: T201

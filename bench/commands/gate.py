@@ -29,7 +29,7 @@ BenchmarkFile = Annotated[
     Path | None, typer.Option("--benchmark-json", help="Write customSmallerIsBetter entries (github-action-benchmark).")
 ]
 Github = Annotated[bool, typer.Option(envvar="GITHUB_ACTIONS", help="Print GitHub annotations.")]
-Everything = Annotated[bool, typer.Option("--all", help="Show also what did not change.")]
+Everything = Annotated[bool, typer.Option("--all", help="Also show what did not change.")]
 
 
 class GateCommand(TyperCommand):

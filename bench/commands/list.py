@@ -15,7 +15,7 @@ app = typer.Typer(no_args_is_help=True, help="List methods, presets or encoders.
 
 @app.command()
 def methods(as_json: AsJson = False, methods_path: MethodsPath = None) -> None:
-    """The fine-tuning methods and their options."""
+    """List the fine-tuning methods and their options."""
     from tpme.methods.registry import available, method_class
 
     rows = []
@@ -36,7 +36,7 @@ def methods(as_json: AsJson = False, methods_path: MethodsPath = None) -> None:
 
 @app.command()
 def presets(as_json: AsJson = False) -> None:
-    """The matrices that ship with the package."""
+    """List the matrices that ship with the package."""
     from tpme.bench.run.matrix import load_matrix
     from tpme.bench.run.matrix import presets as paths
 
@@ -50,7 +50,7 @@ def presets(as_json: AsJson = False) -> None:
 
 @app.command()
 def encoders(as_json: AsJson = False) -> None:
-    """The built-in encoders; any other is given by hub id or folder."""
+    """List the built-in encoders; name any other by hub ID or folder."""
     from tpme.bench.task.builtin import BUILTIN, builtin_folder
 
     rows = []

@@ -1,7 +1,7 @@
-"""``tpme doctor --noise``: how far runs of the same code lie apart on this device, and what the harness costs.
+"""``tpme doctor --noise``: how much runs of the same code differ on this device, and what the harness costs.
 
-A/A: one small cell, run again and again as ``tpme run`` does it, each time in a process of its own. What then differs
-is the machine, so no difference of that size between two rows or two revisions says anything about them.
+A/A: one small cell, run repeatedly as ``tpme run`` does, each time in a new process. What then differs is
+the machine, so no difference of that size between two rows or two revisions says anything about them.
 """
 
 from __future__ import annotations

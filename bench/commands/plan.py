@@ -32,14 +32,14 @@ def plan(
         str | None, typer.Option(help="h200, h100, a100-80gb, rtx4090, cpu-generic, here, or a TOML file.")
     ] = None,
     settings: Settings = None,
-    users: Annotated[int | None, typer.Option(min=1, help="Plan for a data set of so many users.")] = None,
-    items: Annotated[int | None, typer.Option(min=1, help="Plan for a data set of so many items.")] = None,
+    users: Annotated[int | None, typer.Option(min=1, help="Plan for a data set with this many users.")] = None,
+    items: Annotated[int | None, typer.Option(min=1, help="Plan for a data set with this many items.")] = None,
     runs: Annotated[Path | None, typer.Option(help="Records to compare with; by default runs/NAME.")] = None,
     methods_path: MethodsPath = None,
     store: Store = None,
     as_json: AsJson = False,
 ) -> None:
-    """What a matrix would cost, without running it: memory, FLOPs and, for a device, time."""
+    """Estimate what a matrix costs without running it: memory, FLOPs and, for a device, time."""
     from tpme.bench.counting.devices import load_profile
     from tpme.bench.run.launch import store_folder
     from tpme.bench.run.matrix import load_matrix
@@ -174,7 +174,7 @@ def _notes(plan: MatrixPlan) -> list[str]:
         *plan.assumptions,
         *dict.fromkeys(f"Step of {work.batch.partition(';')[0]}." for cell in plan.cells if (work := cell.work)),
         "Exact: parameters and FLOPs of matrix products (1 multiply-add = 2). Saved: for the backward pass, with fused "
-        "attention. Peak: the most memory alive in a simulated step, optimiser and cache included.",
+        "attention. Peak: memory peak of a simulated step, optimiser and cache included.",
     ]
     if (device := plan.device) is not None:
         notes.append(
@@ -183,7 +183,7 @@ def _notes(plan: MatrixPlan) -> list[str]:
         )
     lacking = sorted({name for cell in plan.cells if cell.work for name in cell.work.uncounted})
     if lacking:
-        notes.append(f"Without a FLOP formula, so missing: {', '.join(lacking)}.")
+        notes.append(f"Not counted, for want of a FLOP formula: {', '.join(lacking)}.")
     caches = [f"{cell.label} {_bytes(size)}" for cell in plan.cells if cell.work and (size := cell.work.cache_bytes)]
     if caches:
         notes.append(f"Feature cache, built once: {', '.join(caches)}.")
@@ -201,7 +201,7 @@ def _table(*first: str) -> Table:
 
 
 def _scale(values: Iterable[float], unit: str) -> tuple[float, str]:
-    """The power of 1000 that fits the largest of ``values``, and what it makes of ``unit``."""
+    """The power of 1000 that fits the largest of ``values``, and ``unit`` with its prefix."""
     most = max(values, default=0)
     power = next((power for power in range(6, 0, -1) if most >= 1000**power), 0)
     return 1000.0**power, f"{' kMGTPE'[power].strip()}{unit}"

@@ -23,12 +23,12 @@ app = typer.Typer(no_args_is_help=True, help="Turn a data set into the prepared 
 
 Destination = Annotated[Path, typer.Argument(metavar="DEST", help="Folder to write the prepared data set to.")]
 Images = Annotated[Path | None, typer.Option(help="Folder or zip archive of images named by item.")]
-Modalities = Annotated[str | None, typer.Option(help="text, image or text,image; by default what there is.")]
-ImageSize = Annotated[int, typer.Option(min=1, help="Side of the stored images in pixels.")]
+Modalities = Annotated[str | None, typer.Option(help="text, image or text,image; by default all that the source has.")]
+ImageSize = Annotated[int, typer.Option(min=1, help="Side length of the stored images in pixels.")]
 MaxSeqLen = Annotated[int, typer.Option(min=1, help="Longest input of the sequential encoder.")]
-Workers = Annotated[int | None, typer.Option(min=1, help="Processes that decode images; by default one a core.")]
-SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave bad input out and count it, instead of stopping.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace another prepared data set at DEST.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes that decode images; by default one per core.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Skip and count bad input instead of stopping.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace a different prepared data set at DEST.")]
 
 
 @app.command("iisan")
@@ -43,7 +43,7 @@ def prepare_iisan(
     skip_bad: SkipBad = False,
     force: Force = False,
 ) -> None:
-    """The format of IISAN's Amazon data: items.tsv, users.tsv and images."""
+    """Prepare data in IISAN's release format: items.tsv, users.tsv and images."""
     from tpme.bench.task.sources.iisan import read_iisan
 
     chosen = parse_modalities(modalities)
@@ -58,17 +58,17 @@ def prepare_tables(
     items: Annotated[Path, typer.Option(help="CSV with the columns item and title.")],
     images: Images = None,
     modalities: Modalities = None,
-    user_column: Annotated[str, typer.Option(help="Name of that column in the header.")] = "user",
-    item_column: Annotated[str, typer.Option(help="Name of that column in both headers.")] = "item",
+    user_column: Annotated[str, typer.Option(help="Name of the user column.")] = "user",
+    item_column: Annotated[str, typer.Option(help="Name of the item column in both files.")] = "item",
     time_column: Annotated[str, typer.Option(help="Name of the column that orders interactions.")] = "timestamp",
-    title_column: Annotated[str, typer.Option(help="Name of that column in the header.")] = "title",
+    title_column: Annotated[str, typer.Option(help="Name of the title column.")] = "title",
     image_size: ImageSize = 224,
     max_seq_len: MaxSeqLen = 10,
     workers: Workers = None,
     skip_bad: SkipBad = False,
     force: Force = False,
 ) -> None:
-    """Two CSV files and images named by item; MicroLens as published, too."""
+    """Prepare two CSV files and images named by item, such as MicroLens as published."""
     from tpme.bench.task.sources.tables import Columns, read_tables
 
     chosen = parse_modalities(modalities)
@@ -84,14 +84,14 @@ def prepare_synthetic(
     destination: Destination,
     users: Annotated[int, typer.Option(min=1, help="Number of users.")] = 1000,
     items: Annotated[int, typer.Option(min=40, help="Number of items.")] = 1000,
-    seed: Annotated[int, typer.Option(help="Equal settings and seed give equal data.")] = 12345,
+    seed: Annotated[int, typer.Option(help="Random seed; equal settings and seed give equal data.")] = 12345,
     modalities: Modalities = None,
     image_size: ImageSize = 32,
     max_seq_len: MaxSeqLen = 10,
     workers: Workers = None,
     force: Force = False,
 ) -> None:
-    """The built-in catalogue: synthetic items and users whose interactions can be learned."""
+    """Prepare the built-in catalogue: synthetic items and users whose interactions can be learned."""
     from tpme.bench.task.sources.synthetic import Synthetic, generate
 
     config = Synthetic(users=users, items=items, seed=seed)

@@ -12,18 +12,18 @@ from tpme.bench.commands.options import Records, split_names
 
 def report(
     runs: Records,
-    out: Annotated[Path | None, typer.Option(help="Folder; by default RUN/report, of several runs ./report.")] = None,
-    weights: Annotated[str, typer.Option(help="Of T, P and M in TPME; they add up to 1.")] = "0.45,0.10,0.45",
+    out: Annotated[Path | None, typer.Option(help="By default RUN/report, or ./report for several runs.")] = None,
+    weights: Annotated[str, typer.Option(help="Weights of T, P and M in TPME; they add up to 1.")] = "0.45,0.10,0.45",
     frame: Annotated[
-        Path | None, typer.Option(help="Measure TPME against the frame in this file, which is made if missing.")
+        Path | None, typer.Option(help="Compute TPME in the frame of this file, created if missing.")
     ] = None,
     rows: Annotated[str | None, typer.Option(help="Rows that get a TPME: fft,lora,...")] = None,
-    mix: Annotated[bool, typer.Option("--mix", help="One TPME over different devices, protocols or data.")] = False,
+    mix: Annotated[bool, typer.Option("--mix", help="One TPME across different devices, protocols or data.")] = False,
     title: Annotated[str | None, typer.Option(help="Title of report.md.")] = None,
     formats: Annotated[
         str | None, typer.Option(help="What to write beside report.md: html,csv,json,tex,png,svg,pdf or all.")
     ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes that draw; by default one a core.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes that draw; by default one per core.")] = None,
     show: Annotated[str, typer.Option(help="Tables to print: results,steps,plan,phases,... or all.")] = "results",
 ) -> None:
     """Turn records into tables, figures and report.md."""

@@ -11,7 +11,7 @@ from tpme.bench.commands.options import DeviceName, Matrix, MethodsPath, Setting
 from tpme.bench.errors import UserError
 
 UNFINISHED = frozenset({"error", "killed", "timeout"})
-"""Ends that make the exit code 1: the cell tells nothing about its method."""
+"""Statuses that make the exit code 1, because they say nothing about the method."""
 
 
 def run(
@@ -21,7 +21,7 @@ def run(
     settings: Settings = None,
     methods_path: MethodsPath = None,
     store: Store = None,
-    time_limit: Annotated[float | None, typer.Option(help="Seconds a cell may take.")] = None,
+    time_limit: Annotated[float | None, typer.Option(help="Time limit of a cell in seconds.")] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Short for --set training.compile=true.")] = False,
     cuda_graphs: Annotated[
         bool, typer.Option("--cuda-graphs", help="Short for --set training.cuda_graphs=true.")

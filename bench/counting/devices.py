@@ -115,7 +115,7 @@ def load_profile(name: str, store: Path) -> DeviceProfile:
         profile = DeviceProfile.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise UserError(
-            f"device profile '{name}': no such file; by name there are {', '.join(PROFILES)}, here"
+            f"device profile '{name}': no such file or profile; profiles: {', '.join(PROFILES)}, here"
         ) from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{path}: not a readable TOML file: {error}") from None

@@ -59,8 +59,8 @@ class GpuWindow:
 
     def start(self) -> None:
         """Start a window."""
-        self._used_at_start = _ask(self._used_bytes)
-        self._energy_at_start = _ask(self._gpu.energy_j)
+        self._used_at_start = _query(self._used_bytes)
+        self._energy_at_start = _query(self._gpu.energy_j)
 
     def end(self, wall_s: float, rows: Mapping[str, Column], torch_reserved_bytes: int | None) -> GpuReadings:
         """End the window.
@@ -71,7 +71,7 @@ class GpuWindow:
             torch_reserved_bytes: Torch's reserved peak in it, a lower bound on the truth; None where unknown.
         """
         energy = self._energy(wall_s)
-        listed = _ask(self._gpu.processes)
+        listed = _query(self._gpu.processes)
         own = [os.getpid(), *descendants(os.getpid())]
         facts = self._facts(rows, listed, own)
         floor = torch_reserved_bytes or 0
@@ -87,7 +87,7 @@ class GpuWindow:
         return float(self._gpu.memory().used)
 
     def _device(self, rows: Mapping[str, Column], others: int, floor: int, sampled: str) -> Reading:
-        at_end = _ask(self._used_bytes)
+        at_end = _query(self._used_bytes)
         direct = [used for used in (self._used_at_start, at_end) if isinstance(used, float)]
         seen = [*direct, *_present(rows, "device_bytes")]
         source = f"NVML device delta over the idle baseline, read at the window's ends {sampled}"
@@ -110,7 +110,7 @@ class GpuWindow:
 
     def _energy(self, wall_s: float) -> Reading:
         source = "NVML energy counter"
-        before, after = self._energy_at_start, _ask(self._gpu.energy_j)
+        before, after = self._energy_at_start, _query(self._gpu.energy_j)
         for joules in (before, after):
             if isinstance(joules, NvmlError):
                 return Reading.missing(source, joules.reason)
@@ -198,7 +198,7 @@ def _present(rows: Mapping[str, Column], name: str) -> Column:
     return column[~np.isnan(column)]
 
 
-def _ask(query: Callable[[], T]) -> T | NvmlError:
+def _query(query: Callable[[], T]) -> T | NvmlError:
     try:
         return query()
     except NvmlError as error:

@@ -34,7 +34,7 @@ THROTTLES: Mapping[str, str] = {
 
 
 class NvmlError(Exception):
-    """A failed NVML query. ``code``: NVML's error name without ``NVML_ERROR_``, or one of ours; ``reason``: a text."""
+    """A failed NVML query. ``code``: NVML's error name without ``NVML_ERROR_``, or a local code; ``reason``: a text."""
 
     def __init__(self, code: str, reason: str) -> None:
         super().__init__(reason)
@@ -62,26 +62,26 @@ class Device:
 
     def __init__(self, api: Any, handle: Any, index: int | None, parent: str | None = None) -> None:
         self._api, self._handle = api, handle
-        self.uuid = _text(self._ask("GetUUID"))
-        self.name = _text(self._ask("GetName"))
+        self.uuid = _text(self._query("GetUUID"))
+        self.name = _text(self._query("GetName"))
         self.identity = DeviceIdentity(uuid=self.uuid, name=self.name, index=index, parent=parent)
         self.is_mig = parent is not None
         self._memory_version = 2
 
-    def _ask(self, query: str, *args: Any, **kwargs: Any) -> Any:
+    def _query(self, query: str, *args: Any, **kwargs: Any) -> Any:
         return call(self._api, f"nvmlDevice{query}", self._handle, *args, **kwargs)
 
     def memory(self) -> MemoryUse:
         """Device memory, used by all processes together."""
         if self._memory_version == 2:
             try:
-                info = self._ask("GetMemoryInfo", version=self._api.nvmlMemory_v2)
+                info = self._query("GetMemoryInfo", version=self._api.nvmlMemory_v2)
                 return MemoryUse(used=int(info.used), total=int(info.total), version=2)
             except NvmlError as error:
                 if error.code not in ("FUNCTION_NOT_FOUND", "ARGUMENT_VERSION_MISMATCH", "NOT_SUPPORTED"):
                     raise
                 self._memory_version = 1
-        info = self._ask("GetMemoryInfo")
+        info = self._query("GetMemoryInfo")
         return MemoryUse(used=int(info.used), total=int(info.total), version=1)
 
     def processes(self) -> dict[int, int | None]:
@@ -89,7 +89,7 @@ class Device:
         bytes_of: dict[int, int | None] = {}
         for kind in ("Compute", "Graphics"):
             try:
-                listed = self._ask(f"Get{kind}RunningProcesses")
+                listed = self._query(f"Get{kind}RunningProcesses")
             except NvmlError as error:
                 if kind == "Compute" or error.code == "GPU_IS_LOST":
                     raise
@@ -101,24 +101,24 @@ class Device:
 
     def utilisation_percent(self) -> float:
         """Share of the last sample period in which any kernel ran, however few multiprocessors it used."""
-        return float(self._ask("GetUtilizationRates").gpu)
+        return float(self._query("GetUtilizationRates").gpu)
 
     def temperature_c(self) -> float:
         """Core temperature."""
-        return float(self._ask("GetTemperature", self._api.NVML_TEMPERATURE_GPU))
+        return float(self._query("GetTemperature", self._api.NVML_TEMPERATURE_GPU))
 
     def sm_clock_mhz(self) -> float:
         """Current clock of the multiprocessors."""
-        return float(self._ask("GetClockInfo", self._api.NVML_CLOCK_SM))
+        return float(self._query("GetClockInfo", self._api.NVML_CLOCK_SM))
 
     def clock_limits(self) -> int:
         """Bit mask of the current throttle reasons; ``throttles`` names them."""
         try:
-            return int(self._ask("GetCurrentClocksEventReasons"))
+            return int(self._query("GetCurrentClocksEventReasons"))
         except NvmlError as error:
             if error.code != "FUNCTION_NOT_FOUND":
                 raise
-            return int(self._ask("GetCurrentClocksThrottleReasons"))  # the same query in drivers before 535
+            return int(self._query("GetCurrentClocksThrottleReasons"))  # the same query in drivers before 535
 
     def throttles(self, mask: int) -> list[str]:
         """Names of the disturbing reasons in a mask of ``clock_limits``."""
@@ -130,7 +130,7 @@ class Device:
         """Joules since the driver was loaded, from the hardware counter (updated about ten times a second)."""
         if self.is_mig:
             raise NvmlError("MIG", "the energy counter covers the whole GPU, not one MIG instance")
-        return float(self._ask("GetTotalEnergyConsumption")) / 1000.0
+        return float(self._query("GetTotalEnergyConsumption")) / 1000.0
 
 
 @dataclass(frozen=True)

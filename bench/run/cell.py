@@ -66,7 +66,7 @@ class CellRun:
         try:
             with self.phases.phase("load", "libraries"):
                 load_libraries(self.device)
-                gc.freeze()  # a million objects of libraries: later collections, also those within a step, skip them
+                gc.freeze()  # a million library objects: later collections, also those within a step, skip them
             self.phases.baseline()
             self._train_and_export()
         except (Exception, TimeLimitReached) as error:
@@ -169,7 +169,7 @@ class CellRun:
         last = self.phases.phases[-1] if self.phases.phases else None
         warmup = warmup_epochs(outcome)
         if facts.setup and outcome.epochs and not warmup:
-            message = f"{facts.setup} is part of the epoch time: below three epochs none is a warm-up"
+            message = f"{facts.setup} is part of the epoch time: with fewer than three epochs there is no warm-up epoch"
             facts.flag("setup-in-time", message)
         arrays = {"samples": samples(outcome, self.phases.samples, self.device)}
         if facts.trainer is not None and outcome.test_ranks is not None and status == "ok":

@@ -47,7 +47,7 @@ def exact_counters(job: Job, dataset: Dataset) -> dict[str, Reading]:
     memory_bytes = torch.cuda.mem_get_info()[1] if device == "cuda" else None
     peak = Reading(
         value=planned_peak(counts, step, memory_bytes, workspace_bytes(device)),
-        source="most memory alive in a step simulated as on a GPU, optimiser and cache included",
+        source="memory peak of a step simulated as on a GPU, optimiser and cache included",
     )
     return counts.readings() | {"planned_peak_bytes": peak}
 

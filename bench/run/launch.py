@@ -54,7 +54,7 @@ from tpme.bench.run.version import code_version
 FINISHED: frozenset[Status] = frozenset({"ok", "oom", "diverged", "timeout", "skipped"})
 """Statuses that another attempt would repeat; ``timeout`` only if the limit is not raised."""
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
-"""What a file system without locks answers."""
+"""Error codes of a file system without locks."""
 
 
 def choose_device(name: str) -> str:
@@ -205,7 +205,7 @@ def locked_run(run: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise UserError(f"{run}: another 'tpme run' works there; wait for it, or choose another folder") from None
+        raise UserError(f"{run}: another 'tpme run' is using it; wait for it, or choose another folder") from None
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
@@ -248,7 +248,7 @@ def run_job(
     content: bytes | None = None,
     show: Callable[[str, float], None] = lambda *_: None,
 ) -> CellResult:
-    """Run one attempt in its own process; returns the record that the cell wrote or, if it wrote none, one made here.
+    """Run one attempt in its own process; returns the record of the cell or, if it left none, one written here.
 
     Args:
         job: what to run. python: the interpreter; ``-P``: no file of the working directory hides a package.
@@ -295,10 +295,10 @@ def _failed_result(job: Job, ending: Ending, wall_s: float, began: datetime) -> 
     if ending.timed_out:
         message = time_limit_message(job.time_limit_s)
     elif ending.code < 0:
-        hint = "; the kernel does that when host memory runs out" if -ending.code == signal.SIGKILL else ""
+        hint = "; the kernel does this when host memory runs out" if -ending.code == signal.SIGKILL else ""
         message = f"its process was ended by {_signal_name(-ending.code)}{hint} (log: {log.name})"
     elif job.file(".json").exists():
-        message = f"it wrote a record that cannot be read: was the code changed meanwhile? (log: {log.name})"
+        message = f"its record cannot be read; did the code change during the run? (log: {log.name})"
     else:
         message = f"its process ended with code {ending.code}: {_last_line(log)} (log: {log.name})"
     return CellResult(

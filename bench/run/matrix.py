@@ -93,7 +93,7 @@ class MatrixFile(Frozen):
     training: Training = Training()
     axes: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = {}
     """Further axes over training settings, such as ``precision = ["fp32", "bf16"]``; ``lr`` lists the learning-rate
-    trials of every method that has none of its own."""
+    trials of every method that lists none."""
     lr: LearningRates = LearningRates()
     methods: tuple[MethodEntry, ...] = Field(min_length=1)
     time_limit_s: PositiveInt = 6 * 3600
@@ -105,7 +105,7 @@ class MatrixFile(Frozen):
     def _names_differ(self) -> MatrixFile:
         names = [entry.name for entry in self.datasets]
         if len(set(names)) < len(names):
-            raise ValueError(f"two data sets have one name ({', '.join(names)})")
+            raise ValueError(f"two data sets share a name ({', '.join(names)})")
         return self
 
 
@@ -137,14 +137,14 @@ def load_matrix(source: str, settings: Sequence[str] = ()) -> MatrixFile:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{path}: not a readable TOML file: {error}") from None
     for setting in settings:
-        _lay_over(raw, setting)
+        _apply_setting(raw, setting)
     try:
         return MatrixFile.model_validate(raw)
     except ValidationError as error:
         raise UserError(f"{path}: {_first(error)}") from None
 
 
-def _lay_over(raw: dict[str, Any], setting: str) -> None:
+def _apply_setting(raw: dict[str, Any], setting: str) -> None:
     key, equals, text = setting.partition("=")
     if not equals:
         raise UserError(f"--set {setting}: write it as key=value, for example training.epochs=2")
@@ -155,7 +155,7 @@ def _lay_over(raw: dict[str, Any], setting: str) -> None:
     try:
         _assign(raw, key.strip().split("."), value)
     except (IndexError, TypeError, ValueError):
-        raise UserError(f"--set {setting}: the matrix has no such place") from None
+        raise UserError(f"--set {setting}: no such setting in the matrix") from None
 
 
 def _assign(place: Any, keys: list[str], value: Any) -> None:
@@ -228,7 +228,7 @@ def expand(
     seen: set[str] = set()
     for cell in cells:
         if (identity := cell_id(cell, "")) in seen:
-            raise UserError(f"matrix '{matrix.name}': method '{cell.label}' is in it twice with the same settings")
+            raise UserError(f"matrix '{matrix.name}': method '{cell.label}' appears twice with the same settings")
         seen.add(identity)
     return cells
 
@@ -253,7 +253,7 @@ def _modalities(
         if modality not in data.modalities:
             raise UserError(f"data set '{entry.name}' has no {modality}; set modalities = {list(data.modalities)}")
         if getattr(pair, modality) is None:
-            raise UserError(f"the matrix uses {modality} but gives no {modality} encoder; add encoders.{modality}")
+            raise UserError(f"the matrix uses {modality} but names no {modality} encoder; add encoders.{modality}")
     return tuple(modality for modality in data.modalities if modality in used)
 
 
@@ -288,16 +288,16 @@ def _learning_rates(matrix: MatrixFile) -> dict[int, list[LearningRates]]:
         common = _TRIALS.validate_python(matrix.axes.get("lr", ({},)))
     except ValidationError as error:
         raise UserError(f"matrix '{matrix.name}', axes.lr: {_first(error)}") from None
-    trials = {id(method): [_laid_over(matrix.lr, lr) for lr in method.lr or common] for method in matrix.methods}
+    trials = {id(method): [_merged_rates(matrix.lr, lr) for lr in method.lr or common] for method in matrix.methods}
     if len({len(rates) for rates in trials.values()}) > 1:
         numbers = ", ".join(f"{method.name} {len(trials[id(method)])}" for method in matrix.methods)
         raise UserError(
-            f"matrix '{matrix.name}': every method must get the same number of lr trials, there are {numbers}"
+            f"matrix '{matrix.name}': every method must get the same number of lr trials, but there are {numbers}"
         )
     return trials
 
 
-def _laid_over(base: LearningRates, lr: LearningRates | float) -> LearningRates:
+def _merged_rates(base: LearningRates, lr: LearningRates | float) -> LearningRates:
     rates = (
         dict.fromkeys(("text", "image", "method"), lr) if isinstance(lr, float) else lr.model_dump(exclude_unset=True)
     )
@@ -308,13 +308,13 @@ def _check(method: MethodEntry, modalities: tuple[Modality, ...], methods_path: 
     """The method, built once to see that it can do what the matrix asks; raises UserError where it cannot."""
     from tpme.methods.registry import create
 
-    checked = create(method.name, method.options, methods_path)
-    if any(_cached(method)) and not checked.decoupled:
+    instance = create(method.name, method.options, methods_path)
+    if any(_cached(method)) and not instance.decoupled:
         raise UserError(
             f"method '{method.name}' cannot be cached: it changes the encoders, so their hidden states do not stay "
             "the same; remove cached = true"
         )
-    lacking = [modality for modality in checked.needs if modality not in modalities]
+    lacking = [modality for modality in instance.needs if modality not in modalities]
     if lacking:
-        raise UserError(f"method '{method.name}' needs {' and '.join(checked.needs)}; this matrix has no {lacking[0]}")
-    return checked
+        raise UserError(f"method '{method.name}' needs {' and '.join(instance.needs)}; this matrix has no {lacking[0]}")
+    return instance

@@ -117,7 +117,7 @@ def plan_matrix(
             Amazon Scientific. runs: run folder whose records are set beside the plan. console: for progress.
 
     Raises:
-        UserError: the matrix is wrong, or an encoder's configuration cannot be had.
+        UserError: the matrix is wrong, or an encoder's configuration is not available.
     """
     datasets, shapes = {}, {}
     for entry in matrix.datasets:

@@ -72,7 +72,7 @@ def _tree(top: Path, revision: str | None, folder: Path) -> Tree:
         _copy_work_tree(top, folder)
         name = WORK_TREE
     else:
-        wrong = f"{revision}: no such revision in {top}; a shallow clone has few (git fetch --unshallow)"
+        wrong = f"{revision}: no such revision in {top}; in a shallow clone, run 'git fetch --unshallow' first"
         commit = _git(top, "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}", wrong=wrong)
         _git(top, "worktree", "add", "--detach", str(folder), commit, wrong=f"{revision}: cannot be checked out")
         name = f"{revision} ({commit[:10]})" if revision != commit[: len(revision)] else commit[:10]

@@ -220,11 +220,11 @@ def read_manifest(folder: Path) -> Manifest:
     """Read ``dataset.json`` of a prepared data set. Raises UserError if it is missing or of another version."""
     path = folder / "dataset.json"
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such data set; make it with 'tpme prepare'")
+        raise UserError(f"{folder}: no such data set; run 'tpme prepare'")
     try:
         raw = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise UserError(f"{folder}: not a prepared data set (no dataset.json); make one with 'tpme prepare'") from None
+        raise UserError(f"{folder}: not a prepared data set (no dataset.json); run 'tpme prepare'") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable ({error}); prepare the data set again") from None
     version = raw.get("format_version") if isinstance(raw, dict) else None

@@ -47,7 +47,7 @@ def encoder_source(source: str) -> str:
     folder = Path(source).expanduser()
     looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1 or folder.is_dir()
     if looks_like_path and not (folder / "config.json").is_file():
-        raise UserError(f"encoder '{source}': no config.json there; pass a folder saved by transformers or a hub id")
+        raise UserError(f"encoder '{source}': it has no config.json; pass a folder saved by transformers or a hub id")
     return str(folder) if looks_like_path else source
 
 
@@ -74,7 +74,7 @@ def load_encoder(
         module.pooler = None
     kind = _KINDS.get(module.main_input_name, module.main_input_name)
     if kind != modality:
-        raise UserError(f"encoder '{spec.source}': it is of kind {kind}, but used as the {modality} encoder")
+        raise UserError(f"encoder '{spec.source}': its input is {kind}, so it cannot be the {modality} encoder")
     mean, std = _normalisation(spec, folder, commit) if modality == "image" else (_HALF, _HALF)
     module.float().eval()
     try:

@@ -2,7 +2,7 @@
 
 Rank = 1 + the number of *other* candidates that score at least as high as the target: a tie counts against the model,
 so a constant scorer ranks every target last. Candidates are all items except the user's earlier ones. A target that is
-among those can never be found: it is reported as ``in_history``. A score that is not finite is an error, never a hit.
+among those can never be a hit: it is reported as ``in_history``. A score that is not finite is an error, never a hit.
 
 The order of float32 sums, and so their last bits, belongs to the BLAS kernel of the machine. Ranks do not depend on it:
 where the scores of an item and of the target lie within the rounding bound of a float32 product, the sign of
@@ -126,7 +126,7 @@ def _equal_items(candidates: Tensor) -> Tensor | None:
 
 
 class _NearPairs:
-    """Pairs of a user and an item whose float32 scores do not tell which is higher; float64 does.
+    """Pairs of a user and an item whose float32 scores do not decide which is higher; float64 does.
 
     Args:
         users: (U, d). candidates: (N, d). target: (U,) index of each user's target among the candidates.

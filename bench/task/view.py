@@ -249,12 +249,12 @@ class EncoderView:
         outside = [part for part in self.module.modules() if part not in inside]
         for parts in (*layers, outside):
             own = [part for part in parts if hasattr(part, _OWN)]
-            trains = training and any(_trains_a_matrix(part) for part in own)
+            trains = training and any(_has_trainable_matrix(part) for part in own)
             for part in own:
                 part.training = trains
 
 
-def _trains_a_matrix(part: nn.Module) -> bool:
+def _has_trainable_matrix(part: nn.Module) -> bool:
     own = (getattr(part, name, None) for name in getattr(part, _OWN))
     return any(isinstance(value, nn.Parameter) and value.requires_grad and value.ndim > 1 for value in own)
 

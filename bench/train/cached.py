@@ -42,7 +42,7 @@ def cached_states(job: FeatureJob, fingerprint: str, phases: PhaseLog, progress:
             _build(job, progress)
         manifest = read_manifest(folder)
     if manifest is None:
-        raise UserError(f"{folder}: the feature cache was built but is not there; run the cell again")
+        raise UserError(f"{folder}: the feature cache was built but is missing; run the cell again")
     with phases.phase("load", "cache"):
         progress("load the feature cache", 0.0)
         states, placement = load(folder, torch.device(job.device))

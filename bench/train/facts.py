@@ -42,7 +42,7 @@ Arrays = dict[str, NDArray[Any]]
 
 @dataclass
 class CellFacts:
-    """What is known of the cell so far; its record is made of it whenever the cell ends."""
+    """What is known of the cell so far; its record is built from it whenever the cell ends."""
 
     dataset: DatasetFacts | None = None
     encoders: dict[Modality, EncoderFacts] = field(default_factory=dict)
@@ -64,7 +64,7 @@ class CellFacts:
         """Flag encoders with random weights, and checkpointing without effect."""
         random = [modality for modality, spec in specs.items() if spec.weights == "random"]
         if random:
-            self.flag("random-weights", f"{' and '.join(random)} encoder with random weights: quality means nothing")
+            self.flag("random-weights", f"{' and '.join(random)} encoder with random weights: quality is meaningless")
         if cell.training.activation_checkpointing and (model.decoupled or not model.views):
             self.flag("no-checkpointing", "nothing to checkpoint: no gradient flows through an encoder")
 

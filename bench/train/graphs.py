@@ -33,7 +33,7 @@ _INSIDE = ("stages", "begin_stage", "before_step", "passes", "begin_pass", "loss
 def unsupported_reason(method: Method, model: Recommender) -> str | None:
     """Why the steps of a cell cannot be recorded; ``None`` where they can."""
     if model.views:
-        return "encoders run in every step: it is not bound by starting kernels"
+        return "encoders run in every step, so kernel launches do not limit it"
     if not model.parameter_groups():
         return "nothing trains"
     hooks = [name for name in _INSIDE if getattr(type(method), name) is not getattr(Method, name)]
@@ -57,7 +57,7 @@ class PaddedLoss(nn.Module):
     """The task's loss of a batch that is kept in tensors of fixed size.
 
     Args:
-        model: without encoders. like: a batch of B users and S slots; room is made for B S items, candidates and rows.
+        model: without encoders. like: a batch of B users and S slots; sizes allow B S items, candidates and rows.
     """
 
     def __init__(self, model: Recommender, like: Batch) -> None:
@@ -68,12 +68,12 @@ class PaddedLoss(nn.Module):
         candidates = like.candidates
         self.inputs = (
             *(torch.zeros_like(t) for t in (like.slot, like.mask, candidates.slots)),
-            *(self._roomy(t) for t in (like.items.ids, candidates.log_p, candidates.log_count)),
-            *(self._roomy(t) for t in (candidates.item, candidates.rows, candidates.target, candidates.target)),
-            *(self._roomy(table) for table in states.values()),
+            *(self._buffer(t) for t in (like.items.ids, candidates.log_p, candidates.log_count)),
+            *(self._buffer(t) for t in (candidates.item, candidates.rows, candidates.target, candidates.target)),
+            *(self._buffer(table) for table in states.values()),
         )
 
-    def _roomy(self, like: Tensor) -> Tensor:
+    def _buffer(self, like: Tensor) -> Tensor:
         return like.new_zeros(self.room, *like.shape[1:])
 
     def fill(self, batch: Batch) -> tuple[Tensor, ...]:

@@ -39,7 +39,7 @@ def step_split(trainer: Trainer) -> dict[str, Reading]:
     budget_s = max(SHARE * sum(spent), ALWAYS_S)
     steps = min(int(budget_s / np.median(spent)) - WARMUP, MOST)
     if steps < FEWEST:
-        reason = f"only {len(spent)} steps were trained: measuring some more would take longer than {SHARE:.0%} of that"
+        reason = f"only {len(spent)} steps were trained: timing more takes over {SHARE:.0%} of their time"
         return dict.fromkeys(PARTS, Reading.missing(source, reason))
     laps = np.array(_laps(trainer, WARMUP + steps)).reshape(-1, len(PARTS))[WARMUP:]
     source = source.replace(f"up to {MOST}", str(len(laps)))

@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,7 @@ import pandas as pd
 
 from tpme.bench.errors import UserError
 from tpme.bench.quantities import memory_reading
-from tpme.bench.record import (
-    Cell,
-    CellResult,
-    EncoderSpec,
-    Phase,
-    find_attempts,
-    find_results,
-    read_result,
-)
+from tpme.bench.record import Cell, CellResult, EncoderSpec, Phase, find_attempts, find_results, read_result
 from tpme.reports.data.ranks import REPORTED, load_arrays, mean_gains
 from tpme.reports.data.trials import select_trials
 
@@ -98,10 +90,8 @@ def read(paths: Iterable[Path | str]) -> list[Recorded]:
         identity = (result.cell_id, keys[path])
         old = latest.get(identity)
         superseded = 0 if old is None else old.superseded + 1
-        if old is None or _age(result) >= _age(old.result):
-            latest[identity] = Recorded(path, result, keys[path], superseded)
-        else:
-            latest[identity] = Recorded(old.path, old.result, old.device_key, superseded)
+        newest = Recorded(path, result, keys[path]) if old is None or _age(result) >= _age(old.result) else old
+        latest[identity] = replace(newest, superseded=superseded)
     return sorted(latest.values(), key=lambda recorded: recorded.path)
 
 

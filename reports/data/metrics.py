@@ -12,12 +12,11 @@ import pandas as pd
 
 from tpme.bench.errors import UserError
 from tpme.reports.data.ranks import METRICS, REPORTED, Metric, Ranks, gains
-from tpme.reports.data.stats import Floats
+from tpme.reports.data.stats import TAILS, Floats
 
 SPLIT_CUTOFF = 10
 """The cut-off at which warm and cold targets are told apart."""
 RESAMPLES = 1000
-LEVEL = 0.95
 
 
 def spread(values: Floats) -> float:
@@ -130,7 +129,6 @@ def _interval(means: Floats) -> tuple[Any, Any]:
     bounds = np.full((2, means.shape[1]), np.nan)
     unknown = np.isnan(means)
     some, whole = ~unknown.all(axis=0), ~unknown.any(axis=0)
-    tails = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
     for columns, quantile in ((whole, np.quantile), (some & ~whole, np.nanquantile)):  # nanquantile is a slow loop
-        bounds[:, columns] = quantile(means[:, columns], tails, axis=0)
+        bounds[:, columns] = quantile(means[:, columns], TAILS, axis=0)
     return bounds[0], bounds[1]

@@ -26,12 +26,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 
-from tpme.reports.data.stats import Floats
+from tpme.reports.data.stats import LEVEL, Floats, interval
 from tpme.reports.data.tpme import COLUMNS, Frame, Weights
 
 DRAWS = 2000
-LEVEL = 0.95
 _SEED = 20240711
 
 Ints = npt.NDArray[np.int64]
@@ -69,8 +69,8 @@ class Resampled:
         The extension is needed because the min and max of a draw lie outside the measured ones more often than inside,
         which can push nearly all draws of a row at the edge of the frame to one side.
         """
-        low, high = np.quantile(self.tpme[:, self.rows.index(row)], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        return min(float(low), value), max(float(high), value)
+        low, high = interval(self.tpme[:, self.rows.index(row)])
+        return min(low, value), max(high, value)
 
     def rank_shares(self) -> Floats:
         """Share of the draws in which each row holds each rank; shape ``(rows, ranks)``, every row adds up to 1."""
@@ -105,13 +105,7 @@ def resample(draws: Mapping[str, Floats], weights: Weights, frame: Frame | None 
 
 def _ranks(values: Floats) -> Ints:
     """Ranks within each draw, from 1; equal values share the better rank."""
-    order = np.argsort(values, axis=1)
-    ascending = np.take_along_axis(values, order, axis=1)
-    first = np.diff(ascending, axis=1, prepend=-np.inf) > 0
-    places = np.maximum.accumulate(np.where(first, np.arange(1, values.shape[1] + 1), 0), axis=1)
-    ranks = np.empty_like(places)
-    np.put_along_axis(ranks, order, places, axis=1)
-    return ranks
+    return pd.DataFrame(values).rank(axis=1, method="min").to_numpy(dtype=np.int64)
 
 
 def draw(name: str, row: Repeats) -> Floats:
@@ -125,12 +119,6 @@ def draw(name: str, row: Repeats) -> Floats:
     time_s = _medians(row.epochs_s, chosen, generator).mean(axis=1)
     memory = row.memory_bytes[chosen].mean(axis=1)
     return np.column_stack([time_s, np.full(DRAWS, row.trainable_millions), memory])
-
-
-def time_interval(draws: Floats) -> tuple[float, float]:
-    """The 95 % interval of T of a row (seconds)."""
-    low, high = np.quantile(draws[:, 0], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
 
 
 def _medians(samples: Sequence[Floats], chosen: Ints, generator: np.random.Generator) -> Floats:

@@ -23,8 +23,8 @@ from tpme.reports.data.load import Recorded, counter_values
 from tpme.reports.data.metrics import over_seeds, quality, spread
 from tpme.reports.data.notes import Notes, mixing, notes_of
 from tpme.reports.data.ranks import METRICS, Metric, Ranks, gains, load_ranks
-from tpme.reports.data.resampling import Repeats, Resampled, draw, resample, time_interval
-from tpme.reports.data.stats import Floats
+from tpme.reports.data.resampling import Repeats, Resampled, draw, resample
+from tpme.reports.data.stats import Floats, interval
 from tpme.reports.data.tpme import Frame, Weights, frame_of, lower_bound, tpme
 from tpme.reports.data.trials import Group, Line, lines_of
 
@@ -127,7 +127,8 @@ def make_section(
     """
     seeds = _seeds(group.cells)
     ranks = {name: loaded for name, cells in seeds.items() if (loaded := _ranks(cells))}
-    summary = summarise(seeds).join(quality(ranks))
+    lines = {row: _line(cells) for row, cells in seeds.items()}
+    summary = pd.DataFrame.from_dict(lines, orient="index").join(quality(ranks))
     candidates = summary[_compared(summary, named)]
     frame = frozen[0] if frozen else frame_of(candidates, group.key)
     summary["compared"] = summary.index.isin(candidates.index)
@@ -171,16 +172,11 @@ def _used(seeds: Sequence[Line]) -> Sequence[Line]:
     return [cell for cell in seeds if cell["status"] == "ok"] or seeds
 
 
-def summarise(rows: Mapping[str, Sequence[Line]]) -> pd.DataFrame:
-    """One line for each row from the cells of its seeds: means over the finished ones.
-
-    Where none finished, the line holds what the failed attempts left. ``epoch_time_s_sd`` and the like are standard
-    deviations over seeds, NaN for one seed.
-    """
-    return pd.DataFrame.from_dict({name: _line(seeds) for name, seeds in rows.items()}, orient="index")
-
-
 def _line(seeds: Sequence[Line]) -> dict[str, Any]:
+    """The line of a row: means over its finished seeds, or what the failed attempts left where none finished.
+
+    ``epoch_time_s_sd`` and the like are standard deviations over seeds, NaN for one seed.
+    """
     used = _used(seeds)
     finished = used if used[0]["status"] == "ok" else []
     line: dict[str, Any] = {name: seeds[0][name] for name in SHARED}
@@ -204,22 +200,9 @@ def _line(seeds: Sequence[Line]) -> dict[str, Any]:
 
 
 SHARED = ("label", "method", "baseline", "cached", "options", "lr", "search_trials", "search_cells", "search_wall_s")
-VARIED = (
-    "epoch_time_s",
-    "memory_bytes",
-    "time_to_best_s",
-    "wall_s",
-    "training_energy_j",
-    "inference_items_per_s",
-)
+VARIED = ("epoch_time_s", "memory_bytes", "time_to_best_s", "wall_s", "training_energy_j", "inference_items_per_s")
 """Values reported with their standard deviation over seeds."""
-MEANS = (
-    *VARIED,
-    "cache_build_s",  # seeds share one build
-    "best_epoch",
-    "epochs_run",
-    "valid_recall_10",
-)
+MEANS = (*VARIED, "cache_build_s", "best_epoch", "epochs_run", "valid_recall_10")  # seeds share one cache build
 
 
 def _values(cells: Sequence[Line], name: str) -> Floats:
@@ -249,7 +232,7 @@ def _resample(
     bounds = np.full((len(summary), 4), np.nan)
     for place, name in enumerate(summary.index):
         if name in repeats and repeats[name].several:
-            bounds[place, :2] = time_interval(draws[name])
+            bounds[place, :2] = interval(draws[name][:, 0])  # of T
             if resampled is not None and name in compared:
                 bounds[place, 2:] = resampled.interval(name, tpme[name])
     summary[["epoch_time_s_low", "epoch_time_s_high", "tpme_low", "tpme_high"]] = bounds

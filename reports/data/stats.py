@@ -10,6 +10,9 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
+LEVEL = 0.95
+"""Level of all intervals."""
+TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
 EXACT_RANKS = 40
 """Mann-Whitney counts all arrangements up to this many values together, beyond it uses the normal approximation."""
 EXACT_SIGNS = 16
@@ -82,6 +85,12 @@ def student_t(freedom: float) -> float:
 
 
 _STUDENT_T = (63.657, 9.9248, 5.8409, 4.6041, 4.0321, 3.7074, 3.4995, 3.3554, 3.2498, 3.1693)
+
+
+def interval(draws: npt.ArrayLike) -> tuple[float, float]:
+    """The percentile interval of resampled values, shape ``(draws,)``."""
+    low, high = np.quantile(draws, TAILS)
+    return float(low), float(high)
 
 
 def quantiles(values: Floats, most: int) -> Floats:

@@ -50,11 +50,6 @@ def makers() -> tuple[Maker, ...]:
     )  # fmt: skip
 
 
-def all_plots(section: Section) -> list[Plot]:
-    """Every figure that has data."""
-    return [plot for make in makers() if (plot := make_plot(make, section)) is not None]
-
-
 def make_plot(make: Maker, section: Section) -> Plot | None:
     """One figure in the common style with its complete caption; None without data."""
     with style():

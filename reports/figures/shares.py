@@ -13,8 +13,9 @@ from matplotlib.patches import Patch
 
 from tpme.reports.data.load import Array
 from tpme.reports.data.phase_times import phase_shares
-from tpme.reports.data.resampling import DRAWS, LEVEL
+from tpme.reports.data.resampling import DRAWS
 from tpme.reports.data.section import Section
+from tpme.reports.data.stats import LEVEL
 from tpme.reports.data.tpme import COLUMNS
 from tpme.reports.figures.labels import halo
 from tpme.reports.figures.style import (

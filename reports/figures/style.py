@@ -168,25 +168,21 @@ def _power(value: float) -> str:
     return raised if digit == 1 else f"{digit}·{raised}"
 
 
-PDF_METADATA = {"CreationDate": None, "Creator": None, "Producer": None}
-
-
 def save(figure: Figure, ending: str) -> bytes:
     """The figure as ``png``, ``svg`` or ``pdf``, without dates or versions."""
     file = io.BytesIO()
-    metadata = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}, "pdf": PDF_METADATA}[ending]
+    keys = {"png": ("Software",), "svg": ("Date", "Creator"), "pdf": ("CreationDate", "Creator", "Producer")}
     with style():
-        figure.savefig(file, format=ending, metadata=metadata)
+        figure.savefig(file, format=ending, metadata=dict.fromkeys(keys[ending]))
     return file.getvalue()
 
 
-def shorten(name: str, limit: int = 24) -> str:
-    """A name that fits beside an axis, without its middle: rows often differ in their ends. Tables have it in full."""
-    return name if len(name) <= limit else f"{name[: limit // 2]}…{name[limit // 2 + 1 - limit :]}"
-
-
 def row_label(section: Section, name: str, limit: int = 24) -> str:
-    """Name of a row beside an axis, with ``*`` if it has footnotes and its status if it did not finish."""
+    """Name of a row beside an axis, with ``*`` if it has footnotes and its status if it did not finish.
+
+    A long name loses its middle, because rows often differ in their ends; tables have it in full.
+    """
     status = str(section.summary.loc[name, "status"])
     mark = "*" if section.notes.marks[name] else ""
-    return shorten(name, limit) + mark + ("" if status == "ok" else f" ({status})")
+    short = name if len(name) <= limit else f"{name[: limit // 2]}…{name[limit // 2 + 1 - limit :]}"
+    return short + mark + ("" if status == "ok" else f" ({status})")

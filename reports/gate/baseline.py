@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -22,7 +21,10 @@ from tpme.reports.data.load import Recorded
 from tpme.reports.data.stats import student_t
 from tpme.reports.gate.measures import (
     GateCell,
+    by_cell,
+    by_device,
     cell_key,
+    finished,
     latest_code,
     measure,
     memory,
@@ -225,11 +227,8 @@ def _text(value: Any, indent: str, name: str = "") -> str:
 
 
 def _devices(records: Sequence[Recorded]) -> dict[str, BaselineDevice]:
-    by_key: dict[str, list[Recorded]] = {}
-    for recorded in records:
-        if recorded.result.environment is not None:
-            by_key.setdefault(recorded.device_key, []).append(recorded)
-    return {key: _device(runs) for key, runs in sorted(by_key.items())}
+    known = [recorded for recorded in records if recorded.result.environment is not None]
+    return {key: _device(runs) for key, runs in by_device(known).items()}
 
 
 def _device(runs: Sequence[Recorded]) -> BaselineDevice:
@@ -252,8 +251,8 @@ def widened(measured: Noise, runs: Sequence[Recorded]) -> Noise:
     The factor is the ratio of the 99.5 % quantiles of Student's t and the normal distribution; the degrees of freedom
     are the repeats without the first of each cell. It is 3.9 for three runs of one cell, 1.2 for three runs of six.
     """
-    repeats = Counter(cell_key(recorded.result.cell) for recorded in runs if recorded.result.status == "ok")
-    freedom = repeats.total() - len(repeats)
+    whole = finished(runs)
+    freedom = len(whole) - len(by_cell(whole))
     if not measured.pairs or not freedom:
         return measured
     factor = student_t(freedom) / student_t(math.inf)
@@ -271,11 +270,8 @@ def noise(runs: Sequence[Recorded]) -> Noise:
 
     The latter is at least the noise floor of the device, if a record carries one.
     """
-    whole = [recorded for recorded in runs if recorded.result.status == "ok"]
-    repeats: dict[str, list[Recorded]] = {}
-    for recorded in whole:
-        repeats.setdefault(cell_key(recorded.result.cell), []).append(recorded)
-    groups = [group for group in repeats.values() if len(group) > 1]
+    whole = finished(runs)
+    groups = [group for group in by_cell(whole).values() if len(group) > 1]
     if not groups:
         times = [time for recorded in whole for time in _gaps(_epoch_medians(recorded))]
         floor, source = _carried(whole, "noise_time_ratio"), "epochs of single runs; repeat the runs to know more"

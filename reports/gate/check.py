@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 
 from tpme.bench.errors import UserError
-from tpme.bench.quantities import QUANTITIES, quantity
+from tpme.bench.quantities import QUANTITIES
 from tpme.bench.record import Cell, Status
 from tpme.reports.data.stats import Floats, holm, mann_whitney, paired, smallest_p
 from tpme.reports.gate.baseline import Noise, Side
@@ -74,9 +74,9 @@ def _cell(old: GateCell, new: GateCell, base: Side, head: Side, policy: Policy) 
     shared = sorted(old.devices.keys() & new.devices.keys())
     if not shared and old.devices and new.devices:
         note = f"measured on {_listed(new.devices)}, the baseline on {_listed(old.devices)}"
-        yield Comparison(metric="step_s", kind="time", verdict="not compared", note=note)
+        yield Comparison.of("step_s", None, None, verdict="not compared", note=note)
         name = next((name for on_device in new.devices.values() for name in on_device.memory), "host_rss_bytes")
-        yield Comparison(metric=name, kind="memory", verdict="not compared", note=note)
+        yield Comparison.of(name, None, None, verdict="not compared", note=note)
     for device in shared:
         # The noise of the base alone: variation of the head's runs may be the regression.
         noise = base.devices[device].noise if device in base.devices else Noise()
@@ -89,7 +89,7 @@ def _listed(devices: Iterable[str]) -> str:
 
 
 def _status(old: GateCell, new: GateCell) -> Comparison:
-    comparison = partial(Comparison, metric="status", kind="status", base=old.status, head=new.status)
+    comparison = partial(Comparison.of, "status", old.status, new.status)
     if {old.status, new.status} <= BROKEN:
         return comparison(verdict="not compared", note=f"it failed on both sides ({old.status}, {new.status})")
     verdict: Verdict = "same"
@@ -101,9 +101,7 @@ def _status(old: GateCell, new: GateCell) -> Comparison:
 def one_sided(name: str, base: float | None, head: float | None) -> Comparison:
     """A number that only one side has: reported, not judged."""
     note = "not in the base" if base is None else "not measured by the runs"
-    return Comparison(
-        metric=name, kind=quantity(name).kind or "counter", base=base, head=head, verdict="not compared", note=note
-    )
+    return Comparison.of(name, base, head, verdict="not compared", note=note)
 
 
 def counters(old: GateCell, new: GateCell) -> Iterator[Comparison]:
@@ -123,8 +121,7 @@ def _counter(name: str, old: float | None, new: float | None, *, judged: bool) -
     verdict: Verdict = "same"
     if old != new:
         verdict = ("regressed" if new > old else "improved") if judged else "changed"
-    ratio = new / old if old else None
-    return Comparison(metric=name, kind="counter", base=old, head=new, ratio=ratio, bound=0.0, verdict=verdict)
+    return Comparison.of(name, old, new, bound=0.0, verdict=verdict)
 
 
 def _times(old: Timing, new: Timing, noise: Noise, policy: Policy) -> Iterator[Comparison]:
@@ -140,26 +137,22 @@ def _times(old: Timing, new: Timing, noise: Noise, policy: Policy) -> Iterator[C
 def time(name: str, old: Floats, new: Floats, bound: float, alpha: float) -> Comparison:
     """Time has changed if the effect exceeds ``bound`` and the rank test rejects at ``alpha``."""
     medians = float(np.median(old)), float(np.median(new))
-    ratio = medians[1] / medians[0]
     p = rank_test(old, new, alpha)
-    verdict: Verdict = "not compared" if p is None else direction(ratio, bound) if p < alpha else "same"
+    verdict = time_verdict(medians[1] / medians[0], bound, p, alpha)
     few = f"{len(old)} and {len(new)} values: no test of so few can reject at p < {alpha:g}"
-    return Comparison(
-        metric=name,
-        kind="time",
-        base=medians[0],
-        head=medians[1],
-        ratio=ratio,
-        bound=bound,
-        p=p,
-        verdict=verdict,
-        note=few if p is None else None,
-    )
+    return Comparison.of(name, *medians, bound=bound, p=p, verdict=verdict, note=few if p is None else None)
 
 
 def rank_test(old: Floats, new: Floats, alpha: float) -> float | None:
     """p-value of the rank test; ``None`` if so few values can never reject at ``alpha`` (asv's rule)."""
     return mann_whitney(old, new) if smallest_p(len(old), len(new)) < alpha else None
+
+
+def time_verdict(ratio: float, bound: float, p: float | None, alpha: float) -> Verdict:
+    """Verdict on a time from head / base and the p-value of its test."""
+    if p is None:
+        return "not compared"
+    return direction(ratio, bound) if p < alpha else "same"
 
 
 def direction(ratio: float, bound: float) -> Verdict:
@@ -175,12 +168,11 @@ def _memory(old: dict[str, float], new: dict[str, float], noise: Noise, policy: 
             yield one_sided(name, old.get(name), new.get(name))
             continue
         bound = max(policy.memory_bound(name), noise.memory.get(name, 0.0))
-        comparison = partial(Comparison, metric=name, kind="memory", base=old[name], head=new[name], bound=bound)
+        comparison = partial(Comparison.of, name, old[name], new[name], bound=bound)
         if old[name] <= 0:
             yield comparison(verdict="not compared", note="the baseline holds no positive peak")
-            continue
-        ratio = new[name] / old[name]
-        yield comparison(ratio=ratio, verdict=direction(ratio, bound))
+        else:
+            yield comparison(verdict=direction(new[name] / old[name], bound))
 
 
 # --- quality -------------------------------------------------------------------------------------------------
@@ -212,7 +204,7 @@ def _quality(base: Side, head: Side, policy: Policy) -> dict[str, list[Compariso
             if reason is None:
                 usable.append(key)
             elif reason:
-                comparisons[key] = [Comparison(metric="ndcg_10", kind="quality", verdict="not compared", note=reason)]
+                comparisons[key] = [Comparison.of("ndcg_10", None, None, verdict="not compared", note=reason)]
         for name in QUALITIES if usable else ():
             pairings.append(_pairing(usable, name, base, head, policy))
     adjusted = holm([paired(pairing.head - pairing.base) for pairing in pairings])
@@ -227,9 +219,8 @@ def _unpaired(old: GateCell, new: GateCell) -> str | None:
         return ""
     if old.quality is None or new.quality is None:
         return old.no_quality or new.no_quality or ("" if new.quality is None else "no ranks in the baseline")
-    if old.quality.users != new.quality.users or len(old.quality.gains("recall_10")) != len(
-        new.quality.gains("recall_10")
-    ):
+    users = [len(quality.gains("recall_10")) for quality in (old.quality, new.quality)]
+    if old.quality.users != new.quality.users or users[0] != users[1]:
         return "the baseline was tested on other users or targets"
     return None
 
@@ -251,14 +242,5 @@ def _judged_quality(pairing: _Pairing, p: float, policy: Policy) -> Comparison:
     verdict: Verdict = "same"
     if p < policy.quality_alpha and abs(new - old) > pairing.bound * old:
         verdict = "improved" if new > old else "regressed"
-    return Comparison(
-        metric=pairing.name,
-        kind="quality",
-        base=old,
-        head=new,
-        ratio=new / old if old else None,
-        bound=pairing.bound,
-        p=p,
-        verdict=verdict,
-        note=f"mean over seeds {', '.join(map(str, pairing.seeds))}" if len(pairing.seeds) > 1 else None,
-    )
+    note = f"mean over seeds {', '.join(map(str, pairing.seeds))}" if len(pairing.seeds) > 1 else None
+    return Comparison.of(pairing.name, old, new, bound=pairing.bound, p=p, verdict=verdict, note=note)

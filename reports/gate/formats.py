@@ -216,7 +216,7 @@ def smaller_is_better(report: GateReport) -> list[dict[str, Any]]:
     entries = []
     for cell in report.cells:
         for item in cell.comparisons:
-            if isinstance(item.head, str) or item.head is None or quantity(item.metric).more_is_better:
+            if isinstance(item.head, str) or item.head is None or quantity(item.metric).better == "higher":
                 continue
             entry = {"name": f"{cell.name}: {item.title}", "unit": item.unit or "count", "value": item.head}
             entries.append(entry | ({"extra": f"base {item.base:g}"} if isinstance(item.base, float) else {}))

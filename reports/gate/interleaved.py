@@ -12,14 +12,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from tpme.reports.data.load import Recorded
-from tpme.reports.data.stats import Floats, mann_whitney, smallest_p
+from tpme.reports.data.stats import Floats, interval, mann_whitney, smallest_p
 from tpme.reports.gate.baseline import Side
-from tpme.reports.gate.check import direction, judge, one_sided, rank_test
-from tpme.reports.gate.measures import epoch_times, measure, memory, step_times
-from tpme.reports.gate.verdict import CellVerdict, Comparison, Policy, Verdict
+from tpme.reports.gate.check import direction, judge, one_sided, rank_test, time_verdict
+from tpme.reports.gate.measures import epoch_times, finished, measure, memory, step_times
+from tpme.reports.gate.verdict import CellVerdict, Comparison, Policy
 
 RESAMPLES = 1000
-LEVEL = 0.95
 TIMES = {"step_s": step_times, "epoch_s": epoch_times}
 SUSPICIOUS = 0.5
 """Share of a bound from which a change of time or memory is measured again before it is judged."""
@@ -94,16 +93,12 @@ def _side(name: str, runs: Runs) -> Side:
 
 def _majority(runs: Sequence[Recorded]) -> list[Recorded]:
     """The finished runs if they are more than half, else the others."""
-    finished = _finished(runs)
-    return finished if 2 * len(finished) > len(runs) else [run for run in runs if run.result.status != "ok"]
-
-
-def _finished(runs: Sequence[Recorded]) -> list[Recorded]:
-    return [recorded for recorded in runs if recorded.result.status == "ok"]
+    whole = finished(runs)
+    return whole if 2 * len(whole) > len(runs) else [run for run in runs if run.result.status != "ok"]
 
 
 def _compare_runs(base: Sequence[Recorded], head: Sequence[Recorded], policy: Policy, first: int) -> list[Comparison]:
-    sides = [_finished(runs) for runs in (base, head)]
+    sides = [finished(runs) for runs in (base, head)]
     if not all(sides):
         return []
     comparisons = []
@@ -142,25 +137,13 @@ def compare_times(name: str, base: Sequence[Floats], head: Sequence[Floats], pol
     low, high = _interval(base, head)
     p = rank_test(best[0], best[1], policy.alpha)
     p = rank_test(np.concatenate(base), np.concatenate(head), policy.alpha) if p is None else p
-    verdict: Verdict = "not compared" if p is None else direction(ratio, bound) if p < policy.alpha else "same"
     note = f"fastest of {len(base)} and {len(head)} runs"
     if p is None:
         note = f"too few steps for a test, {note}"
     elif direction(ratio, policy.time_threshold) != direction(ratio, bound):
         note = f"within the noise of these runs ({bound:.0%}), {note}"
-    return Comparison(
-        metric=name,
-        kind="time",
-        base=means[0],
-        head=means[1],
-        ratio=ratio,
-        low=low,
-        high=high,
-        bound=bound,
-        p=p,
-        verdict=verdict,
-        note=note,
-    )
+    verdict = time_verdict(ratio, bound, p, policy.alpha)
+    return Comparison.of(name, *means, low=low, high=high, bound=bound, p=p, verdict=verdict, note=note)
 
 
 def compare_peaks(name: str, base: Sequence[float], head: Sequence[float], policy: Policy) -> Comparison:
@@ -169,26 +152,15 @@ def compare_peaks(name: str, base: Sequence[float], head: Sequence[float], polic
     They separate if they do not overlap, or if a rank test rejects as clearly as for four runs apart from four.
     """
     if min(base) <= 0:
-        return Comparison(metric=name, kind="memory", verdict="not compared", note="the base holds no positive peak")
+        return Comparison.of(name, None, None, verdict="not compared", note="the base holds no positive peak")
     medians = float(np.median(base)), float(np.median(head))
     ratio, bound = medians[1] / medians[0], policy.memory_bound(name)
     p = mann_whitney(np.array(base), np.array(head))
     apart = min(head) > max(base) or max(head) < min(base) or p <= smallest_p(4, 4)
     verdict = direction(ratio, bound) if apart else "same"
     low, high = _interval_of_medians(base, head)
-    return Comparison(
-        metric=name,
-        kind="memory",
-        base=medians[0],
-        head=medians[1],
-        ratio=ratio,
-        low=low,
-        high=high,
-        bound=bound,
-        p=p,
-        verdict=verdict,
-        note=f"median of {len(base)} and {len(head)} runs",
-    )
+    note = f"median of {len(base)} and {len(head)} runs"
+    return Comparison.of(name, *medians, low=low, high=high, bound=bound, p=p, verdict=verdict, note=note)
 
 
 def _confirmed(compared: Comparison, base: Sequence[Floats], head: Sequence[Floats], policy: Policy) -> Comparison:
@@ -235,13 +207,11 @@ def _interval(base: Sequence[Floats], head: Sequence[Floats]) -> tuple[float, fl
             for side, steps in zip(sides, drawn, strict=True)
         ]
         ratios.append(means[1] / means[0])
-    low, high = np.quantile(ratios, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
+    return interval(ratios)
 
 
 def _interval_of_medians(base: Sequence[float], head: Sequence[float]) -> tuple[float, float]:
     """95 % bootstrap interval of the ratio of medians over runs."""
     rng = np.random.default_rng(0)
     drawn = [np.median(rng.choice(np.array(side), (RESAMPLES, len(side))), axis=1) for side in (base, head)]
-    low, high = np.quantile(drawn[1] / drawn[0], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
+    return interval(drawn[1] / drawn[0])

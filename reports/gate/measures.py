@@ -169,10 +169,28 @@ def measure(records: Sequence[Recorded]) -> list[GateCell]:
 
     Raises UserError if repeats disagree about an exact counter: something changed between the runs.
     """
-    by_key: dict[str, list[Recorded]] = {}
+    return sort_cells(_gate_cell(key, runs) for key, runs in by_cell(records).items())
+
+
+def by_cell(records: Iterable[Recorded]) -> dict[str, list[Recorded]]:
+    """The records of each cell, by its key."""
+    groups: dict[str, list[Recorded]] = {}
     for recorded in records:
-        by_key.setdefault(cell_key(recorded.result.cell), []).append(recorded)
-    return sort_cells(_gate_cell(key, runs) for key, runs in by_key.items())
+        groups.setdefault(cell_key(recorded.result.cell), []).append(recorded)
+    return groups
+
+
+def by_device(records: Iterable[Recorded]) -> dict[str, list[Recorded]]:
+    """The records of each device, sorted by its key."""
+    groups: dict[str, list[Recorded]] = {}
+    for recorded in records:
+        groups.setdefault(recorded.device_key, []).append(recorded)
+    return dict(sorted(groups.items()))
+
+
+def finished(records: Iterable[Recorded]) -> list[Recorded]:
+    """The records of cells that ended ``ok``."""
+    return [recorded for recorded in records if recorded.result.status == "ok"]
 
 
 def sort_cells(cells: Iterable[GateCell]) -> list[GateCell]:
@@ -186,11 +204,8 @@ def sort_cells(cells: Iterable[GateCell]) -> list[GateCell]:
 
 
 def _gate_cell(key: str, runs: Sequence[Recorded]) -> GateCell:
-    whole = [recorded for recorded in runs if recorded.result.status == "ok"]
+    whole = finished(runs)
     last = max(whole or runs, key=lambda recorded: recorded.result.started_at)
-    by_device: dict[str, list[Recorded]] = {}
-    for recorded in whole:
-        by_device.setdefault(recorded.device_key, []).append(recorded)
     quality, reason = _quality(last)
     return GateCell(
         key=key,
@@ -198,7 +213,7 @@ def _gate_cell(key: str, runs: Sequence[Recorded]) -> GateCell:
         status=last.result.status,
         counters=_agreed([(recorded, counters(recorded.result)) for recorded in whole or [last]]),
         own_counters=_own_counters(last.result),
-        devices={name: _on_device(group) for name, group in sorted(by_device.items())},
+        devices={name: _on_device(group) for name, group in by_device(whole).items()},
         quality=quality,
         no_quality=reason,
     )

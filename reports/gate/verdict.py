@@ -63,6 +63,14 @@ class Comparison(Frozen):
     verdict: Verdict
     note: str | None = None
 
+    @classmethod
+    def of(cls, metric: str, base: float | str | None, head: float | str | None, **fields: Any) -> Comparison:
+        """A comparison with the kind of its metric and, where both sides are numbers, their ratio."""
+        numbers = isinstance(base, int | float) and isinstance(head, int | float) and base
+        ratio = head / base if numbers else None  # type: ignore[operator]
+        kind = quantity(metric).kind or "counter"
+        return cls(metric=metric, kind=kind, base=base, head=head, ratio=ratio, **fields)
+
     @property
     def title(self) -> str:
         """Name of the metric for people."""

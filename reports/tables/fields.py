@@ -9,8 +9,8 @@ from typing import Any
 import pandas as pd
 
 from tpme.bench.quantities import MISSING, QUALITY_DIGITS, Better, number, quantity
-from tpme.reports.data.resampling import LEVEL
 from tpme.reports.data.section import Section
+from tpme.reports.data.stats import LEVEL
 from tpme.reports.data.trials import Line
 from tpme.reports.tables.table import Column, Entry, Table, Value
 
@@ -50,11 +50,6 @@ def seeds() -> Field:
     return Column("seeds_finished", "Seeds", wide_only=True), entry
 
 
-def status() -> Field:
-    """Status of a row, for programs; people read it in place of the quality."""
-    return Column("status", machine_only=True), hidden("status")
-
-
 def quality(section: Section, key: str, seeds: bool = False) -> list[Field]:
     """Mean ± half the width of its interval; the bounds go to the formats for programs.
 
@@ -73,7 +68,7 @@ def quality(section: Section, key: str, seeds: bool = False) -> list[Field]:
     def deviation(name: str, line: Line) -> Entry:
         return Entry(what.format(line[f"{key}_sd"]), value_of(line[f"{key}_sd"]))
 
-    bounds = [(Column(f"{key}_{part}", machine_only=True), hidden(f"{key}_{part}")) for part in ("low", "high")]
+    bounds = [hidden(f"{key}_{part}") for part in ("low", "high")]
     known = seeds and bool(section.summary[f"{key}_sd"].notna().any())
     column = Column(f"{key}_sd", "± seeds", machine_only=not known, wide_only=True)
     return [(Column(key, what.header, "higher"), entry), *bounds, (column, deviation)]
@@ -125,9 +120,7 @@ def memory(section: Section, unit: tuple[str, float]) -> list[Field]:
             return Entry(f"≥ {number(line['memory_seen_bytes'] / unit[1])}")
         return mean(name, line)
 
-    seen = (Column("memory_seen_bytes", machine_only=True), hidden("memory_seen_bytes"))
-    source = (Column("memory_source", machine_only=True), hidden("memory_source"))
-    return [(column, entry), *spreads, seen, source]
+    return [(column, entry), *spreads, hidden("memory_seen_bytes"), hidden("memory_source")]
 
 
 def energy(section: Section) -> list[Field]:
@@ -177,7 +170,7 @@ def interval(key: str) -> list[Field]:
         return Entry(f"{number(low)}–{number(high)}" if not isnan(low) else MISSING, value_of(low))
 
     column = Column(f"{key}_low", f"{what.header}, {100 * LEVEL:.0f} % ({what.unit})")
-    return [(column, entry), (Column(f"{key}_high", machine_only=True), hidden(f"{key}_high"))]
+    return [(column, entry), hidden(f"{key}_high")]
 
 
 def count(key: str) -> Field:
@@ -197,9 +190,9 @@ def percent(key: str) -> Field:
     )
 
 
-def hidden(key: str) -> Callable[[str, Line], Entry]:
-    """Entries of a column for programs alone."""
-    return lambda name, line: Entry("", value_of(line[key]))
+def hidden(key: str) -> Field:
+    """A column for programs alone."""
+    return Column(key, machine_only=True), lambda name, line: Entry("", value_of(line[key]))
 
 
 def value_of(value: Any) -> Value:

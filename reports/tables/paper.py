@@ -9,14 +9,12 @@ import math
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
-import pandas as pd
-
-from tpme.bench.quantities import MISSING, number
+from tpme.bench.quantities import MISSING, PREFIXES, number, quantity
 from tpme.bench.record import Cell, CellResult
 from tpme.reports.data.section import Section
 from tpme.reports.data.trials import Line
 from tpme.reports.tables import fields
-from tpme.reports.tables.fields import Field
+from tpme.reports.tables.fields import Field, value_of
 from tpme.reports.tables.table import Column, Entry, Table
 
 SOURCE = "Fu et al., IISAN, SIGIR 2024 (abstract, and README of the authors' release)"
@@ -61,11 +59,13 @@ def paper(section: Section) -> Table:
     whole = {name: _of_a_whole_epoch(section.behind[name][0]) for name in rows}
     costs = section.summary[["epoch_time_s", "memory_bytes"]].astype(float)
     time_s = {name: float(costs["epoch_time_s"][name]) * whole[name] for name in rows}
-    memory_gb = {name: float(costs["memory_bytes"][name]) / 1e9 for name in rows}
+    gigabyte, size, _ = PREFIXES["bytes"][0]
+    memory_gb = {name: float(costs["memory_bytes"][name]) / size for name in rows}
+    time, memory = quantity("epoch_time_s"), quantity("memory_bytes")
     columns = [
         fields.method(section),
-        *_beside("epoch_time_s", "T", "s", "epoch_time_s", time_s),
-        *_beside("memory_gb", "M", "GB", "memory_gb", memory_gb),
+        *_beside("epoch_time_s", time.header, time.unit, time_s),
+        *_beside("memory_gb", memory.header, gigabyte, memory_gb),
     ]
     notes = [
         f"Paper: {SOURCE}, on the authors' GPU; rounded there, and one range for Adapter and LoRA. Its conditions are "
@@ -91,19 +91,16 @@ def _of_a_whole_epoch(result: CellResult) -> float:
     return max(1.0, math.ceil(result.dataset.users / training.users_per_batch) / training.max_steps_per_epoch)
 
 
-def _beside(key: str, symbol: str, unit: str, printed: str, measured: dict[str, float]) -> list[Field]:
-    """Printed, measured, and their ratio; programs get both ends of a range."""
+def _beside(key: str, symbol: str, unit: str, measured: dict[str, float]) -> list[Field]:
+    """Printed, measured, and their ratio; programs get both ends of a range. ``key`` is the field of ``Printed``."""
 
     def of(line: Line) -> Range:
-        value: Range = getattr(PRINTED[line["label"]], printed)
+        value: Range = getattr(PRINTED[line["label"]], key)
         return value
 
-    def known(name: str) -> float | None:
-        return None if pd.isna(measured[name]) else float(measured[name])
-
     def ratio(name: str, line: Line) -> Entry:
-        value, (low, high) = known(name), of(line)
-        if value is None:
+        value, (low, high) = measured[name], of(line)
+        if math.isnan(value):
             return Entry(MISSING)
         ends = dict.fromkeys(f"{value / end:.2f}" for end in (high, low))
         return Entry("–".join(ends), value / high)
@@ -113,11 +110,11 @@ def _beside(key: str, symbol: str, unit: str, printed: str, measured: dict[str, 
         (Column(f"paper_{key}_high", machine_only=True), lambda _, line: Entry("", of(line).high)),
         (
             Column(f"measured_{key}", f"{symbol}, measured ({unit})"),
-            lambda name, _: Entry(number(known(name)), known(name)),
+            lambda name, _: Entry(number(measured[name]), value_of(measured[name])),
         ),
         (Column(f"ratio_{key}_low", "Ratio"), ratio),
         (
             Column(f"ratio_{key}_high", machine_only=True),
-            lambda name, line: Entry("", None if (value := known(name)) is None else value / of(line).low),
+            lambda name, line: Entry("", value_of(measured[name] / of(line).low)),
         ),
     ]

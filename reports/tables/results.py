@@ -11,11 +11,11 @@ import pandas as pd
 
 from tpme.bench.quantities import MISSING, byte_unit, bytes_text, number, quantity
 from tpme.bench.record import PhaseKind
-from tpme.reports.data.metrics import LEVEL
 from tpme.reports.data.phase_times import phase_times
 from tpme.reports.data.ranks import METRICS
 from tpme.reports.data.resampling import DRAWS
 from tpme.reports.data.section import Section
+from tpme.reports.data.stats import LEVEL
 from tpme.reports.tables import fields
 from tpme.reports.tables.differences import pairs
 from tpme.reports.tables.differences import table as differences
@@ -39,7 +39,7 @@ def results(section: Section) -> Table:
     """The main table: quality, T, P, M and TPME of every row."""
     columns = [
         fields.method(section),
-        fields.status(),
+        fields.hidden("status"),  # people read it in place of the quality
         fields.seeds(),
         *fields.quality(section, "recall_10", seeds=True),
         *fields.quality(section, "ndcg_10", seeds=True),
@@ -269,10 +269,9 @@ def _interval_note(section: Section) -> str:
     still = summary.index[(summary["tpme_high"] - summary["tpme_low"]).round(6) == 0]
     if len(still) and section.frame_from is None and len(summary) > 1:
         varied = section.weights.time > 0 or len(alone) < len(seeds)
-        why = (
-            "what varies of them is an end of the frame in every draw" if varied else "nothing that counts was repeated"
-        )
-        note += f" Of {' and '.join(map(str, still))} it has no width: {why}."
+        row = "this row is" if len(still) == 1 else "each of these rows is"
+        why = f"{row} the minimum or maximum in every resample" if varied else "no cost that counts was measured twice"
+        note += f" No interval for {' and '.join(map(str, still))}: {why}."
     if alone:
         whose = "One seed a row" if len(alone) == len(seeds) else f"Of one seed ({', '.join(alone)})"
         note += f" {whose}: what another one would change is not in it."

@@ -83,7 +83,7 @@ def test_a_broken_gpu_is_a_finding_not_a_crash(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr("tpme.bench.commands.diagnosis.try_instruments", fail)
     assert diagnose(Path()).quantities == (
-        Availability(name="all", how="a moment of work", state="no", why="CUDA error: out of memory"),
+        Availability(name="all", how="a short workload", state="no", why="CUDA error: out of memory"),
     )
 
 
@@ -104,7 +104,7 @@ def test_the_noise_floor_is_shown_once_it_was_measured(tmp_path: Path, monkeypat
         return output.getvalue()
 
     monkeypatch.setattr("tpme.bench.commands.diagnosis.try_instruments", lambda device, nvml: ((), ()))
-    assert "not measured yet; tpme doctor --noise" in rendered()
+    assert "not measured yet; run 'tpme doctor --noise'" in rendered()
     key = environment("cuda" if torch.cuda.is_available() else "cpu").device_key
     noise = DeviceNoise(noise_time_ratio=0.031, noise_memory_ratio=0.002, overhead_ratio=0.004, source="6 A/A runs")
     keep_profile(PROFILES["cpu-generic"].model_copy(update={"name": key, "noise": noise}), tmp_path)

@@ -115,7 +115,7 @@ def test_doubtful_and_missing_values_count_only_where_they_are_asked_for(factory
 
 
 def test_quality_of_random_weights_is_none(factory):
-    flag = Flag(code="random-weights", message="text encoder with random weights: quality means nothing")
+    flag = Flag(code="random-weights", message="text encoder with random weights: quality is meaningless")
     factory.write("lora", flags=(flag,), skill=0.9, time=5.0)
     factory.write("iisan", skill=0.1, time=9.0)
     choice = answer(factory.root, ndcg_10=0.01)

@@ -357,7 +357,7 @@ def test_many_metrics_go_in_several_requests(server, records, monkeypatch):
 
 def test_the_command_pushes_and_says_so(server, factory, records, monkeypatch, capsys):
     assert run(monkeypatch, factory.root, "--mlflow", "http://x", "--experiment", "mine") == 0
-    assert capsys.readouterr().out == "Pushed to http://x, experiment mine: 3 new runs, 0 were there already\n"
+    assert capsys.readouterr().out == "Pushed to http://x, experiment mine: 3 new runs, 0 existed already\n"
 
 
 def test_without_mlflow_it_is_one_line(factory, records, monkeypatch, capsys):

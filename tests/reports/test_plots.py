@@ -13,11 +13,17 @@ from matplotlib.text import Annotation, Text
 
 from tpme.bench.record import Flag
 from tpme.reports.data.load import Samples, thin
-from tpme.reports.figures.costs import all_plots
+from tpme.reports.data.section import Section
+from tpme.reports.figures.costs import make_plot, makers
 from tpme.reports.figures.labels import place_labels
-from tpme.reports.figures.style import SILVER, new_figure, save, style
+from tpme.reports.figures.style import SILVER, Plot, new_figure, save, style
 from tpme.reports.page import page
 from tpme.reports.report import make_report
+
+
+def all_plots(section: Section) -> list[Plot]:
+    """Every figure that has data."""
+    return [plot for make in makers() if (plot := make_plot(make, section)) is not None]
 
 
 def boxes(figure: Figure) -> list[tuple[str, object]]:

@@ -142,19 +142,19 @@ def test_spread_over_seeds_and_interval_over_users_are_told_apart(demo_run, fact
     assert "± seeds" not in results(alone).notes[0]
 
 
-def test_rows_that_set_the_frame_say_why_their_interval_has_no_width(demo_run):
+def test_rows_that_set_the_frame_say_why_they_have_no_interval(demo_run):
     (section,) = make_report([demo_run]).sections
     assert texts(results(section), "tpme_low_percent")["fft"] == "100.00–100.00"
-    told = "Of iisan (cached) and fft it has no width: what varies of them is an end of the frame in every draw."
-    assert told in " ".join(results(section).notes)
+    notes = " ".join(results(section).notes)
+    assert "No interval for iisan (cached) and fft: each of these rows is the minimum or maximum in every" in notes
 
 
 def test_intervals_without_time_and_a_second_seed_say_that_nothing_was_repeated(factory):
     for index, method in enumerate(("fft", "lora", "iisan")):
         factory.write(method, time=10.0 - index, peak=1e9 * (3 - index))
     (section,) = make_report([factory.root], weights=Weights.parse("0,0.5,0.5")).sections
-    told = "Of iisan and lora and fft it has no width: nothing that counts was repeated."
-    assert told in " ".join(results(section).notes)
+    note = "No interval for iisan and lora and fft: no cost that counts was measured twice."
+    assert note in " ".join(results(section).notes)
 
 
 def test_every_row_is_in_the_results_whatever_its_end(demo_run, written):
@@ -300,12 +300,12 @@ def test_doubtful_readings_shape_no_frame_and_say_so(factory):
 
 
 def test_random_weights_stand_under_tables_and_the_quality_figure(factory, tmp_path):
-    flag = Flag(code="random-weights", message="text encoder with random weights: quality means nothing")
+    flag = Flag(code="random-weights", message="text encoder with random weights: quality is meaningless")
     for method in ("fft", "lora"):
         factory.write(method, flags=(flag,), time=float(len(method)))
     write_report([factory.root], tmp_path / "out")
     text = (tmp_path / "out" / "report.md").read_text()
-    assert text.count("quality means nothing") == 2
+    assert text.count("quality is meaningless") == 2
 
 
 def test_memory_sources_that_differ_are_told(factory):

@@ -187,8 +187,8 @@ def test_only_safetensors_are_read(tiny: ModuleType, folders: dict[Modality, Pat
 
 
 def test_the_wrong_modality(folders: dict[Modality, Path]) -> None:
-    refused(spec(folders["image"]), "text", "it is of kind image, but used as the text encoder")
-    refused(spec(folders["text"]), "image", "it is of kind text, but used as the image encoder")
+    refused(spec(folders["image"]), "text", "its input is image, so it cannot be the text encoder")
+    refused(spec(folders["text"]), "image", "its input is text, so it cannot be the image encoder")
 
 
 def test_weights_that_lack_parameters(folders: dict[Modality, Path]) -> None:
@@ -320,11 +320,11 @@ def test_a_broken_image_processor(folders: dict[Modality, Path], content: str) -
 
 
 def test_a_path_without_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    refused(spec(tmp_path / "nothing"), "text", "no config.json there")
+    refused(spec(tmp_path / "nothing"), "text", "it has no config.json")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "mine").mkdir(parents=True)
-    refused(spec("models/mine"), "text", "no config.json there")
-    refused(spec("./elsewhere"), "text", "no config.json there")
+    refused(spec("models/mine"), "text", "it has no config.json")
+    refused(spec("./elsewhere"), "text", "it has no config.json")
 
 
 def test_built_in_names(tmp_path: Path) -> None:

@@ -128,6 +128,7 @@ def test_ids_titles_and_images_belong_together(destination: Path) -> None:
         "format_version": 1,
         "name": "toy",
         "source": "toy",
+        "synthetic": None,
         "modalities": ("text", "image"),
         "users": 1,
         "items": 3,

@@ -74,7 +74,7 @@ class Scheduled(IISAN):
 def test_the_reason_why_steps_cannot_be_recorded(tiny: ModuleType) -> None:
     assert unsupported_reason(*without_encoders(tiny, "iisan")) is None
     assert unsupported_reason(*without_encoders(tiny, "id")) is None
-    assert unsupported_reason(*tiny.build("iisan")) == "encoders run in every step: it is not bound by starting kernels"
+    assert unsupported_reason(*tiny.build("iisan")) == "encoders run in every step, so kernel launches do not limit it"
     assert unsupported_reason(*tiny.build("bitfit")) is not None
     assert unsupported_reason(*without_encoders(tiny, "popularity")) == "nothing trains"
     method, model = without_encoders(tiny, "iisan")
@@ -107,7 +107,7 @@ def test_a_row_that_cannot_be_recorded_says_so_and_trains_as_ever(world: Any, tm
         flags[name] = {flag.code: flag.message for flag in cell_run.facts.flags}
         assert isinstance(trainer.loss_of, GraphedLoss) == (name == "id")
     assert "no-cuda-graphs" not in flags["id"]
-    assert flags["fft"]["no-cuda-graphs"].endswith("encoders run in every step: it is not bound by starting kernels")
+    assert flags["fft"]["no-cuda-graphs"].endswith("encoders run in every step, so kernel launches do not limit it")
     assert flags["popularity"]["no-cuda-graphs"] == "steps are not recorded as CUDA graphs: nothing trains"
 
 

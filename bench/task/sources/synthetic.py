@@ -158,7 +158,7 @@ def make_histories(config: Synthetic, world: World, catalogue: Catalogue) -> lis
     lengths = config.shortest_history - 1 + rng.geometric(max(1 - config.continues, 1e-9), users)
     lengths = np.minimum(lengths, config.longest_history)
     known = np.where(rng.random(items) < config.newest_share, -np.inf, 0.0)
-    appeal = POPULARITY * rng.normal(size=items) + tastes(rng, catalogue, users)
+    appeal = POPULARITY * rng.normal(size=items) + preferences(rng, catalogue, users)
     follows = transitions(world, catalogue)
     taken = np.zeros((users, config.longest_history), np.int32)
     for step in range(config.longest_history):
@@ -171,7 +171,7 @@ def make_histories(config: Synthetic, world: World, catalogue: Catalogue) -> lis
     return [row[:length].copy() for row, length in zip(taken, lengths, strict=True)]
 
 
-def tastes(rng: np.random.Generator, catalogue: Catalogue, users: int) -> Floats:
+def preferences(rng: np.random.Generator, catalogue: Catalogue, users: int) -> Floats:
     """(users, items): contribution of each user's preference for two styles, two textures and three brands."""
     appeal = np.zeros((users, len(catalogue.titles)))
     for attribute, kinds, count, strength in (

@@ -65,7 +65,7 @@ class Drawing:
         image = np.where(shadow, image * 0.8, image)
         u, v = self._local(x, y)
         paint = np.array(list(COLOURS.values())[self.colour])[:, None, None] * self.light
-        shade = weave(self.texture, u, v)
+        shade = texture_shade(self.texture, u, v)
         # Towards white where the texture is positive, towards black where it is negative.
         paint = np.where(shade > 0, paint + (255 - paint) * shade, paint * (1 + shade))
         image = np.where(inside(self.shape, u, v), paint, image)
@@ -130,7 +130,7 @@ def inside(shape: int, x: Grid, y: Grid) -> NDArray[np.bool_]:
             return (r < 0.92) & (np.hypot(x - 0.42, y - 0.12) > 0.68)
 
 
-def weave(texture: int, x: Grid, y: Grid) -> Grid:
+def texture_shade(texture: int, x: Grid, y: Grid) -> Grid:
     """Lightening (up to 1) or darkening (down to -1) of each point by a texture (an index into ``TEXTURES``)."""
     across, along = np.sin(2 * np.pi * x / _PERIOD / 1.6), np.sin(2 * np.pi * y / _PERIOD / 1.6)
     match TEXTURES[texture]:

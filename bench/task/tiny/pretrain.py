@@ -134,7 +134,7 @@ def pretrain_text(
             "bag": nn.Linear(WIDTH, len(pieces)),
         }
     )
-    course = _Course("text", settings, settings.text_steps, model, heads, len(ids))
+    course = _TrainingRun("text", settings, settings.text_steps, model, heads, len(ids))
     for rows in course:
         seen = ids[rows]
         masked = (torch.rand(seen.shape) < settings.masked_words) & (seen >= first_word)
@@ -169,7 +169,7 @@ def pretrain_image(settings: Pretraining, catalogues: list[Catalogue]) -> tuple[
             "tags": nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, sum(TAGS))),
         }
     )
-    course = _Course("image", settings, settings.image_steps, model, heads, len(images))
+    course = _TrainingRun("image", settings, settings.image_steps, model, heads, len(images))
     for rows in course:
         pixels = images[rows].float() / 127.5 - 1  # mean and std 0.5, as the task normalises images for a ViT
         patches = F.unfold(pixels, PATCH, stride=PATCH).transpose(1, 2)  # (batch, patches, 3 * PATCH^2)
@@ -189,7 +189,7 @@ def pretrain_image(settings: Pretraining, catalogues: list[Catalogue]) -> tuple[
     return model, course.losses()
 
 
-class _Course:
+class _TrainingRun:
     """One training run: draws batches, weights and records the losses, and prints them to stderr."""
 
     def __init__(
