@@ -153,9 +153,8 @@ def _mixed(cells: pd.DataFrame) -> tuple[str, ...]:
 def _row_names(cells: pd.DataFrame) -> list[str]:
     """The label, followed by what distinguishes the row: options, unusual training settings, code version.
 
-    Options and code version, which each method has its own of, are left out where no other row of the label has
-    others; a footnote lists options. In a mixed group device, protocol,
-    data and so on follow where they differ.
+    Options and code version are left out where all rows of the label agree in them: every method has a code version,
+    and a footnote lists the options. In a mixed group device, protocol, data and so on follow where they differ.
     """
     distinct = cells.drop_duplicates(list(ROW))
     variants = distinct.groupby("label")[["options", "code_version"]].nunique()
