@@ -153,24 +153,23 @@ def _mixed(cells: pd.DataFrame) -> tuple[str, ...]:
 def _row_names(cells: pd.DataFrame) -> list[str]:
     """The label, followed by what distinguishes the row: options, unusual training settings, code version.
 
-    Options are left out where no other row has the label; a footnote lists them. In a mixed group device, protocol,
-    data and so on follow where they differ.
+    Options and code version are left out where all rows of the label agree in them: every method has a code version,
+    and a footnote lists the options. In a mixed group device, protocol, data and so on follow where they differ.
     """
     distinct = cells.drop_duplicates(list(ROW))
-    variants = distinct.groupby("label")["options"].nunique()
+    variants = distinct.groupby("label")[["options", "code_version"]].nunique()
     usual = _usual_training(distinct)
-    versions = distinct["code_version"].nunique() > 1
     differing = {name: _short_values(sorted(set(cells[name]) - {""})) for name in _mixed(cells)}
     if (cells.groupby("dataset")["dataset_fingerprint"].nunique() == 1).all():
         differing.pop("dataset_fingerprint", None)  # the name identifies it
 
     @cache
     def name(label: str, options: str, training: str, version: str, *rest: str) -> str:
-        extra = settings(options) if variants[label] > 1 else []
+        extra = settings(options) if variants["options"][label] > 1 else []
         extra += [
             _setting(key, value) for key, value in json.loads(training).items() if json.dumps(value) != usual[key]
         ]
-        extra += [f"@{version[:7]}"] if versions else []
+        extra += [f"@{version[:7]}"] if variants["code_version"][label] > 1 else []
         extra += [texts[value] for texts, value in zip(differing.values(), rest, strict=True) if value]
         return f"{label} [{', '.join(extra)}]" if extra else label
 

@@ -38,7 +38,9 @@ def _properties(section: Section, results: list[CellResult]) -> Iterator[tuple[s
     yield "Allocator", (environment.allocator for environment in environments)
     yield "Deterministic kernels", (environment.deterministic for environment in environments)
     yield "Git revision", (_revision(environment.git_revision, environment.git_dirty) for environment in environments)
-    yield "Measured code", (result.code_version for result in results)
+    codes = sorted({(result.cell.method, result.code_version) for result in results})
+    several = len({code for _, code in codes}) > 1
+    yield "Measured code", (f"{method} {code}" if several else code for method, code in codes)
     yield "Protocol", [section.group.key["protocol"]]
     yield "Precision", [section.group.key["precision"]]
     yield "Dataset", _datasets(results)

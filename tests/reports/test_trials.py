@@ -68,6 +68,13 @@ def test_code_versions_are_rows_of_their_own(factory):
     assert set(group.cells["row"]) == {"fft [@aaaaaaa]", "fft [@bbbbbbb]"}
 
 
+def test_every_method_has_a_code_version(factory):
+    factory.write("fft", code="aaaaaaaaaa")
+    factory.write("lora", code="bbbbbbbbbb")
+    (group,) = split(load([factory.root]))
+    assert set(group.cells["row"]) == {"fft", "lora"}
+
+
 def test_what_is_not_comparable_is_another_group(factory, make_factory):
     make_factory(factory.root / "elsewhere").write("fft")
     factory.write("fft", protocol="paper")
