@@ -25,8 +25,6 @@ from tpme.bench.errors import UserError
 from tpme.bench.record import CellResult, write_atomically
 from tpme.reports.data.load import Recorded, to_frame, with_quality
 
-TABLE = "cells"
-"""Name of the table in an SQLite file."""
 NUMERIC = re.compile(r"(_s|_j|_bytes|_millions|_\d+)$|^(counter|phase|peak)_|^best_epoch$")
 """Numeric columns, even where every value is missing."""
 BOOLEAN = ("environment_deterministic", "environment_git_dirty")
@@ -110,7 +108,7 @@ def _parquet(frame: pd.DataFrame) -> bytes:
 def _sqlite(frame: pd.DataFrame) -> bytes:
     connection = sqlite3.connect(":memory:")
     try:
-        frame.to_sql(TABLE, connection, index=False)
+        frame.to_sql("cells", connection, index=False)
         return connection.serialize()
     finally:
         connection.close()
@@ -148,8 +146,6 @@ CHANGING = ("latest", "selected")
 """Columns that later records can change: tags that every push updates."""
 KEY = "tpme.record"
 """The tag that identifies a record; it prevents a second push."""
-TEXT_MOST = 5000
-"""MLflow refuses longer tags."""
 BATCH = 1000
 """Metrics in one request, the most that MLflow takes."""
 
@@ -198,7 +194,7 @@ def _push_one(client: Any, experiment_id: str, recorded: Recorded, row: pd.Serie
     client.log_batch(
         run.info.run_id,
         params=[Param(name, value) for name, value in parameters.items()],
-        tags=[RunTag(f"tpme.{name}", value[:TEXT_MOST]) for name, value in tags.items()],
+        tags=[RunTag(f"tpme.{name}", value[:5000]) for name, value in tags.items()],  # MLflow refuses longer ones
     )
     metrics = [*_metrics(row, start_ms), *_curves(result, start_ms)]
     for begin in range(0, len(metrics), BATCH):

@@ -91,7 +91,9 @@ def _row_notes(
     if options and not name.endswith("]"):
         yield f"with {', '.join(options)}"
     if line["status"] != "ok":
-        yield from _failure(line, seeds)
+        yield f"{line['status']} during {seeds[0]['failure_phase']}: {seeds[0]['failure_message']}"
+        if line["status"] == "oom":
+            yield "out of memory: M is the most that was seen, TPME the least it can be in the frame of the other rows"
     elif line["seeds_ok"] < line["seeds"]:
         ends = sorted({cell["status"] for cell in seeds} - {"ok"})
         yield f"{line['seeds_ok']} of {line['seeds']} seeds finished ({', '.join(ends)}); the row is over those alone"
@@ -110,9 +112,3 @@ def _row_notes(
         )
     if superseded := sum(cell["superseded"] for cell in seeds):
         yield f"replaces {superseded} older records of the same cells on the same device"
-
-
-def _failure(line: Line, seeds: Sequence[Line]) -> Iterator[str]:
-    yield f"{line['status']} during {seeds[0]['failure_phase']}: {seeds[0]['failure_message']}"
-    if line["status"] == "oom":
-        yield "out of memory: M is the most that was seen, TPME the least it can be in the frame of the other rows"

@@ -93,7 +93,8 @@ def quality_tpme(section: Section) -> Plot | None:
     rest = summary[summary["tpme"].isna() & summary["recall_10"].notna()]
     beside, far = _references(rest, rows)
     right = _draw_references(section, axes, beside)
-    below = textwrap.wrap(_off_scale(section, far), 60)
+    off_scale = [f"{row_label(section, str(name))} {value:.3f}" for name, value in far.items()]
+    below = textwrap.wrap(f"off the scale: {', '.join(off_scale)}" if off_scale else "", 60)
     axes.set_xlabel("\n".join([axes.get_xlabel(), *below]))
     margins(figure, 0.55, 0.05 + right, 0.36 + 0.12 * len(below), 0.28)
     figure.legend(loc="upper left", ncols=2, frameon=False, fontsize=6)
@@ -115,7 +116,8 @@ def quality_tpme(section: Section) -> Plot | None:
         caption += " Those far from the others are named at the foot."
     if unplaced:
         caption += f" No room for {', '.join(unplaced)}."
-    return Plot("quality-tpme", "Quality against TPME", _with_warning(section, caption), figure)
+    shared = (text if text.endswith(".") else f"{text}." for text in section.notes.shared)
+    return Plot("quality-tpme", "Quality against TPME", " ".join([caption, *shared]), figure)
 
 
 def costs(section: Section) -> Plot | None:
@@ -215,20 +217,9 @@ def _draw_references(section: Section, axes: Any, values: pd.Series[float]) -> f
     return text_width(axes.figure, names, 6)
 
 
-def _off_scale(section: Section, far: pd.Series[float]) -> str:
-    """Lists the rows that do not fit on the axis."""
-    values = [f"{row_label(section, str(name))} {value:.3f}" for name, value in far.items()]
-    return f"off the scale: {', '.join(values)}" if values else ""
-
-
 def _apart(values: list[float], least: float) -> list[float]:
     """Ascending values, moved up until neighbours are at least ``least`` apart."""
     spread: list[float] = []
     for value in values:
         spread.append(max(value, spread[-1] + least) if spread else value)
     return spread
-
-
-def _with_warning(section: Section, caption: str) -> str:
-    """``caption`` with the notes that apply to all rows, which every figure of quality repeats."""
-    return " ".join([caption, *(text if text.endswith(".") else f"{text}." for text in section.notes.shared)])

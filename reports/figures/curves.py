@@ -88,8 +88,8 @@ def memory_over_time(section: Section) -> Plot | None:
 
 def step_times(section: Section) -> Plot | None:
     """Distribution of training step times of one cell of every row, without warm-up epochs."""
-    times = {name: _steady_steps(cell) for name, cell in _first_cells(section).items()}
-    times = {name: steps for name, steps in times.items() if len(steps)}
+    cells = _first_cells(section)
+    times = {name: steps for name, cell in cells.items() if len(steps := _steady_steps(cell))}
     if not times:
         return None
     figure = new_figure(COLUMN_INCHES, 0.5 + 0.17 * len(times))
@@ -120,8 +120,8 @@ def step_times(section: Section) -> Plot | None:
 
 def _first_cells(section: Section) -> dict[str, Sampled]:
     """The first seed of every row with its samples, if it has any."""
-    firsts = ((name, cell.result, cell.beside("samples")) for name, cell in section.firsts(sampled=True).items())
-    return {name: Sampled(result, load_samples(path)) for name, result, path in firsts if path is not None}
+    firsts = section.firsts(sampled=True)
+    return {name: Sampled(cell.result, load_samples(str(cell.beside("samples")))) for name, cell in firsts.items()}
 
 
 def _draw_memory(axes: Any, time_s: Array, used: Array, coloured: Sequence[tuple[str, float, float]]) -> None:

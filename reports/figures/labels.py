@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.patheffects import withStroke
 
-Floats = npt.NDArray[np.float64]
+from tpme.reports.data.stats import Floats
 
 RING_PT, RINGS, NEAR = 4.5, 40, 4
 """Distance between rings, their number, and how many of them a name tries before it may cover a bar."""

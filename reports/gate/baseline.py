@@ -286,7 +286,8 @@ def noise(runs: Sequence[Recorded]) -> Noise:
             pairs=0,
             source=source,
         )
-    times = [time for group in groups for time in _gaps(_run_medians(group))]
+    steps = [[taken for recorded in group if len(taken := step_times(recorded))] for group in groups]
+    times = [gap for group in steps for gap in _gaps([float(np.median(run)) for run in group])]
     peaks: dict[str, list[float]] = {}
     for group in groups:
         read = [memory(recorded.result) for recorded in group]
@@ -304,10 +305,6 @@ def noise(runs: Sequence[Recorded]) -> Noise:
 def _carried(runs: Sequence[Recorded], name: str) -> list[float]:
     readings = [recorded.result.counters.get(name) for recorded in runs]
     return [reading.value for reading in readings if reading is not None and reading.value is not None]
-
-
-def _run_medians(runs: Sequence[Recorded]) -> list[float]:
-    return [float(np.median(times)) for recorded in runs if len(times := step_times(recorded))]
 
 
 def _epoch_medians(recorded: Recorded) -> list[float]:

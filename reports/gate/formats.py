@@ -19,7 +19,7 @@ from rich.table import Table
 from tpme.bench.quantities import amount, quantity
 from tpme.bench.record import write_atomically
 from tpme.reports.gate.verdict import CellVerdict, Comparison, GateReport, Verdict
-from tpme.reports.tables.table import escape_markdown
+from tpme.reports.tables.table import escape_markdown, markdown_row
 
 _COLOURS: dict[Verdict, str] = {"regressed": "red", "improved": "green", "changed": "yellow"}
 _MARKS: dict[Verdict, str] = {"regressed": "🔴", "improved": "🟢", "changed": "🟡", "same": "⚪"}
@@ -130,17 +130,15 @@ def markdown(report: GateReport) -> str:
     lines += [f"{escape_markdown(report.base)} → {escape_markdown(report.head)}", ""]
     rows = listed(report)
     if rows:
-        lines += [_pipes(_COLUMNS), _pipes(["---"] * len(_COLUMNS))]
-        lines += [_pipes([f"{_MARKS[item.verdict]} {item.verdict}", *_row(cell, item)]) for cell, item in rows]
+        lines += [markdown_row(_COLUMNS), markdown_row(["---"] * len(_COLUMNS))]
+        for cell, item in rows:
+            texts = (f"{_MARKS[item.verdict]} {item.verdict}", *_row(cell, item))
+            lines.append(markdown_row(map(escape_markdown, texts)))
         lines += [""]
     lines += ["<details><summary>What was compared, and what was not</summary>", ""]
     lines += [f"- {escape_markdown(remark)}" for remark in remarks(report)]
     lines += ["", "</details>", ""]
     return "\n".join(lines)
-
-
-def _pipes(cells: list[str] | tuple[str, ...]) -> str:
-    return "| " + " | ".join(map(escape_markdown, cells)) + " |"
 
 
 def junit(report: GateReport) -> str:

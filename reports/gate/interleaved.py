@@ -113,10 +113,9 @@ def _compare_runs(base: Sequence[Recorded], head: Sequence[Recorded], policy: Po
     peaks = [[memory(recorded.result) for recorded in runs] for runs in sides]
     for name in sorted({name for runs in peaks for run in runs for name in run}):
         before, after = ([run[name] for run in runs if name in run] for runs in peaks)
-        if before and after:
-            comparisons.append(compare_peaks(name, before, after, policy))
-        else:
-            comparisons.append(one_sided(name, min(before, default=None), min(after, default=None)))
+        lowest = min(before, default=None), min(after, default=None)
+        both = before and after
+        comparisons.append(compare_peaks(name, before, after, policy) if both else one_sided(name, *lowest))
     return comparisons
 
 

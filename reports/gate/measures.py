@@ -9,7 +9,6 @@ import json
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from pydantic import PositiveFloat, field_validator, model_validator
@@ -314,10 +313,6 @@ def _quality(recorded: Recorded) -> tuple[Quality | None, str | None]:
 
 def thinned(on_device: OnDevice) -> OnDevice:
     """The measurements as a baseline keeps them: at most ``SAMPLE`` times, with four digits."""
-    kept = {name: _rounded_quantiles(values) for name, values in on_device.timing}
-    return OnDevice(timing=Timing(**kept), memory=on_device.memory)
-
-
-def _rounded_quantiles(values: Sequence[float]) -> tuple[float, ...]:
-    kept: Any = quantiles(np.array(values, dtype=np.float64), SAMPLE)
-    return tuple(float(f"{value:.4g}") for value in kept)
+    kept = {name: quantiles(np.array(values, dtype=np.float64), SAMPLE) for name, values in on_device.timing}
+    rounded = {name: tuple(float(f"{value:.4g}") for value in values) for name, values in kept.items()}
+    return OnDevice(timing=Timing(**rounded), memory=on_device.memory)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from tpme.bench.quantities import MISSING
-from tpme.bench.record import CellResult, LearningRates, Modality
+from tpme.bench.record import CellResult, Modality
 from tpme.reports.data.section import Section
 from tpme.reports.data.trials import shorten_path
 from tpme.reports.tables.table import Column, Entry, Table
@@ -49,7 +49,7 @@ def _properties(section: Section, results: list[CellResult]) -> Iterator[tuple[s
     training = [result.cell.training.model_dump(mode="json", exclude={"precision"}) for result in results]
     for name in training[0]:
         yield name.replace("_", " ").capitalize(), (settings[name] for settings in training)
-    rates = {_rates(result.cell.lr) for result in results}
+    rates = {", ".join(f"{name} {rate:g}" for name, rate in result.cell.lr.model_dump().items()) for result in results}
     yield "Learning rates", rates if len(rates) == 1 else ["differ, see their table"]
     yield "Seeds", sorted({result.cell.seed for result in results})
 
@@ -79,10 +79,6 @@ def _encoder(result: CellResult, modality: Modality) -> str | None:
     )
 
 
-def _rates(lr: LearningRates) -> str:
-    return ", ".join(f"{name} {rate:g}" for name, rate in lr.model_dump().items())
-
-
 def _revision(revision: str | None, dirty: bool | None) -> str | None:
     if revision is None:
         return None
@@ -91,8 +87,6 @@ def _revision(revision: str | None, dirty: bool | None) -> str | None:
 
 def _join(values: Iterable[Any]) -> str:
     """Distinct values, in the order of the records."""
-    return "; ".join(dict.fromkeys(_text(value) for value in values if value is not None)) or MISSING
-
-
-def _text(value: Any) -> str:
-    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+    words = {True: "yes", False: "no"}
+    texts = (words[value] if isinstance(value, bool) else str(value) for value in values if value is not None)
+    return "; ".join(dict.fromkeys(texts)) or MISSING

@@ -11,7 +11,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 
@@ -101,9 +101,9 @@ def to_markdown(table: Table, footnotes: bool = True) -> str:
     """A pipe table, then a list of its notes and, unless ``footnotes`` is off, of warnings and footnotes."""
     columns = [table.columns[index] for index in table.visible]
     lines = [
-        _markdown_row([escape_markdown(column.title) for column in columns]),
-        _markdown_row(["---:" if column.numeric else "---" for column in columns]),
-        *(_markdown_row([_markdown_entry(row[index]) for index in table.visible]) for row in table.rows),
+        markdown_row([escape_markdown(column.title) for column in columns]),
+        markdown_row(["---:" if column.numeric else "---" for column in columns]),
+        *(markdown_row([_markdown_entry(row[index]) for index in table.visible]) for row in table.rows),
     ]
     notes = [f"- {escape_markdown(note)}" for note in table.notes]
     if footnotes:
@@ -112,7 +112,8 @@ def to_markdown(table: Table, footnotes: bool = True) -> str:
     return "\n".join([*lines, *([""] if notes else []), *notes]) + "\n"
 
 
-def _markdown_row(fields: Sequence[str]) -> str:
+def markdown_row(fields: Iterable[str]) -> str:
+    """A line of a pipe table."""
     return f"| {' | '.join(fields)} |"
 
 
@@ -159,10 +160,6 @@ _LATEX = {
 }
 
 
-_LATEX_LETTERS = "\u017f"
-"""LaTeX has a glyph for every letter up to this one; beyond, for a few signs."""
-
-
 def escape_latex(text: str) -> str:
     """Escape text so that LaTeX prints it as it is; a character without a glyph becomes its code, such as U+4E2D."""
     escaped = "".join(map(_latex_character, " ".join(text.split())))
@@ -173,7 +170,8 @@ def escape_latex(text: str) -> str:
 def _latex_character(character: str) -> str:
     if character in _LATEX:
         return _LATEX[character]
-    known = character.isprintable() and (character <= _LATEX_LETTERS or character in "‘’“”—…€")
+    # LaTeX has a glyph for every letter up to this one; beyond, for a few signs.
+    known = character.isprintable() and (character <= "\u017f" or character in "‘’“”—…€")
     return character if known else rf"\texttt{{U+{ord(character):04X}}}"
 
 
