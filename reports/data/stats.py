@@ -89,7 +89,7 @@ _STUDENT_T = (63.657, 9.9248, 5.8409, 4.6041, 4.0321, 3.7074, 3.4995, 3.3554, 3.
 
 def interval(draws: npt.ArrayLike) -> tuple[float, float]:
     """The percentile interval of resampled values, shape ``(draws,)``."""
-    low, high = np.quantile(draws, TAILS)
+    low, high = np.quantile(np.asarray(draws, dtype=np.float64), TAILS)
     return float(low), float(high)
 
 
