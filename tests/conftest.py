@@ -58,8 +58,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def _empty_stores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Tests, and what they start, see neither the user's store nor compiled kernels of earlier runs.
 
-    torch.compile reuses kernels that were compiled for another instruction set (``ATEN_CPU_CAPABILITY``); with AVX-512
-    kernels under avx2 every loss was NaN.
+    torch.compile reuses kernels that were compiled for another instruction set (``ATEN_CPU_CAPABILITY``): those for
+    AVX-512, reused under avx2, gave NaN or crashed.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TPME_STORE", str(tmp_path_factory.mktemp("store")))

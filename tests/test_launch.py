@@ -222,7 +222,7 @@ def test_a_record_that_a_cell_wrote_badly_stops_nothing(stubbed: Stubbed) -> Non
     broken, good = stubbed.run("broken", "ok")
     assert (broken.status, good.status) == ("error", "ok")
     assert broken.failure is not None
-    assert "wrote a record that cannot be read" in broken.failure.message
+    assert "its record cannot be read" in broken.failure.message
     assert read_result(stubbed.folder(0) / "attempt-1.json") == broken
 
 
