@@ -206,7 +206,7 @@ def chunks_table() -> str:
     ]
     for titles, encoders, backward in ((142, "mini", True), (142, "small", True), (256, "small", False)):
         taken = _chunk_times(titles, encoders, backward=backward)
-        times = [f"{taken[0] * 1e3:.0f} ms", *(f"{taken[0] / time:.2f}x" for time in taken[1:])]
+        times = [f"{taken[0] * 1e3:.0f} ms", *(f"{taken[0] / seconds:.2f}x" for seconds in taken[1:])]
         shape = ENCODERS[encoders]
         name = "forward, backward" if backward else "forward"
         rows.append(f"| {titles} | {shape.depth} x {shape.width} | {name} | {' | '.join(times)} |")
