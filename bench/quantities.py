@@ -110,8 +110,8 @@ def _quality(key: str, header: str) -> Quantity:
 
 
 QUANTITIES: dict[str, Quantity] = {
-    one.key: one
-    for one in (
+    entry.key: entry
+    for entry in (
         # the three costs of TPME, and TPME
         Quantity("epoch_time_s", "T", "epoch time", "s"),
         Quantity("trainable_millions", "P", "trainable parameters", "M", decimals=3),
@@ -174,7 +174,7 @@ QUANTITIES: dict[str, Quantity] = {
         Quantity("search_trials", "lr trials", better=None),
     )
 }
-COUNTERS: tuple[str, ...] = tuple(key for key, one in QUANTITIES.items() if one.kind == "counter")
+COUNTERS: tuple[str, ...] = tuple(key for key, entry in QUANTITIES.items() if entry.kind == "counter")
 """The exact counters that the gate judges."""
 COSTS = ("epoch_time_s", "trainable_millions", "memory_bytes")
 """T, P and M, in this order."""
@@ -236,7 +236,7 @@ def memory_instrument(key: str, memory: Memory, device: str) -> str:
     assert rule is not None, f"{key} follows no memory rule"
     *preferred, last = INSTRUMENTS[rule][device]
     readings = ((name, getattr(memory, name)) for name in preferred)
-    return next((name for name, one in readings if one.valid and one.value is not None), last)
+    return next((name for name, reading in readings if reading.valid and reading.value is not None), last)
 
 
 def memory_reading(key: str, memory: Memory | None, device: str) -> Reading:

@@ -10,7 +10,7 @@ import json
 import subprocess
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -37,7 +37,7 @@ _SIDE_SCRIPT = Path(__file__).parents[1] / "run" / "side.py"
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be run on both sides.
+    """What to run on both sides, and all but the folders of what each side is asked.
 
     matrix, settings, methods: as in ``tpme run``; ``methods`` limits its rows, empty means all. methods_path: folders
     with methods, those inside the repository are taken from each side's checkout. rounds: pairs of runs of each cell.
@@ -227,15 +227,12 @@ def _jobs_of_side(side: str, tree: Tree, request: Request, folder: Path, reposit
 
     question, answer = folder / f"{side}.request.json", folder / f"{side}.answer.json"
     source = request.matrix if request.matrix in presets() else str(Path(request.matrix).resolve())
-    content = {
+    content = asdict(request) | {
         "matrix": source,
-        "settings": list(request.settings),
-        "methods": list(request.methods),
         "methods_path": [str(_in_checkout(path, tree, repository)) for path in request.methods_path],
         "device": choose_device(request.device),
         "store": str((folder / f"{side}-store").resolve()),
         "runs": str((folder / side).resolve()),
-        "time_limit_s": request.time_limit_s,
         "answer": str(answer.resolve()),
     }
     write_atomically(question, json.dumps(content, indent=1).encode())

@@ -54,7 +54,7 @@ def paper(section: Section) -> Table:
     rows = [
         str(name)
         for name, line in section.summary.iterrows()
-        if line["label"] in PRINTED and all(_is_of_the_paper(one.cell) for one in section.behind[str(name)])
+        if line["label"] in PRINTED and all(_is_of_the_paper(result.cell) for result in section.behind[str(name)])
     ]
     whole = {name: _of_a_whole_epoch(section.behind[name][0]) for name in rows}
     costs = section.summary[["epoch_time_s", "memory_bytes"]].astype(float)

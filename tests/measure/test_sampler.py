@@ -57,7 +57,8 @@ def test_it_sees_a_block_that_comes_and_goes() -> None:
     assert 2 <= len(rows["t_s"]) < len(samples.t_s)
     assert (np.diff(samples.t_s) > 0).all()
     assert 0 <= samples.t_s[0] < 5
-    assert samples.notes == ()
+    # Where a reading is slow, the period is longer; nothing else may be noted.
+    assert all(note.startswith("sampled every ") for note in samples.notes)
     assert np.isnan(samples.device_bytes).all()
     assert samples.missing == {"device_bytes": "no CUDA device"}
 
