@@ -132,7 +132,7 @@ def test_it_survives_ctrl_c_and_is_stopped_by_its_parent() -> None:
         os.kill(sampler.pid, signal.SIGINT)
         time.sleep(0.2)
         samples = sampler.stop()
-    assert samples.notes == ()
+    assert all(note.startswith("sampled every ") for note in samples.notes)
 
 
 def test_one_that_is_killed_leaves_its_rows_and_a_note() -> None:
