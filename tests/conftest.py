@@ -26,10 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what needs a GPU as ``alone``, and begin with the tests that share the slowest fixture.
-
-    pytest-xdist gives each worker a contiguous part and moves tests from the end of one: ``card_run`` is built once.
-    """
+    """Mark what needs a GPU as ``alone``, and begin with the tests that share the slowest fixture, ``card_run``."""
     for item in items:
         if item.get_closest_marker("gpu") is not None:
             item.add_marker("alone")
