@@ -26,11 +26,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what needs a GPU as ``alone``, and begin with the tests that share the slowest fixture, ``card_run``."""
+    """Mark what needs a GPU as ``alone``."""
     for item in items:
         if item.get_closest_marker("gpu") is not None:
             item.add_marker("alone")
-    items.sort(key=lambda item: "card_run" not in getattr(item, "fixturenames", ()))
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
