@@ -62,7 +62,7 @@ def rank_targets(
     chunk = users_per_chunk(count, score_bytes)
     if not items.is_cuda:
         chunk = min(chunk, max(LEAST_USERS, users_per_chunk(count, CACHE_BYTES)))
-    buffer = scaled.new_empty(-(-min(chunk, len(users)) * count // BLOCK) * BLOCK)  # one for all chunks
+    buffer = scaled.new_empty(_whole_blocks(min(chunk, len(users)) * count))  # one for all chunks
     above_less_below = torch.zeros_like(target)
     with torch.autocast(items.device.type, enabled=False), _ieee_products():
         for start in range(0, len(users), chunk):
@@ -75,9 +75,9 @@ def rank_targets(
             # In place, for memory: 1 where an item is above the target, -1 where below, 0 where near.
             order = scores.sub_(wanted).clamp_(-1, 1).round_()
             above_less_below[part] = order.sum(dim=1).long()
-            used = order.numel()
-            buffer[used : -(-used // BLOCK) * BLOCK] = 1
-            near.search(buffer[: -(-used // BLOCK) * BLOCK].view(-1, BLOCK), start * count)
+            blocks = buffer[: _whole_blocks(order.numel())]
+            blocks[order.numel() :] = 1
+            near.search(blocks.view(-1, BLOCK), start * count)
     pairs, not_below = near.counts()
     rank = 1 + (above_less_below + count - pairs) // 2 + not_below
     return torch.where((history == target[:, None]).any(dim=1), count, rank).to(torch.int32)
@@ -181,6 +181,11 @@ def _not_below(users: Tensor, items: Tensor, targets: Tensor) -> Tensor:
     while (half := terms.shape[1] // 2) > 0:
         terms = torch.cat([terms[:, :half] + terms[:, half : 2 * half], terms[:, 2 * half :]], dim=1)
     return terms[:, 0] >= 0
+
+
+def _whole_blocks(size: int) -> int:
+    """``size`` rounded up to a multiple of BLOCK."""
+    return -(-size // BLOCK) * BLOCK
 
 
 def _parts(tensor: Tensor, size: int) -> list[Tensor]:
