@@ -108,6 +108,7 @@ class Method:
         baseline: it adapts no encoder; such rows get no TPME unless requested by name.
         modalities: the encoders it uses; ``None`` means those of the data set, an empty tuple none.
         needs: modalities it requires.
+        groups: learning-rate groups of its own (``recommender.group`` puts parameters into them), for ``lr.groups``.
     """
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
@@ -115,6 +116,7 @@ class Method:
     baseline: ClassVar[bool] = False
     modalities: ClassVar[tuple[Modality, ...] | None] = None
     needs: ClassVar[tuple[Modality, ...]] = ()
+    groups: ClassVar[tuple[str, ...]] = ()
     identity_at_start: ClassVar[bool] = True
     """Before the first step, item vectors equal those of the frozen encoders with the same item encoder."""
 
@@ -133,9 +135,9 @@ class Method:
     # --- optimiser ----------------------------------------------------------------------------------------------
 
     def param_groups(self, model: Recommender, lr: LearningRates) -> list[dict[str, Any]]:
-        """The optimiser's groups: one learning rate each for recommender, text, image and the method's own parts."""
+        """The optimiser's groups: one each for recommender, text, image, the method's own parts, and named groups."""
         groups = model.parameter_groups()
-        return [{"params": params, "lr": getattr(lr, name), "name": name} for name, params in groups.items()]
+        return [{"params": params, "lr": lr.of(name), "name": name} for name, params in groups.items()]
 
     def optimizer(self, groups: list[dict[str, Any]], *, fused: bool) -> torch.optim.Optimizer:
         """The optimiser of one stage; default: Adam without weight decay, as in IISAN."""

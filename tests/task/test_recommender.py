@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from types import ModuleType
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from tpme.bench.record import Modality
 from tpme.bench.task.items import EncoderShape, Items
-from tpme.bench.task.recommender import Recommender, TokenFusion
+from tpme.bench.task.recommender import Recommender, TokenFusion, group
 from tpme.bench.task.sequential import SequentialEncoder
 
 SHAPES: dict[Modality, EncoderShape] = {"text": EncoderShape(16, 2), "image": EncoderShape(16, 2)}
@@ -49,6 +50,22 @@ def test_groups_hold_every_trainable_parameter_once(tiny: ModuleType) -> None:
     model.encoders.requires_grad_(True)
     grouped = [id(p) for parameters in model.parameter_groups().values() for p in parameters]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters())
+
+
+def test_parameters_anywhere_train_in_a_named_group(tiny: ModuleType) -> None:
+    model = recommender(tiny)
+    model.encoders.requires_grad_(True)
+    head, layer = model.item_encoder.heads["text"], model.views["text"].layers[0]
+    group(model.views["text"].module, "slow")
+    group(layer, "layer")
+    group(head, "biases", ["bias"])
+    groups = copy.deepcopy(model).parameter_groups()
+    assert list(groups) == ["recommender", "biases", "slow", "layer", "image"]
+    sizes = {name: sum(p.numel() for p in parameters) for name, parameters in groups.items()}
+    assert sizes["biases"] == head.bias.numel()
+    assert sizes["layer"] == sum(p.numel() for p in layer.parameters())
+    assert sizes["layer"] + sizes["slow"] == sum(p.numel() for p in model.encoders["text"].parameters())
+    assert sum(sizes.values()) == sum(p.numel() for p in model.parameters())
 
 
 def test_a_decoupled_models_encoders_run_without_gradient_and_dropout(tiny: ModuleType) -> None:
