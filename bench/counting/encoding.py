@@ -27,7 +27,8 @@ def item_flops(encode: Callable[[Items], Tensor], items: Items) -> tuple[float, 
         The FLOPs, and the operators that may compute something but have no FLOP formula; where there are any, the
         FLOPs are a lower bound.
     """
-    # A model that was compiled has imported dynamo; the import alone takes a second.
+    # Dynamo would give up what it meets under a dispatch mode. Nothing is compiled where it was not imported yet,
+    # which takes a second.
     eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one operator for a whole layer of nn.TransformerEncoder
