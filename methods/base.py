@@ -19,6 +19,7 @@ from torch import Tensor
 from tpme.bench.record import Frozen, LearningRates, Modality
 from tpme.bench.task.items import EncoderShape
 from tpme.bench.task.recommender import ItemEncoder, Recommender, TokenFusion
+from tpme.bench.task.view import EncoderView
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,13 @@ class Context(Protocol):
         """Yield the task's loss on ``steps`` training batches, for projections, importances and trials."""
 
 
+def fusion_parameters(task: TaskShape) -> int:
+    """Parameters of the default item encoder: D d + d a head, and k d d + d where k > 1 encoders are fused."""
+    heads = sum(shape.width * task.dim + task.dim for shape in task.encoders.values())
+    k = len(task.encoders)
+    return heads + (k * task.dim * task.dim + task.dim if k > 1 else 0)
+
+
 class MethodConfig(Frozen):
     """Settings of a method; subclasses add fields, all with defaults."""
 
@@ -131,6 +139,17 @@ class Method:
 
     def adapt(self, model: Recommender, schedule: Schedule) -> None:
         """Inject or replace modules and set which parameters train. Encoders arrive frozen, the rest trainable."""
+
+    def trainable_parameters(self, task: TaskShape, views: Mapping[Modality, EncoderView]) -> int:
+        """Formula: how many parameters train in the first stage, besides the sequential encoder.
+
+        Written from sizes, not counted from what ``adapt`` made, so that one checks the other: ``tpme method check``
+        compares them at a small and at the base shape. ``fusion_parameters`` is the default item encoder's part.
+
+        Args:
+            task: sizes of the task. views: the unmodified encoders by modality; none of a method without encoders.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no formula of its trainable parameters")
 
     # --- optimiser ----------------------------------------------------------------------------------------------
 
