@@ -18,7 +18,17 @@ import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from tpme.bench.errors import UserError, first_problem
 
@@ -69,6 +79,25 @@ class LearningRates(Frozen):
     text: PositiveFloat = 4e-4
     image: PositiveFloat = 4e-4
     method: PositiveFloat = 4e-4
+    groups: dict[str, PositiveFloat] = {}
+    """Of groups that a method names itself (``Method.groups``); one that is not in here trains at ``method``."""
+
+    @model_serializer(mode="wrap")
+    def _without_empty_groups(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Identities and files of cells without groups are those from before there were any."""
+        return {name: value for name, value in dump(self).items() if name != "groups" or value}
+
+    def of(self, group: str) -> float:
+        """The learning rate of a group of parameters."""
+        return self.groups.get(group, self.method) if group not in LR_PARTS else float(getattr(self, group))
+
+    def by_group(self) -> dict[str, float]:
+        """Every learning rate by name."""
+        return {name: self.of(name) for name in (*LR_PARTS, *self.groups)}
+
+
+LR_PARTS = tuple(name for name in LearningRates.model_fields if name != "groups")
+"""Groups of parameters that every method has."""
 
 
 class Training(Frozen):

@@ -7,7 +7,7 @@ the task; no hook can change them for the other rows of a matrix.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -112,10 +112,11 @@ class Method:
 
     Class attributes:
         Config: its settings.
-        decoupled: it only reads hidden states of unmodified encoders, so the harness may cache them.
+        decoupled: it only reads hidden states of unmodified encoders, so the harness may cache all of them.
         baseline: it adapts no encoder; such rows get no TPME unless requested by name.
         modalities: the encoders it uses; ``None`` means those of the data set, an empty tuple none.
         needs: modalities it requires.
+        groups: learning-rate groups of its own (``recommender.group`` puts parameters into them), for ``lr.groups``.
     """
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
@@ -123,6 +124,7 @@ class Method:
     baseline: ClassVar[bool] = False
     modalities: ClassVar[tuple[Modality, ...] | None] = None
     needs: ClassVar[tuple[Modality, ...]] = ()
+    groups: ClassVar[tuple[str, ...]] = ()
     identity_at_start: ClassVar[bool] = True
     """Before the first step, item vectors equal those of the frozen encoders with the same item encoder."""
 
@@ -134,6 +136,13 @@ class Method:
     def item_encoder(self, task: TaskShape) -> ItemEncoder:
         """The module that maps hidden states to item vectors; default: token 0, projected, concatenated and fused."""
         return TokenFusion(task.encoders, task.dim)
+
+    def frozen_encoders(self, modalities: Sequence[Modality]) -> tuple[Modality, ...]:
+        """The encoders among ``modalities`` that stay unmodified; they get no gradients, and may be cached.
+
+        Default: all of a decoupled method, none of another.
+        """
+        return tuple(modalities) if self.decoupled else ()
 
     def adapt(self, model: Recommender, schedule: Schedule) -> None:
         """Inject or replace modules and set which parameters train. Encoders arrive frozen, the rest trainable."""
@@ -152,9 +161,9 @@ class Method:
     # --- optimiser ----------------------------------------------------------------------------------------------
 
     def param_groups(self, model: Recommender, lr: LearningRates) -> list[dict[str, Any]]:
-        """The optimiser's groups: one learning rate each for recommender, text, image and the method's own parts."""
+        """The optimiser's groups: one each for recommender, text, image, the method's own parts, and named groups."""
         groups = model.parameter_groups()
-        return [{"params": params, "lr": getattr(lr, name), "name": name} for name, params in groups.items()]
+        return [{"params": params, "lr": lr.of(name), "name": name} for name, params in groups.items()]
 
     def optimizer(self, groups: list[dict[str, Any]], *, fused: bool) -> torch.optim.Optimizer:
         """The optimiser of one stage; default: Adam without weight decay, as in IISAN."""
