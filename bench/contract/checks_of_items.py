@@ -77,13 +77,13 @@ def cached_equals_uncached(subject: Subject) -> None:
     """On states cached from fresh encoders in half precision, it computes what it computes on the encoders."""
     _require_frozen_encoders(subject)
     trainer = subject.trainer()
-    specs = subject.specs
+    specs = {modality: subject.specs[modality] for modality in subject.frozen}
     job = subject.job(subject.cell())
     build(feature_job(job, specs, trainer.model.item_encoder.reads))  # as the builder does, in this process
     cached = subject.trainer(subject.cell(cached=True))
     items = subject.items(trainer)
     states, tables = trainer.model.eval().hidden_states(items), subject.items(cached).states or {}
-    for modality in states:
+    for modality in subject.frozen:
         expect_close(
             tables[modality].float(),
             states[modality],
@@ -101,9 +101,10 @@ def _compare_step(subject: Subject, trainer: Trainer, cached: Trainer) -> None:
     """Loss and gradients of one batch: on the encoders, and on their states without rounding."""
     batch = subject.batch(trainer)
     with torch.no_grad():
-        states = trainer.model.train().hidden_states(batch.items)
+        computed = trainer.model.train().hidden_states(batch.items)
+    states = {modality: computed[modality] for modality in subject.frozen}
     losses, gradients = [], []
-    for each, items in ((trainer, batch.items), (cached, Items(batch.items.ids, states=states))):
+    for each, items in ((trainer, batch.items), (cached, replace(batch.items, states=states))):
         torch.manual_seed(0)
         loss = total_loss(each.method, each.model.train(), replace(batch, items=items))
         loss.backward()  # type: ignore[no-untyped-call]
@@ -136,7 +137,8 @@ def cache_key_names_what_is_read(subject: Subject) -> None:
         items, model = subject.items(trainer), trainer.model.eval()
         with torch.no_grad():
             states = model.hidden_states(items)
-            for modality, reads in model.item_encoder.reads.items():
+            for modality in subject.frozen:
+                reads = model.item_encoder.reads[modality]
                 if not torch.equal(states[modality], _fresh(subject.fresh_views[modality], reads, items)):
                     raise ContractError(
                         f"with {options or 'these options'}, the {modality} states are not those that `reads` names: "
@@ -149,5 +151,5 @@ def _fresh(view: EncoderView, reads: Reads, items: Items) -> torch.Tensor:
 
 
 def _require_frozen_encoders(subject: Subject) -> None:
-    if not subject.used or not subject.method().decoupled:
+    if not subject.frozen:
         raise NotApplicable("the method trains through its encoders, or has none")

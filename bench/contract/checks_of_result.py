@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from tpme.bench.contract.expect import ContractError, expect_close
 from tpme.bench.contract.subject import Subject, vectors
+from tpme.bench.counting.encoding import item_flops
 from tpme.bench.task.evaluate import item_matrix, rank_split
-from tpme.bench.task.items import Items
-from tpme.bench.task.recommender import Recommender
 from tpme.bench.train.loop import Trainer
-from tpme.methods.base import Method
 
 
 def state_round_trip(subject: Subject) -> None:
@@ -66,14 +64,16 @@ def merging_changes_no_vector(subject: Subject) -> None:
 
 
 def inference_is_not_dearer(subject: Subject) -> None:
-    """Encoding items after prepare_inference takes no more FLOPs than before."""
+    """Encoding items after prepare_inference takes no more FLOPs than before, and all of them have a formula."""
     method, model = subject.copy_of_trained()
-    items = subject.items(subject.trained.trainer)
-    before = _flops(method, model, items)
+    items, encode = subject.items(subject.trained.trainer), partial(vectors, method, model)
+    before, _ = item_flops(encode, items)
     method.prepare_inference(model)
-    after = _flops(method, model, items)
+    after, uncounted = item_flops(encode, items)
     if after > before:
-        raise ContractError(f"prepare_inference makes {len(items)} items cost {after:,} FLOPs instead of {before:,}")
+        raise ContractError(f"prepare_inference makes an item cost {after:,.0f} FLOPs instead of {before:,.0f}")
+    if uncounted:
+        raise ContractError(f"encoding items: no FLOP formula for {', '.join(uncounted)}")
 
 
 def deep_copy_is_independent(subject: Subject) -> None:
@@ -103,12 +103,6 @@ def _restored(subject: Subject, trainer: Trainer) -> Trainer:
     return fresh
 
 
-def _ranks(trainer: Trainer) -> np.ndarray:  # type: ignore[type-arg]
+def _ranks(trainer: Trainer) -> np.ndarray:
     matrix = item_matrix(trainer.model, trainer.store, trainer.device)
     return rank_split(trainer.model, matrix, trainer.dataset.test)
-
-
-def _flops(method: Method, model: Recommender, items: Items) -> int:
-    with FlopCounterMode(display=False) as counter:
-        vectors(method, model, items)
-    return int(counter.get_total_flops())

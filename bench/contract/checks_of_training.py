@@ -79,7 +79,6 @@ def encoders_learn_unless_frozen(subject: Subject) -> None:
     method, model = trainer.method, trainer.model
     if not subject.used:
         raise NotApplicable("the method uses no encoder")
-    frozen = subject.used if method.decoupled else ()
     items = subject.items(trainer)
     with torch.no_grad():
         states = model.eval().hidden_states(items)
@@ -87,12 +86,12 @@ def encoders_learn_unless_frozen(subject: Subject) -> None:
             fresh = subject.fresh_views[modality].encode(
                 reads, tokens=items.tokens, token_mask=items.token_mask, image=items.image
             )
-            if modality in frozen and not torch.equal(states[modality], fresh):
+            if modality in subject.frozen and not torch.equal(states[modality], fresh):
                 raise ContractError(f"the {modality} encoder is frozen, but its hidden states are not the fresh ones")
-            if modality not in frozen and not method.baseline and torch.allclose(states[modality], fresh):
+            if modality not in subject.frozen and not method.baseline and torch.allclose(states[modality], fresh):
                 raise ContractError(
                     f"the {modality} encoder gives the same hidden states after training as before; a method that "
-                    "adapts no encoder says so with decoupled or baseline"
+                    "adapts no encoder says so with decoupled, frozen_encoders() or baseline"
                 )
 
 

@@ -76,6 +76,11 @@ class Subject:
         """The modalities whose encoders the method uses."""
         return used_modalities(self.method(), self.modalities)
 
+    @cached_property
+    def frozen(self) -> tuple[Modality, ...]:
+        """The modalities whose encoders it leaves as they are, in its own words."""
+        return self.method().frozen_encoders(self.used)
+
     @property
     def specs(self) -> dict[Modality, EncoderSpec]:
         """The encoders that it uses."""
@@ -215,7 +220,7 @@ class Subject:
 
 def with_options(subject: Subject, options: Mapping[str, Any]) -> Subject:
     """The same method on the same encoders, ``options`` laid over its own."""
-    return replace(subject, options=subject.options | options)
+    return replace(subject, options={**subject.options, **options})
 
 
 def vectors(method: Method, model: Recommender, items: Items) -> Tensor:

@@ -72,7 +72,7 @@ class Watch:
                 self.ungrouped[name] = f"is in {listed.count(id(parameter))} of the optimiser's groups"
             if name not in self.reached:
                 hook = partial(self._note_gradient, name)
-                self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
+                self._handles.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
 
     def _note_gradient(self, name: str, parameter: Tensor) -> None:
         assert parameter.grad is not None
