@@ -7,7 +7,7 @@ the task; no hook can change them for the other rows of a matrix.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -112,7 +112,7 @@ class Method:
 
     Class attributes:
         Config: its settings.
-        decoupled: it only reads hidden states of unmodified encoders, so the harness may cache them.
+        decoupled: it only reads hidden states of unmodified encoders, so the harness may cache all of them.
         baseline: it adapts no encoder; such rows get no TPME unless requested by name.
         modalities: the encoders it uses; ``None`` means those of the data set, an empty tuple none.
         needs: modalities it requires.
@@ -136,6 +136,13 @@ class Method:
     def item_encoder(self, task: TaskShape) -> ItemEncoder:
         """The module that maps hidden states to item vectors; default: token 0, projected, concatenated and fused."""
         return TokenFusion(task.encoders, task.dim)
+
+    def frozen_encoders(self, modalities: Sequence[Modality]) -> tuple[Modality, ...]:
+        """The encoders among ``modalities`` that stay unmodified; they get no gradients, and may be cached.
+
+        Default: all of a decoupled method, none of another.
+        """
+        return tuple(modalities) if self.decoupled else ()
 
     def adapt(self, model: Recommender, schedule: Schedule) -> None:
         """Inject or replace modules and set which parameters train. Encoders arrive frozen, the rest trainable."""

@@ -79,21 +79,26 @@ class Recommender(nn.Module):
     """Encoders, item encoder and sequential encoder of one cell.
 
     Args:
-        views: the loaded encoders; empty if the cell reads cached states or item ids only.
+        views: the loaded encoders; without those whose states are cached.
         item_encoder: the method's, or ``TokenFusion``.
         sequence: the sequential encoder.
-        decoupled: the encoders stay unmodified and run without gradients.
+        frozen: modalities whose encoders stay unmodified; they run without gradients.
     """
 
     def __init__(
-        self, views: Mapping[Modality, EncoderView], item_encoder: ItemEncoder, sequence: nn.Module, *, decoupled: bool
+        self,
+        views: Mapping[Modality, EncoderView],
+        item_encoder: ItemEncoder,
+        sequence: nn.Module,
+        *,
+        frozen: Collection[Modality],
     ) -> None:
         super().__init__()
         self.views = dict(views)
         self.encoders = nn.ModuleDict({modality: view.module for modality, view in views.items()})
         self.item_encoder = item_encoder
         self.sequence = sequence
-        self.decoupled = decoupled
+        self.frozen = frozenset(frozen)
         for parameter in self.encoders.parameters():
             parameter.requires_grad_(False)
 
@@ -105,17 +110,16 @@ class Recommender(nn.Module):
         return self
 
     def hidden_states(self, items: Items) -> dict[Modality, Tensor]:
-        """The hidden states that the item encoder reads, (n, levels, width) per modality."""
-        if items.states is not None:
-            dtype = next(self.item_encoder.parameters()).dtype
-            return {modality: states.to(dtype) for modality, states in items.states.items()}
-        with torch.no_grad() if self.decoupled else nullcontext():
-            return {
-                modality: self.views[modality].encode(
-                    reads, tokens=items.tokens, token_mask=items.token_mask, image=items.image
-                )
-                for modality, reads in self.item_encoder.reads.items()
-            }
+        """The hidden states that the item encoder reads, (n, levels, width) per modality, cached or computed."""
+        return {modality: self._states(modality, reads, items) for modality, reads in self.item_encoder.reads.items()}
+
+    def _states(self, modality: Modality, reads: Reads, items: Items) -> Tensor:
+        if items.states is not None and modality in items.states:
+            return items.states[modality].to(next(self.item_encoder.parameters()).dtype)
+        with torch.no_grad() if modality in self.frozen else nullcontext():
+            return self.views[modality].encode(
+                reads, tokens=items.tokens, token_mask=items.token_mask, image=items.image
+            )
 
     def encode_items(self, items: Items) -> Tensor:
         """Item vectors (n, d) of a set of items."""

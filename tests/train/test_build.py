@@ -44,7 +44,7 @@ def test_the_counters_see_the_model_that_is_trained(world: Any, tmp_path: Path, 
     meta = MetaCell(job.cell, DataShape.of(trainer.dataset))
     assert parameters(meta.model) == parameters(trainer.model)
     assert repr(meta.model) == repr(trainer.model)  # modules without parameters, such as dropout, too
-    assert meta.model.decoupled == trainer.model.decoupled
+    assert meta.model.frozen == trainer.model.frozen
     assert meta.model.item_encoder.reads == trainer.model.item_encoder.reads
     assert checkpointed(meta.model) == checkpointed(trainer.model) == (not cached and bool(trainer.model.views))
     steps = meta.schedule.steps_per_epoch
