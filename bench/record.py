@@ -18,7 +18,17 @@ import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from tpme.bench.errors import UserError, first_problem
 
@@ -27,6 +37,8 @@ BASELINES_OF_VERSION_1 = ("frozen", "id", "popularity")
 """The baselines among the methods of that time; records of version 1 do not say."""
 
 Modality = Literal["text", "image"]
+Pool = Literal["first", "mean", "last"]
+"""How an item's tokens become one vector: the first, the mean or the last of those that the mask keeps."""
 Protocol = Literal["suite", "paper"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Status = Literal["ok", "oom", "diverged", "timeout", "killed", "error", "skipped"]
@@ -51,6 +63,14 @@ class EncoderSpec(Frozen):
     source: str
     revision: str | None = None
     weights: Literal["pretrained", "random"] = "pretrained"
+    tower: Modality | None = None
+    """The half of a two-tower checkpoint (CLIP, SigLIP) that is loaded; ``None``: that of the encoder's modality."""
+    pool: Pool | None = None
+    """How its items are read; ``None``: as the encoder was trained to be read."""
+    dtype: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
+    """Of its weights; ``auto`` is that of the checkpoint. Other than fp32 only where no method trains through it."""
+    attention: str | None = None
+    """Attention implementation by its name in transformers (``eager``, ``sdpa``); ``None``: its default."""
 
 
 class LearningRates(Frozen):
@@ -60,6 +80,25 @@ class LearningRates(Frozen):
     text: PositiveFloat = 4e-4
     image: PositiveFloat = 4e-4
     method: PositiveFloat = 4e-4
+    groups: dict[str, PositiveFloat] = {}
+    """Of groups that a method names itself (``Method.groups``); one that is not in here trains at ``method``."""
+
+    @model_serializer(mode="wrap")
+    def _without_empty_groups(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Identities and files of cells without groups are those from before there were any."""
+        return {name: value for name, value in dump(self).items() if name != "groups" or value}
+
+    def of(self, group: str) -> float:
+        """The learning rate of a group of parameters."""
+        return self.groups.get(group, self.method) if group not in LR_PARTS else float(getattr(self, group))
+
+    def by_group(self) -> dict[str, float]:
+        """Every learning rate by name."""
+        return {name: self.of(name) for name in (*LR_PARTS, *self.groups)}
+
+
+LR_PARTS = tuple(name for name in LearningRates.model_fields if name != "groups")
+"""Groups of parameters that every method has."""
 
 
 class Training(Frozen):
@@ -128,14 +167,23 @@ NO_IDENTITY = frozenset({"matrix", "baseline", "lr_trial", "lr_trials"})
 """Fields that place a cell in its matrix and do not change what runs: adding a learning rate makes no result stale."""
 
 
+ENCODER_OPTIONS = ("tower", "pool", "dtype", "attention")
+"""Fields of an encoder that are newer than the first records: their defaults leave the identity of a cell alone."""
+
+
 def cell_id(cell: Cell, code_version: str) -> str:
     """Identity of a cell: 12 hex digits of SHA-256 over its canonical JSON and the version of the measured code.
 
-    Without the fields in ``NO_IDENTITY``, and without the task where it is the default one.
+    Without the fields in ``NO_IDENTITY``, and without the task and the options of an encoder where they are the
+    default ones.
     """
     settings = cell.model_dump(mode="json", exclude=set(NO_IDENTITY))
     if cell.task == Cell.model_fields["task"].default:
         del settings["task"]
+    for encoder in filter(None, (settings["text_encoder"], settings["image_encoder"])):
+        for option in ENCODER_OPTIONS:
+            if encoder[option] == EncoderSpec.model_fields[option].default:
+                del encoder[option]
     canonical = json.dumps(settings, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(f"{code_version}\n{canonical}".encode()).hexdigest()[:12]
 

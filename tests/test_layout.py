@@ -24,6 +24,7 @@ ROOMS = (
     "bench.train",
     "bench.counting",
     "bench.run",
+    "bench.contract",
     "reports.data",
     "reports.tables",
     "reports.figures",

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import TypeVar, cast
+from typing import Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from tpme.bench.record import Modality
+from tpme.bench.record import Modality, Pool
 
 
 @dataclass(frozen=True)
 class Reads:
-    """The hidden states that an item encoder uses of one encoder; always of token 0.
+    """The hidden states that an item encoder uses of one encoder.
 
-    ``levels`` index the L+1 hidden states of an L-layer encoder: 0 is the embedding output, i the output of layer
-    i-1. ``final`` is the encoder's last hidden state after its final norm, where it has one (a ViT; a BERT's last
-    hidden state is level L already).
+    ``levels`` index the L+1 hidden states of an L-layer encoder: 0 is the input of the first layer, i the output of
+    layer i-1. ``final`` is the encoder's last hidden state after its final norm, where it has one (a ViT; a BERT's
+    last hidden state is level L already).
+
+    ``pool`` takes one vector of each state: the first, the mean or the last of the tokens that the mask keeps
+    (``EncoderShape.pool`` names the right one). ``tokens = "all"`` keeps every token and the mask instead.
     """
 
     levels: tuple[int, ...] = ()
     final: bool = False
+    pool: Pool = "first"
+    tokens: Literal["pooled", "all"] = "pooled"
 
     @property
     def count(self) -> int:
@@ -31,15 +36,27 @@ class Reads:
 
 
 LAST = Reads(final=True)
-"""The default of every method that adapts the encoders: token 0 of the last hidden state."""
+"""The last hidden state of an encoder that is read at its first token."""
+
+
+@dataclass(frozen=True)
+class TokenStates:
+    """Hidden states of every token: states (n, levels, T, width), mask (n, T) bool, true for real tokens."""
+
+    states: Tensor
+    mask: Tensor
 
 
 @dataclass(frozen=True)
 class EncoderShape:
-    """Width and number of layers of an encoder: enough for a method to build its parts, also for cached states."""
+    """Width and number of layers of an encoder: enough for a method to build its parts, also for cached states.
+
+    pool: how this encoder's items are read unless a method says otherwise.
+    """
 
     width: int
     depth: int
+    pool: Pool = "first"
 
 
 @dataclass(frozen=True)

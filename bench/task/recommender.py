@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from typing import Literal
 
@@ -16,6 +16,24 @@ from tpme.bench.task.view import EncoderView
 
 ORDER: tuple[Modality, ...] = ("image", "text")
 """The order in which modalities are concatenated, everywhere (IISAN's)."""
+
+
+_GROUPS = "_tpme_groups"
+"""Attribute of a module: its own parameters' names -> learning-rate group. Unlike an attribute of a parameter, it
+survives a deep copy."""
+
+
+def group(module: nn.Module, name: str, parameters: Collection[str] | None = None) -> None:
+    """Train parameters of ``module`` in the learning-rate group ``name``, wherever they are in the model.
+
+    Args:
+        module: of an encoder, the item encoder or the sequential encoder. name: one of the method's ``groups``, or
+            ``recommender``, ``text``, ``image`` or ``method``. parameters: names of its own parameters; by default all
+            below it. Later calls override earlier ones.
+    """
+    for part in module.modules() if parameters is None else (module,):
+        names = [own for own, _ in part.named_parameters(recurse=False)] if parameters is None else parameters
+        vars(part).setdefault(_GROUPS, {}).update(dict.fromkeys(names, name))
 
 
 class ItemEncoder(nn.Module):
@@ -61,21 +79,26 @@ class Recommender(nn.Module):
     """Encoders, item encoder and sequential encoder of one cell.
 
     Args:
-        views: the loaded encoders; empty if the cell reads cached states or item ids only.
+        views: the loaded encoders; without those whose states are cached.
         item_encoder: the method's, or ``TokenFusion``.
         sequence: the sequential encoder.
-        decoupled: the encoders stay unmodified and run without gradients.
+        frozen: modalities whose encoders stay unmodified; they run without gradients.
     """
 
     def __init__(
-        self, views: Mapping[Modality, EncoderView], item_encoder: ItemEncoder, sequence: nn.Module, *, decoupled: bool
+        self,
+        views: Mapping[Modality, EncoderView],
+        item_encoder: ItemEncoder,
+        sequence: nn.Module,
+        *,
+        frozen: Collection[Modality],
     ) -> None:
         super().__init__()
         self.views = dict(views)
         self.encoders = nn.ModuleDict({modality: view.module for modality, view in views.items()})
         self.item_encoder = item_encoder
         self.sequence = sequence
-        self.decoupled = decoupled
+        self.frozen = frozenset(frozen)
         for parameter in self.encoders.parameters():
             parameter.requires_grad_(False)
 
@@ -87,17 +110,16 @@ class Recommender(nn.Module):
         return self
 
     def hidden_states(self, items: Items) -> dict[Modality, Tensor]:
-        """The hidden states that the item encoder reads, (n, levels, width) per modality."""
-        if items.states is not None:
-            dtype = next(self.item_encoder.parameters()).dtype
-            return {modality: states.to(dtype) for modality, states in items.states.items()}
-        with torch.no_grad() if self.decoupled else nullcontext():
-            return {
-                modality: self.views[modality].encode(
-                    reads, tokens=items.tokens, token_mask=items.token_mask, image=items.image
-                )
-                for modality, reads in self.item_encoder.reads.items()
-            }
+        """The hidden states that the item encoder reads, (n, levels, width) per modality, cached or computed."""
+        return {modality: self._states(modality, reads, items) for modality, reads in self.item_encoder.reads.items()}
+
+    def _states(self, modality: Modality, reads: Reads, items: Items) -> Tensor:
+        if items.states is not None and modality in items.states:
+            return items.states[modality].to(next(self.item_encoder.parameters()).dtype)
+        with torch.no_grad() if modality in self.frozen else nullcontext():
+            return self.views[modality].encode(
+                reads, tokens=items.tokens, token_mask=items.token_mask, image=items.image
+            )
 
     def encode_items(self, items: Items) -> Tensor:
         """Item vectors (n, d) of a set of items."""
@@ -110,10 +132,22 @@ class Recommender(nn.Module):
         return users
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Trainable parameters by their learning rate: recommender, text, image, method."""
-        groups: dict[str, list[nn.Parameter]] = {"recommender": list(self.sequence.parameters())}
-        groups.setdefault(self.item_encoder.group, []).extend(self.item_encoder.parameters())
-        for modality, encoder in self.encoders.items():
-            groups[modality] = list(encoder.parameters())
-        kept = {name: [p for p in parameters if p.requires_grad] for name, parameters in groups.items()}
-        return {name: parameters for name, parameters in kept.items() if parameters}
+        """Trainable parameters by their learning rate: recommender, text, image, method, and what ``group`` named."""
+        parts = [("recommender", self.sequence), (self.item_encoder.group, self.item_encoder), *self.encoders.items()]
+        groups: dict[str, list[nn.Parameter]] = {}
+        for default, part in parts:
+            named = _named_groups(part)
+            for parameter in part.parameters():
+                if parameter.requires_grad:
+                    groups.setdefault(named.get(parameter, default), []).append(parameter)
+        return groups
+
+
+def _named_groups(root: nn.Module) -> dict[nn.Parameter, str]:
+    """The parameters of ``root`` that ``group`` named."""
+    return {
+        getattr(part, own): name
+        for part in root.modules()
+        for own, name in vars(part).get(_GROUPS, {}).items()
+        if own in part._parameters and getattr(part, own) is not None
+    }

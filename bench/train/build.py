@@ -103,7 +103,8 @@ class ModelBuilder:
             views: the loaded encoders; empty for a cell on cached states. seed: of the adaptation; what loading the
                 encoders drew must not make cached and uncached rows differ. ``None`` leaves the generators alone.
         """
-        model = Recommender(views, self.item_encoder, self.sequence, decoupled=self.method.decoupled)
+        frozen = self.method.frozen_encoders(tuple(self.shapes))
+        model = Recommender(views, self.item_encoder, self.sequence, frozen=frozen)
         if seed is not None:
             seed_generators(seed)
         self.method.adapt(model, self.schedule)

@@ -61,7 +61,7 @@ class CellFacts:
         random = [modality for modality, spec in specs.items() if spec.weights == "random"]
         if random:
             self.flag("random-weights", f"{' and '.join(random)} encoder with random weights: quality is meaningless")
-        if cell.training.activation_checkpointing and (model.decoupled or not model.views):
+        if cell.training.activation_checkpointing and model.frozen.issuperset(model.views):
             self.flag("no-checkpointing", "nothing to checkpoint: no gradient flows through an encoder")
 
 
