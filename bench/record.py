@@ -136,7 +136,7 @@ class Cell(Frozen):
     options: dict[str, Any] = {}
     """Settings of the method itself (its ``Config``); empty means all defaults."""
     cached: bool = False
-    """Train on the harness's feature cache instead of on the encoders (decoupled methods only)."""
+    """Read the encoders that the method leaves frozen from the harness's feature cache instead of running them."""
     dataset: str
     dataset_fingerprint: str
     """SHA-256 of the prepared dataset's content."""
@@ -330,19 +330,32 @@ class EncoderFacts(Frozen):
     parameters: int
 
 
+class CachePart(Frozen):
+    """The cached states of one encoder."""
+
+    build_s: float
+    bytes: int
+    built_by_attempt: bool
+
+
 class CacheFacts(Frozen):
-    """The feature cache a cell trained on. Built by a separate process, paid once per dataset and encoders."""
+    """The feature cache a cell trained on. Built by separate processes, paid once per dataset and encoder.
+
+    Times and bytes are those of all encoders together.
+    """
 
     build_s: float
     bytes: int
     items: int
     dtype: str
     built_by_attempt: bool
-    """False when an earlier cell had already built it; ``build_s`` is then what that build took."""
+    """False when earlier cells had already built all of it; ``build_s`` is what its builds took, whenever."""
     encoders: dict[Modality, EncoderFacts] = {}
     """The encoders whose states it holds; the cell itself loads none."""
     peak_bytes: Reading = Reading.missing("peak memory of the builder", "the record is of schema version 1")
-    """Peak memory of the process that built it; of a build in several runs, of the last one."""
+    """Peak memory of the process that built it, the largest of several; of a build in several runs, of the last."""
+    parts: dict[Modality, CachePart] = {}
+    """By encoder; empty in older records."""
 
 
 class DatasetFacts(Frozen):
