@@ -79,7 +79,8 @@ def cached_equals_uncached(subject: Subject) -> None:
     trainer = subject.trainer()
     specs = {modality: subject.specs[modality] for modality in subject.frozen}
     job = subject.job(subject.cell())
-    build(feature_job(job, specs, trainer.model.item_encoder.reads))  # as the builder does, in this process
+    for modality, spec in specs.items():  # as the builder does, in this process
+        build(feature_job(job, modality, spec, trainer.model.item_encoder.reads[modality]))
     cached = subject.trainer(subject.cell(cached=True))
     items = subject.items(trainer)
     states, tables = trainer.model.eval().hidden_states(items), subject.items(cached).states or {}

@@ -36,7 +36,7 @@ def measure_inference(trainer: Trainer) -> Inference:
     """Time, memory and FLOPs of the prepared model; a measurement that fails costs its own reading alone."""
     model, phases = trainer.model, trainer.phases
     model.eval()
-    encode = model.encode_items
+    encode = trainer.encode
     with phases.phase("inference"), trainer.autocast():
         trainer.progress("inference", 0.0)
         items = _measured_items(trainer)
@@ -79,7 +79,7 @@ def _service(trainer: Trainer, items: Items) -> Callable[[int], Tensor]:
     model, inputs = trainer.model, trainer.dataset.test.inputs[:USERS].astype(np.int64)
     slots = torch.from_numpy(inputs).to(trainer.device)
     catalogue = trainer.dataset.manifest.items
-    vectors = model.encode_items(items).float()
+    vectors = trainer.encode(items).float()
     vectors = vectors[torch.arange(catalogue + 1, device=trainer.device) % len(items)]
     precise = torch.autocast(trainer.device.type, enabled=False)
 
