@@ -43,8 +43,9 @@ Protocol = Literal["suite", "paper"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Status = Literal["ok", "oom", "diverged", "timeout", "killed", "error", "skipped"]
 PhaseKind = Literal[
-    "load", "adapt", "prepare", "cache", "warmup", "train", "validate", "rank", "export", "estimate", "search", "round"
-]
+    "load", "adapt", "prepare", "cache", "warmup", "train", "validate", "rank", "export", "inference", "estimate",
+    "search", "round",
+]  # fmt: skip
 
 
 class Frozen(BaseModel):
@@ -260,6 +261,44 @@ class Phase(Frozen):
     """None where no GPU was used or it could not be queried."""
 
 
+class Timings(Frozen):
+    """Wall times of repeated runs of the same work, in their order; a run is one pass or several, one after another."""
+
+    size: PositiveInt
+    """Items or users of a pass."""
+    run_s: tuple[PositiveFloat, ...] = ()
+    """Seconds of a pass, mean over each run."""
+    passes: PositiveInt = 1
+    """Passes of a run: more where one is short."""
+    reason: str | None = None
+    """Why there are no runs."""
+
+    @model_validator(mode="after")
+    def _require_reason(self) -> Timings:
+        if not self.run_s and not self.reason:
+            raise ValueError("timings without a run need a reason")
+        return self
+
+
+class Inference(Frozen):
+    """What it costs to serve the adapted model, once it is prepared for inference, in the precision of the cell."""
+
+    flops_per_item: Reading
+    """Of encoding an item, counted on the items of ``batch``."""
+    flops_by_data: bool = False
+    """The FLOPs differ from item to item, so they depend on the trained weights, too, and are no exact counter."""
+    single: Timings
+    """Encoding one item."""
+    batch: Timings
+    """Encoding a batch of items."""
+    user: Timings
+    """One user: sequential encoder over the item vectors of the history, scores of the whole catalogue, top 10."""
+    memory: Memory
+    """Peaks while all this was timed."""
+    loaded_bytes: Reading
+    """What must be in memory to encode items."""
+
+
 class Epoch(Frozen):
     """One epoch: training only in ``train_s`` (data loading included; validation and bookkeeping excluded)."""
 
@@ -436,7 +475,10 @@ class CellResult(Frozen):
     training_memory: Memory | None = None
     """Peaks over all training phases: the source of M of TPME."""
     cache: CacheFacts | None = None
+    inference: Inference | None = None
+    """None where the cell did not get so far, and in records from before it was measured."""
     inference_items_per_s: Reading | None = None
+    """Of records from before ``inference``."""
     counters: dict[str, Reading] = {}
     """Exact counters (FLOPs, bytes saved for backward ...) and a method's own (``report()``)."""
     metrics: dict[str, NamedMetric] = {}

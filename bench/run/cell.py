@@ -24,6 +24,7 @@ from tpme.bench.measure.phases import PhaseLog, measuring
 from tpme.bench.record import CellResult, EncoderSpec, Modality, Reading, Status, write_result
 from tpme.bench.run.counters import final_counters
 from tpme.bench.run.events import progress_events
+from tpme.bench.run.inference import measure_inference
 from tpme.bench.run.inputs import check_encoders, feature_job, item_store, open_dataset
 from tpme.bench.run.job import Job, time_limit_message
 from tpme.bench.task.batches import ItemStore
@@ -45,7 +46,6 @@ from tpme.bench.train.facts import (
     ranks,
     samples,
     save_arrays,
-    throughput,
     warmup_epochs,
 )
 from tpme.bench.train.graphs import replay_graphs
@@ -90,7 +90,7 @@ class CellRun:
         facts.counters |= guarded_split(trainer)
         with self.phases.phase("export"):
             method.prepare_inference(model)
-            facts.throughput = throughput(trainer)
+        facts.inference = measure_inference(trainer)
 
     def prepare(self) -> Trainer:
         """Load data and encoders and let the method adapt them; returns what trains the cell."""
@@ -207,7 +207,7 @@ class CellRun:
             epoch_time_s=epoch_time(outcome, warmup),
             training_memory=self.phases.training_memory() if outcome.epochs else None,
             cache=facts.cache,
-            inference_items_per_s=facts.throughput,
+            inference=facts.inference,
             counters=facts.counters | self.phases.counters(),
             flags=(*facts.flags, *self.phases.flags()),
             files={name: save_arrays(self.job.file(f".{name}.npz"), values) for name, values in arrays.items()},
