@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,17 @@ import torch
 from torch import nn
 
 from tpme.bench.counting.batch import DataShape, canonical_slots
+from tpme.bench.counting.structure import META, structure_of
 from tpme.bench.record import Cell, EncoderSpec, Modality
 from tpme.bench.task.batches import Batch, ItemStore, build_batch
 from tpme.bench.task.encoders import encoder_shape, load_encoder
-from tpme.bench.task.features import DTYPE
+from tpme.bench.task.features import DTYPE, planned_bytes
 from tpme.bench.task.items import EncoderShape, Items, map_tensors
 from tpme.bench.task.view import EncoderView
 from tpme.bench.train.build import ModelBuilder, encoder_specs
+from tpme.bench.train.loop import Trainer
 from tpme.methods.base import Method, StepState
 from tpme.methods.registry import create
-
-META = torch.device("meta")
 
 RELEASED: dict[str, str] = {
     "bert-base-uncased": "bert",
@@ -76,32 +76,55 @@ class MetaCell:
 
     Args:
         cell: the settings. data: what the data set adds. encoders: where encoders come from; by default new ones.
-        methods_path: folders with further methods.
+        methods_path: folders with further methods. of: a method and its state, whose model is copied; by default both
+            are new, and every stage is entered, up to the last.
 
     Raises:
         UserError: as the cell itself would: an unknown method, an encoder that is not available.
     """
 
     def __init__(
-        self, cell: Cell, data: DataShape, encoders: MetaEncoders | None = None, methods_path: Sequence[Path] = ()
+        self,
+        cell: Cell,
+        data: DataShape,
+        encoders: MetaEncoders | None = None,
+        methods_path: Sequence[Path] = (),
+        *,
+        of: tuple[Method, StepState] | None = None,
     ) -> None:
         encoders = encoders or MetaEncoders()
         self.cell, self.data = cell, data
-        self.method: Method = create(cell.method, cell.options, methods_path)
+        self.method = of[0] if of else create(cell.method, cell.options, methods_path)
         specs = encoder_specs(cell, self.method)
         self.shapes = {modality: encoders.shape(spec) for modality, spec in specs.items()}
-        views = {} if cell.cached else {modality: encoders.view(spec, modality) for modality, spec in specs.items()}
-        with torch.random.fork_rng(devices=[]), META:
-            builder = ModelBuilder(self.method, cell.training, data, self.shapes)
-            self.model = builder.build(views)
-        self.schedule = builder.schedule
-        self.cache_bytes = builder.cache_bytes if cell.cached else None
+        if of is None:
+            views = {} if cell.cached else {modality: encoders.view(spec, modality) for modality, spec in specs.items()}
+            self.state = self._started(views)
+        else:
+            self.method, self.state = of
+        self.model, self.schedule = self.state.model, self.state.schedule
+        reads = self.model.item_encoder.reads
+        self.cache_bytes = planned_bytes(data.items, self.shapes, reads) if cell.cached else None
         """Size of the feature cache that the cell trains on; ``None`` where it trains on encoders."""
-        self.model.to(META)
-        self.state = StepState(self.model, self.schedule, epoch=1, stage=self.method.stages()[0])
-        self.method.begin_stage(self.state)
         self.model.train()
         self.batch = self._batch()
+
+    @classmethod
+    def trained(cls, trainer: Trainer, data: DataShape) -> MetaCell:
+        """The cell with the structure that training has left; the trainer's own model and method stay as they are."""
+        method, state = structure_of(trainer)
+        return cls(trainer.cell, data, of=(method, state))
+
+    def _started(self, views: Mapping[Modality, EncoderView]) -> StepState:
+        with torch.random.fork_rng(devices=[]), META:
+            builder = ModelBuilder(self.method, self.cell.training, self.data, self.shapes)
+            model = builder.build(views).to(META)
+            state = StepState(model, builder.schedule, epoch=1)
+            for stage in self.method.stages():
+                state.stage = stage
+                self.method.begin_stage(state)
+        model.to(META)  # what a stage has added
+        return state
 
     def describe(self) -> str:
         """The canonical batch in words."""
