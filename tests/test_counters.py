@@ -293,8 +293,8 @@ def test_what_a_cell_holds(meta: Any) -> None:
 def test_cache_bytes_are_those_of_the_file(meta: Any, tiny: ModuleType) -> None:
     counts = count(meta("iisan", cached=True))
     levels = 1 + tiny.DEPTH // 2
-    assert counts.cache_bytes == 2 * (DATA.items + 1) * levels * tiny.WIDTH * 2
-    assert count(meta("iisan")).cache_bytes is None
+    assert counts.cache_bytes == dict.fromkeys(("text", "image"), (DATA.items + 1) * levels * tiny.WIDTH * 2)
+    assert count(meta("iisan")).cache_bytes == {}
 
 
 def test_popularity_trains_nothing(meta: Any) -> None:
