@@ -26,7 +26,8 @@ def preserved(trainer: Trainer) -> Iterator[None]:
     holders = [_Holder(part) for part in (*trainer.model.modules(), trainer.method, trainer.state, trainer.outcome)]
     values = [_Values(tensor) for tensor in _tensors(holders)]
     kept = [value for value in vars(trainer.method).values() if isinstance(value, torch.optim.Optimizer)]
-    states = [(stateful, copy.deepcopy(stateful.state_dict())) for stateful in (trainer.scaler, *kept)]
+    stateful: list[Any] = [trainer.scaler, *kept]
+    states = [copy.deepcopy(one.state_dict()) for one in stateful]
     try:
         with _generators(trainer.device):
             yield
@@ -35,8 +36,8 @@ def preserved(trainer: Trainer) -> Iterator[None]:
             holder.restore()
         for value in values:
             value.restore()
-        for stateful, state in states:
-            stateful.load_state_dict(state)
+        for one, state in zip(stateful, states, strict=True):
+            one.load_state_dict(state)
 
 
 class _Holder:
