@@ -18,11 +18,12 @@ from typing import NoReturn
 
 import torch
 
+from tpme.bench.counting.meta import MetaCell
 from tpme.bench.errors import UserError
 from tpme.bench.measure.environment import environment
 from tpme.bench.measure.phases import PhaseLog, measuring
 from tpme.bench.record import CellResult, EncoderSpec, Modality, Reading, Status, write_result
-from tpme.bench.run.counters import final_counters
+from tpme.bench.run.counters import final_counters, trained_structure
 from tpme.bench.run.events import progress_events
 from tpme.bench.run.inference import measure_inference
 from tpme.bench.run.inputs import check_encoders, feature_job, item_store, open_dataset
@@ -67,6 +68,8 @@ class CellRun:
         self.started_at = datetime.now(UTC)
         self.facts = CellFacts()
         self.kept = Kept(job.folder / "procedure")
+        self.structure: MetaCell | Exception | None = None
+        """What was trained, before it is prepared for inference."""
 
     def run(self) -> Status:
         """Run the cell; every way it can end is a status."""
@@ -82,7 +85,8 @@ class CellRun:
             status = "ok"
         if self.facts.trainer is not None and status != "timeout":
             # After everything that is measured, and also where training ended badly.
-            self.facts.counters |= final_counters(self.job, self.facts.trainer, trained=status == "ok")
+            structure = self.structure or trained_structure(self.facts.trainer)
+            self.facts.counters |= final_counters(self.job, self.facts.trainer, structure, trained=status == "ok")
         return status
 
     def _train_and_export(self) -> None:
@@ -95,6 +99,7 @@ class CellRun:
             facts.parameters = parameter_counts(model, method, trainer.outcome.trainable_max)
             for reporting in dict.fromkeys((method, driver)):
                 facts.counters |= method_counters(reporting, model, self.cell.method)
+            self.structure = trained_structure(trainer)
         facts.counters |= guarded_split(trainer)
         with self.phases.phase("export"):
             method.prepare_inference(model)

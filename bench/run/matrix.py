@@ -211,7 +211,7 @@ def expand(
         modalities = _modalities(matrix, entry, data, pair)
         check_items([spec for m in modalities if (spec := getattr(pair, m))], data.path)
         for training, method in itertools.product(_trainings(matrix), matrix.methods):
-            instance = _check(method, modalities, methods_path)
+            instance = _check(method, modalities, training, methods_path)
             for cached, (trial, lr) in itertools.product(_cached(method), enumerate(trials[id(method)])):
                 cells.append(
                     Cell(
@@ -335,7 +335,9 @@ def _merged_rates(base: LearningRates, lr: LearningRates | float) -> LearningRat
     return base.model_copy(update=lr.model_dump(exclude_unset=True) | {"groups": base.groups | lr.groups})
 
 
-def _check(method: MethodEntry, modalities: tuple[Modality, ...], methods_path: Sequence[Path]) -> Method:
+def _check(
+    method: MethodEntry, modalities: tuple[Modality, ...], training: Training, methods_path: Sequence[Path]
+) -> Method:
     """The method, built once to see that it can do what the matrix asks; raises UserError where it cannot."""
     from tpme.methods.registry import create
 
@@ -345,4 +347,16 @@ def _check(method: MethodEntry, modalities: tuple[Modality, ...], methods_path: 
     lacking = [modality for modality in instance.needs if modality not in modalities]
     if lacking:
         raise UserError(f"method '{method.name}' needs {' and '.join(instance.needs)}; this matrix has no {lacking[0]}")
+    used = modalities if instance.modalities is None else instance.modalities
+    if training.activation_checkpointing and set(used) - set(instance.frozen_encoders(used)):
+        _check_passes(method.name, instance.passes())
     return instance
+
+
+def _check_passes(method: str, passes: Sequence[str]) -> None:
+    """Raise UserError for several: what ``begin_pass`` has set is that of the last one when layers run once more."""
+    if len(passes) > 1:
+        raise UserError(
+            f"method '{method}' has {len(passes)} passes a step ({', '.join(passes)}): layers that are computed once "
+            "more for the backward pass would mix them up; set activation_checkpointing = false"
+        )
