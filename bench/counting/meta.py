@@ -48,12 +48,12 @@ class MetaEncoders:
                 self._views[key] = load_encoder(source, modality, device=META).view
         return copy.deepcopy(self._views[key])
 
-    def shape(self, spec: EncoderSpec) -> EncoderShape:
-        """Width and depth, from the configuration alone."""
-        key = spec.model_dump_json()
+    def shape(self, spec: EncoderSpec, modality: Modality) -> EncoderShape:
+        """Width, depth and pooling, from the configuration alone."""
+        key = f"{modality} {spec.model_dump_json()}"
         if key not in self._shapes:
             with _configuration(spec) as source:
-                self._shapes[key] = encoder_shape(source)
+                self._shapes[key] = encoder_shape(source, modality)
         return self._shapes[key]
 
 
@@ -68,7 +68,7 @@ def _configuration(spec: EncoderSpec) -> Iterator[EncoderSpec]:
 
     with tempfile.TemporaryDirectory(prefix="tpme-") as folder:
         AutoConfig.for_model(released).save_pretrained(folder)
-        yield EncoderSpec(source=folder, weights="random")
+        yield spec.model_copy(update={"source": folder, "weights": "random"})
 
 
 class MetaCell:
@@ -89,7 +89,7 @@ class MetaCell:
         self.cell, self.data = cell, data
         self.method: Method = create(cell.method, cell.options, methods_path)
         specs = encoder_specs(cell, self.method)
-        self.shapes = {modality: encoders.shape(spec) for modality, spec in specs.items()}
+        self.shapes = {modality: encoders.shape(spec, modality) for modality, spec in specs.items()}
         views = {} if cell.cached else {modality: encoders.view(spec, modality) for modality, spec in specs.items()}
         with torch.random.fork_rng(devices=[]), META:
             builder = ModelBuilder(self.method, cell.training, data, self.shapes)

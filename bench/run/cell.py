@@ -101,7 +101,7 @@ class CellRun:
             facts.dataset = dataset.facts(cell.dataset)
         specs = encoder_specs(cell, method)
         check_encoders(specs)
-        shapes = {modality: encoder_shape(spec) for modality, spec in specs.items()}
+        shapes = {modality: encoder_shape(spec, modality) for modality, spec in specs.items()}
         builder = ModelBuilder(method, cell.training, DataSize.of(dataset), shapes)
         views: Mapping[Modality, EncoderView] = {}
         if cell.cached:

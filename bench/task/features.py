@@ -42,11 +42,14 @@ from tpme.bench.workers import progress_line
 
 _SOURCES = (
     "batches.py",
+    "checkpoints.py",
     "encoders.py",
+    "families.py",
     "feature_files.py",
     "features.py",
     "items.py",
     "masks.py",
+    "pooling.py",
     "tokens.py",
     "view.py",
 )
@@ -96,8 +99,11 @@ def feature_folder(job: FeatureJob, fingerprint: str) -> Path:
     random = any(spec.weights == "random" for spec in job.encoders.values())
     identity = {
         "dataset": fingerprint,
-        "encoders": {m: [encoder_digest(spec), spec.weights] for m, spec in job.encoders.items()},
-        "reads": {m: [reads.levels, reads.final] for m, reads in job.reads.items()},
+        "encoders": {
+            m: [encoder_digest(spec), spec.weights, spec.tower, spec.dtype, spec.attention]
+            for m, spec in job.encoders.items()
+        },
+        "reads": {m: [reads.levels, reads.final, reads.pool, reads.tokens] for m, reads in job.reads.items()},
         "title_tokens": job.title_tokens if "text" in job.encoders else None,
         "seed": job.seed if random else None,
         "dtype": DTYPE,
@@ -142,7 +148,7 @@ def build(job: FeatureJob, tick: Callable[[float], None] = lambda _share: None) 
 
 def _build(job: FeatureJob, dataset: Dataset, folder: Path, tick: Callable[[float], None]) -> FeatureManifest:
     started, items = time.perf_counter(), dataset.manifest.items
-    shapes = {m: encoder_shape(spec) for m, spec in job.encoders.items()}
+    shapes = {m: encoder_shape(spec, m) for m, spec in job.encoders.items()}
     size = planned_bytes(items, shapes, job.reads)
     _check_size(size, job.limit_bytes, folder)
     device, host = torch.device(job.device), HostMemory()
@@ -189,9 +195,9 @@ def _states(
     items = store.gather(ids).to(device)
     states_of = {}
     for modality, encoder in encoders.items():
-        states = encoder.view.encode(
-            reads[modality], tokens=items.tokens, token_mask=items.token_mask, image=items.image
-        ).half()
+        read = encoder.view.encode(reads[modality], tokens=items.tokens, token_mask=items.token_mask, image=items.image)
+        assert isinstance(read, Tensor)
+        states = read.half()
         if not bool(states.isfinite().all()):
             raise UserError(
                 f"encoder '{encoder.facts.source}': a hidden state is not finite in half precision, so it cannot be "
