@@ -25,6 +25,7 @@ from tpme.bench.task.checkpoints import (
 from tpme.bench.task.families import family_of
 from tpme.bench.task.hub import repository_file
 from tpme.bench.task.items import EncoderShape, Reads
+from tpme.bench.task.precomputed import StatesFile, is_precomputed, states_path
 from tpme.bench.task.view import EncoderView
 
 _HALF = (0.5, 0.5, 0.5)
@@ -112,7 +113,12 @@ def image_size(spec: EncoderSpec) -> int:
 
 
 def encoder_shape(spec: EncoderSpec, modality: Modality) -> EncoderShape:
-    """Width, depth and pooling of an encoder, from its configuration. Raises UserError as ``load_encoder`` does."""
+    """Width, depth and pooling of an encoder, from its configuration or the header of its precomputed states.
+
+    Raises UserError as ``load_encoder`` does.
+    """
+    if is_precomputed(spec):
+        return StatesFile.open(spec).shape
     folder, commit = checkpoint_folder(spec)
     config = read_config(spec, folder, modality)
     pools = family_of(config.model_type).pools
@@ -123,7 +129,13 @@ def encoder_shape(spec: EncoderSpec, modality: Modality) -> EncoderShape:
 
 
 def encoder_digest(spec: EncoderSpec) -> str:
-    """Digest of an encoder's content: the hub commit, or SHA-256 of a folder's settings, vocabulary and weights."""
+    """Digest of an encoder's content: the hub commit, or SHA-256 of a folder's settings, vocabulary and weights.
+
+    Of precomputed states, that of their file.
+    """
+    if is_precomputed(spec):
+        with states_path(spec).open("rb") as states:
+            return hashlib.file_digest(states, "sha256").hexdigest()
     folder, commit = checkpoint_folder(spec)
     if commit is not None:
         return f"{spec.source}@{commit}"
@@ -136,8 +148,8 @@ def encoder_digest(spec: EncoderSpec) -> str:
 
 
 def pin_revision(spec: EncoderSpec) -> EncoderSpec:
-    """Return ``spec`` with a digest of a folder's content as its revision, because other weights make another cell."""
-    if not Path(encoder_source(spec.source)).is_dir():
+    """Return ``spec`` with a digest of a local source's content as its revision: other weights make another cell."""
+    if not is_precomputed(spec) and not Path(encoder_source(spec.source)).is_dir():
         return spec
     return spec.model_copy(update={"revision": encoder_digest(spec)[:12]})
 

@@ -15,7 +15,7 @@ from tpme.bench.task.ranking import rank_targets
 from tpme.bench.task.recommender import Recommender
 
 ITEMS_PER_CHUNK = 256
-"""Items per pass through the encoders; 16 times as many for cached states and item ids."""
+"""Items per pass through the encoders; 16 times as many where items are vectors or ids already."""
 USERS_PER_CHUNK = 1024
 
 
@@ -26,7 +26,7 @@ def item_matrix(
     """Vectors of all items in eval mode, (N+1, d); row 0, padding, is zero. ``tick`` gets the share done so far."""
     model.eval()
     ids = np.arange(1, store.dataset.manifest.items + 1, dtype=np.int64)
-    chunk = ITEMS_PER_CHUNK if store.states is None and model.views else 16 * ITEMS_PER_CHUNK
+    chunk = ITEMS_PER_CHUNK * (1 if store.every_token else 16)
     vectors = []
     for start in range(0, len(ids), chunk):
         vectors.append(model.encode_items(store.gather(ids[start : start + chunk]).to(device)))

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from tpme.bench.errors import UserError
 from tpme.bench.record import Modality, Pool
 from tpme.bench.task.families import Halves, Paths, Role, drop_unread, family_of, split_fused
-from tpme.bench.task.items import EncoderShape, Reads, States, TokenStates
+from tpme.bench.task.items import EncoderShape, Reads, TokenStates
 from tpme.bench.task.masks import unread_masks
 from tpme.bench.task.pooling import pool_tokens
 
@@ -174,7 +174,7 @@ class EncoderView:
         tokens: Tensor | None = None,
         token_mask: Tensor | None = None,
         image: Tensor | None = None,
-    ) -> States:
+    ) -> Any:
         """Run the encoder and keep only the hidden states in ``reads``.
 
         Args:
@@ -184,7 +184,7 @@ class EncoderView:
 
         Returns:
             (n, reads.count, width), levels in the order of ``reads``, the final state last; for ``tokens = "all"``
-            the states of every token and their mask. In float32 where the encoder's weights are in half precision.
+            ``TokenStates``, those of every token. In float32 where the encoder's weights are in half precision.
         """
         self.shape.check(reads, self._name)
         inputs, mask = self._inputs(tokens, token_mask, image)

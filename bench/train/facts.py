@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tpme.bench.measure.clock import now
 from tpme.bench.measure.sampler import SampledCurve
 from tpme.bench.record import (
     CacheFacts,
@@ -23,19 +22,16 @@ from tpme.bench.record import (
     EncoderSpec,
     Failure,
     Flag,
+    Inference,
     Modality,
     Parameters,
     Reading,
     write_atomically,
 )
 from tpme.bench.task.dataset import Dataset
-from tpme.bench.task.evaluate import ITEMS_PER_CHUNK
 from tpme.bench.task.recommender import Recommender
 from tpme.bench.train.loop import WARMUP_EPOCHS, Outcome, Trainer
 from tpme.methods.base import Method
-
-THROUGHPUT_CHUNKS = 4
-"""Timed chunks of items for the inference throughput; one more runs before them, untimed."""
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -48,7 +44,7 @@ class CellFacts:
     encoders: dict[Modality, EncoderFacts] = field(default_factory=dict)
     parameters: Parameters | None = None
     cache: CacheFacts | None = None
-    throughput: Reading | None = None
+    inference: Inference | None = None
     counters: dict[str, Reading] = field(default_factory=dict)
     flags: list[Flag] = field(default_factory=list)
     failure: Failure | None = None
@@ -109,24 +105,6 @@ def parameter_counts(model: Recommender, method: Method, trainable_max: int = 0)
         total=sum(p.numel() for p in model.parameters()),
         by_group=groups,
         stored_bytes=sum(value.numel() * value.element_size() for value in state.values()),
-    )
-
-
-@torch.no_grad()
-def throughput(trainer: Trainer) -> Reading:
-    """Items per second that the adapted model encodes, once prepared for inference; data loading is excluded."""
-    n = trainer.dataset.manifest.items
-    ids = np.arange(1, 1 + min(n, ITEMS_PER_CHUNK), dtype=np.int64)
-    items = trainer.store.gather(ids).to(trainer.device)
-    trainer.model.eval()
-    trainer.model.encode_items(items)
-    times = []
-    for _ in range(THROUGHPUT_CHUNKS):
-        start = now(trainer.device)
-        trainer.model.encode_items(items)
-        times.append(now(trainer.device) - start)
-    return Reading(
-        value=len(ids) / float(np.median(times)), source=f"median of {THROUGHPUT_CHUNKS} chunks of {len(ids)} items"
     )
 
 
