@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from tpme.bench.errors import UserError
 from tpme.bench.record import Modality, Pool
 from tpme.bench.task.families import Halves, Paths, Role, drop_unread, family_of, split_fused
-from tpme.bench.task.items import EncoderShape, Reads, TokenStates
+from tpme.bench.task.items import EncoderShape, Reads, States, TokenStates
 from tpme.bench.task.masks import unread_masks
 from tpme.bench.task.pooling import pool_tokens
 
@@ -174,7 +174,7 @@ class EncoderView:
         tokens: Tensor | None = None,
         token_mask: Tensor | None = None,
         image: Tensor | None = None,
-    ) -> Any:
+    ) -> States:
         """Run the encoder and keep only the hidden states in ``reads``.
 
         Args:
