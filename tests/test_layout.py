@@ -25,6 +25,7 @@ ROOMS = (
     "bench.counting",
     "bench.run",
     "bench.contract",
+    "bench.contract",
     "reports.data",
     "reports.tables",
     "reports.figures",
