@@ -43,8 +43,10 @@ Protocol = Literal["suite", "paper"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Status = Literal["ok", "oom", "diverged", "timeout", "killed", "error", "skipped"]
 PhaseKind = Literal[
-    "load", "adapt", "prepare", "cache", "warmup", "train", "validate", "rank", "export", "estimate", "search", "round"
-]
+    "load", "adapt", "prepare", "cache", "warmup", "train", "validate", "rank", "export", "inference", "estimate",
+    "search", "round", "count",
+]  # fmt: skip
+"""``estimate``, ``search`` and ``round`` are a method's own; ``count`` is the harness's counting after training."""
 
 
 class Frozen(BaseModel):
@@ -57,7 +59,10 @@ class Frozen(BaseModel):
 
 
 class EncoderSpec(Frozen):
-    """One foundation encoder: a Hugging Face hub id, a local folder, or ``builtin:NAME`` for a shipped one."""
+    """One foundation encoder: a Hugging Face hub id, a local folder, or ``builtin:NAME`` for a shipped one.
+
+    ``states:FILE`` names a file of precomputed hidden states in its place.
+    """
 
     source: str
     revision: str | None = None
@@ -70,6 +75,11 @@ class EncoderSpec(Frozen):
     """Of its weights; ``auto`` is that of the checkpoint. Other than fp32 only where no method trains through it."""
     attention: str | None = None
     """Attention implementation by its name in transformers (``eager``, ``sdpa``); ``None``: its default."""
+
+    @property
+    def precomputed(self) -> bool:
+        """Whether it is a file of hidden states in place of an encoder."""
+        return self.source.startswith("states:")
 
 
 class LearningRates(Frozen):
@@ -135,7 +145,7 @@ class Cell(Frozen):
     options: dict[str, Any] = {}
     """Settings of the method itself (its ``Config``); empty means all defaults."""
     cached: bool = False
-    """Train on the harness's feature cache instead of on the encoders (decoupled methods only)."""
+    """Read the encoders that the method leaves frozen from the harness's feature cache instead of running them."""
     dataset: str
     dataset_fingerprint: str
     """SHA-256 of the prepared dataset's content."""
@@ -252,6 +262,44 @@ class Phase(Frozen):
     """None where no GPU was used or it could not be queried."""
 
 
+class Timings(Frozen):
+    """Wall times of repeated runs of the same work, in their order; a run is one pass or several, one after another."""
+
+    size: PositiveInt
+    """Items or users of a pass."""
+    run_s: tuple[PositiveFloat, ...] = ()
+    """Seconds of a pass, mean over each run."""
+    passes: PositiveInt = 1
+    """Passes of a run: more where one is short."""
+    reason: str | None = None
+    """Why there are no runs."""
+
+    @model_validator(mode="after")
+    def _require_reason(self) -> Timings:
+        if not self.run_s and not self.reason:
+            raise ValueError("timings without a run need a reason")
+        return self
+
+
+class Inference(Frozen):
+    """What it costs to serve the adapted model, once it is prepared for inference, in the precision of the cell."""
+
+    flops_per_item: Reading
+    """Of encoding an item, counted on the items of ``batch``."""
+    flops_by_data: bool = False
+    """The FLOPs differ from item to item, so they depend on the trained weights, too, and are no exact counter."""
+    single: Timings
+    """Encoding one item."""
+    batch: Timings
+    """Encoding a batch of items."""
+    user: Timings
+    """One user: sequential encoder over the item vectors of the history, scores of the whole catalogue, top 10."""
+    memory: Memory
+    """Peaks while all this was timed."""
+    loaded_bytes: Reading
+    """What must be in memory to encode items."""
+
+
 class Epoch(Frozen):
     """One epoch: training only in ``train_s`` (data loading included; validation and bookkeeping excluded)."""
 
@@ -262,6 +310,8 @@ class Epoch(Frozen):
     train_s: PositiveFloat
     steps: PositiveInt
     loss: float
+    losses: dict[str, float] = {}
+    """Mean of each term of the loss, by the name that the method gives it."""
     valid_recall_10: float
     valid_ndcg_10: float
 
@@ -289,21 +339,40 @@ class EncoderFacts(Frozen):
     width: int
     depth: int
     parameters: int
+    pool: Pool = "first"
+    """How its items are read unless a method says otherwise."""
+    dtype: str = "float32"
+    """Of its weights as loaded."""
+    attention: str | None = None
+    """Attention implementation, by its name in transformers; ``None`` where it is not known."""
+
+
+class CachePart(Frozen):
+    """The cached states of one encoder."""
+
+    build_s: float
+    bytes: int
+    built_by_attempt: bool
 
 
 class CacheFacts(Frozen):
-    """The feature cache a cell trained on. Built by a separate process, paid once per dataset and encoders."""
+    """The feature cache a cell trained on. Built by separate processes, paid once per dataset and encoder.
+
+    Times and bytes are those of all encoders together.
+    """
 
     build_s: float
     bytes: int
     items: int
     dtype: str
     built_by_attempt: bool
-    """False when an earlier cell had already built it; ``build_s`` is then what that build took."""
+    """False when earlier cells had already built all of it; ``build_s`` is what its builds took, whenever."""
     encoders: dict[Modality, EncoderFacts] = {}
     """The encoders whose states it holds; the cell itself loads none."""
     peak_bytes: Reading = Reading.missing("peak memory of the builder", "the record is of schema version 1")
-    """Peak memory of the process that built it; of a build in several runs, of the last one."""
+    """Peak memory of the process that built it, the largest of several; of a build in several runs, of the last."""
+    parts: dict[Modality, CachePart] = {}
+    """By encoder; empty in older records."""
 
 
 class DatasetFacts(Frozen):
@@ -408,14 +477,20 @@ class CellResult(Frozen):
     phases: tuple[Phase, ...] = ()
     epochs: tuple[Epoch, ...] = ()
     warmup_epochs: int = 0
-    """Leading epochs that do not count towards the epoch time."""
+    """Leading epochs that do not count towards the epoch time: those of earlier stages, and the last one's warm-up."""
     best_epoch: int | None = None
+    """Of the last stage, as the test ranks."""
     epoch_time_s: Reading
-    """T of TPME: median training time of an epoch after the warm-up epochs."""
+    """T of TPME: median training time of an epoch of the last stage after its warm-up."""
+    all_in_s: Reading | None = None
+    """Everything that leads to the trained model: feature cache, estimation, search, rounds, epochs of all stages."""
     training_memory: Memory | None = None
-    """Peaks over all training phases: the source of M of TPME."""
+    """Peaks over the training phases of the last stage: the source of M of TPME."""
     cache: CacheFacts | None = None
+    inference: Inference | None = None
+    """None where the cell did not get so far, and in records from before it was measured."""
     inference_items_per_s: Reading | None = None
+    """Of records from before ``inference``."""
     counters: dict[str, Reading] = {}
     """Exact counters (FLOPs, bytes saved for backward ...) and a method's own (``report()``)."""
     metrics: dict[str, NamedMetric] = {}

@@ -9,6 +9,7 @@ from typing import Literal, TypeVar, cast
 import torch
 from torch import Tensor
 
+from tpme.bench.errors import UserError
 from tpme.bench.record import Modality, Pool
 
 
@@ -47,16 +48,39 @@ class TokenStates:
     mask: Tensor
 
 
+States = Tensor | TokenStates
+"""Hidden states as an item encoder gets them: (n, levels, width), or those of every token."""
+
+
+def named_tensors(states: States) -> dict[str, Tensor]:
+    """The tensors of ``states`` by name."""
+    return {"states": states} if isinstance(states, Tensor) else dict(vars(states))
+
+
+def size_bytes(states: States) -> int:
+    """Bytes of all tensors of ``states``."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in named_tensors(states).values())
+
+
 @dataclass(frozen=True)
 class EncoderShape:
     """Width and number of layers of an encoder: enough for a method to build its parts, also for cached states.
 
-    pool: how this encoder's items are read unless a method says otherwise.
+    pool: how this encoder's items are read unless a method says otherwise. pools: every way to read them.
     """
 
     width: int
     depth: int
     pool: Pool = "first"
+    pools: tuple[Pool, ...] = ("first", "mean", "last")
+
+    def check(self, reads: Reads, encoder: str) -> None:
+        """Raise UserError where ``reads`` takes a token of ``encoder`` that does not stand for the item."""
+        if reads.tokens == "pooled" and reads.pool not in self.pools:
+            raise UserError(
+                f"{encoder}: it cannot be read with pool = '{reads.pool}', because that token stands for itself alone; "
+                f"choose {' or '.join(self.pools)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -64,16 +88,16 @@ class Items:
     """The inputs of n items. Absent modalities are ``None``.
 
     ids: (n,) int64, 0 is padding. tokens, token_mask: (n, T) int64. image: (n, 3, H, W) uint8, as stored on disk;
-    normalised on the device. states: cached hidden states per modality, (n, levels, width). tables: cached states of
-    all items, (N+1, levels, width), if they are kept on the device: states are looked up there by id.
+    normalised on the device. states: hidden states per modality whose encoder does not run, (n, levels, width) or of
+    every token. tables: those of all items, N+1 rows, if they are kept on the device: looked up there by id.
     """
 
     ids: Tensor
     tokens: Tensor | None = None
     token_mask: Tensor | None = None
     image: Tensor | None = None
-    states: dict[Modality, Tensor] | None = None
-    tables: dict[Modality, Tensor] | None = None
+    states: dict[Modality, States] | None = None
+    tables: dict[Modality, States] | None = None
 
     def __len__(self) -> int:
         return int(self.ids.shape[0])
@@ -86,8 +110,8 @@ class Items:
         """Replace tables by the states of these items."""
         if self.tables is None:
             return self
-        states = {modality: table.index_select(0, self.ids) for modality, table in self.tables.items()}
-        return replace(self, states=states, tables=None)
+        found = map_tensors(self.tables, lambda table: table.index_select(0, self.ids))
+        return replace(self, states=(self.states or {}) | found, tables=None)
 
 
 T = TypeVar("T")

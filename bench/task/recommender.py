@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from contextlib import nullcontext
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from tpme.bench.record import Modality
-from tpme.bench.task.items import LAST, EncoderShape, Items, Reads
+from tpme.bench.task.items import EncoderShape, Items, Reads, States, map_tensors
 from tpme.bench.task.sequential import init_linear
 from tpme.bench.task.view import EncoderView
 
@@ -48,18 +48,24 @@ class ItemEncoder(nn.Module):
         super().__init__()
         self.reads = dict(reads)
 
-    def forward(self, states: Mapping[Modality, Tensor], ids: Tensor) -> Tensor:
-        """Map states, (n, levels, width) per modality, and item ids (n,) to item vectors (n, d)."""
+    def forward(self, states: Mapping[Modality, Any], ids: Tensor) -> Tensor:
+        """Map states and item ids (n,) to item vectors (n, d).
+
+        States are a Tensor (n, levels, width) per modality; ``TokenStates`` where ``reads`` asks for every token.
+        """
         raise NotImplementedError
 
 
 class TokenFusion(ItemEncoder):
-    """The default: token 0 of each encoder, ``gelu(W x)`` per modality, concatenated and projected to d."""
+    """The default: the last state of each encoder, pooled as it is meant to be read (``EncoderShape.pool``).
+
+    ``gelu(W x)`` per modality, concatenated and projected to d.
+    """
 
     group = "recommender"
 
     def __init__(self, shapes: Mapping[Modality, EncoderShape], dim: int) -> None:
-        super().__init__(dict.fromkeys(shapes, LAST))
+        super().__init__({modality: Reads(final=True, pool=shape.pool) for modality, shape in shapes.items()})
         self.order = [modality for modality in ORDER if modality in shapes]
         self.heads = nn.ModuleDict({modality: nn.Linear(shapes[modality].width, dim) for modality in self.order})
         self.fusion = nn.Linear(dim * len(self.order), dim) if len(self.order) > 1 else nn.Identity()
@@ -109,13 +115,14 @@ class Recommender(nn.Module):
             view.set_mode(mode)
         return self
 
-    def hidden_states(self, items: Items) -> dict[Modality, Tensor]:
-        """The hidden states that the item encoder reads, (n, levels, width) per modality, cached or computed."""
+    def hidden_states(self, items: Items) -> dict[Modality, Any]:
+        """The hidden states that the item encoder reads, by modality: given with the items, or computed."""
         return {modality: self._states(modality, reads, items) for modality, reads in self.item_encoder.reads.items()}
 
-    def _states(self, modality: Modality, reads: Reads, items: Items) -> Tensor:
+    def _states(self, modality: Modality, reads: Reads, items: Items) -> States:
         if items.states is not None and modality in items.states:
-            return items.states[modality].to(next(self.item_encoder.parameters()).dtype)
+            dtype = next(self.item_encoder.parameters()).dtype
+            return map_tensors(items.states[modality], lambda t: t.to(dtype) if t.is_floating_point() else t)
         with torch.no_grad() if modality in self.frozen else nullcontext():
             return self.views[modality].encode(
                 reads, tokens=items.tokens, token_mask=items.token_mask, image=items.image

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tpme.bench.measure.clock import now
 from tpme.bench.measure.sampler import SampledCurve
 from tpme.bench.record import (
     CacheFacts,
@@ -23,19 +22,20 @@ from tpme.bench.record import (
     EncoderSpec,
     Failure,
     Flag,
+    Inference,
     Modality,
     Parameters,
+    Phase,
+    PhaseKind,
     Reading,
+    Status,
     write_atomically,
 )
 from tpme.bench.task.dataset import Dataset
-from tpme.bench.task.evaluate import ITEMS_PER_CHUNK
 from tpme.bench.task.recommender import Recommender
-from tpme.bench.train.loop import WARMUP_EPOCHS, Outcome, Trainer
+from tpme.bench.train.loop import Trainer
+from tpme.bench.train.outcome import Outcome
 from tpme.methods.base import Method
-
-THROUGHPUT_CHUNKS = 4
-"""Timed chunks of items for the inference throughput; one more runs before them, untimed."""
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -48,7 +48,7 @@ class CellFacts:
     encoders: dict[Modality, EncoderFacts] = field(default_factory=dict)
     parameters: Parameters | None = None
     cache: CacheFacts | None = None
-    throughput: Reading | None = None
+    inference: Inference | None = None
     counters: dict[str, Reading] = field(default_factory=dict)
     flags: list[Flag] = field(default_factory=list)
     failure: Failure | None = None
@@ -112,24 +112,6 @@ def parameter_counts(model: Recommender, method: Method, trainable_max: int = 0)
     )
 
 
-@torch.no_grad()
-def throughput(trainer: Trainer) -> Reading:
-    """Items per second that the adapted model encodes, once prepared for inference; data loading is excluded."""
-    n = trainer.dataset.manifest.items
-    ids = np.arange(1, 1 + min(n, ITEMS_PER_CHUNK), dtype=np.int64)
-    items = trainer.store.gather(ids).to(trainer.device)
-    trainer.model.eval()
-    trainer.model.encode_items(items)
-    times = []
-    for _ in range(THROUGHPUT_CHUNKS):
-        start = now(trainer.device)
-        trainer.model.encode_items(items)
-        times.append(now(trainer.device) - start)
-    return Reading(
-        value=len(ids) / float(np.median(times)), source=f"median of {THROUGHPUT_CHUNKS} chunks of {len(ids)} items"
-    )
-
-
 def method_counters(method: Method, model: Recommender, name: str) -> dict[str, Reading]:
     """The counters that the method ``name`` reports; one that is not finite is missing, because JSON cannot hold it."""
     source = f"report() of {name}"
@@ -139,14 +121,31 @@ def method_counters(method: Method, model: Recommender, name: str) -> dict[str, 
     }
 
 
-def warmup_epochs(outcome: Outcome) -> int:
-    """Leading epochs that do not count towards the epoch time."""
-    return WARMUP_EPOCHS if len(outcome.epochs) > 2 * WARMUP_EPOCHS else 0
-
-
-def epoch_time(outcome: Outcome, warmup: int) -> Reading:
-    """T of TPME in seconds: the median training time of the epochs after the first ``warmup``."""
-    source = f"median training time of the epochs after {warmup} warm-up epoch(s)"
+def epoch_time(outcome: Outcome) -> Reading:
+    """T of TPME in seconds: the median training time of the last stage's epochs after its warm-up."""
+    earlier, leading = outcome.earlier_epochs, outcome.warmup_epochs
+    stage = f"stage '{outcome.epochs[-1].stage}'" if earlier else "the epochs"
+    source = f"median training time of {stage} after {leading - earlier} warm-up epoch(s)"
     if not outcome.epochs:
         return Reading.missing(source, "no epoch was finished: nothing trains, or the cell failed before")
-    return Reading(value=float(np.median([epoch.train_s for epoch in outcome.epochs[warmup:]])), source=source)
+    return Reading(value=float(np.median([epoch.train_s for epoch in outcome.epochs[leading:]])), source=source)
+
+
+ALL_IN: tuple[PhaseKind, ...] = ("estimate", "search", "round", "train")
+"""Kinds of phases in which a method works towards its final model."""
+
+
+def all_in(phases: Sequence[Phase], cache: CacheFacts | None, resumed_s: float, status: Status) -> Reading:
+    """Seconds from an unadapted model to the trained one: feature cache, estimation, search, rounds, all stages.
+
+    resumed_s: what earlier attempts spent on parts that this one took over.
+    """
+    source = "feature cache, estimation, search, rounds and training epochs of all stages" + (
+        f"; {resumed_s:.3g} s of it in earlier attempts" if resumed_s else ""
+    )
+    if status != "ok":
+        return Reading.missing(source, f"the cell ended as '{status}'")
+    spent_s = [phase.wall_s for phase in phases if phase.kind in ALL_IN]
+    if not spent_s and not resumed_s:
+        return Reading.missing(source, "nothing trains")
+    return Reading(value=sum(spent_s) + resumed_s + (cache.build_s if cache else 0.0), source=source)

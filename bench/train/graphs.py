@@ -17,16 +17,16 @@ from torch.nn import functional
 
 from tpme.bench.errors import UserError
 from tpme.bench.task.batches import Batch
-from tpme.bench.task.items import Items
+from tpme.bench.task.items import Items, map_tensors
 from tpme.bench.task.loss import Candidates, in_batch_logits
 from tpme.bench.task.recommender import Recommender
 from tpme.bench.train.loop import Trainer
-from tpme.bench.train.step import total_loss
+from tpme.bench.train.step import loss_terms
 from tpme.methods.base import Method
 
 IGNORED = -100
 """Label of a row that is no position: cross entropy leaves it out of sum and mean."""
-_INSIDE = ("stages", "begin_stage", "before_step", "passes", "begin_pass", "losses", "after_step")
+_INSIDE = ("encode", "stages", "begin_stage", "before_step", "passes", "begin_pass", "losses", "after_step")
 """Hooks that may change what a step does; a graph would repeat the recorded step."""
 
 
@@ -49,7 +49,7 @@ def replay_graphs(trainer: Trainer) -> str | None:
         raise UserError("cuda_graphs = true needs a CUDA device; turn it off or run with --device cuda")
     reason = unsupported_reason(trainer.method, trainer.model)
     if reason is None:
-        trainer.loss_of = GraphedLoss(trainer.method, trainer.model, trainer.cell.training.users_per_batch)
+        trainer.terms_of = GraphedLoss(trainer.method, trainer.model, trainer.cell.training.users_per_batch)
     return reason
 
 
@@ -63,22 +63,22 @@ class PaddedLoss(nn.Module):
     def __init__(self, model: Recommender, like: Batch) -> None:
         super().__init__()
         self.model, self.room = model, like.slot.numel()
-        states = like.items.states or {}
-        self.modalities = tuple(states)
+        self.states = map_tensors(like.items.states, lambda tensor: tensor.new_empty(0))
         candidates = like.candidates
         self.inputs = (
             *(torch.zeros_like(t) for t in (like.slot, like.mask, candidates.slots)),
             *(self._buffer(t) for t in (like.items.ids, candidates.log_p, candidates.log_count)),
             *(self._buffer(t) for t in (candidates.item, candidates.rows, candidates.target, candidates.target)),
-            *(self._buffer(table) for table in states.values()),
+            *(self._buffer(tensor) for tensor in _tensors(like.items.states)),
         )
 
     def _buffer(self, like: Tensor) -> Tensor:
-        return like.new_zeros(self.room, *like.shape[1:])
+        # A mask of no token at all would make attention over them NaN.
+        return like.new_full((self.room, *like.shape[1:]), like.dtype == torch.bool)
 
     def fill(self, batch: Batch) -> tuple[Tensor, ...]:
         """Copy ``batch`` into the inputs of ``forward`` and return them; what is left of an earlier one is masked."""
-        slot, mask, slots, ids, log_p, log_count, item, rows, target, label, *tables = self.inputs
+        slot, mask, slots, ids, log_p, log_count, item, rows, target, label, *tensors = self.inputs
         candidates, none = batch.candidates, batch.candidates.distinct
         for place, value in ((slot, batch.slot), (mask, batch.mask)):
             place.copy_(value)
@@ -87,7 +87,6 @@ class PaddedLoss(nn.Module):
         item.fill_(self.room)[: len(candidates.item)].copy_(candidates.item)
         item.masked_fill_(item == none, self.room)
         label.fill_(IGNORED)
-        states = batch.items.states or {}
         for place, value in (
             (ids, batch.items.ids),
             (log_p, candidates.log_p),
@@ -95,7 +94,7 @@ class PaddedLoss(nn.Module):
             (rows, candidates.rows),
             (target, candidates.target),
             (label, candidates.target),
-            *zip(tables, states.values(), strict=True),
+            *zip(tensors, _tensors(batch.items.states), strict=True),
         ):
             place[: len(value)].copy_(value)
         return self.inputs
@@ -115,11 +114,19 @@ class PaddedLoss(nn.Module):
         *states: Tensor,
     ) -> Tensor:
         """The loss, a scalar; the fields of ``Batch`` and ``Candidates``, and ``target`` with ``IGNORED`` in it."""
-        items = Items(ids, states=dict(zip(self.modalities, states, strict=True)) or None)
+        tensors = iter(states)
+        items = Items(ids, states=map_tensors(self.states, lambda _: next(tensors)))
         candidates = Candidates(log_p, log_count, item, slots, rows, target, distinct=self.room)
         vectors = self.model.encode_items(items)
         users = self.model.user_vectors(vectors[slot[:, :-1]], mask)
         return functional.cross_entropy(in_batch_logits(users, vectors, candidates), label, ignore_index=IGNORED)
+
+
+def _tensors(states: object) -> list[Tensor]:
+    """The tensors in ``states``, in the order of ``map_tensors``."""
+    found: list[Tensor] = []
+    map_tensors(states, lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
+    return found
 
 
 class GraphedLoss:
@@ -133,15 +140,14 @@ class GraphedLoss:
         self._padded: PaddedLoss | None = None
         self._run: Callable[..., Tensor]
 
-    def __call__(self, batch: Batch) -> Tensor:
-        """The loss, a scalar with its graph."""
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        """The loss, a scalar with its graph, under the name of the only pass."""
         if len(batch.slot) != self.users:
-            return total_loss(self.method, self.model, batch)
+            return loss_terms(self.method, self.model, batch)
         if self._padded is None:
             self._padded = PaddedLoss(self.model, batch)
             self._run = _recorded(self._padded, self._padded.fill(batch))
-        loss: Tensor = self._run(*self._padded.fill(batch))
-        return loss
+        return {"task": self._run(*self._padded.fill(batch))}
 
 
 def _recorded(padded: PaddedLoss, inputs: tuple[Tensor, ...]) -> Callable[..., Tensor]:
