@@ -341,6 +341,12 @@ class EncoderFacts(Frozen):
     width: int
     depth: int
     parameters: int
+    pool: Pool = "first"
+    """How its items are read unless a method says otherwise."""
+    dtype: str = "float32"
+    """Of its weights as loaded."""
+    attention: str | None = None
+    """Attention implementation, by its name in transformers; ``None`` where it is not known."""
 
 
 class CachePart(Frozen):

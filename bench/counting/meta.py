@@ -50,12 +50,12 @@ class MetaEncoders:
                 self._views[key] = load_encoder(source, modality, device=META).view
         return copy.deepcopy(self._views[key])
 
-    def shape(self, spec: EncoderSpec) -> EncoderShape:
-        """Width and depth, from the configuration alone."""
-        key = spec.model_dump_json()
+    def shape(self, spec: EncoderSpec, modality: Modality) -> EncoderShape:
+        """Width, depth and pooling, from the configuration alone."""
+        key = f"{modality} {spec.model_dump_json()}"
         if key not in self._shapes:
             with _configuration(spec) as source:
-                self._shapes[key] = encoder_shape(source)
+                self._shapes[key] = encoder_shape(source, modality)
         return self._shapes[key]
 
 
@@ -70,7 +70,7 @@ def _configuration(spec: EncoderSpec) -> Iterator[EncoderSpec]:
 
     with tempfile.TemporaryDirectory(prefix="tpme-") as folder:
         AutoConfig.for_model(released).save_pretrained(folder)
-        yield EncoderSpec(source=folder, weights="random")
+        yield spec.model_copy(update={"source": folder, "weights": "random"})
 
 
 class MetaCell:
@@ -99,7 +99,7 @@ class MetaCell:
         self.method = of[0] if of else create(cell.method, cell.options, methods_path)
         specs = encoder_specs(cell, self.method)
         self.use, self.encoders = EncoderUse.of(cell, self.method), encoders
-        self.shapes = {modality: encoders.shape(spec) for modality, spec in specs.items()}
+        self.shapes = {modality: encoders.shape(spec, modality) for modality, spec in specs.items()}
         self.state = of[1] if of else self._started()
         self.model, self.schedule = self.state.model, self.state.schedule
         self.cache_bytes = {m: planned_bytes(data.items, self.states(m, 1)) for m in self.use.cached}

@@ -117,7 +117,7 @@ class CellRun:
         specs = encoder_specs(cell, method)
         check_encoders(specs)
         use = EncoderUse.of(cell, method)
-        shapes = {modality: encoder_shape(spec) for modality, spec in specs.items()}
+        shapes = {modality: encoder_shape(spec, modality) for modality, spec in specs.items()}
         builder = ModelBuilder(method, cell.training, DataSize.of(dataset), shapes)
         states = self._load_states(use, builder.item_encoder.reads, dataset) if use.cached or use.given else {}
         store, views = self._load_encoders(use.run, dataset, states)
@@ -159,7 +159,7 @@ class CellRun:
         cell, of = self.cell, self.facts.trainer
         assert of is not None
         seed_generators(seed)
-        shapes = {modality: encoder_shape(spec) for modality, spec in encoder_specs(cell, method).items()}
+        shapes = {modality: encoder_shape(spec, modality) for modality, spec in encoder_specs(cell, method).items()}
         builder, use = ModelBuilder(method, cell.training, DataSize.of(of.dataset), shapes), EncoderUse.of(cell, method)
         reads, held = builder.item_encoder.reads, of.model.item_encoder.reads
         if (

@@ -59,7 +59,7 @@ def check_states(cell: Cell, method: Method) -> None:
     given = EncoderUse.of(cell, method).given
     if not given:
         return
-    shapes = {modality: MetaEncoders().shape(spec) for modality, spec in encoder_specs(cell, method).items()}
+    shapes = {modality: MetaEncoders().shape(spec, modality) for modality, spec in encoder_specs(cell, method).items()}
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         reads = method.item_encoder(TaskShape(cell.training.embedding_dim, 1, shapes)).reads
     for modality, spec in given.items():
