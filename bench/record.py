@@ -44,8 +44,9 @@ Precision = Literal["fp32", "bf16", "fp16"]
 Status = Literal["ok", "oom", "diverged", "timeout", "killed", "error", "skipped"]
 PhaseKind = Literal[
     "load", "adapt", "prepare", "cache", "warmup", "train", "validate", "rank", "export", "inference", "estimate",
-    "search", "round",
+    "search", "round", "count",
 ]  # fmt: skip
+"""``estimate``, ``search`` and ``round`` are a method's own; ``count`` is the harness's counting after training."""
 
 
 class Frozen(BaseModel):
@@ -58,7 +59,10 @@ class Frozen(BaseModel):
 
 
 class EncoderSpec(Frozen):
-    """One foundation encoder: a Hugging Face hub id, a local folder, or ``builtin:NAME`` for a shipped one."""
+    """One foundation encoder: a Hugging Face hub id, a local folder, or ``builtin:NAME`` for a shipped one.
+
+    ``states:FILE`` names a file of precomputed hidden states in its place.
+    """
 
     source: str
     revision: str | None = None
@@ -71,6 +75,11 @@ class EncoderSpec(Frozen):
     """Of its weights; ``auto`` is that of the checkpoint. Other than fp32 only where no method trains through it."""
     attention: str | None = None
     """Attention implementation by its name in transformers (``eager``, ``sdpa``); ``None``: its default."""
+
+    @property
+    def precomputed(self) -> bool:
+        """Whether it is a file of hidden states in place of an encoder."""
+        return self.source.startswith("states:")
 
 
 class LearningRates(Frozen):
@@ -301,6 +310,8 @@ class Epoch(Frozen):
     train_s: PositiveFloat
     steps: PositiveInt
     loss: float
+    losses: dict[str, float] = {}
+    """Mean of each term of the loss, by the name that the method gives it."""
     valid_recall_10: float
     valid_ndcg_10: float
 
@@ -466,12 +477,15 @@ class CellResult(Frozen):
     phases: tuple[Phase, ...] = ()
     epochs: tuple[Epoch, ...] = ()
     warmup_epochs: int = 0
-    """Leading epochs that do not count towards the epoch time."""
+    """Leading epochs that do not count towards the epoch time: those of earlier stages, and the last one's warm-up."""
     best_epoch: int | None = None
+    """Of the last stage, as the test ranks."""
     epoch_time_s: Reading
-    """T of TPME: median training time of an epoch after the warm-up epochs."""
+    """T of TPME: median training time of an epoch of the last stage after its warm-up."""
+    all_in_s: Reading | None = None
+    """Everything that leads to the trained model: feature cache, estimation, search, rounds, epochs of all stages."""
     training_memory: Memory | None = None
-    """Peaks over all training phases: the source of M of TPME."""
+    """Peaks over the training phases of the last stage: the source of M of TPME."""
     cache: CacheFacts | None = None
     inference: Inference | None = None
     """None where the cell did not get so far, and in records from before it was measured."""

@@ -149,4 +149,4 @@ def _vectors(subject: Subject, trained: Trained) -> torch.Tensor:
 @torch.no_grad()
 def _loss(trainer: Trainer) -> float:
     """The task's loss of the first batch, in eval mode."""
-    return float(forward(trainer.model.eval(), next(iter(trainer.batches.epoch(1)))).loss)
+    return float(forward(trainer.method, trainer.model.eval(), next(trainer.batches())).loss)

@@ -17,7 +17,8 @@ from tpme.bench.record import Reading
 from tpme.bench.run.job import Job
 from tpme.bench.task.dataset import Dataset
 from tpme.bench.train.ending import TimeLimitReached
-from tpme.bench.train.loop import WARMUP_EPOCHS, Outcome, Trainer
+from tpme.bench.train.loop import Trainer
+from tpme.bench.train.outcome import WARMUP_EPOCHS, Outcome
 
 
 def final_counters(job: Job, trainer: Trainer, *, trained: bool) -> dict[str, Reading]:
@@ -27,7 +28,7 @@ def final_counters(job: Job, trainer: Trainer, *, trained: bool) -> dict[str, Re
     """
     counters: dict[str, Reading] = {}
     try:
-        with trainer.phases.phase("estimate", "counters"):
+        with trainer.phases.phase("count", "counters"):
             trainer.progress("count", 0.0)
             counters |= noise_floor(job)
             counters |= exact_counters(job, trainer.dataset)
@@ -71,7 +72,7 @@ def utilisation(job: Job, outcome: Outcome, counters: Mapping[str, Reading]) -> 
     if not outcome.step_s:
         return {}
     step_s, epoch = np.array(outcome.step_s), np.array(outcome.step_epoch)
-    warm = epoch > WARMUP_EPOCHS
+    warm = epoch > outcome.earlier_epochs + WARMUP_EPOCHS
     typical_s = float(np.median(step_s[warm] if warm.any() else step_s))
     parts = [counters[name] for name in ("forward_flops", "backward_flops")]
     lacking = next((part.reason for part in parts if part.reason), None)

@@ -25,7 +25,7 @@ from tpme.bench.task.checkpoints import (
 from tpme.bench.task.families import family_of
 from tpme.bench.task.hub import repository_file
 from tpme.bench.task.items import EncoderShape, Reads
-from tpme.bench.task.precomputed import StatesFile, is_precomputed, states_path
+from tpme.bench.task.precomputed import StatesFile
 from tpme.bench.task.view import EncoderView
 
 _HALF = (0.5, 0.5, 0.5)
@@ -117,7 +117,7 @@ def encoder_shape(spec: EncoderSpec, modality: Modality) -> EncoderShape:
 
     Raises UserError as ``load_encoder`` does.
     """
-    if is_precomputed(spec):
+    if spec.precomputed:
         return StatesFile.open(spec).shape
     folder, commit = checkpoint_folder(spec)
     config = read_config(spec, folder, modality)
@@ -133,9 +133,8 @@ def encoder_digest(spec: EncoderSpec) -> str:
 
     Of precomputed states, that of their file.
     """
-    if is_precomputed(spec):
-        with states_path(spec).open("rb") as states:
-            return hashlib.file_digest(states, "sha256").hexdigest()
+    if spec.precomputed:
+        return StatesFile.open(spec).digest()
     folder, commit = checkpoint_folder(spec)
     if commit is not None:
         return f"{spec.source}@{commit}"
@@ -149,7 +148,7 @@ def encoder_digest(spec: EncoderSpec) -> str:
 
 def pin_revision(spec: EncoderSpec) -> EncoderSpec:
     """Return ``spec`` with a digest of a local source's content as its revision: other weights make another cell."""
-    if not is_precomputed(spec) and not Path(encoder_source(spec.source)).is_dir():
+    if not spec.precomputed and not Path(encoder_source(spec.source)).is_dir():
         return spec
     return spec.model_copy(update={"revision": encoder_digest(spec)[:12]})
 

@@ -5,8 +5,10 @@ The run of a cell and its counters on ``meta`` both follow it, so what is planne
 
 from __future__ import annotations
 
+import hashlib
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +19,6 @@ from tpme.bench.errors import UserError
 from tpme.bench.record import Cell, EncoderSpec, Modality, Training
 from tpme.bench.task.dataset import Dataset
 from tpme.bench.task.items import EncoderShape
-from tpme.bench.task.precomputed import is_precomputed
 from tpme.bench.task.recommender import Recommender
 from tpme.bench.task.sequential import SequentialEncoder
 from tpme.bench.task.view import EncoderView
@@ -48,6 +49,19 @@ def seed_generators(seed: int) -> None:
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002
+
+
+@contextmanager
+def separate_generators(name: str, device: torch.device) -> Iterator[None]:
+    """Random numbers of their own for the block, the same for the same ``name``; afterwards as if it had drawn none."""
+    before = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        seed_generators(int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]))
+        try:
+            yield
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])  # noqa: NPY002
 
 
 def steps_per_epoch(users: int, training: Training) -> int:
@@ -88,7 +102,7 @@ class EncoderUse:
         """How ``cell`` uses the encoders. Raises UserError where ``method`` adapts one that is only a file."""
         specs = encoder_specs(cell, method)
         frozen = method.frozen_encoders(tuple(specs))
-        given = {modality: spec for modality, spec in specs.items() if is_precomputed(spec)}
+        given = {modality: spec for modality, spec in specs.items() if spec.precomputed}
         for modality, spec in given.items():
             if modality not in frozen:
                 raise UserError(

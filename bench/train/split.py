@@ -25,7 +25,7 @@ SHARE, ALWAYS_S = 0.03, 1.0
 
 
 def step_split(trainer: Trainer) -> dict[str, Reading]:
-    """Medians of the four parts of a step; call it after training, in a phase of kind ``estimate``.
+    """Medians of the four parts of a step; call it after training, in a phase of kind ``count``.
 
     On a GPU the parts are times between CUDA events on the device: waiting for data is time in which it was idle. The
     method's hooks count where they are called; what they change in the method's own state is not undone.
@@ -52,7 +52,7 @@ def step_split(trainer: Trainer) -> dict[str, Reading]:
 def guarded_split(trainer: Trainer) -> dict[str, Reading]:
     """``step_split`` in a phase; after training, so any failure costs these readings alone."""
     try:
-        with trainer.phases.phase("estimate", "parts of a step"):
+        with trainer.phases.phase("count", "parts of a step"):
             trainer.progress("parts of a step", 0.0)
             return step_split(trainer)
     except Exception as error:
@@ -67,7 +67,7 @@ def _laps(trainer: Trainer, steps: int) -> list[float]:
         group["lr"] = 0.0
     state, trainer.state = trainer.state, replace(trainer.state)
     # Of several epochs where one has fewer batches.
-    batches = itertools.chain.from_iterable(trainer.batches.epoch(trainer.state.epoch) for _ in itertools.count())
+    batches = itertools.chain.from_iterable(trainer.loader.epoch(trainer.state.epoch) for _ in itertools.count())
     timer = StepTimer(trainer.device)
     timer.start()
     for batch in itertools.islice(batches, steps):

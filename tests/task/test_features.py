@@ -19,7 +19,7 @@ from tpme.bench.task.batches import ItemStore, build_batch, log_popularity
 from tpme.bench.task.dataset import Dataset
 from tpme.bench.task.encoders import load_encoder
 from tpme.bench.task.features import FeatureJob, build, feature_folder, open_cache
-from tpme.bench.task.items import Reads, TokenStates
+from tpme.bench.task.items import Reads
 from tpme.bench.task.placement import place
 from tpme.bench.task.prepare import prepare
 from tpme.bench.task.sources.synthetic import Synthetic, generate
@@ -108,9 +108,7 @@ def test_every_reader_of_a_cache_gets_what_its_build_took(job: FeatureJob) -> No
     assert build(job) == manifest  # not built again
     fingerprint = Dataset.open(job.dataset).manifest.fingerprint
     with measuring("cpu") as phases:
-        found = [
-            stored_states([job], {}, fingerprint, CPU, phases, lambda _what, _share: None).cache for _ in range(2)
-        ]
+        found = [stored_states([job], {}, fingerprint, CPU, phases, lambda _what, _share: None).cache for _ in range(2)]
     assert [facts.built_by_attempt for facts in found] == [False, False]
     assert {(facts.build_s, facts.peak_bytes) for facts in found} == {(manifest.build_s, peak)}
 

@@ -46,7 +46,7 @@ def trained(make_trainer: MakeTrainer) -> Trainer:
 def test_time_is_charged_to_the_part_that_spends_it(
     trained: Trainer, part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    epoch = trained.batches.epoch
+    epoch = trained.loader.epoch
 
     def slow_epoch(number: int) -> Any:
         for batch in epoch(number):
@@ -60,7 +60,7 @@ def test_time_is_charged_to_the_part_that_spends_it(
     assert isinstance(trained.method, Slow)
     trained.method.part = part
     if part == "data_wait_s":
-        monkeypatch.setattr(trained.batches, "epoch", slow_epoch)
+        monkeypatch.setattr(trained.loader, "epoch", slow_epoch)
     if part == "backward_s":
         next(trained.model.sequence.parameters()).register_hook(slow_backward)
     readings = {name: reading.value for name, reading in step_split(trained).items()}
@@ -116,5 +116,5 @@ def test_every_row_that_trains_has_the_parts_of_its_step(card_run: Any) -> None:
         values = [part.value for part in parts]
         assert all(value is not None and value > 0 for value in values), label
         phase = next(phase for phase in result.phases if phase.name == "parts of a step")
-        assert phase.kind == "estimate"
+        assert phase.kind == "count"
         assert result.phases.index(phase) > max(i for i, one in enumerate(result.phases) if one.kind == "rank")
