@@ -154,7 +154,7 @@ class CellRun:
         cell, of = self.cell, self.facts.trainer
         assert of is not None
         seed_generators(seed)
-        shapes = {modality: encoder_shape(spec) for modality, spec in encoder_specs(cell, method).items()}
+        shapes = {modality: encoder_shape(spec, modality) for modality, spec in encoder_specs(cell, method).items()}
         builder, use = ModelBuilder(method, cell.training, DataSize.of(of.dataset), shapes), EncoderUse.of(cell, method)
         reads, held = builder.item_encoder.reads, of.model.item_encoder.reads
         if (
