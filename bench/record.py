@@ -18,7 +18,17 @@ import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from tpme.bench.errors import UserError, first_problem
 
@@ -27,24 +37,15 @@ BASELINES_OF_VERSION_1 = ("frozen", "id", "popularity")
 """The baselines among the methods of that time; records of version 1 do not say."""
 
 Modality = Literal["text", "image"]
+Pool = Literal["first", "mean", "last"]
+"""How an item's tokens become one vector: the first, the mean or the last of those that the mask keeps."""
 Protocol = Literal["suite", "paper"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Status = Literal["ok", "oom", "diverged", "timeout", "killed", "error", "skipped"]
 PhaseKind = Literal[
-    "load",
-    "adapt",
-    "prepare",
-    "cache",
-    "warmup",
-    "train",
-    "validate",
-    "rank",
-    "export",
-    "estimate",
-    "search",
-    "round",
-    "count",
-]
+    "load", "adapt", "prepare", "cache", "warmup", "train", "validate", "rank", "export", "inference", "estimate",
+    "search", "round", "count",
+]  # fmt: skip
 """``estimate``, ``search`` and ``round`` are a method's own; ``count`` is the harness's counting after training."""
 
 
@@ -63,6 +64,14 @@ class EncoderSpec(Frozen):
     source: str
     revision: str | None = None
     weights: Literal["pretrained", "random"] = "pretrained"
+    tower: Modality | None = None
+    """The half of a two-tower checkpoint (CLIP, SigLIP) that is loaded; ``None``: that of the encoder's modality."""
+    pool: Pool | None = None
+    """How its items are read; ``None``: as the encoder was trained to be read."""
+    dtype: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
+    """Of its weights; ``auto`` is that of the checkpoint. Other than fp32 only where no method trains through it."""
+    attention: str | None = None
+    """Attention implementation by its name in transformers (``eager``, ``sdpa``); ``None``: its default."""
 
 
 class LearningRates(Frozen):
@@ -72,6 +81,25 @@ class LearningRates(Frozen):
     text: PositiveFloat = 4e-4
     image: PositiveFloat = 4e-4
     method: PositiveFloat = 4e-4
+    groups: dict[str, PositiveFloat] = {}
+    """Of groups that a method names itself (``Method.groups``); one that is not in here trains at ``method``."""
+
+    @model_serializer(mode="wrap")
+    def _without_empty_groups(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Identities and files of cells without groups are those from before there were any."""
+        return {name: value for name, value in dump(self).items() if name != "groups" or value}
+
+    def of(self, group: str) -> float:
+        """The learning rate of a group of parameters."""
+        return self.groups.get(group, self.method) if group not in LR_PARTS else float(getattr(self, group))
+
+    def by_group(self) -> dict[str, float]:
+        """Every learning rate by name."""
+        return {name: self.of(name) for name in (*LR_PARTS, *self.groups)}
+
+
+LR_PARTS = tuple(name for name in LearningRates.model_fields if name != "groups")
+"""Groups of parameters that every method has."""
 
 
 class Training(Frozen):
@@ -109,7 +137,7 @@ class Cell(Frozen):
     options: dict[str, Any] = {}
     """Settings of the method itself (its ``Config``); empty means all defaults."""
     cached: bool = False
-    """Train on the harness's feature cache instead of on the encoders (decoupled methods only)."""
+    """Read the encoders that the method leaves frozen from the harness's feature cache instead of running them."""
     dataset: str
     dataset_fingerprint: str
     """SHA-256 of the prepared dataset's content."""
@@ -140,14 +168,23 @@ NO_IDENTITY = frozenset({"matrix", "baseline", "lr_trial", "lr_trials"})
 """Fields that place a cell in its matrix and do not change what runs: adding a learning rate makes no result stale."""
 
 
+ENCODER_OPTIONS = ("tower", "pool", "dtype", "attention")
+"""Fields of an encoder that are newer than the first records: their defaults leave the identity of a cell alone."""
+
+
 def cell_id(cell: Cell, code_version: str) -> str:
     """Identity of a cell: 12 hex digits of SHA-256 over its canonical JSON and the version of the measured code.
 
-    Without the fields in ``NO_IDENTITY``, and without the task where it is the default one.
+    Without the fields in ``NO_IDENTITY``, and without the task and the options of an encoder where they are the
+    default ones.
     """
     settings = cell.model_dump(mode="json", exclude=set(NO_IDENTITY))
     if cell.task == Cell.model_fields["task"].default:
         del settings["task"]
+    for encoder in filter(None, (settings["text_encoder"], settings["image_encoder"])):
+        for option in ENCODER_OPTIONS:
+            if encoder[option] == EncoderSpec.model_fields[option].default:
+                del encoder[option]
     canonical = json.dumps(settings, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(f"{code_version}\n{canonical}".encode()).hexdigest()[:12]
 
@@ -217,6 +254,44 @@ class Phase(Frozen):
     """None where no GPU was used or it could not be queried."""
 
 
+class Timings(Frozen):
+    """Wall times of repeated runs of the same work, in their order; a run is one pass or several, one after another."""
+
+    size: PositiveInt
+    """Items or users of a pass."""
+    run_s: tuple[PositiveFloat, ...] = ()
+    """Seconds of a pass, mean over each run."""
+    passes: PositiveInt = 1
+    """Passes of a run: more where one is short."""
+    reason: str | None = None
+    """Why there are no runs."""
+
+    @model_validator(mode="after")
+    def _require_reason(self) -> Timings:
+        if not self.run_s and not self.reason:
+            raise ValueError("timings without a run need a reason")
+        return self
+
+
+class Inference(Frozen):
+    """What it costs to serve the adapted model, once it is prepared for inference, in the precision of the cell."""
+
+    flops_per_item: Reading
+    """Of encoding an item, counted on the items of ``batch``."""
+    flops_by_data: bool = False
+    """The FLOPs differ from item to item, so they depend on the trained weights, too, and are no exact counter."""
+    single: Timings
+    """Encoding one item."""
+    batch: Timings
+    """Encoding a batch of items."""
+    user: Timings
+    """One user: sequential encoder over the item vectors of the history, scores of the whole catalogue, top 10."""
+    memory: Memory
+    """Peaks while all this was timed."""
+    loaded_bytes: Reading
+    """What must be in memory to encode items."""
+
+
 class Epoch(Frozen):
     """One epoch: training only in ``train_s`` (data loading included; validation and bookkeeping excluded)."""
 
@@ -258,19 +333,32 @@ class EncoderFacts(Frozen):
     parameters: int
 
 
+class CachePart(Frozen):
+    """The cached states of one encoder."""
+
+    build_s: float
+    bytes: int
+    built_by_attempt: bool
+
+
 class CacheFacts(Frozen):
-    """The feature cache a cell trained on. Built by a separate process, paid once per dataset and encoders."""
+    """The feature cache a cell trained on. Built by separate processes, paid once per dataset and encoder.
+
+    Times and bytes are those of all encoders together.
+    """
 
     build_s: float
     bytes: int
     items: int
     dtype: str
     built_by_attempt: bool
-    """False when an earlier cell had already built it; ``build_s`` is then what that build took."""
+    """False when earlier cells had already built all of it; ``build_s`` is what its builds took, whenever."""
     encoders: dict[Modality, EncoderFacts] = {}
     """The encoders whose states it holds; the cell itself loads none."""
     peak_bytes: Reading = Reading.missing("peak memory of the builder", "the record is of schema version 1")
-    """Peak memory of the process that built it; of a build in several runs, of the last one."""
+    """Peak memory of the process that built it, the largest of several; of a build in several runs, of the last."""
+    parts: dict[Modality, CachePart] = {}
+    """By encoder; empty in older records."""
 
 
 class DatasetFacts(Frozen):
@@ -385,7 +473,10 @@ class CellResult(Frozen):
     training_memory: Memory | None = None
     """Peaks over the training phases of the last stage: the source of M of TPME."""
     cache: CacheFacts | None = None
+    inference: Inference | None = None
+    """None where the cell did not get so far, and in records from before it was measured."""
     inference_items_per_s: Reading | None = None
+    """Of records from before ``inference``."""
     counters: dict[str, Reading] = {}
     """Exact counters (FLOPs, bytes saved for backward ...) and a method's own (``report()``)."""
     metrics: dict[str, NamedMetric] = {}

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
+from tpme.bench.record import Modality
 from tpme.bench.task.recommender import Recommender
-from tpme.methods.base import Method, MethodConfig, Schedule
-from tpme.methods.parts.bottleneck import Activation, Bottleneck
+from tpme.bench.task.view import EncoderView
+from tpme.methods.base import Method, MethodConfig, Schedule, TaskShape, fusion_parameters
+from tpme.methods.parts.bottleneck import Activation, Bottleneck, bottleneck_parameters
 
 
 class AdapterConfig(MethodConfig):
@@ -41,6 +44,12 @@ class HoulsbyAdapter(Method):
                     output.register_forward_hook(partial(_apply, adapter))
                     parts.append(adapter)
             view.module.add_module("adapters", parts)
+
+    def trainable_parameters(self, task: TaskShape, views: Mapping[Modality, EncoderView]) -> int:
+        """Two bottlenecks, 2 D b + b + D each, in each of L layers."""
+        shapes = [view.shape for view in views.values()]
+        adapters = sum(shape.depth * 2 * bottleneck_parameters(shape.width, self.config.bottleneck) for shape in shapes)
+        return adapters + fusion_parameters(task)
 
 
 def _apply(adapter: Bottleneck, _module: nn.Module, _args: object, output: Tensor) -> Tensor:

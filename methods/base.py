@@ -22,6 +22,7 @@ from tpme.bench.record import Frozen, LearningRates, Modality, PhaseKind
 from tpme.bench.task.batches import Batch
 from tpme.bench.task.items import EncoderShape, Items
 from tpme.bench.task.recommender import ItemEncoder, Recommender, TokenFusion
+from tpme.bench.task.view import EncoderView
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,13 @@ class Context(Protocol):
         """
 
 
+def fusion_parameters(task: TaskShape) -> int:
+    """Parameters of the default item encoder: D d + d a head, and k d d + d where k > 1 encoders are fused."""
+    heads = sum(shape.width * task.dim + task.dim for shape in task.encoders.values())
+    k = len(task.encoders)
+    return heads + (k * task.dim * task.dim + task.dim if k > 1 else 0)
+
+
 class MethodConfig(Frozen):
     """Settings of a method; subclasses add fields, all with defaults."""
 
@@ -171,10 +179,11 @@ class Method:
 
     Class attributes:
         Config: its settings.
-        decoupled: it only reads hidden states of unmodified encoders, so the harness may cache them.
+        decoupled: it only reads hidden states of unmodified encoders, so the harness may cache all of them.
         baseline: it adapts no encoder; such rows get no TPME unless requested by name.
         modalities: the encoders it uses; ``None`` means those of the data set, an empty tuple none.
         needs: modalities it requires.
+        groups: learning-rate groups of its own (``recommender.group`` puts parameters into them), for ``lr.groups``.
     """
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
@@ -182,6 +191,7 @@ class Method:
     baseline: ClassVar[bool] = False
     modalities: ClassVar[tuple[Modality, ...] | None] = None
     needs: ClassVar[tuple[Modality, ...]] = ()
+    groups: ClassVar[tuple[str, ...]] = ()
     identity_at_start: ClassVar[bool] = True
     """Before the first step, item vectors equal those of the frozen encoders with the same item encoder."""
 
@@ -194,6 +204,13 @@ class Method:
         """The module that maps hidden states to item vectors; default: token 0, projected, concatenated and fused."""
         return TokenFusion(task.encoders, task.dim)
 
+    def frozen_encoders(self, modalities: Sequence[Modality]) -> tuple[Modality, ...]:
+        """The encoders among ``modalities`` that stay unmodified; they get no gradients, and may be cached.
+
+        Default: all of a decoupled method, none of another.
+        """
+        return tuple(modalities) if self.decoupled else ()
+
     def adapt(self, model: Recommender, schedule: Schedule) -> None:
         """Inject or replace modules and set which parameters train. Encoders arrive frozen, the rest trainable."""
 
@@ -201,12 +218,23 @@ class Method:
         """Item vectors (n, d) of a set of items, in training and evaluation."""
         return model.encode_items(items)
 
+    def trainable_parameters(self, task: TaskShape, views: Mapping[Modality, EncoderView]) -> int:
+        """Formula: how many parameters train in the first stage, besides the sequential encoder.
+
+        Written from sizes, not counted from what ``adapt`` made, so that one checks the other: ``tpme method check``
+        compares them at a small and at the base shape. ``fusion_parameters`` is the default item encoder's part.
+
+        Args:
+            task: sizes of the task. views: the unmodified encoders by modality; none of a method without encoders.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no formula of its trainable parameters")
+
     # --- optimiser ----------------------------------------------------------------------------------------------
 
     def param_groups(self, model: Recommender, lr: LearningRates) -> list[dict[str, Any]]:
-        """The optimiser's groups: one learning rate each for recommender, text, image and the method's own parts."""
+        """The optimiser's groups: one each for recommender, text, image, the method's own parts, and named groups."""
         groups = model.parameter_groups()
-        return [{"params": params, "lr": getattr(lr, name), "name": name} for name, params in groups.items()]
+        return [{"params": params, "lr": lr.of(name), "name": name} for name, params in groups.items()]
 
     def optimizer(self, groups: list[dict[str, Any]], *, fused: bool) -> torch.optim.Optimizer:
         """The optimiser of one stage; default: Adam without weight decay, as in IISAN."""

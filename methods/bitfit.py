@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from tpme.bench.record import Modality
 from tpme.bench.task.recommender import Recommender
-from tpme.methods.base import Method, Schedule
+from tpme.bench.task.view import EncoderView
+from tpme.methods.base import Method, Schedule, TaskShape, fusion_parameters
 
 
 class BitFit(Method):
@@ -16,3 +20,8 @@ class BitFit(Method):
         """Make the biases of both encoders trainable."""
         for name, parameter in model.encoders.named_parameters():
             parameter.requires_grad_(name.endswith("bias"))
+
+    def trainable_parameters(self, task: TaskShape, views: Mapping[Modality, EncoderView]) -> int:
+        """The sizes of all biases: L (7 D + F) in the layers of a BERT or ViT with feed-forward width F."""
+        named = [entry for view in views.values() for entry in view.module.named_parameters()]
+        return sum(value.numel() for name, value in named if name.endswith("bias")) + fusion_parameters(task)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from tpme.bench.record import Modality
 from tpme.bench.task.recommender import Recommender
-from tpme.methods.base import Method, Schedule
+from tpme.bench.task.view import EncoderView
+from tpme.methods.base import Method, Schedule, TaskShape, fusion_parameters
 
 
 class FullFineTuning(Method):
@@ -15,3 +19,8 @@ class FullFineTuning(Method):
     def adapt(self, model: Recommender, schedule: Schedule) -> None:
         """Make both encoders trainable."""
         model.encoders.requires_grad_(True)
+
+    def trainable_parameters(self, task: TaskShape, views: Mapping[Modality, EncoderView]) -> int:
+        """The size of the encoders."""
+        encoders = sum(value.numel() for view in views.values() for value in view.module.parameters())
+        return encoders + fusion_parameters(task)

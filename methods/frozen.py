@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from tpme.methods.base import Method
+from collections.abc import Mapping
+
+from tpme.bench.record import Modality
+from tpme.bench.task.view import EncoderView
+from tpme.methods.base import Method, TaskShape, fusion_parameters
 
 
 class FrozenEncoders(Method):
@@ -10,3 +14,7 @@ class FrozenEncoders(Method):
 
     decoupled = True
     baseline = True
+
+    def trainable_parameters(self, task: TaskShape, views: Mapping[Modality, EncoderView]) -> int:
+        """The item encoder alone."""
+        return fusion_parameters(task)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tpme.bench.record import Modality
 from tpme.bench.task.recommender import ItemEncoder
+from tpme.bench.task.view import EncoderView
 from tpme.methods.base import Method, TaskShape
 
 
@@ -39,3 +40,7 @@ class ItemIDs(Method):
     def item_encoder(self, task: TaskShape) -> ItemTable:
         """An embedding table over all items."""
         return ItemTable(task.items, task.dim)
+
+    def trainable_parameters(self, task: TaskShape, views: Mapping[Modality, EncoderView]) -> int:
+        """A vector of each item and of padding: (N + 1) d."""
+        return (task.items + 1) * task.dim

@@ -14,8 +14,9 @@ from tpme.bench.record import Modality
 from tpme.bench.task.items import EncoderShape, Reads
 from tpme.bench.task.recommender import ORDER, ItemEncoder
 from tpme.bench.task.sequential import init_linear
+from tpme.bench.task.view import EncoderView
 from tpme.methods.base import Method, MethodConfig, TaskShape
-from tpme.methods.parts.bottleneck import Activation, Bottleneck
+from tpme.methods.parts.bottleneck import Activation, Bottleneck, bottleneck_parameters
 
 
 class IISANConfig(MethodConfig):
@@ -165,3 +166,15 @@ class IISAN(Method):
     def item_encoder(self, task: TaskShape) -> SideNetwork:
         """The side network, instead of the default projection and fusion."""
         return SideNetwork(task, self.config)
+
+    def trainable_parameters(self, task: TaskShape, views: Mapping[Modality, EncoderView]) -> int:
+        """Towers of K levels, K (2 D b + b + D) + K each, their heads D D + D + D d + d, and the fusion of t towers."""
+        both, dim = len(task.encoders) == 2, task.dim
+        shapes = list(task.encoders.values()) if self.config.intra else []
+        shapes += [task.encoders["image"]] if self.config.inter and both else []
+        total = (len(shapes) * dim * dim + dim) if both else 0
+        for shape in shapes:
+            width, levels = shape.width, len(side_levels(shape.depth))
+            total += levels * (bottleneck_parameters(width, self.config.bottleneck) + 1)
+            total += width * width + width + width * dim + dim
+        return total

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated
 
 from pydantic import Field, PositiveInt
 
+from tpme.bench.record import Modality
 from tpme.bench.task.recommender import Recommender
-from tpme.bench.task.view import Role
-from tpme.methods.base import Method, MethodConfig, Schedule
+from tpme.bench.task.view import EncoderView, Role
+from tpme.methods.base import Method, MethodConfig, Schedule, TaskShape, fusion_parameters
 
 
 class LoRAConfig(MethodConfig):
@@ -41,6 +43,15 @@ class LoRA(Method):
                 target_modules=view.projections(*self.config.targets),
             )
             inject_adapter_in_model(settings, view.module)
+
+    def trainable_parameters(self, task: TaskShape, views: Mapping[Modality, EncoderView]) -> int:
+        """r (inputs + outputs) of every adapted projection."""
+        weights = [
+            view.module.get_parameter(f"{name}.weight")
+            for view in views.values()
+            for name in view.projections(*self.config.targets)
+        ]
+        return self.config.rank * sum(sum(weight.shape) for weight in weights) + fusion_parameters(task)
 
     def prepare_inference(self, model: Recommender) -> None:
         """Merge B A into the weights; inference then costs the same as with the frozen encoder."""

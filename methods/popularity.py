@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tpme.bench.record import Modality
 from tpme.bench.task.recommender import ItemEncoder, Recommender
+from tpme.bench.task.view import EncoderView
 from tpme.methods.base import Method, Schedule, TaskShape
 
 
@@ -47,6 +48,10 @@ class Popularity(Method):
         assert isinstance(model.item_encoder, _Counts)
         model.item_encoder.counts.copy_(torch.from_numpy(schedule.popularity)[:, None])
         model.sequence = _ConstantUser()
+
+    def trainable_parameters(self, task: TaskShape, views: Mapping[Modality, EncoderView]) -> int:
+        """None."""
+        return 0
 
     def state(self, model: Recommender) -> dict[str, Tensor]:
         """The counts."""

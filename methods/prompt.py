@@ -7,6 +7,7 @@ leaves token 0 and the positions of all real tokens unchanged.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -15,9 +16,10 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from tpme.bench.errors import UserError
+from tpme.bench.record import Modality
 from tpme.bench.task.recommender import Recommender
 from tpme.bench.task.view import EncoderView
-from tpme.methods.base import Method, MethodConfig, Schedule
+from tpme.methods.base import Method, MethodConfig, Schedule, TaskShape, fusion_parameters
 
 
 class PromptConfig(MethodConfig):
@@ -67,6 +69,12 @@ class PromptTuning(Method):
             prompts = Prompts(view, self.config.length, self.config.deep)
             view.module.add_module("prompts", prompts)
             _install(view, prompts, deep=self.config.deep)
+
+    def trainable_parameters(self, task: TaskShape, views: Mapping[Modality, EncoderView]) -> int:
+        """P vectors of width D, in each of L layers if they are deep."""
+        shapes = [view.shape for view in views.values()]
+        vectors = sum((shape.depth if self.config.deep else 1) * shape.width for shape in shapes)
+        return self.config.length * vectors + fusion_parameters(task)
 
 
 def _install(view: EncoderView, prompts: Prompts, *, deep: bool) -> None:

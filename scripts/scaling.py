@@ -216,7 +216,7 @@ def _counted(trainer: Any) -> dict[str, float]:
     counts, step = count(meta), run_step(meta, fused_attention=True)
     return {
         "flops": counts.step.forward_flops + counts.step.backward_flops,
-        "counted_bytes": step.peak_bytes + counts.optimizer_bytes + (counts.cache_bytes or 0),
+        "counted_bytes": step.peak_bytes + counts.optimizer_bytes + sum(counts.cache_bytes.values()),
     }
 
 

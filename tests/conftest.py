@@ -105,6 +105,20 @@ def card_run(harness: ModuleType, world: Any, tmp_path_factory: pytest.TempPathF
     return matrix, folder, {result.cell.label: result for result in world.run(matrix, folder)}
 
 
+@pytest.fixture
+def run_cell(world: Any, harness: ModuleType, tmp_path: Path) -> Callable[..., Any]:
+    """Run a cell of a method whose class body is given, in this process."""
+
+    def call(body: str, **changes: Any) -> Any:
+        # A name of its own each time: modules are imported once.
+        name = f"{tmp_path.name}_{len(list(tmp_path.glob('methods/*.py')))}"
+        harness.write_method(tmp_path / "methods", name, body)
+        matrix = world.matrix([name], **({"modalities": ["text"]} | changes))
+        return world.tell(matrix, tmp_path / "cell", methods_path=(tmp_path / "methods",))
+
+    return call
+
+
 def _helper(module: str) -> ModuleType:
     name = f"tpme_tests_{module}"
     if name not in sys.modules:

@@ -21,21 +21,6 @@ from tpme.bench.workers import parse_progress
 RunCell = Callable[..., CellResult]
 
 
-@pytest.fixture
-def run_cell(world: Any, harness: ModuleType, tmp_path: Path) -> RunCell:
-    """Run a cell of a method whose class body is given, in this process."""
-
-    def call(body: str, **changes: Any) -> CellResult:
-        # A name of its own each time: modules are imported once.
-        name = f"{tmp_path.name}_{len(list(tmp_path.glob('methods/*.py')))}"
-        harness.write_method(tmp_path / "methods", name, body)
-        matrix = world.matrix([name], **({"modalities": ["text"]} | changes))
-        result: CellResult = world.tell(matrix, tmp_path / "cell", methods_path=(tmp_path / "methods",))
-        return result
-
-    return call
-
-
 def ending(result: CellResult) -> tuple[str, str, str]:
     assert result.failure is not None
     return result.status, result.failure.phase, result.failure.message

@@ -24,6 +24,8 @@ ROOMS = (
     "bench.train",
     "bench.counting",
     "bench.run",
+    "bench.contract",
+    "bench.contract",
     "reports.data",
     "reports.tables",
     "reports.figures",

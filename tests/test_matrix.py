@@ -147,6 +147,39 @@ def test_learning_rates_are_an_axis_of_the_matrix() -> None:
     assert {cell.training for cell in found} == {found[0].training}
 
 
+GATED = (
+    "from tpme.methods.base import Method\n\nclass Gated(Method):\n    groups = ('gates', 'banks')\n\nMETHOD = Gated\n"
+)
+
+
+def test_a_method_gets_the_learning_rates_of_its_own_groups(tmp_path: Path) -> None:
+    (tmp_path / "gated.py").write_text(GATED)
+
+    def rates(methods: list[Any], **changes: Any) -> list[dict[str, float]]:
+        matrix = MatrixFile.model_validate(raw(methods=methods, **changes))
+        return [cell.lr.groups for cell in expand(matrix, {"d": BOTH}, device="cpu", methods_path=[tmp_path])]
+
+    gated = {"name": "gated", "lr": [{"groups": {"gates": 1e-2}}, 1e-3]}
+    fft = {"name": "fft", "lr": [1e-3, 1e-4]}
+    assert rates([gated, fft]) == [{"gates": 1e-2}, {}, {}, {}]
+    shared = {"groups": {"gates": 3e-2, "banks": 2e-2}}
+    assert rates([gated, fft], lr=shared) == [{"gates": 1e-2, "banks": 2e-2}, shared["groups"], {}, {}]
+    assert rates([{"name": "gated"}, {"name": "id"}], axes={"lr": [shared, 1e-3]}) == [shared["groups"], {}, {}, {}]
+    with pytest.raises(UserError, match=r"method 'fft', lr.groups: no .*'gates'; it names no groups of its own"):
+        rates([{"name": "gated"}, {"name": "fft", "lr": [{"groups": {"gates": 1e-2}}]}])
+    with pytest.raises(UserError, match=r"matrix .*, lr.groups: no .*'gatse'; its groups are: banks, gates$"):
+        rates([{"name": "gated"}], lr={"groups": {"gatse": 1e-2}})
+
+
+def test_no_groups_leave_a_cell_what_it_was() -> None:
+    (cell,) = cells(methods=[{"name": "fft"}])
+    assert "groups" not in cell.model_dump()["lr"]
+    assert "groups" not in cell.model_dump_json()
+    named = cell.model_copy(update={"lr": cell.lr.model_copy(update={"groups": {"gates": 1e-2}})})
+    assert Cell.model_validate_json(named.model_dump_json()) == named
+    assert cell_id(named, "v") != cell_id(cell, "v")
+
+
 def test_modalities_are_those_of_the_data_or_those_asked_for() -> None:
     (cell, _) = cells()
     assert cell.modalities == ("text", "image")

@@ -19,6 +19,7 @@ from tpme.bench.errors import UserError
 from tpme.bench.record import (
     Cell,
     CellResult,
+    EncoderSpec,
     Failure,
     Reading,
     RecordError,
@@ -231,6 +232,13 @@ def test_a_cells_identity_is_what_runs() -> None:
         assert cell_id(CELL.model_copy(update={field: value}), "v") == identity
     for field, value in {"task": "retrieval", "seed": 1, "dataset": "e"}.items():
         assert cell_id(CELL.model_copy(update={field: value}), "v") != identity
+
+
+@pytest.mark.parametrize("option", [{"tower": "text"}, {"pool": "mean"}, {"dtype": "bf16"}, {"attention": "eager"}])
+def test_an_option_of_an_encoder_is_part_of_the_identity_unless_it_is_the_default(option: dict[str, str]) -> None:
+    plain = CELL.model_copy(update={"text_encoder": EncoderSpec(source="a")})
+    assert cell_id(plain, "v") == "f1e050d56325"
+    assert cell_id(CELL.model_copy(update={"text_encoder": EncoderSpec(source="a", **option)}), "v") != "f1e050d56325"
 
 
 # --- finding them ---------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,7 +18,7 @@ from tpme.bench.quantities import MISSING
 
 if TYPE_CHECKING:
     from tpme.bench.counting.devices import DeviceProfile
-    from tpme.bench.record import Cell
+    from tpme.bench.record import Cell, Modality
     from tpme.bench.run.plan import MatrixPlan, PlannedCell, Work
 
 NARROWEST = 110
@@ -184,13 +184,19 @@ def _notes(plan: MatrixPlan) -> list[str]:
     lacking = sorted({name for cell in plan.cells if cell.work for name in cell.work.uncounted})
     if lacking:
         notes.append(f"Not counted, for want of a FLOP formula: {', '.join(lacking)}.")
-    caches = [f"{cell.label} {_bytes(size)}" for cell in plan.cells if cell.work and (size := cell.work.cache_bytes)]
-    if caches:
-        notes.append(f"Feature cache, built once: {', '.join(caches)}.")
+    caches = dict.fromkeys(_caches(cell.label, cell.work.cache_bytes_by_encoder) for cell in plan.cells if cell.work)
+    if shown := ", ".join(filter(None, caches)):
+        notes.append(f"Feature cache, built once: {shown}.")
     for problem in dict.fromkeys(cell.problem for cell in plan.cells if cell.problem):
         labels = [cell.label for cell in plan.cells if cell.problem == problem]
         notes.append(f"Could not be counted: {', '.join(labels)}: {problem}")
     return notes
+
+
+def _caches(label: str, sizes: Mapping[Modality, int]) -> str:
+    """The feature caches of a row in words; empty where it has none."""
+    parts = [f"{modality} {_bytes(size)}" for modality, size in sizes.items()]
+    return f"{label} {' and '.join(parts)}" if parts else ""
 
 
 def _table(*first: str) -> Table:

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tpme.bench.counting.meta import MetaCell
 from tpme.bench.counting.modes import Target, Tracker, rounded
-from tpme.bench.record import Reading
+from tpme.bench.record import Modality, Reading
 from tpme.bench.task.items import map_tensors
 from tpme.bench.train.step import AUTOCAST, total_loss
 
@@ -45,14 +45,18 @@ class Step:
 
 @dataclass(frozen=True)
 class Counts:
-    """Memory that a cell holds all the time (bytes), and one step with torch's math attention."""
+    """Memory that a cell holds all the time (bytes), and one step with torch's math attention.
+
+    cache_bytes: of the feature cache of each encoder. given_bytes: of precomputed states.
+    """
 
     batch: str
     trainable: int
     stored_bytes: int
     weight_bytes: int
     optimizer_bytes: int
-    cache_bytes: int | None
+    cache_bytes: dict[Modality, int]
+    given_bytes: int
     step: Step
 
     def readings(self) -> dict[str, Reading]:
@@ -88,6 +92,7 @@ def count(of: MetaCell) -> Counts:
         weight_bytes=sum(map(_size, _weights(of))),
         optimizer_bytes=sum(map(_size, state)),
         cache_bytes=of.cache_bytes,
+        given_bytes=of.given_bytes,
         step=step,
     )
 
@@ -125,16 +130,16 @@ def run_step(of: MetaCell, *, fused_attention: bool) -> Step:
 
 
 def planned_peak(counts: Counts, step: Step, memory_bytes: int | None, workspace_bytes: int) -> int:
-    """Peak memory of training on its device: a step, the optimiser's state, and the cache if it fits.
+    """Peak memory of training on its device: a step, the optimiser's state, and the stored states if they fit.
 
     Args:
         counts: of the cell. step: with the attention of the device. memory_bytes: of the device; ``None`` where
             everything fits. workspace_bytes: memory that its matrix library takes from torch's allocator.
     """
     held = step.peak_bytes + rounded(counts.optimizer_bytes) + workspace_bytes
-    cache = counts.cache_bytes or 0
-    if memory_bytes is None or cache <= (memory_bytes - counts.weight_bytes) // 2:  # the rule of features.load
-        held += rounded(cache)
+    states = sum(counts.cache_bytes.values()) + counts.given_bytes
+    if memory_bytes is None or states <= (memory_bytes - counts.weight_bytes) // 2:  # the rule of placement.place
+        held += rounded(states)
     return held
 
 

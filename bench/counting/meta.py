@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tpme.bench.counting.batch import DataShape, canonical_slots
 from tpme.bench.record import Cell, EncoderSpec, Modality
 from tpme.bench.task.batches import Batch, ItemStore, build_batch
 from tpme.bench.task.encoders import encoder_shape, load_encoder
-from tpme.bench.task.features import DTYPE
-from tpme.bench.task.items import EncoderShape, Items, map_tensors
+from tpme.bench.task.features import DTYPE, planned_bytes
+from tpme.bench.task.items import EncoderShape, Items, States, map_tensors
+from tpme.bench.task.precomputed import StatesFile
 from tpme.bench.task.view import EncoderView
-from tpme.bench.train.build import ModelBuilder, encoder_specs
+from tpme.bench.train.build import EncoderUse, ModelBuilder, encoder_specs
 from tpme.methods.base import Method, StepState
 from tpme.methods.registry import create
 
@@ -89,19 +91,34 @@ class MetaCell:
         self.cell, self.data = cell, data
         self.method: Method = create(cell.method, cell.options, methods_path)
         specs = encoder_specs(cell, self.method)
+        self.use, self.encoders = EncoderUse.of(cell, self.method), encoders
         self.shapes = {modality: encoders.shape(spec) for modality, spec in specs.items()}
-        views = {} if cell.cached else {modality: encoders.view(spec, modality) for modality, spec in specs.items()}
+        views = {modality: encoders.view(spec, modality) for modality, spec in self.use.run.items()}
         with torch.random.fork_rng(devices=[]), META:
             builder = ModelBuilder(self.method, cell.training, data, self.shapes)
             self.model = builder.build(views)
         self.schedule = builder.schedule
-        self.cache_bytes = builder.cache_bytes if cell.cached else None
-        """Size of the feature cache that the cell trains on; ``None`` where it trains on encoders."""
+        self.cache_bytes = {m: planned_bytes(data.items, self.states(m, 1)) for m in self.use.cached}
+        """Size of the feature cache of each encoder that has one."""
+        self.given_bytes = sum(planned_bytes(data.items, self.states(m, 1)) for m in self.use.given)
+        """Size of the precomputed states that the cell reads."""
         self.model.to(META)
         self.state = StepState(self.model, self.schedule, epoch=1, stage=self.method.stages()[0])
         self.method.begin_stage(self.state)
         self.model.train()
         self.batch = self._batch()
+
+    def states(self, modality: Modality, n: int) -> States:
+        """The states of ``n`` items of an encoder that does not run, as they are stored."""
+        reads, shape = self.model.item_encoder.reads[modality], self.shapes[modality]
+        if reads.tokens == "pooled":
+            given = self.use.given.get(modality)
+            dtype = StatesFile.open(given).dtype if given else DTYPE
+            return torch.empty((n, reads.count, shape.width), dtype=dtype, device=META)
+        view = self.encoders.view(self.use.cached[modality], modality)
+        items = _inputs({modality: view}, torch.arange(n), self.cell.training.title_tokens)
+        states = view.encode(reads, tokens=items.tokens, token_mask=items.token_mask, image=items.image)
+        return map_tensors(states, lambda tensor: tensor.to(DTYPE) if tensor.is_floating_point() else tensor)
 
     def describe(self) -> str:
         """The canonical batch in words."""
@@ -127,21 +144,21 @@ class _MetaStore(ItemStore):
         self._meta = cell
 
     def gather(self, ids: Any) -> Items:
-        cell, model, n = self._meta.cell, self._meta.model, len(ids)
-        index = torch.from_numpy(ids)
-        if cell.cached:
-            dtype = getattr(torch, DTYPE)
-            reads = model.item_encoder.reads
-            shapes = {m: (n, reads[m].count, self._meta.shapes[m].width) for m in reads}
-            return Items(index, states={m: torch.empty(s, dtype=dtype, device=META) for m, s in shapes.items()})
-        tokens = mask = image = None
-        if "text" in model.views:
-            shape = n, cell.training.title_tokens
-            tokens, mask = (torch.empty(shape, dtype=torch.int64, device=META) for _ in range(2))
-        if "image" in model.views:
-            side = _side(model.views["image"].module)
-            image = torch.empty(n, 3, side, side, dtype=torch.uint8, device=META)
-        return Items(index, tokens, mask, image)
+        cell = self._meta
+        items = _inputs(cell.model.views, torch.from_numpy(ids), cell.cell.training.title_tokens)
+        states = {modality: cell.states(modality, len(ids)) for modality in (*cell.use.cached, *cell.use.given)}
+        return replace(items, states=states or None)
+
+
+def _inputs(views: Mapping[Modality, EncoderView], ids: Tensor, title_tokens: int) -> Items:
+    """The inputs of items ``ids`` (n,) for these encoders, without content."""
+    tokens = mask = image = None
+    if "text" in views:
+        tokens, mask = (torch.empty((len(ids), title_tokens), dtype=torch.int64, device=META) for _ in range(2))
+    if "image" in views:
+        side = _side(views["image"].module)
+        image = torch.empty(len(ids), 3, side, side, dtype=torch.uint8, device=META)
+    return Items(ids, tokens, mask, image)
 
 
 def _side(module: nn.Module) -> int:

@@ -18,7 +18,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import flop_registry
+
+from tpme.bench.counting.formulas import flops_of
 
 ALLOCATION_BYTES = 512
 """CUDA's caching allocator hands out multiples of this."""
@@ -30,16 +31,7 @@ _TO_FLOAT = """layer_norm group_norm rms_norm norm softmax log_softmax logsumexp
     l1_loss smooth_l1_loss binary_cross_entropy_with_logits cosine_similarity cdist exp log log1p pow __pow__ rsqrt
     reciprocal sum prod cumsum cumprod"""
 
-# No FLOPs by convention: neither matrix product nor convolution. Pointwise operators are tagged as such by torch.
-_NO_PRODUCT = """_log_softmax _log_softmax_backward_data _safe_softmax _softmax _softmax_backward_data _to_copy
-    _unsafe_view all amax any arange argmax bernoulli bernoulli_ bincount cat clone constant_pad_nd copy_ cumsum detach_
-    embedding embedding_dense_backward empty empty_like expand_copy eye fill_ floor_divide full full_like gather
-    gelu_backward index index_add index_put index_put_ index_select lerp lift_fresh max mean min native_dropout
-    native_dropout_backward native_group_norm native_group_norm_backward native_layer_norm native_layer_norm_backward
-    new_empty new_empty_strided new_full new_ones new_zeros nll_loss_backward nll_loss_forward normal_ ones ones_like
-    prod rand rand_like randn_like resize_ scalar_tensor scatter scatter_ scatter_add select_backward slice_backward
-    sort stack sum topk tril triu uniform_ zero_ zeros zeros_like"""
-_LOWER, _FLOAT, _FREE = (frozenset(names.split()) for names in (_TO_HALF, _TO_FLOAT, _NO_PRODUCT))
+_LOWER, _FLOAT = (frozenset(names.split()) for names in (_TO_HALF, _TO_FLOAT))
 
 
 class Target(TorchFunctionMode):
@@ -122,7 +114,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts what runs under it.
 
     Attributes:
-        flops: of matrix products and convolutions so far, 1 multiply-add = 2 FLOPs (torch's formulas).
+        flops: so far, 1 multiply-add = 2 FLOPs (``flops_of``).
         uncounted: operators that may compute something but have no formula.
         work: how many operators there were of each (dtype, FLOPs, bytes read and written).
         peak_bytes: most memory alive at one time, ``held`` tensors included.
@@ -150,11 +142,10 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._track(tensor)
         if func.is_view or not tensors:
             return out
-        formula = flop_registry.get(func.overloadpacket)
-        flops = formula(*args, **kwargs, out_val=out) if formula else 0
-        self.flops += flops
-        if formula is None and not _is_free(func):
+        flops = flops_of(func, args, kwargs, out)
+        if flops is None:
             self.uncounted.add(str(func.overloadpacket))
+        self.flops += (flops := flops or 0)
         read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         self.work[(read or tensors)[0].dtype, flops, sum(map(_bytes, (*read, *tensors)))] += 1
         return out
@@ -197,7 +188,3 @@ def rounded(size: int) -> int:
 def _bytes(tensor: Tensor) -> int:
     # An expanded tensor reads no more than its storage.
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
-
-
-def _is_free(func: Any) -> bool:
-    return torch.Tag.pointwise in func.tags or func.overloadpacket.__name__ in _FREE

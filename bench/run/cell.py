@@ -24,16 +24,19 @@ from tpme.bench.measure.phases import PhaseLog, measuring
 from tpme.bench.record import CellResult, EncoderSpec, Modality, Reading, Status, write_result
 from tpme.bench.run.counters import final_counters
 from tpme.bench.run.events import progress_events
+from tpme.bench.run.inference import measure_inference
 from tpme.bench.run.inputs import check_encoders, feature_job, item_store, open_dataset
 from tpme.bench.run.job import Job, time_limit_message
 from tpme.bench.task.batches import ItemStore
 from tpme.bench.task.dataset import Dataset
 from tpme.bench.task.encoders import encoder_shape, load_encoder
-from tpme.bench.task.features import PLACES
+from tpme.bench.task.items import Reads
+from tpme.bench.task.placement import PLACES, Table
+from tpme.bench.task.precomputed import StatesFile
 from tpme.bench.task.recommender import Recommender
 from tpme.bench.task.view import EncoderView
-from tpme.bench.train.build import DataSize, ModelBuilder, encoder_specs, seed_generators
-from tpme.bench.train.cached import Progress, cached_states
+from tpme.bench.train.build import DataSize, EncoderUse, ModelBuilder, encoder_specs, seed_generators
+from tpme.bench.train.cached import Progress, stored_states
 from tpme.bench.train.compiling import compile_model
 from tpme.bench.train.ending import TimeLimitReached, failure_of, status_of
 from tpme.bench.train.facts import (
@@ -45,7 +48,6 @@ from tpme.bench.train.facts import (
     ranks,
     samples,
     save_arrays,
-    throughput,
 )
 from tpme.bench.train.graphs import replay_graphs
 from tpme.bench.train.kept import Kept
@@ -96,7 +98,7 @@ class CellRun:
         facts.counters |= guarded_split(trainer)
         with self.phases.phase("export"):
             method.prepare_inference(model)
-            facts.throughput = throughput(trainer)
+        facts.inference = measure_inference(trainer)
 
     def prepare(self) -> Trainer:
         """Load data and encoders and let the method adapt them; returns what trains the cell."""
@@ -109,13 +111,12 @@ class CellRun:
             facts.dataset = dataset.facts(cell.dataset)
         specs = encoder_specs(cell, method)
         check_encoders(specs)
+        use = EncoderUse.of(cell, method)
         shapes = {modality: encoder_shape(spec) for modality, spec in specs.items()}
         builder = ModelBuilder(method, cell.training, DataSize.of(dataset), shapes)
-        views: Mapping[Modality, EncoderView] = {}
-        if cell.cached:
-            store = self._load_cache(builder, specs, dataset)
-        else:
-            store, views = self._load_encoders(specs, dataset)
+        states = self._load_states(use, builder.item_encoder.reads, dataset) if use.cached or use.given else {}
+        store, views = self._load_encoders(use.run, dataset, states)
+        self.inputs = use, builder.item_encoder.reads
         with self.phases.phase("adapt"):
             model = builder.build(views, cell.seed).to(self.device)
             if cell.training.compile and compile_model(model):
@@ -154,12 +155,11 @@ class CellRun:
         cell, of = self.cell, self.facts.trainer
         assert of is not None
         seed_generators(seed)
-        specs = encoder_specs(cell, method)
+        specs, use = encoder_specs(cell, method), EncoderUse.of(cell, method)
         shapes = {modality: encoder_shape(spec) for modality, spec in specs.items()}
         builder = ModelBuilder(method, cell.training, DataSize.of(of.dataset), shapes)
-        if cell.cached and builder.item_encoder.reads != of.model.item_encoder.reads:
-            raise UserError(f"{cell.label}: a fork reads other hidden states than are cached; run it without 'cached'")
-        views = {} if cell.cached else {m: load_encoder(spec, m, seed=cell.seed).view for m, spec in specs.items()}
+        self._check_inputs(use, builder.item_encoder.reads)
+        views = {modality: load_encoder(spec, modality, seed=cell.seed).view for modality, spec in use.run.items()}
         model = builder.build(views, seed).to(self.device)
         if cell.training.compile:
             compile_model(model)
@@ -169,24 +169,45 @@ class CellRun:
         seed_generators(seed)
         return fork
 
-    def _load_cache(self, builder: ModelBuilder, specs: Mapping[Modality, EncoderSpec], dataset: Dataset) -> ItemStore:
-        """Cached hidden states; a separate process builds them first where there are none yet."""
-        job = feature_job(self.job, specs, builder.item_encoder.reads)
-        cached = cached_states(job, self.cell.dataset_fingerprint, self.phases, self.progress)
-        self.facts.cache = cached.facts
-        size = Reading(value=builder.cache_bytes, source="(N+1) x levels x width x 2 bytes")
-        self.facts.counters["cache_bytes"] = size
-        self.facts.flag("cache-placement", f"cached states are kept in {PLACES[cached.placement]}")
-        return ItemStore(dataset, states=cached.states, pin=self.device.type == "cuda")
+    def _check_inputs(self, use: EncoderUse, reads: Mapping[Modality, Reads]) -> None:
+        loaded, loaded_reads = self.inputs
+        for modality in reads:
+            if modality in use.run and modality not in loaded.run:
+                raise UserError(
+                    f"{self.cell.label}: a fork runs the {modality} encoder, but only its states are loaded"
+                )
+            if modality not in use.run and (modality in loaded.run or reads[modality] != loaded_reads.get(modality)):
+                raise UserError(f"{self.cell.label}: a fork reads states of the {modality} encoder that are not loaded")
+
+    def _load_states(self, use: EncoderUse, reads: Mapping[Modality, Reads], dataset: Dataset) -> dict[Modality, Table]:
+        """Cached and precomputed hidden states; separate processes build the caches that there are not yet."""
+        given = {}
+        for modality, spec in use.given.items():
+            file = StatesFile.open(spec)
+            given[modality] = file.read(reads[modality], dataset.item_names)
+            self.facts.encoders[modality] = file.facts(spec)
+        jobs = [feature_job(self.job, modality, spec, reads[modality]) for modality, spec in use.cached.items()]
+        fingerprint = self.cell.dataset_fingerprint
+        stored = stored_states(jobs, given, fingerprint, self.device, self.phases, self.progress)
+        self.facts.cache = stored.cache
+        if stored.cache is not None:
+            size = Reading(value=stored.cache.bytes, source="(N+1) x levels x width x 2 bytes")
+            self.facts.counters["cache_bytes"] = size
+        origin = "cached" if jobs else "precomputed"
+        self.facts.flag("cache-placement", f"{origin} states are kept in {PLACES[stored.placement]}")
+        return stored.tables
 
     def _load_encoders(
-        self, specs: Mapping[Modality, EncoderSpec], dataset: Dataset
+        self, specs: Mapping[Modality, EncoderSpec], dataset: Dataset, states: Mapping[Modality, Table]
     ) -> tuple[ItemStore, dict[Modality, EncoderView]]:
+        """The encoders that run, and the inputs of items for them beside the ``states`` of the others."""
+        if states and not specs:
+            return item_store(self.job, dataset, specs, states), {}
         with self.phases.phase("load", "encoders"):
             self.progress("load encoders", 0.0)
-            store = item_store(self.job, dataset, specs)
+            store = item_store(self.job, dataset, specs, states)
             encoders = {m: load_encoder(spec, m, seed=self.cell.seed) for m, spec in specs.items()}
-            self.facts.encoders = {modality: encoder.facts for modality, encoder in encoders.items()}
+            self.facts.encoders |= {modality: encoder.facts for modality, encoder in encoders.items()}
             return store, {modality: encoder.view for modality, encoder in encoders.items()}
 
     def _replay_graphs(self, trainer: Trainer) -> None:
@@ -243,7 +264,7 @@ class CellRun:
             all_in_s=all_in(self.phases.phases, facts.cache, self.kept.resumed_s, status),
             training_memory=self.phases.training_memory(outcome.first_phase) if outcome.epochs else None,
             cache=facts.cache,
-            inference_items_per_s=facts.throughput,
+            inference=facts.inference,
             counters=facts.counters | self.phases.counters(),
             flags=(*facts.flags, *self.phases.flags()),
             files={name: save_arrays(self.job.file(f".{name}.npz"), values) for name, values in arrays.items()},

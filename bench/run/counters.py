@@ -66,13 +66,16 @@ def noise_floor(job: Job) -> dict[str, Reading]:
 def utilisation(job: Job, outcome: Outcome, counters: Mapping[str, Reading]) -> dict[str, Reading]:
     """``mfu`` of the training with this ``outcome``; nothing where no step was timed.
 
-    Calibrates a device the first time: call it outside everything that is measured.
+    Not valid where operators are missing from the FLOPs. Calibrates a device the first time: call it outside
+    everything that is measured.
     """
     if not outcome.step_s:
         return {}
     step_s, epoch = np.array(outcome.step_s), np.array(outcome.step_epoch)
     warm = epoch > outcome.earlier_epochs + WARMUP_EPOCHS
     typical_s = float(np.median(step_s[warm] if warm.any() else step_s))
-    flops = sum(counters[name].value or 0.0 for name in ("forward_flops", "backward_flops"))
-    profile = measured_profile(job.cell.device, job.store)
-    return {"mfu": mfu(flops, typical_s, profile, job.cell.training.precision)}
+    parts = [counters[name] for name in ("forward_flops", "backward_flops")]
+    lacking = next((part.reason for part in parts if part.reason), None)
+    flops, profile = sum(part.value or 0.0 for part in parts), measured_profile(job.cell.device, job.store)
+    reading = mfu(flops, typical_s, profile, job.cell.training.precision)
+    return {"mfu": reading.model_copy(update={"valid": lacking is None, "reason": lacking})}

@@ -12,6 +12,7 @@ from tpme.bench.task.dataset import Dataset
 from tpme.bench.task.encoders import image_size, pin_revision
 from tpme.bench.task.features import FeatureJob
 from tpme.bench.task.items import Reads
+from tpme.bench.task.placement import Table
 from tpme.bench.task.tokens import tokenise
 
 
@@ -30,8 +31,13 @@ def check_encoders(specs: Mapping[Modality, EncoderSpec]) -> None:
             raise UserError(f"encoder '{spec.source}': changed since the matrix was read; run the matrix again")
 
 
-def item_store(job: Job, dataset: Dataset, specs: Mapping[Modality, EncoderSpec]) -> ItemStore:
-    """Tokens and images of all items, as the encoders expect them. Raises UserError for images of another size."""
+def item_store(
+    job: Job, dataset: Dataset, specs: Mapping[Modality, EncoderSpec], states: Mapping[Modality, Table]
+) -> ItemStore:
+    """Tokens and images of all items, as the encoders ``specs`` that run expect them, and the ``states`` of others.
+
+    Raises UserError for images of another size.
+    """
     text, image = specs.get("text"), specs.get("image")
     if image is not None and image_size(image) != dataset.manifest.image_size:
         raise UserError(
@@ -41,16 +47,18 @@ def item_store(job: Job, dataset: Dataset, specs: Mapping[Modality, EncoderSpec]
     tokens = None
     if text is not None:
         tokens = tokenise(dataset, text.source, text.revision, job.cell.training.title_tokens, job.store)
-    return ItemStore(dataset, tokens=tokens, images=image is not None)
+    on_gpu = job.cell.device == "cuda"
+    return ItemStore(dataset, tokens=tokens, images=image is not None, states=states, pin=on_gpu)
 
 
-def feature_job(job: Job, specs: Mapping[Modality, EncoderSpec], reads: Mapping[Modality, Reads]) -> FeatureJob:
-    """The feature cache that a cell trains on: the states ``reads`` of its encoders."""
+def feature_job(job: Job, modality: Modality, spec: EncoderSpec, reads: Reads) -> FeatureJob:
+    """The feature cache of one encoder: the states of it that a cell ``reads``."""
     return FeatureJob(
         dataset=job.dataset_path,
         store=job.store,
-        encoders=dict(specs),
-        reads={modality: reads[modality] for modality in specs},
+        modality=modality,
+        encoder=spec,
+        reads=reads,
         title_tokens=job.cell.training.title_tokens,
         device=job.cell.device,
         seed=job.cell.seed,

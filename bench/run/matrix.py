@@ -195,7 +195,7 @@ def expand(
         UserError: an unknown method, an option or axis that does not fit, caching of a method that is not decoupled,
             learning-rate trials of different number, a modality that data or encoders lack.
     """
-    trials = _learning_rates(matrix)
+    trials = _learning_rates(matrix, methods_path)
     encoders = [EncoderEntry(text=_pin(pair.text), image=_pin(pair.image)) for pair in matrix.encoders]
     cells = []
     for entry, pair, seed in itertools.product(matrix.datasets, encoders, matrix.seeds):
@@ -282,8 +282,8 @@ def _overridden(training: Training, method: MethodEntry, matrix: MatrixFile) -> 
         raise UserError(f"method '{method.name}', training: {_first(error)}") from None
 
 
-def _learning_rates(matrix: MatrixFile) -> dict[int, list[LearningRates]]:
-    """The trials of each method entry, by its identity; all of the same number."""
+def _learning_rates(matrix: MatrixFile, methods_path: Sequence[Path]) -> dict[int, list[LearningRates]]:
+    """The trials of each method entry, by its identity; all of the same number, with the groups of that method."""
     try:
         common = _TRIALS.validate_python(matrix.axes.get("lr", ({},)))
     except ValidationError as error:
@@ -294,14 +294,41 @@ def _learning_rates(matrix: MatrixFile) -> dict[int, list[LearningRates]]:
         raise UserError(
             f"matrix '{matrix.name}': every method must get the same number of lr trials, but there are {numbers}"
         )
-    return trials
+    groups = _groups(matrix, common, methods_path)
+    return {entry: [_only(rates, groups[entry]) for rates in found] for entry, found in trials.items()}
+
+
+def _groups(
+    matrix: MatrixFile, common: Sequence[LearningRates | float], methods_path: Sequence[Path]
+) -> dict[int, tuple[str, ...]]:
+    """The learning-rate groups that each method entry names itself, by its identity.
+
+    Raises UserError where the matrix sets one that no method has, or a method's own ``lr`` one that it has not.
+    """
+    from tpme.methods.registry import create
+
+    groups = {id(entry): create(entry.name, entry.options, methods_path).groups for entry in matrix.methods}
+    every = tuple(sorted({name for names in groups.values() for name in names}))
+    for where, trials, known in (
+        (f"matrix '{matrix.name}'", (matrix.lr, *common), every),
+        *((f"method '{entry.name}'", entry.lr or (), groups[id(entry)]) for entry in matrix.methods),
+    ):
+        for name in (name for rates in trials if isinstance(rates, LearningRates) for name in rates.groups):
+            if name not in known:
+                there = f"its groups are: {', '.join(known)}" if known else "it names no groups of its own"
+                raise UserError(f"{where}, lr.groups: no learning-rate group '{name}'; {there}")
+    return groups
+
+
+def _only(rates: LearningRates, groups: Sequence[str]) -> LearningRates:
+    kept = {name: rate for name, rate in rates.groups.items() if name in groups}
+    return rates.model_copy(update={"groups": kept})
 
 
 def _merged_rates(base: LearningRates, lr: LearningRates | float) -> LearningRates:
-    rates = (
-        dict.fromkeys(("text", "image", "method"), lr) if isinstance(lr, float) else lr.model_dump(exclude_unset=True)
-    )
-    return base.model_copy(update=rates)
+    if isinstance(lr, float):
+        return base.model_copy(update=dict.fromkeys(("text", "image", "method"), lr))
+    return base.model_copy(update=lr.model_dump(exclude_unset=True) | {"groups": base.groups | lr.groups})
 
 
 def _check(method: MethodEntry, modalities: tuple[Modality, ...], methods_path: Sequence[Path]) -> Method:

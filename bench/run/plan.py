@@ -62,6 +62,8 @@ class Work(Frozen):
     gradient_bytes: int
     optimizer_bytes: int
     cache_bytes: int | None
+    """Of the feature caches of all encoders."""
+    cache_bytes_by_encoder: dict[Modality, int] = {}
     saved_bytes: int
     """Kept by autograd for the backward pass, with the target's fused attention."""
     saved_bytes_math: int
@@ -191,7 +193,8 @@ def _work(meta: MetaCell, counts: Counts, step: Step, device: DeviceProfile | No
         weight_bytes=counts.weight_bytes,
         gradient_bytes=counts.step.gradient_bytes,
         optimizer_bytes=counts.optimizer_bytes,
-        cache_bytes=counts.cache_bytes,
+        cache_bytes=sum(counts.cache_bytes.values()) or None,
+        cache_bytes_by_encoder=counts.cache_bytes,
         saved_bytes=step.saved_bytes,
         saved_bytes_math=counts.step.saved_bytes,
         peak_bytes=planned_peak(

@@ -7,7 +7,7 @@ padding included, like the reference implementation.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -18,20 +18,20 @@ from torch import Tensor
 
 from tpme.bench.record import Modality, Protocol
 from tpme.bench.task.dataset import Dataset
-from tpme.bench.task.items import Items, map_tensors
+from tpme.bench.task.items import Items, States, TokenStates, map_tensors, named_tensors
 from tpme.bench.task.loss import Candidates
+from tpme.bench.task.placement import Table
+from tpme.bench.task.precomputed import MappedStates
 from tpme.bench.task.tokens import TokenTable
-
-States = dict[Modality, Tensor]
 
 
 class ItemStore:
-    """The inputs of items: tokens, images, or cached hidden states.
+    """The inputs of items: tokens, images, and the hidden states of encoders that do not run.
 
     Args:
         dataset: the prepared data set. tokens: its tokenised titles, for a text encoder. images: read images, too.
-        states: cached hidden states by modality, (N+1, levels, width), instead of tokens and images.
-        pin: gather cached states into page-locked memory, for the copy to a GPU.
+        states: hidden states of all items by modality, N+1 rows.
+        pin: gather states into page-locked memory, for the copy to a GPU.
     """
 
     def __init__(
@@ -40,18 +40,27 @@ class ItemStore:
         *,
         tokens: TokenTable | None = None,
         images: bool = False,
-        states: States | None = None,
+        states: Mapping[Modality, Table] | None = None,
         pin: bool = False,
     ) -> None:
-        self.dataset, self.tokens, self.images, self.states, self.pin = dataset, tokens, images, states, pin
+        self.dataset, self.tokens, self.images, self.pin = dataset, tokens, images, pin
+        self.on_host: dict[Modality, Table] = {}
+        self.on_device: dict[Modality, States] = {}
+        for modality, table in (states or {}).items():
+            if isinstance(table, MappedStates) or named_tensors(table)["states"].device.type == "cpu":
+                self.on_host[modality] = table
+            else:
+                self.on_device[modality] = table
+
+    @property
+    def every_token(self) -> bool:
+        """Whether an item is the tokens or pixels of an encoder, or the states of every token."""
+        tables = (*self.on_host.values(), *self.on_device.values())
+        return self.tokens is not None or self.images or any(isinstance(table, TokenStates) for table in tables)
 
     def gather(self, ids: NDArray[np.int64]) -> Items:
-        """The inputs of items ``ids`` (n,), on the host; states kept on a device are passed on as whole tables."""
+        """The inputs of items ``ids`` (n,), on the host; tables kept on a device are passed on whole."""
         index = torch.from_numpy(ids)
-        if self.states is not None:
-            if any(table.device.type != "cpu" for table in self.states.values()):
-                return Items(index, tables=self.states)
-            return Items(index, states={m: _rows(table, ids, pin=self.pin) for m, table in self.states.items()})
         tokens = mask = image = None
         if self.tokens is not None:
             tokens = torch.from_numpy(self.tokens.ids[ids].astype(np.int64))
@@ -61,11 +70,19 @@ class ItemStore:
             mask = torch.from_numpy((positions < lengths).astype(np.int64))
         if self.images:
             image = torch.from_numpy(self.dataset.gather_images(ids))
-        return Items(index, tokens, mask, image)
+        states = {modality: _rows(table, ids, pin=self.pin) for modality, table in self.on_host.items()}
+        return Items(index, tokens, mask, image, states or None, self.on_device or None)
 
 
-def _rows(table: Tensor, ids: NDArray[np.int64], *, pin: bool) -> Tensor:
-    """Rows ``ids`` (n,) of a table on the host.
+def _rows(table: Table, ids: NDArray[np.int64], *, pin: bool) -> States:
+    """Rows ``ids`` (n,) of a table on the host."""
+    if isinstance(table, MappedStates):
+        return table.take(ids, pin=pin)
+    return map_tensors(table, lambda values: _taken(values, ids, pin=pin))
+
+
+def _taken(table: Tensor, ids: NDArray[np.int64], *, pin: bool) -> Tensor:
+    """Rows ``ids`` (n,) of a tensor on the host.
 
     Uses numpy: torch would start further CPU threads from the thread that assembles batches, which compete with those
     of the training step and slow it several times.

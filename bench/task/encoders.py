@@ -21,6 +21,7 @@ from tpme.bench.record import EncoderFacts, EncoderSpec, Modality
 from tpme.bench.task.builtin import builtin_folder
 from tpme.bench.task.hub import first_line, repository_file
 from tpme.bench.task.items import EncoderShape
+from tpme.bench.task.precomputed import StatesFile, is_precomputed, states_path
 from tpme.bench.task.view import EncoderView
 
 _KINDS = {"input_ids": "text", "pixel_values": "image"}
@@ -103,7 +104,9 @@ def image_size(spec: EncoderSpec) -> int:
 
 
 def encoder_shape(spec: EncoderSpec) -> EncoderShape:
-    """Width and depth of an encoder, from its configuration."""
+    """Width and depth of an encoder, from its configuration or the header of its precomputed states."""
+    if is_precomputed(spec):
+        return StatesFile.open(spec).shape
     config = _config(spec, _folder(spec)[0])
     try:
         return EncoderShape(width=int(config.hidden_size), depth=int(config.num_hidden_layers))
@@ -112,7 +115,13 @@ def encoder_shape(spec: EncoderSpec) -> EncoderShape:
 
 
 def encoder_digest(spec: EncoderSpec) -> str:
-    """Digest of an encoder's content: the hub commit, or SHA-256 of a folder's settings, vocabulary and weights."""
+    """Digest of an encoder's content: the hub commit, or SHA-256 of a folder's settings, vocabulary and weights.
+
+    Of precomputed states, that of their file.
+    """
+    if is_precomputed(spec):
+        with states_path(spec).open("rb") as states:
+            return hashlib.file_digest(states, "sha256").hexdigest()
     folder, commit = _folder(spec)
     if commit is not None:
         return f"{spec.source}@{commit}"
@@ -125,8 +134,8 @@ def encoder_digest(spec: EncoderSpec) -> str:
 
 
 def pin_revision(spec: EncoderSpec) -> EncoderSpec:
-    """Return ``spec`` with a digest of a folder's content as its revision, because other weights make another cell."""
-    if not Path(encoder_source(spec.source)).is_dir():
+    """Return ``spec`` with a digest of a local source's content as its revision: other weights make another cell."""
+    if not is_precomputed(spec) and not Path(encoder_source(spec.source)).is_dir():
         return spec
     return spec.model_copy(update={"revision": encoder_digest(spec)[:12]})
 

@@ -16,7 +16,7 @@ from tpme.bench.task.ranking import rank_targets
 from tpme.bench.task.recommender import Recommender
 
 ITEMS_PER_CHUNK = 256
-"""Items per pass through the encoders; 16 times as many for cached states and item ids."""
+"""Items per pass through the encoders; 16 times as many where items are vectors or ids already."""
 USERS_PER_CHUNK = 1024
 
 
@@ -34,7 +34,7 @@ def item_matrix(
         device: where ``encode`` works. tick: gets the share done so far.
     """
     ids = np.arange(1, store.dataset.manifest.items + 1, dtype=np.int64)
-    chunk = ITEMS_PER_CHUNK if store.images or store.tokens is not None else 16 * ITEMS_PER_CHUNK
+    chunk = ITEMS_PER_CHUNK * (1 if store.every_token else 16)
     vectors = []
     for start in range(0, len(ids), chunk):
         vectors.append(encode(store.gather(ids[start : start + chunk]).to(device)))

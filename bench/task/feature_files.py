@@ -11,32 +11,31 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Any
 
 import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from tpme.bench.record import Modality, write_atomically
+from tpme.bench.record import write_atomically
 
 SAVE_EVERY_S = 10.0
 """An interrupted build loses at most this much work plus one chunk."""
-DTYPE: Literal["float16"] = "float16"
 
-Shape = tuple[int, int, int]
-"""Rows (N+1), levels, width."""
+Rows = Mapping[str, NDArray[Any]]
+"""Rows of the tables of a cache, (n, ...) each, by the table's name."""
 
 
 class Tables:
     """The tables of a cache under construction. Rows saved by an interrupted build are kept; later ones are cut off.
 
     Args:
-        folder: existing folder of the cache. shapes: of the finished tables, by modality.
+        folder: existing folder of the cache. total: rows of the finished tables, N+1. first: row 0 of each table.
     """
 
-    def __init__(self, folder: Path, shapes: Mapping[Modality, Shape]) -> None:
-        self.folder, self.shapes = folder, shapes
-        self.paths = {modality: folder / f"{modality}.npy" for modality in shapes}
+    def __init__(self, folder: Path, total: int, first: Rows) -> None:
+        self.folder, self.total, self.first = folder, total, first
+        self.paths = {name: folder / f"{name}.npy" for name in first}
         self._progress = folder / "progress.json"
         self.rows, self.spent_s = self._saved()
         self._spent_before_s, self._saved_s = self.spent_s, 0.0
@@ -46,39 +45,38 @@ class Tables:
         try:
             state = json.loads(self._progress.read_bytes())
             rows, spent_s = int(state["rows"]), float(state["spent_s"])
-            whole = all(path.stat().st_size >= self._end(modality, rows) for modality, path in self.paths.items())
+            whole = all(path.stat().st_size >= self._end(name, rows) for name, path in self.paths.items())
         except (OSError, ValueError, KeyError, TypeError):
             return 0, 0.0
         return (rows, spent_s) if whole else (0, 0.0)
 
-    def _end(self, modality: Modality, rows: int) -> int:
+    def _end(self, name: str, rows: int) -> int:
         """Size of a file with ``rows`` rows."""
-        _, levels, width = self.shapes[modality]
-        return len(_header(self.shapes[modality])) + rows * levels * width * np.dtype(DTYPE).itemsize
+        return len(_header(self.first[name], self.total)) + rows * self.first[name].nbytes
 
     def __enter__(self) -> Tables:
         self._stack = ExitStack()
-        self._files: dict[Modality, IO[bytes]] = {}
-        for modality, path in self.paths.items():
+        self._files: dict[str, IO[bytes]] = {}
+        for name, path in self.paths.items():
             file = self._stack.enter_context(path.open("r+b" if self.rows else "wb"))
-            self._files[modality] = file
-            file.truncate(self._end(modality, self.rows) if self.rows else 0)
+            self._files[name] = file
+            file.truncate(self._end(name, self.rows) if self.rows else 0)
             file.seek(0, os.SEEK_END)
             if not self.rows:
-                file.write(_header(self.shapes[modality]))
+                file.write(_header(self.first[name], self.total))
         if not self.rows:
             self._progress.unlink(missing_ok=True)
-            self.append({m: np.zeros((1, *shape[1:]), np.float16) for m, shape in self.shapes.items()})
+            self.append(self.first)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def append(self, states: Mapping[Modality, NDArray[np.float16]]) -> None:
-        """Append rows, (n, levels, width) by modality."""
-        for modality, rows in states.items():
-            self._files[modality].write(rows.tobytes())
-        self.rows += len(next(iter(states.values())))
+    def append(self, rows: Rows) -> None:
+        """Append rows to every table."""
+        for name, values in rows.items():
+            self._files[name].write(values.tobytes())
+        self.rows += len(next(iter(rows.values())))
 
     def save_if_due(self, spent_s: float) -> None:
         """Call ``save`` every SAVE_EVERY_S seconds."""
@@ -94,9 +92,9 @@ class Tables:
         write_atomically(self._progress, json.dumps({"rows": self.rows, "spent_s": self.spent_s}).encode())
 
 
-def _header(shape: Shape) -> bytes:
+def _header(row: NDArray[Any], total: int) -> bytes:
     buffer = io.BytesIO()
-    header = {"descr": np.dtype(DTYPE).str, "fortran_order": False, "shape": shape}
+    header = {"descr": row.dtype.str, "fortran_order": False, "shape": (total, *row.shape[1:])}
     np.lib.format.write_array_header_1_0(buffer, header)
     return buffer.getvalue()
 

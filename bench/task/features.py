@@ -1,30 +1,31 @@
-"""The feature cache: hidden states of the unmodified encoders, computed once for all items and read by training.
+"""The feature cache: hidden states of an unmodified encoder, computed once for all items and read by training.
 
-Any decoupled method can train on it. A separate process (``python -m tpme.bench.task.features JOB``) builds the cache,
-so the cell that trains on it never loads the encoders. Only the states that are read are stored, in half precision. An
-interrupted build is resumed; a finished cache has checksums, which are verified on loading.
+Any encoder that a method leaves frozen can be cached. A separate process (``python -m tpme.bench.task.features JOB``)
+builds the cache, so the cell that trains on it never loads the encoder. Only the states that are read are stored, in
+half precision. An interrupted build is resumed; a finished cache has checksums, which are verified on loading.
 
-A cache is a folder with one ``.npy`` (N+1, levels, width) float16 per modality, row 0 zeros, and ``manifest.json``,
-written last. Until then ``progress.json`` holds the number of rows synced to disk.
+A cache is a folder for one encoder, with ``states.npy`` (N+1, levels, width) float16, row 0 zeros, and
+``manifest.json``, written last. Where every token is read, states are (N+1, levels, T, width), and ``mask.npy``
+(N+1, T) holds which tokens are real. Until the cache is finished, ``progress.json`` holds the number of rows synced to
+disk.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import ValidationError
-from torch import Tensor
 
 from tpme.bench.errors import UserError
 from tpme.bench.measure.host import HostMemory
@@ -32,14 +33,14 @@ from tpme.bench.measure.torch_memory import peaks, reset_peaks
 from tpme.bench.record import EncoderFacts, EncoderSpec, Frozen, Modality, Reading, write_atomically
 from tpme.bench.task.batches import ItemStore
 from tpme.bench.task.dataset import Dataset
-from tpme.bench.task.encoders import Encoder, encoder_digest, encoder_shape, load_encoder
+from tpme.bench.task.encoders import Encoder, encoder_digest, load_encoder
 from tpme.bench.task.evaluate import ITEMS_PER_CHUNK
-from tpme.bench.task.feature_files import DTYPE as DTYPE
 from tpme.bench.task.feature_files import Tables, locked
-from tpme.bench.task.items import EncoderShape, Reads
+from tpme.bench.task.items import Reads, States, TokenStates, map_tensors, named_tensors, size_bytes
 from tpme.bench.task.tokens import tokenise
 from tpme.bench.workers import progress_line
 
+DTYPE = torch.float16
 _SOURCES = (
     "batches.py",
     "encoders.py",
@@ -52,25 +53,16 @@ _SOURCES = (
 )
 """The code that determines the hidden states: a change of it makes another cache."""
 
-Placement = Literal["device", "pinned", "unpinned", "host", "mapped"]
-PLACES: dict[Placement, str] = {
-    "device": "GPU memory",
-    "pinned": "page-locked host memory",
-    "unpinned": "host memory, which could not be page-locked",
-    "host": "host memory",
-    "mapped": "a memory map of their files",
-}
-"""Location of cached states during training."""
-
 
 class FeatureJob(Frozen):
     """The settings of a cache, which determine its content and identity."""
 
     dataset: Path
     store: Path
-    encoders: dict[Modality, EncoderSpec]
-    reads: dict[Modality, Reads]
-    """The hidden states kept of each encoder."""
+    modality: Modality
+    encoder: EncoderSpec
+    reads: Reads
+    """The hidden states kept."""
     title_tokens: int
     device: str
     seed: int
@@ -84,23 +76,26 @@ class FeatureManifest(Frozen):
     bytes: int
     items: int
     dtype: str
-    encoders: dict[Modality, EncoderFacts]
-    """As loaded by the builder, with revisions."""
-    sha256: dict[Modality, str]
+    encoder: EncoderFacts
+    """As loaded by the builder, with its revision."""
+    sha256: dict[str, str]
+    """Of each file."""
     peak_bytes: Reading
-    """Peak memory of the process that finished it, over what it held before it loaded the encoders."""
+    """Peak memory of the process that finished it, over what it held before it loaded the encoder."""
 
 
 def feature_folder(job: FeatureJob, fingerprint: str) -> Path:
     """Folder of the cache of ``job`` on the data set with ``fingerprint``, named by a hash of all its inputs."""
-    random = any(spec.weights == "random" for spec in job.encoders.values())
+    encoder = job.encoder
     identity = {
         "dataset": fingerprint,
-        "encoders": {m: [encoder_digest(spec), spec.weights] for m, spec in job.encoders.items()},
-        "reads": {m: [reads.levels, reads.final] for m, reads in job.reads.items()},
-        "title_tokens": job.title_tokens if "text" in job.encoders else None,
-        "seed": job.seed if random else None,
-        "dtype": DTYPE,
+        "modality": job.modality,
+        # Where it lies is no part of its content, and how it is pooled is one of the reads.
+        "encoder": [encoder_digest(encoder), encoder.model_dump(exclude={"source", "revision", "pool"})],
+        "reads": dataclasses.asdict(job.reads),
+        "title_tokens": job.title_tokens if job.modality == "text" else None,
+        "seed": job.seed if encoder.weights == "random" else None,
+        "dtype": str(DTYPE),
         "transformers": version("transformers"),
         "code": [hashlib.sha256(Path(__file__).with_name(name).read_bytes()).hexdigest() for name in _SOURCES],
     }
@@ -108,10 +103,9 @@ def feature_folder(job: FeatureJob, fingerprint: str) -> Path:
     return job.store / "features" / name
 
 
-def planned_bytes(items: int, shapes: Mapping[Modality, EncoderShape], reads: Mapping[Modality, Reads]) -> int:
-    """Size of a cache on disk: (N+1) x levels x width x 2 bytes, summed over modalities."""
-    size = np.dtype(DTYPE).itemsize
-    return sum((items + 1) * reads[m].count * shapes[m].width * size for m in reads)
+def planned_bytes(items: int, row: States) -> int:
+    """Size of a cache on disk: N+1 times the states of one item, ``row``."""
+    return (items + 1) * size_bytes(row)
 
 
 def read_manifest(folder: Path) -> FeatureManifest | None:
@@ -142,21 +136,20 @@ def build(job: FeatureJob, tick: Callable[[float], None] = lambda _share: None) 
 
 def _build(job: FeatureJob, dataset: Dataset, folder: Path, tick: Callable[[float], None]) -> FeatureManifest:
     started, items = time.perf_counter(), dataset.manifest.items
-    shapes = {m: encoder_shape(spec) for m, spec in job.encoders.items()}
-    size = planned_bytes(items, shapes, job.reads)
-    _check_size(size, job.limit_bytes, folder)
     device, host = torch.device(job.device), HostMemory()
     before = host.tree_bytes()
     host.start_window()
     reset_peaks(device)
-    encoders = {m: load_encoder(spec, m, device=device, seed=job.seed) for m, spec in job.encoders.items()}
-    text = job.encoders.get("text")
-    tokens = tokenise(dataset, text.source, text.revision, job.title_tokens, job.store) if text else None
-    store = ItemStore(dataset, tokens=tokens, images="image" in job.encoders)
-    with Tables(folder, {m: (items + 1, job.reads[m].count, shapes[m].width) for m in job.encoders}) as tables:
+    encoder = load_encoder(job.encoder, job.modality, device=device, seed=job.seed)
+    store = _inputs(job, dataset)
+    padding = _states(store, np.zeros(1, np.int64), encoder, job.reads, device)
+    size = planned_bytes(items, padding)
+    _check_size(size, job.limit_bytes, folder)
+    named_tensors(padding)["states"].zero_()
+    with Tables(folder, items + 1, _arrays(padding)) as tables:
         while tables.rows <= items:
             ids = np.arange(tables.rows, min(tables.rows + ITEMS_PER_CHUNK, items + 1), dtype=np.int64)
-            tables.append(_states(store, ids, encoders, job.reads, device))
+            tables.append(_arrays(_states(store, ids, encoder, job.reads, device)))
             tables.save_if_due(time.perf_counter() - started)
             tick(float(ids[-1]) / items)
         tables.save(time.perf_counter() - started)
@@ -167,9 +160,9 @@ def _build(job: FeatureJob, dataset: Dataset, folder: Path, tick: Callable[[floa
         build_s=tables.spent_s,
         bytes=size,
         items=items,
-        dtype=DTYPE,
-        encoders={m: encoder.facts for m, encoder in encoders.items()},
-        sha256={m: _sha256(folder / f"{m}.npy") for m in job.encoders},
+        dtype=str(DTYPE).removeprefix("torch."),
+        encoder=encoder.facts,
+        sha256={path.name: sha256_of(path) for path in tables.paths.values()},
         peak_bytes=peaks(device)[1] if device.type == "cuda" else resident,
     )
     write_atomically(folder / "manifest.json", manifest.model_dump_json(indent=1).encode())
@@ -177,74 +170,47 @@ def _build(job: FeatureJob, dataset: Dataset, folder: Path, tick: Callable[[floa
     return manifest
 
 
+def _inputs(job: FeatureJob, dataset: Dataset) -> ItemStore:
+    if job.modality == "image":
+        return ItemStore(dataset, images=True)
+    encoder = job.encoder
+    return ItemStore(dataset, tokens=tokenise(dataset, encoder.source, encoder.revision, job.title_tokens, job.store))
+
+
 @torch.no_grad()
-def _states(
-    store: ItemStore,
-    ids: NDArray[np.int64],
-    encoders: Mapping[Modality, Encoder],
-    reads: Mapping[Modality, Reads],
-    device: torch.device,
-) -> dict[Modality, NDArray[np.float16]]:
-    """The states of items ``ids`` (n,): (n, levels, width) by modality."""
+def _states(store: ItemStore, ids: NDArray[np.int64], encoder: Encoder, reads: Reads, device: torch.device) -> States:
+    """The states of items ``ids`` (n,) in half precision, on the host."""
     items = store.gather(ids).to(device)
-    states_of = {}
-    for modality, encoder in encoders.items():
-        states = encoder.view.encode(
-            reads[modality], tokens=items.tokens, token_mask=items.token_mask, image=items.image
-        ).half()
-        if not bool(states.isfinite().all()):
-            raise UserError(
-                f"encoder '{encoder.facts.source}': a hidden state is not finite in half precision, so it cannot be "
-                "cached; remove cached = true"
-            )
-        states_of[modality] = states.cpu().numpy()
-    return states_of
+    states = encoder.view.encode(reads, tokens=items.tokens, token_mask=items.token_mask, image=items.image)
+    half = map_tensors(states, lambda tensor: tensor.to(DTYPE) if tensor.is_floating_point() else tensor)
+    if not all(bool(tensor.isfinite().all()) for tensor in named_tensors(half).values()):
+        raise UserError(
+            f"encoder '{encoder.facts.source}': a hidden state is not finite in half precision, so it cannot be "
+            "cached; remove cached = true"
+        )
+    return map_tensors(half, lambda tensor: tensor.cpu())
 
 
-def load(folder: Path, device: torch.device) -> tuple[dict[Modality, Tensor], Placement]:
-    """Verify and read a finished cache; returns (N+1, levels, width) float16 by modality, and their placement.
+def _arrays(states: States) -> dict[str, NDArray[np.generic]]:
+    return {name: tensor.numpy() for name, tensor in named_tensors(states).items()}
 
-    On the GPU if they fit into half of its free memory; else in host memory if they fit into half of what is
-    available, page-locked for a GPU where the system allows it; else memory-mapped.
+
+def open_cache(folder: Path) -> States:
+    """Verify a finished cache and map its tables into memory: (N+1, levels, width) float16, or those of every token.
 
     Raises UserError if a checksum does not match.
     """
     manifest = read_manifest(folder)
     if manifest is None:
         raise UserError(f"{folder}: no finished feature cache; run the cell again")
-    for modality, digest in manifest.sha256.items():
-        path = folder / f"{modality}.npy"
-        if not path.is_file() or _sha256(path) != digest:
+    for name, digest in manifest.sha256.items():
+        path = folder / name
+        if not path.is_file() or sha256_of(path) != digest:
             raise UserError(f"{path}: its checksum does not match; delete {folder} and run the cell again")
-    tables = {m: torch.from_numpy(np.load(folder / f"{m}.npy", mmap_mode="c")) for m in manifest.sha256}
-    return _place(tables, _placement(manifest.bytes, device), device)
-
-
-def _place(
-    mapped: dict[Modality, Tensor], placement: Placement, device: torch.device
-) -> tuple[dict[Modality, Tensor], Placement]:
-    """Move memory-mapped tables to ``placement``; returns them and their actual placement."""
-    if placement == "mapped":
-        return mapped, placement
-    if placement == "device":
-        return {modality: table.to(device) for modality, table in mapped.items()}, placement
-    if placement == "pinned":
-        try:
-            return {modality: table.pin_memory() for modality, table in mapped.items()}, placement
-        except RuntimeError:  # the system or the container limits locked memory
-            placement = "unpinned"
-    return {modality: table.clone() for modality, table in mapped.items()}, placement
-
-
-def _placement(size: int, device: torch.device) -> Placement:
-    import psutil
-
-    cuda = device.type == "cuda"
-    if cuda and size <= torch.cuda.mem_get_info(device)[0] // 2:
-        return "device"
-    if size <= psutil.virtual_memory().available // 2:
-        return "pinned" if cuda else "host"
-    return "mapped"
+    tables = {name: torch.from_numpy(np.load(folder / name, mmap_mode="c")) for name in manifest.sha256}
+    if len(tables) == 1:
+        return tables["states.npy"]
+    return TokenStates(tables["states.npy"], tables["mask.npy"])
 
 
 def _check_size(size: int, limit: int, folder: Path) -> None:
@@ -255,7 +221,8 @@ def _check_size(size: int, limit: int, folder: Path) -> None:
         raise UserError(f"the feature cache needs {size:,} bytes, more than {bound}, {min(limit, free):,}")
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import TypeVar, cast
+from typing import Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from tpme.bench.record import Modality
+from tpme.bench.record import Modality, Pool
 
 
 @dataclass(frozen=True)
 class Reads:
-    """The hidden states that an item encoder uses of one encoder; always of token 0.
+    """The hidden states that an item encoder uses of one encoder.
 
-    ``levels`` index the L+1 hidden states of an L-layer encoder: 0 is the embedding output, i the output of layer
-    i-1. ``final`` is the encoder's last hidden state after its final norm, where it has one (a ViT; a BERT's last
-    hidden state is level L already).
+    ``levels`` index the L+1 hidden states of an L-layer encoder: 0 is the input of the first layer, i the output of
+    layer i-1. ``final`` is the encoder's last hidden state after its final norm, where it has one (a ViT; a BERT's
+    last hidden state is level L already).
+
+    ``pool`` takes one vector of each state: the first, the mean or the last of the tokens that the mask keeps
+    (``EncoderShape.pool`` names the right one). ``tokens = "all"`` keeps every token and the mask instead.
     """
 
     levels: tuple[int, ...] = ()
     final: bool = False
+    pool: Pool = "first"
+    tokens: Literal["pooled", "all"] = "pooled"
 
     @property
     def count(self) -> int:
@@ -31,15 +36,41 @@ class Reads:
 
 
 LAST = Reads(final=True)
-"""The default of every method that adapts the encoders: token 0 of the last hidden state."""
+"""The last hidden state of an encoder that is read at its first token."""
+
+
+@dataclass(frozen=True)
+class TokenStates:
+    """Hidden states of every token: states (n, levels, T, width), mask (n, T) bool, true for real tokens."""
+
+    states: Tensor
+    mask: Tensor
+
+
+States = Tensor | TokenStates
+"""Hidden states as an item encoder gets them: (n, levels, width), or those of every token."""
+
+
+def named_tensors(states: States) -> dict[str, Tensor]:
+    """The tensors of ``states`` by name."""
+    return {"states": states} if isinstance(states, Tensor) else dict(vars(states))
+
+
+def size_bytes(states: States) -> int:
+    """Bytes of all tensors of ``states``."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in named_tensors(states).values())
 
 
 @dataclass(frozen=True)
 class EncoderShape:
-    """Width and number of layers of an encoder: enough for a method to build its parts, also for cached states."""
+    """Width and number of layers of an encoder: enough for a method to build its parts, also for cached states.
+
+    pool: how this encoder's items are read unless a method says otherwise.
+    """
 
     width: int
     depth: int
+    pool: Pool = "first"
 
 
 @dataclass(frozen=True)
@@ -47,16 +78,16 @@ class Items:
     """The inputs of n items. Absent modalities are ``None``.
 
     ids: (n,) int64, 0 is padding. tokens, token_mask: (n, T) int64. image: (n, 3, H, W) uint8, as stored on disk;
-    normalised on the device. states: cached hidden states per modality, (n, levels, width). tables: cached states of
-    all items, (N+1, levels, width), if they are kept on the device: states are looked up there by id.
+    normalised on the device. states: hidden states per modality whose encoder does not run, (n, levels, width) or of
+    every token. tables: those of all items, N+1 rows, if they are kept on the device: looked up there by id.
     """
 
     ids: Tensor
     tokens: Tensor | None = None
     token_mask: Tensor | None = None
     image: Tensor | None = None
-    states: dict[Modality, Tensor] | None = None
-    tables: dict[Modality, Tensor] | None = None
+    states: dict[Modality, States] | None = None
+    tables: dict[Modality, States] | None = None
 
     def __len__(self) -> int:
         return int(self.ids.shape[0])
@@ -69,8 +100,8 @@ class Items:
         """Replace tables by the states of these items."""
         if self.tables is None:
             return self
-        states = {modality: table.index_select(0, self.ids) for modality, table in self.tables.items()}
-        return replace(self, states=states, tables=None)
+        found = map_tensors(self.tables, lambda table: table.index_select(0, self.ids))
+        return replace(self, states=(self.states or {}) | found, tables=None)
 
 
 T = TypeVar("T")

@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import nullcontext
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from tpme.bench.record import Modality
-from tpme.bench.task.items import LAST, EncoderShape, Items, Reads
+from tpme.bench.task.items import LAST, EncoderShape, Items, Reads, States, map_tensors
 from tpme.bench.task.sequential import init_linear
 from tpme.bench.task.view import EncoderView
 
 ORDER: tuple[Modality, ...] = ("image", "text")
 """The order in which modalities are concatenated, everywhere (IISAN's)."""
+
+
+_GROUPS = "_tpme_groups"
+"""Attribute of a module: its own parameters' names -> learning-rate group. Unlike an attribute of a parameter, it
+survives a deep copy."""
+
+
+def group(module: nn.Module, name: str, parameters: Collection[str] | None = None) -> None:
+    """Train parameters of ``module`` in the learning-rate group ``name``, wherever they are in the model.
+
+    Args:
+        module: of an encoder, the item encoder or the sequential encoder. name: one of the method's ``groups``, or
+            ``recommender``, ``text``, ``image`` or ``method``. parameters: names of its own parameters; by default all
+            below it. Later calls override earlier ones.
+    """
+    for part in module.modules() if parameters is None else (module,):
+        names = [own for own, _ in part.named_parameters(recurse=False)] if parameters is None else parameters
+        vars(part).setdefault(_GROUPS, {}).update(dict.fromkeys(names, name))
 
 
 class ItemEncoder(nn.Module):
@@ -30,8 +48,11 @@ class ItemEncoder(nn.Module):
         super().__init__()
         self.reads = dict(reads)
 
-    def forward(self, states: Mapping[Modality, Tensor], ids: Tensor) -> Tensor:
-        """Map states, (n, levels, width) per modality, and item ids (n,) to item vectors (n, d)."""
+    def forward(self, states: Mapping[Modality, Any], ids: Tensor) -> Tensor:
+        """Map states and item ids (n,) to item vectors (n, d).
+
+        States are a Tensor (n, levels, width) per modality; ``TokenStates`` where ``reads`` asks for every token.
+        """
         raise NotImplementedError
 
 
@@ -61,21 +82,26 @@ class Recommender(nn.Module):
     """Encoders, item encoder and sequential encoder of one cell.
 
     Args:
-        views: the loaded encoders; empty if the cell reads cached states or item ids only.
+        views: the loaded encoders; without those whose states are cached.
         item_encoder: the method's, or ``TokenFusion``.
         sequence: the sequential encoder.
-        decoupled: the encoders stay unmodified and run without gradients.
+        frozen: modalities whose encoders stay unmodified; they run without gradients.
     """
 
     def __init__(
-        self, views: Mapping[Modality, EncoderView], item_encoder: ItemEncoder, sequence: nn.Module, *, decoupled: bool
+        self,
+        views: Mapping[Modality, EncoderView],
+        item_encoder: ItemEncoder,
+        sequence: nn.Module,
+        *,
+        frozen: Collection[Modality],
     ) -> None:
         super().__init__()
         self.views = dict(views)
         self.encoders = nn.ModuleDict({modality: view.module for modality, view in views.items()})
         self.item_encoder = item_encoder
         self.sequence = sequence
-        self.decoupled = decoupled
+        self.frozen = frozenset(frozen)
         for parameter in self.encoders.parameters():
             parameter.requires_grad_(False)
 
@@ -86,18 +112,18 @@ class Recommender(nn.Module):
             view.set_mode(mode)
         return self
 
-    def hidden_states(self, items: Items) -> dict[Modality, Tensor]:
-        """The hidden states that the item encoder reads, (n, levels, width) per modality."""
-        if items.states is not None:
+    def hidden_states(self, items: Items) -> dict[Modality, Any]:
+        """The hidden states that the item encoder reads, by modality: given with the items, or computed."""
+        return {modality: self._states(modality, reads, items) for modality, reads in self.item_encoder.reads.items()}
+
+    def _states(self, modality: Modality, reads: Reads, items: Items) -> States:
+        if items.states is not None and modality in items.states:
             dtype = next(self.item_encoder.parameters()).dtype
-            return {modality: states.to(dtype) for modality, states in items.states.items()}
-        with torch.no_grad() if self.decoupled else nullcontext():
-            return {
-                modality: self.views[modality].encode(
-                    reads, tokens=items.tokens, token_mask=items.token_mask, image=items.image
-                )
-                for modality, reads in self.item_encoder.reads.items()
-            }
+            return map_tensors(items.states[modality], lambda t: t.to(dtype) if t.is_floating_point() else t)
+        with torch.no_grad() if modality in self.frozen else nullcontext():
+            return self.views[modality].encode(
+                reads, tokens=items.tokens, token_mask=items.token_mask, image=items.image
+            )
 
     def encode_items(self, items: Items) -> Tensor:
         """Item vectors (n, d) of a set of items."""
@@ -110,10 +136,22 @@ class Recommender(nn.Module):
         return users
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Trainable parameters by their learning rate: recommender, text, image, method."""
-        groups: dict[str, list[nn.Parameter]] = {"recommender": list(self.sequence.parameters())}
-        groups.setdefault(self.item_encoder.group, []).extend(self.item_encoder.parameters())
-        for modality, encoder in self.encoders.items():
-            groups[modality] = list(encoder.parameters())
-        kept = {name: [p for p in parameters if p.requires_grad] for name, parameters in groups.items()}
-        return {name: parameters for name, parameters in kept.items() if parameters}
+        """Trainable parameters by their learning rate: recommender, text, image, method, and what ``group`` named."""
+        parts = [("recommender", self.sequence), (self.item_encoder.group, self.item_encoder), *self.encoders.items()]
+        groups: dict[str, list[nn.Parameter]] = {}
+        for default, part in parts:
+            named = _named_groups(part)
+            for parameter in part.parameters():
+                if parameter.requires_grad:
+                    groups.setdefault(named.get(parameter, default), []).append(parameter)
+        return groups
+
+
+def _named_groups(root: nn.Module) -> dict[nn.Parameter, str]:
+    """The parameters of ``root`` that ``group`` named."""
+    return {
+        getattr(part, own): name
+        for part in root.modules()
+        for own, name in vars(part).get(_GROUPS, {}).items()
+        if own in part._parameters and getattr(part, own) is not None
+    }

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tpme.bench.errors import UserError
 from tpme.bench.record import Cell, EncoderSpec, Modality, Training
 from tpme.bench.task.dataset import Dataset
-from tpme.bench.task.features import planned_bytes
 from tpme.bench.task.items import EncoderShape
+from tpme.bench.task.precomputed import is_precomputed
 from tpme.bench.task.recommender import Recommender
 from tpme.bench.task.sequential import SequentialEncoder
 from tpme.bench.task.view import EncoderView
@@ -86,6 +87,33 @@ def encoder_specs(cell: Cell, method: Method) -> dict[Modality, EncoderSpec]:
     return {m: spec for m in used_modalities(method, cell.modalities) if (spec := specs[m]) is not None}
 
 
+@dataclass(frozen=True)
+class EncoderUse:
+    """The encoders of a cell, by the origin of their hidden states.
+
+    run: encoders that run in every step. cached: frozen ones, in the feature cache. given: files of states.
+    """
+
+    run: Mapping[Modality, EncoderSpec]
+    cached: Mapping[Modality, EncoderSpec]
+    given: Mapping[Modality, EncoderSpec]
+
+    @classmethod
+    def of(cls, cell: Cell, method: Method) -> EncoderUse:
+        """How ``cell`` uses the encoders. Raises UserError where ``method`` adapts one that is only a file."""
+        specs = encoder_specs(cell, method)
+        frozen = method.frozen_encoders(tuple(specs))
+        given = {modality: spec for modality, spec in specs.items() if is_precomputed(spec)}
+        for modality, spec in given.items():
+            if modality not in frozen:
+                raise UserError(
+                    f"method '{cell.method}' adapts the {modality} encoder, but '{spec.source}' holds only its states; "
+                    "name an encoder, or a method that leaves it frozen (iisan, frozen)"
+                )
+        cached = {m: spec for m, spec in specs.items() if cell.cached and m in frozen and m not in given}
+        return cls({m: spec for m, spec in specs.items() if m not in given | cached}, cached, given)
+
+
 class ModelBuilder:
     """Builds a model in two steps, because inputs and encoders are loaded between them.
 
@@ -106,19 +134,15 @@ class ModelBuilder:
             training.embedding_dim, data.max_seq_len, training.blocks, training.heads, training.dropout
         )
 
-    @property
-    def cache_bytes(self) -> int:
-        """Size of the feature cache with the states that the item encoder reads."""
-        return planned_bytes(self.data.items, self.shapes, self.item_encoder.reads)
-
     def build(self, views: Mapping[Modality, EncoderView], seed: int | None = None) -> Recommender:
         """The model, adapted by the method.
 
         Args:
-            views: the loaded encoders; empty for a cell on cached states. seed: of the adaptation; what loading the
+            views: the encoders that run. seed: of the adaptation; what loading the
                 encoders drew must not make cached and uncached rows differ. ``None`` leaves the generators alone.
         """
-        model = Recommender(views, self.item_encoder, self.sequence, decoupled=self.method.decoupled)
+        frozen = self.method.frozen_encoders(tuple(self.shapes))
+        model = Recommender(views, self.item_encoder, self.sequence, frozen=frozen)
         if seed is not None:
             seed_generators(seed)
         self.method.adapt(model, self.schedule)

@@ -1,61 +1,82 @@
-"""Training on cached hidden states: the feature cache of a cell, built by a separate process if it is missing."""
+"""Training on stored hidden states: precomputed ones, and feature caches, which separate processes build first."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from tpme.bench.errors import UserError
 from tpme.bench.measure.phases import PhaseLog
-from tpme.bench.record import CacheFacts
-from tpme.bench.task.batches import States
-from tpme.bench.task.features import FeatureJob, Placement, feature_folder, load, read_manifest
+from tpme.bench.record import CacheFacts, CachePart, Modality
+from tpme.bench.task.features import FeatureJob, FeatureManifest, feature_folder, open_cache, read_manifest
+from tpme.bench.task.placement import Placement, Table, place
+from tpme.bench.task.precomputed import MappedStates
 from tpme.bench.workers import parse_progress
 
 Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
-class CachedStates:
-    """Hidden states of all items, where they are kept, and the facts about their cache."""
+class StoredStates:
+    """Hidden states of all items by modality, where they are kept, and the facts about their cache."""
 
-    states: States
+    tables: dict[Modality, Table]
     placement: Placement
-    facts: CacheFacts
+    cache: CacheFacts | None
 
 
-def cached_states(job: FeatureJob, fingerprint: str, phases: PhaseLog, progress: Progress) -> CachedStates:
-    """The cached states of ``job`` on the data set with ``fingerprint``; they are built first where they are missing.
+def stored_states(
+    jobs: Sequence[FeatureJob],
+    given: Mapping[Modality, MappedStates],
+    fingerprint: str,
+    device: torch.device,
+    phases: PhaseLog,
+    progress: Progress,
+) -> StoredStates:
+    """The states that are not computed in every step.
 
-    Raises UserError where the cache cannot be built, would be too large, or is damaged.
+    Args:
+        jobs: a feature cache per encoder; one that is missing is built first. given: precomputed states.
+        fingerprint: of the data set. device: of the training.
+
+    Raises UserError where a cache cannot be built, would be too large, or is damaged.
     """
-    folder = feature_folder(job, fingerprint)
-    manifest = read_manifest(folder)
-    missing = manifest is None
-    if missing:
-        with phases.phase("cache"):
+    missing = [job for job in jobs if read_manifest(feature_folder(job, fingerprint)) is None]
+    for job in missing:
+        with phases.phase("cache", job.modality):
             _build(job, progress)
-        manifest = read_manifest(folder)
-    if manifest is None:
-        raise UserError(f"{folder}: the feature cache was built but is missing; run the cell again")
-    with phases.phase("load", "cache"):
-        progress("load the feature cache", 0.0)
-        states, placement = load(folder, torch.device(job.device))
-    facts = CacheFacts(
-        build_s=manifest.build_s,
-        bytes=manifest.bytes,
-        items=manifest.items,
-        dtype=manifest.dtype,
-        built_by_attempt=missing,
-        encoders=manifest.encoders,
-        peak_bytes=manifest.peak_bytes,
+    with phases.phase("load", "cache" if jobs else "states"):
+        progress("load the states", 0.0)
+        folders = {job.modality: feature_folder(job, fingerprint) for job in jobs}
+        mapped: dict[Modality, Table] = {**given, **{m: open_cache(folder) for m, folder in folders.items()}}
+        tables, placement = place(mapped, device)
+    built = {job.modality for job in missing}
+    manifests = {m: manifest for m, folder in folders.items() if (manifest := read_manifest(folder)) is not None}
+    return StoredStates(tables, placement, _facts(manifests, built) if manifests else None)
+
+
+def _facts(manifests: Mapping[Modality, FeatureManifest], built: Collection[Modality]) -> CacheFacts:
+    """The facts about the caches of several encoders; ``built`` are those that this attempt built."""
+    parts = {
+        modality: CachePart(build_s=manifest.build_s, bytes=manifest.bytes, built_by_attempt=modality in built)
+        for modality, manifest in manifests.items()
+    }
+    any_of = next(iter(manifests.values()))
+    return CacheFacts(
+        build_s=sum(part.build_s for part in parts.values()),
+        bytes=sum(part.bytes for part in parts.values()),
+        items=any_of.items,
+        dtype=any_of.dtype,
+        built_by_attempt=bool(built),
+        encoders={modality: manifest.encoder for modality, manifest in manifests.items()},
+        peak_bytes=max((manifest.peak_bytes for manifest in manifests.values()), key=lambda peak: peak.value or 0.0),
+        parts=parts,
     )
-    return CachedStates(states, placement, facts)
 
 
 def _build(job: FeatureJob, progress: Progress) -> None:

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tpme.bench.measure.clock import now
 from tpme.bench.measure.sampler import SampledCurve
 from tpme.bench.record import (
     CacheFacts,
@@ -23,6 +22,7 @@ from tpme.bench.record import (
     EncoderSpec,
     Failure,
     Flag,
+    Inference,
     Modality,
     Parameters,
     Phase,
@@ -32,14 +32,10 @@ from tpme.bench.record import (
     write_atomically,
 )
 from tpme.bench.task.dataset import Dataset
-from tpme.bench.task.evaluate import ITEMS_PER_CHUNK
 from tpme.bench.task.recommender import Recommender
 from tpme.bench.train.loop import Trainer
 from tpme.bench.train.outcome import Outcome
 from tpme.methods.base import Method
-
-THROUGHPUT_CHUNKS = 4
-"""Timed chunks of items for the inference throughput; one more runs before them, untimed."""
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -52,7 +48,7 @@ class CellFacts:
     encoders: dict[Modality, EncoderFacts] = field(default_factory=dict)
     parameters: Parameters | None = None
     cache: CacheFacts | None = None
-    throughput: Reading | None = None
+    inference: Inference | None = None
     counters: dict[str, Reading] = field(default_factory=dict)
     flags: list[Flag] = field(default_factory=list)
     failure: Failure | None = None
@@ -69,7 +65,7 @@ class CellFacts:
         random = [modality for modality, spec in specs.items() if spec.weights == "random"]
         if random:
             self.flag("random-weights", f"{' and '.join(random)} encoder with random weights: quality is meaningless")
-        if cell.training.activation_checkpointing and (model.decoupled or not model.views):
+        if cell.training.activation_checkpointing and model.frozen.issuperset(model.views):
             self.flag("no-checkpointing", "nothing to checkpoint: no gradient flows through an encoder")
 
 
@@ -113,24 +109,6 @@ def parameter_counts(model: Recommender, method: Method, trainable_max: int = 0)
         total=sum(p.numel() for p in model.parameters()),
         by_group=groups,
         stored_bytes=sum(value.numel() * value.element_size() for value in state.values()),
-    )
-
-
-@torch.no_grad()
-def throughput(trainer: Trainer) -> Reading:
-    """Items per second that the adapted model encodes, once prepared for inference; data loading is excluded."""
-    n = trainer.dataset.manifest.items
-    ids = np.arange(1, 1 + min(n, ITEMS_PER_CHUNK), dtype=np.int64)
-    items = trainer.store.gather(ids).to(trainer.device)
-    trainer.model.eval()
-    trainer.encode(items)
-    times = []
-    for _ in range(THROUGHPUT_CHUNKS):
-        start = now(trainer.device)
-        trainer.encode(items)
-        times.append(now(trainer.device) - start)
-    return Reading(
-        value=len(ids) / float(np.median(times)), source=f"median of {THROUGHPUT_CHUNKS} chunks of {len(ids)} items"
     )
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from tpme.bench.errors import UserError
 from tpme.bench.task.batches import Batch
-from tpme.bench.task.items import Items
+from tpme.bench.task.items import Items, map_tensors
 from tpme.bench.task.loss import Candidates, in_batch_logits
 from tpme.bench.task.recommender import Recommender
 from tpme.bench.train.loop import Trainer
@@ -63,22 +63,22 @@ class PaddedLoss(nn.Module):
     def __init__(self, model: Recommender, like: Batch) -> None:
         super().__init__()
         self.model, self.room = model, like.slot.numel()
-        states = like.items.states or {}
-        self.modalities = tuple(states)
+        self.states = map_tensors(like.items.states, lambda tensor: tensor.new_empty(0))
         candidates = like.candidates
         self.inputs = (
             *(torch.zeros_like(t) for t in (like.slot, like.mask, candidates.slots)),
             *(self._buffer(t) for t in (like.items.ids, candidates.log_p, candidates.log_count)),
             *(self._buffer(t) for t in (candidates.item, candidates.rows, candidates.target, candidates.target)),
-            *(self._buffer(table) for table in states.values()),
+            *(self._buffer(tensor) for tensor in _tensors(like.items.states)),
         )
 
     def _buffer(self, like: Tensor) -> Tensor:
-        return like.new_zeros(self.room, *like.shape[1:])
+        # A mask of no token at all would make attention over them NaN.
+        return like.new_full((self.room, *like.shape[1:]), like.dtype == torch.bool)
 
     def fill(self, batch: Batch) -> tuple[Tensor, ...]:
         """Copy ``batch`` into the inputs of ``forward`` and return them; what is left of an earlier one is masked."""
-        slot, mask, slots, ids, log_p, log_count, item, rows, target, label, *tables = self.inputs
+        slot, mask, slots, ids, log_p, log_count, item, rows, target, label, *tensors = self.inputs
         candidates, none = batch.candidates, batch.candidates.distinct
         for place, value in ((slot, batch.slot), (mask, batch.mask)):
             place.copy_(value)
@@ -87,7 +87,6 @@ class PaddedLoss(nn.Module):
         item.fill_(self.room)[: len(candidates.item)].copy_(candidates.item)
         item.masked_fill_(item == none, self.room)
         label.fill_(IGNORED)
-        states = batch.items.states or {}
         for place, value in (
             (ids, batch.items.ids),
             (log_p, candidates.log_p),
@@ -95,7 +94,7 @@ class PaddedLoss(nn.Module):
             (rows, candidates.rows),
             (target, candidates.target),
             (label, candidates.target),
-            *zip(tables, states.values(), strict=True),
+            *zip(tensors, _tensors(batch.items.states), strict=True),
         ):
             place[: len(value)].copy_(value)
         return self.inputs
@@ -115,11 +114,19 @@ class PaddedLoss(nn.Module):
         *states: Tensor,
     ) -> Tensor:
         """The loss, a scalar; the fields of ``Batch`` and ``Candidates``, and ``target`` with ``IGNORED`` in it."""
-        items = Items(ids, states=dict(zip(self.modalities, states, strict=True)) or None)
+        tensors = iter(states)
+        items = Items(ids, states=map_tensors(self.states, lambda _: next(tensors)))
         candidates = Candidates(log_p, log_count, item, slots, rows, target, distinct=self.room)
         vectors = self.model.encode_items(items)
         users = self.model.user_vectors(vectors[slot[:, :-1]], mask)
         return functional.cross_entropy(in_batch_logits(users, vectors, candidates), label, ignore_index=IGNORED)
+
+
+def _tensors(states: object) -> list[Tensor]:
+    """The tensors in ``states``, in the order of ``map_tensors``."""
+    found: list[Tensor] = []
+    map_tensors(states, lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
+    return found
 
 
 class GraphedLoss:

@@ -10,6 +10,11 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
 Activation = Literal["relu", "gelu"]
 
 
+def bottleneck_parameters(width: int, bottleneck: int) -> int:
+    """Parameters of a ``Bottleneck``: 2 D b + b + D."""
+    return 2 * width * bottleneck + bottleneck + width
+
+
 class Bottleneck(nn.Module):
     """``B(x) = x + W_up act(W_down x)``; weights N(0, 0.01) and zero biases make B nearly the identity at the start.
 

@@ -49,7 +49,7 @@ def _properties(section: Section, results: list[CellResult]) -> Iterator[tuple[s
     training = [result.cell.training.model_dump(mode="json", exclude={"precision"}) for result in results]
     for name in training[0]:
         yield name.replace("_", " ").capitalize(), (settings[name] for settings in training)
-    rates = {", ".join(f"{name} {rate:g}" for name, rate in result.cell.lr.model_dump().items()) for result in results}
+    rates = {", ".join(f"{name} {rate:g}" for name, rate in result.cell.lr.by_group().items()) for result in results}
     yield "Learning rates", rates if len(rates) == 1 else ["differ, see their table"]
     yield "Seeds", sorted({result.cell.seed for result in results})
 

@@ -126,7 +126,7 @@ def all_states(model: Recommender, items: Items) -> dict[Modality, Tensor]:
 
 def padded_step(model: Recommender, items: Items, ids: Tensor, log_p: Tensor) -> Tensor:
     """Loss of one batch, every one of its B S slots encoded. items: all slots, row by row. ids: (B, S)."""
-    states = all_states(model, items) if model.decoupled else model.hidden_states(items)
+    states = all_states(model, items) if model.frozen.issuperset(model.views) else model.hidden_states(items)
     vectors = model.item_encoder(states, items.ids)
     return _loss_of(model, vectors, ids, log_p)
 

@@ -43,7 +43,7 @@ class Side:
         shape = EncoderShape(WIDTH, 12)
         task = TaskShape(DIM, data.manifest.items, {"text": shape, "image": shape})
         sequence = SequentialEncoder(DIM, 10, 2, 2, dropout=0.0)
-        self.model = Recommender({}, self.method.item_encoder(task), sequence, decoupled=True).train().to(device)
+        self.model = Recommender({}, self.method.item_encoder(task), sequence, frozen=()).train().to(device)
         groups = self.method.param_groups(self.model, LearningRates())
         self.optimizer = self.method.optimizer(groups, fused=fused)
 

@@ -10,7 +10,7 @@ import torch
 
 from tpme.bench.record import Protocol, Training
 from tpme.bench.task.batches import ItemStore, TrainBatches, build_batch, log_popularity
-from tpme.bench.task.items import Items
+from tpme.bench.task.items import Items, TokenStates
 from tpme.bench.task.recommender import Recommender
 from tpme.bench.train.build import steps_per_epoch
 
@@ -77,12 +77,28 @@ def test_inputs_of_items(tiny: ModuleType) -> None:
     assert np.array_equal(items.image.numpy(), data.images[[3, 0, 11]])
 
 
-def test_cached_states_instead_of_inputs(tiny: ModuleType) -> None:
-    states = {"text": torch.arange(26.0).reshape(13, 1, 2)}
-    items = ItemStore(tiny.catalogue(), tokens=tiny.tokens(), states=states).gather(np.array([4, 1]))
-    assert items.tokens is None
-    assert items.states is not None
-    assert items.states["text"].tolist() == [[[8.0, 9.0]], [[2.0, 3.0]]]
+def test_states_of_one_encoder_beside_the_inputs_of_the_other(tiny: ModuleType) -> None:
+    states, ids = {"image": torch.arange(26.0).reshape(13, 1, 2)}, np.array([4, 1])
+    items = ItemStore(tiny.catalogue(), tokens=tiny.tokens(), states=states).gather(ids)
+    assert items.image is None
+    assert items.tokens.tolist() == tiny.tokens().ids[ids].tolist()
+    assert items.states["image"].tolist() == [[[8.0, 9.0]], [[2.0, 3.0]]]
+
+
+def test_states_of_every_token_come_with_their_mask(tiny: ModuleType) -> None:
+    table = TokenStates(torch.arange(78.0).reshape(13, 1, 3, 2), torch.arange(39).reshape(13, 3) % 2 == 0)
+    found = ItemStore(tiny.catalogue(), states={"text": table}).gather(np.array([4, 1])).states["text"]
+    assert torch.equal(found.states, table.states[[4, 1]])
+    assert torch.equal(found.mask, table.mask[[4, 1]])
+
+
+def test_items_are_encoded_in_smaller_chunks_where_they_are_more_than_vectors(tiny: ModuleType) -> None:
+    data, vectors = tiny.catalogue(), torch.zeros(13, 1, 2)
+    whole = TokenStates(torch.zeros(13, 1, 3, 2), torch.ones(13, 3, dtype=torch.bool))
+    assert not ItemStore(data).every_token
+    assert not ItemStore(data, states={"text": vectors}).every_token
+    assert ItemStore(data, tokens=tiny.tokens(), states={"image": vectors}).every_token
+    assert ItemStore(data, states={"text": whole}).every_token
 
 
 def test_states_on_a_device_stay_there_until_the_batch_has_come(tiny: ModuleType) -> None:

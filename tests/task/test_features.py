@@ -14,18 +14,20 @@ import torch
 from tpme.bench.errors import UserError
 from tpme.bench.measure.phases import measuring
 from tpme.bench.record import EncoderSpec
-from tpme.bench.task import feature_files, features
+from tpme.bench.task import feature_files, features, placement
 from tpme.bench.task.batches import ItemStore, build_batch, log_popularity
 from tpme.bench.task.dataset import Dataset
 from tpme.bench.task.encoders import load_encoder
-from tpme.bench.task.features import FeatureJob, build, feature_folder, load
-from tpme.bench.task.items import Reads
+from tpme.bench.task.features import FeatureJob, build, feature_folder, open_cache
+from tpme.bench.task.items import Reads, TokenStates
+from tpme.bench.task.placement import place
 from tpme.bench.task.prepare import prepare
 from tpme.bench.task.sources.synthetic import Synthetic, generate
 from tpme.bench.task.tokens import tokenise
-from tpme.bench.train.cached import cached_states
+from tpme.bench.train.cached import stored_states
 
 TEXT = EncoderSpec(source="builtin:tiny-text")
+IMAGE = EncoderSpec(source="builtin:tiny-image")
 CPU = torch.device("cpu")
 
 
@@ -35,13 +37,20 @@ def job(tmp_path: Path) -> FeatureJob:
     return FeatureJob(
         dataset=tmp_path / "data",
         store=tmp_path / "store",
-        encoders={"text": TEXT, "image": EncoderSpec(source="builtin:tiny-image")},
-        reads={"text": Reads((0, 2, 4)), "image": Reads((0, 2, 4), final=True)},
+        modality="text",
+        encoder=TEXT,
+        reads=Reads((0, 2, 4)),
         title_tokens=16,
         device="cpu",
         seed=0,
         limit_bytes=10**9,
     )
+
+
+def of_images(job: FeatureJob) -> FeatureJob:
+    """The cache of the image encoder beside that of ``job``."""
+    image = {"modality": "image", "encoder": IMAGE, "reads": Reads((0, 2, 4), final=True)}
+    return job.model_copy(update=image)
 
 
 def where(job: FeatureJob) -> Path:
@@ -50,22 +59,25 @@ def where(job: FeatureJob) -> Path:
 
 def test_cached_states_are_the_encoders_own_in_half_precision(job: FeatureJob) -> None:
     manifest = build(job)
-    states, _ = load(where(job), CPU)
+    states = open_cache(where(job))
     dataset = Dataset.open(job.dataset)
     store = ItemStore(dataset, tokens=tokenise(dataset, TEXT.source, None, 16, job.store))
     items = store.gather(np.arange(1, dataset.manifest.items + 1, dtype=np.int64))
     with torch.no_grad():
         own = load_encoder(TEXT, "text").view.encode(
-            job.reads["text"], tokens=items.tokens, token_mask=items.token_mask, image=None
+            job.reads, tokens=items.tokens, token_mask=items.token_mask, image=None
         )
-    assert states["text"].dtype == torch.float16
-    assert states["image"].shape == (dataset.manifest.items + 1, 4, 64)
-    torch.testing.assert_close(states["text"][1:].float(), own, atol=5e-3, rtol=2e-3)
-    assert manifest.bytes == sum(table.numel() * 2 for table in states.values())
+    assert states.dtype == torch.float16
+    torch.testing.assert_close(states[1:].float(), own, atol=5e-3, rtol=2e-3)
+    assert not states[0].any()
+    assert manifest.bytes == states.numel() * 2
+    image = of_images(job)
+    assert build(image).encoder.parameters > 0
+    assert open_cache(where(image)).shape == (dataset.manifest.items + 1, 4, 64)
 
 
 def test_an_interrupted_build_goes_on_and_gives_the_same(job: FeatureJob, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = build(job).sha256
+    build(job)
     other = job.model_copy(update={"store": job.store.with_name("other")})
     monkeypatch.setattr(features, "ITEMS_PER_CHUNK", 8)
     monkeypatch.setattr(feature_files, "SAVE_EVERY_S", 0.0)
@@ -81,11 +93,8 @@ def test_an_interrupted_build_goes_on_and_gives_the_same(job: FeatureJob, monkey
     resumed: list[float] = []
     manifest = build(other, resumed.append)
     assert resumed[0] > seen[0]
-    states, _ = load(where(job), CPU)
-    again, _ = load(where(other), CPU)
-    for modality, table in states.items():
-        torch.testing.assert_close(again[modality].float(), table.float(), atol=2e-2, rtol=2e-2)
-    assert set(manifest.sha256) == set(whole)
+    states, again = open_cache(where(job)), open_cache(where(other))
+    torch.testing.assert_close(again.float(), states.float(), atol=2e-2, rtol=2e-2)
     assert manifest.peak_bytes.valid
 
 
@@ -99,16 +108,32 @@ def test_every_reader_of_a_cache_gets_what_its_build_took(job: FeatureJob) -> No
     assert build(job) == manifest  # not built again
     fingerprint = Dataset.open(job.dataset).manifest.fingerprint
     with measuring("cpu") as phases:
-        found = [cached_states(job, fingerprint, phases, lambda _what, _share: None).facts for _ in range(2)]
+        found = [stored_states([job], {}, fingerprint, CPU, phases, lambda _what, _share: None).cache for _ in range(2)]
     assert [facts.built_by_attempt for facts in found] == [False, False]
     assert {(facts.build_s, facts.peak_bytes) for facts in found} == {(manifest.build_s, peak)}
+
+
+def test_the_facts_of_two_caches_are_sums_and_say_which_one_was_there(job: FeatureJob) -> None:
+    image = of_images(job)
+    there = build(image)
+    fingerprint = Dataset.open(job.dataset).manifest.fingerprint
+    with measuring("cpu") as phases:
+        stored = stored_states([job, image], {}, fingerprint, CPU, phases, lambda _what, _share: None)
+    facts, text = stored.cache, build(job)
+    assert [(phase.kind, phase.name) for phase in phases.phases] == [("cache", "text"), ("load", "cache")]
+    assert {m: part.built_by_attempt for m, part in facts.parts.items()} == {"text": True, "image": False}
+    assert facts.built_by_attempt
+    assert (facts.bytes, facts.build_s) == (text.bytes + there.bytes, text.build_s + there.build_s)
+    assert facts.parts["image"].bytes == there.bytes
+    assert facts.peak_bytes.value == max(text.peak_bytes.value, there.peak_bytes.value)
+    assert facts.encoders == {"text": text.encoder, "image": there.encoder}
 
 
 GIB = 2**30
 
 
 @pytest.mark.parametrize(
-    ("device", "size", "gpu", "host", "placement"),
+    ("device", "size", "gpu", "host", "kept"),
     [
         ("cuda", 4 * GIB, 8 * GIB, 0, "device"),
         ("cuda", 4 * GIB + 1, 8 * GIB, 9 * GIB, "pinned"),
@@ -119,18 +144,19 @@ GIB = 2**30
     ],
 )
 def test_states_are_kept_where_half_of_the_memory_holds_them(
-    monkeypatch: pytest.MonkeyPatch, device: str, size: int, gpu: int | None, host: int, placement: str
+    monkeypatch: pytest.MonkeyPatch, device: str, size: int, gpu: int | None, host: int, kept: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (gpu, 99 * GIB))
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=host, total=99 * GIB))
-    assert features._placement(size, torch.device(device)) == placement
+    assert placement._placement(size, torch.device(device)) == kept
 
 
 def test_states_are_the_same_wherever_they_are_kept(job: FeatureJob, monkeypatch: pytest.MonkeyPatch) -> None:
     size, states_by = build(job).bytes, {}
-    files = {path: path.read_bytes() for path in where(job).iterdir()}
+    file = where(job) / "states.npy"
+    content = file.read_bytes()
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (size, size))  # half of it is too little
-    for placement, device, available, pin in (
+    for wanted, device, available, pin in (
         ("host", "cpu", 2 * size, None),
         ("mapped", "cpu", size, None),
         ("pinned", "cuda", 2 * size, torch.Tensor.clone),
@@ -140,8 +166,8 @@ def test_states_are_the_same_wherever_they_are_kept(job: FeatureJob, monkeypatch
             patch.setattr(psutil, "virtual_memory", lambda available=available: SimpleNamespace(available=available))
             if device == "cuda":
                 patch.setattr(torch.Tensor, "pin_memory", pin or _refused)
-            states_by[placement], where_kept = load(where(job), torch.device(device))
-        assert where_kept == placement
+            states_by[wanted], where_kept = place({"text": open_cache(where(job))}, torch.device(device))
+        assert where_kept == wanted
     dataset = Dataset.open(job.dataset)
     slots, log_p = dataset.train_slots[:9], log_popularity(dataset)
     for protocol in ("suite", "paper"):
@@ -152,12 +178,10 @@ def test_states_are_the_same_wherever_they_are_kept(job: FeatureJob, monkeypatch
             for modality, states in batches["host"].items.states.items():
                 assert torch.equal(batch.items.states[modality], states)
                 assert torch.equal(states, states_by["host"][modality][batch.items.ids])
-    maps = {path.stem: path for path in where(job).glob("*.npy")}
-    for placement, states in states_by.items():
-        for modality, table in states.items():
-            table[1:3] = 0  # reaches no file
-            assert is_mapped(table, maps[modality]) == (placement == "mapped"), placement
-    assert {path: path.read_bytes() for path in where(job).iterdir()} == files  # a map of one's own
+    for where_kept, states in states_by.items():
+        states["text"][1:3] = 0  # reaches no file
+        assert is_mapped(states["text"], file) == (where_kept == "mapped"), where_kept
+    assert file.read_bytes() == content  # a map of one's own
 
 
 def is_mapped(table: torch.Tensor, path: Path) -> bool:
@@ -180,14 +204,14 @@ def test_states_on_a_gpu_and_beside_it(job: FeatureJob, monkeypatch: pytest.Monk
     build(job)
     device, dataset = torch.device("cuda"), Dataset.open(job.dataset)
     slots, log_p, seen = dataset.train_slots[:9], log_popularity(dataset), {}
-    for free, placement in ((GIB, "device"), (0, "pinned")):
+    for free, wanted in ((GIB, "device"), (0, "pinned")):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device, free=free: (free, free))
-        states, where_kept = load(where(job), device)
-        assert where_kept == placement
+        states, where_kept = place({"text": open_cache(where(job))}, device)
+        assert where_kept == wanted
         batch = build_batch(slots, log_p, ItemStore(dataset, states=states, pin=True), "suite").pin()
-        if placement == "pinned":
+        if wanted == "pinned":
             assert all(table.is_pinned() for table in (*states.values(), *batch.items.states.values()))
-        seen[placement] = batch.to(device).items.states
+        seen[wanted] = batch.to(device).items.states
     for modality, table in seen["device"].items():
         assert table.is_cuda
         assert torch.equal(table, seen["pinned"][modality])
@@ -204,12 +228,12 @@ def test_a_finished_cache_is_used_again(job: FeatureJob) -> None:
 
 def test_a_changed_file_is_found(job: FeatureJob) -> None:
     build(job)
-    table = where(job) / "text.npy"
+    table = where(job) / "states.npy"
     data = bytearray(table.read_bytes())
     data[-1] ^= 1
     table.write_bytes(bytes(data))
     with pytest.raises(UserError, match="checksum"):
-        load(where(job), CPU)
+        open_cache(where(job))
 
 
 def test_a_cache_over_the_limit_is_refused_with_its_planned_bytes(job: FeatureJob) -> None:
@@ -223,10 +247,35 @@ def test_a_cache_over_the_limit_is_refused_with_its_planned_bytes(job: FeatureJo
 @pytest.mark.parametrize(
     "change",
     [
-        {"reads": {"text": Reads((0, 4)), "image": Reads((0, 4), final=True)}},
+        {"reads": Reads((0, 4))},
+        {"reads": Reads((0, 2, 4), final=True)},
+        {"reads": Reads((0, 2, 4), pool="mean")},
+        {"reads": Reads((0, 2, 4), tokens="all")},
         {"title_tokens": 12},
-        {"encoders": {"text": TEXT}},
+        {"encoder": EncoderSpec(source=TEXT.source, weights="random")},
+        {"encoder": EncoderSpec(source=TEXT.source, attention="eager")},
+        {"encoder": EncoderSpec(source=TEXT.source, dtype="bf16")},
+        {"encoder": EncoderSpec(source=TEXT.source, tower="text")},
     ],
 )
 def test_what_it_depends_on_names_its_folder(job: FeatureJob, change: dict[str, Any]) -> None:
     assert where(job.model_copy(update=change)) != where(job)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 5},
+        {"limit_bytes": 10**6},
+        {"device": "cuda"},
+        {"encoder": EncoderSpec(source=TEXT.source, revision="0123")},
+        {"encoder": EncoderSpec(source=TEXT.source, pool="mean")},  # what it changes is in the reads
+    ],
+)
+def test_what_it_does_not_depend_on_shares_its_folder(job: FeatureJob, change: dict[str, Any]) -> None:
+    assert where(job.model_copy(update=change)) == where(job)
+
+
+def test_a_cache_of_images_knows_nothing_of_titles(job: FeatureJob) -> None:
+    image = of_images(job)
+    assert where(image.model_copy(update={"title_tokens": 12})) == where(image)

@@ -221,7 +221,7 @@ def save_encoders(data: Golden, folder: Path) -> None:
 def golden_model(data: Golden, folder: Path, method: Method) -> Recommender:
     save_encoders(data, folder)
     views = {m: load_encoder(EncoderSpec(source=str(folder / m)), m).view for m in ("text", "image")}
-    model = Recommender(views, TokenFusion(SHAPES, 16), SequentialEncoder(16, 10, 2, 2, 0.1), decoupled=False)
+    model = Recommender(views, TokenFusion(SHAPES, 16), SequentialEncoder(16, 10, 2, 2, 0.1), frozen=())
     method.adapt(model, Schedule(1, 1, data["pop_prob"]))
     ours = dict(model.named_parameters())
     with torch.no_grad():

@@ -203,7 +203,7 @@ def test_mode_policy(tiny: ModuleType, method: str, own: set[bool], injected: se
 
 def test_only_the_layers_that_train_drop_out(tiny: ModuleType) -> None:
     _, model = tiny.build("frozen")
-    model.decoupled = False
+    model.frozen = frozenset()
     view = model.views["text"]
     view.layers[1].requires_grad_(True)
     model.train()
@@ -213,7 +213,7 @@ def test_only_the_layers_that_train_drop_out(tiny: ModuleType) -> None:
 
 def test_a_parameter_that_a_method_hangs_on_an_encoder_module_does_not_wake_it(tiny: ModuleType) -> None:
     _, model = tiny.build("frozen")
-    model.decoupled = False
+    model.frozen = frozenset()
     model.views["text"].layers[0].register_parameter("scale", nn.Parameter(torch.ones(2, 2)))
     model.train()
     assert own_modes(model) == {False}

@@ -44,7 +44,7 @@ def test_the_counters_see_the_model_that_is_trained(world: Any, tmp_path: Path, 
     meta = MetaCell(job.cell, DataShape.of(trainer.dataset))
     assert parameters(meta.model) == parameters(trainer.model)
     assert repr(meta.model) == repr(trainer.model)  # modules without parameters, such as dropout, too
-    assert meta.model.decoupled == trainer.model.decoupled
+    assert meta.model.frozen == trainer.model.frozen
     assert meta.model.item_encoder.reads == trainer.model.item_encoder.reads
     assert checkpointed(meta.model) == checkpointed(trainer.model) == (not cached and bool(trainer.model.views))
     steps = meta.schedule.steps_per_epoch
@@ -75,3 +75,25 @@ def test_loading_does_not_change_what_adaptation_draws(tiny: Any) -> None:
         torch.rand(drawn)
         adapted.append(builder.build(views, seed=3).state_dict())
     assert all(torch.equal(adapted[0][name], adapted[1][name]) for name in adapted[0])
+
+
+def test_a_named_group_trains_at_its_own_rate(world: Any, harness: Any, tmp_path: Path) -> None:
+    body = """
+    groups = ("norms", "rest")
+
+    def adapt(self, model, schedule):
+        from tpme.bench.task.recommender import group
+
+        for layer in model.views["text"].layers:
+            for module in layer.modules():
+                if isinstance(module, torch.nn.LayerNorm):
+                    module.requires_grad_(True)
+                    group(module, "norms", ["weight"])
+                    group(module, "rest", ["bias"])
+    """
+    harness.write_method(tmp_path / "methods", "grouped", body)
+    method = {"name": "grouped", "lr": [{"method": 3e-3, "groups": {"norms": 1e-2}}]}
+    job = world.job(world.matrix([method], modalities=["text"]), tmp_path, [tmp_path / "methods"])
+    trainer = CellRun(job, PhaseLog("cpu", None, None), lambda _what, _share: None).prepare()
+    rates = {group["name"]: group["lr"] for group in trainer.optimizer().param_groups}
+    assert rates == {"recommender": 2e-4, "norms": 1e-2, "rest": 3e-3}

@@ -1,0 +1,152 @@
+"""Checks of a method's training, all of it by the real trainer: every stage, with every hook."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from tpme.bench.contract.expect import ContractError, NotApplicable, expect_close
+from tpme.bench.contract.subject import Subject, Trained, vectors
+from tpme.bench.errors import UserError, one_line
+from tpme.bench.train.loop import Trainer
+from tpme.bench.train.step import forward
+
+
+def trains_through_all_stages(subject: Subject) -> None:
+    """The whole procedure ends well, and every stage has at least one epoch with a finite loss."""
+    trained = subject.first_training
+    _require_success(trained)
+    names = {stage.name for stage in trained.trainer.method.stages()}
+    epochs = trained.trainer.outcome.epochs
+    missing = sorted(names - {epoch.stage for epoch in epochs})
+    if trained.watch.trained and missing:
+        raise ContractError(f"stage '{missing[0]}' was not trained")
+    if trained.watch.ungrouped:
+        name, problem = next(iter(sorted(trained.watch.ungrouped.items())))
+        raise ContractError(f"'{name}' {problem}, not in one")
+
+
+def trains_under_the_paper_protocol(subject: Subject) -> None:
+    """The same where every slot of a batch is encoded, padding included."""
+    _require_success(subject.train(subject.cell(protocol="paper")))
+
+
+def trains_in_half_precision(subject: Subject) -> None:
+    """Under autocast to bfloat16 losses and gradients are finite."""
+    _require_success(subject.train(precision="bf16"))
+
+
+def loss_falls(subject: Subject) -> None:
+    """The training lowers the task's loss: without dropout, on the first batch, in some more epochs than elsewhere."""
+    _require_trainable(subject)
+    before = _loss(subject.trainer())
+    trained = subject.train(epochs=5, dropout=0.0)
+    _require_success(trained)
+    after = _loss(trained.trainer)
+    if not after < before:
+        raise ContractError(f"the training does not lower the task's loss: {before:.4f} before, {after:.4f} after it")
+
+
+def gradients_reach_what_trains(subject: Subject) -> None:
+    """The sum of the method's losses gives every parameter that trains a gradient that is not zero.
+
+    Exempt are biases of keys: one vector added to all keys changes no attention weight, so their gradient is rounding.
+    """
+    watch = subject.trained.watch
+    keys = [f"encoders.{m}.{name}" for m, view in subject.fresh_views.items() for name in view.projections("key")]
+    unreached = sorted(
+        name
+        for name in watch.trained - watch.reached
+        if not (name.endswith("bias") and any(name.startswith(f"{key}.") for key in keys))
+    )
+    if unreached:
+        raise ContractError(f"no gradient reaches '{unreached[0]}' ({len(unreached)} of {len(watch.trained)} in all)")
+
+
+def frozen_parameters_stay(subject: Subject) -> None:
+    """The whole procedure leaves every parameter and buffer bit for bit, unless it trains or is in state()."""
+    trained = subject.trained
+    stored = trained.trainer.method.state(trained.trainer.model).keys()
+    moved = sorted(trained.watch.moved() - trained.watch.trained - stored)
+    if moved:
+        raise ContractError(f"the training changes '{moved[0]}', which neither trains nor is in state()")
+
+
+def encoders_learn_unless_frozen(subject: Subject) -> None:
+    """Hidden states differ from those of the fresh encoders after training, and are the same of frozen encoders."""
+    trainer = subject.trained.trainer
+    method, model = trainer.method, trainer.model
+    if not subject.used:
+        raise NotApplicable("the method uses no encoder")
+    items = subject.items(trainer)
+    with torch.no_grad():
+        states = model.eval().hidden_states(items)
+        for modality, reads in model.item_encoder.reads.items():
+            fresh = subject.fresh_views[modality].encode(
+                reads, tokens=items.tokens, token_mask=items.token_mask, image=items.image
+            )
+            if modality in subject.frozen and not torch.equal(states[modality], fresh):
+                raise ContractError(f"the {modality} encoder is frozen, but its hidden states are not the fresh ones")
+            if modality not in subject.frozen and not method.baseline and torch.allclose(states[modality], fresh):
+                raise ContractError(
+                    f"the {modality} encoder gives the same hidden states after training as before; a method that "
+                    "adapts no encoder says so with decoupled, frozen_encoders() or baseline"
+                )
+
+
+def training_is_reproducible(subject: Subject) -> None:
+    """A second training with the same seed gives the same item vectors, bit for bit."""
+    again = subject.train()
+    _require_success(again)
+    if not torch.equal(_vectors(subject, again), _vectors(subject, subject.trained)):
+        raise ContractError("two trainings with the same seed give different item vectors")
+
+
+def checkpointing_changes_nothing(subject: Subject) -> None:
+    """With activation checkpointing, the same training gives the same item vectors."""
+    try:
+        checkpointed = subject.train(activation_checkpointing=True)
+    except UserError as error:
+        raise NotApplicable(f"refused: {error}") from None
+    _require_success(checkpointed)
+    expect_close(
+        _vectors(subject, checkpointed),
+        _vectors(subject, subject.trained),
+        "item vectors differ when trained with activation checkpointing",
+    )
+
+
+def compiled_equals_eager(subject: Subject) -> None:
+    """It trains through torch.compile, and compiled item vectors equal those of the same model run eagerly."""
+    _require_trainable(subject)
+    compiled = subject.train(compile=True)
+    _require_success(compiled)
+    found = _vectors(subject, compiled)
+    with torch.compiler.set_stance("force_eager"):
+        eager = _vectors(subject, compiled)
+    expect_close(found, eager, "compiled item vectors differ from eager ones")
+
+
+def _require_trainable(subject: Subject) -> None:
+    if not subject.trained.watch.trained:
+        raise NotApplicable("nothing trains")
+
+
+def _require_success(trained: Trained) -> None:
+    if trained.error is not None:
+        raise ContractError(one_line(trained.error))
+    if trained.watch.broken:
+        raise ContractError(f"the gradient of '{min(trained.watch.broken)}' is not finite")
+    if not all(math.isfinite(epoch.loss) for epoch in trained.trainer.outcome.epochs):
+        raise ContractError("a loss is not finite")
+
+
+def _vectors(subject: Subject, trained: Trained) -> torch.Tensor:
+    return vectors(trained.trainer.method, trained.trainer.model, subject.items(trained.trainer))
+
+
+@torch.no_grad()
+def _loss(trainer: Trainer) -> float:
+    """The task's loss of the first batch, in eval mode."""
+    return float(forward(trainer.method, trainer.model.eval(), next(iter(trainer.loader.epoch(1)))).loss)
