@@ -59,7 +59,10 @@ class Frozen(BaseModel):
 
 
 class EncoderSpec(Frozen):
-    """One foundation encoder: a Hugging Face hub id, a local folder, or ``builtin:NAME`` for a shipped one."""
+    """One foundation encoder: a Hugging Face hub id, a local folder, or ``builtin:NAME`` for a shipped one.
+
+    ``states:FILE`` names a file of precomputed hidden states in its place.
+    """
 
     source: str
     revision: str | None = None
@@ -72,6 +75,11 @@ class EncoderSpec(Frozen):
     """Of its weights; ``auto`` is that of the checkpoint. Other than fp32 only where no method trains through it."""
     attention: str | None = None
     """Attention implementation by its name in transformers (``eager``, ``sdpa``); ``None``: its default."""
+
+    @property
+    def precomputed(self) -> bool:
+        """Whether it is a file of hidden states in place of an encoder."""
+        return self.source.startswith("states:")
 
 
 class LearningRates(Frozen):
@@ -331,6 +339,12 @@ class EncoderFacts(Frozen):
     width: int
     depth: int
     parameters: int
+    pool: Pool = "first"
+    """How its items are read unless a method says otherwise."""
+    dtype: str = "float32"
+    """Of its weights as loaded."""
+    attention: str | None = None
+    """Attention implementation, by its name in transformers; ``None`` where it is not known."""
 
 
 class CachePart(Frozen):

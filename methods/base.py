@@ -214,10 +214,6 @@ class Method:
     def adapt(self, model: Recommender, schedule: Schedule) -> None:
         """Inject or replace modules and set which parameters train. Encoders arrive frozen, the rest trainable."""
 
-    def encode(self, model: Recommender, items: Items) -> Tensor:
-        """Item vectors (n, d) of a set of items, in training and evaluation."""
-        return model.encode_items(items)
-
     def trainable_parameters(self, task: TaskShape, views: Mapping[Modality, EncoderView]) -> int:
         """Formula: how many parameters train in the first stage, besides the sequential encoder.
 
@@ -228,6 +224,10 @@ class Method:
             task: sizes of the task. views: the unmodified encoders by modality; none of a method without encoders.
         """
         raise NotImplementedError(f"{type(self).__name__} has no formula of its trainable parameters")
+
+    def encode(self, model: Recommender, items: Items) -> Tensor:
+        """Item vectors (n, d) of a set of items, in training and evaluation."""
+        return model.encode_items(items)
 
     # --- optimiser ----------------------------------------------------------------------------------------------
 

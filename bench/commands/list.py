@@ -25,7 +25,7 @@ def methods(as_json: AsJson = False, methods_path: MethodsPath = None) -> None:
             {
                 "name": name,
                 "what": _summary(sys.modules[cls.__module__].__doc__),
-                "cacheable": cls.decoupled,
+                "cacheable": bool(cls(cls.Config()).frozen_encoders(("text", "image"))),
                 "baseline": cls.baseline,
                 "options": cls.Config().model_dump(mode="json"),
                 "origin": origin,

@@ -10,7 +10,7 @@ from tpme.bench.contract.expect import ContractError, NotApplicable, expect_clos
 from tpme.bench.contract.subject import Subject, vectors, with_options
 from tpme.bench.run.inputs import feature_job
 from tpme.bench.task.features import build
-from tpme.bench.task.items import Items, Reads
+from tpme.bench.task.items import Items, Reads, States, named_tensors
 from tpme.bench.task.view import EncoderView
 from tpme.bench.train.loop import Trainer
 from tpme.bench.train.step import total_loss
@@ -77,20 +77,22 @@ def cached_equals_uncached(subject: Subject) -> None:
     """On states cached from fresh encoders in half precision, it computes what it computes on the encoders."""
     _require_frozen_encoders(subject)
     trainer = subject.trainer()
-    specs = {modality: subject.specs[modality] for modality in subject.frozen}
     job = subject.job(subject.cell())
-    build(feature_job(job, specs, trainer.model.item_encoder.reads))  # as the builder does, in this process
+    for modality in subject.frozen:  # as the builder does, in this process
+        build(feature_job(job, modality, subject.specs[modality], trainer.model.item_encoder.reads[modality]))
     cached = subject.trainer(subject.cell(cached=True))
     items = subject.items(trainer)
     states, tables = trainer.model.eval().hidden_states(items), subject.items(cached).states or {}
     for modality in subject.frozen:
-        expect_close(
-            tables[modality].float(),
-            states[modality],
-            f"cached {modality} states, of the fresh encoder, differ from those of the method's encoder",
-            atol=HALF,
-            rtol=HALF,
-        )
+        computed = named_tensors(states[modality])
+        for name, stored in named_tensors(tables[modality]).items():
+            expect_close(
+                stored.float(),
+                computed[name].float(),
+                f"cached {modality} states, of the fresh encoder, differ from those of the method's encoder",
+                atol=HALF,
+                rtol=HALF,
+            )
     _compare_step(subject, trainer, cached)
     training = subject.train(subject.cell(cached=True))
     if training.error is not None:
@@ -139,14 +141,15 @@ def cache_key_names_what_is_read(subject: Subject) -> None:
             states = model.hidden_states(items)
             for modality in subject.frozen:
                 reads = model.item_encoder.reads[modality]
-                if not torch.equal(states[modality], _fresh(subject.fresh_views[modality], reads, items)):
+                fresh = named_tensors(_fresh(subject.fresh_views[modality], reads, items))
+                if not all(torch.equal(kept, fresh[name]) for name, kept in named_tensors(states[modality]).items()):
                     raise ContractError(
                         f"with {options or 'these options'}, the {modality} states are not those that `reads` names: "
                         "the feature cache's key does not know of the difference"
                     )
 
 
-def _fresh(view: EncoderView, reads: Reads, items: Items) -> torch.Tensor:
+def _fresh(view: EncoderView, reads: Reads, items: Items) -> States:
     return view.encode(reads, tokens=items.tokens, token_mask=items.token_mask, image=items.image)
 
 

@@ -171,8 +171,8 @@ class Subject:
         return trainer.store.gather(np.array(wanted, dtype=np.int64)).to(trainer.device)
 
     def batch(self, trainer: Trainer) -> Batch:
-        """The first batch of the first epoch."""
-        return next(iter(trainer.loader.epoch(1)))
+        """The first of the training batches."""
+        return next(trainer.batches())
 
     @cached_property
     def task(self) -> TaskShape:

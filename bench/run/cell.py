@@ -18,11 +18,12 @@ from typing import NoReturn
 
 import torch
 
+from tpme.bench.counting.meta import MetaCell
 from tpme.bench.errors import UserError
 from tpme.bench.measure.environment import environment
 from tpme.bench.measure.phases import PhaseLog, measuring
 from tpme.bench.record import CellResult, EncoderSpec, Modality, Reading, Status, write_result
-from tpme.bench.run.counters import final_counters
+from tpme.bench.run.counters import final_counters, trained_structure
 from tpme.bench.run.events import progress_events
 from tpme.bench.run.inference import measure_inference
 from tpme.bench.run.inputs import check_encoders, feature_job, item_store, open_dataset
@@ -67,6 +68,8 @@ class CellRun:
         self.started_at = datetime.now(UTC)
         self.facts = CellFacts()
         self.kept = Kept(job.folder / "procedure")
+        self.structure: MetaCell | Exception | None = None
+        """What was trained, before it is prepared for inference."""
 
     def run(self) -> Status:
         """Run the cell; every way it can end is a status."""
@@ -82,7 +85,8 @@ class CellRun:
             status = "ok"
         if self.facts.trainer is not None and status != "timeout":
             # After everything that is measured, and also where training ended badly.
-            self.facts.counters |= final_counters(self.job, self.facts.trainer, trained=status == "ok")
+            structure = self.structure or trained_structure(self.facts.trainer)
+            self.facts.counters |= final_counters(self.job, self.facts.trainer, structure, trained=status == "ok")
         return status
 
     def _train_and_export(self) -> None:
@@ -95,6 +99,7 @@ class CellRun:
             facts.parameters = parameter_counts(model, method, trainer.outcome.trainable_max)
             for reporting in dict.fromkeys((method, driver)):
                 facts.counters |= method_counters(reporting, model, self.cell.method)
+            self.structure = trained_structure(trainer)
         facts.counters |= guarded_split(trainer)
         with self.phases.phase("export"):
             method.prepare_inference(model)
@@ -112,11 +117,10 @@ class CellRun:
         specs = encoder_specs(cell, method)
         check_encoders(specs)
         use = EncoderUse.of(cell, method)
-        shapes = {modality: encoder_shape(spec) for modality, spec in specs.items()}
+        shapes = {modality: encoder_shape(spec, modality) for modality, spec in specs.items()}
         builder = ModelBuilder(method, cell.training, DataSize.of(dataset), shapes)
         states = self._load_states(use, builder.item_encoder.reads, dataset) if use.cached or use.given else {}
         store, views = self._load_encoders(use.run, dataset, states)
-        self.inputs = use, builder.item_encoder.reads
         with self.phases.phase("adapt"):
             model = builder.build(views, cell.seed).to(self.device)
             if cell.training.compile and compile_model(model):
@@ -155,10 +159,14 @@ class CellRun:
         cell, of = self.cell, self.facts.trainer
         assert of is not None
         seed_generators(seed)
-        specs, use = encoder_specs(cell, method), EncoderUse.of(cell, method)
-        shapes = {modality: encoder_shape(spec) for modality, spec in specs.items()}
-        builder = ModelBuilder(method, cell.training, DataSize.of(of.dataset), shapes)
-        self._check_inputs(use, builder.item_encoder.reads)
+        shapes = {modality: encoder_shape(spec, modality) for modality, spec in encoder_specs(cell, method).items()}
+        builder, use = ModelBuilder(method, cell.training, DataSize.of(of.dataset), shapes), EncoderUse.of(cell, method)
+        reads, held = builder.item_encoder.reads, of.model.item_encoder.reads
+        if (
+            any(reads[m] != held.get(m) for m in (*use.cached, *use.given))
+            or not use.run.keys() <= of.model.views.keys()
+        ):
+            raise UserError(f"{cell.label}: a fork reads other hidden states than are cached; run it without 'cached'")
         views = {modality: load_encoder(spec, modality, seed=cell.seed).view for modality, spec in use.run.items()}
         model = builder.build(views, seed).to(self.device)
         if cell.training.compile:
@@ -168,16 +176,6 @@ class CellRun:
             replay_graphs(fork)
         seed_generators(seed)
         return fork
-
-    def _check_inputs(self, use: EncoderUse, reads: Mapping[Modality, Reads]) -> None:
-        loaded, loaded_reads = self.inputs
-        for modality in reads:
-            if modality in use.run and modality not in loaded.run:
-                raise UserError(
-                    f"{self.cell.label}: a fork runs the {modality} encoder, but only its states are loaded"
-                )
-            if modality not in use.run and (modality in loaded.run or reads[modality] != loaded_reads.get(modality)):
-                raise UserError(f"{self.cell.label}: a fork reads states of the {modality} encoder that are not loaded")
 
     def _load_states(self, use: EncoderUse, reads: Mapping[Modality, Reads], dataset: Dataset) -> dict[Modality, Table]:
         """Cached and precomputed hidden states; separate processes build the caches that there are not yet."""

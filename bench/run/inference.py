@@ -18,6 +18,7 @@ from tpme.bench.measure.clock import now
 from tpme.bench.record import Inference, Reading, Timings
 from tpme.bench.task.evaluate import ITEMS_PER_CHUNK
 from tpme.bench.task.items import Items, map_tensors
+from tpme.bench.task.placement import table_bytes
 from tpme.bench.train.loop import Trainer
 
 TOP = 10
@@ -123,7 +124,7 @@ def _flops(encode: Callable[[Items], Tensor], items: Items) -> tuple[Reading, bo
     """FLOPs an item, and whether they depend on the data: single items are compared, because larger sets even out."""
     source = f"1 multiply-add = 2 FLOPs, one pass over {len(items)} items, math attention"
     if items.states is not None:
-        source += "; from cached states, so without the encoders"
+        source += f"; from stored states, so without the {' and '.join(items.states)} encoder"
     try:
         flops, uncounted = item_flops(encode, items)
         places = {round(place) for place in np.linspace(0, len(items) - 1, COMPARED)}
@@ -141,7 +142,7 @@ def _loaded_bytes(trainer: Trainer) -> Reading:
     """Bytes of the prepared model and of the table of states that it reads, if any."""
     tensors = [*trainer.model.parameters(), *trainer.model.buffers()]
     source = "all parameters and buffers of the prepared model"
-    if trainer.store.states is not None:
-        map_tensors(trainer.store.states, lambda tensor: tensors.append(tensor) or tensor)  # type: ignore[func-returns-value]
-        source += ", cached states of all items"
-    return Reading(value=sum(tensor.numel() * tensor.element_size() for tensor in tensors), source=source)
+    states = sum(map(table_bytes, trainer.store.states.values()))
+    if states:
+        source += ", stored states of all items"
+    return Reading(value=states + sum(tensor.numel() * tensor.element_size() for tensor in tensors), source=source)

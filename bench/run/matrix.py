@@ -28,6 +28,7 @@ from pydantic import (
 
 from tpme.bench.errors import UserError, first_problem
 from tpme.bench.record import Cell, EncoderSpec, Frozen, LearningRates, Modality, Protocol, Training, cell_id
+from tpme.bench.run.encoder_checks import check_cached, check_items, check_states, pinned
 
 if TYPE_CHECKING:
     from tpme.methods.base import Method
@@ -57,6 +58,12 @@ class EncoderEntry(Frozen):
 
     text: EncoderSpec | None = None
     image: EncoderSpec | None = None
+
+    @property
+    def given(self) -> tuple[Modality, ...]:
+        """Encoders that are files of states, which need nothing of the data set but its items."""
+        specs: dict[Modality, EncoderSpec | None] = {"text": self.text, "image": self.image}
+        return tuple(modality for modality, spec in specs.items() if spec is not None and spec.precomputed)
 
 
 def _kind_of_trial(value: object) -> str:
@@ -192,17 +199,19 @@ def expand(
         methods_path: folders with further methods.
 
     Raises:
-        UserError: an unknown method, an option or axis that does not fit, caching of a method that is not decoupled,
-            learning-rate trials of different number, a modality that data or encoders lack.
+        UserError: an unknown method, an option or axis that does not fit, caching of a method that leaves no encoder
+            frozen, learning-rate trials of different number, a modality that data or encoders lack, precomputed states
+            that lack an item or what a method reads.
     """
     trials = _learning_rates(matrix, methods_path)
-    encoders = [EncoderEntry(text=_pin(pair.text), image=_pin(pair.image)) for pair in matrix.encoders]
+    encoders = [EncoderEntry(text=pinned(pair.text), image=pinned(pair.image)) for pair in matrix.encoders]
     cells = []
     for entry, pair, seed in itertools.product(matrix.datasets, encoders, matrix.seeds):
         data = datasets[entry.name]
         modalities = _modalities(matrix, entry, data, pair)
+        check_items([spec for m in modalities if (spec := getattr(pair, m))], data.path)
         for training, method in itertools.product(_trainings(matrix), matrix.methods):
-            baseline = _check(method, modalities, methods_path).baseline
+            instance = _check(method, modalities, training, methods_path)
             for cached, (trial, lr) in itertools.product(_cached(method), enumerate(trials[id(method)])):
                 cells.append(
                     Cell(
@@ -222,23 +231,16 @@ def expand(
                         device="cuda" if device == "cuda" else "cpu",
                         seed=seed,
                         matrix=matrix.name,
-                        baseline=baseline,
+                        baseline=instance.baseline,
                     )
                 )
+                check_states(cells[-1], instance)
     seen: set[str] = set()
     for cell in cells:
         if (identity := cell_id(cell, "")) in seen:
             raise UserError(f"matrix '{matrix.name}': method '{cell.label}' appears twice with the same settings")
         seen.add(identity)
     return cells
-
-
-def _pin(spec: EncoderSpec | None) -> EncoderSpec | None:
-    if spec is None:
-        return None
-    from tpme.bench.task.encoders import pin_revision
-
-    return pin_revision(spec)
 
 
 def _cached(method: MethodEntry) -> tuple[bool, ...]:
@@ -248,13 +250,15 @@ def _cached(method: MethodEntry) -> tuple[bool, ...]:
 def _modalities(
     matrix: MatrixFile, entry: DatasetEntry, data: PreparedDataset, pair: EncoderEntry
 ) -> tuple[Modality, ...]:
-    used = matrix.modalities or data.modalities
+    given = [modality for modality in pair.given if modality not in data.modalities]
+    there = (*data.modalities, *given)
+    used = matrix.modalities or there
     for modality in used:
-        if modality not in data.modalities:
+        if modality not in there:
             raise UserError(f"data set '{entry.name}' has no {modality}; set modalities = {list(data.modalities)}")
         if getattr(pair, modality) is None:
             raise UserError(f"the matrix uses {modality} but names no {modality} encoder; add encoders.{modality}")
-    return tuple(modality for modality in data.modalities if modality in used)
+    return tuple(modality for modality in there if modality in used)
 
 
 def _trainings(matrix: MatrixFile) -> list[Training]:
@@ -331,17 +335,28 @@ def _merged_rates(base: LearningRates, lr: LearningRates | float) -> LearningRat
     return base.model_copy(update=lr.model_dump(exclude_unset=True) | {"groups": base.groups | lr.groups})
 
 
-def _check(method: MethodEntry, modalities: tuple[Modality, ...], methods_path: Sequence[Path]) -> Method:
+def _check(
+    method: MethodEntry, modalities: tuple[Modality, ...], training: Training, methods_path: Sequence[Path]
+) -> Method:
     """The method, built once to see that it can do what the matrix asks; raises UserError where it cannot."""
     from tpme.methods.registry import create
 
     instance = create(method.name, method.options, methods_path)
-    if any(_cached(method)) and not instance.decoupled:
-        raise UserError(
-            f"method '{method.name}' cannot be cached: it changes the encoders, so their hidden states do not stay "
-            "the same; remove cached = true"
-        )
+    if any(_cached(method)):
+        check_cached(method.name, instance, modalities)
     lacking = [modality for modality in instance.needs if modality not in modalities]
     if lacking:
         raise UserError(f"method '{method.name}' needs {' and '.join(instance.needs)}; this matrix has no {lacking[0]}")
+    used = modalities if instance.modalities is None else instance.modalities
+    if training.activation_checkpointing and set(used) - set(instance.frozen_encoders(used)):
+        _check_passes(method.name, instance.passes())
     return instance
+
+
+def _check_passes(method: str, passes: Sequence[str]) -> None:
+    """Raise UserError for several: what ``begin_pass`` has set is that of the last one when layers run once more."""
+    if len(passes) > 1:
+        raise UserError(
+            f"method '{method}' has {len(passes)} passes a step ({', '.join(passes)}): layers that are computed once "
+            "more for the backward pass would mix them up; set activation_checkpointing = false"
+        )

@@ -44,19 +44,13 @@ class ItemStore:
         pin: bool = False,
     ) -> None:
         self.dataset, self.tokens, self.images, self.pin = dataset, tokens, images, pin
-        self.on_host: dict[Modality, Table] = {}
-        self.on_device: dict[Modality, States] = {}
-        for modality, table in (states or {}).items():
-            if isinstance(table, MappedStates) or named_tensors(table)["states"].device.type == "cpu":
-                self.on_host[modality] = table
-            else:
-                self.on_device[modality] = table
+        self.states = dict(states or {})
 
     @property
     def every_token(self) -> bool:
         """Whether an item is the tokens or pixels of an encoder, or the states of every token."""
-        tables = (*self.on_host.values(), *self.on_device.values())
-        return self.tokens is not None or self.images or any(isinstance(table, TokenStates) for table in tables)
+        inputs = self.tokens is not None or self.images
+        return inputs or any(isinstance(table, TokenStates) for table in self.states.values())
 
     def gather(self, ids: NDArray[np.int64]) -> Items:
         """The inputs of items ``ids`` (n,), on the host; tables kept on a device are passed on whole."""
@@ -70,8 +64,14 @@ class ItemStore:
             mask = torch.from_numpy((positions < lengths).astype(np.int64))
         if self.images:
             image = torch.from_numpy(self.dataset.gather_images(ids))
-        states = {modality: _rows(table, ids, pin=self.pin) for modality, table in self.on_host.items()}
-        return Items(index, tokens, mask, image, states or None, self.on_device or None)
+        states: dict[Modality, States] = {}
+        tables: dict[Modality, States] = {}
+        for modality, table in self.states.items():
+            if not isinstance(table, MappedStates) and named_tensors(table)["states"].device.type != "cpu":
+                tables[modality] = table
+            else:
+                states[modality] = _rows(table, ids, pin=self.pin)
+        return Items(index, tokens, mask, image, states or None, tables or None)
 
 
 def _rows(table: Table, ids: NDArray[np.int64], *, pin: bool) -> States:

@@ -145,7 +145,7 @@ class Dataset:
     @cached_property
     def item_names(self) -> list[str]:
         """The source's names by item id, (N + 1); entry 0 is empty."""
-        return ["", *_lines(self.path / "items.txt")]
+        return item_names(self.path)
 
     @cached_property
     def user_names(self) -> list[str]:
@@ -235,6 +235,11 @@ def read_manifest(folder: Path) -> Manifest:
     except ValidationError as error:
         first = first_problem(error)
         raise UserError(f"{path}: field '{first.field}': {first.message}; prepare the data set again") from None
+
+
+def item_names(folder: Path) -> list[str]:
+    """The source's names by item id, (N + 1), of the data set in ``folder``; entry 0 is empty."""
+    return ["", *_lines(folder / "items.txt")]
 
 
 def names_as_text(names: Iterable[str]) -> bytes:

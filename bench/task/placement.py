@@ -25,14 +25,18 @@ Table = States | MappedStates
 """States of all items, (N+1, levels, width): a cache, or a file of precomputed states."""
 
 
+def table_bytes(table: Table) -> int:
+    """Bytes of the states in ``table``."""
+    return table.bytes if isinstance(table, MappedStates) else size_bytes(table)
+
+
 def place(mapped: Mapping[Modality, Table], device: torch.device) -> tuple[dict[Modality, Table], Placement]:
     """Move memory-mapped tables to where training reads them fastest; returns them and their placement.
 
     On the GPU if they fit into half of its free memory; else in host memory if they fit into half of what is
     available, page-locked for a GPU where the system allows it; else they stay mapped.
     """
-    sizes = (table.bytes if isinstance(table, MappedStates) else size_bytes(table) for table in mapped.values())
-    placement = _placement(sum(sizes), device)
+    placement = _placement(sum(map(table_bytes, mapped.values())), device)
     if placement == "pinned":
         try:
             return {modality: _moved(table, placement, device) for modality, table in mapped.items()}, placement

@@ -12,6 +12,7 @@ like an encoder's: levels 0 to K-1, and the last one is the final state, too.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +29,6 @@ from tpme.bench.errors import UserError
 from tpme.bench.record import EncoderFacts, EncoderSpec
 from tpme.bench.task.items import EncoderShape, Reads
 
-PREFIX = "states:"
 _DTYPES = {
     "float16": torch.float16,
     "float32": torch.float32,
@@ -44,16 +44,6 @@ _BITS: dict[torch.dtype, tuple[type[np.signedinteger[Any]], torch.dtype]] = {
 }
 """Integers of the same size: numpy knows no bfloat16, and rows are only copied."""
 _ROWS_PER_CHUNK = 4096
-
-
-def is_precomputed(spec: EncoderSpec) -> bool:
-    """Whether the source of ``spec`` is a file of states."""
-    return spec.source.startswith(PREFIX)
-
-
-def states_path(spec: EncoderSpec) -> Path:
-    """The file of precomputed states."""
-    return Path(spec.source.removeprefix(PREFIX)).expanduser()
 
 
 @dataclass(frozen=True)
@@ -115,7 +105,7 @@ class StatesFile:
         """
         if spec != EncoderSpec(source=spec.source, revision=spec.revision):
             raise UserError(f"encoder '{spec.source}': precomputed states have no options but their source")
-        path = states_path(spec)
+        path = Path(spec.source.removeprefix("states:")).expanduser()
         read = {".npy": _npy_header, ".safetensors": _safetensors_header}.get(path.suffix)
         if read is None:
             raise UserError(f"{path}: precomputed states are read from .npy or .safetensors files")
@@ -154,6 +144,11 @@ class StatesFile:
     @cached_property
     def _bits(self) -> NDArray[np.signedinteger[Any]]:
         return np.memmap(self.path, _BITS[self.dtype][0], "r", self.offset, self.size)
+
+    def digest(self) -> str:
+        """SHA-256 of the file, in hexadecimal."""
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def check_values(self) -> None:
         """Raise UserError where a value is not finite."""

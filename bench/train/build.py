@@ -19,7 +19,6 @@ from tpme.bench.errors import UserError
 from tpme.bench.record import Cell, EncoderSpec, Modality, Training
 from tpme.bench.task.dataset import Dataset
 from tpme.bench.task.items import EncoderShape
-from tpme.bench.task.precomputed import is_precomputed
 from tpme.bench.task.recommender import Recommender
 from tpme.bench.task.sequential import SequentialEncoder
 from tpme.bench.task.view import EncoderView
@@ -103,7 +102,7 @@ class EncoderUse:
         """How ``cell`` uses the encoders. Raises UserError where ``method`` adapts one that is only a file."""
         specs = encoder_specs(cell, method)
         frozen = method.frozen_encoders(tuple(specs))
-        given = {modality: spec for modality, spec in specs.items() if is_precomputed(spec)}
+        given = {modality: spec for modality, spec in specs.items() if spec.precomputed}
         for modality, spec in given.items():
             if modality not in frozen:
                 raise UserError(

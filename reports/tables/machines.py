@@ -73,6 +73,8 @@ def _encoder(result: CellResult, modality: Modality) -> str | None:
     if facts is None:
         return None
     revision = f"@{facts.revision}" if facts.revision else ""
+    if facts.architecture == "states":
+        return f"{shorten_path(facts.source)}{revision}: {facts.depth + 1} hidden states of width {facts.width}"
     return (
         f"{shorten_path(facts.source)}{revision}: {facts.architecture}, {facts.weights} weights, width {facts.width}, "
         f"depth {facts.depth}, {facts.parameters / 1e6:.4g} M parameters"

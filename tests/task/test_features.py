@@ -19,7 +19,7 @@ from tpme.bench.task.batches import ItemStore, build_batch, log_popularity
 from tpme.bench.task.dataset import Dataset
 from tpme.bench.task.encoders import load_encoder
 from tpme.bench.task.features import FeatureJob, build, feature_folder, open_cache
-from tpme.bench.task.items import Reads, TokenStates
+from tpme.bench.task.items import Reads
 from tpme.bench.task.placement import place
 from tpme.bench.task.prepare import prepare
 from tpme.bench.task.sources.synthetic import Synthetic, generate

@@ -1,0 +1,98 @@
+"""Rows that train one encoder and read the other: exactly the frozen one is cached, in a cache that rows share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import write_method
+
+from tpme.bench.counting.batch import DataShape
+from tpme.bench.counting.meta import MetaCell
+from tpme.bench.errors import UserError
+from tpme.bench.record import CellResult
+from tpme.bench.task.dataset import Dataset
+
+TRAINS_TEXT = """
+    def frozen_encoders(self, modalities):
+        return tuple(modality for modality in modalities if modality == "image")
+
+    def adapt(self, model, schedule):
+        model.views["text"].layers[-1].requires_grad_(True)
+"""
+
+
+@pytest.fixture(scope="module")
+def methods(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("methods")
+    write_method(folder, "trains_text", TRAINS_TEXT)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def twins(world: Any, methods: Path, tmp_path_factory: pytest.TempPathFactory) -> list[CellResult]:
+    """The row on both encoders, its cached twin, and ``frozen`` cached before it, which builds both caches."""
+    rows = [{"name": "frozen", "cached": True}, {"name": "trains_text", "cached": [False, True]}]
+    matrix = world.matrix(rows, training={"epochs": 2, "max_steps_per_epoch": None})
+    results = world.run(matrix, tmp_path_factory.mktemp("twins"), methods_path=[methods])
+    assert [result.status for result in results] == ["ok"] * 3, [result.failure for result in results]
+    return results
+
+
+def test_the_cached_twin_trains_as_the_uncached_one(twins: list[CellResult]) -> None:
+    _, plain, cached = twins
+    losses = [epoch.loss for epoch in plain.epochs]
+    assert losses[1] < losses[0]
+    assert [epoch.loss for epoch in cached.epochs] == pytest.approx(losses, rel=2e-3)
+    assert plain.parameters.by_group["text"] > 0
+    assert cached.parameters.by_group == plain.parameters.by_group
+
+
+def test_only_the_encoder_that_trains_is_loaded(twins: list[CellResult]) -> None:
+    _, plain, cached = twins
+    assert (cached.text_encoder, cached.image_encoder) == (plain.text_encoder, None)
+    assert cached.cache.encoders == {"image": plain.image_encoder}
+    assert plain.parameters.total - cached.parameters.total == plain.image_encoder.parameters
+    loads = [phase.name for phase in cached.phases if phase.kind == "load"]
+    assert loads == ["libraries", "data", "cache", "encoders"]
+    assert plain.cache is None
+
+
+def test_the_cache_of_one_encoder_is_shared_with_rows_that_cache_both(twins: list[CellResult]) -> None:
+    first, _, cached = twins
+    assert set(first.cache.parts) == {"text", "image"}
+    assert first.cache.built_by_attempt
+    assert not cached.cache.built_by_attempt
+    assert cached.cache.bytes == first.cache.parts["image"].bytes == cached.counters["cache_bytes"].value
+    assert not [phase for phase in cached.phases if phase.kind == "cache"]
+
+
+def test_its_counters_are_those_of_a_step_with_one_encoder(world: Any, methods: Path, tmp_path: Path) -> None:
+    matrix = world.matrix([{"name": "trains_text", "cached": [False, True]}])
+    data = DataShape.of(Dataset.open(world.data))
+    plain, cached = (
+        MetaCell(job.cell, data, methods_path=[methods]) for job in world.jobs(matrix, tmp_path, [methods])
+    )
+    assert (set(plain.model.views), set(cached.model.views)) == ({"text", "image"}, {"text"})
+    assert (plain.cache_bytes, list(cached.cache_bytes)) == ({}, ["image"])
+    assert plain.model.frozen == cached.model.frozen == {"image"}
+    items = cached.batch.items
+    assert (items.image, list(items.states)) == (None, ["image"])
+    assert items.tokens.shape == plain.batch.items.tokens.shape
+
+
+def test_checkpointing_has_an_effect_where_one_encoder_trains(world: Any, methods: Path, tmp_path: Path) -> None:
+    """The flag says "nothing to checkpoint" only where no gradient flows through any encoder."""
+    training = {"activation_checkpointing": True}
+    for method, flagged in (("trains_text", False), ("frozen", True)):
+        matrix = world.matrix([{"name": method, "cached": True}], training=training)
+        result = world.tell(matrix, tmp_path / method, methods_path=[methods])
+        assert result.status == "ok", result.failure
+        assert ("no-checkpointing" in {flag.code for flag in result.flags}) == flagged
+
+
+def test_a_method_that_leaves_no_encoder_frozen_has_nothing_to_cache(world: Any, methods: Path, tmp_path: Path) -> None:
+    matrix = world.matrix([{"name": "trains_text", "cached": True}], modalities=["text"])
+    with pytest.raises(UserError, match="'trains_text' cannot be cached"):
+        world.jobs(matrix, tmp_path, [methods])
