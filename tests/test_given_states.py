@@ -231,7 +231,7 @@ def test_a_matrix_with_states_of_another_data_set_is_refused(world: Any, tmp_pat
         datasets=[{"name": "titles", "path": str(titles)}],
         encoders=given(world, image=tmp_path / "few.npy"),
     )
-    with pytest.raises(UserError, match="few.npy: 7 rows for a data set of"):
+    with pytest.raises(UserError, match=r"few\.npy: 7 rows for a data set of"):
         world.jobs(matrix, tmp_path)
 
 
