@@ -298,6 +298,8 @@ class Inference(Frozen):
     """Peaks while all this was timed."""
     loaded_bytes: Reading
     """What must be in memory to encode items."""
+    looked_up: tuple[Modality, ...] = ()
+    """Modalities whose hidden states come from a table: their encoders do not run, and no FLOPs of them are counted."""
 
 
 class Epoch(Frozen):

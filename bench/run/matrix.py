@@ -144,14 +144,15 @@ def load_matrix(source: str, settings: Sequence[str] = ()) -> MatrixFile:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{path}: not a readable TOML file: {error}") from None
     for setting in settings:
-        _apply_setting(raw, setting)
+        apply_setting(raw, setting)
     try:
         return MatrixFile.model_validate(raw)
     except ValidationError as error:
         raise UserError(f"{path}: {_first(error)}") from None
 
 
-def _apply_setting(raw: dict[str, Any], setting: str) -> None:
+def apply_setting(raw: dict[str, Any], setting: str) -> None:
+    """Lay ``setting`` (``"training.epochs=2"``) over the tables of a TOML file; raises UserError where it cannot."""
     key, equals, text = setting.partition("=")
     if not equals:
         raise UserError(f"--set {setting}: write it as key=value, for example training.epochs=2")
