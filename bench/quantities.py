@@ -52,6 +52,7 @@ COLUMN_UNITS: dict[str, tuple[Prefix, ...]] = {
 }
 """Units of a whole column, chosen by its largest value; the last one is the smallest in use."""
 MS: tuple[Prefix, ...] = (("ms", 1e-3, 0.0),)
+ITEM_FLOP: tuple[Prefix, ...] = (("GFLOP", 1e9, 1e9), ("MFLOP", 1e6, 0.0))
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,12 @@ QUANTITIES: dict[str, Quantity] = {
         Quantity("total_millions", "All parameters", unit="M", digits=4),
         Quantity("cache_build_s", "Cache build", unit="s"),
         Quantity("training_energy_j", "Training energy", unit="J", units=(("J", 1.0, 0.0),)),
-        Quantity("inference_items_per_s", "Inference", unit="items/s", better="higher"),
         Quantity("search_wall_s", "lr search", unit="s"),
+        # serving the adapted model
+        Quantity("inference_items_per_s_1", "One by one", "items encoded one by one", "items/s", "higher"),
+        Quantity("inference_items_per_s", "Inference", "items encoded in batches", "items/s", "higher"),
+        Quantity("inference_held_bytes", "Memory", unit="bytes", memory="held"),
+        Quantity("inference_allocated_bytes", "allocated", unit="bytes", memory="allocated"),
         # a training step
         Quantity("data_wait_s", "Data wait", unit="s", units=MS),
         Quantity("forward_s", "FP", unit="s", units=MS),
@@ -153,10 +158,19 @@ QUANTITIES: dict[str, Quantity] = {
         Quantity("cache_bytes", "Cache", "feature cache", "bytes", kind="counter", units=(("MB", 1e6, 0.0),)),
         _counter("steps_per_epoch", "Steps an epoch", "steps an epoch"),
         _counter("steps", "Steps", "training steps"),
+        Quantity(
+            "inference_flops", "FLOPs an item", "FLOPs of encoding an item", "FLOP", kind="counter", units=ITEM_FLOP
+        ),
+        _counter("inference_loaded_bytes", "Loaded", "loaded for inference", "bytes"),
         Quantity("step_s", "Step", "training step", "s", kind="time"),
         Quantity("epoch_s", "Epoch", "training epoch", "s", kind="time"),
+        Quantity("inference_single_s", "Item", "encoding one item", "s", kind="time"),
+        Quantity("inference_batch_s", "Batch", "encoding a batch of items", "s", kind="time"),
+        Quantity("inference_user_s", "User", "serving one user", "s", kind="time", units=MS),
         Quantity("torch_allocated_bytes", "Allocated", "allocated memory peak", "bytes", kind="memory"),
         Quantity("host_rss_bytes", "Resident", "resident memory peak", "bytes", kind="memory"),
+        Quantity("inference_torch_allocated_bytes", "Allocated", "allocated peak of inference", "bytes", kind="memory"),
+        Quantity("inference_host_rss_bytes", "Resident", "resident peak of inference", "bytes", kind="memory"),
         # quality
         *(
             _quality(f"{metric}_{k}{key}", f"{name}@{k}{part}")
@@ -198,6 +212,12 @@ def number(value: float | None, digits: int = 3) -> str:
     if not -4 <= size < 9:
         return f"{value:.{digits - 1}e}"
     return f"{value:.{max(0, digits - 1 - size)}f}"
+
+
+def rate_text(value: float) -> str:
+    """A rate with three significant digits and separators of thousands: ``0.125``, ``34.5``, ``1,960,000``."""
+    rounded = float(f"{value:.3g}")
+    return f"{rounded:,.0f}" if rounded >= 1000 else number(rounded)
 
 
 def byte_unit(values: Iterable[float | None]) -> tuple[str, float]:

@@ -44,8 +44,9 @@ Precision = Literal["fp32", "bf16", "fp16"]
 Status = Literal["ok", "oom", "diverged", "timeout", "killed", "error", "skipped"]
 PhaseKind = Literal[
     "load", "adapt", "prepare", "cache", "warmup", "train", "validate", "rank", "export", "inference", "estimate",
-    "search", "round",
+    "search", "round", "count",
 ]  # fmt: skip
+"""``estimate``, ``search`` and ``round`` are a method's own; ``count`` is the harness's counting after training."""
 
 
 class Frozen(BaseModel):
@@ -297,6 +298,8 @@ class Inference(Frozen):
     """Peaks while all this was timed."""
     loaded_bytes: Reading
     """What must be in memory to encode items."""
+    looked_up: tuple[Modality, ...] = ()
+    """Modalities whose hidden states come from a table: their encoders do not run, and no FLOPs of them are counted."""
 
 
 class Epoch(Frozen):
@@ -309,6 +312,8 @@ class Epoch(Frozen):
     train_s: PositiveFloat
     steps: PositiveInt
     loss: float
+    losses: dict[str, float] = {}
+    """Mean of each term of the loss, by the name that the method gives it."""
     valid_recall_10: float
     valid_ndcg_10: float
 
@@ -336,6 +341,12 @@ class EncoderFacts(Frozen):
     width: int
     depth: int
     parameters: int
+    pool: Pool = "first"
+    """How its items are read unless a method says otherwise."""
+    dtype: str = "float32"
+    """Of its weights as loaded."""
+    attention: str | None = None
+    """Attention implementation, by its name in transformers; ``None`` where it is not known."""
 
 
 class CachePart(Frozen):
@@ -468,12 +479,15 @@ class CellResult(Frozen):
     phases: tuple[Phase, ...] = ()
     epochs: tuple[Epoch, ...] = ()
     warmup_epochs: int = 0
-    """Leading epochs that do not count towards the epoch time."""
+    """Leading epochs that do not count towards the epoch time: those of earlier stages, and the last one's warm-up."""
     best_epoch: int | None = None
+    """Of the last stage, as the test ranks."""
     epoch_time_s: Reading
-    """T of TPME: median training time of an epoch after the warm-up epochs."""
+    """T of TPME: median training time of an epoch of the last stage after its warm-up."""
+    all_in_s: Reading | None = None
+    """Everything that leads to the trained model: feature cache, estimation, search, rounds, epochs of all stages."""
     training_memory: Memory | None = None
-    """Peaks over all training phases: the source of M of TPME."""
+    """Peaks over the training phases of the last stage: the source of M of TPME."""
     cache: CacheFacts | None = None
     inference: Inference | None = None
     """None where the cell did not get so far, and in records from before it was measured."""
@@ -487,10 +501,11 @@ class CellResult(Frozen):
     """``None`` for what was measured here."""
     flags: tuple[Flag, ...] = ()
     files: dict[str, str] = {}
-    """``ranks`` and ``samples``: names of the ``.npz`` files beside this record.
+    """``ranks`` and ``samples``: names of the ``.npz`` files beside this record; ``adapter``: of a safetensors file.
 
     ``ranks`` holds, one entry a user: ``rank`` (int32, from 1, ties against the model), ``target`` (item),
     ``cold`` (the target never occurs in training), ``in_history`` (the target is masked, so it cannot hit).
+    ``adapter`` holds what the method has trained, as of the best epoch, where the run saves it.
     ``samples`` holds ``step_s`` (training steps), ``step_epoch``, and the memory curve ``sample_t_s``,
     ``sample_bytes``.
     """

@@ -7,8 +7,10 @@ the task; no hook can change them for the other rows of a matrix.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -16,8 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tpme.bench.record import Frozen, LearningRates, Modality
-from tpme.bench.task.items import EncoderShape
+from tpme.bench.record import Frozen, LearningRates, Modality, PhaseKind
+from tpme.bench.task.batches import Batch
+from tpme.bench.task.items import EncoderShape, Items
 from tpme.bench.task.recommender import ItemEncoder, Recommender, TokenFusion
 from tpme.bench.task.view import EncoderView
 
@@ -84,16 +87,80 @@ class StepState:
     """The gradient scaler skipped this step because a gradient overflowed."""
 
 
+@dataclass(frozen=True)
+class Validation:
+    """Quality on the validation targets."""
+
+    recall_10: float
+    ndcg_10: float
+
+
+Users = Collection[int] | NDArray[np.int64]
+"""Row numbers of training users, each once."""
+Result = Mapping[str, Any]
+"""What a part of a procedure returns: tensors, and values that JSON can hold (numbers, text, lists)."""
+
+
 class Context(Protocol):
-    """The part of the harness that ``run`` and ``before_training`` may use."""
+    """The part of the harness that ``run`` and ``before_training`` may use.
+
+    state: of the training. seed: of the cell, or given to ``fork``. users: row numbers 0 .. U-1 of all training users.
+    """
 
     state: StepState
+    seed: int
+    users: NDArray[np.int64]
 
-    def train(self) -> None:
-        """Train the method's stages under the task's settings."""
+    @property
+    def folder(self) -> Path:
+        """A folder of the cell that survives the process: empty at the first attempt, kept until one ends well."""
 
-    def training_losses(self, steps: int) -> Iterable[Tensor]:
+    def batches(self, users: Users | None = None) -> Iterator[Batch]:
+        """Yield the training batches of ``users``, by default all, once, in an order of their own.
+
+        Raises ValueError for users that are no training users, or given twice.
+        """
+
+    def training_losses(self, steps: int) -> Iterator[Tensor]:
         """Yield the task's loss on ``steps`` training batches, for projections, importances and trials."""
+
+    def train(self, epochs: int | None = None, users: Users | None = None, kind: PhaseKind = "train") -> None:
+        """Train the method's stages under the task's settings, each with a new optimiser.
+
+        Args:
+            epochs: of all stages; by default the task's.
+            users: the training users; by default all. Steps per epoch and schedule are those of these users.
+            kind: of the phases. ``train`` is T and M: every epoch is validated, and training stops early. Any other
+                kind trains all epochs without validation and leaves no epoch in the record.
+
+        Raises:
+            ValueError: users that are no training users, or given twice; fewer than one epoch.
+        """
+
+    def validate(self) -> Validation:
+        """The model's quality now. As after an epoch, the test targets are ranked where it is the best so far."""
+
+    def phase(self, kind: PhaseKind, name: str) -> AbstractContextManager[None]:
+        """Measure the block as one phase; what begins a phase within it, other than ``train``, becomes part of it."""
+
+    def fork(self, method: Method, seed: int) -> Context:
+        """A fresh model of the cell on the same data, adapted by ``method``; with its own state, epochs and ranks."""
+
+    def adopt(self, fork: Context) -> None:
+        """Make the fork's model, method, state, epochs and ranks those of the cell, and release the cell's own.
+
+        To train the final model, adopt it first: else both models count towards M.
+        """
+
+    def once(self, kind: PhaseKind, name: str, work: Callable[[], Result]) -> Result:
+        """Do ``work`` in a phase and keep its result in ``folder``; an attempt after kill -9 reads it instead.
+
+        The random generators are seeded by the seed and ``name`` for the work, and restored after it. Whatever else
+        later parts need must be in the result; tensors come back on the host. The seconds of the work count towards
+        the cell's total in whichever attempt they were spent.
+
+        Raises ValueError for kind ``train``, and for a name that was used before.
+        """
 
 
 def fusion_parameters(task: TaskShape) -> int:
@@ -158,6 +225,10 @@ class Method:
         """
         raise NotImplementedError(f"{type(self).__name__} has no formula of its trainable parameters")
 
+    def encode(self, model: Recommender, items: Items) -> Tensor:
+        """Item vectors (n, d) of a set of items, in training and evaluation."""
+        return model.encode_items(items)
+
     # --- optimiser ----------------------------------------------------------------------------------------------
 
     def param_groups(self, model: Recommender, lr: LearningRates) -> list[dict[str, Any]]:
@@ -218,14 +289,15 @@ class Method:
         return {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
 
     def load_state(self, model: Recommender, state: Mapping[str, Tensor]) -> None:
-        """Load a ``state`` into a freshly adapted model.
+        """Load a ``state`` into a freshly adapted model; a later stage may have trained other parameters than it does.
 
         Raises:
-            KeyError: the names differ from those of the trainable parameters.
+            KeyError: a name is of no parameter, or one that trains is missing.
             ValueError: a shape differs.
         """
-        own = {name: value for name, value in model.named_parameters() if value.requires_grad}
-        differing = sorted(set(state) ^ set(own))
+        own = dict(model.named_parameters())
+        trains = {name for name, value in own.items() if value.requires_grad}
+        differing = sorted(set(state) - set(own) | trains - set(state))
         if differing:
             raise KeyError(f"state of another structure: '{differing[0]}' is only in one of state and model")
         with torch.no_grad():

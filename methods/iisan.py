@@ -92,7 +92,9 @@ class SideNetwork(ItemEncoder):
 
     def __init__(self, task: TaskShape, config: IISANConfig) -> None:
         shapes = {modality: task.encoders[modality] for modality in ORDER if modality in task.encoders}
-        super().__init__({modality: Reads(side_levels(shape.depth)) for modality, shape in shapes.items()})
+        super().__init__(
+            {modality: Reads(side_levels(shape.depth), pool=shape.pool) for modality, shape in shapes.items()}
+        )
         towers: dict[str, Tower] = {}
         if config.intra:
             towers.update((modality, IntraTower(shape, config)) for modality, shape in shapes.items())

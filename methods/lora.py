@@ -8,8 +8,9 @@ from typing import Annotated
 from pydantic import Field, PositiveInt
 
 from tpme.bench.record import Modality
+from tpme.bench.task.families import Role
 from tpme.bench.task.recommender import Recommender
-from tpme.bench.task.view import EncoderView, Role
+from tpme.bench.task.view import EncoderView
 from tpme.methods.base import Method, MethodConfig, Schedule, TaskShape, fusion_parameters
 
 

@@ -24,6 +24,8 @@ from tpme.reports.data.section import Section
 from tpme.reports.data.tpme import COLUMNS, Weights, members
 from tpme.reports.data.trials import Line, shorten_path
 from tpme.reports.tables.fields import value_of
+from tpme.reports.tables.serving_costs import inference
+from tpme.reports.tables.table import Table
 
 SHORT = dict(zip(COLUMNS, ("t", "p", "m"), strict=True))
 QUALITY = tuple(f"{metric}_10{end}" for metric in ("recall", "ndcg") for end in ("", "_low", "_high"))
@@ -65,6 +67,7 @@ def _group(section: Section) -> dict[str, Any]:
         "frozen": section.frame_from,
         "shared": [shorten_path(text) for text in (*section.notes.shared, section.instruments)],
         "footnotes": [shorten_path(text) for text in section.notes.footnotes],
+        "inference": _table(inference(section)),
         "rows": [
             _row(section, index, name, line, bool(usable[name]), firsts[name])
             for index, (name, line) in enumerate(section.lines.items())
@@ -87,6 +90,18 @@ def _row(section: Section, index: int, name: str, line: Line, usable: bool, firs
         "seeds": int(line["seeds_ok"]),
         "notes": section.notes.marks[name],
         "cell": _cell(first),
+    }
+
+
+def _table(table: Table) -> dict[str, Any] | None:
+    """A table as people read it; None for one without rows. The first column heads its row."""
+    if not table.rows:
+        return None
+    return {
+        "columns": [table.columns[index].title for index in table.visible],
+        "rows": [[row[index].text for index in table.visible] for row in table.rows],
+        "best": [[row[index].best for index in table.visible] for row in table.rows],
+        "notes": list(table.notes),
     }
 
 

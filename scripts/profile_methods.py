@@ -106,11 +106,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def profiled(label: str, size: Size, folder: Path, machine: DeviceProfile, device: Device) -> Row:
     """Time and profile the training step of one method."""
     trainer = make_trainer(size, folder, PhaseLog(device, None, None), device)
-    trainer.batches.steps = WARMUP + STEPS
+    trainer.loader.steps = WARMUP + STEPS
     optimizer = trainer.optimizer()
     trainer.model.train()
     taken = []
-    for batch in trainer.batches.epoch(1):
+    for batch in trainer.loader.epoch(1):
         started = now(device)
         trainer.step(batch, optimizer)
         taken.append(now(device) - started)
@@ -140,7 +140,7 @@ def profiled(label: str, size: Size, folder: Path, machine: DeviceProfile, devic
 
 def staged_step(trainer: Trainer, users: NDArray[np.int64], optimizer: torch.optim.Optimizer) -> None:
     """One training step on ``users`` (B,), cut at the tensors between its parts, each part under its own mark."""
-    model, of = trainer.model, trainer.batches
+    model, of = trainer.model, trainer.loader
     with _part("data", trainer.device):
         batch = build_batch(of.slots[users], of.log_p, of.store, of.protocol).to(trainer.device)
     with _part("encoder forward", trainer.device):

@@ -164,11 +164,11 @@ def measure(point: Point) -> Measurement:
 def _training(point: Point, trainer: Any) -> tuple[float, dict[str, float]]:
     """Seconds of an epoch: timed whole along the users, else its number of steps times their median. On the axis
     ``depth``, seconds of one step."""
-    whole = len(trainer.batches)
+    whole = len(trainer.loader)
     steps = whole if point.axis == "users" else SHORT if point.axis == "depth" else min(STEPS, whole)
     optimizer = trainer.optimizer()
     for epoch, length in ((1, min(WARMUP, whole)), (2, steps)):
-        trainer.state.epoch, trainer.batches.steps = epoch, length
+        trainer.state.epoch, trainer.loader.steps = epoch, length
         trainer.train_epoch(optimizer, f"epoch {epoch}")
     step_s = median(s for s, epoch in zip(trainer.outcome.step_s, trainer.outcome.step_epoch, strict=True) if epoch > 1)
     if point.axis == "users":
@@ -182,7 +182,7 @@ def _evaluation(trainer: Any, phases: PhaseLog) -> tuple[float, dict[str, float]
 
     for _ in range(2):
         with phases.phase("validate"):
-            vectors = item_matrix(trainer.model, trainer.store, trainer.device)
+            vectors = item_matrix(trainer.encode, trainer.store, trainer.device)
         with phases.phase("rank"):
             rank_split(trainer.model, vectors, trainer.dataset.test)
     parts = {f"{phase.kind}_s": phase.wall_s for phase in phases.phases[-2:]}
@@ -196,7 +196,7 @@ def _loss_alone(trainer: Any) -> float:
     from tpme.bench.measure.clock import now
     from tpme.bench.task.loss import in_batch_loss
 
-    batch, dim, times_s = next(trainer.batches.epoch(1)), trainer.cell.training.embedding_dim, []
+    batch, dim, times_s = next(trainer.loader.epoch(1)), trainer.cell.training.embedding_dim, []
     for _ in range(SHORT):
         items = torch.randn(len(batch.items), dim, device=trainer.device, requires_grad=True)
         users = torch.randn(*batch.mask.shape, dim, device=trainer.device, requires_grad=True)

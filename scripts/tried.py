@@ -81,7 +81,7 @@ def trainer_of(label: str, folder: Path) -> Trainer:
 
 def steps_in_turns(*trainers: Trainer) -> list[list[float]]:
     """Seconds of ``WARMUP + STEPS`` training steps of each trainer, taking turns step by step."""
-    epochs = [(trainer, trainer.optimizer(), trainer.batches.epoch(1)) for trainer in trainers]
+    epochs = [(trainer, trainer.optimizer(), trainer.loader.epoch(1)) for trainer in trainers]
     step_s: list[list[float]] = [[] for _ in trainers]
     for _ in range(WARMUP + STEPS):
         for (trainer, optimizer, batches), times in zip(epochs, step_s, strict=True):
@@ -133,13 +133,13 @@ def prefetch(folder: Path) -> Iterator[Row]:
     """Assemble more than one batch ahead."""
     trainer = trainer_of("iisan (cached)", folder)
     optimizer = trainer.optimizer()
-    trainer.batches.steps = WARMUP * STEPS
+    trainer.loader.steps = WARMUP * STEPS
 
     def epoch(batches: Callable[[], Iterator[Batch]]) -> None:
         for batch in batches():
             trainer.step(batch, optimizer)
 
-    epochs = [lambda: epoch(lambda: trainer.batches.epoch(1)), lambda: epoch(lambda: _prefetch(trainer.batches))]
+    epochs = [lambda: epoch(lambda: trainer.loader.epoch(1)), lambda: epoch(lambda: _prefetch(trainer.loader))]
     without, with_it = fastest(epochs, rounds=3)
     yield Row(f"{AHEAD} batches ahead, not 1", f"{WARMUP * STEPS} steps, iisan (cached)", without, with_it)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 import numpy as np
 import torch
@@ -24,7 +24,9 @@ from tpme.bench.task.encoders import load_encoder
 from tpme.bench.task.items import EncoderShape
 from tpme.bench.task.tokens import TokenTable
 from tpme.bench.train.build import DataSize, ModelBuilder, encoder_specs
+from tpme.bench.train.kept import Kept
 from tpme.bench.train.loop import Trainer
+from tpme.methods.base import Method
 from tpme.methods.registry import create
 
 SEED, TITLE_TOKENS, VOCABULARY = 12345, 30, 30522
@@ -150,7 +152,22 @@ def make_trainer(size: Size, folder: Path, phases: PhaseLog, device: Literal["cp
         tokens = _tokens(size.items) if "text" in specs else None
         store = ItemStore(dataset, tokens=tokens, images="image" in specs)
     model = builder.build(views).to(device)
-    return Trainer(cell, model, method, dataset, store, phases, torch.device(device), lambda _what, _share: None)
+    return Trainer(
+        cell,
+        model,
+        method,
+        dataset,
+        store,
+        phases,
+        torch.device(device),
+        lambda _what, _share: None,
+        kept=Kept(folder / "procedure"),
+        build=_no_fork,
+    )
+
+
+def _no_fork(_method: Method, _seed: int) -> NoReturn:
+    raise NotImplementedError("none of these methods has a procedure of its own")
 
 
 def _tokens(items: int) -> TokenTable:

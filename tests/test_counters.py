@@ -423,7 +423,7 @@ def test_records_hold_the_counters(card_run: Any) -> None:
         assert result.counters["trainable_parameters"].value == result.parameters.trainable
         assert result.counters["stored_bytes"].value == result.parameters.stored_bytes
         assert "distinct items" in result.counters["forward_flops"].source
-        assert [phase.kind for phase in result.phases][-1] == "estimate", "outside everything that is measured"
+        assert [phase.kind for phase in result.phases][-1] == "count", "outside everything that is measured"
         if label != "popularity":
             assert 0 < result.counters["mfu"].value < 1
     assert results["iisan (cached)"].counters["cache_bytes"].value > 0
@@ -433,8 +433,8 @@ def test_a_method_that_needs_values_loses_its_counters_not_its_record(
     world: Any, harness: ModuleType, tmp_path: Path
 ) -> None:
     body = """
-    def adapt(self, model, schedule):
-        float(next(model.encoders.parameters()).sum())
+    def losses(self, outputs):
+        return {"task": outputs["task"].loss if float(outputs["task"].loss) < 1e9 else None}
     """
     harness.write_method(tmp_path / "methods", "needy", body)
     matrix = world.matrix(["needy"])

@@ -171,6 +171,25 @@ def test_a_method_gets_the_learning_rates_of_its_own_groups(tmp_path: Path) -> N
         rates([{"name": "gated"}], lr={"groups": {"gatse": 1e-2}})
 
 
+def test_recomputed_activations_and_several_passes_are_refused(tmp_path: Path) -> None:
+    body = "from tpme.methods.base import Method\n\nclass Two(Method):\n"
+    (tmp_path / "two.py").write_text(f"{body}    def passes(self):\n        return 'thin', 'full'\n\nMETHOD = Two\n")
+    (tmp_path / "side.py").write_text(
+        (tmp_path / "two.py").read_text().replace("    def", "    decoupled = True\n\n    def")
+    )
+
+    def count(*names: str, **changes: Any) -> int:
+        matrix = MatrixFile.model_validate(raw(methods=[{"name": name} for name in names], **changes))
+        return len(expand(matrix, {"d": BOTH}, device="cpu", methods_path=[tmp_path]))
+
+    assert count("two") == 1
+    checkpointing = {"training": {"activation_checkpointing": True}}
+    assert count("fft", "side", **checkpointing) == 2
+    for changes in (checkpointing, {"axes": {"activation_checkpointing": [False, True]}}):
+        with pytest.raises(UserError, match=r"'two' has 2 passes a step \(thin, full\): .* = false$"):
+            count("fft", "two", **changes)
+
+
 def test_no_groups_leave_a_cell_what_it_was() -> None:
     (cell,) = cells(methods=[{"name": "fft"}])
     assert "groups" not in cell.model_dump()["lr"]

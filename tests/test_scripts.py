@@ -115,7 +115,7 @@ def test_a_step_in_parts_is_a_step(script: Any, name: str, tmp_path: Path) -> No
     for parts in (False, True):
         trainer = workload.make_trainer(size, tmp_path, PhaseLog("cpu", None, None))
         trainer.model.train()
-        optimizer, users, of = trainer.optimizer(), np.arange(5), trainer.batches
+        optimizer, users, of = trainer.optimizer(), np.arange(5), trainer.loader
         torch.manual_seed(0)
         if parts:
             module.staged_step(trainer, users, optimizer)

@@ -98,9 +98,9 @@ def _bare_epoch(trainer: Trainer, optimizer: torch.optim.Optimizer) -> list[floa
     trainer.model.train()
     timer = StepTimer(trainer.device)
     timer.start()
-    for batch in trainer.batches.epoch(1):
+    for batch in trainer.loader.epoch(1):
         with trainer.autocast():
-            loss = forward(trainer.model, batch).loss
+            loss = forward(trainer.method, trainer.model, batch).loss
         trainer.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         trainer.scaler.step(optimizer)
         trainer.scaler.update()

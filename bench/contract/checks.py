@@ -118,7 +118,7 @@ def subjects_of(
     *,
     pair: Pair = PAIRS[0],
     methods_path: Sequence[Path] = (),
-) -> list[Subject]:
+) -> Iterator[Subject]:
     """What the suite tries of a method: with its options, with all of them changed, and on each modality alone.
 
     Raises:
@@ -126,14 +126,13 @@ def subjects_of(
     """
     method = create(name, options or {}, methods_path)
     subject = Subject(world, name, dict(options or {}), pair=pair, methods_path=tuple(methods_path))
-    found = [subject]
+    yield subject
     if subject.other_options:
-        found.append(with_options(subject, subject.other_options))
+        yield with_options(subject, subject.other_options)
     modalities: tuple[Modality, ...] = ("text", "image") if method.modalities is None else ()
     for modality in modalities:
         if set(method.needs) <= {modality}:
-            found.append(Subject(world, name, subject.options, (modality,), pair, subject.methods_path))
-    return found
+            yield Subject(world, name, subject.options, (modality,), pair, subject.methods_path)
 
 
 def check_method(

@@ -78,8 +78,8 @@ def inference_is_not_dearer(subject: Subject) -> None:
 
 def deep_copy_is_independent(subject: Subject) -> None:
     """A deep copy of the model gives the same vectors, and keeps them when the original changes."""
-    _, model = subject.copy_of_trained()
-    method, items = subject.trained.trainer.method, subject.items(subject.trained.trainer)
+    trainer = subject.trainer()
+    method, model, items = trainer.method, trainer.model, subject.items(trainer)
     twin = copy.deepcopy(model)
     before = vectors(method, model, items)
     if not torch.equal(vectors(method, twin, items), before):
@@ -104,5 +104,6 @@ def _restored(subject: Subject, trainer: Trainer) -> Trainer:
 
 
 def _ranks(trainer: Trainer) -> np.ndarray:
-    matrix = item_matrix(trainer.model, trainer.store, trainer.device)
+    trainer.model.eval()
+    matrix = item_matrix(trainer.encode, trainer.store, trainer.device)
     return rank_split(trainer.model, matrix, trainer.dataset.test)

@@ -9,6 +9,7 @@ import torch
 from tpme.bench.contract.expect import ContractError, NotApplicable, expect_close
 from tpme.bench.contract.subject import Subject, Trained, vectors
 from tpme.bench.errors import UserError, one_line
+from tpme.bench.task.items import named_tensors
 from tpme.bench.train.loop import Trainer
 from tpme.bench.train.step import forward
 
@@ -86,9 +87,10 @@ def encoders_learn_unless_frozen(subject: Subject) -> None:
             fresh = subject.fresh_views[modality].encode(
                 reads, tokens=items.tokens, token_mask=items.token_mask, image=items.image
             )
-            if modality in subject.frozen and not torch.equal(states[modality], fresh):
+            before, after = (named_tensors(value)["states"] for value in (fresh, states[modality]))
+            if modality in subject.frozen and not torch.equal(after, before):
                 raise ContractError(f"the {modality} encoder is frozen, but its hidden states are not the fresh ones")
-            if modality not in subject.frozen and not method.baseline and torch.allclose(states[modality], fresh):
+            if modality not in subject.frozen and not method.baseline and torch.allclose(after, before):
                 raise ContractError(
                     f"the {modality} encoder gives the same hidden states after training as before; a method that "
                     "adapts no encoder says so with decoupled, frozen_encoders() or baseline"
@@ -149,4 +151,4 @@ def _vectors(subject: Subject, trained: Trained) -> torch.Tensor:
 @torch.no_grad()
 def _loss(trainer: Trainer) -> float:
     """The task's loss of the first batch, in eval mode."""
-    return float(forward(trainer.model.eval(), next(iter(trainer.batches.epoch(1)))).loss)
+    return float(forward(trainer.method, trainer.model.eval(), next(trainer.batches())).loss)

@@ -58,8 +58,8 @@ class Subject:
 
     def __str__(self) -> str:
         options = "".join(f" {key}={value}" for key, value in self.options.items())
-        families = [family for modality, family in self._families.items() if modality in self.modalities]
-        return f"{self.name}{options} on {' + '.join(families)}"
+        families = [self._families[modality] for modality in self.used]
+        return f"{self.name}{options}{' on ' if families else ''}{' + '.join(families)}"
 
     @property
     def _families(self) -> dict[Modality, str]:
@@ -171,8 +171,8 @@ class Subject:
         return trainer.store.gather(np.array(wanted, dtype=np.int64)).to(trainer.device)
 
     def batch(self, trainer: Trainer) -> Batch:
-        """The first batch of the first epoch."""
-        return next(iter(trainer.batches.epoch(1)))
+        """The first of the training batches."""
+        return next(trainer.batches())
 
     @cached_property
     def task(self) -> TaskShape:
@@ -226,7 +226,7 @@ def with_options(subject: Subject, options: Mapping[str, Any]) -> Subject:
 def vectors(method: Method, model: Recommender, items: Items) -> Tensor:
     """Item vectors (n, d) in eval mode."""
     with torch.no_grad():
-        return model.eval().encode_items(items)
+        return method.encode(model.eval(), items)
 
 
 def _other_values(value: Any, annotation: Any, factor: int) -> list[Any]:

@@ -1,8 +1,8 @@
 """Exact counters of a cell: the same numbers on every machine, without running anything.
 
 One training step of the canonical batch runs on the ``meta`` device, under the cell's precision (CUDA's autocast) and
-with torch's math attention, because a fused kernel hides FLOPs and the tensors it saves depend on the device. A method
-that changes during training is counted as it starts.
+with torch's math attention, because a fused kernel hides FLOPs and the tensors it saves depend on the device. A record
+counts the structure that training has left, ``tpme plan`` the one that the last stage starts with.
 """
 
 from __future__ import annotations

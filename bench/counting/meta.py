@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tpme.bench.counting.batch import DataShape, canonical_slots
+from tpme.bench.counting.structure import META, structure_of
 from tpme.bench.record import Cell, EncoderSpec, Modality
 from tpme.bench.task.batches import Batch, ItemStore, build_batch
 from tpme.bench.task.encoders import encoder_shape, load_encoder
@@ -22,10 +23,9 @@ from tpme.bench.task.items import EncoderShape, Items, States, map_tensors
 from tpme.bench.task.precomputed import StatesFile
 from tpme.bench.task.view import EncoderView
 from tpme.bench.train.build import EncoderUse, ModelBuilder, encoder_specs
+from tpme.bench.train.loop import Trainer
 from tpme.methods.base import Method, StepState
 from tpme.methods.registry import create
-
-META = torch.device("meta")
 
 RELEASED: dict[str, str] = {
     "bert-base-uncased": "bert",
@@ -50,12 +50,12 @@ class MetaEncoders:
                 self._views[key] = load_encoder(source, modality, device=META).view
         return copy.deepcopy(self._views[key])
 
-    def shape(self, spec: EncoderSpec) -> EncoderShape:
-        """Width and depth, from the configuration alone."""
-        key = spec.model_dump_json()
+    def shape(self, spec: EncoderSpec, modality: Modality) -> EncoderShape:
+        """Width, depth and pooling, from the configuration alone."""
+        key = f"{modality} {spec.model_dump_json()}"
         if key not in self._shapes:
             with _configuration(spec) as source:
-                self._shapes[key] = encoder_shape(source)
+                self._shapes[key] = encoder_shape(source, modality)
         return self._shapes[key]
 
 
@@ -70,7 +70,7 @@ def _configuration(spec: EncoderSpec) -> Iterator[EncoderSpec]:
 
     with tempfile.TemporaryDirectory(prefix="tpme-") as folder:
         AutoConfig.for_model(released).save_pretrained(folder)
-        yield EncoderSpec(source=folder, weights="random")
+        yield spec.model_copy(update={"source": folder, "weights": "random"})
 
 
 class MetaCell:
@@ -78,35 +78,53 @@ class MetaCell:
 
     Args:
         cell: the settings. data: what the data set adds. encoders: where encoders come from; by default new ones.
-        methods_path: folders with further methods.
+        methods_path: folders with further methods. of: a method and its state, whose model is copied; by default both
+            are new, and every stage is entered, up to the last.
 
     Raises:
         UserError: as the cell itself would: an unknown method, an encoder that is not available.
     """
 
     def __init__(
-        self, cell: Cell, data: DataShape, encoders: MetaEncoders | None = None, methods_path: Sequence[Path] = ()
+        self,
+        cell: Cell,
+        data: DataShape,
+        encoders: MetaEncoders | None = None,
+        methods_path: Sequence[Path] = (),
+        *,
+        of: tuple[Method, StepState] | None = None,
     ) -> None:
         encoders = encoders or MetaEncoders()
         self.cell, self.data = cell, data
-        self.method: Method = create(cell.method, cell.options, methods_path)
+        self.method = of[0] if of else create(cell.method, cell.options, methods_path)
         specs = encoder_specs(cell, self.method)
         self.use, self.encoders = EncoderUse.of(cell, self.method), encoders
-        self.shapes = {modality: encoders.shape(spec) for modality, spec in specs.items()}
-        views = {modality: encoders.view(spec, modality) for modality, spec in self.use.run.items()}
-        with torch.random.fork_rng(devices=[]), META:
-            builder = ModelBuilder(self.method, cell.training, data, self.shapes)
-            self.model = builder.build(views)
-        self.schedule = builder.schedule
+        self.shapes = {modality: encoders.shape(spec, modality) for modality, spec in specs.items()}
+        self.state = of[1] if of else self._started()
+        self.model, self.schedule = self.state.model, self.state.schedule
         self.cache_bytes = {m: planned_bytes(data.items, self.states(m, 1)) for m in self.use.cached}
         """Size of the feature cache of each encoder that has one."""
         self.given_bytes = sum(planned_bytes(data.items, self.states(m, 1)) for m in self.use.given)
         """Size of the precomputed states that the cell reads."""
-        self.model.to(META)
-        self.state = StepState(self.model, self.schedule, epoch=1, stage=self.method.stages()[0])
-        self.method.begin_stage(self.state)
         self.model.train()
         self.batch = self._batch()
+
+    @classmethod
+    def trained(cls, trainer: Trainer, data: DataShape) -> MetaCell:
+        """The cell with the structure that training has left; the trainer's own model and method stay as they are."""
+        return cls(trainer.cell, data, of=structure_of(trainer))
+
+    def _started(self) -> StepState:
+        views = {modality: self.encoders.view(spec, modality) for modality, spec in self.use.run.items()}
+        with torch.random.fork_rng(devices=[]), META:
+            builder = ModelBuilder(self.method, self.cell.training, self.data, self.shapes)
+            model = builder.build(views).to(META)
+            state = StepState(model, builder.schedule, epoch=1)
+            for stage in self.method.stages():
+                state.stage = stage
+                self.method.begin_stage(state)
+        model.to(META)  # what a stage has added
+        return state
 
     def states(self, modality: Modality, n: int) -> States:
         """The states of ``n`` items of an encoder that does not run, as they are stored."""

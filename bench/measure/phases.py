@@ -46,6 +46,8 @@ class PhaseLog:
         self._origin_s = time.perf_counter() if origin_s is None else origin_s
         self._end_s = self._origin_s
         self._open: str | None = None
+        self.open_kind: PhaseKind | None = None
+        """Kind of the phase that is open."""
         self._baseline_bytes: int | None = None
         self._host = HostMemory(exclude=(sampler.pid,) if sampler else ())
         self._left: dict[PhaseKind, tuple[int, int]] = {}
@@ -78,7 +80,7 @@ class PhaseLog:
         """Measure the block as one phase, recorded even if it raises. Raises RuntimeError if phases nest."""
         if self._open is not None:
             raise RuntimeError(f"phases cannot nest: '{name or kind}' begins while '{self._open}' is open")
-        self._open = name or kind
+        self._open, self.open_kind = name or kind, kind
         try:
             start_s = self._begin(kind)
             try:
@@ -91,7 +93,7 @@ class PhaseLog:
                 raise
             self._finish(kind, name, start_s, now(self._device))
         finally:
-            self._open = None
+            self._open = self.open_kind = None
 
     def finish(self) -> float:
         """Extend the last phase until now; returns the wall time of the cell so far (seconds)."""
@@ -102,9 +104,9 @@ class PhaseLog:
             self.phases[-1] = last.model_copy(update={"wall_s": wall_s})
         return self._end_s - self._origin_s
 
-    def training_memory(self) -> Memory:
-        """The peaks over all training phases, instrument by instrument."""
-        training = [phase.memory for phase in self.phases if phase.kind == "train"]
+    def training_memory(self, first: int = 0) -> Memory:
+        """The peaks over all training phases from number ``first`` on, instrument by instrument."""
+        training = [phase.memory for phase in self.phases[first:] if phase.kind == "train"]
         return Memory(
             **{name: _largest([getattr(memory, name) for memory in training]) for name in Memory.model_fields}
         )

@@ -8,6 +8,7 @@ all that is known.
 from __future__ import annotations
 
 import gc
+import itertools
 import signal
 import sys
 import traceback
@@ -18,11 +19,12 @@ from typing import NoReturn
 
 import torch
 
+from tpme.bench.counting.meta import MetaCell
 from tpme.bench.errors import UserError
 from tpme.bench.measure.environment import environment
 from tpme.bench.measure.phases import PhaseLog, measuring
 from tpme.bench.record import CellResult, EncoderSpec, Modality, Reading, Status, write_result
-from tpme.bench.run.counters import final_counters
+from tpme.bench.run.counters import final_counters, trained_structure
 from tpme.bench.run.events import progress_events
 from tpme.bench.run.inference import measure_inference
 from tpme.bench.run.inputs import check_encoders, feature_job, item_store, open_dataset
@@ -33,24 +35,29 @@ from tpme.bench.task.encoders import encoder_shape, load_encoder
 from tpme.bench.task.items import Reads
 from tpme.bench.task.placement import PLACES, Table
 from tpme.bench.task.precomputed import StatesFile
+from tpme.bench.task.recommender import Recommender
 from tpme.bench.task.view import EncoderView
 from tpme.bench.train.build import DataSize, EncoderUse, ModelBuilder, encoder_specs, seed_generators
 from tpme.bench.train.cached import Progress, stored_states
 from tpme.bench.train.compiling import compile_model
+from tpme.bench.train.delta import DeltaFile
 from tpme.bench.train.ending import TimeLimitReached, failure_of, status_of
 from tpme.bench.train.facts import (
     CellFacts,
+    all_in,
     epoch_time,
     method_counters,
     parameter_counts,
     ranks,
     samples,
     save_arrays,
-    warmup_epochs,
 )
 from tpme.bench.train.graphs import replay_graphs
-from tpme.bench.train.loop import Outcome, Trainer
+from tpme.bench.train.kept import Kept
+from tpme.bench.train.loop import Trainer
+from tpme.bench.train.outcome import Outcome
 from tpme.bench.train.split import guarded_split
+from tpme.methods.base import Method
 from tpme.methods.registry import create
 
 
@@ -62,6 +69,10 @@ class CellRun:
         self.device = torch.device(job.cell.device)
         self.started_at = datetime.now(UTC)
         self.facts = CellFacts()
+        self.kept = Kept(job.folder / "procedure")
+        self._deltas = itertools.count()
+        self.structure: MetaCell | Exception | None = None
+        """What was trained, before it is prepared for inference."""
 
     def run(self) -> Status:
         """Run the cell; every way it can end is a status."""
@@ -77,16 +88,21 @@ class CellRun:
             status = "ok"
         if self.facts.trainer is not None and status != "timeout":
             # After everything that is measured, and also where training ended badly.
-            self.facts.counters |= final_counters(self.job, self.facts.trainer, trained=status == "ok")
+            structure = self.structure or trained_structure(self.facts.trainer)
+            self.facts.counters |= final_counters(self.job, self.facts.trainer, structure, trained=status == "ok")
         return status
 
     def _train_and_export(self) -> None:
         trainer = self.prepare()
+        driver = trainer.method
         trainer.run()
+        # A search or federation may have ended with the model of another method, or of other options.
         facts, method, model = self.facts, trainer.method, trainer.model
         with self.phases.phase("export", "counts"):
             facts.parameters = parameter_counts(model, method, trainer.outcome.trainable_max)
-            facts.counters |= method_counters(method, model, self.cell.method)
+            for reporting in dict.fromkeys((method, driver)):
+                facts.counters |= method_counters(reporting, model, self.cell.method)
+            self.structure = trained_structure(trainer)
         facts.counters |= guarded_split(trainer)
         with self.phases.phase("export"):
             method.prepare_inference(model)
@@ -104,7 +120,7 @@ class CellRun:
         specs = encoder_specs(cell, method)
         check_encoders(specs)
         use = EncoderUse.of(cell, method)
-        shapes = {modality: encoder_shape(spec) for modality, spec in specs.items()}
+        shapes = {modality: encoder_shape(spec, modality) for modality, spec in specs.items()}
         builder = ModelBuilder(method, cell.training, DataSize.of(dataset), shapes)
         states = self._load_states(use, builder.item_encoder.reads, dataset) if use.cached or use.given else {}
         store, views = self._load_encoders(use.run, dataset, states)
@@ -116,12 +132,57 @@ class CellRun:
                 facts.flag("not-compiled", "nothing trains: nothing to compile")
             facts.flag_encoders(cell, specs, model)
             facts.parameters = parameter_counts(model, method)
-        trainer = Trainer(cell, model, method, dataset, store, self.phases, self.device, self.progress)
+        trainer = self._trainer(model, method, dataset, store, cell.seed)
         if cell.training.cuda_graphs:
             self._replay_graphs(trainer)
         facts.trainer = trainer
         seed_generators(cell.seed)
         return trainer
+
+    def _trainer(self, model: Recommender, method: Method, dataset: Dataset, store: ItemStore, seed: int) -> Trainer:
+        trainer = Trainer(
+            self.cell,
+            model,
+            method,
+            dataset,
+            store,
+            self.phases,
+            self.device,
+            self.progress,
+            kept=self.kept,
+            build=self.fork,
+            seed=seed,
+        )
+        of = self.facts.trainer
+        if self.job.save_adapters and (of is None or of.delta is not None):
+            trainer.delta = DeltaFile(self.job.folder / f".attempt-{self.job.attempt}.adapter-{next(self._deltas)}")
+        return trainer
+
+    def fork(self, method: Method, seed: int) -> Trainer:
+        """The trainer of a fresh model of the cell, adapted by ``method``, on the data that is loaded.
+
+        Raises UserError where ``method`` reads inputs that the cell did not load.
+        """
+        cell, of = self.cell, self.facts.trainer
+        assert of is not None
+        seed_generators(seed)
+        shapes = {modality: encoder_shape(spec, modality) for modality, spec in encoder_specs(cell, method).items()}
+        builder, use = ModelBuilder(method, cell.training, DataSize.of(of.dataset), shapes), EncoderUse.of(cell, method)
+        reads, held = builder.item_encoder.reads, of.model.item_encoder.reads
+        if (
+            any(reads[m] != held.get(m) for m in (*use.cached, *use.given))
+            or not use.run.keys() <= of.model.views.keys()
+        ):
+            raise UserError(f"{cell.label}: a fork reads other hidden states than are cached; run it without 'cached'")
+        views = {modality: load_encoder(spec, modality, seed=cell.seed).view for modality, spec in use.run.items()}
+        model = builder.build(views, seed).to(self.device)
+        if cell.training.compile:
+            compile_model(model)
+        fork = self._trainer(model, method, of.dataset, of.store, seed)
+        if cell.training.cuda_graphs:
+            replay_graphs(fork)
+        seed_generators(seed)
+        return fork
 
     def _load_states(self, use: EncoderUse, reads: Mapping[Modality, Reads], dataset: Dataset) -> dict[Modality, Table]:
         """Cached and precomputed hidden states; separate processes build the caches that there are not yet."""
@@ -178,7 +239,7 @@ class CellRun:
         facts = self.facts
         outcome = facts.trainer.outcome if facts.trainer else Outcome()
         last = self.phases.phases[-1] if self.phases.phases else None
-        warmup = warmup_epochs(outcome)
+        warmup = outcome.warmup_epochs
         if facts.setup and outcome.epochs and not warmup:
             message = f"{facts.setup} is part of the epoch time: with fewer than three epochs there is no warm-up epoch"
             facts.flag("setup-in-time", message)
@@ -204,14 +265,24 @@ class CellRun:
             epochs=tuple(outcome.epochs),
             warmup_epochs=warmup,
             best_epoch=outcome.best_epoch,
-            epoch_time_s=epoch_time(outcome, warmup),
-            training_memory=self.phases.training_memory() if outcome.epochs else None,
+            epoch_time_s=epoch_time(outcome),
+            all_in_s=all_in(self.phases.phases, facts.cache, self.kept.resumed_s, status),
+            training_memory=self.phases.training_memory(outcome.first_phase) if outcome.epochs else None,
             cache=facts.cache,
             inference=facts.inference,
             counters=facts.counters | self.phases.counters(),
             flags=(*facts.flags, *self.phases.flags()),
-            files={name: save_arrays(self.job.file(f".{name}.npz"), values) for name, values in arrays.items()},
+            files={name: save_arrays(self.job.file(f".{name}.npz"), values) for name, values in arrays.items()}
+            | self._adapter(status),
         )
+
+    def _adapter(self, status: Status) -> dict[str, str]:
+        """The file of what was trained, of an attempt that ended well; those of forks that were not adopted go."""
+        delta = self.facts.trainer.delta if self.facts.trainer else None
+        published = delta.publish(self.job.file(".adapter.safetensors")) if delta and status == "ok" else None
+        for left in self.job.folder.glob(f".attempt-{self.job.attempt}.adapter-*"):
+            left.unlink()
+        return {"adapter": published} if published else {}
 
 
 def load_libraries(device: torch.device) -> None:
@@ -239,6 +310,8 @@ def main() -> None:
             status = cell_run.run()
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the record comes next
         write_result(cell_run.record(status), job.file(".json"))
+        if status == "ok":
+            cell_run.kept.clear()
 
 
 if __name__ == "__main__":

@@ -15,22 +15,32 @@ from tpme.bench.errors import one_line
 from tpme.bench.measure.environment import environment
 from tpme.bench.record import Reading
 from tpme.bench.run.job import Job
-from tpme.bench.task.dataset import Dataset
 from tpme.bench.train.ending import TimeLimitReached
-from tpme.bench.train.loop import WARMUP_EPOCHS, Outcome, Trainer
+from tpme.bench.train.loop import Trainer
+from tpme.bench.train.outcome import WARMUP_EPOCHS, Outcome
 
 
-def final_counters(job: Job, trainer: Trainer, *, trained: bool) -> dict[str, Reading]:
+def trained_structure(trainer: Trainer) -> MetaCell | Exception:
+    """What the cell has trained, for its exact counters; the error where it cannot be had, which costs those alone."""
+    try:
+        return MetaCell.trained(trainer, DataShape.of(trainer.dataset))
+    except Exception as error:
+        return error
+
+
+def final_counters(job: Job, trainer: Trainer, structure: MetaCell | Exception, *, trained: bool) -> dict[str, Reading]:
     """All counters that need no measurement of the cell; a failure becomes the reason of the first that is missing.
 
-    ``trained``: training ended well, so its step times give the utilisation of the device.
+    ``structure``: as trained. ``trained``: training ended well, so its step times give the utilisation of the device.
     """
     counters: dict[str, Reading] = {}
     try:
-        with trainer.phases.phase("estimate", "counters"):
+        with trainer.phases.phase("count", "counters"):
             trainer.progress("count", 0.0)
             counters |= noise_floor(job)
-            counters |= exact_counters(job, trainer.dataset)
+            if isinstance(structure, Exception):
+                raise structure
+            counters |= exact_counters(structure)
             if trained:
                 counters |= utilisation(job, trainer.outcome, counters)
     except (Exception, TimeLimitReached) as error:
@@ -39,11 +49,10 @@ def final_counters(job: Job, trainer: Trainer, *, trained: bool) -> dict[str, Re
     return counters
 
 
-def exact_counters(job: Job, dataset: Dataset) -> dict[str, Reading]:
-    """The exact counters of the cell of ``job``, by name, and the peak of memory that ``tpme plan`` prints."""
-    meta = MetaCell(job.cell, DataShape.of(dataset), methods_path=job.methods_path)
+def exact_counters(meta: MetaCell) -> dict[str, Reading]:
+    """The exact counters of a cell, by name, and the peak of memory that ``tpme plan`` prints."""
     counts, step = count(meta), run_step(meta, fused_attention=True)
-    device = job.cell.device
+    device = meta.cell.device
     memory_bytes = torch.cuda.mem_get_info()[1] if device == "cuda" else None
     peak = Reading(
         value=planned_peak(counts, step, memory_bytes, workspace_bytes(device)),
@@ -71,7 +80,7 @@ def utilisation(job: Job, outcome: Outcome, counters: Mapping[str, Reading]) -> 
     if not outcome.step_s:
         return {}
     step_s, epoch = np.array(outcome.step_s), np.array(outcome.step_epoch)
-    warm = epoch > WARMUP_EPOCHS
+    warm = epoch > outcome.earlier_epochs + WARMUP_EPOCHS
     typical_s = float(np.median(step_s[warm] if warm.any() else step_s))
     parts = [counters[name] for name in ("forward_flops", "backward_flops")]
     lacking = next((part.reason for part in parts if part.reason), None)

@@ -17,7 +17,7 @@ from tpme.bench.errors import one_line
 from tpme.bench.measure.clock import now
 from tpme.bench.record import Inference, Reading, Timings
 from tpme.bench.task.evaluate import ITEMS_PER_CHUNK
-from tpme.bench.task.items import Items, map_tensors
+from tpme.bench.task.items import Items, map_tensors, size_bytes
 from tpme.bench.task.placement import table_bytes
 from tpme.bench.train.loop import Trainer
 
@@ -37,7 +37,7 @@ def measure_inference(trainer: Trainer) -> Inference:
     """Time, memory and FLOPs of the prepared model; a measurement that fails costs its own reading alone."""
     model, phases = trainer.model, trainer.phases
     model.eval()
-    encode = model.encode_items
+    encode = trainer.encode
     with phases.phase("inference"), trainer.autocast():
         trainer.progress("inference", 0.0)
         items = _measured_items(trainer)
@@ -49,7 +49,7 @@ def measure_inference(trainer: Trainer) -> Inference:
         else:
             user = Timings(size=1, reason=f"there are no item vectors: {batch.reason}")
     memory = phases.phases[-1].memory
-    with phases.phase("estimate", "inference FLOPs"), trainer.autocast():
+    with phases.phase("count", "inference FLOPs"), trainer.autocast():
         flops, by_data = _flops(encode, items)
     return Inference(
         flops_per_item=flops,
@@ -59,6 +59,7 @@ def measure_inference(trainer: Trainer) -> Inference:
         user=user,
         memory=memory,
         loaded_bytes=_loaded_bytes(trainer),
+        looked_up=tuple(trainer.store.states),
     )
 
 
@@ -80,7 +81,7 @@ def _service(trainer: Trainer, items: Items) -> Callable[[int], Tensor]:
     model, inputs = trainer.model, trainer.dataset.test.inputs[:USERS].astype(np.int64)
     slots = torch.from_numpy(inputs).to(trainer.device)
     catalogue = trainer.dataset.manifest.items
-    vectors = model.encode_items(items).float()
+    vectors = trainer.encode(items).float()
     vectors = vectors[torch.arange(catalogue + 1, device=trainer.device) % len(items)]
     precise = torch.autocast(trainer.device.type, enabled=False)
 
@@ -139,10 +140,9 @@ def _flops(encode: Callable[[Items], Tensor], items: Items) -> tuple[Reading, bo
 
 
 def _loaded_bytes(trainer: Trainer) -> Reading:
-    """Bytes of the prepared model and of the table of states that it reads, if any."""
-    tensors = [*trainer.model.parameters(), *trainer.model.buffers()]
+    """Bytes of the prepared model and of the tables of hidden states that it reads."""
+    tables = trainer.store.states
+    size = sum(size_bytes(tensor) for tensor in (*trainer.model.parameters(), *trainer.model.buffers()))
+    size += sum(map(table_bytes, tables.values()))
     source = "all parameters and buffers of the prepared model"
-    states = sum(map(table_bytes, trainer.store.states.values()))
-    if states:
-        source += ", stored states of all items"
-    return Reading(value=states + sum(tensor.numel() * tensor.element_size() for tensor in tensors), source=source)
+    return Reading(value=size, source=source + (f", states of {' and '.join(tables)}" if tables else ""))

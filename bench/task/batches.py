@@ -6,6 +6,7 @@ padding included, like the reference implementation.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -184,14 +185,20 @@ class TrainBatches:
     ) -> None:
         self.slots, self.log_p, self.store = dataset.train_slots, log_popularity(dataset), store
         self.size, self.protocol, self.seed, self.device = users_per_batch, protocol, seed, device
-        self.steps = steps
+        self.steps, self.users = steps, np.arange(len(self.slots))
+
+    def of(self, users: NDArray[np.int64], steps: int) -> TrainBatches:
+        """The batches of these users alone, rows of the training slots, ``steps`` an epoch."""
+        part = copy.copy(self)
+        part.users, part.steps = users, steps
+        return part
 
     def __len__(self) -> int:
         return self.steps
 
     def epoch(self, index: int) -> Iterator[Batch]:
         """Yield the batches of epoch ``index``, on the device; their order depends on seed and index only."""
-        order = np.random.default_rng([self.seed, index]).permutation(len(self.slots))
+        order = np.random.default_rng([self.seed, index]).permutation(self.users)
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="tpme-batches") as pool:
             following = pool.submit(self._assemble, order, 0)
             for step in range(self.steps):

@@ -1,15 +1,9 @@
-"""Loads the foundation encoders: any Hugging Face text or image encoder, by hub id, folder or built-in name.
-
-Only safetensors are read and no remote code runs. ``weights = "random"`` builds an encoder from its configuration
-alone, without weights and, for a local folder, without a network; such rows are flagged.
-"""
+"""Loads the foundation encoders: supported Hugging Face encoders, by hub id, folder or built-in name."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,16 +11,24 @@ from typing import Any
 import torch
 
 from tpme.bench.errors import UserError
-from tpme.bench.record import EncoderFacts, EncoderSpec, Modality
-from tpme.bench.task.builtin import builtin_folder
-from tpme.bench.task.hub import first_line, repository_file
-from tpme.bench.task.items import EncoderShape
+from tpme.bench.record import EncoderFacts, EncoderSpec, Modality, Pool
+from tpme.bench.task.checkpoints import (
+    POOLING,
+    checkpoint_folder,
+    encoder_source,
+    from_config,
+    from_weights,
+    read_config,
+    sentence_pool,
+    streamed,
+)
+from tpme.bench.task.families import family_of
+from tpme.bench.task.hub import repository_file
+from tpme.bench.task.items import EncoderShape, Reads
 from tpme.bench.task.precomputed import StatesFile
 from tpme.bench.task.view import EncoderView
 
-_KINDS = {"input_ids": "text", "pixel_values": "image"}
 _HALF = (0.5, 0.5, 0.5)
-_WEIGHTS = "model.safetensors"
 _PROCESSOR = "preprocessor_config.json"
 
 
@@ -38,80 +40,92 @@ class Encoder:
     facts: EncoderFacts
 
 
-def encoder_source(source: str) -> str:
-    """Resolve ``source`` for transformers: the folder of a built-in name, else ``source`` itself.
-
-    Raises UserError for an unknown built-in name and for a path that is not an encoder's folder.
-    """
-    if source.startswith("builtin:"):
-        return str(builtin_folder(source))
-    folder = Path(source).expanduser()
-    looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1 or folder.is_dir()
-    if looks_like_path and not (folder / "config.json").is_file():
-        raise UserError(f"encoder '{source}': it has no config.json; pass a folder saved by transformers or a hub id")
-    return str(folder) if looks_like_path else source
-
-
 def load_encoder(
-    spec: EncoderSpec, modality: Modality, *, device: torch.device | str = "cpu", seed: int = 0
+    spec: EncoderSpec,
+    modality: Modality,
+    *,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    max_host_bytes: int | None = None,
 ) -> Encoder:
-    """Load one encoder in eval mode, in float32, without its pooler.
+    """Load one encoder in eval mode, without what no hidden state depends on.
 
     Args:
-        spec: its source, revision, and whether its weights are pretrained or random.
+        spec: its source, revision and options, and whether its weights are pretrained or random.
         modality: ``text`` or ``image``.
         device: where to build it; ``meta`` builds shapes only and needs no weights.
         seed: of random weights.
+        max_host_bytes: an encoder whose pretrained weights take more is read from disk layer by layer whenever it
+            runs. It gives the same states and cannot be adapted; for the builder of feature caches.
 
     Raises:
-        UserError: it is neither in the cache nor on the hub, not an encoder of that modality, or without safetensors.
+        UserError: it is neither in the cache nor on the hub, not a supported encoder of that modality, or without
+            safetensors.
     """
-    folder, commit = _folder(spec)
-    meta = torch.device(device).type == "meta"
-    from_weights = spec.weights == "pretrained" and not meta
-    module = _from_weights(spec, folder, commit) if from_weights else _from_config(spec, folder, seed, meta=meta)
-    # The task never uses the pooler: it would be counted but never trained.
-    if getattr(module, "pooler", None) is not None:
-        module.pooler = None
-    kind = _KINDS.get(module.main_input_name, module.main_input_name)
-    if kind != modality:
-        raise UserError(f"encoder '{spec.source}': its input is {kind}, so it cannot be the {modality} encoder")
+    folder, commit = checkpoint_folder(spec)
+    config = read_config(spec, folder, modality)
     mean, std = _normalisation(spec, folder, commit) if modality == "image" else (_HALF, _HALF)
-    module.float().eval()
+    device = torch.device(device)
+    if spec.weights == "random" or device.type == "meta":
+        module = from_config(spec, config, seed, meta=device.type == "meta").to(device)
+    elif max_host_bytes is not None and _host_bytes(spec, config) > max_host_bytes:
+        module = streamed(spec, folder, commit, config, device)
+    else:
+        module = from_weights(spec, folder, commit, config).to(device)
     try:
-        view = EncoderView(module if meta else module.to(device), modality, mean, std)
+        view = EncoderView(module.eval(), modality, mean, std, pool=_pool(spec, folder, commit, modality))
     except UserError as error:
         raise UserError(f"encoder '{spec.source}': {error}") from None
-    facts = EncoderFacts(
+    return Encoder(view, _facts(spec, commit, view))
+
+
+def _host_bytes(spec: EncoderSpec, config: Any) -> int:
+    """Size of an encoder's parameters once loaded."""
+    return sum(p.numel() * p.element_size() for p in from_config(spec, config, 0, meta=True).parameters())
+
+
+def _pool(spec: EncoderSpec, folder: Path, commit: str | None, modality: Modality) -> Pool | None:
+    return spec.pool or (sentence_pool(spec, folder, commit) if modality == "text" else None)
+
+
+def _facts(spec: EncoderSpec, commit: str | None, view: EncoderView) -> EncoderFacts:
+    return EncoderFacts(
         source=spec.source,
         revision=commit,
-        architecture=type(module).__name__,
+        architecture=type(view.module).__name__,
         weights=spec.weights,
         width=view.shape.width,
         depth=view.shape.depth,
-        parameters=sum(parameter.numel() for parameter in module.parameters()),
+        parameters=sum(parameter.numel() for parameter in view.module.parameters()),
+        pool=view.shape.pool,
+        dtype=str(next(view.module.parameters()).dtype).removeprefix("torch."),
+        attention=view.config._attn_implementation,
     )
-    return Encoder(view, facts)
 
 
 def image_size(spec: EncoderSpec) -> int:
     """Side of an image encoder's square input, in pixels. Raises UserError if its configuration has none."""
-    size = getattr(_config(spec, _folder(spec)[0]), "image_size", None)
+    size = getattr(read_config(spec, checkpoint_folder(spec)[0], "image"), "image_size", None)
     sides = {size} if isinstance(size, int) else set(size or ())
     if len(sides) != 1:
         raise UserError(f"encoder '{spec.source}': its configuration has no square image size; choose a ViT")
     return int(sides.pop())
 
 
-def encoder_shape(spec: EncoderSpec) -> EncoderShape:
-    """Width and depth of an encoder, from its configuration or the header of its precomputed states."""
+def encoder_shape(spec: EncoderSpec, modality: Modality) -> EncoderShape:
+    """Width, depth and pooling of an encoder, from its configuration or the header of its precomputed states.
+
+    Raises UserError as ``load_encoder`` does.
+    """
     if spec.precomputed:
         return StatesFile.open(spec).shape
-    config = _config(spec, _folder(spec)[0])
-    try:
-        return EncoderShape(width=int(config.hidden_size), depth=int(config.num_hidden_layers))
-    except AttributeError as error:
-        raise UserError(f"encoder '{spec.source}': {error}; choose an encoder of the BERT or ViT family") from None
+    folder, commit = checkpoint_folder(spec)
+    config = read_config(spec, folder, modality)
+    pools = family_of(config.model_type).pools
+    pool = _pool(spec, folder, commit, modality) or pools[0]
+    shape = EncoderShape(int(config.hidden_size), int(config.num_hidden_layers), pool, pools)
+    shape.check(Reads(pool=pool), f"encoder '{spec.source}'")
+    return shape
 
 
 def encoder_digest(spec: EncoderSpec) -> str:
@@ -121,11 +135,11 @@ def encoder_digest(spec: EncoderSpec) -> str:
     """
     if spec.precomputed:
         return StatesFile.open(spec).digest()
-    folder, commit = _folder(spec)
+    folder, commit = checkpoint_folder(spec)
     if commit is not None:
         return f"{spec.source}@{commit}"
     digest = hashlib.sha256()
-    patterns = ("*.json", "*.txt", "*.model", *(("*.safetensors",) if spec.weights == "pretrained" else ()))
+    patterns = ("*.json", "*.txt", "*.model", POOLING, *(("*.safetensors",) if spec.weights == "pretrained" else ()))
     for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
         with path.open("rb") as file:
             digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
@@ -137,108 +151,6 @@ def pin_revision(spec: EncoderSpec) -> EncoderSpec:
     if not spec.precomputed and not Path(encoder_source(spec.source)).is_dir():
         return spec
     return spec.model_copy(update={"revision": encoder_digest(spec)[:12]})
-
-
-# --- where the files are --------------------------------------------------------------------------------------------
-
-
-def _folder(spec: EncoderSpec) -> tuple[Path, str | None]:
-    """The folder with the encoder's configuration and, if it is a hub repository in the local cache, its commit."""
-    source = encoder_source(spec.source)
-    if Path(source).is_dir():
-        return Path(source), None
-    path = repository_file(source, "config.json", spec.revision, f"encoder '{spec.source}'")
-    if path is None:
-        raise UserError(f"encoder '{spec.source}': the hub repository has no config.json; it is not an encoder")
-    return path.parent, path.parent.name
-
-
-def _fetch_weights(spec: EncoderSpec, commit: str) -> None:
-    """Fetch the weights of a hub repository, all shards included, into the local cache."""
-
-    def fetch(name: str) -> Path | None:
-        return repository_file(spec.source, name, commit, f"encoder '{spec.source}'")
-
-    if fetch(_WEIGHTS) is None:
-        index = fetch(f"{_WEIGHTS}.index.json")
-        for shard in sorted(set(json.loads(index.read_bytes())["weight_map"].values())) if index else ():
-            fetch(shard)
-
-
-# --- building -------------------------------------------------------------------------------------------------------
-
-
-def _config(spec: EncoderSpec, folder: Path) -> Any:
-    from transformers import AutoConfig
-
-    try:
-        with _quiet_transformers():
-            return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, TypeError) as error:  # TypeError: older versions, for a JSON list
-        raise UserError(f"encoder '{spec.source}': its config.json is not usable ({first_line(error)})") from None
-
-
-def _from_config(spec: EncoderSpec, folder: Path, seed: int, *, meta: bool) -> Any:
-    from transformers import AutoModel
-
-    config = _config(spec, folder)
-    try:
-        with torch.random.fork_rng(devices=[]), torch.device("meta" if meta else "cpu"):
-            torch.manual_seed(seed)
-            return AutoModel.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        message = f"encoder '{spec.source}': no encoder can be built from its configuration ({first_line(error)})"
-        raise UserError(message) from None
-
-
-def _from_weights(spec: EncoderSpec, folder: Path, commit: str | None) -> Any:
-    from safetensors import SafetensorError
-    from transformers import AutoModel
-
-    if commit is not None:
-        _fetch_weights(spec, commit)
-    if not any((folder / name).is_file() for name in (_WEIGHTS, f"{_WEIGHTS}.index.json")):
-        raise UserError(
-            f"encoder '{spec.source}': no {_WEIGHTS} there; other formats can run code and are not read: load it with "
-            "transformers and save it again with save_pretrained"
-        )
-    _config(spec, folder)
-    try:
-        with _quiet_transformers():
-            module, loading = AutoModel.from_pretrained(
-                folder,
-                use_safetensors=True,
-                trust_remote_code=False,
-                local_files_only=True,
-                ignore_mismatched_sizes=True,  # refused below, in a one-line message
-                output_loading_info=True,
-            )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"encoder '{spec.source}': its weights cannot be read ({first_line(error)})") from None
-    mismatched = [name for name, *_ in loading["mismatched_keys"]]
-    lacking = [name for name in (*loading["missing_keys"], *mismatched) if not name.startswith("pooler.")]
-    if lacking:
-        raise UserError(
-            f"encoder '{spec.source}': {len(lacking)} parameters of {type(module).__name__} are missing from its "
-            f"weights or have another shape (first: {min(lacking)}); they would stay random"
-        )
-    return module
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Silence the progress bar and the report of unused heads; missing weights are checked here."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _normalisation(spec: EncoderSpec, folder: Path, commit: str | None) -> tuple[tuple[float, ...], tuple[float, ...]]:

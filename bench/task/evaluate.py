@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tpme.bench.task.batches import ItemStore
 from tpme.bench.task.dataset import Split
+from tpme.bench.task.items import Items
 from tpme.bench.task.ranking import rank_targets
 from tpme.bench.task.recommender import Recommender
 
@@ -21,15 +22,22 @@ USERS_PER_CHUNK = 1024
 
 @torch.no_grad()
 def item_matrix(
-    model: Recommender, store: ItemStore, device: torch.device, tick: Callable[[float], None] = lambda _share: None
+    encode: Callable[[Items], Tensor],
+    store: ItemStore,
+    device: torch.device,
+    tick: Callable[[float], None] = lambda _share: None,
 ) -> Tensor:
-    """Vectors of all items in eval mode, (N+1, d); row 0, padding, is zero. ``tick`` gets the share done so far."""
-    model.eval()
+    """Vectors of all items, (N+1, d); row 0, padding, is zero.
+
+    Args:
+        encode: maps n items to vectors (n, d); its model must be in eval mode. store: the inputs of the items.
+        device: where ``encode`` works. tick: gets the share done so far.
+    """
     ids = np.arange(1, store.dataset.manifest.items + 1, dtype=np.int64)
     chunk = ITEMS_PER_CHUNK * (1 if store.every_token else 16)
     vectors = []
     for start in range(0, len(ids), chunk):
-        vectors.append(model.encode_items(store.gather(ids[start : start + chunk]).to(device)))
+        vectors.append(encode(store.gather(ids[start : start + chunk]).to(device)))
         tick(min(1.0, (start + chunk) / len(ids)))
     matrix = torch.cat(vectors).float()
     return torch.cat([torch.zeros_like(matrix[:1]), matrix])

@@ -43,11 +43,14 @@ from tpme.bench.workers import progress_line
 DTYPE = torch.float16
 _SOURCES = (
     "batches.py",
+    "checkpoints.py",
     "encoders.py",
+    "families.py",
     "feature_files.py",
     "features.py",
     "items.py",
     "masks.py",
+    "pooling.py",
     "tokens.py",
     "view.py",
 )

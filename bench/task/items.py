@@ -9,6 +9,7 @@ from typing import Literal, TypeVar, cast
 import torch
 from torch import Tensor
 
+from tpme.bench.errors import UserError
 from tpme.bench.record import Modality, Pool
 
 
@@ -65,12 +66,21 @@ def size_bytes(states: States) -> int:
 class EncoderShape:
     """Width and number of layers of an encoder: enough for a method to build its parts, also for cached states.
 
-    pool: how this encoder's items are read unless a method says otherwise.
+    pool: how this encoder's items are read unless a method says otherwise. pools: every way to read them.
     """
 
     width: int
     depth: int
     pool: Pool = "first"
+    pools: tuple[Pool, ...] = ("first", "mean", "last")
+
+    def check(self, reads: Reads, encoder: str) -> None:
+        """Raise UserError where ``reads`` takes a token of ``encoder`` that does not stand for the item."""
+        if reads.tokens == "pooled" and reads.pool not in self.pools:
+            raise UserError(
+                f"{encoder}: it cannot be read with pool = '{reads.pool}', because that token stands for itself alone; "
+                f"choose {' or '.join(self.pools)}"
+            )
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Attention masks of text encoders, built without reading their values on the host.
+"""Attention masks of encoders, built without reading their values on the host.
 
 For every batch, transformers checks whether the mask masks anything, to skip it otherwise. That value is on the device,
 so the host would wait for it at the start of every forward pass. Titles in a batch differ in length, so the check is
@@ -16,19 +16,23 @@ from typing import Any
 from torch import Tensor
 
 _lock, _users = threading.Lock(), 0
+_overlaid: set[str] = set()
 
 
 @contextmanager
 def unread_masks() -> Iterator[None]:
-    """Within this context, transformers builds masks from (n, T) without reading any of their values."""
+    """Within this context, transformers builds masks from (n, T) without reading any of their values.
+
+    That holds for every attention function that has a mask function, also for one that a method registered.
+    """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as FUNCTIONS
-    from transformers.masking_utils import bidirectional_mask_function
 
     global _users
     with _lock:
-        if not _users:  # Items of this mapping override the registered ones until they are deleted.
-            FUNCTIONS["sdpa"] = partial(_expanded_mask, bidirectional_mask_function, FUNCTIONS["sdpa"])
-            FUNCTIONS["eager"] = partial(_unskipped_mask, FUNCTIONS["eager"])
+        # Items of this mapping override the registered functions until they are deleted.
+        for name in set(FUNCTIONS) - _overlaid:
+            FUNCTIONS[name] = partial(_unread, FUNCTIONS[name])
+            _overlaid.add(name)
         _users += 1
     try:
         yield
@@ -36,20 +40,27 @@ def unread_masks() -> Iterator[None]:
         with _lock:
             _users -= 1
             if not _users:  # all threads share one mapping
-                del FUNCTIONS["sdpa"], FUNCTIONS["eager"]
+                for name in _overlaid:
+                    del FUNCTIONS[name]
+                _overlaid.clear()
 
 
-def _expanded_mask(
-    plain: object, make: Callable[..., Any], *, mask_function: object, attention_mask: Tensor | None, **options: Any
+def _unread(
+    make: Callable[..., Any], *, mask_function: Callable[..., Any], attention_mask: Tensor | None, **options: Any
 ) -> Any:
-    """A view (n, 1, Q, T) of the mask (n, T) if only padding is masked; else (windows) the mask of transformers."""
-    if attention_mask is not None and mask_function is plain:
-        return attention_mask[:, None, None, :].expand(-1, 1, options["q_length"], -1)
-    return _unskipped_mask(make, mask_function=mask_function, attention_mask=attention_mask, **options)
+    """The mask that ``make`` builds, without its checks of what is masked."""
+    from transformers import masking_utils as library
 
-
-def _unskipped_mask(make: Callable[..., Any], *, attention_mask: Tensor | None, **options: Any) -> Any:
     # Without a mask (images) there is nothing to read, and the fast attention kernels need none.
-    if attention_mask is not None:
-        options["allow_is_bidirectional_skip"] = False
-    return make(attention_mask=attention_mask, **options)
+    if attention_mask is None:
+        return make(mask_function=mask_function, attention_mask=None, **options)
+    if make is library.sdpa_mask and mask_function is library.bidirectional_mask_function:
+        # Only padding is masked: a view (n, 1, Q, T) of the mask (n, T).
+        return attention_mask[:, None, None, :].expand(-1, 1, options["q_length"], -1)
+    if make is library.flash_attention_mask:
+        return attention_mask[:, -options["kv_length"] :]
+    if make is library.flex_attention_mask:
+        padding = library.padding_mask_function(attention_mask)
+        return make(mask_function=library.and_masks(mask_function, padding), attention_mask=None, **options)
+    read = [name for name in options if name.startswith("allow_is_")]  # reading the mask, to skip building it
+    return make(mask_function=mask_function, attention_mask=attention_mask, **options | dict.fromkeys(read, False))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tpme.bench.record import Modality
-from tpme.bench.task.items import LAST, EncoderShape, Items, Reads, States, map_tensors
+from tpme.bench.task.items import EncoderShape, Items, Reads, States, map_tensors
 from tpme.bench.task.sequential import init_linear
 from tpme.bench.task.view import EncoderView
 
@@ -57,12 +57,15 @@ class ItemEncoder(nn.Module):
 
 
 class TokenFusion(ItemEncoder):
-    """The default: token 0 of each encoder, ``gelu(W x)`` per modality, concatenated and projected to d."""
+    """The default: the last state of each encoder, pooled as it is meant to be read (``EncoderShape.pool``).
+
+    ``gelu(W x)`` per modality, concatenated and projected to d.
+    """
 
     group = "recommender"
 
     def __init__(self, shapes: Mapping[Modality, EncoderShape], dim: int) -> None:
-        super().__init__(dict.fromkeys(shapes, LAST))
+        super().__init__({modality: Reads(final=True, pool=shape.pool) for modality, shape in shapes.items()})
         self.order = [modality for modality in ORDER if modality in shapes]
         self.heads = nn.ModuleDict({modality: nn.Linear(shapes[modality].width, dim) for modality in self.order})
         self.fusion = nn.Linear(dim * len(self.order), dim) if len(self.order) > 1 else nn.Identity()

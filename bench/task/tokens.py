@@ -79,7 +79,7 @@ def load_tokenizer(source: str, revision: str | None) -> Any:
     Raises:
         UserError: it cannot be loaded.
     """
-    from tpme.bench.task.encoders import encoder_source
+    from tpme.bench.task.checkpoints import encoder_source
 
     place = encoder_source(source)
     tokenizer = _load(place, revision, local_files_only=True)

@@ -1,94 +1,53 @@
-"""A common view of transformer encoders: the layers, projections and sub-layers of BERT, ViT and their relatives.
+"""A common view of transformer encoders: layers, projections, norms and halves of BERT, ViT, CLIP, Llama and others.
 
-Methods use roles instead of module paths, which differ between encoders and versions of transformers. A role is looked
-up under all known paths, relative to one layer; if none exists, a UserError says so in one line.
+Methods use roles instead of module paths, which differ between encoders and versions of transformers; ``families.py``
+knows the paths. What an encoder does not have is refused in one line.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tpme.bench.errors import UserError
-from tpme.bench.record import Modality
-from tpme.bench.task.items import EncoderShape, Reads
+from tpme.bench.record import Modality, Pool
+from tpme.bench.task.families import Halves, Paths, Role, drop_unread, family_of, split_fused
+from tpme.bench.task.items import EncoderShape, Reads, States, TokenStates
 from tpme.bench.task.masks import unread_masks
-
-Role = Literal["query", "key", "value", "attention_output", "ffn_in", "ffn_out"]
-
-_LAYER_LISTS = ("encoder.layer", "layers", "encoder.layers", "transformer.layer", "model.layer")
-_ROLES: dict[Role, tuple[str, ...]] = {
-    "query": (
-        "attention.self.query",
-        "attention.q_proj",
-        "attention.attention.query",
-        "self_attn.q_proj",
-        "attention.q_lin",
-        "attention.attn.q",
-        "attention.self.query_proj",
-    ),
-    "key": (
-        "attention.self.key",
-        "attention.k_proj",
-        "attention.attention.key",
-        "self_attn.k_proj",
-        "attention.k_lin",
-        "attention.attn.k",
-        "attention.self.key_proj",
-    ),
-    "value": (
-        "attention.self.value",
-        "attention.v_proj",
-        "attention.attention.value",
-        "self_attn.v_proj",
-        "attention.v_lin",
-        "attention.attn.v",
-        "attention.self.value_proj",
-    ),
-    "attention_output": (
-        "attention.output.dense",
-        "attention.o_proj",
-        "self_attn.out_proj",
-        "attention.out_lin",
-        "attention.attn.o",
-    ),
-    "ffn_in": ("intermediate.dense", "mlp.fc1", "ffn.lin1", "mlp.up_proj"),
-    "ffn_out": ("output.dense", "mlp.fc2", "ffn.lin2", "mlp.down_proj"),
-}
-# Modules whose output is a sub-layer's output without its residual. BERT applies dropout before it adds and normalises,
-# so an adapter after the dropout is exactly where Houlsby et al. put it; elsewhere it follows the projection.
-_SUBLAYER_OUTPUTS: tuple[tuple[str, ...], tuple[str, ...]] = (
-    ("attention.output.dropout", *_ROLES["attention_output"]),
-    ("output.dropout", *_ROLES["ffn_out"]),
-)
+from tpme.bench.task.pooling import pool_tokens
 
 # Set on every module of the unmodified encoder: the names of its own parameters. An attribute, not a table of ids: ids
 # are reused once a method drops a module, and attributes survive a deep copy of the model.
 _OWN = "_tpme_own_parameters"
 
 
-def _find(root: nn.Module, paths: tuple[str, ...]) -> tuple[str, nn.Module] | None:
-    for path in paths:
-        try:
-            return path, root.get_submodule(path)
-        except AttributeError:
-            continue
-    return None
+@dataclass(frozen=True)
+class Heads:
+    """The attention heads of every layer: how many, how many key-value heads they share, and the width of each."""
+
+    number: int
+    key_value: int
+    width: int
 
 
 class EncoderView:
     """The parts of one text or image encoder, by role.
 
     Args:
-        module: a transformers encoder that returns ``last_hidden_state``.
+        module: an encoder of transformers, of one of the supported families. What no hidden state depends on (a
+            pooler, a head) is dropped from it, and fused projections are split.
         modality: the item input it reads.
         mean, std: normalisation of images in [0, 1], per channel.
+        pool: how its items are read unless a method says otherwise; ``None``: as its family is.
+
+    Raises UserError for an encoder of another family, and for a pooling that it does not support.
     """
 
     def __init__(
@@ -97,73 +56,114 @@ class EncoderView:
         modality: Modality,
         mean: tuple[float, ...] = (0.5, 0.5, 0.5),
         std: tuple[float, ...] = (0.5, 0.5, 0.5),
+        *,
+        pool: Pool | None = None,
     ) -> None:
         self.module = module
         self.modality = modality
+        config: Any = module.config
+        self.config = config
+        self.family = family_of(getattr(self.config, "model_type", None))
         # In units of uint8 pixels; moved to the images' device on first use.
         self._shift, self._scale = (torch.tensor(values)[:, None, None] * 255 for values in (mean, std))
-        layers = _find(module, _LAYER_LISTS)
-        if layers is None:
-            raise UserError(
-                f"{type(module).__name__} ({modality} encoder): its list of layers is at none of the known paths "
-                f"({', '.join(_LAYER_LISTS)}); choose an encoder of the BERT or ViT family"
-            )
-        self._layers_path = layers[0]
-        if any(getattr(part, "is_causal", False) is True for part in module.modules()):
-            raise UserError(
-                f"{type(module).__name__} ({modality} encoder): its attention is causal, so token 0 sees no other "
-                "token; choose an encoder of the BERT or ViT family"
-            )
+        causal = any(getattr(part, "is_causal", False) is True for part in module.modules())
+        if causal and "first" in self.family.pools:
+            raise UserError(f"{self._name}: its attention is causal (is_decoder); choose one whose attention is not")
+        drop_unread(module, self.family)
+        split_fused(module, self.family)
+        if getattr(config, "use_cache", False):
+            config.use_cache = False  # keys and values are kept for generation alone
+        self.pool = pool or self.family.pools[0]
+        self.shape.check(Reads(pool=self.pool), self._name)
+        self.reads_mask: Callable[[Tensor | None, Tensor], Tensor] | None = None
+        """Set by a method that changes the number of tokens: from the mask (n, T) of a text, or ``None`` for an image,
+        and a state (n, T', width), the mask (n, T') of that state, false for tokens that are not the item's."""
         for part in module.modules():
             setattr(part, _OWN, tuple(name for name, _ in part.named_parameters(recurse=False)))
 
     @property
+    def _name(self) -> str:
+        return f"{type(self.module).__name__} ({self.modality} encoder)"
+
+    # --- its parts ----------------------------------------------------------------------------------------------
+
+    @property
     def layers(self) -> list[nn.Module]:
         """The transformer layers, first to last."""
-        return list(self.module.get_submodule(self._layers_path).children())
+        return list(self.module.get_submodule(self.family.layers).children())
 
     @property
     def shape(self) -> EncoderShape:
-        """Width of the hidden states and number of layers."""
-        config: Any = self.module.config
-        return EncoderShape(width=int(config.hidden_size), depth=len(self.layers))
+        """Width of the hidden states, number of layers, and how they are read."""
+        return EncoderShape(int(self.config.hidden_size), len(self.layers), self.pool, self.family.pools)
+
+    @property
+    def heads(self) -> Heads:
+        """The attention heads of every layer."""
+        number = int(self.config.num_attention_heads)
+        shared = int(getattr(self.config, "num_key_value_heads", None) or number)
+        return Heads(number, shared, int(getattr(self.config, "head_dim", None) or self.shape.width // number))
+
+    @property
+    def ffn_width(self) -> int:
+        """Width of the feed-forward activation, the input of the role ``ffn_out``."""
+        path, _ = self._locate(0, self.family.layer.roles["ffn_out"], "ffn_out")
+        linear: Any = self.layers[0].get_submodule(path)
+        return int(linear.in_features)
 
     @property
     def embeddings(self) -> nn.Module:
         """The module whose output is hidden state 0, (n, tokens, width)."""
-        embeddings = _find(self.module, ("embeddings",))
-        if embeddings is None:
-            raise UserError(
-                f"{type(self.module).__name__} ({self.modality} encoder): it has no 'embeddings'; "
-                "choose an encoder of the BERT or ViT family"
-            )
-        return embeddings[1]
+        return next(self.module.get_submodule(path) for path in self.family.embeddings if _has(self.module, path))
+
+    @property
+    def final_norm(self) -> nn.Module | None:
+        """The norm of the final state; ``None`` where the last layer ends with its own (BERT)."""
+        return self.module.get_submodule(self.family.norm) if self.family.norm else None
 
     def projections(self, *roles: Role) -> list[str]:
         """Qualified names of the linear layers with these ``roles``, in all layers.
 
-        Raises UserError if one of them is at none of the known paths.
+        Raises UserError for a role that the encoder does not have (``ffn_gate`` without a gate).
         """
         return [
-            f"{self._layers_path}.{i}.{path}" for i in range(len(self.layers)) for path in self._role_paths(i, roles)
+            f"{self.family.layers}.{i}.{self._locate(i, self.family.layer.roles.get(role, ()), role)[0]}"
+            for i in range(len(self.layers))
+            for role in roles
         ]
-
-    def _role_paths(self, layer: int, roles: tuple[Role, ...]) -> list[str]:
-        return [self._locate(layer, _ROLES[role], role)[0] for role in roles]
 
     def sublayer_outputs(self, layer: int) -> tuple[nn.Module, nn.Module]:
         """Modules whose outputs are those of the attention and feed-forward sub-layers, before the residual."""
-        attention, ffn = (self._locate(layer, paths, "sub-layer output")[1] for paths in _SUBLAYER_OUTPUTS)
+        attention, ffn = (self._locate(layer, paths, "sub-layer output")[1] for paths in self.family.layer.outputs)
         return attention, ffn
 
-    def _locate(self, layer: int, paths: tuple[str, ...], role: str) -> tuple[str, nn.Module]:
-        part = _find(self.layers[layer], paths)
-        if part is None:
-            raise UserError(
-                f"{type(self.module).__name__} ({self.modality} encoder), layer {layer}: no '{role}' at any known "
-                f"path ({', '.join(paths)}); choose an encoder of the BERT or ViT family"
-            )
-        return part
+    def norms(self, layer: int) -> tuple[nn.Module, nn.Module]:
+        """The norms of the attention and the feed-forward sub-layer; ``nn.Identity`` where one has none."""
+        attention, ffn = (self.layers[layer].get_submodule(path) for path in self.family.layer.norms)
+        return attention, ffn
+
+    def halves(self, layer: int) -> Halves:
+        """The attention part and the feed-forward part of a layer, residuals and norms included."""
+        return self.family.layer.halves(self.layers[layer])
+
+    def insert_between(self, layer: int, change: Callable[[Tensor], Tensor]) -> None:
+        """Apply ``change`` to hidden states (n, T, width) between the two halves of a layer, after earlier ones.
+
+        A partial or a module, not a closure: a deep copy of the model then runs its own copy. A module has to be
+        registered in the encoder by the method, so that its parameters are found.
+        """
+        target: Any = self.layers[layer]
+        if isinstance(target.forward, partial) and target.forward.func is _through_halves:
+            target.forward.args[1].append(change)
+        else:
+            target.forward = partial(_through_halves, self.halves(layer), [change], self.family.layer.tuples)
+
+    def _locate(self, layer: int, paths: Paths, role: str) -> tuple[str, nn.Module]:
+        root = self.layers[layer]
+        for path in paths:
+            if _has(root, path):
+                return path, root.get_submodule(path)
+        raise UserError(f"{self._name}, layer {layer}: it has no '{role}'; leave that out or choose another encoder")
 
     # --- running it ---------------------------------------------------------------------------------------------
 
@@ -174,43 +174,79 @@ class EncoderView:
         tokens: Tensor | None = None,
         token_mask: Tensor | None = None,
         image: Tensor | None = None,
-    ) -> Tensor:
+    ) -> States:
         """Run the encoder and keep only the hidden states in ``reads``.
 
         Args:
-            reads: the hidden states to return; only token 0 of each is kept.
+            reads: the hidden states to return, and how each is pooled over its tokens.
             tokens, token_mask: (n, T) int64, for a text encoder.
             image: (n, 3, H, W) uint8, for an image encoder.
 
         Returns:
-            (n, reads.count, width), levels in the order of ``reads``, the final state last.
+            (n, reads.count, width), levels in the order of ``reads``, the final state last; for ``tokens = "all"``
+            ``TokenStates``, those of every token. In float32 where the encoder's weights are in half precision.
         """
+        self.shape.check(reads, self._name)
+        inputs, mask = self._inputs(tokens, token_mask, image)
         kept: dict[int, Tensor] = {}
         with ExitStack() as hooks:
+            read = partial(self._read, reads, mask)
             for level in reads.levels:
-                hooks.enter_context(self._keep(level, kept))
-            if self.modality == "text":
-                hooks.enter_context(unread_masks())
-                output = self.module(input_ids=tokens, attention_mask=token_mask)
-            else:
-                assert image is not None
-                output = self.module(pixel_values=self._normalise(image))
+                hooks.enter_context(self._keep(level, kept, read))
+            hooks.enter_context(unread_masks())
+            final = self.module(**inputs).last_hidden_state
         states = [kept[level] for level in reads.levels]
         if reads.final:
-            states.append(output.last_hidden_state[:, 0])
-        return torch.stack(states, dim=1)
+            norm = self.final_norm if self.family.norm_outside else None
+            states.append(read(norm(final) if norm is not None else final))
+        stacked = torch.stack(states, dim=1)
+        if self._dtype != torch.float32:
+            stacked = stacked.float()
+        return stacked if reads.tokens == "pooled" else TokenStates(stacked, self._every_token(mask, stacked[:, 0]))
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.module.parameters()).dtype
+
+    def _inputs(
+        self, tokens: Tensor | None, token_mask: Tensor | None, image: Tensor | None
+    ) -> tuple[dict[str, Tensor | None], Tensor | None]:
+        """The encoder's arguments, and the mask (n, T) bool of its tokens; ``None``: all of them."""
+        if self.modality == "image":
+            assert image is not None
+            return {"pixel_values": self._normalise(image).to(self._dtype)}, None
+        assert tokens is not None
+        assert token_mask is not None
+        if not self.family.whole:
+            return {"input_ids": tokens, "attention_mask": token_mask}, token_mask.bool()
+        positions, padding = int(self.config.max_position_embeddings), int(self.config.pad_token_id or 0)
+        tokens = tokens.masked_fill(token_mask == 0, padding)[:, :positions]
+        whole = nn.functional.pad(tokens, (0, positions - tokens.shape[1]), value=padding)
+        return {"input_ids": whole, "attention_mask": None}, None
+
+    def _read(self, reads: Reads, mask: Tensor | None, hidden: Tensor) -> Tensor:
+        """What ``reads`` keeps of one state (n, T, width): (n, width), or the state itself."""
+        if reads.tokens == "all":
+            return hidden
+        pooled = pool_tokens(hidden, self._states_mask(mask, hidden), reads.pool)
+        # Without gradients, clone a view: it would keep all tokens of the level in memory until the encoder is done.
+        return pooled if torch.is_grad_enabled() or pooled._base is None else pooled.clone()
+
+    def _states_mask(self, mask: Tensor | None, hidden: Tensor) -> Tensor | None:
+        return self.reads_mask(mask, hidden) if self.reads_mask is not None else mask
+
+    def _every_token(self, mask: Tensor | None, hidden: Tensor) -> Tensor:
+        """The mask (n, T) of a state (n, T, width)."""
+        kept = self._states_mask(mask, hidden)
+        return torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device) if kept is None else kept
 
     @contextmanager
-    def _keep(self, level: int, kept: dict[int, Tensor]) -> Iterator[None]:
-        # Without gradients, clone: a view would keep all tokens of the level in memory until the encoder is done.
-        def first_token(hidden: Tensor) -> Tensor:
-            return hidden[:, 0] if torch.is_grad_enabled() else hidden[:, 0].clone()
-
+    def _keep(self, level: int, kept: dict[int, Tensor], read: Callable[[Tensor], Tensor]) -> Iterator[None]:
         def before(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            kept[level] = first_token(args[0])
+            kept[level] = read(args[0])
 
         def after(_module: nn.Module, _args: object, output: Tensor | tuple[Tensor, ...]) -> None:
-            kept[level] = first_token(output[0] if isinstance(output, tuple) else output)
+            kept[level] = read(output[0] if isinstance(output, tuple) else output)
 
         if level == 0:
             handle = self.layers[0].register_forward_pre_hook(before)
@@ -252,6 +288,25 @@ class EncoderView:
             trains = training and any(_has_trainable_matrix(part) for part in own)
             for part in own:
                 part.training = trains
+
+
+def _has(root: nn.Module, path: str) -> bool:
+    try:
+        root.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def _through_halves(
+    halves: Halves, changes: list[Callable[[Tensor], Tensor]], tuples: bool, hidden: Tensor, *args: Any, **kwargs: Any
+) -> Tensor | tuple[Tensor, None]:
+    """The forward of a layer with something between its halves."""
+    between = halves.attention(hidden, *args, **kwargs)
+    for change in changes:
+        between = change(between)
+    result = halves.feed_forward(between)
+    return (result, None) if tuples else result
 
 
 def _has_trainable_matrix(part: nn.Module) -> bool:

@@ -5,8 +5,10 @@ The run of a cell and its counters on ``meta`` both follow it, so what is planne
 
 from __future__ import annotations
 
+import hashlib
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,6 +49,19 @@ def seed_generators(seed: int) -> None:
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002
+
+
+@contextmanager
+def separate_generators(name: str, device: torch.device) -> Iterator[None]:
+    """Random numbers of their own for the block, the same for the same ``name``; afterwards as if it had drawn none."""
+    before = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        seed_generators(int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]))
+        try:
+            yield
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])  # noqa: NPY002
 
 
 def steps_per_epoch(users: int, training: Training) -> int:
@@ -106,6 +121,8 @@ class ModelBuilder:
 
     Args:
         method, training: of the cell. data: size of its data set. shapes: of the encoders that the method uses.
+
+    Raises UserError where the method reads a token that does not stand for the item.
     """
 
     def __init__(
@@ -114,6 +131,8 @@ class ModelBuilder:
         self.method, self.training, self.data, self.shapes = method, training, data, shapes
         self.schedule = schedule_of(training, data)
         self.item_encoder = method.item_encoder(TaskShape(training.embedding_dim, data.items, shapes))
+        for modality, reads in self.item_encoder.reads.items():
+            shapes[modality].check(reads, f"the {modality} encoder")
         self.sequence = SequentialEncoder(
             training.embedding_dim, data.max_seq_len, training.blocks, training.heads, training.dropout
         )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -33,5 +36,21 @@ def compile_model(model: Recommender) -> bool:
     layers = [layer for view in model.views.values() for layer in view.layers]
     for part in (*layers, model.item_encoder, model.sequence):
         # forward, not the module: hooks that are set and removed with each call must not be compiled in.
-        part.forward = torch.compile(part.forward, dynamic=True)
+        part.forward = CompiledForward(part.forward)
     return True
+
+
+class CompiledForward:
+    """A compiled ``forward``. A deep copy of its module runs its own, uncompiled."""
+
+    def __init__(self, plain: Callable[..., Any]) -> None:
+        self.plain = plain
+        self.compiled = torch.compile(plain, dynamic=True)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the compiled function."""
+        return self.compiled(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
+        """The copied module's own ``forward``: what torch compiled is bound to the module of the original."""
+        return copy.deepcopy(self.plain, memo)

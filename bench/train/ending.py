@@ -9,7 +9,8 @@ import torch
 from tpme.bench.errors import LONGEST_MESSAGE, UserError
 from tpme.bench.record import Failure, Status
 from tpme.bench.task.ranking import NonFiniteScoreError
-from tpme.bench.train.loop import DivergedError, Trainer
+from tpme.bench.train.epochs import DivergedError
+from tpme.bench.train.loop import Trainer
 
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 # The CPU's allocator, cuBLAS and the CUDA runtime itself raise a plain RuntimeError.

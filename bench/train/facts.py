@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,16 @@ from tpme.bench.record import (
     Inference,
     Modality,
     Parameters,
+    Phase,
+    PhaseKind,
     Reading,
+    Status,
     write_atomically,
 )
 from tpme.bench.task.dataset import Dataset
 from tpme.bench.task.recommender import Recommender
-from tpme.bench.train.loop import WARMUP_EPOCHS, Outcome, Trainer
+from tpme.bench.train.loop import Trainer
+from tpme.bench.train.outcome import Outcome
 from tpme.methods.base import Method
 
 Arrays = dict[str, NDArray[Any]]
@@ -117,14 +121,31 @@ def method_counters(method: Method, model: Recommender, name: str) -> dict[str, 
     }
 
 
-def warmup_epochs(outcome: Outcome) -> int:
-    """Leading epochs that do not count towards the epoch time."""
-    return WARMUP_EPOCHS if len(outcome.epochs) > 2 * WARMUP_EPOCHS else 0
-
-
-def epoch_time(outcome: Outcome, warmup: int) -> Reading:
-    """T of TPME in seconds: the median training time of the epochs after the first ``warmup``."""
-    source = f"median training time of the epochs after {warmup} warm-up epoch(s)"
+def epoch_time(outcome: Outcome) -> Reading:
+    """T of TPME in seconds: the median training time of the last stage's epochs after its warm-up."""
+    earlier, leading = outcome.earlier_epochs, outcome.warmup_epochs
+    stage = f"stage '{outcome.epochs[-1].stage}'" if earlier else "the epochs"
+    source = f"median training time of {stage} after {leading - earlier} warm-up epoch(s)"
     if not outcome.epochs:
         return Reading.missing(source, "no epoch was finished: nothing trains, or the cell failed before")
-    return Reading(value=float(np.median([epoch.train_s for epoch in outcome.epochs[warmup:]])), source=source)
+    return Reading(value=float(np.median([epoch.train_s for epoch in outcome.epochs[leading:]])), source=source)
+
+
+ALL_IN: tuple[PhaseKind, ...] = ("estimate", "search", "round", "train")
+"""Kinds of phases in which a method works towards its final model."""
+
+
+def all_in(phases: Sequence[Phase], cache: CacheFacts | None, resumed_s: float, status: Status) -> Reading:
+    """Seconds from an unadapted model to the trained one: feature cache, estimation, search, rounds, all stages.
+
+    resumed_s: what earlier attempts spent on parts that this one took over.
+    """
+    source = "feature cache, estimation, search, rounds and training epochs of all stages" + (
+        f"; {resumed_s:.3g} s of it in earlier attempts" if resumed_s else ""
+    )
+    if status != "ok":
+        return Reading.missing(source, f"the cell ended as '{status}'")
+    spent_s = [phase.wall_s for phase in phases if phase.kind in ALL_IN]
+    if not spent_s and not resumed_s:
+        return Reading.missing(source, "nothing trains")
+    return Reading(value=sum(spent_s) + resumed_s + (cache.build_s if cache else 0.0), source=source)

@@ -21,12 +21,12 @@ from tpme.bench.task.items import Items, map_tensors
 from tpme.bench.task.loss import Candidates, in_batch_logits
 from tpme.bench.task.recommender import Recommender
 from tpme.bench.train.loop import Trainer
-from tpme.bench.train.step import total_loss
+from tpme.bench.train.step import loss_terms
 from tpme.methods.base import Method
 
 IGNORED = -100
 """Label of a row that is no position: cross entropy leaves it out of sum and mean."""
-_INSIDE = ("stages", "begin_stage", "before_step", "passes", "begin_pass", "losses", "after_step")
+_INSIDE = ("encode", "stages", "begin_stage", "before_step", "passes", "begin_pass", "losses", "after_step")
 """Hooks that may change what a step does; a graph would repeat the recorded step."""
 
 
@@ -49,7 +49,7 @@ def replay_graphs(trainer: Trainer) -> str | None:
         raise UserError("cuda_graphs = true needs a CUDA device; turn it off or run with --device cuda")
     reason = unsupported_reason(trainer.method, trainer.model)
     if reason is None:
-        trainer.loss_of = GraphedLoss(trainer.method, trainer.model, trainer.cell.training.users_per_batch)
+        trainer.terms_of = GraphedLoss(trainer.method, trainer.model, trainer.cell.training.users_per_batch)
     return reason
 
 
@@ -140,15 +140,15 @@ class GraphedLoss:
         self._padded: PaddedLoss | None = None
         self._run: Callable[..., Tensor]
 
-    def __call__(self, batch: Batch) -> Tensor:
-        """The loss, a scalar with its graph."""
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        """The loss, a scalar with its graph, under the name of the only pass."""
         if len(batch.slot) != self.users:
-            return total_loss(self.method, self.model, batch)
+            return loss_terms(self.method, self.model, batch)
         if self._padded is None:
             self._padded = PaddedLoss(self.model, batch)
             self._run = _recorded(self._padded, self._padded.fill(batch))
-        loss: Tensor = self._run(*self._padded.fill(batch))
-        return loss
+        loss = self._run(*self._padded.fill(batch))
+        return {"task": loss.clone()}  # the next replay writes to the same place
 
 
 def _recorded(padded: PaddedLoss, inputs: tuple[Tensor, ...]) -> Callable[..., Tensor]:

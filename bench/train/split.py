@@ -1,13 +1,12 @@
 """Where the time of a training step goes: waiting for data, forward pass, backward pass, optimiser.
 
-Measured in a few more steps after training, because marks inside every step would be part of the training time. The
-learning rates are 0, so every parameter stays bit for bit as training left it.
+Measured in a few more steps after training, because marks inside every step would be part of the training time. They
+repeat the last step of training on other batches, and leave everything as training has left it.
 """
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 
 import numpy as np
 
@@ -15,6 +14,7 @@ from tpme.bench.errors import one_line
 from tpme.bench.measure.clock import now
 from tpme.bench.record import Reading
 from tpme.bench.train.loop import Trainer
+from tpme.bench.train.preserve import preserved
 from tpme.bench.train.timing import StepTimer
 
 PARTS = ("data_wait_s", "forward_s", "backward_s", "update_s")
@@ -25,10 +25,10 @@ SHARE, ALWAYS_S = 0.03, 1.0
 
 
 def step_split(trainer: Trainer) -> dict[str, Reading]:
-    """Medians of the four parts of a step; call it after training, in a phase of kind ``estimate``.
+    """Medians of the four parts of a step; call it after training, in a phase of kind ``count``.
 
     On a GPU the parts are times between CUDA events on the device: waiting for data is time in which it was idle. The
-    method's hooks count where they are called; what they change in the method's own state is not undone.
+    method's hooks count where they are called.
     """
     spent = trainer.outcome.step_s
     source = f"median of up to {MOST} steps after training, " + (
@@ -52,7 +52,7 @@ def step_split(trainer: Trainer) -> dict[str, Reading]:
 def guarded_split(trainer: Trainer) -> dict[str, Reading]:
     """``step_split`` in a phase; after training, so any failure costs these readings alone."""
     try:
-        with trainer.phases.phase("estimate", "parts of a step"):
+        with trainer.phases.phase("count", "parts of a step"):
             trainer.progress("parts of a step", 0.0)
             return step_split(trainer)
     except Exception as error:
@@ -61,20 +61,19 @@ def guarded_split(trainer: Trainer) -> dict[str, Reading]:
 
 def _laps(trainer: Trainer, steps: int) -> list[float]:
     """Seconds of every part of ``steps`` steps, in order."""
-    trainer.model.train()
-    optimizer = trainer.optimizer()
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-    state, trainer.state = trainer.state, replace(trainer.state)
+    timer, last = StepTimer(trainer.device), max(0, trainer.state.step - 1)
     # Of several epochs where one has fewer batches.
-    batches = itertools.chain.from_iterable(trainer.batches.epoch(trainer.state.epoch) for _ in itertools.count())
-    timer = StepTimer(trainer.device)
-    timer.start()
-    for batch in itertools.islice(batches, steps):
-        timer.lap()
-        trainer.step(batch, optimizer, timer.lap)
-        timer.lap()
-    now(trainer.device)
-    trainer.state = state
-    trainer.model.eval()  # as evaluation left it
+    batches = itertools.chain.from_iterable(trainer.loader.epoch(trainer.state.epoch) for _ in itertools.count())
+    with preserved(trainer):
+        optimizer = trainer.optimizer()
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0  # what follows depends on these weights: they may diverge
+        trainer.model.train()
+        timer.start()
+        for batch in itertools.islice(batches, steps):
+            trainer.state.step = last  # a method's schedule ends there
+            timer.lap()
+            trainer.step(batch, optimizer, timer.lap)
+            timer.lap()
+        now(trainer.device)
     return timer.seconds()

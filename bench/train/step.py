@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -15,19 +17,29 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """Type of the matrix products under each half precision; full precision runs without autocast."""
 
 
-def forward(model: Recommender, batch: Batch) -> PassOutput:
+def forward(method: Method, model: Recommender, batch: Batch) -> PassOutput:
     """One pass over ``batch``: the task's loss over the in-batch candidates."""
-    vectors = model.encode_items(batch.items)
+    vectors = method.encode(model, batch.items)
     users = model.user_vectors(vectors[batch.slot[:, :-1]], batch.mask)
     logits = in_batch_logits(users, vectors, batch.candidates)
     target = batch.candidates.target
     return PassOutput(functional.cross_entropy(logits, target), logits, target)
 
 
-def total_loss(method: Method, model: Recommender, batch: Batch) -> Tensor:
-    """All passes of ``method`` over ``batch``; returns the sum of its losses, a scalar."""
+def loss_terms(method: Method, model: Recommender, batch: Batch) -> dict[str, Tensor]:
+    """All passes of ``method`` over ``batch``; returns the terms of its loss, scalars, by name."""
     outputs = {}
     for name in method.passes():
         method.begin_pass(name, model)
-        outputs[name] = forward(model, batch)
-    return torch.stack(list(method.losses(outputs).values())).sum()
+        outputs[name] = forward(method, model, batch)
+    return method.losses(outputs)
+
+
+def summed(terms: Mapping[str, Tensor]) -> Tensor:
+    """The sum of the terms of a loss, a scalar."""
+    return torch.stack(list(terms.values())).sum()
+
+
+def total_loss(method: Method, model: Recommender, batch: Batch) -> Tensor:
+    """All passes of ``method`` over ``batch``; returns the sum of its losses, a scalar."""
+    return summed(loss_terms(method, model, batch))

@@ -195,6 +195,15 @@ function tableRow(row, best) {
   return opened ? [line, make("tr", { class: "detail", id: `cell-${place}` }, make("td", { colspan: columns().length + 1 }, detail(row)))] : [line];
 }
 
+/* What serving costs; nothing of it depends on the choices of the reader. */
+function drawInference(table) {
+  byId("inference").hidden = !table;
+  if (!table) return;
+  byId("inference-head").replaceChildren(...table.columns.map((title, i) => make("th", { scope: "col", class: i ? "num" : null }, title)));
+  byId("inference-body").replaceChildren(...table.rows.map((texts, place) => make("tr", {}, ...texts.map((text, i) => (i ? make("td", { class: table.best[place][i] ? "num best" : "num" }, text) : make("th", { scope: "row" }, text))))));
+  byId("inference-notes").replaceChildren(...table.notes.map((text) => make("p", {}, text)));
+}
+
 /* ---- one cell, opened ---- */
 function detail(row) {
   const cell = row.cell;
@@ -215,7 +224,7 @@ function detail(row) {
 }
 
 /* Kinds of phases in the order of their colours; every lane has a name, so colour is never the only cue. */
-const KINDS = ["train", "validate", "rank", "load", "cache", "adapt", "warmup", "export", "estimate", "search", "round", "prepare"];
+const KINDS = ["train", "validate", "rank", "load", "cache", "adapt", "warmup", "export", "inference", "estimate", "search", "round", "prepare"];
 
 /* A lane with the name of each phase and, on the same time axis above them, the memory curve in bands of their colours. */
 function timeline({ phases, curve }) {
@@ -393,6 +402,7 @@ function draw() {
   byId("status").value = state.status;
   drawChart(rows);
   drawTable(rows);
+  drawInference(current.inference);
   const ranked = rows.filter((row) => row.inside).sort((a, b) => a.rank - b.rank);
   say("said", ranked.length ? `K = ${ranked.length} rows; lowest TPME: ${ranked.filter((row) => row.rank === 1).map((row) => row.name).join(", ")}.` : "No row is chosen, so there is no TPME.");
   byId("no-intervals").hidden = ownChoices() || !current.rows.some((row) => known(row.tpme_low));

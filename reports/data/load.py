@@ -24,6 +24,7 @@ from tpme.bench.errors import UserError
 from tpme.bench.quantities import memory_reading
 from tpme.bench.record import Cell, CellResult, EncoderSpec, Phase, find_attempts, find_results, read_result
 from tpme.reports.data.ranks import REPORTED, load_arrays, mean_gains
+from tpme.reports.data.serving import cell_costs
 from tpme.reports.data.trials import select_trials
 
 Array = npt.NDArray[Any]
@@ -240,7 +241,7 @@ def _cost_columns(result: CellResult) -> dict[str, Any]:
         "training_energy_j": sum(value for value in energy if value is not None)
         if energy and None not in energy
         else None,
-        "inference_items_per_s": result.inference_items_per_s.value if result.inference_items_per_s else None,
+        **cell_costs(result),
     }
 
 

@@ -7,31 +7,29 @@ from __future__ import annotations
 
 import itertools
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from tpme.bench.quantities import byte_unit, number, quantity
-from tpme.reports.data.load import Array
 from tpme.reports.data.section import Section
 from tpme.reports.data.tpme import pareto
 from tpme.reports.figures import curves, shares
+from tpme.reports.figures.bars import bars
 from tpme.reports.figures.labels import place_labels
+from tpme.reports.figures.serving_plot import inference
 from tpme.reports.figures.style import (
     BLUE,
     COLUMN_INCHES,
     GREEN,
     GREY,
-    LOG_FROM,
     ORANGE,
     SILVER,
     VERMILION,
     Plot,
-    log_axis,
     margins,
     name_rows,
     new_figure,
@@ -46,7 +44,8 @@ Maker = Callable[[Section], Plot | None]
 def makers() -> tuple[Maker, ...]:
     """The functions that draw the figures of a report, in order."""
     return (
-        quality_tpme, shares.ranks, shares.weights, costs, shares.phases, curves.memory_over_time, curves.step_times,
+        quality_tpme, shares.ranks, shares.weights, costs, inference, shares.phases, curves.memory_over_time,
+        curves.step_times,
     )  # fmt: skip
 
 
@@ -147,7 +146,7 @@ def costs(section: Section) -> Plot | None:
         least = (bounded[rows.index] & (name == "memory_bytes")).to_numpy()
         show = quantity(name).format
         texts = [f"≥ {show(value)}" if bound else show(value) for value, bound in zip(values, least, strict=True)]
-        logarithmic += [symbol] if _bars(axes, position, relative, texts, least, colour) else []
+        logarithmic += [symbol] if bars(axes, position, relative, texts, colour, lower_bound=least) else []
         axes.set_title(f"{symbol} ({per})", pad=3)
         axes.set_xlabel("× FFT" if base else per, labelpad=1)
         if base:
@@ -163,35 +162,6 @@ def costs(section: Section) -> Plot | None:
 
 
 # --- parts ---------------------------------------------------------------------------------------------------
-
-
-def _bars(
-    axes: Any, position: Array, relative: pd.Series[float], texts: Sequence[str], lower_bound: Array, colour: str
-) -> bool:
-    """Horizontal bars with the raw value behind each. Returns whether the axis is logarithmic."""
-    positive = relative[relative > 0]
-    logarithmic = len(positive) > 1 and positive.max() > LOG_FROM * positive.min()
-    top = positive.max() if len(positive) else 1.0
-    start = 0.6 * positive.min() if logarithmic else 0.0
-    if logarithmic:
-        log_axis(axes, start, start * (top / start) ** 1.55)
-    else:
-        axes.set_xlim(0, 1.55 * top)
-        axes.xaxis.set_major_locator(MaxNLocator(2, steps=[1, 2, 5, 10]))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    ends = relative.where(relative > 0, start).to_numpy(dtype=np.float64)
-    drawn = axes.barh(position, ends - start, left=start, height=0.68, color=colour, lw=0)
-    for bar, bounded in zip(drawn, lower_bound, strict=True):
-        if bounded:
-            bar.set(hatch="/////", fill=False, edgecolor=colour, linewidth=0.5)
-    for y, end, text in zip(position, ends, texts, strict=True):
-        axes.annotate(
-            text, (end, y), xytext=(1.8, 0), textcoords="offset points", fontsize=5.5, va="center",
-            bbox={"facecolor": "white", "linewidth": 0, "pad": 0.4},
-        )  # fmt: skip
-    axes.grid(False, axis="y")
-    axes.tick_params(axis="y", length=0)
-    return logarithmic
 
 
 def _references(rest: pd.DataFrame, rows: pd.DataFrame) -> tuple[pd.Series[float], pd.Series[float]]:

@@ -15,6 +15,7 @@ from tpme.reports.data.phase_times import phase_times
 from tpme.reports.data.ranks import METRICS
 from tpme.reports.data.resampling import DRAWS
 from tpme.reports.data.section import Section
+from tpme.reports.data.serving import served
 from tpme.reports.data.stats import LEVEL
 from tpme.reports.tables import fields
 from tpme.reports.tables.differences import pairs
@@ -23,6 +24,7 @@ from tpme.reports.tables.fields import Field, table_of, value_of
 from tpme.reports.tables.machines import machines
 from tpme.reports.tables.paper import paper
 from tpme.reports.tables.planned import planned
+from tpme.reports.tables.serving_costs import inference
 from tpme.reports.tables.table import Column, Entry, Table
 
 STEP_PARTS = ("data_wait_s", "forward_s", "backward_s", "update_s")
@@ -85,7 +87,9 @@ def costs(section: Section) -> Table:
         *cost("total_millions"),
         *cost("stored_bytes"),
     ]
-    for key in ("cache_build_s", "cache_bytes", "training_energy_j", "inference_items_per_s"):
+    rare = ["cache_build_s", "cache_bytes", "training_energy_j"]
+    rare += [] if served(section.behind) else ["inference_items_per_s"]  # of records from before it had its own table
+    for key in rare:
         columns += cost(key) if summary[key].notna().any() else []
     if (summary["search_trials"] > 1).any():
         columns += [fields.count("search_trials"), *cost("search_wall_s")]
@@ -209,6 +213,7 @@ TABLES: dict[str, Callable[[Section], Table]] = {
     "costs": costs,
     "steps": steps,
     "plan": planned,
+    "inference": inference,
     "phases": phases,
     "paper": paper,
     "lr": learning_rates,

@@ -271,7 +271,7 @@ def test_item_ids_look_up_a_table_whose_padding_is_zero() -> None:
 def test_popularity_ranks_by_training_popularity(tiny: ModuleType) -> None:
     _, model = tiny.build("popularity")
     data = tiny.catalogue()
-    vectors = item_matrix(model, tiny.store(data, ()), torch.device("cpu"))
+    vectors = item_matrix(model.eval().encode_items, tiny.store(data, ()), torch.device("cpu"))
     users = model.user_vectors(vectors[torch.ones(12, 5, dtype=torch.int64)], torch.ones(12, 5, dtype=torch.bool))
     target = torch.arange(1, 13)
     ranks = rank_targets(users[:, -1], vectors, target, torch.zeros(12, 1, dtype=torch.int64))

@@ -21,11 +21,13 @@ from tpme.bench.record import (
     Epoch,
     Failure,
     Flag,
+    Inference,
     LearningRates,
     Memory,
     Parameters,
     Phase,
     Reading,
+    Timings,
     cell_id,
     write_result,
 )
@@ -57,6 +59,20 @@ def memory(peak: float, device: str = "cpu", process_valid: bool = True) -> Memo
         nvml_process_bytes=process,
         host_rss_bytes=Reading(value=1e9, source="VmHWM over the baseline"),
     )
+
+
+def inference_facts(flops: float, rate: float, peak: float = 3e8, device: str = "cpu", **changes: Any) -> Inference:
+    """Inference of a model with so many FLOPs an item that encodes so many items a second."""
+    spread = (1.0, 1.02, 0.98, 1.06, 0.97)
+    facts: dict[str, Any] = {
+        "flops_per_item": Reading(value=flops, source="1 multiply-add = 2 FLOPs, one pass over 256 items"),
+        "single": Timings(size=1, run_s=tuple(4 * share / rate for share in spread), passes=3),
+        "batch": Timings(size=256, run_s=tuple(256 * share / rate for share in spread)),
+        "user": Timings(size=1, run_s=tuple(1e-3 * share for share in spread), passes=20),
+        "memory": memory(peak, device),
+        "loaded_bytes": Reading(value=1.2e7, source="all parameters and buffers of the prepared model"),
+    }
+    return Inference(**{**facts, **changes})
 
 
 class Factory:
@@ -101,6 +117,7 @@ class Factory:
         process_valid: bool = True,
         time_reading: Reading | None = None,
         started_at: str = "2026-01-01T00:00:00+00:00",
+        inference: Inference | None = None,
         **cell: Any,
     ) -> Path:
         """Write one attempt and return the path of its record. ``skill`` moves targets to the top of the ranking."""
@@ -133,6 +150,7 @@ class Factory:
             epoch_time_s=time_reading or reading,
             training_memory=measured,
             cache=self._cache() if what.cached else None,
+            inference=inference,
             flags=flags,
             files=self._files(folder, attempt, what.seed, skill, time or 1.0, peak or 1e8, status),
         )
@@ -285,17 +303,21 @@ def write_demo(factory: Factory) -> Path:
                     peak=peak * (1 + 0.005 * seed),
                     skill=skill - 0.04 * (trial != len(method) % 2),
                     flags=(shared,),
+                    inference=inference_facts(2.1e8 if method == "prompt" else 2e8, 1000 / (time + 10 * seed)),
                     seed=seed,
                     lr=LearningRates(method=rate),
                     lr_trial=trial,
                     lr_trials=2,
                 )
     one = {"flags": (shared,), "seed": 1}
+    light = inference_facts(3e5, 60_000, looked_up=("text", "image"))
     for seed in (1, 2, 3):
-        factory.write("iisan", cached=True, time=1.2, millions=0.15, peak=0.2e9, skill=0.3, flags=(shared,), seed=seed)
-    factory.write("frozen", time=6.1, millions=0.01, peak=0.4e9, skill=0.2, **one)
+        cached = {"cached": True, "inference": light, "flags": (shared,), "seed": seed}
+        factory.write("iisan", time=1.2, millions=0.15, peak=0.2e9, skill=0.3, **cached)
+    factory.write("frozen", time=6.1, millions=0.01, peak=0.4e9, skill=0.2, inference=inference_facts(2e8, 52), **one)
     noisy = Flag(code="throttled", message="the clock was throttled in 3 of 8 epochs")
-    factory.write("id", time=0.9, millions=0.04, peak=0.1e9, skill=0.12, flags=(shared, noisy), seed=1)
+    looked_up = {"inference": inference_facts(0, 2e6), "flags": (shared, noisy), "seed": 1}
+    factory.write("id", time=0.9, millions=0.04, peak=0.1e9, skill=0.12, **looked_up)
     factory.write("popularity", time=None, millions=0.0, peak=0.05e9, skill=0.03, **one)
     oom = Failure(phase="train", message="the allocator asked for 1.5 GB; use a smaller batch", bytes_requested=10**9)
     factory.write("dyt", status="oom", time=None, millions=0.4, peak=2.4e9, failure=oom, **one)
@@ -304,6 +326,11 @@ def write_demo(factory: Factory) -> Path:
     factory.write("<script>", status="error", time=None, millions=None, peak=None, with_environment=False, seed=1)
     factory.write("a_b&c%", time=12.0, millions=0.5, peak=1.1e9, skill=0.28, options={"rank": 4}, **one)
     return factory.root
+
+
+@pytest.fixture
+def peaks_of() -> Callable[..., Memory]:
+    return memory
 
 
 @pytest.fixture

@@ -22,8 +22,19 @@ from tpme.reports.figures import draw as drawing
 from tpme.reports.report import make_report, write_report
 from tpme.reports.tables.results import all_tables, cutoffs, failures, learning_rates, results
 
-TABLES = ("results", "differences", "cutoffs", "warm-cold", "costs", "phases", "lr", "failures", "environment")
-PLOTS = ("quality-tpme", "ranks", "weights", "costs", "phases", "memory-time", "step-times")
+TABLES = (
+    "results",
+    "differences",
+    "cutoffs",
+    "warm-cold",
+    "costs",
+    "inference",
+    "phases",
+    "lr",
+    "failures",
+    "environment",
+)
+PLOTS = ("quality-tpme", "ranks", "weights", "costs", "inference", "phases", "memory-time", "step-times")
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -17,15 +17,15 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, BertConfig, BertForMaskedLM, CLIPConfig
+from transformers import AutoConfig, BertConfig, BertForMaskedLM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as FUNCTIONS
 
 from tpme.bench.errors import UserError
 from tpme.bench.record import EncoderSpec, Modality
+from tpme.bench.task.checkpoints import encoder_source
 from tpme.bench.task.encoders import (
     encoder_digest,
     encoder_shape,
-    encoder_source,
     image_size,
     load_encoder,
 )
@@ -134,11 +134,14 @@ def test_on_the_meta_device_no_weights_are_read(folders: dict[Modality, Path]) -
 
 def test_configuration_alone_gives_shape_and_image_size(tiny: ModuleType, folders: dict[Modality, Path]) -> None:
     for modality, folder in folders.items():
-        assert encoder_shape(spec(folder)) == load_encoder(spec(folder), modality).view.shape
-    assert encoder_shape(spec(folders["text"])) == EncoderShape(tiny.WIDTH, tiny.DEPTH)
+        assert encoder_shape(spec(folder), modality) == load_encoder(spec(folder), modality).view.shape
+    assert encoder_shape(spec(folders["text"]), "text") == EncoderShape(tiny.WIDTH, tiny.DEPTH)
     assert image_size(spec(folders["image"])) == tiny.SIDE
-    with pytest.raises(UserError, match="no square image size"):
+    with pytest.raises(UserError, match="cannot be the image encoder"):
         image_size(spec(folders["text"]))
+    change(folders["image"] / "config.json", image_size=[32, 64])
+    with pytest.raises(UserError, match="no square image size"):
+        image_size(spec(folders["image"]))
 
 
 def test_the_digest_is_of_all_that_decides_the_states(folders: dict[Modality, Path]) -> None:
@@ -219,22 +222,21 @@ def test_a_configuration_that_builds_nothing(tmp_path: Path) -> None:
     refused(spec(folder, weights="random"), "text", "no encoder can be built from its configuration")
 
 
-def test_an_encoder_of_another_family(tmp_path: Path) -> None:
-    folder = tmp_path / "clip"
-    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    CLIPConfig(text_config=small | {"vocab_size": 50}, vision_config=small).save_pretrained(folder)
-    refused(spec(folder, weights="random"), "text", "its list of layers is at none of the known paths")
-    with pytest.raises(UserError, match="BERT or ViT family"):
-        encoder_shape(spec(folder))
+@pytest.mark.parametrize(("model_type", "modality"), [("gpt2", "text"), ("beit", "image"), ("flava", "text")])
+def test_an_encoder_of_another_family(tmp_path: Path, model_type: str, modality: Modality) -> None:
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path)
+    refused(spec(tmp_path, weights="random"), modality, f"model type '{model_type}' are not supported; choose one of ")
+    with pytest.raises(UserError, match="not supported"):
+        encoder_shape(spec(tmp_path), modality)
 
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 WORDS = SMALL | {"vocab_size": 100, "max_position_embeddings": 40}
 PIXELS = SMALL | {"image_size": 32, "patch_size": 16}
 FAMILIES: dict[str, tuple[Modality, dict[str, Any]]] = {
-    **dict.fromkeys(("roberta", "electra", "mpnet", "deberta-v2"), ("text", WORDS)),
+    **dict.fromkeys(("roberta", "xlm-roberta", "electra", "mpnet", "deberta-v2"), ("text", WORDS)),
     "distilbert": ("text", {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 2, "vocab_size": 100}),
-    **dict.fromkeys(("deit", "beit", "dinov2", "dinov3_vit", "clip_vision_model"), ("image", PIXELS)),
+    **dict.fromkeys(("deit", "dinov2", "dinov3_vit", "clip_vision_model"), ("image", PIXELS)),
 }
 
 
@@ -307,9 +309,21 @@ class Reading(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_decoder_is_refused(tmp_path: Path) -> None:
-    """Token 0 sees nothing but itself there: every item would get one and the same vector."""
-    AutoConfig.for_model("llama", **WORDS, num_key_value_heads=2).save_pretrained(tmp_path)
+@pytest.mark.parametrize("model_type", ["llama", "clip_text_model"])
+def test_a_causal_encoder_is_not_read_at_its_first_token(tmp_path: Path, model_type: str) -> None:
+    """It sees nothing but itself there: every item whose title begins alike would get the same vector."""
+    AutoConfig.for_model(model_type, **WORDS).save_pretrained(tmp_path)
+    refused(spec(tmp_path, weights="random", pool="first"), "text", "cannot be read with pool = 'first'")
+    with pytest.raises(UserError, match=r"choose .*mean"):
+        encoder_shape(spec(tmp_path, pool="first"), "text")
+    view = load_encoder(spec(tmp_path, weights="random"), "text").view
+    words = torch.full((2, 3), 7)
+    with pytest.raises(UserError, match="cannot be read with pool = 'first'"):
+        view.encode(LAST, tokens=words, token_mask=torch.ones_like(words))
+
+
+def test_a_bert_that_is_a_decoder_is_refused(tmp_path: Path) -> None:
+    BertConfig(**WORDS, is_decoder=True).save_pretrained(tmp_path)
     refused(spec(tmp_path, weights="random"), "text", "its attention is causal")
 
 

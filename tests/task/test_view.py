@@ -8,37 +8,28 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tpme.bench.contract.small_encoders import small_encoder
 from tpme.bench.errors import UserError
 from tpme.bench.record import Modality
-from tpme.bench.task.items import EncoderShape, Reads
-from tpme.bench.task.view import EncoderView, Role
+from tpme.bench.task.families import Role
+from tpme.bench.task.items import Reads
+from tpme.bench.task.view import EncoderView
 
-ROLES: tuple[Role, ...] = get_args(Role)
-
-
-def tree(leaves: list[str]) -> nn.Module:
-    """A module with a linear layer at each of the dotted paths; numbers become list entries by name."""
-    root = nn.Module()
-    for path in leaves:
-        here = root
-        *parents, leaf = path.split(".")
-        for name in parents:
-            if name not in dict(here.named_children()):
-                here.add_module(name, nn.Module())
-            here = here.get_submodule(name)
-        here.add_module(leaf, nn.Linear(4, 4))
-    root.config = SimpleNamespace(hidden_size=4)
-    return root
+ROLES: tuple[Role, ...] = tuple(role for role in get_args(Role) if role != "ffn_gate")
 
 
-OLD_VIT = {
-    "query": "attention.attention.query",
-    "key": "attention.attention.key",
-    "value": "attention.attention.value",
-    "attention_output": "attention.output.dense",
-    "ffn_in": "intermediate.dense",
-    "ffn_out": "output.dense",
-}
+def dinov2_until_5_17() -> nn.Module:
+    """A DINOv2 with the names it had until transformers 5.17."""
+    module = small_encoder("dinov2")
+    for layer in module.encoder.layer:
+        old, inner, output = nn.Module(), nn.Module(), nn.Module()
+        for new, name in {"q_proj": "query", "k_proj": "key", "v_proj": "value"}.items():
+            inner.add_module(name, layer.attention.get_submodule(new))
+        output.add_module("dense", layer.attention.o_proj)
+        old.add_module("attention", inner)
+        old.add_module("output", output)
+        layer.attention = old
+    return module
 
 
 # --- where things are -----------------------------------------------------------------------------------------------
@@ -68,15 +59,12 @@ def test_roles_of_vit(tiny: ModuleType) -> None:
     assert view.sublayer_outputs(0) == (layer.attention.o_proj, layer.mlp.fc2)
 
 
-def test_roles_of_a_vit_with_the_names_of_transformers_4() -> None:
-    paths = [*OLD_VIT.values(), "attention.output.dropout", "output.dropout"]
-    module = tree(["embeddings.projection", *(f"encoder.layer.{i}.{path}" for i in range(3) for path in paths)])
-    view = EncoderView(module, "image")
-    assert view.shape == EncoderShape(4, 3)
-    assert view.projections(*ROLES) == [f"encoder.layer.{i}.{OLD_VIT[role]}" for i in range(3) for role in ROLES]
-    outputs = view.sublayer_outputs(2)
-    expected = ("encoder.layer.2.attention.output.dropout", "encoder.layer.2.output.dropout")
-    assert outputs == tuple(module.get_submodule(path) for path in expected)
+def test_roles_of_a_dinov2_with_the_names_of_an_older_transformers() -> None:
+    view = EncoderView(dinov2_until_5_17(), "image")
+    old = ("attention.attention.query", "attention.attention.value", "attention.output.dense")
+    assert view.projections("query", "value", "attention_output") == [
+        f"encoder.layer.{i}.{path}" for i in range(2) for path in old
+    ]
 
 
 @pytest.mark.parametrize("modality", ["text", "image"])
@@ -91,19 +79,18 @@ def test_every_role_is_a_linear_layer_of_the_right_shape(tiny: ModuleType, modal
 
 
 def test_an_unknown_encoder_is_refused_in_one_line() -> None:
-    with pytest.raises(
-        UserError, match=r"^Module \(text encoder\): its list of layers is at none of the known paths"
-    ) as e:
-        EncoderView(tree(["blocks.0.attention"]), "text")
+    module = nn.Linear(4, 4)
+    module.config = SimpleNamespace(model_type="resnet")
+    with pytest.raises(UserError, match=r"^encoders of model type 'resnet' are not supported; choose one of bert") as e:
+        EncoderView(module, "image")
     assert "\n" not in str(e.value)
 
 
-def test_an_unknown_role_is_refused_in_one_line() -> None:
-    view = EncoderView(tree(["layers.0.attention.mixing"]), "text")
-    for ask in (lambda: view.projections("query"), lambda: view.sublayer_outputs(0), lambda: view.embeddings):
-        with pytest.raises(UserError, match="choose an encoder of the BERT or ViT family") as e:
-            ask()
-        assert "\n" not in str(e.value)
+def test_an_unknown_role_is_refused_in_one_line(tiny: ModuleType) -> None:
+    view = tiny.views(("text",))["text"]
+    with pytest.raises(UserError, match=r"^BertModel \(text encoder\), layer 0: it has no 'ffn_gate'; leave") as e:
+        view.projections("ffn_gate")
+    assert "\n" not in str(e.value)
 
 
 # --- running --------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from tpme.bench.task.dataset import Dataset
 from tpme.bench.task.encoders import load_encoder
 from tpme.bench.task.tokens import tokenise
 from tpme.bench.train.build import DataSize, ModelBuilder, used_modalities
+from tpme.bench.train.kept import Kept
 from tpme.bench.train.loop import Trainer
 from tpme.methods.base import Method
 from tpme.methods.registry import create
@@ -25,7 +26,7 @@ TRAINING = {"epochs": 2, "users_per_batch": 20, "embedding_dim": 16, "title_toke
 
 
 @pytest.fixture(scope="session")
-def make_trainer(world: Any) -> MakeTrainer:
+def make_trainer(world: Any, tmp_path_factory: pytest.TempPathFactory) -> MakeTrainer:
     """Build the trainer of a method, given as an object or by name; like a cell does, but for the instruments."""
     dataset = Dataset.open(world.data)
     specs = {"text": EncoderSpec(source=str(world.text)), "image": EncoderSpec(source=str(world.image))}
@@ -40,6 +41,8 @@ def make_trainer(world: Any) -> MakeTrainer:
         lr: float = 1e-3,
         cached: bool = False,
         device: str = "cpu",
+        kept: Kept | None = None,
+        phases: PhaseLog | None = None,
         **changes: Any,
     ) -> Trainer:
         if isinstance(method, str):
@@ -68,9 +71,22 @@ def make_trainer(world: Any) -> MakeTrainer:
             reads, rows = model.item_encoder.reads, dataset.manifest.items + 1
             tables = {m: torch.randn(rows, reads[m].count, shapes[m].width).half().to(device) for m in reads}
             store = ItemStore(dataset, states=tables)
-        phases = PhaseLog(device, None, None)
+        phases = phases or PhaseLog(device, None, None)
+        kept = kept or Kept(tmp_path_factory.mktemp("procedure"))
+        settings = {"modalities": modalities, "lr": lr, "cached": cached, "device": device, "protocol": protocol}
         torch.manual_seed(seed)
         model.to(device)
-        return Trainer(cell, model, method, dataset, store, phases, torch.device(device), lambda _what, _share: None)
+        return Trainer(
+            cell,
+            model,
+            method,
+            dataset,
+            store,
+            phases,
+            torch.device(device),
+            lambda _what, _share: None,
+            kept=kept,
+            build=lambda other, own: make(other, seed=own, kept=kept, phases=phases, **settings, **changes),
+        )
 
     return make

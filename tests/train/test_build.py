@@ -48,7 +48,7 @@ def test_the_counters_see_the_model_that_is_trained(world: Any, tmp_path: Path, 
     assert meta.model.item_encoder.reads == trainer.model.item_encoder.reads
     assert checkpointed(meta.model) == checkpointed(trainer.model) == (not cached and bool(trainer.model.views))
     steps = meta.schedule.steps_per_epoch
-    assert steps == trainer.state.schedule.steps_per_epoch == len(list(trainer.batches.epoch(1)))
+    assert steps == trainer.state.schedule.steps_per_epoch == len(list(trainer.loader.epoch(1)))
     assert meta.schedule.epochs == trainer.state.schedule.epochs
     assert (meta.schedule.popularity == trainer.state.schedule.popularity).all()
 

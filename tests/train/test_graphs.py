@@ -105,7 +105,7 @@ def test_a_row_that_cannot_be_recorded_says_so_and_trains_as_ever(world: Any, tm
         trainer.device = torch.device("cuda")  # nothing is recorded before the first step
         cell_run._replay_graphs(trainer)
         flags[name] = {flag.code: flag.message for flag in cell_run.facts.flags}
-        assert isinstance(trainer.loss_of, GraphedLoss) == (name == "id")
+        assert isinstance(trainer.terms_of, GraphedLoss) == (name == "id")
     assert "no-cuda-graphs" not in flags["id"]
     assert flags["fft"]["no-cuda-graphs"].endswith("encoders run in every step, so kernel launches do not limit it")
     assert flags["popularity"]["no-cuda-graphs"] == "steps are not recorded as CUDA graphs: nothing trains"
@@ -120,7 +120,7 @@ def test_graphs_train_as_plain_steps_do(tiny: ModuleType, name: str, precision: 
         method, model = without_encoders(tiny, name, dropout=0.1)
         given = [map_tensors(batch, lambda tensor: tensor.to(device)) for batch in batches(tiny, model)]
         model.to(device)
-        loss_of = GraphedLoss(method, model, USERS)
+        graphed = GraphedLoss(method, model, USERS)
         optimizer = method.optimizer(method.param_groups(model, LearningRates()), fused=True)
         # A scale at which these gradients do not overflow: every step counts.
         scaler = torch.amp.GradScaler("cuda", init_scale=2.0**8, enabled=precision is torch.float16)
@@ -128,7 +128,7 @@ def test_graphs_train_as_plain_steps_do(tiny: ModuleType, name: str, precision: 
         losses[way] = []
         for batch in given * 3:
             with torch.autocast("cuda", dtype=precision, enabled=precision is not None):
-                loss = loss_of(batch) if way == "graphs" else total_loss(method, model, batch)
+                loss = graphed(batch)["task"] if way == "graphs" else total_loss(method, model, batch)
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()

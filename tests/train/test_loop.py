@@ -13,8 +13,9 @@ from torch import Tensor
 
 from tpme.bench.task import evaluate, ranking
 from tpme.bench.task.batches import TrainBatches
-from tpme.bench.train import loop
-from tpme.bench.train.loop import DivergedError, Trainer
+from tpme.bench.train import epochs
+from tpme.bench.train.epochs import DivergedError
+from tpme.bench.train.loop import Trainer
 from tpme.bench.train.step import forward
 from tpme.methods.base import Method, MethodConfig
 
@@ -43,14 +44,15 @@ def trained(make_trainer: MakeTrainer, *args: Any, **settings: Any) -> Trainer:
 
 def ranks_now(trainer: Trainer, split: str = "test") -> Any:
     """Ranks of the model as it is now."""
-    vectors = evaluate.item_matrix(trainer.model, trainer.store, trainer.device)
+    trainer.model.eval()
+    vectors = evaluate.item_matrix(trainer.encode, trainer.store, trainer.device)
     return evaluate.rank_split(trainer.model, vectors, getattr(trainer.dataset, split))
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, recalls: Sequence[float]) -> None:
     """Validation finds these values, epoch by epoch."""
     values = iter(recalls)
-    monkeypatch.setattr(loop, "recall_and_ndcg", lambda _ranks, k: (next(values), 0.5))
+    monkeypatch.setattr(epochs, "recall_and_ndcg", lambda _ranks, k: (next(values), 0.5))
 
 
 # --- seeds and data -------------------------------------------------------------------------------------------------
@@ -148,8 +150,8 @@ def test_the_test_ranks_are_those_of_the_best_epoch(make_trainer: MakeTrainer, m
     outcome = trained(make_trainer, "fft", epochs=3, lr=1e-2).outcome
     monkeypatch.undo()
     after = {}
-    for epochs in (1, 2, 3):
-        after[epochs] = ranks_now(trained(make_trainer, "fft", epochs=epochs, lr=1e-2))
+    for number in (1, 2, 3):
+        after[number] = ranks_now(trained(make_trainer, "fft", epochs=number, lr=1e-2))
     assert np.array_equal(outcome.test_ranks, after[2])
     assert not np.array_equal(after[1], after[2])
     assert not np.array_equal(after[3], after[2])
@@ -231,9 +233,9 @@ def kept_bytes(trainer: Trainer) -> int:
         return tensor
 
     trainer.model.train()
-    batch = next(iter(trainer.batches.epoch(1)))
+    batch = next(iter(trainer.loader.epoch(1)))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = forward(trainer.model, batch)
+        output = forward(trainer.method, trainer.model, batch)
     assert output.loss.requires_grad
     return sum(kept.values())
 
@@ -255,7 +257,7 @@ def test_checkpointing_changes_the_memory_and_nothing_else(make_trainer: MakeTra
 
 def test_the_protocols_give_the_same_loss_without_dropout(make_trainer: MakeTrainer) -> None:
     suite, paper = (make_trainer("iisan", dropout=0.0, protocol=protocol, epochs=1) for protocol in ("suite", "paper"))
-    batches = [next(iter(trainer.batches.epoch(1))) for trainer in (suite, paper)]
+    batches = [next(iter(trainer.loader.epoch(1))) for trainer in (suite, paper)]
     assert len(batches[0].items) < len(batches[1].items) == 20 * 11
     for trainer in (suite, paper):
         trainer.run()
@@ -277,7 +279,7 @@ class Diverging(Method):
 def test_a_loss_that_is_not_finite_ends_the_run(
     make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch, every: int, steps: int
 ) -> None:
-    monkeypatch.setattr(loop, "CHECK_EVERY_STEPS", every)
+    monkeypatch.setattr(epochs, "CHECK_EVERY_STEPS", every)
     method = Diverging(MethodConfig())
     trainer = make_trainer(method, users_per_batch=10, max_steps_per_epoch=None)
     with pytest.raises(DivergedError, match="not finite at step 3 of epoch 1") as error:

@@ -31,7 +31,7 @@ COPYING = {"cpu", "numpy", "tolist", "__array__"}
 
 
 class Reads(TorchDispatchMode):
-    """Notes which operators read values: those of the step, and those of the loss record (``Trainer._check``)."""
+    """Notes which operators read values: those of the step, and those of the loss record."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,9 @@ class Reads(TorchDispatchMode):
         while frame is not None:
             places.append(frame.f_code.co_name)
             frame = frame.f_back
-        (self.of_record if "_check" in places else self.of_step).append(f"{name} in {', '.join(places[:12])}")
+        (self.of_record if {"_check", "_term_means"} & set(places) else self.of_step).append(
+            f"{name} in {', '.join(places[:12])}"
+        )
 
 
 class Copies(TorchFunctionMode):
@@ -123,7 +125,7 @@ def test_the_host_never_waits_for_a_gpu(make_trainer: MakeTrainer, name: str, ca
     trainer.model.train()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for batch in itertools.islice(trainer.batches.epoch(2), 2):
+        for batch in itertools.islice(trainer.loader.epoch(2), 2):
             trainer.step(batch, optimizer)
     finally:
         torch.cuda.set_sync_debug_mode("default")

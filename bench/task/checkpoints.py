@@ -1,0 +1,221 @@
+"""Reads checkpoints of encoders: where their files are, their configurations, and their weights.
+
+Only safetensors are read and no remote code runs. ``weights = "random"`` builds an encoder from its configuration
+alone, without weights and, for a local folder, without a network; such rows are flagged.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tpme.bench.errors import UserError
+from tpme.bench.record import EncoderSpec, Modality, Pool
+from tpme.bench.task.builtin import builtin_folder
+from tpme.bench.task.families import TOWERS, family_of
+from tpme.bench.task.hub import first_line, repository_file
+
+_WEIGHTS = "model.safetensors"
+POOLING = "1_Pooling/config.json"
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_SENTENCE_POOLS: dict[str, Pool] = {
+    "pooling_mode_cls_token": "first",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_lasttoken": "last",
+}
+
+
+def encoder_source(source: str) -> str:
+    """Resolve ``source`` for transformers: the folder of a built-in name, else ``source`` itself.
+
+    Raises UserError for an unknown built-in name and for a path that is not an encoder's folder.
+    """
+    if source.startswith("builtin:"):
+        return str(builtin_folder(source))
+    folder = Path(source).expanduser()
+    looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1 or folder.is_dir()
+    if looks_like_path and not (folder / "config.json").is_file():
+        raise UserError(f"encoder '{source}': it has no config.json; pass a folder saved by transformers or a hub id")
+    return str(folder) if looks_like_path else source
+
+
+def checkpoint_folder(spec: EncoderSpec) -> tuple[Path, str | None]:
+    """The folder with the encoder's configuration and, if it is a hub repository in the local cache, its commit."""
+    source = encoder_source(spec.source)
+    if Path(source).is_dir():
+        return Path(source), None
+    path = repository_file(source, "config.json", spec.revision, f"encoder '{spec.source}'")
+    if path is None:
+        raise UserError(f"encoder '{spec.source}': the hub repository has no config.json; it is not an encoder")
+    return path.parent, path.parent.name
+
+
+def _fetch_weights(spec: EncoderSpec, commit: str) -> None:
+    """Fetch the weights of a hub repository, all shards included, into the local cache."""
+
+    def fetch(name: str) -> Path | None:
+        return repository_file(spec.source, name, commit, f"encoder '{spec.source}'")
+
+    if fetch(_WEIGHTS) is None:
+        index = fetch(f"{_WEIGHTS}.index.json")
+        for shard in sorted(set(json.loads(index.read_bytes())["weight_map"].values())) if index else ():
+            fetch(shard)
+
+
+def read_config(spec: EncoderSpec, folder: Path, modality: Modality) -> Any:
+    """The configuration of an encoder; of a checkpoint with two towers, that of the tower for ``modality``.
+
+    Raises UserError where it is not usable, of a family that is not supported, or of another modality.
+    """
+    from transformers import AutoConfig
+
+    try:
+        with _quiet_transformers():
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, TypeError) as error:  # TypeError: older versions, for a JSON list
+        raise UserError(f"encoder '{spec.source}': its config.json is not usable ({first_line(error)})") from None
+    towers = TOWERS.get(config.model_type)
+    if towers is not None:
+        config = getattr(config, towers[spec.tower or modality])
+    elif spec.tower is not None:
+        raise UserError(
+            f"encoder '{spec.source}': it is no checkpoint with two towers; leave out tower = '{spec.tower}'"
+        )
+    try:
+        kind = family_of(config.model_type).modality
+    except UserError as error:
+        raise UserError(f"encoder '{spec.source}': {error}") from None
+    if kind != modality:
+        raise UserError(f"encoder '{spec.source}': its input is {kind}, so it cannot be the {modality} encoder")
+    return config
+
+
+def weights_dtype(spec: EncoderSpec, config: Any) -> torch.dtype:
+    """The type of the weights once loaded; ``auto`` is that of the checkpoint."""
+    own = getattr(config, "dtype", None)
+    return (own if isinstance(own, torch.dtype) else torch.float32) if spec.dtype == "auto" else _DTYPES[spec.dtype]
+
+
+def sentence_pool(spec: EncoderSpec, folder: Path, commit: str | None) -> Pool | None:
+    """How a sentence-transformers checkpoint pools its tokens; ``None`` for other checkpoints.
+
+    Raises UserError for a pooling that does not exist here, where the matrix names none itself.
+    """
+    path: Path | None = folder / POOLING
+    if commit is not None:
+        try:
+            path = repository_file(spec.source, POOLING, commit, f"encoder '{spec.source}'")
+        except UserError:  # not in the cache, and no hub: what fetched the encoder took it for one without
+            path = None
+    if path is None or not path.is_file():
+        return None
+    try:
+        settings = json.loads(path.read_bytes())
+        modes = [mode for name, mode in _SENTENCE_POOLS.items() if settings.get(name)]
+        others = [name for name, on in settings.items() if name.startswith("pooling_mode_") and on]
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"encoder '{spec.source}': its {POOLING} is not usable ({error})") from None
+    if len(modes) != 1 or len(others) != 1:
+        raise UserError(f"encoder '{spec.source}': its {POOLING} pools in a way that is not supported; set pool")
+    return modes[0]
+
+
+# --- weights --------------------------------------------------------------------------------------------------------
+
+
+def from_config(spec: EncoderSpec, config: Any, seed: int, *, meta: bool) -> Any:
+    """An encoder with random weights, or on ``meta`` without any. Raises UserError where none can be built."""
+    import transformers
+
+    config._attn_implementation = spec.attention
+    name = family_of(config.model_type).model
+    make = getattr(transformers, name) if name else transformers.AutoModel.from_config
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta" if meta else "cpu"):
+            torch.manual_seed(seed)
+            module = make(config)
+    except (OSError, ValueError, ImportError) as error:
+        message = f"encoder '{spec.source}': no encoder can be built from its configuration ({first_line(error)})"
+        raise UserError(message) from None
+    return module.to(weights_dtype(spec, config))
+
+
+def from_weights(spec: EncoderSpec, folder: Path, commit: str | None, config: Any, **placement: Any) -> Any:
+    """An encoder with the weights of a checkpoint.
+
+    Args:
+        placement: where transformers puts them (``device_map``, ``offload_folder``); by default in host memory.
+
+    Raises UserError where they cannot be read or do not fit the configuration.
+    """
+    import transformers
+    from safetensors import SafetensorError
+
+    if commit is not None:
+        _fetch_weights(spec, commit)
+    if not any((folder / name).is_file() for name in (_WEIGHTS, f"{_WEIGHTS}.index.json")):
+        raise UserError(
+            f"encoder '{spec.source}': no {_WEIGHTS} there; other formats can run code and are not read: load it with "
+            "transformers and save it again with save_pretrained"
+        )
+    family = family_of(config.model_type)
+    try:
+        with _quiet_transformers():
+            module, loading = getattr(transformers, family.model or "AutoModel").from_pretrained(
+                folder,
+                config=config,
+                dtype=weights_dtype(spec, config),
+                attn_implementation=spec.attention,
+                use_safetensors=True,
+                local_files_only=True,
+                ignore_mismatched_sizes=True,  # refused below, in a one-line message
+                output_loading_info=True,
+                **placement,
+            )
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise UserError(f"encoder '{spec.source}': its weights cannot be read ({first_line(error)})") from None
+    mismatched = [name for name, *_ in loading["mismatched_keys"]]
+    lacking = [name for name in (*loading["missing_keys"], *mismatched) if not name.startswith(family.unread or " ")]
+    if lacking:
+        raise UserError(
+            f"encoder '{spec.source}': {len(lacking)} parameters of {type(module).__name__} are missing from its "
+            f"weights or have another shape (first: {min(lacking)}); they would stay random"
+        )
+    return module
+
+
+def streamed(spec: EncoderSpec, folder: Path, commit: str | None, config: Any, device: torch.device) -> Any:
+    """An encoder whose layers stay on disk; each is read when it runs and dropped after it (accelerate's offloading).
+
+    Everything outside the layers is on ``device``. Results equal those of the whole encoder. It can be run, but not
+    adapted.
+    """
+    family = family_of(config.model_type)
+    names = [name for name, _ in from_config(spec, config, 0, meta=True).named_parameters()]
+    place = {name: "disk" if name.startswith(f"{family.layers}.") else str(device) for name in names}
+    copies = tempfile.TemporaryDirectory(prefix="tpme-layers-")
+    module = from_weights(spec, folder, commit, config, device_map=place, offload_folder=copies.name)
+    module._tpme_layers = copies  # weights that are not stored as they are used; removed with the encoder
+    return module
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Silence the progress bar and the report of unused heads; missing weights are checked here."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,80 @@
+"""Results of the finished parts of a procedure (trials, rounds), in files that survive the process."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from tpme.bench.errors import UserError
+from tpme.bench.record import write_atomically
+from tpme.methods.base import Result
+
+
+@dataclass(frozen=True)
+class Part:
+    """A finished part: its result, the seconds it took, and epoch and step of the training after it."""
+
+    result: Result
+    spent_s: float
+    epoch: int
+    step: int
+
+
+class Kept:
+    """The parts that are finished, one safetensors file each; values that are no tensors are JSON in its metadata.
+
+    resumed_s: seconds that the parts read here took in earlier attempts.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.resumed_s = folder, 0.0
+        self._names: set[str] = set()
+
+    def read(self, name: str) -> Part | None:
+        """The part that an earlier attempt finished, its tensors on the host; ``None`` where none did.
+
+        Raises ValueError where the name was used before, and UserError for a damaged file.
+        """
+        if name in self._names:
+            raise ValueError(f"once('{name}') was called before: each part of a procedure needs a name of its own")
+        self._names.add(name)
+        if not self._file(name).exists():
+            return None
+        part = self._load(name)
+        self.resumed_s += part.spent_s
+        return part
+
+    def write(self, name: str, part: Part) -> Part:
+        """Keep a part; returns it as later attempts will read it."""
+        tensors = {key: value for key, value in part.result.items() if isinstance(value, Tensor)}
+        values = {key: value for key, value in part.result.items() if key not in tensors}
+        facts = json.dumps({"values": values, "spent_s": part.spent_s, "epoch": part.epoch, "step": part.step})
+        host = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+        write_atomically(self._file(name), save(host, {"part": facts}))
+        return self._load(name)
+
+    def clear(self) -> None:
+        """Forget all parts: the attempt has ended well, and another measurement starts afresh."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _load(self, name: str) -> Part:
+        path = self._file(name)
+        try:
+            with safe_open(path, "pt") as file:
+                facts = json.loads(file.metadata()["part"])
+                tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: not a readable part of a procedure ({error}); delete it and run again") from None
+        return Part(facts.pop("values") | tensors, **facts)
+
+    def _file(self, name: str) -> Path:
+        readable = re.sub(r"[^A-Za-z0-9]+", "-", name)[:60].strip("-")
+        return self.folder / f"{readable}-{hashlib.sha256(name.encode()).hexdigest()[:8]}.safetensors"

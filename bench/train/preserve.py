@@ -1,0 +1,75 @@
+"""Further training steps that leave no trace: everything they may change is put back in place."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from tpme.bench.train.build import separate_generators
+from tpme.bench.train.loop import Trainer
+
+
+@contextmanager
+def preserved(trainer: Trainer) -> Iterator[None]:
+    """Whatever the block does, model, method, training state and random generators are afterwards as before.
+
+    Values are copied to the host and written back into the same tensors, so that recorded CUDA graphs stay valid. What
+    a method keeps deeper than in the lists and dicts that are its attributes is not put back.
+    """
+    holders = [_Holder(part) for part in (*trainer.model.modules(), trainer.method, trainer.state, trainer.outcome)]
+    values = [_Values(tensor) for tensor in _tensors(holders)]
+    kept = [value for value in vars(trainer.method).values() if isinstance(value, torch.optim.Optimizer)]
+    stateful: list[Any] = [trainer.scaler, *kept]
+    states = [copy.deepcopy(one.state_dict()) for one in stateful]
+    try:
+        with separate_generators("steps after training", trainer.device):
+            yield
+    finally:
+        for holder in holders:
+            holder.restore()
+        for value in values:
+            value.restore()
+        for one, state in zip(stateful, states, strict=True):
+            one.load_state_dict(state)
+
+
+class _Holder:
+    """The attributes of an object; of those that are lists or dicts also what is in them."""
+
+    def __init__(self, of: object) -> None:
+        self.of, self.attributes = of, dict(vars(of))
+        self.contents = [(own, copy.copy(own)) for own in self.attributes.values() if isinstance(own, dict | list)]
+
+    def restore(self) -> None:
+        """Put attributes and contents back."""
+        vars(self.of).clear()
+        vars(self.of).update(self.attributes)
+        for own, content in self.contents:
+            own.clear()
+            own.update(content) if isinstance(own, dict) else own.extend(content)
+
+
+class _Values:
+    """A tensor: its values, on the host, where it keeps them, its gradient and whether it wants one."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.data, self.grad = tensor, tensor.data, tensor.grad if tensor.is_leaf else None
+        self.host, self.trains = tensor.detach().to("cpu", copy=True), tensor.requires_grad
+
+    def restore(self) -> None:
+        """Write the values back."""
+        self.data.copy_(self.host)
+        self.tensor.data = self.data
+        if self.tensor.is_leaf:
+            self.tensor.requires_grad_(self.trains).grad = self.grad
+
+
+def _tensors(holders: Iterable[_Holder]) -> list[Tensor]:
+    found: list[Any] = [leaf for holder in holders for leaf in tree_leaves(holder.attributes)]
+    return list({id(leaf): leaf for leaf in found if isinstance(leaf, Tensor)}.values())
