@@ -34,7 +34,7 @@ def export(world: Any, modality: str, path: Path, dtype: torch.dtype = torch.flo
     """Save all hidden states of an encoder of the world, in another order than the data set's."""
     dataset = Dataset.open(world.data)
     spec = EncoderSpec(source=str(world.text if modality == "text" else world.image))
-    depth = encoder_shape(spec).depth
+    depth = encoder_shape(spec, modality).depth
     tokens = tokenise(dataset, spec.source, None, 8, world.store) if modality == "text" else None
     items = ItemStore(dataset, tokens=tokens, images=modality == "image").gather(np.arange(1, len(dataset.item_names)))
     # A ViT's final state has passed its norm; IISAN reads it as the level L of none.
