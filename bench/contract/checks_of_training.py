@@ -84,12 +84,13 @@ def encoders_learn_unless_frozen(subject: Subject) -> None:
     with torch.no_grad():
         states = model.eval().hidden_states(items)
         for modality, reads in model.item_encoder.reads.items():
-            given = {"tokens": items.tokens, "token_mask": items.token_mask, "image": items.image}
-            fresh = named_tensors(subject.fresh_views[modality].encode(reads, **given))["states"]
-            after = named_tensors(states[modality])["states"]
-            if modality in subject.frozen and not torch.equal(after, fresh):
+            fresh = subject.fresh_views[modality].encode(
+                reads, tokens=items.tokens, token_mask=items.token_mask, image=items.image
+            )
+            before, after = (named_tensors(value)["states"] for value in (fresh, states[modality]))
+            if modality in subject.frozen and not torch.equal(after, before):
                 raise ContractError(f"the {modality} encoder is frozen, but its hidden states are not the fresh ones")
-            if modality not in subject.frozen and not method.baseline and torch.allclose(after, fresh):
+            if modality not in subject.frozen and not method.baseline and torch.allclose(after, before):
                 raise ContractError(
                     f"the {modality} encoder gives the same hidden states after training as before; a method that "
                     "adapts no encoder says so with decoupled, frozen_encoders() or baseline"

@@ -58,8 +58,8 @@ class Subject:
 
     def __str__(self) -> str:
         options = "".join(f" {key}={value}" for key, value in self.options.items())
-        families = [family for modality, family in self._families.items() if modality in self.modalities]
-        return f"{self.name}{options} on {' + '.join(families)}"
+        families = [self._families[modality] for modality in self.used]
+        return f"{self.name}{options}{' on ' if families else ''}{' + '.join(families)}"
 
     @property
     def _families(self) -> dict[Modality, str]:

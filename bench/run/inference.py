@@ -125,7 +125,7 @@ def _flops(encode: Callable[[Items], Tensor], items: Items) -> tuple[Reading, bo
     """FLOPs an item, and whether they depend on the data: single items are compared, because larger sets even out."""
     source = f"1 multiply-add = 2 FLOPs, one pass over {len(items)} items, math attention"
     if items.states is not None:
-        source += f"; from stored states, so without the {' and '.join(items.states)} encoder"
+        source += f"; from stored states, so without the encoders of {' and '.join(items.states)}"
     try:
         flops, uncounted = item_flops(encode, items)
         places = {round(place) for place in np.linspace(0, len(items) - 1, COMPARED)}
