@@ -121,6 +121,8 @@ class ModelBuilder:
 
     Args:
         method, training: of the cell. data: size of its data set. shapes: of the encoders that the method uses.
+
+    Raises UserError where the method reads a token that does not stand for the item.
     """
 
     def __init__(
@@ -129,6 +131,8 @@ class ModelBuilder:
         self.method, self.training, self.data, self.shapes = method, training, data, shapes
         self.schedule = schedule_of(training, data)
         self.item_encoder = method.item_encoder(TaskShape(training.embedding_dim, data.items, shapes))
+        for modality, reads in self.item_encoder.reads.items():
+            shapes[modality].check(reads, f"the {modality} encoder")
         self.sequence = SequentialEncoder(
             training.embedding_dim, data.max_seq_len, training.blocks, training.heads, training.dropout
         )
