@@ -97,8 +97,8 @@ class Validation:
 
 Users = Collection[int] | NDArray[np.int64]
 """Row numbers of training users, each once."""
-Result = Mapping[str, Tensor | float | str | Sequence[Any]]
-"""What a part of a procedure returns: tensors, and values that JSON can hold."""
+Result = Mapping[str, Any]
+"""What a part of a procedure returns: tensors, and values that JSON can hold (numbers, text, lists)."""
 
 
 class Context(Protocol):

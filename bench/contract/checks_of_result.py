@@ -104,5 +104,6 @@ def _restored(subject: Subject, trainer: Trainer) -> Trainer:
 
 
 def _ranks(trainer: Trainer) -> np.ndarray:
-    matrix = item_matrix(trainer.model, trainer.store, trainer.device)
+    trainer.model.eval()
+    matrix = item_matrix(trainer.encode, trainer.store, trainer.device)
     return rank_split(trainer.model, matrix, trainer.dataset.test)

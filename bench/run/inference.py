@@ -49,7 +49,7 @@ def measure_inference(trainer: Trainer) -> Inference:
         else:
             user = Timings(size=1, reason=f"there are no item vectors: {batch.reason}")
     memory = phases.phases[-1].memory
-    with phases.phase("estimate", "inference FLOPs"), trainer.autocast():
+    with phases.phase("count", "inference FLOPs"), trainer.autocast():
         flops, by_data = _flops(encode, items)
     return Inference(
         flops_per_item=flops,

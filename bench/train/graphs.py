@@ -147,7 +147,8 @@ class GraphedLoss:
         if self._padded is None:
             self._padded = PaddedLoss(self.model, batch)
             self._run = _recorded(self._padded, self._padded.fill(batch))
-        return {"task": self._run(*self._padded.fill(batch))}
+        loss = self._run(*self._padded.fill(batch))
+        return {"task": loss.clone()}  # the next replay writes to the same place
 
 
 def _recorded(padded: PaddedLoss, inputs: tuple[Tensor, ...]) -> Callable[..., Tensor]:
