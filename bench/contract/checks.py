@@ -149,5 +149,8 @@ def check_method(
     """
     for pair in PAIRS if slow else PAIRS[:1]:
         for subject in subjects_of(world, name, options, pair=pair, methods_path=methods_path):
+            if subject.refusal is not None:
+                yield CheckResult(str(subject), "every check", "skipped", f"refused: {subject.refusal}")
+                continue
             for check in (*CHECKS, *(SLOW_CHECKS if slow and pair == PAIRS[0] else ())):
                 yield run_check(check, subject)

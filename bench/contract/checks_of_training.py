@@ -24,8 +24,8 @@ def trains_through_all_stages(subject: Subject) -> None:
     if trained.watch.trained and missing:
         raise ContractError(f"stage '{missing[0]}' was not trained")
     if trained.watch.ungrouped:
-        name, problem = next(iter(sorted(trained.watch.ungrouped.items())))
-        raise ContractError(f"'{name}' {problem}, not in one")
+        name, groups = min(trained.watch.ungrouped.items())
+        raise ContractError(f"'{name}' trains, but is in {groups} of the optimiser's groups, not in one")
 
 
 def trains_under_the_paper_protocol(subject: Subject) -> None:

@@ -132,7 +132,7 @@ class Subject:
     def train(self, cell: Cell | None = None, **training: Any) -> Trained:
         """Train by the method's whole procedure in the real trainer, watched."""
         trainer = self.trainer(cell, **training)
-        watch = Watch(trainer.method, trainer.model)
+        watch = Watch(trainer)
         error: Exception | None = None
         with watch:
             try:
