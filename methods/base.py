@@ -289,14 +289,15 @@ class Method:
         return {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
 
     def load_state(self, model: Recommender, state: Mapping[str, Tensor]) -> None:
-        """Load a ``state`` into a freshly adapted model.
+        """Load a ``state`` into a freshly adapted model; a later stage may have trained other parameters than it does.
 
         Raises:
-            KeyError: the names differ from those of the trainable parameters.
+            KeyError: a name is of no parameter, or one that trains is missing.
             ValueError: a shape differs.
         """
-        own = {name: value for name, value in model.named_parameters() if value.requires_grad}
-        differing = sorted(set(state) ^ set(own))
+        own = dict(model.named_parameters())
+        trains = {name for name, value in own.items() if value.requires_grad}
+        differing = sorted(set(state) - set(own) | trains - set(state))
         if differing:
             raise KeyError(f"state of another structure: '{differing[0]}' is only in one of state and model")
         with torch.no_grad():

@@ -182,7 +182,7 @@ class Trainer(EpochLoop):
         assert isinstance(fork, Trainer)
         self.seed, self.model, self.method, self.state = fork.seed, fork.model, fork.method, fork.state
         self.loader, self._extra_batches = fork.loader, fork._extra_batches
-        self.outcome, self.scaler, self.terms_of = fork.outcome, fork.scaler, fork.terms_of
+        self.outcome, self.scaler, self.terms_of, self.delta = fork.outcome, fork.scaler, fork.terms_of, fork.delta
 
     def once(self, kind: PhaseKind, name: str, work: Callable[[], Result]) -> Result:
         """The result of ``work``, done in this attempt or in an earlier one."""
@@ -191,10 +191,11 @@ class Trainer(EpochLoop):
         part = self.kept.read(name)
         if part is None:
             started, resumed_s, outcome = now(self.device), self.kept.resumed_s, replace(self.outcome)
+            delta, self.delta = self.delta, None
             with self.phase(kind, name), separate_generators(f"{self.seed} {name}", self.device):
                 result = work()
             # Only what is kept may outlast the work: a later attempt finds nothing else.
-            self.outcome = outcome
+            self.outcome, self.delta = outcome, delta
             spent_s = now(self.device) - started + self.kept.resumed_s - resumed_s
             part = self.kept.write(name, Part(result, spent_s, self.state.epoch, self.state.step))
         self.state.epoch, self.state.step = part.epoch, part.step

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from tpme.bench.train.build import separate_generators
 from tpme.bench.train.loop import Trainer
 
 
@@ -29,7 +28,7 @@ def preserved(trainer: Trainer) -> Iterator[None]:
     stateful: list[Any] = [trainer.scaler, *kept]
     states = [copy.deepcopy(one.state_dict()) for one in stateful]
     try:
-        with _generators(trainer.device):
+        with separate_generators("steps after training", trainer.device):
             yield
     finally:
         for holder in holders:
@@ -74,15 +73,3 @@ class _Values:
 def _tensors(holders: Iterable[_Holder]) -> list[Tensor]:
     found: list[Any] = [leaf for holder in holders for leaf in tree_leaves(holder.attributes)]
     return list({id(leaf): leaf for leaf in found if isinstance(leaf, Tensor)}.values())
-
-
-@contextmanager
-def _generators(device: torch.device) -> Iterator[None]:
-    """The generators that a method may draw from are afterwards as before."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
