@@ -46,7 +46,7 @@ from tpme.bench.contract.checks_of_training import (
 )
 from tpme.bench.contract.expect import ContractError, NotApplicable
 from tpme.bench.contract.subject import Subject, with_options
-from tpme.bench.contract.world import PAIRS, Pair, World
+from tpme.bench.contract.world import PAIRS, Pair, SmallWorld
 from tpme.bench.errors import one_line
 from tpme.bench.record import Modality
 from tpme.methods.registry import create
@@ -112,7 +112,7 @@ def run_check(check: Check, subject: Subject) -> CheckResult:
 
 
 def subjects_of(
-    world: World,
+    world: SmallWorld,
     name: str,
     options: Mapping[str, Any] | None = None,
     *,
@@ -136,7 +136,12 @@ def subjects_of(
 
 
 def check_method(
-    world: World, name: str, options: Mapping[str, Any] | None = None, *, methods_path: Sequence[Path] = (), slow: bool
+    world: SmallWorld,
+    name: str,
+    options: Mapping[str, Any] | None = None,
+    *,
+    methods_path: Sequence[Path] = (),
+    slow: bool,
 ) -> Iterator[CheckResult]:
     """Run the whole suite on a method, check by check.
 

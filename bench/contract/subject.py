@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tpme.bench.contract.expect import NotApplicable
 from tpme.bench.contract.watch import Watch
-from tpme.bench.contract.world import PAIRS, TITLE_TOKENS, Pair, World
+from tpme.bench.contract.world import PAIRS, TITLE_TOKENS, Pair, SmallWorld
 from tpme.bench.errors import UserError, one_line
 from tpme.bench.measure.phases import PhaseLog
 from tpme.bench.record import Cell, EncoderSpec, LearningRates, Modality, Training
@@ -49,7 +49,7 @@ class Trained:
 class Subject:
     """A method with options, on encoders of the families ``pair``, of which it is given ``modalities``."""
 
-    world: World
+    world: SmallWorld
     name: str
     options: dict[str, Any] = field(default_factory=dict)
     modalities: tuple[Modality, ...] = ("text", "image")

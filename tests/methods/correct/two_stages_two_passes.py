@@ -33,24 +33,5 @@ class TwoStagesTwoPasses(HoulsbyAdapter):
         agree = functional.kl_div(first, second, log_target=True, reduction="batchmean")
         return super().losses(outputs) | {"agree": agree}
 
-    def state(self, model):
-        return super().state(model) | {name: model.get_parameter(name).detach() for name in _norms(model)}
-
-    def load_state(self, model, state):
-        for name in _norms(model):
-            model.get_parameter(name).requires_grad_(True)
-        super().load_state(model, state)
-
-
-def _norms(model):
-    views = model.views.values()
-    norms = {norm for view in views for layer in range(view.shape.depth) for norm in view.norms(layer)}
-    return [
-        f"{name}.{part}"
-        for name, module in model.named_modules()
-        if module in norms
-        for part, _ in module.named_parameters()
-    ]
-
 
 METHOD = TwoStagesTwoPasses
