@@ -13,7 +13,8 @@ from tpme.bench.quantities import QUANTITIES
 from tpme.bench.record import Cell, Status
 from tpme.reports.data.stats import Floats, holm, mann_whitney, paired, smallest_p
 from tpme.reports.gate.baseline import Noise, Side
-from tpme.reports.gate.measures import TIMES, GateCell, Timing, cell_key, sort_cells
+from tpme.reports.gate.measures import GateCell, Timing, cell_key, sort_cells
+from tpme.reports.gate.readings import TIMES
 from tpme.reports.gate.verdict import CellVerdict, Comparison, Policy, Verdict, differing, names
 
 QUALITIES = ("recall_10", "ndcg_10")

@@ -15,7 +15,8 @@ from tpme.reports.data.load import Recorded
 from tpme.reports.data.stats import Floats, interval, mann_whitney, smallest_p
 from tpme.reports.gate.baseline import Side
 from tpme.reports.gate.check import direction, judge, one_sided, rank_test, time_verdict
-from tpme.reports.gate.measures import TIMES, finished, measure, memory
+from tpme.reports.gate.measures import finished, measure
+from tpme.reports.gate.readings import TIMES, memory
 from tpme.reports.gate.verdict import CellVerdict, Comparison, Policy
 
 RESAMPLES = 1000
