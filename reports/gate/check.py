@@ -128,7 +128,7 @@ def _times(old: Timing, new: Timing, noise: Noise, policy: Policy) -> Iterator[C
     for name in TIMES:
         a, b = (np.array(getattr(side, name), dtype=np.float64) for side in (old, new))
         if len(a) and len(b):
-            bound = max(policy.time_threshold, noise.time or 0.0, _spread(a) if name.startswith("inference") else 0.0)
+            bound = max(policy.time_bound(name), noise.time or 0.0, _spread(a) if name.startswith("inference") else 0.0)
             yield time(name, a, b, bound, policy.alpha)
         elif len(a) or len(b):
             yield one_sided(name, *(float(np.median(values)) if len(values) else None for values in (a, b)))

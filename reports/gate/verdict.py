@@ -39,6 +39,10 @@ class Policy(Frozen):
     require: tuple[Kind, ...] = ()
     """Kinds of metrics of which at least one must have been compared."""
 
+    def time_bound(self, name: str) -> float:
+        """Relative change of a time that counts; passes of inference are short and differ more between processes."""
+        return self.time_threshold * (2 if name.startswith("inference") else 1)
+
     def memory_bound(self, name: str) -> float:
         """Relative growth that a peak may show."""
         if name.endswith("torch_allocated_bytes"):
