@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import typer
 
-from tpme.bench.commands import ab, baseline, check, choose, doctor, export, plan, prepare, report, run
+from tpme.bench.commands import ab, baseline, check, choose, doctor, export, method, plan, prepare, report, run
 from tpme.bench.commands import list as listing
 from tpme.bench.commands.gate import GateCommand
 from tpme.bench.errors import UserError
@@ -31,6 +31,7 @@ app.add_typer(prepare.app, name="prepare")
 for command in (run.run, report.report, choose.choose, export.export, plan.plan):
     app.command()(command)
 app.add_typer(listing.app, name="list")
+app.add_typer(method.app, name="method")
 app.command()(doctor.doctor)
 app.command(cls=GateCommand)(check.check)
 app.command(cls=GateCommand)(ab.ab)

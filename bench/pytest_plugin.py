@@ -1,4 +1,7 @@
-"""pytest plug-in: the fixture ``tpme_cell`` runs a cell, the marker ``tpme`` limits its exact counters.
+"""pytest plug-in: ``tpme_contract`` checks a method, ``tpme_cell`` runs a cell, the marker ``tpme`` limits its cost.
+
+    def test_my_method(tpme_contract):
+        tpme_contract("norms", methods_path="methods")
 
     @pytest.mark.tpme(max_params=60_000, max_saved_bytes=40_000_000)
     def test_cost(tpme_cell):
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from tpme.bench.contract.checks import CheckResult
     from tpme.bench.record import CellResult
 
 LIMITS: dict[str, tuple[str, ...]] = {
@@ -54,6 +58,7 @@ class MeasuredCell:
 
 
 RunCell = Callable[..., MeasuredCell]
+RunContract = Callable[..., "list[CheckResult]"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -91,6 +96,46 @@ def tpme_cell(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RunCel
         pytest.fail(f"{request.node.name} {_UNUSED}", pytrace=False)
 
 
+@pytest.fixture
+def tpme_contract(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RunContract]:
+    """A function that runs the contract suite on a method, as ``tpme method check`` does, and returns every result.
+
+    ``tpme_contract(method, *, options=None, methods_path=(), slow=False)``: a check that the method does not pass fails
+    the test with one line. Folders are relative to the root of the tests.
+    """
+    import gc
+
+    def run(
+        method: str,
+        *,
+        options: Mapping[str, Any] | None = None,
+        methods_path: str | Path | Sequence[str | Path] = (),
+        slow: bool = False,
+    ) -> list[CheckResult]:
+        from tpme.bench.contract.checks import check_method
+        from tpme.bench.contract.world import SmallWorld
+        from tpme.bench.errors import UserError
+
+        world, folders = SmallWorld(tmp_path / "tpme-contract"), _folders(methods_path, request.config.rootpath)
+        try:
+            results = list(check_method(world, method, options, methods_path=folders, slow=slow))
+        except UserError as error:
+            pytest.fail(f"tpme_contract: {error}", pytrace=False)
+        failed = [str(result) for result in results if result.status == "failed"]
+        if failed:
+            pytest.fail("\n".join(failed), pytrace=False)
+        if not any(result.status == "passed" for result in results):
+            pytest.fail(f"tpme_contract: no check ran: {results[0].message}", pytrace=False)
+        return results
+
+    yield run
+    gc.unfreeze()  # the suite freezes the objects of the libraries
+
+
+def _folders(methods_path: str | Path | Sequence[str | Path], root: Path) -> list[Path]:
+    return [root / path for path in ([methods_path] if isinstance(methods_path, str | Path) else methods_path)]
+
+
 def _run(
     method: str,
     folder: Path,
@@ -111,7 +156,6 @@ def _run(
     from tpme.bench.run.matrix import MethodEntry, load_matrix, presets
     from tpme.reports.gate.measures import counters, read_records, step_times
 
-    folders = [methods_path] if isinstance(methods_path, str | Path) else methods_path
     try:
         if matrix is None:
             source = load_matrix("demo", [*SMALL, *settings])
@@ -123,7 +167,7 @@ def _run(
             folder,
             store=store_folder(store),
             device=device,
-            methods_path=[root / path for path in folders],
+            methods_path=_folders(methods_path, root),
             console=Console(quiet=True),
         )
     except UserError as error:

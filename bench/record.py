@@ -299,6 +299,8 @@ class Inference(Frozen):
     """Peaks while all this was timed."""
     loaded_bytes: Reading
     """What must be in memory to encode items."""
+    looked_up: tuple[Modality, ...] = ()
+    """Modalities whose hidden states come from a table: their encoders do not run, and no FLOPs of them are counted."""
 
 
 class Epoch(Frozen):
@@ -505,10 +507,11 @@ class CellResult(Frozen):
     """``None`` for what was measured here."""
     flags: tuple[Flag, ...] = ()
     files: dict[str, str] = {}
-    """``ranks`` and ``samples``: names of the ``.npz`` files beside this record.
+    """``ranks`` and ``samples``: names of the ``.npz`` files beside this record; ``adapter``: of a safetensors file.
 
     ``ranks`` holds, one entry a user: ``rank`` (int32, from 1, ties against the model), ``target`` (item),
     ``cold`` (the target never occurs in training), ``in_history`` (the target is masked, so it cannot hit).
+    ``adapter`` holds what the method has trained, as of the best epoch, where the run saves it.
     ``samples`` holds ``step_s`` (training steps), ``step_epoch``, and the memory curve ``sample_t_s``,
     ``sample_bytes``.
     """

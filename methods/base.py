@@ -215,7 +215,7 @@ class Method:
         """Inject or replace modules and set which parameters train. Encoders arrive frozen, the rest trainable."""
 
     def trainable_parameters(self, task: TaskShape, views: Mapping[Modality, EncoderView]) -> int:
-        """Formula: how many parameters train in the first stage, besides the sequential encoder.
+        """Formula: how many parameters train in the last stage, besides the sequential encoder.
 
         Written from sizes, not counted from what ``adapt`` made, so that one checks the other: ``tpme method check``
         compares them at a small and at the base shape. ``fusion_parameters`` is the default item encoder's part.
@@ -289,14 +289,15 @@ class Method:
         return {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
 
     def load_state(self, model: Recommender, state: Mapping[str, Tensor]) -> None:
-        """Load a ``state`` into a freshly adapted model.
+        """Load a ``state`` into a freshly adapted model; a later stage may have trained other parameters than it does.
 
         Raises:
-            KeyError: the names differ from those of the trainable parameters.
+            KeyError: a name is of no parameter, or one that trains is missing.
             ValueError: a shape differs.
         """
-        own = {name: value for name, value in model.named_parameters() if value.requires_grad}
-        differing = sorted(set(state) ^ set(own))
+        own = dict(model.named_parameters())
+        trains = {name for name, value in own.items() if value.requires_grad}
+        differing = sorted(set(state) - set(own) | trains - set(state))
         if differing:
             raise KeyError(f"state of another structure: '{differing[0]}' is only in one of state and model")
         with torch.no_grad():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from tpme.bench.errors import UserError
 from tpme.bench.record import Modality
 from tpme.bench.task.recommender import Recommender
 from tpme.bench.task.view import EncoderView
@@ -17,9 +18,15 @@ class BitFit(Method):
     """
 
     def adapt(self, model: Recommender, schedule: Schedule) -> None:
-        """Make the biases of both encoders trainable."""
-        for name, parameter in model.encoders.named_parameters():
-            parameter.requires_grad_(name.endswith("bias"))
+        """Make the biases of both encoders trainable. Raises UserError for an encoder without any."""
+        for modality, view in model.views.items():
+            biases = [value for name, value in view.module.named_parameters() if name.endswith("bias")]
+            if not biases:
+                raise UserError(
+                    f"method 'bitfit': {type(view.module).__name__} ({modality} encoder) has no biases; choose another"
+                )
+            for bias in biases:
+                bias.requires_grad_(True)
 
     def trainable_parameters(self, task: TaskShape, views: Mapping[Modality, EncoderView]) -> int:
         """The sizes of all biases: L (7 D + F) in the layers of a BERT or ViT with feed-forward width F."""

@@ -1,7 +1,8 @@
 """Prompt tuning: soft prompts in the text encoder, visual prompt tuning in the image encoder.
 
-VPT (Jia et al., ECCV 2022) for the ViT; for BERT, soft prompts (Lester et al., EMNLP 2021) at the same place, which
-leaves token 0 and the positions of all real tokens unchanged.
+VPT (Jia et al., ECCV 2022) for images; for text, soft prompts (Lester et al., EMNLP 2021) at the same place, which
+leaves token 0 where it is, and the positions of all real tokens where an encoder adds them to its embeddings. Prompts
+are never read: pooling leaves them out.
 """
 
 from __future__ import annotations
@@ -78,8 +79,14 @@ class PromptTuning(Method):
 
 
 def _install(view: EncoderView, prompts: Prompts, *, deep: bool) -> None:
+    if not view.family.prompts:
+        raise UserError(
+            f"method 'prompt': {type(view.module).__name__} counts positions from the token ids, so no prompts can be "
+            "inserted after them; choose another encoder"
+        )
     # Partials, not closures: a deep copy of the model then runs its own copy of the prompts.
     view.module.register_forward_pre_hook(partial(_extend_mask, prompts.length), with_kwargs=True)
+    view.reads_mask = partial(_item_tokens, prompts.length)
     view.embeddings.register_forward_hook(partial(_insert, prompts))
     if deep:
         for i, layer in enumerate(view.layers[1:], start=1):
@@ -93,12 +100,14 @@ def _extend_mask(length: int, _module: nn.Module, args: Any, kwargs: dict[str, A
     return args, kwargs
 
 
-def _insert(prompts: Prompts, module: nn.Module, _args: object, hidden: Any) -> Tensor:
-    if not isinstance(hidden, Tensor) or hidden.shape[-1] != prompts.vectors.shape[-1]:
-        raise UserError(
-            f"method 'prompt': the output of {type(module).__name__} is not the input of the first layer, so no "
-            "prompts can be inserted there; choose another encoder"
-        )
+def _item_tokens(length: int, mask: Tensor | None, hidden: Tensor) -> Tensor:
+    """The mask (n, N+P) of a state: that of the item's tokens, without the prompts."""
+    if mask is None:
+        mask = torch.ones(len(hidden), hidden.shape[1] - length, dtype=torch.bool, device=hidden.device)
+    return torch.cat([mask[:, :1], mask.new_zeros(len(mask), length), mask[:, 1:]], dim=1)
+
+
+def _insert(prompts: Prompts, _module: nn.Module, _args: object, hidden: Tensor) -> Tensor:
     return prompts.insert(hidden)
 
 

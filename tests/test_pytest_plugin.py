@@ -140,3 +140,31 @@ def test_imports():
 
 def test_other_sessions_are_left_alone(session: Any, tmp_path: Path) -> None:
     session("def test_plain():\n    pass\n", "--strict-markers").assert_outcomes(passed=1)
+
+
+def test_the_contract_suite_on_a_method_of_ones_own(session: Any, pytester: pytest.Pytester) -> None:
+    methods = pytester.mkdir("methods")
+    body = "from tpme.methods.id import ItemIDs\nclass Mine(ItemIDs):\n{}\nMETHOD = Mine\n"
+    (methods / "good.py").write_text(body.format("    pass"))
+    (methods / "bad.py").write_text(body.format("    def trainable_parameters(self, task, views): return 1"))
+    result = session(
+        """
+def test_good(tpme_contract):
+    results = tpme_contract("good", methods_path="methods")
+    assert {result.status for result in results} == {"passed", "skipped"}
+    assert any(result.check == "state_round_trip" for result in results)
+
+def test_bad(tpme_contract):
+    tpme_contract("bad", methods_path="methods")
+
+def test_unknown(tpme_contract):
+    tpme_contract("goood", methods_path="methods")
+"""
+    )
+    result.assert_outcomes(passed=1, failed=2)
+    result.stdout.fnmatch_lines(
+        [
+            "failed  bad: parameter_formula: trainable_parameters gives 1 at these options, but *",
+            "tpme_contract: unknown method 'goood'; did you mean 'good'?",
+        ]
+    )

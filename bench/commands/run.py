@@ -26,6 +26,9 @@ def run(
     cuda_graphs: Annotated[
         bool, typer.Option("--cuda-graphs", help="Short for --set training.cuda_graphs=true.")
     ] = False,
+    save_adapters: Annotated[
+        bool, typer.Option("--save-adapters", help="Keep what each method has trained beside its record.")
+    ] = False,
     report: Annotated[bool, typer.Option(help="Write the report at the end.")] = True,
 ) -> None:
     """Run the unfinished cells of a matrix, each in its own process, and report."""
@@ -53,6 +56,7 @@ def run(
         device=device_name,
         methods_path=methods_path or [],
         time_limit_s=time_limit,
+        save_adapters=save_adapters,
         console=console,
     )
     if report:

@@ -23,9 +23,8 @@ def structure_of(trainer: Trainer) -> tuple[Method, StepState]:
     Method and model are copied together, so modules that the method keeps for itself are those of the copied model.
     """
     state = trainer.state
-    memo = {id(trainer): trainer}  # a method may have kept its context
     with _ValuesLeftOut():
-        method, model = copy.deepcopy((trainer.method, trainer.model), memo)
+        method, model = copy.deepcopy((trainer.method, trainer.model))
     model.zero_grad(set_to_none=True)
     return method, replace(state, model=model, step=max(0, state.step - 1))
 

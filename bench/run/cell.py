@@ -8,6 +8,7 @@ all that is known.
 from __future__ import annotations
 
 import gc
+import itertools
 import signal
 import sys
 import traceback
@@ -39,6 +40,7 @@ from tpme.bench.task.view import EncoderView
 from tpme.bench.train.build import DataSize, EncoderUse, ModelBuilder, encoder_specs, seed_generators
 from tpme.bench.train.cached import Progress, stored_states
 from tpme.bench.train.compiling import compile_model
+from tpme.bench.train.delta import DeltaFile
 from tpme.bench.train.ending import TimeLimitReached, failure_of, status_of
 from tpme.bench.train.facts import (
     CellFacts,
@@ -68,6 +70,7 @@ class CellRun:
         self.started_at = datetime.now(UTC)
         self.facts = CellFacts()
         self.kept = Kept(job.folder / "procedure")
+        self._deltas = itertools.count()
         self.structure: MetaCell | Exception | None = None
         """What was trained, before it is prepared for inference."""
 
@@ -137,7 +140,7 @@ class CellRun:
         return trainer
 
     def _trainer(self, model: Recommender, method: Method, dataset: Dataset, store: ItemStore, seed: int) -> Trainer:
-        return Trainer(
+        trainer = Trainer(
             self.cell,
             model,
             method,
@@ -150,6 +153,10 @@ class CellRun:
             build=self.fork,
             seed=seed,
         )
+        of = self.facts.trainer
+        if self.job.save_adapters and (of is None or of.delta is not None):
+            trainer.delta = DeltaFile(self.job.folder / f".attempt-{self.job.attempt}.adapter-{next(self._deltas)}")
+        return trainer
 
     def fork(self, method: Method, seed: int) -> Trainer:
         """The trainer of a fresh model of the cell, adapted by ``method``, on the data that is loaded.
@@ -265,8 +272,17 @@ class CellRun:
             inference=facts.inference,
             counters=facts.counters | self.phases.counters(),
             flags=(*facts.flags, *self.phases.flags()),
-            files={name: save_arrays(self.job.file(f".{name}.npz"), values) for name, values in arrays.items()},
+            files={name: save_arrays(self.job.file(f".{name}.npz"), values) for name, values in arrays.items()}
+            | self._adapter(status),
         )
+
+    def _adapter(self, status: Status) -> dict[str, str]:
+        """The file of what was trained, of an attempt that ended well; those of forks that were not adopted go."""
+        delta = self.facts.trainer.delta if self.facts.trainer else None
+        published = delta.publish(self.job.file(".adapter.safetensors")) if delta and status == "ok" else None
+        for left in self.job.folder.glob(f".attempt-{self.job.attempt}.adapter-*"):
+            left.unlink()
+        return {"adapter": published} if published else {}
 
 
 def load_libraries(device: torch.device) -> None:

@@ -48,6 +48,20 @@ def check_cached(name: str, method: Method, modalities: tuple[Modality, ...]) ->
         )
 
 
+def check_dtypes(cell: Cell, method: Method) -> None:
+    """Raise UserError where ``method`` trains through an encoder whose weights are not to be in float32."""
+    from tpme.bench.train.build import encoder_specs
+
+    specs = encoder_specs(cell, method)
+    frozen = method.frozen_encoders(tuple(specs))
+    for modality, spec in specs.items():
+        if spec.dtype != "fp32" and modality not in frozen:
+            raise UserError(
+                f"method '{cell.method}' trains through the {modality} encoder, whose weights must then be in float32; "
+                f"remove dtype = '{spec.dtype}' (training.precision sets that of the computation)"
+            )
+
+
 def check_states(cell: Cell, method: Method) -> None:
     """Raise UserError where ``method`` needs more of an encoder than the file of states that ``cell`` names for it."""
     import torch

@@ -17,7 +17,7 @@ from tpme.bench.errors import one_line
 from tpme.bench.measure.clock import now
 from tpme.bench.record import Inference, Reading, Timings
 from tpme.bench.task.evaluate import ITEMS_PER_CHUNK
-from tpme.bench.task.items import Items, map_tensors
+from tpme.bench.task.items import Items, map_tensors, size_bytes
 from tpme.bench.task.placement import table_bytes
 from tpme.bench.train.loop import Trainer
 
@@ -25,8 +25,8 @@ TOP = 10
 """Items that a user is shown."""
 SINGLES, USERS, COMPARED = 32, 256, 4
 """Items that are timed one by one, users that are served in turn, and items whose FLOPs are compared."""
-FEWEST, MOST = 5, 25
-"""Bounds of the number of runs."""
+FEWEST, MOST = 7, 25
+"""Bounds of the number of runs; of seven against seven a rank test can tell a change (``tpme check``)."""
 SHARE, LEAST_S, MOST_S = 0.03, 0.1, 1.0
 """What all runs of a work may take: so much of the training time, but at least and, beyond the fewest runs of single
 passes, at most so many seconds."""
@@ -59,6 +59,7 @@ def measure_inference(trainer: Trainer) -> Inference:
         user=user,
         memory=memory,
         loaded_bytes=_loaded_bytes(trainer),
+        looked_up=tuple(trainer.store.states),
     )
 
 
@@ -124,7 +125,7 @@ def _flops(encode: Callable[[Items], Tensor], items: Items) -> tuple[Reading, bo
     """FLOPs an item, and whether they depend on the data: single items are compared, because larger sets even out."""
     source = f"1 multiply-add = 2 FLOPs, one pass over {len(items)} items, math attention"
     if items.states is not None:
-        source += f"; from stored states, so without the {' and '.join(items.states)} encoder"
+        source += f"; from stored states, so without the encoders of {' and '.join(items.states)}"
     try:
         flops, uncounted = item_flops(encode, items)
         places = {round(place) for place in np.linspace(0, len(items) - 1, COMPARED)}
@@ -139,10 +140,9 @@ def _flops(encode: Callable[[Items], Tensor], items: Items) -> tuple[Reading, bo
 
 
 def _loaded_bytes(trainer: Trainer) -> Reading:
-    """Bytes of the prepared model and of the table of states that it reads, if any."""
-    tensors = [*trainer.model.parameters(), *trainer.model.buffers()]
+    """Bytes of the prepared model and of the tables of hidden states that it reads."""
+    tables = trainer.store.states
+    size = sum(size_bytes(tensor) for tensor in (*trainer.model.parameters(), *trainer.model.buffers()))
+    size += sum(map(table_bytes, tables.values()))
     source = "all parameters and buffers of the prepared model"
-    states = sum(map(table_bytes, trainer.store.states.values()))
-    if states:
-        source += ", stored states of all items"
-    return Reading(value=states + sum(tensor.numel() * tensor.element_size() for tensor in tensors), source=source)
+    return Reading(value=size, source=source + (f", states of {' and '.join(tables)}" if tables else ""))

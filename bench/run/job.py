@@ -21,6 +21,8 @@ class Job(Frozen):
     methods_path: tuple[Path, ...] = ()
     cache_limit_bytes: int
     time_limit_s: float
+    save_adapters: bool = False
+    """Write what the method has trained beside the record."""
 
     def file(self, suffix: str) -> Path:
         """``attempt-N`` + ``suffix`` in the cell's folder."""

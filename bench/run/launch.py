@@ -127,6 +127,7 @@ def make_jobs(
     device: str,
     methods_path: Sequence[Path] = (),
     time_limit_s: float | None = None,
+    save_adapters: bool = False,
     console: Console,
 ) -> list[Job]:
     """The first attempt at every cell of a matrix, in the order they run."""
@@ -146,6 +147,7 @@ def make_jobs(
             methods_path=tuple(path.resolve() for path in methods_path),
             cache_limit_bytes=matrix.cache_limit_bytes,
             time_limit_s=matrix.time_limit_s if time_limit_s is None else time_limit_s,
+            save_adapters=save_adapters,
         )
         for cell in cells
     ]
@@ -173,15 +175,25 @@ def run_matrix(
     device: str,
     methods_path: Sequence[Path] = (),
     time_limit_s: float | None = None,
+    save_adapters: bool = False,
     console: Console,
 ) -> list[CellResult]:
     """Run every cell of ``matrix`` that is not done; returns the latest records of all its cells, in order.
+
+    With ``save_adapters`` what each method has trained is kept beside its record; a cell without that is not done.
 
     Ctrl-C stops the running cell, leaves no record of it, and raises KeyboardInterrupt; a second call resumes.
     SIGTERM and SIGHUP do the same and raise SystemExit.
     """
     jobs = make_jobs(
-        matrix, run, store, device=device, methods_path=methods_path, time_limit_s=time_limit_s, console=console
+        matrix,
+        run,
+        store,
+        device=device,
+        methods_path=methods_path,
+        time_limit_s=time_limit_s,
+        save_adapters=save_adapters,
+        console=console,
     )
     results = []
     with locked_run(run), _progress(console) as bars:
@@ -189,7 +201,7 @@ def run_matrix(
         overall = bars.add_task("matrix", total=len(jobs), detail="")
         for job in jobs:
             attempts, result = latest_attempt(job.folder)
-            if result is None or not _is_done(result, job.time_limit_s):
+            if result is None or not _is_done(result, job):
                 result = _run_with_bar(job.model_copy(update={"attempt": attempts + 1}), bars)
                 bars.console.print(_outcome_line(result))
             results.append(result)
@@ -215,8 +227,10 @@ def locked_run(run: Path) -> Iterator[None]:
         lock.release()
 
 
-def _is_done(result: CellResult, limit_s: float) -> bool:
-    if result.status == "timeout" and result.time_limit_s is not None and limit_s > result.time_limit_s:
+def _is_done(result: CellResult, job: Job) -> bool:
+    if result.status == "timeout" and result.time_limit_s is not None and job.time_limit_s > result.time_limit_s:
+        return False
+    if job.save_adapters and result.status == "ok" and "adapter" not in result.files:
         return False
     return result.status in FINISHED
 

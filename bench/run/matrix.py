@@ -28,7 +28,7 @@ from pydantic import (
 
 from tpme.bench.errors import UserError, first_problem
 from tpme.bench.record import Cell, EncoderSpec, Frozen, LearningRates, Modality, Protocol, Training, cell_id
-from tpme.bench.run.encoder_checks import check_cached, check_items, check_states, pinned
+from tpme.bench.run.encoder_checks import check_cached, check_dtypes, check_items, check_states, pinned
 
 if TYPE_CHECKING:
     from tpme.methods.base import Method
@@ -144,14 +144,15 @@ def load_matrix(source: str, settings: Sequence[str] = ()) -> MatrixFile:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{path}: not a readable TOML file: {error}") from None
     for setting in settings:
-        _apply_setting(raw, setting)
+        apply_setting(raw, setting)
     try:
         return MatrixFile.model_validate(raw)
     except ValidationError as error:
         raise UserError(f"{path}: {_first(error)}") from None
 
 
-def _apply_setting(raw: dict[str, Any], setting: str) -> None:
+def apply_setting(raw: dict[str, Any], setting: str) -> None:
+    """Lay ``setting`` (``"training.epochs=2"``) over the tables of a TOML file; raises UserError where it cannot."""
     key, equals, text = setting.partition("=")
     if not equals:
         raise UserError(f"--set {setting}: write it as key=value, for example training.epochs=2")
@@ -234,6 +235,7 @@ def expand(
                         baseline=instance.baseline,
                     )
                 )
+                check_dtypes(cells[-1], instance)
                 check_states(cells[-1], instance)
     seen: set[str] = set()
     for cell in cells:
@@ -339,6 +341,7 @@ def _check(
     method: MethodEntry, modalities: tuple[Modality, ...], training: Training, methods_path: Sequence[Path]
 ) -> Method:
     """The method, built once to see that it can do what the matrix asks; raises UserError where it cannot."""
+    from tpme.bench.train.build import check_passes
     from tpme.methods.registry import create
 
     instance = create(method.name, method.options, methods_path)
@@ -349,14 +352,5 @@ def _check(
         raise UserError(f"method '{method.name}' needs {' and '.join(instance.needs)}; this matrix has no {lacking[0]}")
     used = modalities if instance.modalities is None else instance.modalities
     if training.activation_checkpointing and set(used) - set(instance.frozen_encoders(used)):
-        _check_passes(method.name, instance.passes())
+        check_passes(method.name, instance)
     return instance
-
-
-def _check_passes(method: str, passes: Sequence[str]) -> None:
-    """Raise UserError for several: what ``begin_pass`` has set is that of the last one when layers run once more."""
-    if len(passes) > 1:
-        raise UserError(
-            f"method '{method}' has {len(passes)} passes a step ({', '.join(passes)}): layers that are computed once "
-            "more for the backward pass would mix them up; set activation_checkpointing = false"
-        )

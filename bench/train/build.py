@@ -113,6 +113,19 @@ class EncoderUse:
         return cls({m: spec for m, spec in specs.items() if m not in given | cached}, cached, given)
 
 
+def check_passes(name: str, method: Method) -> None:
+    """Raise UserError where activations cannot be recomputed, because a step of the method ``name`` has several passes.
+
+    What ``begin_pass`` has set is that of the last pass when layers run once more.
+    """
+    passes = method.passes()
+    if len(passes) > 1:
+        raise UserError(
+            f"method '{name}' has {len(passes)} passes a step ({', '.join(passes)}): layers that are computed once "
+            "more for the backward pass would mix them up; set activation_checkpointing = false"
+        )
+
+
 class ModelBuilder:
     """Builds a model in two steps, because inputs and encoders are loaded between them.
 
@@ -121,6 +134,8 @@ class ModelBuilder:
 
     Args:
         method, training: of the cell. data: size of its data set. shapes: of the encoders that the method uses.
+
+    Raises UserError where the method reads a token that does not stand for the item.
     """
 
     def __init__(
@@ -129,6 +144,8 @@ class ModelBuilder:
         self.method, self.training, self.data, self.shapes = method, training, data, shapes
         self.schedule = schedule_of(training, data)
         self.item_encoder = method.item_encoder(TaskShape(training.embedding_dim, data.items, shapes))
+        for modality, reads in self.item_encoder.reads.items():
+            shapes[modality].check(reads, f"the {modality} encoder")
         self.sequence = SequentialEncoder(
             training.embedding_dim, data.max_seq_len, training.blocks, training.heads, training.dropout
         )

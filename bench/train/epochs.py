@@ -29,6 +29,7 @@ from tpme.bench.task.evaluate import item_matrix, rank_split, recall_and_ndcg
 from tpme.bench.task.items import Items
 from tpme.bench.task.recommender import Recommender
 from tpme.bench.train.build import DataSize, schedule_of
+from tpme.bench.train.delta import DeltaFile
 from tpme.bench.train.outcome import Outcome
 from tpme.bench.train.step import AUTOCAST, loss_terms, summed
 from tpme.bench.train.timing import StepTimer
@@ -106,6 +107,12 @@ class EpochLoop(Context):
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.terms_of: Callable[[Batch], dict[str, Tensor]] = partial(loss_terms, method, model)
         """The terms of the loss of a batch, with their graph; replaceable by a faster way to compute the same."""
+        self.delta: DeltaFile | None = None
+        """Takes what the method has trained whenever the test targets are ranked."""
+
+    def __deepcopy__(self, _memo: object) -> EpochLoop:
+        """Itself: the copy of a method that has kept its context works on the same data."""
+        return self
 
     def optimizer(self) -> torch.optim.Optimizer:
         """The method's optimiser for the parameters that train now."""
@@ -213,6 +220,9 @@ class EpochLoop(Context):
         outcome.best_recall, outcome.best_epoch = found.recall_10, len(outcome.epochs) or None
         with self.phase("rank", name), self.autocast():
             outcome.test_ranks = rank_split(self.model, vectors, self.dataset.test)
+        if self.delta is not None:
+            with self.phase("export", f"adapter {name}".strip()):
+                self.delta.write(self.method, self.model, self.seed)
         return True
 
 

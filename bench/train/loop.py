@@ -18,7 +18,7 @@ from tpme.bench.record import Cell, Epoch, PhaseKind
 from tpme.bench.task.batches import Batch, ItemStore, TrainBatches
 from tpme.bench.task.dataset import Dataset
 from tpme.bench.task.recommender import Recommender
-from tpme.bench.train.build import separate_generators, steps_per_epoch
+from tpme.bench.train.build import check_passes, separate_generators, steps_per_epoch
 from tpme.bench.train.epochs import EpochLoop, overrides
 from tpme.bench.train.kept import Kept, Part
 from tpme.bench.train.outcome import Outcome
@@ -82,6 +82,8 @@ class Trainer(EpochLoop):
             for stage, share in zip(stages, _split_epochs(epochs, stages), strict=True):
                 self.state.stage = stage
                 self.method.begin_stage(self.state)
+                if self.cell.training.activation_checkpointing and self.model.views.keys() - self.model.frozen:
+                    check_passes(self.cell.method, self.method)
                 self._count_trainable()
                 self._train_stage(stage.name, share, kind)
 
@@ -182,7 +184,7 @@ class Trainer(EpochLoop):
         assert isinstance(fork, Trainer)
         self.seed, self.model, self.method, self.state = fork.seed, fork.model, fork.method, fork.state
         self.loader, self._extra_batches = fork.loader, fork._extra_batches
-        self.outcome, self.scaler, self.terms_of = fork.outcome, fork.scaler, fork.terms_of
+        self.outcome, self.scaler, self.terms_of, self.delta = fork.outcome, fork.scaler, fork.terms_of, fork.delta
 
     def once(self, kind: PhaseKind, name: str, work: Callable[[], Result]) -> Result:
         """The result of ``work``, done in this attempt or in an earlier one."""
@@ -191,10 +193,11 @@ class Trainer(EpochLoop):
         part = self.kept.read(name)
         if part is None:
             started, resumed_s, outcome = now(self.device), self.kept.resumed_s, replace(self.outcome)
+            delta, self.delta = self.delta, None
             with self.phase(kind, name), separate_generators(f"{self.seed} {name}", self.device):
                 result = work()
             # Only what is kept may outlast the work: a later attempt finds nothing else.
-            self.outcome = outcome
+            self.outcome, self.delta = outcome, delta
             spent_s = now(self.device) - started + self.kept.resumed_s - resumed_s
             part = self.kept.write(name, Part(result, spent_s, self.state.epoch, self.state.step))
         self.state.epoch, self.state.step = part.epoch, part.step

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from tpme.bench.train.build import separate_generators
 from tpme.bench.train.loop import Trainer
 
 
@@ -21,15 +20,17 @@ def preserved(trainer: Trainer) -> Iterator[None]:
     """Whatever the block does, model, method, training state and random generators are afterwards as before.
 
     Values are copied to the host and written back into the same tensors, so that recorded CUDA graphs stay valid. What
-    a method keeps deeper than in the lists and dicts that are its attributes is not put back.
+    a method keeps deeper than in the lists and dicts that are its attributes is not put back, modules aside.
     """
-    holders = [_Holder(part) for part in (*trainer.model.modules(), trainer.method, trainer.state, trainer.outcome)]
+    own: list[Any] = tree_leaves(vars(trainer.method))
+    roots = [trainer.model, *(part for part in own if isinstance(part, nn.Module))]
+    parts = dict.fromkeys(part for root in roots for part in root.modules())
+    holders = [_Holder(part) for part in (*parts, trainer.method, trainer.state, trainer.outcome)]
     values = [_Values(tensor) for tensor in _tensors(holders)]
-    kept = [value for value in vars(trainer.method).values() if isinstance(value, torch.optim.Optimizer)]
-    stateful: list[Any] = [trainer.scaler, *kept]
+    stateful: list[Any] = [trainer.scaler, *(part for part in own if isinstance(part, torch.optim.Optimizer))]
     states = [copy.deepcopy(one.state_dict()) for one in stateful]
     try:
-        with _generators(trainer.device):
+        with separate_generators("steps after training", trainer.device):
             yield
     finally:
         for holder in holders:
@@ -74,15 +75,3 @@ class _Values:
 def _tensors(holders: Iterable[_Holder]) -> list[Tensor]:
     found: list[Any] = [leaf for holder in holders for leaf in tree_leaves(holder.attributes)]
     return list({id(leaf): leaf for leaf in found if isinstance(leaf, Tensor)}.values())
-
-
-@contextmanager
-def _generators(device: torch.device) -> Iterator[None]:
-    """The generators that a method may draw from are afterwards as before."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002

@@ -23,6 +23,7 @@ import pandas as pd
 from tpme.bench.errors import UserError
 from tpme.bench.quantities import memory_reading
 from tpme.bench.record import (
+    ENCODER_OPTIONS,
     Cell,
     CellResult,
     EncoderSpec,
@@ -279,7 +280,12 @@ def _epoch_columns(result: CellResult) -> dict[str, Any]:
 
 def _encoder(spec: EncoderSpec, modality: str) -> str:
     revision = f"@{spec.revision}" if spec.revision else ""
-    return f"{spec.source}{revision} ({modality}{', random weights' if spec.weights == 'random' else ''})"
+    defaults = EncoderSpec(source=spec.source)
+    options = [
+        f"{name} {getattr(spec, name)}" for name in ENCODER_OPTIONS if getattr(spec, name) != getattr(defaults, name)
+    ]
+    facts = [modality, *(["random weights"] if spec.weights == "random" else []), *options]
+    return f"{spec.source}{revision} ({', '.join(facts)})"
 
 
 def _canonical(value: Any) -> str:

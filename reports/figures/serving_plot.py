@@ -54,8 +54,9 @@ def inference(section: Section) -> Plot | None:
         f"{size} at a time: median with quartiles of the runs. Cheap to serve: a short bar of FLOPs, a long one of "
         "items."
     )
-    if any(section.lines[name]["cached"] for name in rows):
-        caption += " Cached rows read states of the encoders, which do not run."
+    given = [name for name, seeds in rows.items() if any(facts_of(seed).looked_up for seed in seeds)]
+    if given:
+        caption += f" Without encoders, from a table of hidden states: {', '.join(given)}."
     if logarithmic:
         caption += f" Logarithmic: {', '.join(logarithmic)}; compare where bars end, not their lengths."
     return Plot("inference", "Quality and cost of inference", caption, figure)

@@ -75,12 +75,12 @@ def _notes(section: Section, rows: Mapping[str, Sequence[CellResult]], frame: pd
         "products and convolutions, 1 multiply-add = 2 FLOPs, counted while real items were encoded. Times: median "
         f"(quartiles) of {times} runs, inputs on the device already. User: sequential encoder over the history, scores "
         "of the whole catalogue and top 10, for one user.",
-        "Memory: peak of a phase of its own. Loaded: all parameters and buffers, and cached states where a row reads "
-        "them. Delta: what must be kept beside the untouched encoders.",
+        "Memory: peak of a phase of its own. Loaded: all parameters and buffers, and tables of hidden states where a "
+        "row reads them. Delta: what must be kept beside the untouched encoders.",
     ]
-    cached = [name for name in rows if section.lines[name]["cached"]]
-    if cached:
-        notes.append(f"From cached states, so an item that is new must pass the encoders first: {', '.join(cached)}.")
+    given = [name for name, seeds in rows.items() if any(facts_of(seed).looked_up for seed in seeds)]
+    if given:
+        notes.append(f"From a table of hidden states, so new items cost their encoders, too: {', '.join(given)}.")
     by_data = [name for name, seeds in rows.items() if any(facts_of(seed).flops_by_data for seed in seeds)]
     if by_data:
         notes.append(f"FLOPs differ from item to item, mean over a batch: {', '.join(by_data)}.")

@@ -312,7 +312,7 @@ def write_demo(factory: Factory) -> Path:
                     lr_trials=2,
                 )
     one = {"flags": (shared,), "seed": 1}
-    light = inference_facts(3e5, 60_000)
+    light = inference_facts(3e5, 60_000, looked_up=("text", "image"))
     for seed in (1, 2, 3):
         cached = {"cached": True, "inference": light, "flags": (shared,), "seed": seed}
         factory.write("iisan", time=1.2, millions=0.15, peak=0.2e9, skill=0.3, **cached)

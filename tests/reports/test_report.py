@@ -129,7 +129,7 @@ def test_all_in_stands_beside_the_time_of_an_epoch_where_any_record_has_it(facto
     table = results(section)
     keys = [one.key for one in table.columns if not one.machine_only]
     assert keys[keys.index("epoch_time_s") + 1] == "all_in_s"
-    assert texts(table, "all_in_s") == {"iisan": "110 ± 14.1", "lora": "–"}
+    assert texts(table, "all_in_s") == {"iisan": "110 ± 14", "lora": "–"}
     assert column(table, "all_in_s")["iisan"] == 110.0
     assert any(note.startswith("All in: feature cache") for note in table.notes)
 

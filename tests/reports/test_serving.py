@@ -107,12 +107,12 @@ def test_what_was_not_measured_is_a_dash_with_its_reason(factory: Any, peaks: An
 
 def test_flops_by_data_and_cached_rows_are_named(factory: Any, peaks: Any) -> None:
     factory.write("dyt", inference=facts(peaks, flops_by_data=True))
-    factory.write("iisan", cached=True, inference=facts(peaks))
+    factory.write("iisan", cached=True, inference=facts(peaks, looked_up=("text", "image")))
     section = section_of(factory.root)
     notes = " ".join(table_of(section).notes)
     assert "FLOPs differ from item to item, mean over a batch: dyt." in notes
-    assert "From cached states, so an item that is new must pass the encoders first: iisan (cached)." in notes
-    assert "Cached rows read states of the encoders" in make_plot(plot, section).caption
+    assert "so new items cost their encoders, too: iisan (cached)." in notes
+    assert "Without encoders, from a table of hidden states: iisan (cached)." in make_plot(plot, section).caption
 
 
 def test_a_gpu_tells_held_from_allocated_memory(factory: Any, peaks_of: Any) -> None:
@@ -164,7 +164,7 @@ def test_the_page_shows_the_table(tab: Any) -> None:
     assert first.locator("th").inner_text() == "iisan (cached)"
     assert first.locator("td.best").first.inner_text() == "0.300"
     assert tab.locator("#inference thead th").nth(1).inner_text() == "FLOPs an item (MFLOP) ↓"
-    assert "From cached states" in tab.inner_text("#inference-notes")
+    assert "From a table of hidden states" in tab.inner_text("#inference-notes")
 
 
 def test_the_figure_draws_a_bar_for_every_row(demo_run: Path) -> None:

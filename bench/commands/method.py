@@ -1,0 +1,54 @@
+"""``tpme method check``: the contract suite on one method, without a clone of the repository."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tpme.bench.commands.options import MethodsPath
+
+app = typer.Typer(no_args_is_help=True, help="Check a fine-tuning method of your own.")
+
+
+@app.callback()
+def _group() -> None:
+    """Keep ``check`` a command of its own, although there is no other."""
+
+
+@app.command()
+def check(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the method.")],
+    methods_path: MethodsPath = None,
+    options: Annotated[
+        list[str] | None, typer.Option("--set", help="Set an option of the method: rank=4.", metavar="OPTION=VALUE")
+    ] = None,
+    slow: Annotated[
+        bool, typer.Option("--slow", help="Also through torch.compile, and on a second pair of encoders (minutes).")
+    ] = False,
+) -> None:
+    """Check that a method keeps the contract: it is trained on small encoders in every way that a cell may be.
+
+    Prints a line for every check. Exit codes: 0 passed, 1 failed, 2 bad input.
+    """
+    from rich.console import Console
+
+    from tpme.bench.contract.checks import check_method
+    from tpme.bench.contract.world import SmallWorld
+    from tpme.bench.run.matrix import apply_setting
+
+    values: dict[str, Any] = {}
+    for option in options or []:
+        apply_setting(values, option)
+    console, counts = Console(highlight=False, soft_wrap=True, markup=False), Counter[str]()
+    with tempfile.TemporaryDirectory(prefix="tpme-check-") as folder:
+        for result in check_method(SmallWorld(Path(folder)), name, values, methods_path=methods_path or [], slow=slow):
+            console.print(str(result), style={"failed": "red", "skipped": "dim"}.get(result.status))
+            counts[result.status] += 1
+    passed = counts["passed"] > 0 and not counts["failed"]
+    numbers = ", ".join(f"{counts[status]} {status}" for status in ("passed", "failed", "skipped"))
+    console.print(f"{name}: {'keeps the contract' if passed else 'does not keep the contract'} ({numbers})")
+    raise typer.Exit(0 if passed else 1)

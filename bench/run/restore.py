@@ -1,0 +1,71 @@
+"""A trained model back from its record and the delta that ``tpme run --save-adapters`` wrote beside it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tpme.bench.errors import UserError
+from tpme.bench.measure.phases import PhaseLog
+from tpme.bench.record import read_result
+from tpme.bench.run.cell import CellRun
+from tpme.bench.run.job import Job
+from tpme.bench.run.launch import store_folder
+from tpme.bench.run.matrix import MatrixFile
+from tpme.bench.train.delta import DeltaFacts, read_delta
+from tpme.bench.train.loop import Trainer
+from tpme.methods.base import Method
+
+
+def restore(
+    record: Path,
+    *,
+    dataset: Path,
+    store: Path | None = None,
+    methods_path: Sequence[Path] = (),
+    device: str | None = None,
+) -> Trainer:
+    """A fresh model of the cell of ``record`` with what was trained at its best epoch, not prepared for inference.
+
+    ``validate()`` of the returned trainer ranks the test targets again (``outcome.test_ranks``).
+
+    Args:
+        record: of an attempt that saved its adapter. dataset: the prepared folder. store: as for ``tpme run``.
+        methods_path: folders with further methods. device: ``cpu`` or ``cuda``; by default that of the record.
+
+    Raises:
+        UserError: the record has no adapter, or data, encoders or method are not those of the record.
+    """
+    result = read_result(record)
+    if "adapter" not in result.files:
+        raise UserError(f"{record}: it has no adapter; run its matrix with --save-adapters")
+    facts, state = read_delta(record.parent / result.files["adapter"])
+    job = Job(
+        cell=result.cell.model_copy(update={"device": device or result.cell.device}),
+        cell_id=result.cell_id,
+        attempt=result.attempt,
+        code_version=result.code_version,
+        dataset_path=dataset,
+        store=store_folder(store),
+        folder=record.parent,
+        methods_path=tuple(path.resolve() for path in methods_path),
+        cache_limit_bytes=MatrixFile.model_fields["cache_limit_bytes"].default,
+        time_limit_s=result.time_limit_s or 0.0,
+    )
+    run = CellRun(job, PhaseLog(job.cell.device, None, None), lambda _what, _share: None)
+    trainer = run.prepare()
+    if facts != DeltaFacts.of(trainer.method, trainer.seed):  # a search has ended with another model
+        trainer = run.fork(_final_method(trainer.method, facts, record), facts.seed)
+    trainer.method.load_state(trainer.model, state)
+    trainer.model.eval()
+    return trainer
+
+
+def _final_method(driver: Method, facts: DeltaFacts, record: Path) -> Method:
+    """The method that the procedure of ``driver`` ended with: of its own class or of one in its module."""
+    cls = getattr(sys.modules[type(driver).__module__], facts.method, None)
+    if cls is None:
+        raise UserError(f"{record}: its model was adapted by {facts.method}, which {type(driver).__module__} has not")
+    method: Method = cls(cls.Config.model_validate_json(facts.options))
+    return method
