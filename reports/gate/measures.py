@@ -232,7 +232,7 @@ def counters(result: CellResult) -> dict[str, float]:
         counted["total_parameters"] = result.parameters.total
         counted["stored_bytes"] = result.parameters.stored_bytes
     if result.epochs:
-        counted["steps_per_epoch"] = result.epochs[0].steps
+        counted["steps_per_epoch"] = result.epochs[-1].steps
         if len(result.epochs) >= result.cell.training.epochs:  # early stopping is not exact
             counted["steps"] = sum(epoch.steps for epoch in result.epochs)
     readings = dict(result.counters)
