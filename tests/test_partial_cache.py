@@ -96,3 +96,43 @@ def test_a_method_that_leaves_no_encoder_frozen_has_nothing_to_cache(world: Any,
     matrix = world.matrix([{"name": "trains_text", "cached": True}], modalities=["text"])
     with pytest.raises(UserError, match="'trains_text' cannot be cached"):
         world.jobs(matrix, tmp_path, [methods])
+
+
+EVERY_TOKEN = """
+    decoupled = True
+
+    def item_encoder(self, task):
+        from tpme.bench.task.items import Reads
+        from tpme.bench.task.recommender import ItemEncoder
+
+        class Attended(ItemEncoder):
+            def __init__(self):
+                super().__init__({m: Reads((1,), final=True, tokens="all") for m in task.encoders})
+                width = sum(shape.width for shape in task.encoders.values())
+                self.project = torch.nn.Linear(width, task.dim)
+
+            def forward(self, states, ids):
+                means = []
+                for modality in self.reads:
+                    kept, mask = states[modality].states.mean(dim=1), states[modality].mask[:, :, None]
+                    means.append((kept * mask).sum(dim=1) / mask.sum(dim=1))
+                return self.project(torch.cat(means, dim=1))
+
+        return Attended()
+"""
+
+
+def test_states_of_every_token_are_cached_with_their_masks(world: Any, tmp_path: Path) -> None:
+    write_method(tmp_path / "methods", "every_token", EVERY_TOKEN)
+    matrix = world.matrix([{"name": "every_token", "cached": [False, True]}], training={"max_steps_per_epoch": None})
+    plain, cached = world.run(matrix, tmp_path / "run", methods_path=[tmp_path / "methods"])
+    assert (plain.status, cached.status) == ("ok", "ok"), (plain.failure, cached.failure)
+    assert cached.epochs[0].loss == pytest.approx(plain.epochs[0].loss, rel=2e-3)
+    dataset = Dataset.open(world.data)
+    data = DataShape.of(dataset)
+    meta = MetaCell(cached.cell, data, methods_path=[tmp_path / "methods"])
+    # Two levels in half precision and a mask of one byte a token: 8 of a title, 4 patches and a class token.
+    width = cached.cache.encoders["text"].width
+    token = (dataset.manifest.items + 1) * (2 * width * 2 + 1)
+    assert meta.cache_bytes == {"text": 8 * token, "image": 5 * token}
+    assert {m: part.bytes for m, part in cached.cache.parts.items()} == meta.cache_bytes

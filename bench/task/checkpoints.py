@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from tpme.bench.errors import UserError
 from tpme.bench.record import EncoderSpec, Modality, Pool
@@ -197,12 +198,22 @@ def streamed(spec: EncoderSpec, folder: Path, commit: str | None, config: Any, d
     adapted.
     """
     family = family_of(config.model_type)
-    names = [name for name, _ in from_config(spec, config, 0, meta=True).named_parameters()]
-    place = {name: "disk" if name.startswith(f"{family.layers}.") else str(device) for name in names}
+    blocks = _blocks(from_config(spec, config, 0, meta=True), family.layers)
+    place = {name: "disk" if name.startswith(f"{family.layers}.") else str(device) for name in blocks}
     copies = tempfile.TemporaryDirectory(prefix="tpme-layers-")
     module = from_weights(spec, folder, commit, config, device_map=place, offload_folder=copies.name)
     module._tpme_layers = copies  # weights that are not stored as they are used; removed with the encoder
     return module
+
+
+def _blocks(module: nn.Module, layers: str, above: str = "") -> Iterator[str]:
+    """Names of the layers below ``layers``, and of the largest modules that hold none of them."""
+    for name, child in module.named_children():
+        path = f"{above}{name}"
+        if f"{layers}.".startswith(f"{path}."):
+            yield from _blocks(child, layers, f"{path}.")
+        else:
+            yield path
 
 
 @contextmanager

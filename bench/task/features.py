@@ -143,7 +143,8 @@ def _build(job: FeatureJob, dataset: Dataset, folder: Path, tick: Callable[[floa
     before = host.tree_bytes()
     host.start_window()
     reset_peaks(device)
-    encoder = load_encoder(job.encoder, job.modality, device=device, seed=job.seed)
+    budget = weight_budget(device)
+    encoder = load_encoder(job.encoder, job.modality, device=device, seed=job.seed, max_host_bytes=budget)
     store = _inputs(job, dataset)
     padding = _states(store, np.zeros(1, np.int64), encoder, job.reads, device)
     size = planned_bytes(items, padding)
@@ -171,6 +172,16 @@ def _build(job: FeatureJob, dataset: Dataset, folder: Path, tick: Callable[[floa
     write_atomically(folder / "manifest.json", manifest.model_dump_json(indent=1).encode())
     (folder / "progress.json").unlink(missing_ok=True)
     return manifest
+
+
+def weight_budget(device: torch.device) -> int:
+    """Bytes that an encoder's weights may take; a larger one is read from disk layer by layer for every chunk."""
+    import psutil
+
+    free = psutil.virtual_memory().available
+    if device.type == "cuda":
+        free = min(free, torch.cuda.mem_get_info(device)[0])
+    return int(free * 0.8)
 
 
 def _inputs(job: FeatureJob, dataset: Dataset) -> ItemStore:

@@ -76,6 +76,29 @@ def test_cached_states_are_the_encoders_own_in_half_precision(job: FeatureJob) -
     assert open_cache(where(image)).shape == (dataset.manifest.items + 1, 4, 64)
 
 
+def test_an_encoder_that_does_not_fit_is_read_from_disk_and_gives_the_same_cache(
+    job: FeatureJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for whole in (job, of_images(job)):
+        build(whole)
+        other = whole.model_copy(update={"store": job.store.with_name("other")})
+        held: list[bool] = []
+
+        def watched(*args: Any, held: list[bool] = held, **settings: Any) -> Any:
+            encoder = load_encoder(*args, **settings)
+            weights = list(encoder.view.layers[0].parameters())
+            held.append(any(weight.device.type != "meta" for weight in weights))
+            return encoder
+
+        with monkeypatch.context() as patched:
+            patched.setattr(features, "weight_budget", lambda device: 1)
+            patched.setattr(features, "load_encoder", watched)
+            build(other)
+        assert held == [False]
+        torch.testing.assert_close(open_cache(where(other)), open_cache(where(whole)), atol=2e-3, rtol=2e-3)
+    assert 2**20 < features.weight_budget(torch.device("cpu")) < 2**50
+
+
 def test_an_interrupted_build_goes_on_and_gives_the_same(job: FeatureJob, monkeypatch: pytest.MonkeyPatch) -> None:
     build(job)
     other = job.model_copy(update={"store": job.store.with_name("other")})

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as FUNCTIONS
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 
 from tpme.bench.contract.small_encoders import FAMILIES, modality_of, small_encoder
 from tpme.bench.task.items import Reads
@@ -122,6 +122,21 @@ def test_the_mask_of_flash_attention_is_passed_on_without_being_read() -> None:
         given = FUNCTIONS["flash_attention_2"](mask_function=None, attention_mask=mask, **sizes)
     assert torch.equal(given, mask)
     assert not detector.detected
+
+
+@pytest.mark.slow  # it compiles
+@torch.no_grad()
+def test_the_mask_of_flex_attention_is_built_without_being_read() -> None:
+    view, given = EncoderView(small_encoder("bert"), "text"), inputs([12, 5, 1])
+    states = view.encode(Reads(final=True), **given)
+    sizes = {"batch_size": 3, "q_length": 12, "kv_length": 12, "device": "cpu"}
+    with unread_masks(), Detector() as detector:
+        FUNCTIONS["flex_attention"](
+            mask_function=bidirectional_mask_function, attention_mask=given["token_mask"].bool(), **sizes
+        )
+    assert not detector.detected
+    view.module.set_attn_implementation("flex_attention")
+    torch.testing.assert_close(view.encode(Reads(final=True), **given), states, atol=1e-5, rtol=1e-4)
 
 
 def test_what_is_registered_meanwhile_is_overlaid_and_everything_is_put_back(prefix_attention: str) -> None:

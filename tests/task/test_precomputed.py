@@ -59,7 +59,7 @@ def test_named_rows_may_have_any_order_and_company(tmp_path: Path) -> None:
 
 def test_one_state_an_item_is_its_level_0_and_its_final_state(tmp_path: Path) -> None:
     spec = npy(tmp_path, STATES[:, 0].numpy())
-    assert encoder_shape(spec) == EncoderShape(width=2, depth=0)
+    assert encoder_shape(spec, "text") == EncoderShape(width=2, depth=0)
     assert torch.equal(by_item(spec, Reads((0,), final=True)), EXPECTED[:, [0, 0]])
 
 
@@ -73,7 +73,7 @@ def test_values_are_kept_as_they_are(tmp_path: Path, dtype: torch.dtype) -> None
 def test_shape_and_facts(tmp_path: Path) -> None:
     spec = pin_revision(npy(tmp_path))
     facts = StatesFile.open(spec).facts(spec)
-    assert encoder_shape(spec) == EncoderShape(width=2, depth=2)
+    assert encoder_shape(spec, "text") == EncoderShape(width=2, depth=2)
     assert (facts.architecture, facts.width, facts.depth, facts.parameters) == ("states", 2, 2, 0)
     assert facts.revision == spec.revision is not None
 
