@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tpme.bench.errors import UserError
 from tpme.bench.record import Modality
 from tpme.bench.task.evaluate import item_matrix
-from tpme.bench.task.items import LAST, EncoderShape, Items
+from tpme.bench.task.items import EncoderShape, Items, Reads
 from tpme.bench.task.ranking import rank_targets
 from tpme.bench.task.view import EncoderView
 from tpme.methods.base import TaskShape
@@ -25,7 +25,7 @@ CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 def encode(view: EncoderView, items: Items) -> Tensor:
     with torch.no_grad():
-        return view.encode(LAST, tokens=items.tokens, token_mask=items.token_mask, image=items.image)[:, 0]
+        return view.encode(Reads(final=True), tokens=items.tokens, token_mask=items.token_mask, image=items.image)[:, 0]
 
 
 # --- adapter --------------------------------------------------------------------------------------------------------
