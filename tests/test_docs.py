@@ -60,6 +60,42 @@ def test_every_check_of_the_contract_is_documented() -> None:
     assert shown[-len(names) :] == names
 
 
+def test_the_documented_export_of_states_gives_what_the_matrix_beside_it_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    from rich.console import Console
+
+    from tpme.bench.run.matrix import load_matrix
+    from tpme.bench.run.plan import plan_matrix
+    from tpme.bench.task.dataset import Dataset
+    from tpme.bench.task.precomputed import StatesFile
+    from tpme.bench.task.prepare import prepare
+    from tpme.bench.task.sources.synthetic import Synthetic, generate
+
+    files = blocks(ROOT / "docs" / "data.md")
+    monkeypatch.chdir(tmp_path)
+    prepare(generate(Synthetic(users=40, items=50)), Path("data/mine"), image_size=32, workers=1)
+    recordings: list[str] = []
+
+    def model(recording: str) -> torch.Tensor:
+        recordings.append(recording)
+        return torch.full((5, 24), float(len(recordings)))
+
+    exec(files["export.py"], {"model": model, "recording_of": lambda name: name})
+    (tmp_path / "audio.toml").write_text(files["audio.toml"])
+    matrix = load_matrix("audio.toml")
+    names = Dataset.open("data/mine").item_names
+    assert names == ["", *recordings]
+    assert matrix.encoders[0].image is not None
+    file = StatesFile.open(matrix.encoders[0].image)
+    assert (file.size, file.dtype) == ((len(recordings), 5, 24), torch.float16)
+    assert file.rows_of(names).tolist() == [0, *range(len(recordings))]
+    planned = plan_matrix(matrix, store=tmp_path / "store", console=Console(quiet=True)).cells
+    assert [(cell.label, cell.problem) for cell in planned] == [("frozen", None), ("iisan (cached)", None)]
+    assert len(re.findall(r"^\S", files["export.py"], flags=re.MULTILINE)) == 5
+
+
 def test_the_first_block_of_the_readme_is_the_two_commands_and_nothing_else() -> None:
     """What continuous integration runs, as it stands there."""
     first = re.findall(r"^```\w*\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)[0]

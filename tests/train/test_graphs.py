@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
 from tpme.bench.measure.phases import measuring
-from tpme.bench.record import LearningRates, Training
+from tpme.bench.record import LearningRates, Modality, Training
 from tpme.bench.run.cell import CellRun
 from tpme.bench.task.batches import Batch, ItemStore, build_batch, log_popularity
-from tpme.bench.task.items import map_tensors
-from tpme.bench.task.recommender import Recommender
+from tpme.bench.task.items import Reads, States, TokenStates, map_tensors
+from tpme.bench.task.recommender import ItemEncoder, Recommender
 from tpme.bench.train.graphs import GraphedLoss, PaddedLoss, unsupported_reason
 from tpme.bench.train.step import total_loss
-from tpme.methods.base import Method
+from tpme.methods.base import Method, MethodConfig, TaskShape
 from tpme.methods.bitfit import BitFit
 from tpme.methods.iisan import IISAN
 
@@ -29,22 +31,62 @@ def without_encoders(tiny: ModuleType, name: str, dropout: float = 0.0) -> tuple
     return method, model.train()
 
 
+def table(items: int, reads: Reads, width: int) -> States:
+    """Cached states of all items; five tokens of each where every token is read, the first one real."""
+    if reads.tokens == "pooled":
+        return torch.randn(items + 1, reads.count, width).half()
+    mask = torch.rand(items + 1, 5) < 0.5
+    mask[:, 0] = True
+    return TokenStates(torch.randn(items + 1, reads.count, 5, width).half(), mask)
+
+
 def batches(tiny: ModuleType, model: Recommender, protocol: str = "suite") -> list[Batch]:
     """Batches of the same users in number, with ever fewer items."""
     result = []
     for seed, items in enumerate((tiny.ITEMS, 4, 3)):
         data = tiny.catalogue(USERS, items, seed)
         reads = model.item_encoder.reads
-        states = {m: torch.randn(items + 1, read.count, tiny.WIDTH).half() for m, read in reads.items()}
+        states = {modality: table(items, read, tiny.WIDTH) for modality, read in reads.items()}
         store = ItemStore(data, states=states) if states else ItemStore(data)
         result.append(build_batch(data.train_slots, log_popularity(data), store, protocol))  # type: ignore[arg-type]
     return result
 
 
+class Attention(ItemEncoder):
+    """Attention over every token of the last state, under its mask."""
+
+    def __init__(self, task: TaskShape) -> None:
+        super().__init__({modality: Reads(final=True, tokens="all") for modality in task.encoders})
+        self.score = nn.Linear(16, 1)
+        self.project = nn.Linear(16 * len(task.encoders), task.dim)
+
+    def forward(self, states: Mapping[Modality, TokenStates], ids: Tensor) -> Tensor:
+        """Map states and masks to item vectors (n, d)."""
+        kept = []
+        for found in states.values():
+            scores = self.score(found.states[:, 0])[..., 0].masked_fill(~found.mask, -torch.inf)
+            kept.append((scores.softmax(dim=1)[..., None] * found.states[:, 0]).sum(dim=1))
+        return self.project(torch.cat(kept, dim=1))
+
+
+class EveryToken(Method):
+    """Reads every token of frozen encoders."""
+
+    decoupled = True
+
+    def item_encoder(self, task: TaskShape) -> Attention:
+        """The attention."""
+        return Attention(task)
+
+
 @pytest.mark.parametrize("protocol", ["suite", "paper"])
-@pytest.mark.parametrize("name", ["iisan", "id", "frozen"])
+@pytest.mark.parametrize("name", ["iisan", "id", "frozen", "every token"])
 def test_room_that_is_not_filled_changes_nothing(tiny: ModuleType, name: str, protocol: str) -> None:
-    method, model = without_encoders(tiny, name, dropout=0.1)
+    if name == "every token":
+        method = EveryToken(MethodConfig())
+        model = tiny.recommender(method, with_views=False, dropout=0.1).train()
+    else:
+        method, model = without_encoders(tiny, name, dropout=0.1)
     given = batches(tiny, model, protocol)
     assert len({len(batch.candidates.rows) for batch in given}) > 1
     padded = PaddedLoss(model, given[0])
