@@ -113,10 +113,10 @@ def tpme_contract(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Ru
         slow: bool = False,
     ) -> list[CheckResult]:
         from tpme.bench.contract.checks import check_method
-        from tpme.bench.contract.world import World
+        from tpme.bench.contract.world import SmallWorld
         from tpme.bench.errors import UserError
 
-        world, folders = World(tmp_path / "tpme-contract"), _folders(methods_path, request.config.rootpath)
+        world, folders = SmallWorld(tmp_path / "tpme-contract"), _folders(methods_path, request.config.rootpath)
         try:
             results = list(check_method(world, method, options, methods_path=folders, slow=slow))
         except UserError as error:

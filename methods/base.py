@@ -215,7 +215,7 @@ class Method:
         """Inject or replace modules and set which parameters train. Encoders arrive frozen, the rest trainable."""
 
     def trainable_parameters(self, task: TaskShape, views: Mapping[Modality, EncoderView]) -> int:
-        """Formula: how many parameters train in the first stage, besides the sequential encoder.
+        """Formula: how many parameters train in the last stage, besides the sequential encoder.
 
         Written from sizes, not counted from what ``adapt`` made, so that one checks the other: ``tpme method check``
         compares them at a small and at the base shape. ``fusion_parameters`` is the default item encoder's part.

@@ -30,12 +30,15 @@ def blocks(document: Path) -> dict[str, str]:
 def test_the_documented_method_runs(tmp_path: Path) -> None:
     from tpme.bench.record import find_results, read_result
 
-    files = blocks(ROOT / "docs" / "methods.md")
+    files = blocks(ROOT / "docs" / "adding-a-method.md")
     methods = tmp_path / "my-methods"
     methods.mkdir()
     (methods / "norms.py").write_text(files["norms.py"])
     (tmp_path / "matrix.toml").write_text(files["matrix.toml"])
     assert len(files["norms.py"].splitlines()) <= 40
+    check = [sys.executable, "-m", "tpme.bench.cli", "method", "check", "norms", "--methods-path", "my-methods"]
+    checked = subprocess.run(check, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
     command = [sys.executable, "-m", "tpme.bench.cli", "run", "matrix.toml", "--methods-path", "my-methods"]
     environment = os.environ | {"TPME_STORE": str(tmp_path / "store"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
@@ -83,6 +86,14 @@ def test_the_documented_export_of_states_gives_what_the_matrix_beside_it_reads(
     planned = plan_matrix(matrix, store=tmp_path / "store", console=Console(quiet=True)).cells
     assert [(cell.label, cell.problem) for cell in planned] == [("frozen", None), ("iisan (cached)", None)]
     assert len(re.findall(r"^\S", files["export.py"], flags=re.MULTILINE)) == 5
+
+
+def test_every_check_of_the_contract_is_documented() -> None:
+    from tpme.bench.contract.checks import CHECKS, SLOW_CHECKS
+
+    shown = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "adding-a-method.md").read_text(), flags=re.MULTILINE)
+    names = [check.__name__ for check in (*CHECKS, *SLOW_CHECKS)]
+    assert shown[-len(names) :] == names
 
 
 def test_the_first_block_of_the_readme_is_the_two_commands_and_nothing_else() -> None:

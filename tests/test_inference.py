@@ -131,7 +131,7 @@ def test_flops_and_bytes_of_the_rows(cells: dict[str, CellResult]) -> None:
     loaded = {name: result.inference.loaded_bytes.value for name, result in cells.items()}
     assert flops["id"] == flops["popularity"] == 0
     assert flops["lora"] == flops["frozen"] > 100 * flops["frozen (cached)"] > 0
-    assert "without the text and image encoder" in cells["frozen (cached)"].inference.flops_per_item.source
+    assert "without the encoders of text and image" in cells["frozen (cached)"].inference.flops_per_item.source
     assert {name: result.inference.looked_up for name, result in cells.items() if result.inference.looked_up} == {
         "frozen (cached)": ("text", "image")
     }

@@ -253,6 +253,9 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "no methods": ({"methods": []}, "methods: .*at least 1"),
     "no data": ({"datasets": []}, "datasets: .*at least 1"),
     "no encoders": ({"encoders": []}, "encoders: .*at least 1"),
+    "no such pooling": ({"encoders": [{"text": {"source": "a", "pool": "max"}}]}, "encoders.0.text.pool: .*'first'"),
+    "no such tower": ({"encoders": [{"text": {"source": "a", "tower": "audio"}}]}, "encoders.0.text.tower: .*'text'"),
+    "no such dtype": ({"encoders": [{"text": {"source": "a", "dtype": "fp8"}}]}, "encoders.0.text.dtype: .*'fp32'"),
     "no seeds": ({"seeds": []}, "seeds: .*at least 1"),
     "a negative seed": ({"seeds": [-1]}, "seeds.0: .*greater than or equal to 0"),
     "an empty axis": ({"axes": {"precision": []}}, "axes.precision: .*at least 1"),
@@ -317,6 +320,10 @@ CONFLICTS: dict[str, tuple[dict[str, Any], str]] = {
     "the same twice": ({"methods": [{"name": "id"}, {"name": "id"}]}, "'id' appears twice"),
     "cached twice": ({"methods": [{"name": "iisan", "cached": [True, True]}]}, "'iisan .cached.' appears twice"),
     "the same trial twice": ({"methods": [{"name": "fft", "lr": [1e-3, 1e-3]}]}, "'fft' appears twice"),
+    "half precision that trains": (
+        {"encoders": [{**HUB, "image": {"source": "somebody/image", "dtype": "bf16"}}]},
+        "'fft' trains through the image encoder, whose weights must then be in float32; remove dtype = 'bf16'",
+    ),
     "no such encoder": ({"encoders": [{**HUB, "text": {"source": "./nowhere"}}]}, "'./nowhere': it has no config.json"),
     "no such built-in": ({"encoders": [{**HUB, "text": {"source": "builtin:huge"}}]}, "no such built-in encoder"),
 }
@@ -423,6 +430,10 @@ CHANGES: dict[str, dict[str, Any]] = {
     "encoder": {"encoders": [HUB | {"text": {"source": "somebody/else"}}]},
     "revision": {"encoders": [HUB | {"text": {"source": "somebody/text", "revision": "v2"}}]},
     "weights": {"encoders": [HUB | {"text": {"source": "somebody/text", "weights": "random"}}]},
+    **{
+        name: {"encoders": [HUB | {"text": {"source": "somebody/text", name: value}}]}
+        for name, value in {"tower": "text", "pool": "mean", "dtype": "bf16", "attention": "eager"}.items()
+    },
     "seed": {"seeds": [1]},
     "lr": {"lr": {"recommender": 3e-4}},
     "name of the data": {"datasets": [{"name": "e", "path": "/nowhere/both"}]},

@@ -9,9 +9,10 @@ from types import ModuleType
 
 import pytest
 import torch
+from transformers import AutoModel
 
 from tpme.bench.record import EncoderSpec, find_results, read_result
-from tpme.bench.task.encoders import load_encoder
+from tpme.bench.task.encoders import encoder_shape, load_encoder
 from tpme.bench.task.items import Reads
 from tpme.bench.task.tokens import load_tokenizer
 
@@ -39,13 +40,34 @@ def test_its_weights_are_really_read(minilm: Path) -> None:
         *("3D printer filament PLA 1.75 mm", "ABS filament spool for 3D printing"),
     ]
     tokens = load_tokenizer(str(minilm), None)(titles, padding=True, return_tensors="pt")
+    given = {"tokens": tokens["input_ids"], "token_mask": tokens["attention_mask"]}
     with torch.no_grad():
-        states = encoder.view.encode(
-            Reads(final=True), tokens=tokens["input_ids"], token_mask=tokens["attention_mask"]
+        for pool in ("first", "mean"):
+            states = encoder.view.encode(Reads(final=True, pool=pool), **given)[:, 0]
+            near = torch.nn.functional.cosine_similarity(states[:, None], states[None], dim=2)
+            near.fill_diagonal_(-1)
+            assert near.argmax(dim=1).tolist() == [1, 0, 3, 2, 5, 4]
+
+
+def test_it_is_read_as_sentence_transformers_reads_it(minilm: Path) -> None:
+    """The mean of the last hidden state over the real tokens, as its 1_Pooling/config.json says."""
+    spec = EncoderSpec(source=str(minilm))
+    encoder = load_encoder(spec, "text")
+    assert encoder.facts.pool == encoder.view.shape.pool == encoder_shape(spec, "text").pool == "mean"
+    tokens = load_tokenizer(str(minilm), None)(
+        ["Caliper", "Nitrile disposable gloves, powder free, box of 100"], padding=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        vectors = encoder.view.encode(
+            Reads(final=True, pool=encoder.view.shape.pool),
+            tokens=tokens["input_ids"],
+            token_mask=tokens["attention_mask"],
         )[:, 0]
-    near = torch.nn.functional.cosine_similarity(states[:, None], states[None], dim=2)
-    near.fill_diagonal_(-1)
-    assert near.argmax(dim=1).tolist() == [1, 0, 3, 2, 5, 4]
+        states = AutoModel.from_pretrained(minilm).eval()(**tokens).last_hidden_state
+    lengths = tokens["attention_mask"].sum(1).tolist()
+    assert lengths[0] < lengths[1]
+    for vector, state, length in zip(vectors, states, lengths, strict=True):
+        torch.testing.assert_close(vector, state[:length].mean(0), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.slow

@@ -75,6 +75,8 @@ def test_a_structure_is_counted_as_training_has_left_it(world: Any, harness: Mod
     trained = count(MetaCell.trained(trainer, data))
     held = sum(tensor.nbytes for tensor in (*trainer.model.parameters(), *trainer.model.buffers()))
     assert trained.weight_bytes == held < start.weight_bytes
+    assert trained.trainable == own
+    assert trained.optimizer_bytes == 2 * trained.step.gradient_bytes == 8 * own
     assert trained.step.forward_flops < start.step.forward_flops
     assert trained.step.uncounted == ()
 

@@ -37,7 +37,7 @@ def check(
     from rich.console import Console
 
     from tpme.bench.contract.checks import check_method
-    from tpme.bench.contract.world import World
+    from tpme.bench.contract.world import SmallWorld
     from tpme.bench.run.matrix import apply_setting
 
     values: dict[str, Any] = {}
@@ -45,7 +45,7 @@ def check(
         apply_setting(values, option)
     console, counts = Console(highlight=False, soft_wrap=True, markup=False), Counter[str]()
     with tempfile.TemporaryDirectory(prefix="tpme-check-") as folder:
-        for result in check_method(World(Path(folder)), name, values, methods_path=methods_path or [], slow=slow):
+        for result in check_method(SmallWorld(Path(folder)), name, values, methods_path=methods_path or [], slow=slow):
             console.print(str(result), style={"failed": "red", "skipped": "dim"}.get(result.status))
             counts[result.status] += 1
     passed = counts["passed"] > 0 and not counts["failed"]

@@ -46,7 +46,7 @@ from tpme.bench.contract.checks_of_training import (
 )
 from tpme.bench.contract.expect import ContractError, NotApplicable
 from tpme.bench.contract.subject import Subject, with_options
-from tpme.bench.contract.world import PAIRS, Pair, World
+from tpme.bench.contract.world import PAIRS, Pair, SmallWorld
 from tpme.bench.errors import one_line
 from tpme.bench.record import Modality
 from tpme.methods.registry import create
@@ -112,7 +112,7 @@ def run_check(check: Check, subject: Subject) -> CheckResult:
 
 
 def subjects_of(
-    world: World,
+    world: SmallWorld,
     name: str,
     options: Mapping[str, Any] | None = None,
     *,
@@ -136,7 +136,12 @@ def subjects_of(
 
 
 def check_method(
-    world: World, name: str, options: Mapping[str, Any] | None = None, *, methods_path: Sequence[Path] = (), slow: bool
+    world: SmallWorld,
+    name: str,
+    options: Mapping[str, Any] | None = None,
+    *,
+    methods_path: Sequence[Path] = (),
+    slow: bool,
 ) -> Iterator[CheckResult]:
     """Run the whole suite on a method, check by check.
 
@@ -149,5 +154,8 @@ def check_method(
     """
     for pair in PAIRS if slow else PAIRS[:1]:
         for subject in subjects_of(world, name, options, pair=pair, methods_path=methods_path):
+            if subject.refusal is not None:
+                yield CheckResult(str(subject), "every check", "skipped", f"refused: {subject.refusal}")
+                continue
             for check in (*CHECKS, *(SLOW_CHECKS if slow and pair == PAIRS[0] else ())):
                 yield run_check(check, subject)

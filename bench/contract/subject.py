@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tpme.bench.contract.expect import NotApplicable
 from tpme.bench.contract.watch import Watch
-from tpme.bench.contract.world import PAIRS, TITLE_TOKENS, Pair, World
+from tpme.bench.contract.world import PAIRS, TITLE_TOKENS, Pair, SmallWorld
 from tpme.bench.errors import UserError, one_line
 from tpme.bench.measure.phases import PhaseLog
 from tpme.bench.record import Cell, EncoderSpec, LearningRates, Modality, Training
@@ -49,7 +49,7 @@ class Trained:
 class Subject:
     """A method with options, on encoders of the families ``pair``, of which it is given ``modalities``."""
 
-    world: World
+    world: SmallWorld
     name: str
     options: dict[str, Any] = field(default_factory=dict)
     modalities: tuple[Modality, ...] = ("text", "image")
@@ -132,7 +132,7 @@ class Subject:
     def train(self, cell: Cell | None = None, **training: Any) -> Trained:
         """Train by the method's whole procedure in the real trainer, watched."""
         trainer = self.trainer(cell, **training)
-        watch = Watch(trainer.method, trainer.model)
+        watch = Watch(trainer)
         error: Exception | None = None
         with watch:
             try:

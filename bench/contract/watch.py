@@ -3,76 +3,71 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tpme.bench.task.recommender import Recommender
-from tpme.methods.base import Method
+from tpme.bench.train.epochs import EpochLoop
+from tpme.bench.train.loop import Trainer
 
 
 class Watch:
-    """Watches one training of ``method``; a context manager around it.
+    """Watches one training, that of forks included; a context manager around ``trainer.run()``.
 
     Attributes:
-        before: all parameters and buffers before the training, by name.
         trained: names of the parameters that trained at any time.
         reached: those of them with a gradient that was not zero. broken: those with one that was not finite.
-        ungrouped: those that no optimiser was given, each with what happened instead.
+        ungrouped: those that were not in one group of an optimiser, with the number of groups that they were in.
     """
 
-    def __init__(self, method: Method, model: Recommender) -> None:
-        self.method, self.model = method, model
-        self.before = {name: value.detach().clone() for name, value in _tensors(model).items()}
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._before = {name: value.detach().clone() for name, value in _tensors(trainer.model).items()}
         self.trained: set[str] = set()
         self.reached: set[str] = set()
         self.broken: set[str] = set()
-        self.ungrouped: dict[str, str] = {}
+        self.ungrouped: dict[str, int] = {}
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> Watch:
-        build = self.method.optimizer
+        self._build = build = EpochLoop.optimizer
 
-        def optimizer(groups: list[dict[str, Any]], *, fused: bool) -> torch.optim.Optimizer:
-            self._begin_stage(groups)
-            return build(groups, fused=fused)
+        def optimizer(loop: EpochLoop) -> torch.optim.Optimizer:
+            built = build(loop)
+            self._watch_gradients(loop.model, built)
+            return built
 
-        self._note_trainable()
-        self.method.optimizer = optimizer  # type: ignore[method-assign]
+        self._note_trainable(self._trainer.model)
+        # Every trainer's, because a method's procedure may fork its own.
+        EpochLoop.optimizer = optimizer  # type: ignore[method-assign, assignment]
         return self
 
     def __exit__(self, *_error: object) -> None:
-        del self.method.optimizer  # the class's again
-        self._note_trainable()
+        EpochLoop.optimizer = self._build  # type: ignore[method-assign]
+        self._note_trainable(self._trainer.model)
         for handle in self._handles:
             handle.remove()
-        self.model.zero_grad(set_to_none=True)
+        self._trainer.model.zero_grad(set_to_none=True)
 
     def moved(self) -> set[str]:
         """Names of parameters and buffers that the training changed."""
-        now = _tensors(self.model)
-        return {
-            name
-            for name, value in self.before.items()
-            if name in now and not (now[name].shape == value.shape and torch.equal(now[name], value))
-        }
+        now = _tensors(self._trainer.model)
+        return {name for name, value in self._before.items() if name in now and not torch.equal(now[name], value)}
 
-    def _note_trainable(self) -> dict[str, nn.Parameter]:
-        training = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+    def _note_trainable(self, model: Recommender) -> dict[str, nn.Parameter]:
+        training = {name: value for name, value in model.named_parameters() if value.requires_grad}
         self.trained |= training.keys()
         return training
 
-    def _begin_stage(self, groups: list[dict[str, Any]]) -> None:
-        training = self._note_trainable()
-        listed = [id(parameter) for group in groups for parameter in group["params"]]
-        for name, parameter in training.items():
-            if listed.count(id(parameter)) != 1:
-                self.ungrouped[name] = f"is in {listed.count(id(parameter))} of the optimiser's groups"
-            if name not in self.reached:
-                hook = partial(self._note_gradient, name)
-                self._handles.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
+    def _watch_gradients(self, model: Recommender, optimizer: torch.optim.Optimizer) -> None:
+        grouped = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+        for name, parameter in self._note_trainable(model).items():
+            if grouped.count(id(parameter)) != 1:
+                self.ungrouped[name] = grouped.count(id(parameter))
+            hook = partial(self._note_gradient, name)
+            self._handles.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
 
     def _note_gradient(self, name: str, parameter: Tensor) -> None:
         assert parameter.grad is not None

@@ -31,7 +31,7 @@ PAIRS: tuple[Pair, ...] = (("bert", "vit"), ("llama", "siglip-image"))
 """The pairs that a method is tried with; the second one with the slow checks."""
 
 
-class World:
+class SmallWorld:
     """Prepared data and saved encoders below ``folder``; each is made when it is first asked for."""
 
     def __init__(self, folder: Path) -> None:

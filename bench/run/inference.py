@@ -25,8 +25,8 @@ TOP = 10
 """Items that a user is shown."""
 SINGLES, USERS, COMPARED = 32, 256, 4
 """Items that are timed one by one, users that are served in turn, and items whose FLOPs are compared."""
-FEWEST, MOST = 5, 25
-"""Bounds of the number of runs."""
+FEWEST, MOST = 7, 25
+"""Bounds of the number of runs; of seven against seven a rank test can tell a change (``tpme check``)."""
 SHARE, LEAST_S, MOST_S = 0.03, 0.1, 1.0
 """What all runs of a work may take: so much of the training time, but at least and, beyond the fewest runs of single
 passes, at most so many seconds."""

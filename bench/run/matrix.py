@@ -341,6 +341,7 @@ def _check(
     method: MethodEntry, modalities: tuple[Modality, ...], training: Training, methods_path: Sequence[Path]
 ) -> Method:
     """The method, built once to see that it can do what the matrix asks; raises UserError where it cannot."""
+    from tpme.bench.train.build import check_passes
     from tpme.methods.registry import create
 
     instance = create(method.name, method.options, methods_path)
@@ -351,14 +352,5 @@ def _check(
         raise UserError(f"method '{method.name}' needs {' and '.join(instance.needs)}; this matrix has no {lacking[0]}")
     used = modalities if instance.modalities is None else instance.modalities
     if training.activation_checkpointing and set(used) - set(instance.frozen_encoders(used)):
-        _check_passes(method.name, instance.passes())
+        check_passes(method.name, instance)
     return instance
-
-
-def _check_passes(method: str, passes: Sequence[str]) -> None:
-    """Raise UserError for several: what ``begin_pass`` has set is that of the last one when layers run once more."""
-    if len(passes) > 1:
-        raise UserError(
-            f"method '{method}' has {len(passes)} passes a step ({', '.join(passes)}): layers that are computed once "
-            "more for the backward pass would mix them up; set activation_checkpointing = false"
-        )

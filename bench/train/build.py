@@ -113,6 +113,19 @@ class EncoderUse:
         return cls({m: spec for m, spec in specs.items() if m not in given | cached}, cached, given)
 
 
+def check_passes(name: str, method: Method) -> None:
+    """Raise UserError where activations cannot be recomputed, because a step of the method ``name`` has several passes.
+
+    What ``begin_pass`` has set is that of the last pass when layers run once more.
+    """
+    passes = method.passes()
+    if len(passes) > 1:
+        raise UserError(
+            f"method '{name}' has {len(passes)} passes a step ({', '.join(passes)}): layers that are computed once "
+            "more for the backward pass would mix them up; set activation_checkpointing = false"
+        )
+
+
 class ModelBuilder:
     """Builds a model in two steps, because inputs and encoders are loaded between them.
 

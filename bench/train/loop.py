@@ -18,7 +18,7 @@ from tpme.bench.record import Cell, Epoch, PhaseKind
 from tpme.bench.task.batches import Batch, ItemStore, TrainBatches
 from tpme.bench.task.dataset import Dataset
 from tpme.bench.task.recommender import Recommender
-from tpme.bench.train.build import separate_generators, steps_per_epoch
+from tpme.bench.train.build import check_passes, separate_generators, steps_per_epoch
 from tpme.bench.train.epochs import EpochLoop, overrides
 from tpme.bench.train.kept import Kept, Part
 from tpme.bench.train.outcome import Outcome
@@ -82,6 +82,8 @@ class Trainer(EpochLoop):
             for stage, share in zip(stages, _split_epochs(epochs, stages), strict=True):
                 self.state.stage = stage
                 self.method.begin_stage(self.state)
+                if self.cell.training.activation_checkpointing and self.model.views.keys() - self.model.frozen:
+                    check_passes(self.cell.method, self.method)
                 self._count_trainable()
                 self._train_stage(stage.name, share, kind)
 

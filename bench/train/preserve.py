@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from tpme.bench.train.build import separate_generators
@@ -20,12 +20,14 @@ def preserved(trainer: Trainer) -> Iterator[None]:
     """Whatever the block does, model, method, training state and random generators are afterwards as before.
 
     Values are copied to the host and written back into the same tensors, so that recorded CUDA graphs stay valid. What
-    a method keeps deeper than in the lists and dicts that are its attributes is not put back.
+    a method keeps deeper than in the lists and dicts that are its attributes is not put back, modules aside.
     """
-    holders = [_Holder(part) for part in (*trainer.model.modules(), trainer.method, trainer.state, trainer.outcome)]
+    own: list[Any] = tree_leaves(vars(trainer.method))
+    roots = [trainer.model, *(part for part in own if isinstance(part, nn.Module))]
+    parts = dict.fromkeys(part for root in roots for part in root.modules())
+    holders = [_Holder(part) for part in (*parts, trainer.method, trainer.state, trainer.outcome)]
     values = [_Values(tensor) for tensor in _tensors(holders)]
-    kept = [value for value in vars(trainer.method).values() if isinstance(value, torch.optim.Optimizer)]
-    stateful: list[Any] = [trainer.scaler, *kept]
+    stateful: list[Any] = [trainer.scaler, *(part for part in own if isinstance(part, torch.optim.Optimizer))]
     states = [copy.deepcopy(one.state_dict()) for one in stateful]
     try:
         with separate_generators("steps after training", trainer.device):

@@ -22,7 +22,16 @@ import pandas as pd
 
 from tpme.bench.errors import UserError
 from tpme.bench.quantities import memory_reading
-from tpme.bench.record import Cell, CellResult, EncoderSpec, Phase, find_attempts, find_results, read_result
+from tpme.bench.record import (
+    ENCODER_OPTIONS,
+    Cell,
+    CellResult,
+    EncoderSpec,
+    Phase,
+    find_attempts,
+    find_results,
+    read_result,
+)
 from tpme.reports.data.ranks import REPORTED, load_arrays, mean_gains
 from tpme.reports.data.serving import cell_costs
 from tpme.reports.data.trials import select_trials
@@ -262,7 +271,12 @@ def _epoch_columns(result: CellResult) -> dict[str, Any]:
 
 def _encoder(spec: EncoderSpec, modality: str) -> str:
     revision = f"@{spec.revision}" if spec.revision else ""
-    return f"{spec.source}{revision} ({modality}{', random weights' if spec.weights == 'random' else ''})"
+    defaults = EncoderSpec(source=spec.source)
+    options = [
+        f"{name} {getattr(spec, name)}" for name in ENCODER_OPTIONS if getattr(spec, name) != getattr(defaults, name)
+    ]
+    facts = [modality, *(["random weights"] if spec.weights == "random" else []), *options]
+    return f"{spec.source}{revision} ({', '.join(facts)})"
 
 
 def _canonical(value: Any) -> str:

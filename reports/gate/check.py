@@ -13,10 +13,9 @@ from tpme.bench.quantities import QUANTITIES
 from tpme.bench.record import Cell, Status
 from tpme.reports.data.stats import Floats, holm, mann_whitney, paired, smallest_p
 from tpme.reports.gate.baseline import Noise, Side
-from tpme.reports.gate.measures import GateCell, Timing, cell_key, sort_cells
+from tpme.reports.gate.measures import TIMES, GateCell, Timing, cell_key, sort_cells
 from tpme.reports.gate.verdict import CellVerdict, Comparison, Policy, Verdict, differing, names
 
-TIMES = ("step_s", "epoch_s")
 QUALITIES = ("recall_10", "ndcg_10")
 BROKEN: frozenset[Status] = frozenset({"error", "killed", "timeout", "skipped"})
 """Ends that say nothing about a cell's cost: if both sides end in one of them, nothing is compared."""
@@ -125,13 +124,19 @@ def _counter(name: str, old: float | None, new: float | None, *, judged: bool) -
 
 
 def _times(old: Timing, new: Timing, noise: Noise, policy: Policy) -> Iterator[Comparison]:
-    bound = max(policy.time_threshold, noise.time or 0.0)
     for name in TIMES:
         a, b = (np.array(getattr(side, name), dtype=np.float64) for side in (old, new))
         if len(a) and len(b):
+            bound = max(policy.time_threshold, noise.time or 0.0, _spread(a) if name.startswith("inference") else 0.0)
             yield time(name, a, b, bound, policy.alpha)
         elif len(a) or len(b):
             yield one_sided(name, *(float(np.median(values)) if len(values) else None for values in (a, b)))
+
+
+def _spread(times: Floats) -> float:
+    """Distance of the quartiles over the median. Passes of inference are short, and the noise is that of steps."""
+    low, median, high = np.quantile(times, (0.25, 0.5, 0.75))
+    return float((high - low) / median)
 
 
 def time(name: str, old: Floats, new: Floats, bound: float, alpha: float) -> Comparison:

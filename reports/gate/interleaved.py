@@ -15,11 +15,10 @@ from tpme.reports.data.load import Recorded
 from tpme.reports.data.stats import Floats, interval, mann_whitney, smallest_p
 from tpme.reports.gate.baseline import Side
 from tpme.reports.gate.check import direction, judge, one_sided, rank_test, time_verdict
-from tpme.reports.gate.measures import epoch_times, finished, measure, memory, step_times
+from tpme.reports.gate.measures import TIMES, finished, measure, memory
 from tpme.reports.gate.verdict import CellVerdict, Comparison, Policy
 
 RESAMPLES = 1000
-TIMES = {"step_s": step_times, "epoch_s": epoch_times}
 SUSPICIOUS = 0.5
 """Share of a bound from which a change of time or memory is measured again before it is judged."""
 NEAR = 0.75

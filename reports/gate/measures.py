@@ -7,7 +7,8 @@ import binascii
 import hashlib
 import json
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,7 @@ CUTOFF = 10
 
 
 class Timing(Frozen):
-    """Step and epoch times of one cell on one device, without warm-up epochs (seconds).
+    """Times of one cell on one device (seconds): steps and epochs without warm-up epochs, and passes of inference.
 
     A baseline keeps at most ``SAMPLE`` quantiles of the step times. Quantiles vary less than as many sampled steps, so
     a rank test over them is conservative.
@@ -46,6 +47,9 @@ class Timing(Frozen):
 
     step_s: tuple[PositiveFloat, ...] = ()
     epoch_s: tuple[PositiveFloat, ...] = ()
+    inference_single_s: tuple[PositiveFloat, ...] = ()
+    inference_batch_s: tuple[PositiveFloat, ...] = ()
+    inference_user_s: tuple[PositiveFloat, ...] = ()
 
 
 class OnDevice(Frozen):
@@ -53,7 +57,10 @@ class OnDevice(Frozen):
 
     timing: Timing = Timing()
     memory: dict[str, float] = {}
-    """Peaks over training by instrument: ``torch_allocated_bytes``, or ``host_rss_bytes`` on a CPU."""
+    """Peaks over training by instrument: ``torch_allocated_bytes``, or ``host_rss_bytes`` on a CPU.
+
+    Those of inference begin with ``inference_``.
+    """
 
 
 class Quality(Frozen):
@@ -230,19 +237,28 @@ def counters(result: CellResult) -> dict[str, float]:
         counted["steps_per_epoch"] = result.epochs[0].steps
         if len(result.epochs) >= result.cell.training.epochs:  # early stopping is not exact
             counted["steps"] = sum(epoch.steps for epoch in result.epochs)
+    readings = dict(result.counters)
+    if result.inference is not None:
+        readings["inference_loaded_bytes"] = result.inference.loaded_bytes
+        if not result.inference.flops_by_data:
+            readings["inference_flops"] = result.inference.flops_per_item
     for name in COUNTERS:
-        reading = result.counters.get(name)
+        reading = readings.get(name)
         if reading is not None and reading.valid and reading.value is not None:
             counted.setdefault(name, reading.value)
     return counted
 
 
 def _own_counters(result: CellResult) -> dict[str, float]:
-    return {
-        name: reading.value
+    """Counters that are not exact: a method's own, and the FLOPs of inference where they depend on the data."""
+    readings = {
+        name: reading
         for name, reading in sorted(result.counters.items())
-        if name not in COUNTERS and reading.source.startswith("report()") and reading.value is not None
+        if name not in COUNTERS and reading.source.startswith("report()")
     }
+    if result.inference is not None and result.inference.flops_by_data:
+        readings["inference_flops"] = result.inference.flops_per_item
+    return {name: reading.value for name, reading in readings.items() if reading.value is not None}
 
 
 def _agreed(counted: Sequence[tuple[Recorded, dict[str, float]]]) -> dict[str, float]:
@@ -258,13 +274,13 @@ def _agreed(counted: Sequence[tuple[Recorded, dict[str, float]]]) -> dict[str, f
 
 
 def _on_device(runs: Sequence[Recorded]) -> OnDevice:
-    steps, epochs = (np.concatenate([times(recorded) for recorded in runs]) for times in (step_times, epoch_times))
+    times = {name: np.concatenate([read(recorded) for recorded in runs]) for name, read in TIMES.items()}
     peaks: dict[str, list[float]] = {}
     for recorded in runs:
         for name, value in memory(recorded.result).items():
             peaks.setdefault(name, []).append(value)
     return OnDevice(
-        timing=Timing(step_s=tuple(map(float, steps)), epoch_s=tuple(map(float, epochs))),
+        timing=Timing(**{name: tuple(map(float, values)) for name, values in times.items()}),
         memory={name: float(np.median(values)) for name, values in peaks.items()},
     )
 
@@ -291,14 +307,30 @@ def epoch_times(recorded: Recorded) -> Floats:
     return np.array([epoch.train_s for epoch in result.epochs if epoch.index > result.warmup_epochs], dtype=np.float64)
 
 
+def inference_times(recorded: Recorded, name: str) -> Floats:
+    """Seconds of a pass in every run of the field ``name`` of ``Inference``, shape ``(runs,)``."""
+    facts = recorded.result.inference
+    return np.array(getattr(facts, name).run_s if facts else (), dtype=np.float64)
+
+
+TIMES: dict[str, Callable[[Recorded], Floats]] = {
+    "step_s": step_times,
+    "epoch_s": epoch_times,
+    **{f"inference_{name}_s": partial(inference_times, name=name) for name in ("single", "batch", "user")},
+}
+"""The gated times of a record, by the field of ``Timing``."""
+
+
 def memory(result: CellResult) -> dict[str, float]:
-    """The gated peaks over training: torch's allocated bytes, or the resident bytes on a CPU."""
-    peaks = result.training_memory
-    if peaks is None:
-        return {}
-    name = memory_instrument("measured_peak_bytes", peaks, result.cell.device)
-    reading: Reading = getattr(peaks, name)
-    return {name: reading.value} if reading.valid and reading.value is not None else {}
+    """The gated peaks of training and of inference: torch's allocated bytes, or the resident bytes on a CPU."""
+    windows = {"": result.training_memory, "inference_": result.inference.memory if result.inference else None}
+    gated: dict[str, float] = {}
+    for window, peaks in windows.items():
+        if peaks is not None:
+            name = memory_instrument("measured_peak_bytes", peaks, result.cell.device)
+            reading: Reading = getattr(peaks, name)
+            gated |= {window + name: reading.value} if reading.valid and reading.value is not None else {}
+    return gated
 
 
 def _quality(recorded: Recorded) -> tuple[Quality | None, str | None]:

@@ -41,7 +41,7 @@ class Policy(Frozen):
 
     def memory_bound(self, name: str) -> float:
         """Relative growth that a peak may show."""
-        return self.allocated_bound if name == "torch_allocated_bytes" else self.resident_bound
+        return self.allocated_bound if name.endswith("torch_allocated_bytes") else self.resident_bound
 
 
 class Comparison(Frozen):

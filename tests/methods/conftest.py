@@ -10,6 +10,6 @@ import pytest
 @pytest.fixture(scope="session")
 def contract_world(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Data and encoders that the contract suite trains methods on."""
-    from tpme.bench.contract.world import World
+    from tpme.bench.contract.world import SmallWorld
 
-    return World(tmp_path_factory.mktemp("contract"))
+    return SmallWorld(tmp_path_factory.mktemp("contract"))

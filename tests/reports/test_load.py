@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from tpme.bench.errors import UserError
-from tpme.bench.record import RecordError
+from tpme.bench.record import EncoderSpec, RecordError
 from tpme.reports.data.load import load, load_samples, read
 from tpme.reports.data.ranks import load_ranks
 
@@ -26,6 +26,17 @@ def test_one_row_a_cell_with_units_in_the_names(factory):
     assert lora["status"] == "ok"
     assert lora["best_epoch"] == 3
     assert lora["time_to_best_s"] == pytest.approx(3 * 12.5)
+
+
+def test_options_of_an_encoder_are_part_of_its_name(factory):
+    """Rows of other options share no frame."""
+    names = set()
+    for seed, options in enumerate(({}, {"pool": "mean"}, {"dtype": "bf16", "attention": "eager"})):
+        factory.write("lora", seed=seed, text_encoder=EncoderSpec(source="a", revision="b", **options))
+    names = set(load([factory.root])["encoders"].str.split(", image").str[0])
+    assert any("a@b (text)" in name for name in names)
+    assert any("a@b (text, pool mean)" in name for name in names)
+    assert any("a@b (text, dtype bf16, attention eager)" in name for name in names)
 
 
 def test_ranks_and_samples_are_reached_from_the_table(factory):

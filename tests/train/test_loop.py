@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from tpme.bench.errors import UserError
 from tpme.bench.task import evaluate, ranking
 from tpme.bench.task.batches import TrainBatches
 from tpme.bench.train import epochs
 from tpme.bench.train.epochs import DivergedError
 from tpme.bench.train.loop import Trainer
 from tpme.bench.train.step import forward
-from tpme.methods.base import Method, MethodConfig
+from tpme.methods.base import Method, MethodConfig, Stage, StepState
 
 MakeTrainer = Callable[..., Trainer]
 
@@ -287,3 +288,20 @@ def test_a_loss_that_is_not_finite_ends_the_run(
     assert (error.value.epoch, error.value.step) == (1, 3)
     assert method.steps == steps
     assert trainer.outcome.test_ranks is None
+
+
+def test_passes_that_a_later_stage_adds_are_not_recomputed(make_trainer: MakeTrainer) -> None:
+    class Later(Method):
+        def begin_stage(self, state: StepState) -> None:
+            self.names = ("task",) if state.stage.name == "one" else ("thin", "full")
+
+        def stages(self) -> tuple[Stage, ...]:
+            return Stage("one", 0.5), Stage("two", 0.5)
+
+        def passes(self) -> tuple[str, ...]:
+            return self.names
+
+    trainer = make_trainer(Later(Method.Config()), activation_checkpointing=True)
+    with pytest.raises(UserError, match=r"has 2 passes a step \(thin, full\)"):
+        trainer.run()
+    assert [epoch.stage for epoch in trainer.outcome.epochs] == ["one"]

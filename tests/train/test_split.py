@@ -87,6 +87,7 @@ class Restless(Method):
         model.views["text"].layers[0].requires_grad_(True)
         model.register_buffer("seen", torch.zeros(2))
         self.average, self.history, self.count = torch.zeros(3), [torch.zeros(2)], 0
+        self.teacher = torch.nn.Linear(2, 2)
 
     def optimizer(self, groups: list[dict[str, Any]], *, fused: bool) -> torch.optim.Optimizer:
         if not hasattr(self, "kept"):
@@ -103,7 +104,7 @@ class Restless(Method):
     def after_step(self, state: StepState, context: Context) -> None:
         model: Any = state.model
         with torch.no_grad():
-            for parameter in model.parameters():
+            for parameter in (*model.parameters(), *self.teacher.parameters()):
                 parameter.add_(0.01)  # as an optimiser does that decays weights by itself
         model.seen += 1
         self.average += 1
@@ -126,6 +127,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         + [(name, id(p), p.requires_grad, p.grad is None) for name, p in model.named_parameters()],
         "mark": getattr(model, "mark", None),
         "method": {name: repr(value) for name, value in vars(trainer.method).items()},
+        "teacher": [p.tolist() for p in getattr(trainer.method, "teacher", torch.nn.Identity()).parameters()],
         "training": (trainer.state.step, trainer.state.epoch, trainer.state.stage, list(trainer.outcome.step_s)),
         "scaler": trainer.scaler.state_dict(),
         "generators": (torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())),  # noqa: NPY002

@@ -1,6 +1,5 @@
 """Adapters first, the norms with them in a second stage; every step has two passes, whose logits should agree."""
 
-from torch import nn
 from torch.nn import functional
 
 from tpme.methods.adapter import HoulsbyAdapter
@@ -16,10 +15,15 @@ class TwoStagesTwoPasses(HoulsbyAdapter):
     def begin_stage(self, state):
         if state.stage.name == "norms":
             for view in state.model.views.values():
-                for part in view.layers:
-                    for module in part.modules():
-                        if isinstance(module, nn.LayerNorm):
-                            module.requires_grad_(True)
+                for layer in range(view.shape.depth):
+                    for norm in view.norms(layer):
+                        norm.requires_grad_(True)
+
+    def trainable_parameters(self, task, views):
+        """In the last stage: scale and, except of an RMSNorm, shift of two norms a layer."""
+        norms = [norm for view in views.values() for layer in range(view.shape.depth) for norm in view.norms(layer)]
+        norms = sum(value.numel() for norm in norms for value in norm.parameters())
+        return super().trainable_parameters(task, views) + norms
 
     def passes(self):
         return "first", "second"
@@ -28,19 +32,6 @@ class TwoStagesTwoPasses(HoulsbyAdapter):
         first, second = (output.logits.log_softmax(dim=1) for output in outputs.values())
         agree = functional.kl_div(first, second, log_target=True, reduction="batchmean")
         return super().losses(outputs) | {"agree": agree}
-
-    def state(self, model):
-        return super().state(model) | {name: value for name, value in model.named_parameters() if _is_norm(model, name)}
-
-    def load_state(self, model, state):
-        for name, parameter in model.named_parameters():
-            if _is_norm(model, name):
-                parameter.requires_grad_(True)
-        super().load_state(model, state)
-
-
-def _is_norm(model, name):
-    return name.startswith("encoders.") and isinstance(model.get_submodule(name.rpartition(".")[0]), nn.LayerNorm)
 
 
 METHOD = TwoStagesTwoPasses
