@@ -154,7 +154,8 @@ def _run(
     from tpme.bench.errors import UserError
     from tpme.bench.run.launch import run_matrix, store_folder
     from tpme.bench.run.matrix import MethodEntry, load_matrix, presets
-    from tpme.reports.gate.measures import counters, read_records, step_times
+    from tpme.reports.gate.measures import counters, read_records
+    from tpme.reports.gate.readings import step_times
 
     try:
         if matrix is None:
@@ -243,7 +244,7 @@ def _replayed(step_s: Sequence[float] | npt.NDArray[np.float64]) -> Callable[[],
 
 
 def _extra_info(cell: MeasuredCell) -> dict[str, Any]:
-    from tpme.reports.gate.measures import memory
+    from tpme.reports.gate.readings import memory
 
     environment = cell.result.environment
     return {

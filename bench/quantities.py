@@ -121,6 +121,7 @@ QUANTITIES: dict[str, Quantity] = {
         Quantity("tpme_percent", "TPME", unit="%"),
         Quantity("energy_epoch_j", "E", "energy of an epoch", "J"),
         # what else a cell costs
+        Quantity("all_in_s", "All in", "time of everything that leads to the trained model", "s"),
         Quantity("time_to_best_s", "To best epoch", unit="s"),
         Quantity("wall_s", "Whole cell", unit="s"),
         Quantity("total_millions", "All parameters", unit="M", digits=4),

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -316,6 +317,11 @@ class Epoch(Frozen):
     """Mean of each term of the loss, by the name that the method gives it."""
     valid_recall_10: float
     valid_ndcg_10: float
+
+
+def earlier_epochs(epochs: Sequence[Epoch]) -> int:
+    """Number of epochs before those of the last stage."""
+    return max((n for n, epoch in enumerate(epochs, start=1) if epoch.stage != epochs[-1].stage), default=0)
 
 
 class Parameters(Frozen):

@@ -29,7 +29,7 @@ from tpme.bench.commands.ab import Pair, Request, compare, pair_cells
 from tpme.bench.quantities import QUANTITIES
 from tpme.bench.record import find_results, read_result
 from tpme.bench.run.trees import Tree, trees
-from tpme.reports.gate.measures import memory
+from tpme.reports.gate.readings import memory
 from tpme.reports.gate.verdict import GateReport, Policy
 
 MARK = "calibration"

@@ -52,6 +52,14 @@ def test_the_documented_method_runs(tmp_path: Path) -> None:
     assert (tmp_path / "runs" / "norms" / "report" / "report.md").is_file()
 
 
+def test_every_check_of_the_contract_is_documented() -> None:
+    from tpme.bench.contract.checks import CHECKS, SLOW_CHECKS
+
+    shown = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "adding-a-method.md").read_text(), flags=re.MULTILINE)
+    names = [check.__name__ for check in (*CHECKS, *SLOW_CHECKS)]
+    assert shown[-len(names) :] == names
+
+
 def test_the_documented_export_of_states_gives_what_the_matrix_beside_it_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,14 +94,6 @@ def test_the_documented_export_of_states_gives_what_the_matrix_beside_it_reads(
     planned = plan_matrix(matrix, store=tmp_path / "store", console=Console(quiet=True)).cells
     assert [(cell.label, cell.problem) for cell in planned] == [("frozen", None), ("iisan (cached)", None)]
     assert len(re.findall(r"^\S", files["export.py"], flags=re.MULTILINE)) == 5
-
-
-def test_every_check_of_the_contract_is_documented() -> None:
-    from tpme.bench.contract.checks import CHECKS, SLOW_CHECKS
-
-    shown = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "adding-a-method.md").read_text(), flags=re.MULTILINE)
-    names = [check.__name__ for check in (*CHECKS, *SLOW_CHECKS)]
-    assert shown[-len(names) :] == names
 
 
 def test_the_first_block_of_the_readme_is_the_two_commands_and_nothing_else() -> None:

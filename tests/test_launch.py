@@ -343,9 +343,12 @@ def test_the_phases_add_up_to_the_wall_time(card_run: Any) -> None:
             trains = [phase.wall_s for phase in result.phases if phase.kind == "train"]
             assert trains == pytest.approx([epoch.train_s for epoch in result.epochs])
             assert result.training_memory.host_rss_bytes.value is not None
+            build_s = result.cache.build_s if result.cache else 0.0
+            assert result.all_in_s.value == pytest.approx(sum(trains) + build_s)
         else:
             assert result.cell.method == "popularity"
             assert kinds[:4] == ["adapt", "validate", "rank", "export"]
+            assert result.all_in_s.reason == "nothing trains"
 
 
 def test_a_cached_cell_never_holds_the_encoders(card_run: Any) -> None:

@@ -25,11 +25,7 @@ from tpme.bench.task.hub import first_line, repository_file
 _WEIGHTS = "model.safetensors"
 POOLING = "1_Pooling/config.json"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_SENTENCE_POOLS: dict[str, Pool] = {
-    "pooling_mode_cls_token": "first",
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_lasttoken": "last",
-}
+_SENTENCE_POOLS: dict[str, Pool] = {"cls": "first", "mean": "mean", "lasttoken": "last"}
 
 
 def encoder_source(source: str) -> str:
@@ -117,14 +113,24 @@ def sentence_pool(spec: EncoderSpec, folder: Path, commit: str | None) -> Pool |
     if path is None or not path.is_file():
         return None
     try:
-        settings = json.loads(path.read_bytes())
-        modes = [mode for name, mode in _SENTENCE_POOLS.items() if settings.get(name)]
-        others = [name for name, on in settings.items() if name.startswith("pooling_mode_") and on]
+        modes = _sentence_modes(json.loads(path.read_bytes()))
     except (ValueError, AttributeError) as error:
         raise UserError(f"encoder '{spec.source}': its {POOLING} is not usable ({error})") from None
-    if len(modes) != 1 or len(others) != 1:
-        raise UserError(f"encoder '{spec.source}': its {POOLING} pools in a way that is not supported; set pool")
-    return modes[0]
+    if len(modes) != 1 or modes[0] not in _SENTENCE_POOLS:
+        raise UserError(
+            f"encoder '{spec.source}': its {POOLING} pools in a way that is not supported "
+            f"({', '.join(modes)}); set pool"
+        )
+    return _SENTENCE_POOLS[modes[0]]
+
+
+def _sentence_modes(settings: dict[str, Any]) -> list[str]:
+    """Names of the poolings that a sentence-transformers configuration asks for; older ones have a key for each."""
+    named = settings.get("pooling_mode")
+    if named is not None:
+        return [named] if isinstance(named, str) else list(named)
+    flags = {key.removeprefix("pooling_mode_"): on for key, on in settings.items() if key.startswith("pooling_mode_")}
+    return [name.removesuffix("_token").removesuffix("_tokens") for name, on in flags.items() if on]
 
 
 # --- weights --------------------------------------------------------------------------------------------------------

@@ -49,7 +49,8 @@ def tokenise(
         store: folder of stored tables, one per data set, tokenizer and T.
 
     Raises:
-        UserError: the data set has no titles, T leaves no room for text, or the tokenizer cannot be loaded.
+        UserError: the data set has no titles, T leaves no room for text or is more than the encoder reads, or the
+            tokenizer cannot be loaded.
     """
     if dataset.titles is None:
         raise UserError(f"{dataset.path}: prepared without titles; prepare it again with --modalities text,image")
@@ -58,6 +59,10 @@ def tokenise(
     if title_tokens <= special:
         raise UserError(
             f"title_tokens is {title_tokens}, but '{tokenizer_source}' needs {special} for its special tokens alone"
+        )
+    if title_tokens > tokenizer.model_max_length:
+        raise UserError(
+            f"title_tokens is {title_tokens}, but '{tokenizer_source}' reads at most {tokenizer.model_max_length}"
         )
     key = hashlib.sha256(f"{dataset.manifest.fingerprint}\n{title_tokens}\n{_content(tokenizer)}".encode()).hexdigest()[
         :16

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from tpme.bench.record import Epoch
+from tpme.bench.record import Epoch, earlier_epochs
 
 WARMUP_EPOCHS = 1
 """Leading epochs of a stage that do not count towards the epoch time, where it has at least three."""
@@ -40,8 +40,7 @@ class Outcome:
     @property
     def earlier_epochs(self) -> int:
         """Number of epochs before those of the stage that trained last."""
-        stages = [epoch.stage for epoch in self.epochs]
-        return max((n for n, stage in enumerate(stages, start=1) if stage != stages[-1]), default=0)
+        return earlier_epochs(self.epochs)
 
     @property
     def warmup_epochs(self) -> int:

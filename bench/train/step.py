@@ -37,7 +37,8 @@ def loss_terms(method: Method, model: Recommender, batch: Batch) -> dict[str, Te
 
 def summed(terms: Mapping[str, Tensor]) -> Tensor:
     """The sum of the terms of a loss, a scalar."""
-    return torch.stack(list(terms.values())).sum()
+    values = list(terms.values())
+    return values[0] if len(values) == 1 else torch.stack(values).sum()
 
 
 def total_loss(method: Method, model: Recommender, batch: Batch) -> Tensor:

@@ -28,6 +28,7 @@ from tpme.bench.record import (
     CellResult,
     EncoderSpec,
     Phase,
+    earlier_epochs,
     find_attempts,
     find_results,
     read_result,
@@ -233,10 +234,13 @@ def _cost_columns(result: CellResult) -> dict[str, Any]:
     seen = [value for value in (memory.value, *any_phase) if value is not None]
     parameters, cache = result.parameters, result.cache
     energy = [phase.energy_j.value for phase in result.phases if phase.kind == "train"]
+    last = len(result.epochs) - earlier_epochs(result.epochs)
+    of_last = _sum(energy[-last:])
     return {
         "epoch_time_s": result.epoch_time_s.value,
         "epoch_time_valid": result.epoch_time_s.valid,
         "epoch_time_reason": result.epoch_time_s.reason,
+        "all_in_s": result.all_in_s.value if result.all_in_s else None,
         "memory_bytes": memory.value,
         "memory_source": memory.source,
         "memory_valid": memory.valid,
@@ -247,11 +251,16 @@ def _cost_columns(result: CellResult) -> dict[str, Any]:
         "stored_bytes": parameters.stored_bytes if parameters else None,
         "cache_build_s": cache.build_s if cache else None,
         "cache_bytes": cache.bytes if cache else None,
-        "training_energy_j": sum(value for value in energy if value is not None)
-        if energy and None not in energy
-        else None,
+        "training_energy_j": _sum(energy),
+        "energy_epoch_j": of_last / last if of_last is not None and last else None,
         **cell_costs(result),
     }
+
+
+def _sum(values: Sequence[float | None]) -> float | None:
+    """The sum of values; ``None`` for none, and where one is missing."""
+    known = [value for value in values if value is not None]
+    return sum(known) if known and len(known) == len(values) else None
 
 
 def _epoch_columns(result: CellResult) -> dict[str, Any]:

@@ -27,12 +27,11 @@ from tpme.reports.gate.measures import (
     finished,
     latest_code,
     measure,
-    memory,
     read_records,
     sort_cells,
-    step_times,
     thinned,
 )
+from tpme.reports.gate.readings import memory, step_times
 
 FORMAT: Literal["tpme-baseline"] = "tpme-baseline"
 SCHEMA_VERSION: Literal[1] = 1

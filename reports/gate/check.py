@@ -13,7 +13,8 @@ from tpme.bench.quantities import QUANTITIES
 from tpme.bench.record import Cell, Status
 from tpme.reports.data.stats import Floats, holm, mann_whitney, paired, smallest_p
 from tpme.reports.gate.baseline import Noise, Side
-from tpme.reports.gate.measures import TIMES, GateCell, Timing, cell_key, sort_cells
+from tpme.reports.gate.measures import GateCell, Timing, cell_key, sort_cells
+from tpme.reports.gate.readings import TIMES
 from tpme.reports.gate.verdict import CellVerdict, Comparison, Policy, Verdict, differing, names
 
 QUALITIES = ("recall_10", "ndcg_10")
@@ -127,7 +128,7 @@ def _times(old: Timing, new: Timing, noise: Noise, policy: Policy) -> Iterator[C
     for name in TIMES:
         a, b = (np.array(getattr(side, name), dtype=np.float64) for side in (old, new))
         if len(a) and len(b):
-            bound = max(policy.time_threshold, noise.time or 0.0, _spread(a) if name.startswith("inference") else 0.0)
+            bound = max(policy.time_bound(name), noise.time or 0.0, _spread(a) if name.startswith("inference") else 0.0)
             yield time(name, a, b, bound, policy.alpha)
         elif len(a) or len(b):
             yield one_sided(name, *(float(np.median(values)) if len(values) else None for values in (a, b)))

@@ -15,7 +15,8 @@ from tpme.reports.data.load import Recorded
 from tpme.reports.data.stats import Floats, interval, mann_whitney, smallest_p
 from tpme.reports.gate.baseline import Side
 from tpme.reports.gate.check import direction, judge, one_sided, rank_test, time_verdict
-from tpme.reports.gate.measures import TIMES, finished, measure, memory
+from tpme.reports.gate.measures import finished, measure
+from tpme.reports.gate.readings import TIMES, memory
 from tpme.reports.gate.verdict import CellVerdict, Comparison, Policy
 
 RESAMPLES = 1000
@@ -65,7 +66,7 @@ def suspicious(cell: CellVerdict, policy: Policy) -> bool:
             return True
         if item.kind not in REPEATABLE or item.ratio is None or item.bound is None:
             continue
-        threshold = policy.time_threshold if item.kind == "time" else item.bound
+        threshold = policy.time_bound(item.metric) if item.kind == "time" else item.bound
         if max(item.ratio, 1 / item.ratio) > 1 + SUSPICIOUS * threshold or item.bound > threshold:
             return True
     return False
@@ -76,7 +77,7 @@ def undecided(cell: CellVerdict, policy: Policy) -> bool:
     for item in cell.comparisons:
         if item.kind not in REPEATABLE or item.ratio is None or item.bound is None or item.verdict != "same":
             continue
-        threshold = policy.time_threshold if item.kind == "time" else NEAR * item.bound
+        threshold = policy.time_bound(item.metric) if item.kind == "time" else NEAR * item.bound
         proven = item.kind == "time" and item.p is not None and item.p < policy.alpha
         withdrawn = proven and direction(item.ratio, item.bound) != "same"  # the later runs did not confirm it
         if direction(item.ratio, threshold) != "same" and not withdrawn:
@@ -131,14 +132,14 @@ def compare_times(name: str, base: Sequence[Floats], head: Sequence[Floats], pol
     """
     best = [_fastest(runs) for runs in (base, head)]
     means = [float(values.mean()) for values in best]
-    ratio, bound = means[1] / means[0], max(policy.time_threshold, _noise(base), _noise(head))
+    ratio, bound = means[1] / means[0], max(policy.time_bound(name), _noise(base), _noise(head))
     low, high = _interval(base, head)
     p = rank_test(best[0], best[1], policy.alpha)
     p = rank_test(np.concatenate(base), np.concatenate(head), policy.alpha) if p is None else p
     note = f"fastest of {len(base)} and {len(head)} runs"
     if p is None:
         note = f"too few steps for a test, {note}"
-    elif direction(ratio, policy.time_threshold) != direction(ratio, bound):
+    elif direction(ratio, policy.time_bound(name)) != direction(ratio, bound):
         note = f"within the noise of these runs ({bound:.0%}), {note}"
     verdict = time_verdict(ratio, bound, p, policy.alpha)
     return Comparison.of(name, *means, low=low, high=high, bound=bound, p=p, verdict=verdict, note=note)
@@ -167,7 +168,7 @@ def _confirmed(compared: Comparison, base: Sequence[Floats], head: Sequence[Floa
         return compared
     old, new = (float(_fastest(runs).mean()) for runs in (base, head))
     change = new / old if compared.verdict == "regressed" else old / new
-    if change > 1 + SUSPICIOUS * policy.time_threshold:
+    if change > 1 + SUSPICIOUS * policy.time_bound(compared.metric):
         return compared
     return compared.model_copy(
         update={"verdict": "same", "note": f"not confirmed: {new / old - 1:+.1%} when run again"}

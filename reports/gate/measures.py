@@ -7,30 +7,28 @@ import binascii
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 from pydantic import PositiveFloat, field_validator, model_validator
 
 from tpme.bench.errors import UserError
-from tpme.bench.quantities import COUNTERS, memory_instrument
+from tpme.bench.quantities import COUNTERS
 from tpme.bench.record import (
     NO_IDENTITY,
     Cell,
     CellResult,
     Frozen,
-    Reading,
-    RecordError,
     Status,
     attempt_number,
     find_results,
     read_result,
 )
-from tpme.reports.data.load import Recorded, load_samples
+from tpme.reports.data.load import Recorded
 from tpme.reports.data.ranks import Ranks, gains, load_ranks
 from tpme.reports.data.stats import Floats, quantiles
+from tpme.reports.gate.readings import TIMES, memory
 
 SAMPLE = 100
 """Number of step-time quantiles that a baseline keeps of a cell."""
@@ -234,7 +232,7 @@ def counters(result: CellResult) -> dict[str, float]:
         counted["total_parameters"] = result.parameters.total
         counted["stored_bytes"] = result.parameters.stored_bytes
     if result.epochs:
-        counted["steps_per_epoch"] = result.epochs[0].steps
+        counted["steps_per_epoch"] = result.epochs[-1].steps
         if len(result.epochs) >= result.cell.training.epochs:  # early stopping is not exact
             counted["steps"] = sum(epoch.steps for epoch in result.epochs)
     readings = dict(result.counters)
@@ -283,54 +281,6 @@ def _on_device(runs: Sequence[Recorded]) -> OnDevice:
         timing=Timing(**{name: tuple(map(float, values)) for name, values in times.items()}),
         memory={name: float(np.median(values)) for name, values in peaks.items()},
     )
-
-
-def step_times(recorded: Recorded) -> Floats:
-    """Seconds of every training step after the warm-up epochs, shape ``(steps,)``.
-
-    A run too short for warm-up epochs leaves out its first step instead, which includes one-time work.
-    """
-    name, warmup = recorded.result.files.get("samples"), recorded.result.warmup_epochs
-    if name is None:
-        return np.empty(0)
-    path = recorded.path.parent / name
-    samples = load_samples(path)
-    counted: Floats = np.asarray(samples.step_s, dtype=np.float64)
-    if len(counted) != len(samples.step_epoch) or not (np.isfinite(counted) & (counted > 0)).all():
-        raise RecordError(f"{path}: its step times are not positive or do not fit their epochs; run the cell again")
-    return counted[samples.step_epoch > warmup] if warmup else counted[1:]
-
-
-def epoch_times(recorded: Recorded) -> Floats:
-    """Training seconds of every epoch after the warm-up epochs, shape ``(epochs,)``."""
-    result = recorded.result
-    return np.array([epoch.train_s for epoch in result.epochs if epoch.index > result.warmup_epochs], dtype=np.float64)
-
-
-def inference_times(recorded: Recorded, name: str) -> Floats:
-    """Seconds of a pass in every run of the field ``name`` of ``Inference``, shape ``(runs,)``."""
-    facts = recorded.result.inference
-    return np.array(getattr(facts, name).run_s if facts else (), dtype=np.float64)
-
-
-TIMES: dict[str, Callable[[Recorded], Floats]] = {
-    "step_s": step_times,
-    "epoch_s": epoch_times,
-    **{f"inference_{name}_s": partial(inference_times, name=name) for name in ("single", "batch", "user")},
-}
-"""The gated times of a record, by the field of ``Timing``."""
-
-
-def memory(result: CellResult) -> dict[str, float]:
-    """The gated peaks of training and of inference: torch's allocated bytes, or the resident bytes on a CPU."""
-    windows = {"": result.training_memory, "inference_": result.inference.memory if result.inference else None}
-    gated: dict[str, float] = {}
-    for window, peaks in windows.items():
-        if peaks is not None:
-            name = memory_instrument("measured_peak_bytes", peaks, result.cell.device)
-            reading: Reading = getattr(peaks, name)
-            gated |= {window + name: reading.value} if reading.valid and reading.value is not None else {}
-    return gated
 
 
 def _quality(recorded: Recorded) -> tuple[Quality | None, str | None]:

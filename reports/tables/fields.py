@@ -123,6 +123,11 @@ def memory(section: Section, unit: tuple[str, float]) -> list[Field]:
     return [(column, entry), *spreads, hidden("memory_seen_bytes"), hidden("memory_source")]
 
 
+def all_in(section: Section) -> list[Field]:
+    """The time of everything that leads to the trained model; no column where no record holds it."""
+    return cost(section, "all_in_s") if section.summary["all_in_s"].notna().any() else []
+
+
 def energy(section: Section) -> list[Field]:
     """E, the energy of a training epoch; no column where it was not measured."""
     return cost(section, "energy_epoch_j") if section.summary["energy_epoch_j"].notna().any() else []

@@ -46,6 +46,7 @@ def results(section: Section) -> Table:
         *fields.quality(section, "recall_10", seeds=True),
         *fields.quality(section, "ndcg_10", seeds=True),
         *fields.cost(section, "epoch_time_s"),
+        *fields.all_in(section),
         *fields.cost(section, "trainable_millions"),
         *fields.memory(section, byte_unit(section.summary["memory_seen_bytes"])),
         *fields.energy(section),
@@ -256,6 +257,8 @@ def _result_notes(section: Section) -> list[str]:
     sources = sorted(set(summary.loc[summary["tpme"].notna(), "memory_source"]))
     if len(sources) == 1:
         notes.append(f"M measured as: {sources[0]}.")
+    if summary["all_in_s"].notna().any():
+        notes.append("All in: feature cache, a method's estimation, search and rounds, training epochs of all stages.")
     if summary["energy_epoch_j"].notna().any():
         notes.append("E: energy of a training epoch by the GPU's counter, mean of all epochs; the host's is not in it.")
     return notes

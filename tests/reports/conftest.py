@@ -118,6 +118,7 @@ class Factory:
         time_reading: Reading | None = None,
         started_at: str = "2026-01-01T00:00:00+00:00",
         inference: Inference | None = None,
+        all_in_s: float | None = None,
         **cell: Any,
     ) -> Path:
         """Write one attempt and return the path of its record. ``skill`` moves targets to the top of the ranking."""
@@ -148,6 +149,7 @@ class Factory:
             epochs=epochs,
             best_epoch=3 if epochs else None,
             epoch_time_s=time_reading or reading,
+            all_in_s=None if all_in_s is None else Reading(value=all_in_s, source="phases"),
             training_memory=measured,
             cache=self._cache() if what.cached else None,
             inference=inference,

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from tpme.bench.errors import UserError
-from tpme.bench.record import Failure, Flag
+from tpme.bench.record import Failure, Flag, Reading, read_result
 from tpme.reports import report as report_module
 from tpme.reports.data import resampling
 from tpme.reports.data import section as section_module
@@ -117,6 +117,36 @@ def test_equal_seeds_have_no_spread(factory):
         factory.write("lora", seed=seed, time=0.1)  # three times 0.1 is not 0.3
     (section,) = make_report([factory.root]).sections
     assert texts(results(section), "epoch_time_s")["lora"] == "0.100 ± 0"
+
+
+def test_all_in_stands_beside_the_time_of_an_epoch_where_any_record_has_it(factory):
+    factory.write("lora", seed=1)
+    (section,) = make_report([factory.root]).sections
+    assert "all_in_s" not in {one.key for one in results(section).columns}
+    for seed, seconds in ((1, 100.0), (2, 120.0)):
+        factory.write("iisan", seed=seed, all_in_s=seconds)
+    (section,) = make_report([factory.root]).sections
+    table = results(section)
+    keys = [one.key for one in table.columns if not one.machine_only]
+    assert keys[keys.index("epoch_time_s") + 1] == "all_in_s"
+    assert texts(table, "all_in_s") == {"iisan": "110 ± 14", "lora": "–"}
+    assert column(table, "all_in_s")["iisan"] == 110.0
+    assert any(note.startswith("All in: feature cache") for note in table.notes)
+
+
+def test_the_energy_of_an_epoch_is_that_of_the_last_stage(factory):
+    path = factory.write("lora", time=5.0)
+    result = read_result(path)
+    train = next(phase for phase in result.phases if phase.kind == "train")
+    joules = (90.0, 10.0, 20.0, 30.0)
+    phases = [train.model_copy(update={"energy_j": Reading(value=one, source="counter")}) for one in joules]
+    epochs = [epoch.model_copy(update={"stage": "wide" if epoch.index == 1 else "narrow"}) for epoch in result.epochs]
+    assert len(epochs) == len(phases)
+    path.write_text(result.model_copy(update={"phases": tuple(phases), "epochs": tuple(epochs)}).model_dump_json())
+    (section,) = make_report([factory.root]).sections
+    assert column(results(section), "energy_epoch_j")["lora"] == 20.0
+    tables = {table.name: table for table in all_tables(section)}
+    assert column(tables["costs"], "training_energy_j")["lora"] == 150.0
 
 
 def test_the_cache_that_one_seed_built_for_all_is_counted_once(factory):

@@ -116,31 +116,43 @@ def test_every_family_is_loaded_as_it_was_saved(tmp_path: Path, family: str) -> 
 # --- pooling --------------------------------------------------------------------------------------------------------
 
 
+def write_pooling(folder: Path, settings: object) -> None:
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(settings))
+
+
 def sentence_folder(tmp_path: Path, settings: object) -> Path:
     folder = save(small_encoder("bert"), tmp_path)
-    (folder / "1_Pooling").mkdir()
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps(settings))
+    write_pooling(folder, settings)
     return folder
 
 
+FLAGS = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "lasttoken")
+
+
 @pytest.mark.parametrize(
-    ("mode", "pool"), [("cls_token", "first"), ("mean_tokens", "mean"), ("lasttoken", "last"), (None, "first")]
+    ("flag", "mode", "pool"),
+    [("cls_token", "cls", "first"), ("mean_tokens", "mean", "mean"), ("lasttoken", "lasttoken", "last")],
 )
-def test_sentence_transformers_say_how_they_pool(tmp_path: Path, mode: str | None, pool: str) -> None:
-    modes = dict.fromkeys(("cls_token", "mean_tokens", "max_tokens", "lasttoken"), False)
-    settings = {f"pooling_mode_{name}": name == mode for name in modes} | {"include_prompt": True}
-    folder = sentence_folder(tmp_path, settings) if mode else save(small_encoder("bert"), tmp_path)
-    spec = EncoderSpec(source=str(folder))
-    assert encoder_shape(spec, "text").pool == load_encoder(spec, "text").view.shape.pool == pool
-    other = EncoderSpec(source=str(folder), pool="mean")
-    assert encoder_shape(other, "text").pool == load_encoder(other, "text").facts.pool == "mean"
+def test_sentence_transformers_say_how_they_pool(tmp_path: Path, flag: str, mode: str, pool: str) -> None:
+    """With a key for each mode, and with one key for all of them."""
+    folder = save(small_encoder("bert"), tmp_path)
+    spec, other = EncoderSpec(source=str(folder)), EncoderSpec(source=str(folder), pool="mean")
+    assert encoder_shape(spec, "text").pool == "first"  # without its configuration
+    for settings in ({f"pooling_mode_{name}": name == flag for name in FLAGS}, {"pooling_mode": mode}):
+        write_pooling(folder, settings | {"include_prompt": True})
+        assert encoder_shape(spec, "text").pool == load_encoder(spec, "text").view.shape.pool == pool
+        assert encoder_shape(other, "text").pool == load_encoder(other, "text").facts.pool == "mean"
 
 
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"pooling_mode_max_tokens": True}, "pools in a way that is not supported; set pool"),
-        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, "not supported; set pool"),
+        ({"pooling_mode_max_tokens": True}, r"pools in a way that is not supported \(max\); set pool"),
+        ({"pooling_mode_mean_sqrt_len_tokens": True}, r"not supported \(mean_sqrt_len\); set pool"),
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, r"supported \(cls, mean\); set pool"),
+        ({"pooling_mode": ["mean", "max"]}, r"not supported \(mean, max\); set pool"),
+        ({}, r"not supported \(\); set pool"),
         ([1], "1_Pooling/config.json is not usable"),
     ],
 )
@@ -154,7 +166,7 @@ def test_the_pooling_of_a_folder_is_part_of_its_digest(tmp_path: Path) -> None:
     folder = sentence_folder(tmp_path, {"pooling_mode_cls_token": True})
     spec = EncoderSpec(source=str(folder))
     before = encoder_digest(spec)
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
+    write_pooling(folder, {"pooling_mode_mean_tokens": True})
     assert encoder_digest(spec) != before
     assert pin_revision(spec).revision == encoder_digest(spec)[:12]
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from tpme.bench.contract.small_encoders import FAMILIES, POSITIONS, SIDE, VOCABULARY, modality_of, small_encoder
 from tpme.bench.errors import UserError
 from tpme.bench.task.families import FAMILIES as TABLE
+from tpme.bench.task.families import TOWERS
 from tpme.bench.task.items import Reads, TokenStates
 from tpme.bench.task.view import EncoderView
 
@@ -335,3 +338,15 @@ def test_what_stands_between_the_halves_is_seen_by_the_second_half_and_the_resid
 def test_the_table_and_the_small_encoders_are_of_the_same_families() -> None:
     small = {small_encoder(family).config.model_type for family in FAMILIES}
     assert small | {"xlm-roberta", "electra", "deberta-v2", "dinov3_vit"} == set(TABLE)
+
+
+def test_the_document_lists_every_family_as_it_is_read() -> None:
+    document = (Path(__file__).resolve().parents[2] / "docs" / "matrix.md").read_text()
+    (section,) = re.findall(r"^## Supported encoders\n(.*?)(?=^## )", document, flags=re.DOTALL | re.MULTILINE)
+    told: dict[str, tuple[str, ...]] = {}
+    for names, default, others in re.findall(r"^\| (`.*?) \| (.*?) \| (.*?) ?\|$", section, flags=re.MULTILINE):
+        for name in re.findall(r"`([\w-]+)`", names):
+            if name not in TOWERS:
+                told[name] = (default.split()[0], *filter(None, others.split(", ")))
+    assert told == {name: family.pools for name, family in TABLE.items()}
+    assert all(f"`{name}`, " in section for name in TOWERS)

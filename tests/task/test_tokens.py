@@ -123,6 +123,15 @@ def test_no_room_beside_the_special_tokens_is_refused(dataset: Dataset, tmp_path
         tokenise(dataset, make_tokenizer(tmp_path / "tokenizer"), None, 2, tmp_path / "store")
 
 
+def test_more_tokens_than_the_encoder_reads_are_refused(dataset: Dataset, tmp_path: Path) -> None:
+    source = make_tokenizer(tmp_path / "tokenizer")
+    settings = tmp_path / "tokenizer" / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"model_max_length": 5}))
+    assert tokenise(dataset, source, None, 5, tmp_path / "store").ids.shape[1] == 5
+    with pytest.raises(UserError, match=r"title_tokens is 6, but '.*' reads at most 5"):
+        tokenise(dataset, source, None, 6, tmp_path / "store")
+
+
 def test_a_dataset_without_titles_is_refused(tmp_path: Path) -> None:
     images = make_dataset(tmp_path / "images", None)
     with pytest.raises(UserError, match="prepared without titles"):

@@ -7,6 +7,8 @@ import random
 import time
 import weakref
 from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -281,6 +283,34 @@ def test_the_last_stage_is_what_counts(make_trainer: MakeTrainer, monkeypatch: p
     assert counted == ["pruned epoch 4", "pruned epoch 5", "pruned epoch 6"]
     trainable = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
     assert trainable < outcome.trainable_max
+
+
+def test_the_record_of_a_pruned_row(world: Any, harness: ModuleType, tmp_path: Path) -> None:
+    """Memory that only the first stage took is not in M; all that trained is in the total."""
+    body = """
+    def stages(self):
+        return Stage("wide", 0.25), Stage("narrow", 0.75)
+
+    def begin_stage(self, state):
+        self.held = None
+        state.model.sequence.requires_grad_(state.stage.name == "wide")
+
+    def before_step(self, state):
+        if state.stage.name == "wide" and not next(state.model.parameters()).is_meta:
+            self.held = torch.ones(80_000_000)
+    """
+    harness.write_method(tmp_path / "methods", "pruned", body)
+    matrix = world.matrix(["pruned"], modalities=["text"], training={"epochs": 4})
+    result = world.tell(matrix, tmp_path / "cell", methods_path=(tmp_path / "methods",))
+    assert result.failure is None
+    assert [epoch.stage for epoch in result.epochs] == ["wide", "narrow", "narrow", "narrow"]
+    assert (result.warmup_epochs, result.best_epoch in (2, 3, 4)) == (2, True)
+    trains = [phase for phase in result.phases if phase.kind == "train"]
+    wide, *narrow = (phase.memory.host_rss_bytes.value for phase in trains)
+    assert result.training_memory.host_rss_bytes.value == max(narrow) < wide - 200e6
+    assert result.all_in_s.value == pytest.approx(sum(phase.wall_s for phase in trains))
+    assert result.epoch_time_s.value == pytest.approx(np.median([phase.wall_s for phase in trains[2:]]))
+    assert result.parameters.trainable < result.parameters.trainable_max
 
 
 def test_training_again_goes_on_with_the_same_stage(make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
