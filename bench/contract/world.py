@@ -15,6 +15,7 @@ import numpy as np
 from tpme.bench.contract.small_encoders import SIDE, VOCABULARY, modality_of, small_encoder
 from tpme.bench.counting.meta import MetaEncoders
 from tpme.bench.record import EncoderSpec
+from tpme.bench.task.checkpoints import quiet_transformers
 from tpme.bench.task.dataset import Dataset
 from tpme.bench.task.encoders import load_encoder
 from tpme.bench.task.prepare import prepare
@@ -62,7 +63,8 @@ class SmallWorld:
         folder = self.folder / "encoders" / family
         if not folder.is_dir():
             module = small_encoder(family, dropout=DROPOUT)
-            module.save_pretrained(folder)
+            with quiet_transformers():
+                module.save_pretrained(folder)
             if modality_of(family) == "text":
                 self._save_tokenizer(folder, end=int(module.config.eos_token_id or 2))
         return EncoderSpec(source=str(folder))

@@ -73,7 +73,7 @@ def read_config(spec: EncoderSpec, folder: Path, modality: Modality) -> Any:
     from transformers import AutoConfig
 
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, TypeError) as error:  # TypeError: older versions, for a JSON list
         raise UserError(f"encoder '{spec.source}': its config.json is not usable ({first_line(error)})") from None
@@ -173,7 +173,7 @@ def from_weights(spec: EncoderSpec, folder: Path, commit: str | None, config: An
         )
     family = family_of(config.model_type)
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             module, loading = getattr(transformers, family.model or "AutoModel").from_pretrained(
                 folder,
                 config=config,
@@ -223,7 +223,7 @@ def _blocks(module: nn.Module, layers: str, above: str = "") -> Iterator[str]:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Silence the progress bar and the report of unused heads; missing weights are checked here."""
     from transformers.utils import logging
 

@@ -5,6 +5,7 @@ The correct methods in ``correct`` go through it as well: what they do must not 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from tpme.bench.contract.checks import CHECKS, SLOW_CHECKS, Check, run_check
+from tpme.bench.contract.small_encoders import FAMILIES, modality_of
 from tpme.bench.contract.subject import Subject
 from tpme.bench.contract.world import PAIRS
 from tpme.methods import registry
@@ -42,6 +44,9 @@ class Tried:
 
 
 NAMES = sorted(registry.available([CORRECT]))
+TEXT, IMAGE = ([family for family in FAMILIES if modality_of(family) == modality] for modality in BOTH)
+FAMILY_PAIRS = [pair for pair in zip(TEXT, itertools.cycle(IMAGE), strict=False) if pair not in PAIRS]
+"""Pairs of encoders in which every family occurs."""
 
 
 def tried() -> list[Tried]:
@@ -93,3 +98,14 @@ def test_contract_on_other_encoders(
     conclude: Callable[[Check, Tried], None], check: Check, name: str, pair: tuple[str, str]
 ) -> None:
     conclude(check, Tried(name, pair=pair))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", FAMILY_PAIRS, ids=" + ".join)
+@pytest.mark.parametrize("name", ["adapter", "bitfit", "fft", "iisan", "lora", "prompt"])
+def test_contract_on_every_family(contract_world: Any, name: str, pair: tuple[str, str]) -> None:
+    subject = Subject(contract_world, name, pair=pair)
+    if subject.refusal is not None:
+        pytest.skip(subject.refusal)
+    results = [run_check(check, subject) for check in CHECKS]
+    assert [str(result) for result in results if result.status == "failed"] == []
