@@ -349,8 +349,12 @@ def _outcome_line(result: CellResult) -> str:
     if result.failure:
         return f"{escape(f'{label:<18}')} {mark}  {escape(result.failure.message)}"
     best = max((epoch.valid_recall_10 for epoch in result.epochs), default=None)
-    epoch_s = result.epoch_time_s.value
-    details = [f"{result.wall_s:.1f} s", f"{epoch_s:.2f} s an epoch" if epoch_s is not None else "nothing to train"]
+    epoch_s, all_in_s = result.epoch_time_s.value, result.all_in_s.value if result.all_in_s else None
+    details = [f"{result.wall_s:.1f} s"]
+    if epoch_s is not None:
+        details.append(f"{epoch_s:.2f} s an epoch")
+    else:  # rounds alone are no epochs
+        details.append(f"{all_in_s:.2f} s all in" if all_in_s is not None else "nothing to train")
     if best is not None:
         details.append(f"validation Recall@10 {best:.4f}")
     return f"{escape(f'{label:<18}')} {mark}  {', '.join(details)}"

@@ -127,7 +127,7 @@ def epoch_time(outcome: Outcome) -> Reading:
     stage = f"stage '{outcome.epochs[-1].stage}'" if earlier else "the epochs"
     source = f"median training time of {stage} after {leading - earlier} warm-up epoch(s)"
     if not outcome.epochs:
-        return Reading.missing(source, "no epoch was finished: nothing trains, or the cell failed before")
+        return Reading.missing(source, "no epoch was finished: nothing trains but in rounds, or the cell failed before")
     return Reading(value=float(np.median([epoch.train_s for epoch in outcome.epochs[leading:]])), source=source)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import partial
 from typing import get_args
@@ -10,7 +9,7 @@ from typing import get_args
 import pandas as pd
 
 from tpme.bench.quantities import MISSING, byte_unit, bytes_text, number, quantity
-from tpme.bench.record import PhaseKind
+from tpme.bench.record import LearningRates, PhaseKind
 from tpme.reports.data.phase_times import phase_times
 from tpme.reports.data.ranks import METRICS
 from tpme.reports.data.resampling import DRAWS
@@ -136,6 +135,8 @@ def learning_rates(section: Section) -> Table:
     searched = bool((cells["search_trials"] > 1).any())
     if cells["lr"].nunique() < 2:
         cells = cells.head(0)
+    rates = [LearningRates.model_validate_json(str(lr)) for lr in cells["lr"].unique()]
+    groups = sorted({group for rate in rates for group in rate.by_group()})
     lines = []
     for (name, lr), trial in cells.groupby(["row", "lr"], sort=False):
         validation, finished = trial["trial_valid_recall_10"].iloc[0], int((trial["status"] == "ok").sum())
@@ -143,19 +144,18 @@ def learning_rates(section: Section) -> Table:
         lines.append(
             (
                 Entry(str(name), str(name), chosen),
-                *(Entry(f"{rate:g}", rate) for rate in json.loads(str(lr)).values()),
+                *(Entry(f"{rate:g}", rate) for rate in map(LearningRates.model_validate_json(str(lr)).of, groups)),
                 Entry(f"{finished} of {len(trial)}", finished),
                 Entry(quantity("valid_recall_10").format(validation), value_of(validation)),
                 Entry(number(wall_s), wall_s),
                 Entry("✓" if chosen else "", chosen),
             )
         )
-    rates = [json.loads(lr) for lr in cells["lr"]]
     columns = (
         Column("method", "Method", numeric=False),
         *(
-            Column(f"lr_{name}", f"lr {name}", machine_only=len({rate[name] for rate in rates}) == 1)
-            for name in (rates[0] if rates else ())
+            Column(f"lr_{group}", f"lr {group}", machine_only=len({rate.of(group) for rate in rates}) == 1)
+            for group in groups
         ),
         Column("cells_finished", "Finished"),
         Column("valid_recall_10", "Validation Recall@10", "higher"),

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from tpme.bench.errors import UserError
-from tpme.bench.record import Failure, Flag, Reading, read_result
+from tpme.bench.record import Failure, Flag, LearningRates, Reading, read_result
 from tpme.reports import report as report_module
 from tpme.reports.data import resampling
 from tpme.reports.data import section as section_module
@@ -296,6 +296,15 @@ def test_the_search_is_told_with_its_cost_and_shows_no_test_numbers(demo_run):
     assert "popularity" not in {row[0].value for row in table.rows}
     cells = section.cells[section.cells["row"] == "fft"]
     assert cells["search_wall_s"].tolist() == pytest.approx([cells["wall_s"].sum()] * 6)
+
+
+def test_learning_rates_of_named_groups_have_columns(factory):
+    factory.write("lora", lr=LearningRates(groups={"gates": 0.01}))
+    factory.write("fft", lr=LearningRates(method=0.003))
+    (section,) = make_report([factory.root]).sections
+    table = learning_rates(section)
+    assert column(table, "lr_gates") == {"lora": 0.01, "fft": 0.003}
+    assert not next(column.machine_only for column in table.columns if column.key == "lr_gates")
 
 
 def test_a_failed_seed_is_told(factory):
