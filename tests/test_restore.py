@@ -130,6 +130,22 @@ def test_a_search_leaves_the_delta_of_the_model_it_has_chosen(
     assert (ranks == recorded_ranks(record, result)).all()
 
 
+def test_a_search_may_end_with_a_registered_method(
+    world: Any, harness: ModuleType, tmp_path: Path, saved: Saved
+) -> None:
+    body = """
+    def run(self, context):
+        from tpme.methods.registry import create
+        context.adopt(context.fork(create("adapter", {"bottleneck": 3}), seed=3))
+        context.train()
+    """
+    harness.write_method(tmp_path / "methods", "choosing", body)
+    record, result = saved("choosing", tmp_path / "methods")
+    assert result.status == "ok", result.failure
+    ranks = ranks_again(world, record, methods_path=[tmp_path / "methods"])
+    assert (ranks == recorded_ranks(record, result)).all()
+
+
 def test_a_cell_that_fails_leaves_none(world: Any, harness: ModuleType, tmp_path: Path, saved: Saved) -> None:
     harness.write_method(tmp_path / "methods", "failing", "def prepare_inference(self, model):\n    1 / 0")
     record, result = saved("failing", tmp_path / "methods")

@@ -16,6 +16,7 @@ from tpme.bench.run.matrix import MatrixFile
 from tpme.bench.train.delta import DeltaFacts, read_delta
 from tpme.bench.train.loop import Trainer
 from tpme.methods.base import Method
+from tpme.methods.registry import available, method_class
 
 
 def restore(
@@ -56,15 +57,17 @@ def restore(
     run = CellRun(job, PhaseLog(job.cell.device, None, None), lambda _what, _share: None)
     trainer = run.prepare()
     if facts != DeltaFacts.of(trainer.method, trainer.seed):  # a search has ended with another model
-        trainer = run.fork(_final_method(trainer.method, facts, record), facts.seed)
+        trainer = run.fork(_final_method(trainer.method, facts, record, job.methods_path), facts.seed)
     trainer.method.load_state(trainer.model, state)
     trainer.model.eval()
     return trainer
 
 
-def _final_method(driver: Method, facts: DeltaFacts, record: Path) -> Method:
-    """The method that the procedure of ``driver`` ended with: of its own class or of one in its module."""
+def _final_method(driver: Method, facts: DeltaFacts, record: Path, methods_path: Sequence[Path]) -> Method:
+    """The method that the procedure of ``driver`` ended with: of a class in its module, or of a registered one."""
     cls = getattr(sys.modules[type(driver).__module__], facts.method, None)
+    registered = (method_class(name, methods_path) for name in available(methods_path)) if cls is None else ()
+    cls = next((one for one in registered if one.__qualname__ == facts.method), cls)
     if cls is None:
         raise UserError(f"{record}: its model was adapted by {facts.method}, which {type(driver).__module__} has not")
     method: Method = cls(cls.Config.model_validate_json(facts.options))
