@@ -82,9 +82,9 @@ def cached_equals_uncached(subject: Subject) -> None:
         build(feature_job(job, modality, subject.specs[modality], trainer.model.item_encoder.reads[modality]))
     cached = subject.trainer(subject.cell(cached=True))
     items = subject.items(trainer)
-    states, tables = trainer.model.eval().hidden_states(items), subject.items(cached).states or {}
+    model, tables = trainer.model.eval(), subject.items(cached).states or {}
     for modality in subject.frozen:
-        computed = named_tensors(states[modality])
+        computed = named_tensors(model.states(modality, items))
         for name, stored in named_tensors(tables[modality]).items():
             expect_close(
                 stored.float(),
@@ -103,8 +103,7 @@ def _compare_step(subject: Subject, trainer: Trainer, cached: Trainer) -> None:
     """Loss and gradients of one batch: on the encoders, and on their states without rounding."""
     batch = subject.batch(trainer)
     with torch.no_grad():
-        computed = trainer.model.train().hidden_states(batch.items)
-    states = {modality: computed[modality] for modality in subject.frozen}
+        states = {modality: trainer.model.train().states(modality, batch.items) for modality in subject.frozen}
     losses, gradients = [], []
     for each, items in ((trainer, batch.items), (cached, replace(batch.items, states=states))):
         torch.manual_seed(0)
@@ -138,11 +137,13 @@ def cache_key_names_what_is_read(subject: Subject) -> None:
         trainer = with_options(subject, options).trainer()
         items, model = subject.items(trainer), trainer.model.eval()
         with torch.no_grad():
-            states = model.hidden_states(items)
             for modality in subject.frozen:
                 reads = model.item_encoder.reads[modality]
                 fresh = named_tensors(_fresh(subject.fresh_views[modality], reads, items))
-                if not all(torch.equal(kept, fresh[name]) for name, kept in named_tensors(states[modality]).items()):
+                if not all(
+                    torch.equal(kept, fresh[name])
+                    for name, kept in named_tensors(model.states(modality, items)).items()
+                ):
                     raise ContractError(
                         f"with {options or 'these options'}, the {modality} states are not those that `reads` names: "
                         "the feature cache's key does not know of the difference"

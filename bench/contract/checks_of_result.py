@@ -96,9 +96,15 @@ def deep_copy_is_independent(subject: Subject) -> None:
 
 
 def _restored(subject: Subject, trainer: Trainer) -> Trainer:
-    """A trainer of another seed whose model has the state of ``trainer``'s."""
-    state = {name: value.clone() for name, value in trainer.method.state(trainer.model).items()}
+    """A trainer of another seed whose model has the state of ``trainer``'s.
+
+    A search may have ended with another method, or with other options, than the cell's: they tell the structure.
+    """
+    method = trainer.method
+    state = {name: value.clone() for name, value in method.state(trainer.model).items()}
     fresh = subject.trainer(subject.cell(seed=2))
+    if (type(method), method.config) != (type(fresh.method), fresh.method.config):
+        fresh = fresh.fork(type(method)(method.config), seed=2)
     fresh.method.load_state(fresh.model, state)
     return fresh
 

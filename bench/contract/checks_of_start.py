@@ -46,7 +46,7 @@ def identity_at_start(subject: Subject) -> None:
 
 
 def one_learning_rate_each(subject: Subject) -> None:
-    """Every parameter that trains is in one group of the optimiser, with a learning rate above zero."""
+    """Every parameter that trains is in one group of the optimiser, with a rate above 0 that follows the matrix's."""
     trainer = subject.trainer()
     groups = trainer.method.param_groups(trainer.model, LearningRates(recommender=1.0, text=2.0, image=3.0, method=4.0))
     grouped = [id(parameter) for group in groups for parameter in group["params"]]
@@ -55,6 +55,10 @@ def one_learning_rate_each(subject: Subject) -> None:
             raise ContractError(f"'{name}' is in {grouped.count(id(parameter))} groups of param_groups, not in one")
     if not all(group["lr"] > 0 for group in groups):
         raise ContractError("param_groups gives a group a learning rate of 0")
+    twice = trainer.method.param_groups(trainer.model, LearningRates(recommender=2.0, text=4.0, image=6.0, method=8.0))
+    for group, other in zip(groups, twice, strict=True):
+        if group["lr"] == other["lr"]:
+            raise ContractError(f"the learning rate of group '{group.get('name', '')}' is not one of the matrix's")
 
 
 def vectors_and_report(subject: Subject) -> None:

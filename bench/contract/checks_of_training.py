@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 
 import torch
 
@@ -10,6 +11,7 @@ from tpme.bench.contract.expect import ContractError, NotApplicable, expect_clos
 from tpme.bench.contract.subject import Subject, Trained, vectors
 from tpme.bench.errors import UserError, one_line
 from tpme.bench.task.items import named_tensors
+from tpme.bench.task.sequential import SequentialEncoder
 from tpme.bench.train.epochs import overrides
 from tpme.bench.train.loop import Trainer
 from tpme.bench.train.step import forward
@@ -29,6 +31,18 @@ def trains_through_all_stages(subject: Subject) -> None:
     if trained.watch.ungrouped:
         name, groups = min(trained.watch.ungrouped.items())
         raise ContractError(f"'{name}' trains, but is in {groups} of the optimiser's groups, not in one")
+
+
+def sequential_encoder_is_the_tasks(subject: Subject) -> None:
+    """The sequential encoder belongs to the task: all of it trains, and no method trains another in its place."""
+    _require_trainable(subject)
+    trained = subject.trained
+    sequence = trained.trainer.model.sequence
+    if type(sequence) is not SequentialEncoder:
+        raise ContractError(f"the method replaces the task's sequential encoder by {type(sequence).__name__}")
+    for name, _ in sequence.named_parameters():
+        if f"sequence.{name}" not in trained.watch.trained:
+            raise ContractError(f"the method does not train the task's sequential encoder: 'sequence.{name}' is frozen")
 
 
 def trains_under_the_paper_protocol(subject: Subject) -> None:
@@ -88,14 +102,20 @@ def encoders_learn_unless_frozen(subject: Subject) -> None:
         raise NotApplicable("the method uses no encoder")
     items = subject.items(trainer)
     with torch.no_grad():
-        states = model.eval().hidden_states(items)
+        model.eval()
         for modality, reads in model.item_encoder.reads.items():
+            if modality not in subject.frozen and overrides(method, "encode"):
+                continue
             given = {"tokens": items.tokens, "token_mask": items.token_mask, "image": items.image}
             fresh = named_tensors(subject.fresh_views[modality].encode(reads, **given))["states"]
-            after = named_tensors(states[modality])["states"]
+            after = named_tensors(model.states(modality, items))["states"]
             if modality in subject.frozen and not torch.equal(after, fresh):
                 raise ContractError(f"the {modality} encoder is frozen, but its hidden states are not the fresh ones")
-            adapted = modality not in subject.frozen and not method.baseline and not overrides(method, "encode")
+            if method.baseline and not torch.equal(after, fresh):
+                raise ContractError(
+                    f"it says baseline, which adapts no encoder, but changes the {modality} encoder's states"
+                )
+            adapted = modality not in subject.frozen and not method.baseline
             if adapted and torch.allclose(after, fresh):
                 raise ContractError(
                     f"the {modality} encoder gives the same hidden states after training as before; a method that "
@@ -109,6 +129,25 @@ def training_is_reproducible(subject: Subject) -> None:
     _require_success(again)
     if not torch.equal(_vectors(subject, again), _vectors(subject, subject.trained)):
         raise ContractError("two trainings with the same seed give different item vectors")
+
+
+def resuming_changes_nothing(subject: Subject) -> None:
+    """An attempt that finds the parts of the procedure, or all but the last, ends as the one that has done them."""
+    kept = subject.trained.trainer.kept.folder
+    parts = sorted(kept.glob("*.safetensors"), key=lambda part: part.stat().st_mtime_ns)
+    if not parts:
+        raise NotApplicable("the procedure keeps no parts")
+    for finished in (parts, parts[:-1]):
+        trainer = subject.trainer()
+        for part in finished:
+            shutil.copy2(part, trainer.folder)
+        trainer.run()
+        found = vectors(trainer.method, trainer.model, subject.items(trainer))
+        if not torch.equal(found, _vectors(subject, subject.trained)):
+            raise ContractError(
+                f"resumed after {len(finished)} of {len(parts)} parts, it ends with other item vectors: what follows "
+                "once() may use only what the work has returned"
+            )
 
 
 def checkpointing_changes_nothing(subject: Subject) -> None:

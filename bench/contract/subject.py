@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tpme.bench.contract.expect import NotApplicable
+from tpme.bench.contract.expect import ContractError, NotApplicable
 from tpme.bench.contract.watch import Watch
 from tpme.bench.contract.world import PAIRS, TITLE_TOKENS, Pair, SmallWorld
 from tpme.bench.errors import UserError, one_line
@@ -166,7 +166,13 @@ class Subject:
     def copy_of_trained(self) -> tuple[Method, Recommender]:
         """A copy of the trained method and model, for checks that change them."""
         trainer = self.trained.trainer
-        return copy.deepcopy((trainer.method, trainer.model))
+        try:
+            return copy.deepcopy((trainer.method, trainer.model))
+        except RuntimeError as error:
+            raise ContractError(
+                "after training, method and model cannot be copied; let go of tensors with a graph once losses() has "
+                f"read them ({one_line(error)})"
+            ) from None
 
     # --- its inputs -----------------------------------------------------------------------------------------------
 

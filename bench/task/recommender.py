@@ -117,15 +117,16 @@ class Recommender(nn.Module):
 
     def hidden_states(self, items: Items) -> dict[Modality, Any]:
         """The hidden states that the item encoder reads, by modality: given with the items, or computed."""
-        return {modality: self._states(modality, reads, items) for modality, reads in self.item_encoder.reads.items()}
+        return {modality: self.states(modality, items) for modality in self.item_encoder.reads}
 
-    def _states(self, modality: Modality, reads: Reads, items: Items) -> States:
+    def states(self, modality: Modality, items: Items) -> States:
+        """What the item encoder reads of one encoder: given with the items, or computed."""
         if items.states is not None and modality in items.states:
             dtype = next(self.item_encoder.parameters()).dtype
             return map_tensors(items.states[modality], lambda t: t.to(dtype) if t.is_floating_point() else t)
         with torch.no_grad() if modality in self.frozen else nullcontext():
             return self.views[modality].encode(
-                reads, tokens=items.tokens, token_mask=items.token_mask, image=items.image
+                self.item_encoder.reads[modality], tokens=items.tokens, token_mask=items.token_mask, image=items.image
             )
 
     def encode_items(self, items: Items) -> Tensor:

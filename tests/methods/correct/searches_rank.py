@@ -1,23 +1,26 @@
-"""LoRA whose dropout is searched: two short trials, then the better one is trained from the start."""
+"""LoRA whose rank is searched: two short trials, then the better one is trained from the start."""
 
 from functools import partial
 
 from tpme.methods.lora import LoRA
 
 
-class SearchesDropout(LoRA):
-    """The trials are forks; so is the final model, which is adopted before it is trained."""
+class SearchesRank(LoRA):
+    """The trials are forks; so is the final model, which is adopted before it is trained.
+
+    Its structure is not that of the cell's options.
+    """
 
     def run(self, context):
         recalls = {
-            rate: context.once("search", f"dropout {rate}", partial(_trial, context, self._with(rate)))["recall_10"]
-            for rate in (0.0, 0.1)
+            rank: context.once("search", f"rank {rank}", partial(_trial, context, self._with(rank)))["recall_10"]
+            for rank in (2, 3)
         }
         context.adopt(context.fork(self._with(max(recalls, key=recalls.get)), context.seed))
         context.train()
 
-    def _with(self, rate):
-        return LoRA(self.config.model_copy(update={"dropout": rate}))
+    def _with(self, rank):
+        return LoRA(self.config.model_copy(update={"rank": rank}))
 
 
 def _trial(context, method):
@@ -26,4 +29,4 @@ def _trial(context, method):
     return {"recall_10": fork.validate().recall_10}
 
 
-METHOD = SearchesDropout
+METHOD = SearchesRank
