@@ -79,7 +79,8 @@ def read_config(spec: EncoderSpec, folder: Path, modality: Modality) -> Any:
         raise UserError(f"encoder '{spec.source}': its config.json is not usable ({first_line(error)})") from None
     towers = TOWERS.get(config.model_type)
     if towers is not None:
-        config = getattr(config, towers[spec.tower or modality])
+        dtype, config = config.dtype, getattr(config, towers[spec.tower or modality])
+        config.dtype = config.dtype or dtype  # saved once for both
     elif spec.tower is not None:
         raise UserError(
             f"encoder '{spec.source}': it is no checkpoint with two towers; leave out tower = '{spec.tower}'"
@@ -150,7 +151,10 @@ def from_config(spec: EncoderSpec, config: Any, seed: int, *, meta: bool) -> Any
     except (OSError, ValueError, ImportError) as error:
         message = f"encoder '{spec.source}': no encoder can be built from its configuration ({first_line(error)})"
         raise UserError(message) from None
-    return module.to(weights_dtype(spec, config))
+    for parameter in module.parameters():
+        # As loading does: buffers keep their type, because angles of rotary positions are inexact in half precision.
+        parameter.data = parameter.data.to(weights_dtype(spec, config))
+    return module
 
 
 def from_weights(spec: EncoderSpec, folder: Path, commit: str | None, config: Any, **placement: Any) -> Any:

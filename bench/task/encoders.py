@@ -30,7 +30,8 @@ from tpme.bench.task.tokens import load_tokenizer
 from tpme.bench.task.view import EncoderView
 
 _HALF = (0.5, 0.5, 0.5)
-_PROCESSOR = "preprocessor_config.json"
+_PROCESSORS = {"preprocessor_config.json": None, "processor_config.json": "image_processor"}
+"""Where the settings of an image processor are: name of the file, and key in it (two towers, since transformers 5)."""
 
 
 @dataclass(frozen=True)
@@ -169,16 +170,22 @@ def pin_revision(spec: EncoderSpec) -> EncoderSpec:
 
 def _normalisation(spec: EncoderSpec, folder: Path, commit: str | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and std per channel of the encoder's image processor; ViT's 0.5 if there is none."""
-    path: Path | None = folder / _PROCESSOR
-    if commit is not None:
-        path = repository_file(spec.source, _PROCESSOR, commit, f"encoder '{spec.source}'")
-    if path is None or not path.is_file():
-        return _HALF, _HALF
-    try:
-        settings = json.loads(path.read_bytes())
-        if not settings.get("do_normalize", True):
-            return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-        mean, std = (tuple(float(v) for v in settings.get(key) or _HALF) for key in ("image_mean", "image_std"))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"encoder '{spec.source}': its {_PROCESSOR} is not usable ({error})") from None
+    for name, part in _PROCESSORS.items():
+        path: Path | None = folder / name
+        if commit is not None:
+            path = repository_file(spec.source, name, commit, f"encoder '{spec.source}'")
+        if path is None or not path.is_file():
+            continue
+        try:
+            settings = json.loads(path.read_bytes())
+            return _mean_and_std(settings.get(part, {}) if part else settings)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"encoder '{spec.source}': its {name} is not usable ({error})") from None
+    return _HALF, _HALF
+
+
+def _mean_and_std(settings: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    if not settings.get("do_normalize", True):
+        return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    mean, std = (tuple(float(v) for v in settings.get(key) or _HALF) for key in ("image_mean", "image_std"))
     return mean, std

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -195,6 +196,19 @@ def test_weights_have_the_type_that_is_asked_for(tmp_path: Path, weights: str, d
         encoder = load_encoder(spec, "text", device=device)
         assert {str(p.dtype) for p in encoder.view.module.parameters()} == {f"torch.{name}"}
         assert encoder.facts.dtype == name
+        # Rotary angles are exact in every type, as transformers loads them.
+        assert {b.dtype for b in encoder.view.module.buffers()} == {torch.float32}
+
+
+@pytest.mark.parametrize("modality", BOTH)
+def test_the_type_of_a_checkpoint_is_that_of_both_towers(two_towers: tuple[Path, Any], modality: Modality) -> None:
+    folder, module = two_towers
+    settings = json.loads((folder / "config.json").read_text())
+    assert "dtype" not in settings["text_config"]
+    half = save(copy.deepcopy(module).bfloat16(), folder / "half")
+    for device in ("cpu", "meta"):
+        encoder = load_encoder(EncoderSpec(source=str(half), dtype="auto"), modality, device=device)
+        assert encoder.facts.dtype == "bfloat16"
 
 
 def test_attention_is_the_one_that_is_asked_for(tmp_path: Path) -> None:
