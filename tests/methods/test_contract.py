@@ -50,12 +50,12 @@ FAMILY_PAIRS = [pair for pair in zip(TEXT, itertools.cycle(IMAGE), strict=False)
 
 
 def tried() -> list[Tried]:
-    """Every method with its defaults, every variant, and every method on each modality alone."""
+    """Every method with its defaults, every variant, and every built-in method on each modality alone."""
     results = []
     for name in NAMES:
         results += [Tried(name, options) for options in ({}, *VARIANTS.get(name, []))]
         method = registry.method_class(name, [CORRECT])
-        if method.modalities is None:
+        if name in registry.BUILTIN and method.modalities is None:
             results += [Tried(name, {}, (m,)) for m in BOTH if set(method.needs) <= {m}]
     return results
 
