@@ -50,6 +50,12 @@ def test_the_documented_method_runs(tmp_path: Path) -> None:
     # Two layers of each tiny encoder, two LayerNorms of width 64 a layer, scale and shift.
     assert trained.by_group["text"] == trained.by_group["image"] == 2 * 2 * 2 * 64
     assert (tmp_path / "runs" / "norms" / "report" / "report.md").is_file()
+    (methods / "searched.py").write_text(files["searched.py"])
+    command += ["--set", 'methods=[{name="searched"}]', "--out", "runs/searched", "--no-report"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (searched,) = map(read_result, find_results([tmp_path / "runs" / "searched"]))
+    assert [phase.name for phase in searched.phases if phase.kind == "search"] == ["width 8", "width 16", "width 32"]
 
 
 def test_every_check_of_the_contract_is_documented() -> None:

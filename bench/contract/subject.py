@@ -77,6 +77,11 @@ class Subject:
         return used_modalities(self.method(), self.modalities)
 
     @cached_property
+    def _training(self) -> Training:
+        """``TRAINING``, with an epoch for every stage."""
+        return TRAINING.model_copy(update={"epochs": max(TRAINING.epochs, len(self.method().stages()))})
+
+    @cached_property
     def frozen(self) -> tuple[Modality, ...]:
         """The modalities whose encoders it leaves as they are, in its own words."""
         return self.method().frozen_encoders(self.used)
@@ -102,7 +107,7 @@ class Subject:
             modalities=self.modalities,
             text_encoder=specs.get("text"),
             image_encoder=specs.get("image"),
-            training=TRAINING.model_copy(update={"epochs": max(TRAINING.epochs, len(self.method().stages()))}),
+            training=self._training,
             lr=RATES,
             seed=seed,
             protocol=protocol,

@@ -191,22 +191,23 @@ _VIT = LayerPlan(
     norms=("layernorm_before", "layernorm_after"),
     halves=_pre_norm(("layernorm_before", "attention", ("dropout",)), ("layernorm_after", "mlp", ("dropout",))),
 )
-# Until transformers 5.17 DINOv2 had the names of ViT in transformers 4; gated in its largest size.
+# Until transformers 5.17 DINOv2 had the names of ViT in transformers 4; gated in its largest size, there as one linear.
 _DINO = LayerPlan(
     roles={
         "query": ("attention.q_proj", "attention.attention.query"),
         "key": ("attention.k_proj", "attention.attention.key"),
         "value": ("attention.v_proj", "attention.attention.value"),
         "attention_output": ("attention.o_proj", "attention.output.dense"),
-        "ffn_in": ("mlp.fc1", "mlp.up_proj"),
-        "ffn_gate": ("mlp.gate_proj",),
-        "ffn_out": ("mlp.fc2", "mlp.down_proj"),
+        "ffn_in": ("mlp.fc1", "mlp.up_proj", "mlp.weights_in.up"),
+        "ffn_gate": ("mlp.gate_proj", "mlp.weights_in.gate"),
+        "ffn_out": ("mlp.fc2", "mlp.down_proj", "mlp.weights_out"),
     },
     outputs=(("layer_scale1",), ("layer_scale2",)),
     norms=("norm1", "norm2"),
     halves=_pre_norm(
         ("norm1", "attention", ("layer_scale1", "drop_path")), ("norm2", "mlp", ("layer_scale2", "drop_path"))
     ),
+    fused={"mlp.weights_in": ("gate", "up")},
 )
 
 # --- encoders -------------------------------------------------------------------------------------------------------
@@ -289,7 +290,8 @@ def split_fused(module: nn.Module, family: Family) -> None:
     for layer in module.get_submodule(family.layers).children():
         for path, names in family.layer.fused.items():
             parent, _, name = path.rpartition(".")
-            fused = layer.get_submodule(path)
+            owner: Any = layer.get_submodule(parent)
+            fused = getattr(owner, name, None)  # not in every size and version
             streamed = hasattr(fused, "_hf_hook")  # its weights are on disk while it does not run
             if isinstance(fused, nn.Linear) and not streamed:
-                setattr(layer.get_submodule(parent), name, SplitLinear(fused, names))
+                setattr(owner, name, SplitLinear(fused, names))

@@ -36,10 +36,6 @@ class Reads:
         return len(self.levels) + self.final
 
 
-LAST = Reads(final=True)
-"""The last hidden state of an encoder that is read at its first token."""
-
-
 @dataclass(frozen=True)
 class TokenStates:
     """Hidden states of every token: states (n, levels, T, width), mask (n, T) bool, true for real tokens."""

@@ -46,13 +46,13 @@ def stored_states(
 
     Raises UserError where a cache cannot be built, would be too large, or is damaged.
     """
-    missing = [job for job in jobs if read_manifest(feature_folder(job, fingerprint)) is None]
+    folders = {job.modality: feature_folder(job, fingerprint) for job in jobs}
+    missing = [job for job in jobs if read_manifest(folders[job.modality]) is None]
     for job in missing:
         with phases.phase("cache", job.modality):
             _build(job, progress)
     with phases.phase("load", "cache" if jobs else "states"):
         progress("load the states", 0.0)
-        folders = {job.modality: feature_folder(job, fingerprint) for job in jobs}
         mapped: dict[Modality, Table] = {**given, **{m: open_cache(folder) for m, folder in folders.items()}}
         tables, placement = place(mapped, device)
     built = {job.modality for job in missing}

@@ -8,24 +8,27 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import ElectraConfig, ElectraModel
 
 from tpme.bench.errors import UserError
 from tpme.bench.record import Modality
 from tpme.bench.task.evaluate import item_matrix
-from tpme.bench.task.items import LAST, EncoderShape, Items
+from tpme.bench.task.items import EncoderShape, Items, Reads
 from tpme.bench.task.ranking import rank_targets
+from tpme.bench.task.recommender import Recommender, TokenFusion
 from tpme.bench.task.view import EncoderView
 from tpme.methods.base import TaskShape
 from tpme.methods.id import ItemTable
 from tpme.methods.iisan import IISANConfig, SideNetwork, side_levels
 from tpme.methods.parts.bottleneck import Bottleneck
+from tpme.methods.registry import create
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 
 def encode(view: EncoderView, items: Items) -> Tensor:
     with torch.no_grad():
-        return view.encode(LAST, tokens=items.tokens, token_mask=items.token_mask, image=items.image)[:, 0]
+        return view.encode(Reads(final=True), tokens=items.tokens, token_mask=items.token_mask, image=items.image)[:, 0]
 
 
 # --- adapter --------------------------------------------------------------------------------------------------------
@@ -174,13 +177,19 @@ def test_the_sequence_grows_by_the_prompts_once(tiny: ModuleType, deep: bool) ->
     assert seen == {"text": {tiny.TOKENS + 4}, "image": {1 + (tiny.SIDE // tiny.PATCH) ** 2 + 4}}
 
 
-def test_prompts_need_the_embeddings_to_be_the_input_of_the_first_layer(tiny: ModuleType) -> None:
-    _, model = tiny.build("prompt", {"length": 4}, ("text",))
-    module = model.views["text"].module
-    narrow = nn.Embedding(tiny.VOCAB, tiny.WIDTH // 2)  # an ELECTRA's are projected to the layers' width later
-    module.embeddings.forward = lambda input_ids, **_: narrow(input_ids)
-    with pytest.raises(UserError, match="'prompt': the output of BertEmbeddings is not the input of the first layer"):
-        encode(model.views["text"], tiny.items(("text",)))
+def test_prompts_stand_at_the_input_of_the_first_layer_where_embeddings_are_narrower(tiny: ModuleType) -> None:
+    """An ELECTRA's are projected to the layers' width."""
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": tiny.VOCAB}
+    module = ElectraModel(ElectraConfig(embedding_size=8, hidden_size=tiny.WIDTH, **sizes)).eval()
+    view = EncoderView(module, "text")
+    sequence = nn.Identity()
+    model = Recommender({"text": view}, TokenFusion({"text": view.shape}, tiny.DIM), sequence, frozen=())
+    create("prompt", {"length": 4}).adapt(model, tiny.schedule())
+    items = tiny.items(("text",))
+    reads = Reads((0,), tokens="all")
+    states = view.encode(reads, tokens=items.tokens, token_mask=items.token_mask).states
+    assert states.shape == (len(items), 1, tiny.TOKENS + 4, tiny.WIDTH)
+    assert torch.equal(states[3, 0, 1:5], view.module.get_submodule("prompts").vectors[0])
 
 
 def test_prompts_start_uniformly_within_vpts_bound(tiny: ModuleType) -> None:

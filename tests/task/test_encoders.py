@@ -29,7 +29,7 @@ from tpme.bench.task.encoders import (
     image_size,
     load_encoder,
 )
-from tpme.bench.task.items import LAST, EncoderShape, Reads
+from tpme.bench.task.items import EncoderShape, Reads
 from tpme.bench.task.masks import unread_masks
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -71,8 +71,8 @@ def change(path: Path, **changes: object) -> None:
 def test_a_saved_encoder(tiny: ModuleType, folders: dict[Modality, Path]) -> None:
     encoder = load_encoder(spec(folders["image"]), "image")
     items = tiny.items(("image",))
-    expected = tiny.views(("image",))["image"].encode(LAST, image=items.image)
-    torch.testing.assert_close(encoder.view.encode(LAST, image=items.image), expected)
+    expected = tiny.views(("image",))["image"].encode(Reads(final=True), image=items.image)
+    torch.testing.assert_close(encoder.view.encode(Reads(final=True), image=items.image), expected)
     facts = encoder.facts
     assert (facts.architecture, facts.weights, facts.revision) == ("ViTModel", "pretrained", None)
     assert (facts.width, facts.depth) == (tiny.WIDTH, tiny.DEPTH)
@@ -177,7 +177,7 @@ def test_images_are_normalised_as_the_encoder_says(
         (folders["image"] / "preprocessor_config.json").write_text(json.dumps(settings))
     view, image = load_encoder(spec(folders["image"]), "image").view, tiny.items(("image",)).image
     expected = view.module(pixel_values=(image / 255 - mean) / std).last_hidden_state[:, :1]
-    torch.testing.assert_close(view.encode(LAST, image=image), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(view.encode(Reads(final=True), image=image), expected, atol=1e-5, rtol=1e-5)
 
 
 # --- what is refused, in one line -----------------------------------------------------------------------------------
@@ -319,7 +319,7 @@ def test_a_causal_encoder_is_not_read_at_its_first_token(tmp_path: Path, model_t
     view = load_encoder(spec(tmp_path, weights="random"), "text").view
     words = torch.full((2, 3), 7)
     with pytest.raises(UserError, match="cannot be read with pool = 'first'"):
-        view.encode(LAST, tokens=words, token_mask=torch.ones_like(words))
+        view.encode(Reads(final=True), tokens=words, token_mask=torch.ones_like(words))
 
 
 def test_a_bert_that_is_a_decoder_is_refused(tmp_path: Path) -> None:

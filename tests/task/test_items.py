@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tpme.bench.task.items import LAST, Items, Reads, map_tensors
+from tpme.bench.task.items import Items, Reads, map_tensors
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Nested:
 
 
 def test_reads_count_levels_and_the_final_state() -> None:
-    assert (Reads((0, 2, 4)).count, Reads((1,), final=True).count, LAST.count) == (3, 2, 1)
+    assert (Reads((0, 2, 4)).count, Reads((1,), final=True).count, Reads(final=True).count) == (3, 2, 1)
 
 
 def test_map_tensors_reaches_every_tensor_and_nothing_else() -> None:
