@@ -11,7 +11,7 @@ import typer
 
 from tpme.bench.commands.options import MethodsPath
 
-app = typer.Typer(no_args_is_help=True, help="Check a fine-tuning method of your own.")
+app = typer.Typer(no_args_is_help=True, help="Check your own fine-tuning method.")
 
 
 @app.callback()
