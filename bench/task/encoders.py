@@ -26,6 +26,7 @@ from tpme.bench.task.families import family_of
 from tpme.bench.task.hub import repository_file
 from tpme.bench.task.items import EncoderShape, Reads
 from tpme.bench.task.precomputed import StatesFile
+from tpme.bench.task.tokens import load_tokenizer
 from tpme.bench.task.view import EncoderView
 
 _HALF = (0.5, 0.5, 0.5)
@@ -72,8 +73,10 @@ def load_encoder(
         module = streamed(spec, folder, commit, config, device)
     else:
         module = from_weights(spec, folder, commit, config).to(device)
+    pool = _pool(spec, folder, commit, modality)
+    padding = None if device.type == "meta" else _padding(spec, config)
     try:
-        view = EncoderView(module.eval(), modality, mean, std, pool=_pool(spec, folder, commit, modality))
+        view = EncoderView(module.eval(), modality, mean, std, pool=pool, padding=padding)
     except UserError as error:
         raise UserError(f"encoder '{spec.source}': {error}") from None
     return Encoder(view, _facts(spec, commit, view))
@@ -86,6 +89,17 @@ def _host_bytes(spec: EncoderSpec, config: Any) -> int:
 
 def _pool(spec: EncoderSpec, folder: Path, commit: str | None, modality: Modality) -> Pool | None:
     return spec.pool or (sentence_pool(spec, folder, commit) if modality == "text" else None)
+
+
+def _padding(spec: EncoderSpec, config: Any) -> int | None:
+    """The tokenizer's padding, which the configuration of SigLIP 2 does not hold; ``None`` where it is masked."""
+    if not family_of(config.model_type).whole:
+        return None
+    try:
+        padding: int | None = load_tokenizer(spec.source, spec.revision).pad_token_id
+    except UserError:  # saved without a tokenizer; where titles are read, that is refused
+        return None
+    return padding
 
 
 def _facts(spec: EncoderSpec, commit: str | None, view: EncoderView) -> EncoderFacts:
