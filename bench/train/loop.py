@@ -78,6 +78,8 @@ class Trainer(EpochLoop):
         if epochs < 1:
             raise ValueError(f"train(epochs={epochs}): epochs must be at least 1")
         stages = self.method.stages()
+        if len({stage.name for stage in stages}) < len(stages):
+            raise ValueError("stages() needs a different name for every stage: T, M and P are those of the last one")
         with self._only(users, epochs):
             for stage, share in zip(stages, _split_epochs(epochs, stages), strict=True):
                 self.state.stage = stage
@@ -193,11 +195,13 @@ class Trainer(EpochLoop):
         part = self.kept.read(name)
         if part is None:
             started, resumed_s, outcome = now(self.device), self.kept.resumed_s, replace(self.outcome)
-            delta, self.delta = self.delta, None
+            aside = self.delta, self._extra_batches, self.scaler
+            self.delta, self._extra_batches, self.scaler = None, self._endless_batches(), self._new_scaler()
             with self.phase(kind, name), separate_generators(f"{self.seed} {name}", self.device):
                 result = work()
             # Only what is kept may outlast the work: a later attempt finds nothing else.
-            self.outcome, self.delta = outcome, delta
+            self.outcome = outcome
+            self.delta, self._extra_batches, self.scaler = aside
             spent_s = now(self.device) - started + self.kept.resumed_s - resumed_s
             part = self.kept.write(name, Part(result, spent_s, self.state.epoch, self.state.step))
         self.state.epoch, self.state.step = part.epoch, part.step
