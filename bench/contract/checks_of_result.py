@@ -96,7 +96,7 @@ def deep_copy_is_independent(subject: Subject) -> None:
 
 
 def _restored(subject: Subject, trainer: Trainer) -> Trainer:
-    """A trainer of another seed whose model has the state of ``trainer``'s."""
+    """A new trainer of another seed whose model has loaded the state of ``trainer``'s model."""
     state = {name: value.clone() for name, value in trainer.method.state(trainer.model).items()}
     fresh = subject.trainer(subject.cell(seed=2))
     fresh.method.load_state(fresh.model, state)

@@ -173,7 +173,7 @@ class CellRun:
             any(reads[m] != held.get(m) for m in (*use.cached, *use.given))
             or not use.run.keys() <= of.model.views.keys()
         ):
-            raise UserError(f"{cell.label}: a fork reads other hidden states than are cached; run it without 'cached'")
+            raise UserError(f"{cell.label}: a fork reads hidden states that are not cached; set cached = false")
         views = {modality: load_encoder(spec, modality, seed=cell.seed).view for modality, spec in use.run.items()}
         model = builder.build(views, seed).to(self.device)
         if cell.training.compile:
@@ -185,7 +185,7 @@ class CellRun:
         return fork
 
     def _load_states(self, use: EncoderUse, reads: Mapping[Modality, Reads], dataset: Dataset) -> dict[Modality, Table]:
-        """Cached and precomputed hidden states; separate processes build the caches that there are not yet."""
+        """Cached and precomputed hidden states; separate processes build the caches that are missing."""
         given = {}
         for modality, spec in use.given.items():
             file = StatesFile.open(spec)

@@ -53,8 +53,8 @@ class LayerPlan:
 class Family:
     """One family of encoders.
 
-    pools: how its items can be read, its default first: not at a first token that sees no other one (causal
-        attention) or that is a patch like the others (an image encoder without class token).
+    pools: the supported poolings, the default first. A first token under causal attention and a single patch are not
+        among them, because they do not represent the item.
     layers, embeddings: the list of layers, and the module whose output the first of them reads.
     norm: the final norm; ``norm_outside``: the encoder does not apply it to ``last_hidden_state`` itself.
     unread: modules and parameters that no hidden state depends on; they are dropped.
@@ -254,7 +254,7 @@ def family_of(model_type: str | None) -> Family:
     return FAMILIES[model_type]
 
 
-# --- making one of them ready ---------------------------------------------------------------------------------------
+# --- preparing an encoder --------------------------------------------------------------------------------------------
 
 
 class SplitLinear(nn.Module):

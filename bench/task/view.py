@@ -70,11 +70,13 @@ class EncoderView:
         self._shift, self._scale = (torch.tensor(values)[:, None, None] * 255 for values in (mean, std))
         causal = any(getattr(part, "is_causal", False) is True for part in module.modules())
         if causal and "first" in self.family.pools:
-            raise UserError(f"{self._name}: its attention is causal (is_decoder); choose one whose attention is not")
+            raise UserError(
+                f"{self._name}: its attention is causal (is_decoder); choose an encoder with bidirectional attention"
+            )
         drop_unread(module, self.family)
         split_fused(module, self.family)
         if getattr(config, "use_cache", False):
-            config.use_cache = False  # keys and values are kept for generation alone
+            config.use_cache = False  # the cache of keys and values is for generation
         self.pool = pool or self.family.pools[0]
         self._padding = int(getattr(config, "pad_token_id", None) or 0) if padding is None else padding
         self.shape.check(Reads(pool=self.pool), self._name)

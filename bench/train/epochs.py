@@ -102,17 +102,19 @@ class EpochLoop(Context):
         self.step_of_epoch: int | None = None
         """The current training step, from 1; None outside the training phases."""
         self.outcome = Outcome()
-        precision = cell.training.precision
-        self.autocast_dtype = AUTOCAST.get(precision)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.autocast_dtype = AUTOCAST.get(cell.training.precision)
+        self.scaler = self._new_scaler()
         self.terms_of: Callable[[Batch], dict[str, Tensor]] = partial(loss_terms, method, model)
         """The terms of the loss of a batch, with their graph; replaceable by a faster way to compute the same."""
         self.delta: DeltaFile | None = None
         """Takes what the method has trained whenever the test targets are ranked."""
 
     def __deepcopy__(self, _memo: object) -> EpochLoop:
-        """Itself: the copy of a method that has kept its context works on the same data."""
+        """Return itself: the copy of a method that keeps its context works on the same data."""
         return self
+
+    def _new_scaler(self) -> torch.amp.GradScaler:
+        return torch.amp.GradScaler(self.device.type, enabled=self.cell.training.precision == "fp16")
 
     def optimizer(self) -> torch.optim.Optimizer:
         """The method's optimiser for the parameters that train now."""

@@ -1,4 +1,4 @@
-"""The procedure of a cell: stages, and what a method's own procedure is made of."""
+"""The procedure of a cell: its stages, and the context that a method's own procedure uses."""
 
 from __future__ import annotations
 
@@ -76,8 +76,10 @@ class Trainer(EpochLoop):
         """Train by the method's stages, each with a new optimiser. Stops early on validation within a stage."""
         epochs = self.cell.training.epochs if epochs is None else epochs
         if epochs < 1:
-            raise ValueError(f"train(epochs={epochs}): at least one epoch")
+            raise ValueError(f"train(epochs={epochs}): epochs must be at least 1")
         stages = self.method.stages()
+        if len({stage.name for stage in stages}) < len(stages):
+            raise ValueError("stages() needs a different name for every stage: T, M and P are those of the last one")
         with self._only(users, epochs):
             for stage, share in zip(stages, _split_epochs(epochs, stages), strict=True):
                 self.state.stage = stage
@@ -123,7 +125,7 @@ class Trainer(EpochLoop):
 
     @contextmanager
     def _only(self, users: Users | None, epochs: int) -> Iterator[None]:
-        """Train on these users within: their batches, their steps per epoch, their schedule."""
+        """Train on these users within the block, with their batches, steps per epoch and schedule."""
         before = self.loader, self._extra_batches
         self.loader = self._batches_of(users)
         if users is not None:
@@ -180,7 +182,7 @@ class Trainer(EpochLoop):
             return self.build(method, seed)
 
     def adopt(self, fork: Context) -> None:
-        """Go on as the fork: its model, method, state, epochs and ranks become the cell's."""
+        """Continue as the fork: its model, method, state, epochs and ranks become the cell's."""
         assert isinstance(fork, Trainer)
         self.seed, self.model, self.method, self.state = fork.seed, fork.model, fork.method, fork.state
         self.loader, self._extra_batches = fork.loader, fork._extra_batches
@@ -193,11 +195,13 @@ class Trainer(EpochLoop):
         part = self.kept.read(name)
         if part is None:
             started, resumed_s, outcome = now(self.device), self.kept.resumed_s, replace(self.outcome)
-            delta, self.delta = self.delta, None
+            aside = self.delta, self._extra_batches, self.scaler
+            self.delta, self._extra_batches, self.scaler = None, self._endless_batches(), self._new_scaler()
             with self.phase(kind, name), separate_generators(f"{self.seed} {name}", self.device):
                 result = work()
             # Only what is kept may outlast the work: a later attempt finds nothing else.
-            self.outcome, self.delta = outcome, delta
+            self.outcome = outcome
+            self.delta, self._extra_batches, self.scaler = aside
             spent_s = now(self.device) - started + self.kept.resumed_s - resumed_s
             part = self.kept.write(name, Part(result, spent_s, self.state.epoch, self.state.step))
         self.state.epoch, self.state.step = part.epoch, part.step

@@ -98,7 +98,7 @@ def test_the_other_tower_is_refused(two_towers: tuple[Path, Any]) -> None:
 
 def test_an_encoder_without_two_towers_has_none(tmp_path: Path) -> None:
     folder = save(small_encoder("bert"), tmp_path)
-    refused(EncoderSpec(source=str(folder), tower="text"), "text", "no checkpoint with two towers; leave out tower")
+    refused(EncoderSpec(source=str(folder), tower="text"), "text", "does not have two towers; leave out tower")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -140,14 +140,14 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "one name twice": (lambda f: tensors(f, items=["fig", "fig", "plum", "pear"]), "name 3 different items for 4 rows"),
     "an item without": (
         lambda f: tensors(f, items=["fig", "apple", "plum", "kiwi"]),
-        r"no states of 1 items of the data set \(first: pear\)",
+        r"no states for 1 items of the data set \(first: pear\)",
     ),
     "names that are no list": (lambda f: tensors(f, items="fig"), "states.safetensors: not readable"),
     "not finite": (lambda f: npy(f, HOLED.numpy()), "row 2 holds a value that is not finite"),
     "infinite": (lambda f: tensors(f, (STATES * 1e30).bfloat16() * 1e30), "row 0 holds a value that is not finite"),
     "an option": (
         lambda f: npy(f).model_copy(update={"weights": "random"}),
-        "precomputed states have no options but their source",
+        "precomputed states take no options besides source",
     ),
 }
 

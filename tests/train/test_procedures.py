@@ -120,7 +120,7 @@ def test_users_that_are_none_are_refused(make_trainer: MakeTrainer, users: Any) 
     for use in (trainer.train, trainer.batches):
         with pytest.raises(ValueError, match="row numbers of training users, 0 to 59, each once"):
             use(users=users)
-    with pytest.raises(ValueError, match="at least one epoch"):
+    with pytest.raises(ValueError, match="epochs must be at least 1"):
         trainer.train(epochs=0)
 
 
@@ -377,6 +377,40 @@ def test_only_what_is_kept_outlasts_a_part(make_trainer: MakeTrainer, monkeypatc
         assert trainer.outcome.best_recall == 0.1
         assert method.log == [(2, 4)]
         scripted(monkeypatch, [0.9, 0.1])
+
+
+def test_a_part_draws_the_same_batches_if_the_part_before_it_was_kept(make_trainer: MakeTrainer, tmp_path: Any) -> None:
+    """Also outside of parts: where those within were drawn, a later attempt draws none."""
+
+    def drawn(trainer: Trainer) -> list[float]:
+        def work() -> dict[str, Any]:
+            return {"losses": [float(loss.detach()) for loss in trainer.training_losses(1)]}
+
+        trainer.model.sequence.requires_grad_(False)
+        values = [trainer.once("search", name, work)["losses"] for name in ("first", "second")]
+        return [*values[1], *(float(loss.detach()) for loss in trainer.training_losses(1))]
+
+    uninterrupted = drawn(make_trainer(Toy(), kept=Kept(tmp_path), dropout=0.0))
+    next(tmp_path.glob("second*")).unlink()
+    assert drawn(make_trainer(Toy(), kept=Kept(tmp_path), dropout=0.0)) == uninterrupted
+
+
+def test_the_loss_scale_of_a_part_is_its_own(make_trainer: MakeTrainer) -> None:
+    """Else a part after one that was kept would begin with another scale than after one that was done."""
+    trainer = make_trainer(Toy())
+    scaler, inside = trainer.scaler, []
+    trainer.once("round", "one", lambda: inside.append(trainer.scaler) or {})
+    assert trainer.scaler is scaler
+    assert inside[0] is not scaler
+
+
+def test_stages_of_one_name_are_refused(make_trainer: MakeTrainer) -> None:
+    class Twice(Toy):
+        def stages(self) -> tuple[Stage, ...]:
+            return Stage(share=0.5), Stage(share=0.5)
+
+    with pytest.raises(ValueError, match="a different name for every stage"):
+        make_trainer(Twice()).run()
 
 
 def test_epoch_and_step_go_on_after_a_part_that_was_kept(make_trainer: MakeTrainer, tmp_path: Any) -> None:
