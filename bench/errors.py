@@ -34,4 +34,4 @@ def first_problem(error: ValidationError) -> FieldProblem:
 
 def one_line(error: BaseException, length: int = 200) -> str:
     """Kind and message of an error, the message cut to ``length``."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:length]}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:length]}".removesuffix(": ")

@@ -129,7 +129,7 @@ def tpme_contract(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Ru
         return results
 
     yield run
-    gc.unfreeze()  # the suite freezes the objects of the libraries
+    gc.unfreeze()  # the suite calls gc.freeze()
 
 
 def _folders(methods_path: str | Path | Sequence[str | Path], root: Path) -> list[Path]:

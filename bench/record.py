@@ -91,11 +91,11 @@ class LearningRates(Frozen):
     image: PositiveFloat = 4e-4
     method: PositiveFloat = 4e-4
     groups: dict[str, PositiveFloat] = {}
-    """Of groups that a method names itself (``Method.groups``); one that is not in here trains at ``method``."""
+    """Of groups that a method names itself (``Method.groups``); the others use the rate ``method``."""
 
     @model_serializer(mode="wrap")
     def _without_empty_groups(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Identities and files of cells without groups are those from before there were any."""
+        """Leave out empty groups: identities and files of such cells stay those of older versions."""
         return {name: value for name, value in dump(self).items() if name != "groups" or value}
 
     def of(self, group: str) -> float:
@@ -264,7 +264,7 @@ class Phase(Frozen):
 
 
 class Timings(Frozen):
-    """Wall times of repeated runs of the same work, in their order; a run is one pass or several, one after another."""
+    """Wall times of repeated runs of the same work, in order; a run is one pass or several in a row."""
 
     size: PositiveInt
     """Items or users of a pass."""

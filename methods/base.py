@@ -201,7 +201,7 @@ class Method:
     # --- structure ----------------------------------------------------------------------------------------------
 
     def item_encoder(self, task: TaskShape) -> ItemEncoder:
-        """The module that maps hidden states to item vectors; default: token 0, projected, concatenated and fused."""
+        """The module that maps hidden states to item vectors; default: last states, projected and fused."""
         return TokenFusion(task.encoders, task.dim)
 
     def frozen_encoders(self, modalities: Sequence[Modality]) -> tuple[Modality, ...]:
@@ -289,10 +289,10 @@ class Method:
         return {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
 
     def load_state(self, model: Recommender, state: Mapping[str, Tensor]) -> None:
-        """Load a ``state`` into a freshly adapted model; a later stage may have trained other parameters than it does.
+        """Load a ``state`` into a freshly adapted model, in which other parameters may train than in the last stage.
 
         Raises:
-            KeyError: a name is of no parameter, or one that trains is missing.
+            KeyError: the state names something that is no parameter, or lacks one that trains.
             ValueError: a shape differs.
         """
         own = dict(model.named_parameters())

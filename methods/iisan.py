@@ -154,7 +154,7 @@ def _check_alike(task: TaskShape) -> None:
 
 
 class IISAN(Method):
-    """Side networks over token 0 of every second hidden state; no gradients flow through the encoders.
+    """Side networks over every second hidden state, pooled; no gradients flow through the encoders.
 
     Trainable at BERT-base + ViT-B/16, bottleneck 64: 4,113,877 with the recommender's own parts (intra only
     2,776,014, inter only 1,438,151). Because the encoders get no gradients, their hidden states can be cached

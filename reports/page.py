@@ -180,7 +180,7 @@ def matrix_of(cell: Cell, facts: DatasetFacts | None = None) -> str:
         if spec is not None
     }
     if any(shorten_path(spec.source) != spec.source for spec in encoders.values() if spec is not None):
-        head.append("fill in: source, the folder or file of an encoder, of which only the end is told here")
+        head.append("fill in: source, the folder or file of an encoder; only the end of its path is shown here")
     method = {"name": cell.method, "options": cell.options, "cached": cell.cached}
     lines = {
         "name": "cell",

@@ -170,7 +170,7 @@ def _training(point: Point, trainer: Any) -> tuple[float, dict[str, float]]:
     for epoch, length in ((1, min(WARMUP, whole)), (2, steps)):
         trainer.state.epoch, trainer.loader.steps = epoch, length
         trainer.train_epoch(optimizer, f"epoch {epoch}")
-    step_s = median(s for s, epoch in zip(trainer.outcome.step_s, trainer.outcome.step_epoch, strict=True) if epoch > 1)
+    step_s = median(trainer.outcome.step_s[-steps:])
     if point.axis == "users":
         return trainer.phases.phases[-1].wall_s, {"step_s": step_s}
     return step_s * (1 if point.axis == "depth" else whole), {"step_s": step_s}
@@ -181,6 +181,7 @@ def _evaluation(trainer: Any, phases: PhaseLog) -> tuple[float, dict[str, float]
     from tpme.bench.task.evaluate import item_matrix, rank_split
 
     for _ in range(2):
+        trainer.model.eval()
         with phases.phase("validate"):
             vectors = item_matrix(trainer.encode, trainer.store, trainer.device)
         with phases.phase("rank"):

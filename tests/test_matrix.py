@@ -165,7 +165,7 @@ def test_a_method_gets_the_learning_rates_of_its_own_groups(tmp_path: Path) -> N
     shared = {"groups": {"gates": 3e-2, "banks": 2e-2}}
     assert rates([gated, fft], lr=shared) == [{"gates": 1e-2, "banks": 2e-2}, shared["groups"], {}, {}]
     assert rates([{"name": "gated"}, {"name": "id"}], axes={"lr": [shared, 1e-3]}) == [shared["groups"], {}, {}, {}]
-    with pytest.raises(UserError, match=r"method 'fft', lr.groups: no .*'gates'; it names no groups of its own"):
+    with pytest.raises(UserError, match=r"method 'fft', lr.groups: no .*'gates'; there are no groups"):
         rates([{"name": "gated"}, {"name": "fft", "lr": [{"groups": {"gates": 1e-2}}]}])
     with pytest.raises(UserError, match=r"matrix .*, lr.groups: no .*'gatse'; its groups are: banks, gates$"):
         rates([{"name": "gated"}], lr={"groups": {"gatse": 1e-2}})
@@ -282,7 +282,7 @@ CONFLICTS: dict[str, tuple[dict[str, Any], str]] = {
     "bad option": ({"methods": [{"name": "lora", "options": {"rank": 0}}]}, "'lora', option 'rank': .*greater than 0"),
     "cached encoders that train": (
         {"methods": [{"name": "fft", "cached": True}]},
-        "'fft' cannot be cached: it changes",
+        "'fft' cannot be cached: it leaves no encoder frozen",
     ),
     "half cached": ({"methods": [{"name": "fft", "cached": [False, True]}]}, "'fft' cannot be cached"),
     "unequal trials": (

@@ -50,7 +50,7 @@ def presets(as_json: AsJson = False) -> None:
 
 @app.command()
 def encoders(as_json: AsJson = False) -> None:
-    """List the built-in encoders; name any other by hub ID or folder."""
+    """List the built-in encoders; a matrix may also name a hub ID, a folder, or precomputed states (states:FILE)."""
     from tpme.bench.task.builtin import BUILTIN, builtin_folder
 
     rows = []

@@ -11,12 +11,12 @@ import typer
 
 from tpme.bench.commands.options import MethodsPath
 
-app = typer.Typer(no_args_is_help=True, help="Check a fine-tuning method of your own.")
+app = typer.Typer(no_args_is_help=True, help="Check your own fine-tuning method.")
 
 
 @app.callback()
 def _group() -> None:
-    """Keep ``check`` a command of its own, although there is no other."""
+    """Keep ``check`` a subcommand: Typer would drop the name of an only command."""
 
 
 @app.command()
@@ -27,12 +27,12 @@ def check(
         list[str] | None, typer.Option("--set", help="Set an option of the method: rank=4.", metavar="OPTION=VALUE")
     ] = None,
     slow: Annotated[
-        bool, typer.Option("--slow", help="Also through torch.compile, and on a second pair of encoders (minutes).")
+        bool, typer.Option("--slow", help="Also run torch.compile and a second pair of encoders (minutes).")
     ] = False,
 ) -> None:
-    """Check that a method keeps the contract: it is trained on small encoders in every way that a cell may be.
+    """Check that a method keeps the contract by training it on small encoders.
 
-    Prints a line for every check. Exit codes: 0 passed, 1 failed, 2 bad input.
+    Prints a line per check. Exit codes: 0 keeps the contract, 1 does not, 2 bad input.
     """
     from rich.console import Console
 

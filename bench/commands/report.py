@@ -24,7 +24,7 @@ def report(
         str | None, typer.Option(help="What to write beside report.md: html,csv,json,tex,png,svg,pdf or all.")
     ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes that draw; by default one per core.")] = None,
-    show: Annotated[str, typer.Option(help="Tables to print: results,steps,plan,phases,... or all.")] = "results",
+    show: Annotated[str, typer.Option(help="Tables to print: results,inference,steps,phases,... or all.")] = "results",
 ) -> None:
     """Turn records into tables, figures and report.md."""
     from rich.console import Console

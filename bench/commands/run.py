@@ -27,7 +27,7 @@ def run(
         bool, typer.Option("--cuda-graphs", help="Short for --set training.cuda_graphs=true.")
     ] = False,
     save_adapters: Annotated[
-        bool, typer.Option("--save-adapters", help="Keep what each method has trained beside its record.")
+        bool, typer.Option("--save-adapters", help="Save the trained delta of each cell beside its record.")
     ] = False,
     report: Annotated[bool, typer.Option(help="Write the report at the end.")] = True,
 ) -> None:

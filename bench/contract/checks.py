@@ -1,7 +1,7 @@
 """The contract suite: what every method must keep, whoever wrote it.
 
-A check is a plain function of a ``Subject``: it returns where the method keeps the contract, raises ``ContractError``
-with one line where it does not, and ``NotApplicable`` where it says nothing about the method.
+A check is a plain function of a ``Subject``. It returns if the method keeps the contract, raises ``ContractError`` with
+one line if not, and ``NotApplicable`` if the check does not apply to the method.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def subjects_of(
     pair: Pair = PAIRS[0],
     methods_path: Sequence[Path] = (),
 ) -> Iterator[Subject]:
-    """What the suite tries of a method: with its options, with all of them changed, and on each modality alone.
+    """Yield the subjects of a method: with its options, with all of them changed, and on each modality alone.
 
     Raises:
         UserError: an unknown method, or an option that does not fit.

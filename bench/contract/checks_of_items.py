@@ -16,7 +16,7 @@ from tpme.bench.train.loop import Trainer
 from tpme.bench.train.step import total_loss
 
 HALF = 1e-3
-"""Float16 keeps 11 bits: states read back from a cache are that near to those of the encoders."""
+"""Tolerance for states read from a cache: float16 has 11 significant bits."""
 
 
 def evaluation_repeats(subject: Subject) -> None:
@@ -74,7 +74,7 @@ def padding_changes_nothing(subject: Subject) -> None:
 
 
 def cached_equals_uncached(subject: Subject) -> None:
-    """On states cached from fresh encoders in half precision, it computes what it computes on the encoders."""
+    """The method computes the same on cached states, of fresh encoders in half precision, as on its encoders."""
     _require_frozen_encoders(subject)
     trainer = subject.trainer()
     job = subject.job(subject.cell())
@@ -127,10 +127,10 @@ def _compare_step(subject: Subject, trainer: Trainer, cached: Trainer) -> None:
 
 
 def cache_key_names_what_is_read(subject: Subject) -> None:
-    """Whatever its options are, what it reads of the encoders is what ``reads`` says: the key of a feature cache.
+    """``reads``, the key of a feature cache, says all that the method reads of its encoders, for all of its options.
 
-    A cache is found again by the encoders and the ``reads`` of the item encoder. An option that changes the states in
-    any other way would read the cache of another option.
+    A cache is looked up by its encoder and the ``reads`` of the item encoder. If an option changed the states in any
+    other way, cells with that option would read the cache of another one.
     """
     _require_frozen_encoders(subject)
     for options in ({}, *subject.alternatives):
@@ -145,8 +145,8 @@ def cache_key_names_what_is_read(subject: Subject) -> None:
                     for name, kept in named_tensors(model.states(modality, items)).items()
                 ):
                     raise ContractError(
-                        f"with {options or 'these options'}, the {modality} states are not those that `reads` names: "
-                        "the feature cache's key does not know of the difference"
+                        f"with {options or 'these options'}, the {modality} states are not those that `reads` names, "
+                        "so the feature cache would return the states of other options"
                     )
 
 

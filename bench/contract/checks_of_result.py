@@ -96,7 +96,7 @@ def deep_copy_is_independent(subject: Subject) -> None:
 
 
 def _restored(subject: Subject, trainer: Trainer) -> Trainer:
-    """A trainer of another seed whose model has the state of ``trainer``'s.
+    """A new trainer of another seed whose model has loaded the state of ``trainer``'s model.
 
     A search may have ended with another method, or with other options, than the cell's: they tell the structure.
     """

@@ -52,7 +52,7 @@ def one_learning_rate_each(subject: Subject) -> None:
     grouped = [id(parameter) for group in groups for parameter in group["params"]]
     for name, parameter in trainer.model.named_parameters():
         if parameter.requires_grad and grouped.count(id(parameter)) != 1:
-            raise ContractError(f"'{name}' is in {grouped.count(id(parameter))} groups of param_groups, not in one")
+            raise ContractError(f"'{name}' is in {grouped.count(id(parameter))} groups of param_groups instead of one")
     if not all(group["lr"] > 0 for group in groups):
         raise ContractError("param_groups gives a group a learning rate of 0")
     twice = trainer.method.param_groups(trainer.model, LearningRates(recommender=2.0, text=4.0, image=6.0, method=8.0))

@@ -1,4 +1,4 @@
-"""How a check ends that does not pass, and the comparison of tensors that most checks make."""
+"""Outcomes of a check that does not pass, and the comparison of tensors that most checks use."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class ContractError(AssertionError):
 
 
 class NotApplicable(Exception):  # noqa: N818 - an outcome, not an error
-    """A check says nothing about this subject; the message is the reason."""
+    """A check does not apply to this subject; the message is the reason."""
 
 
 def expect_close(found: Tensor, expected: Tensor, problem: str, *, atol: float = 1e-5, rtol: float = 1e-4) -> None:

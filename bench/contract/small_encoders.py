@@ -62,7 +62,7 @@ def small_config(family: str, *, dropout: float = 0.0, width: int = 16, depth: i
         "num_hidden_layers": depth,
         "num_attention_heads": 2,
         "hidden_size": width,
-        "initializer_range": 0.2,  # weights that matter: with 0.02 so small an encoder hardly tells items apart
+        "initializer_range": 0.2,  # with the usual 0.02, an encoder this small hardly distinguishes items
         **dict.fromkeys(_DROPOUT_NAMES.get(family, _DROPOUT), dropout),
     }
     if family == "distilbert":

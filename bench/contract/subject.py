@@ -83,7 +83,7 @@ class Subject:
 
     @cached_property
     def frozen(self) -> tuple[Modality, ...]:
-        """The modalities whose encoders it leaves as they are, in its own words."""
+        """The modalities whose encoders the method declares to be frozen."""
         return self.method().frozen_encoders(self.used)
 
     @property
@@ -93,11 +93,11 @@ class Subject:
 
     @property
     def fresh_views(self) -> dict[Modality, EncoderView]:
-        """Its encoders, unadapted: to be read only."""
+        """The unadapted encoders; callers must not change them."""
         return {modality: self.world.fresh_view(self._families[modality]) for modality in self.used}
 
     def cell(self, *, seed: int = 1, protocol: Literal["suite", "paper"] = "suite", cached: bool = False) -> Cell:
-        """The settings that it is trained under."""
+        """The settings under which the method is trained."""
         specs = self.specs
         return Cell(
             method=self.name,
@@ -148,7 +148,7 @@ class Subject:
 
     @cached_property
     def trained(self) -> Trained:
-        """The method after its whole procedure; checks must leave it as it is.
+        """The method after its whole procedure; checks must not change it.
 
         Raises:
             NotApplicable: the training failed, which is a check of its own.
@@ -187,13 +187,13 @@ class Subject:
 
     @cached_property
     def task(self) -> TaskShape:
-        """What the method is told of the task."""
+        """The sizes that the method is given."""
         shapes = {modality: view.shape for modality, view in self.fresh_views.items()}
         return TaskShape(TRAINING.embedding_dim, self.world.dataset.manifest.items, shapes)
 
     @cached_property
     def refusal(self) -> str | None:
-        """Why the method cannot be built on these encoders, in its own words; ``None`` where it can."""
+        """The error message of a method that cannot be built on these encoders; ``None`` if it can."""
         try:
             self.trainer()
         except UserError as error:
@@ -266,4 +266,4 @@ def _parts(annotation: Any) -> Iterator[Any]:
 
 
 def _silent(_what: str, _share: float) -> None:
-    """Report progress to nobody."""
+    """Ignore progress."""

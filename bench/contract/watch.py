@@ -1,4 +1,4 @@
-"""What a training does to every parameter, seen from outside: which trained, which a gradient reached, which moved."""
+"""Watches a training from outside: which parameters trained, which a gradient reached, which changed."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from tpme.bench.task.view import EncoderView
 
 USERS, ITEMS, TITLE_TOKENS = 30, 40, 8
 DROPOUT = 0.3
-"""Of the encoders: wherever they must not drop anything, it shows."""
+"""Of the encoders: high enough to show wherever dropout is active and must not be."""
 
 Pair = tuple[str, str]
 """A family of text encoders and one of image encoders."""
@@ -33,7 +33,7 @@ PAIRS: tuple[Pair, ...] = (("bert", "vit"), ("llama", "siglip-image"))
 
 
 class SmallWorld:
-    """Prepared data and saved encoders below ``folder``; each is made when it is first asked for."""
+    """Prepared data and saved encoders below ``folder``; each is made on first use."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -45,7 +45,7 @@ class SmallWorld:
     def data(self) -> Path:
         """The synthetic catalogue, prepared."""
         prepare(generate(Synthetic(users=USERS, items=ITEMS)), self.folder / "data", image_size=SIDE, workers=1)
-        gc.freeze()  # a million objects of the libraries: every phase of a training collects garbage
+        gc.freeze()  # every phase collects garbage: let it skip the objects of the libraries
         return self.folder / "data"
 
     @cached_property
@@ -70,7 +70,7 @@ class SmallWorld:
         return EncoderSpec(source=str(folder))
 
     def fresh_view(self, family: str) -> EncoderView:
-        """The unadapted encoder of ``family``, loaded once: to be read only."""
+        """The unadapted encoder of ``family``, loaded once; callers must not change it."""
         if family not in self._views:
             self._views[family] = load_encoder(self.encoder(family), modality_of(family)).view
         return self._views[family]

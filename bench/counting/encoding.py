@@ -1,4 +1,4 @@
-"""FLOPs of encoding items, counted while a real model encodes real ones: work that their data skips is not counted."""
+"""FLOPs of encoding items, counted while a real model encodes real items: skipped work is not counted."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def item_flops(encode: Callable[[Items], Tensor], items: Items) -> tuple[float, 
         The FLOPs, and the operators that may compute something but have no FLOP formula; where there are any, the
         FLOPs are a lower bound.
     """
-    # Dynamo would give up what it meets under a dispatch mode. Nothing is compiled where it was not imported yet,
-    # which takes a second.
+    # Under a dispatch mode Dynamo would stop compiling the functions it meets. If it is not imported yet, nothing is
+    # compiled, and importing it would take a second.
     eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one operator for a whole layer of nn.TransformerEncoder

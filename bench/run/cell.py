@@ -20,7 +20,7 @@ from typing import NoReturn
 import torch
 
 from tpme.bench.counting.meta import MetaCell
-from tpme.bench.errors import UserError
+from tpme.bench.errors import UserError, one_line
 from tpme.bench.measure.environment import environment
 from tpme.bench.measure.phases import PhaseLog, measuring
 from tpme.bench.record import CellResult, EncoderSpec, Modality, Reading, Status, write_result
@@ -106,7 +106,13 @@ class CellRun:
         facts.counters |= guarded_split(trainer)
         with self.phases.phase("export"):
             method.prepare_inference(model)
-        facts.inference = measure_inference(trainer)
+        self._measure_inference(trainer)
+
+    def _measure_inference(self, trainer: Trainer) -> None:
+        try:
+            self.facts.inference = measure_inference(trainer)
+        except Exception as error:  # of memory, say; what was trained is a result all the same
+            self.facts.flag("no-inference", f"inference was not measured: {one_line(error)}")
 
     def prepare(self) -> Trainer:
         """Load data and encoders and let the method adapt them; returns what trains the cell."""
@@ -173,7 +179,7 @@ class CellRun:
             any(reads[m] != held.get(m) for m in (*use.cached, *use.given))
             or not use.run.keys() <= of.model.views.keys()
         ):
-            raise UserError(f"{cell.label}: a fork reads other hidden states than are cached; run it without 'cached'")
+            raise UserError(f"{cell.label}: a fork reads hidden states that are not cached; set cached = false")
         views = {modality: load_encoder(spec, modality, seed=cell.seed).view for modality, spec in use.run.items()}
         model = builder.build(views, seed).to(self.device)
         if cell.training.compile:
@@ -185,7 +191,7 @@ class CellRun:
         return fork
 
     def _load_states(self, use: EncoderUse, reads: Mapping[Modality, Reads], dataset: Dataset) -> dict[Modality, Table]:
-        """Cached and precomputed hidden states; separate processes build the caches that there are not yet."""
+        """Cached and precomputed hidden states; separate processes build the caches that are missing."""
         given = {}
         for modality, spec in use.given.items():
             file = StatesFile.open(spec)

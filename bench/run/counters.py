@@ -21,7 +21,7 @@ from tpme.bench.train.outcome import WARMUP_EPOCHS, Outcome
 
 
 def trained_structure(trainer: Trainer) -> MetaCell | Exception:
-    """What the cell has trained, for its exact counters; the error where it cannot be had, which costs those alone."""
+    """The structure as trained, for the exact counters; or the error that prevents these counters, and nothing else."""
     try:
         return MetaCell.trained(trainer, DataShape.of(trainer.dataset))
     except Exception as error:

@@ -42,10 +42,7 @@ def check_cached(name: str, method: Method, modalities: tuple[Modality, ...]) ->
     from tpme.bench.train.build import used_modalities
 
     if not method.frozen_encoders(used_modalities(method, modalities)):
-        raise UserError(
-            f"method '{name}' cannot be cached: it changes the encoders, so their hidden states do not stay the same; "
-            "remove cached = true"
-        )
+        raise UserError(f"method '{name}' cannot be cached: it leaves no encoder frozen; remove cached = true")
 
 
 def check_dtypes(cell: Cell, method: Method) -> None:

@@ -26,15 +26,15 @@ TOP = 10
 SINGLES, USERS, COMPARED = 32, 256, 4
 """Items that are timed one by one, users that are served in turn, and items whose FLOPs are compared."""
 FEWEST, MOST = 7, 25
-"""Bounds of the number of runs; of seven against seven a rank test can tell a change (``tpme check``)."""
+"""Bounds of the number of runs; with seven against seven a rank test can detect a change (``tpme check``)."""
 SHARE, LEAST_S, MOST_S = 0.03, 0.1, 1.0
-"""What all runs of a work may take: so much of the training time, but at least and, beyond the fewest runs of single
-passes, at most so many seconds."""
+"""Time of all runs of one work: a share of the training time, but at least ``LEAST_S`` seconds; where a run has several
+passes, at most ``MOST_S``. The fewest runs are done in any case."""
 
 
 @torch.no_grad()
 def measure_inference(trainer: Trainer) -> Inference:
-    """Time, memory and FLOPs of the prepared model; a measurement that fails costs its own reading alone."""
+    """Time, memory and FLOPs of the prepared model; a timing or count that fails makes only its own reading missing."""
     model, phases = trainer.model, trainer.phases
     model.eval()
     encode = trainer.encode

@@ -309,7 +309,7 @@ def _groups(
 ) -> dict[int, tuple[str, ...]]:
     """The learning-rate groups that each method entry names itself, by its identity.
 
-    Raises UserError where the matrix sets one that no method has, or a method's own ``lr`` one that it has not.
+    Raises UserError for a group in the matrix that no method has, or in a method's own ``lr`` that this method lacks.
     """
     from tpme.methods.registry import create
 
@@ -321,7 +321,7 @@ def _groups(
     ):
         for name in (name for rates in trials if isinstance(rates, LearningRates) for name in rates.groups):
             if name not in known:
-                there = f"its groups are: {', '.join(known)}" if known else "it names no groups of its own"
+                there = f"its groups are: {', '.join(known)}" if known else "there are no groups"
                 raise UserError(f"{where}, lr.groups: no learning-rate group '{name}'; {there}")
     return groups
 

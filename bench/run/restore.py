@@ -1,4 +1,4 @@
-"""A trained model back from its record and the delta that ``tpme run --save-adapters`` wrote beside it."""
+"""Restores a trained model from its record and the delta that ``tpme run --save-adapters`` wrote beside it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ def restore(
     methods_path: Sequence[Path] = (),
     device: str | None = None,
 ) -> Trainer:
-    """A fresh model of the cell of ``record`` with what was trained at its best epoch, not prepared for inference.
+    """Build a fresh model of the cell of ``record`` and load its delta, as of the best epoch. Returns its trainer.
+
+    The model is not prepared for inference.
 
     ``validate()`` of the returned trainer ranks the test targets again (``outcome.test_ranks``).
 
@@ -36,11 +38,11 @@ def restore(
         methods_path: folders with further methods. device: ``cpu`` or ``cuda``; by default that of the record.
 
     Raises:
-        UserError: the record has no adapter, or data, encoders or method are not those of the record.
+        UserError: the record has no adapter file, or data, encoders or method are not those of the record.
     """
     result = read_result(record)
     if "adapter" not in result.files:
-        raise UserError(f"{record}: it has no adapter; run its matrix with --save-adapters")
+        raise UserError(f"{record}: it has no adapter file; run its matrix with --save-adapters")
     facts, state = read_delta(record.parent / result.files["adapter"])
     job = Job(
         cell=result.cell.model_copy(update={"device": device or result.cell.device}),
@@ -69,6 +71,6 @@ def _final_method(driver: Method, facts: DeltaFacts, record: Path, methods_path:
     registered = (method_class(name, methods_path) for name in available(methods_path)) if cls is None else ()
     cls = next((one for one in registered if one.__qualname__ == facts.method), cls)
     if cls is None:
-        raise UserError(f"{record}: its model was adapted by {facts.method}, which {type(driver).__module__} has not")
+        raise UserError(f"{record}: its model was adapted by {facts.method}, which is not in {type(driver).__module__}")
     method: Method = cls(cls.Config.model_validate_json(facts.options))
     return method

@@ -10,6 +10,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -89,8 +90,13 @@ def _taken(table: Tensor, ids: NDArray[np.int64], *, pin: bool) -> Tensor:
     """
     rows = torch.empty((len(ids), *table.shape[1:]), dtype=table.dtype, pin_memory=pin)
     # mode="raise" copies through a buffer; all ids are valid here.
-    np.take(table.numpy(), ids, axis=0, out=rows.numpy(), mode="clip")
+    np.take(_numpy(table), ids, axis=0, out=_numpy(rows), mode="clip")
     return rows
+
+
+def _numpy(values: Tensor) -> NDArray[Any]:
+    """The memory of ``values``; of bfloat16, which numpy does not know, as integers."""
+    return (values.view(torch.int16) if values.dtype == torch.bfloat16 else values).numpy()
 
 
 @dataclass(frozen=True)

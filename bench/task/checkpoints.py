@@ -79,11 +79,10 @@ def read_config(spec: EncoderSpec, folder: Path, modality: Modality) -> Any:
         raise UserError(f"encoder '{spec.source}': its config.json is not usable ({first_line(error)})") from None
     towers = TOWERS.get(config.model_type)
     if towers is not None:
-        config = getattr(config, towers[spec.tower or modality])
+        dtype, config = config.dtype, getattr(config, towers[spec.tower or modality])
+        config.dtype = config.dtype or dtype  # saved once for both
     elif spec.tower is not None:
-        raise UserError(
-            f"encoder '{spec.source}': it is no checkpoint with two towers; leave out tower = '{spec.tower}'"
-        )
+        raise UserError(f"encoder '{spec.source}': it does not have two towers; leave out tower = '{spec.tower}'")
     try:
         kind = family_of(config.model_type).modality
     except UserError as error:
@@ -102,13 +101,13 @@ def weights_dtype(spec: EncoderSpec, config: Any) -> torch.dtype:
 def sentence_pool(spec: EncoderSpec, folder: Path, commit: str | None) -> Pool | None:
     """How a sentence-transformers checkpoint pools its tokens; ``None`` for other checkpoints.
 
-    Raises UserError for a pooling that does not exist here, where the matrix names none itself.
+    Raises UserError for a pooling that is not supported; the matrix must then set one.
     """
     path: Path | None = folder / POOLING
     if commit is not None:
         try:
             path = repository_file(spec.source, POOLING, commit, f"encoder '{spec.source}'")
-        except UserError:  # not in the cache, and no hub: what fetched the encoder took it for one without
+        except UserError:  # offline and not in the cache: the encoder was fetched without this file
             path = None
     if path is None or not path.is_file():
         return None
@@ -150,7 +149,10 @@ def from_config(spec: EncoderSpec, config: Any, seed: int, *, meta: bool) -> Any
     except (OSError, ValueError, ImportError) as error:
         message = f"encoder '{spec.source}': no encoder can be built from its configuration ({first_line(error)})"
         raise UserError(message) from None
-    return module.to(weights_dtype(spec, config))
+    for parameter in module.parameters():
+        # As loading does: buffers keep their type, because angles of rotary positions are inexact in half precision.
+        parameter.data = parameter.data.to(weights_dtype(spec, config))
+    return module
 
 
 def from_weights(spec: EncoderSpec, folder: Path, commit: str | None, config: Any, **placement: Any) -> Any:

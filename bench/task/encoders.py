@@ -26,10 +26,12 @@ from tpme.bench.task.families import family_of
 from tpme.bench.task.hub import repository_file
 from tpme.bench.task.items import EncoderShape, Reads
 from tpme.bench.task.precomputed import StatesFile
+from tpme.bench.task.tokens import load_tokenizer
 from tpme.bench.task.view import EncoderView
 
 _HALF = (0.5, 0.5, 0.5)
-_PROCESSOR = "preprocessor_config.json"
+_PROCESSORS = {"preprocessor_config.json": None, "processor_config.json": "image_processor"}
+"""Where the settings of an image processor are: name of the file, and key in it (two towers, since transformers 5)."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,10 @@ def load_encoder(
         module = streamed(spec, folder, commit, config, device)
     else:
         module = from_weights(spec, folder, commit, config).to(device)
+    pool = _pool(spec, folder, commit, modality)
+    padding = None if device.type == "meta" else _padding(spec, config)
     try:
-        view = EncoderView(module.eval(), modality, mean, std, pool=_pool(spec, folder, commit, modality))
+        view = EncoderView(module.eval(), modality, mean, std, pool=pool, padding=padding)
     except UserError as error:
         raise UserError(f"encoder '{spec.source}': {error}") from None
     return Encoder(view, _facts(spec, commit, view))
@@ -86,6 +90,17 @@ def _host_bytes(spec: EncoderSpec, config: Any) -> int:
 
 def _pool(spec: EncoderSpec, folder: Path, commit: str | None, modality: Modality) -> Pool | None:
     return spec.pool or (sentence_pool(spec, folder, commit) if modality == "text" else None)
+
+
+def _padding(spec: EncoderSpec, config: Any) -> int | None:
+    """The tokenizer's padding, which the configuration of SigLIP 2 does not hold; ``None`` where it is masked."""
+    if not family_of(config.model_type).whole:
+        return None
+    try:
+        padding: int | None = load_tokenizer(spec.source, spec.revision).pad_token_id
+    except UserError:  # saved without a tokenizer; where titles are read, that is refused
+        return None
+    return padding
 
 
 def _facts(spec: EncoderSpec, commit: str | None, view: EncoderView) -> EncoderFacts:
@@ -155,16 +170,22 @@ def pin_revision(spec: EncoderSpec) -> EncoderSpec:
 
 def _normalisation(spec: EncoderSpec, folder: Path, commit: str | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and std per channel of the encoder's image processor; ViT's 0.5 if there is none."""
-    path: Path | None = folder / _PROCESSOR
-    if commit is not None:
-        path = repository_file(spec.source, _PROCESSOR, commit, f"encoder '{spec.source}'")
-    if path is None or not path.is_file():
-        return _HALF, _HALF
-    try:
-        settings = json.loads(path.read_bytes())
-        if not settings.get("do_normalize", True):
-            return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-        mean, std = (tuple(float(v) for v in settings.get(key) or _HALF) for key in ("image_mean", "image_std"))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"encoder '{spec.source}': its {_PROCESSOR} is not usable ({error})") from None
+    for name, part in _PROCESSORS.items():
+        path: Path | None = folder / name
+        if commit is not None:
+            path = repository_file(spec.source, name, commit, f"encoder '{spec.source}'")
+        if path is None or not path.is_file():
+            continue
+        try:
+            settings = json.loads(path.read_bytes())
+            return _mean_and_std(settings.get(part, {}) if part else settings)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"encoder '{spec.source}': its {name} is not usable ({error})") from None
+    return _HALF, _HALF
+
+
+def _mean_and_std(settings: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    if not settings.get("do_normalize", True):
+        return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    mean, std = (tuple(float(v) for v in settings.get(key) or _HALF) for key in ("image_mean", "image_std"))
     return mean, std

@@ -53,8 +53,8 @@ class LayerPlan:
 class Family:
     """One family of encoders.
 
-    pools: how its items can be read, its default first: not at a first token that sees no other one (causal
-        attention) or that is a patch like the others (an image encoder without class token).
+    pools: the supported poolings, the default first. A first token under causal attention and a single patch are not
+        among them, because they do not represent the item.
     layers, embeddings: the list of layers, and the module whose output the first of them reads.
     norm: the final norm; ``norm_outside``: the encoder does not apply it to ``last_hidden_state`` itself.
     unread: modules and parameters that no hidden state depends on; they are dropped.
@@ -191,22 +191,23 @@ _VIT = LayerPlan(
     norms=("layernorm_before", "layernorm_after"),
     halves=_pre_norm(("layernorm_before", "attention", ("dropout",)), ("layernorm_after", "mlp", ("dropout",))),
 )
-# Until transformers 5.17 DINOv2 had the names of ViT in transformers 4; gated in its largest size.
+# Until transformers 5.17 DINOv2 had the names of ViT in transformers 4; gated in its largest size, there as one linear.
 _DINO = LayerPlan(
     roles={
         "query": ("attention.q_proj", "attention.attention.query"),
         "key": ("attention.k_proj", "attention.attention.key"),
         "value": ("attention.v_proj", "attention.attention.value"),
         "attention_output": ("attention.o_proj", "attention.output.dense"),
-        "ffn_in": ("mlp.fc1", "mlp.up_proj"),
-        "ffn_gate": ("mlp.gate_proj",),
-        "ffn_out": ("mlp.fc2", "mlp.down_proj"),
+        "ffn_in": ("mlp.fc1", "mlp.up_proj", "mlp.weights_in.up"),
+        "ffn_gate": ("mlp.gate_proj", "mlp.weights_in.gate"),
+        "ffn_out": ("mlp.fc2", "mlp.down_proj", "mlp.weights_out"),
     },
     outputs=(("layer_scale1",), ("layer_scale2",)),
     norms=("norm1", "norm2"),
     halves=_pre_norm(
         ("norm1", "attention", ("layer_scale1", "drop_path")), ("norm2", "mlp", ("layer_scale2", "drop_path"))
     ),
+    fused={"mlp.weights_in": ("gate", "up")},
 )
 
 # --- encoders -------------------------------------------------------------------------------------------------------
@@ -253,7 +254,7 @@ def family_of(model_type: str | None) -> Family:
     return FAMILIES[model_type]
 
 
-# --- making one of them ready ---------------------------------------------------------------------------------------
+# --- preparing an encoder --------------------------------------------------------------------------------------------
 
 
 class SplitLinear(nn.Module):
@@ -289,7 +290,8 @@ def split_fused(module: nn.Module, family: Family) -> None:
     for layer in module.get_submodule(family.layers).children():
         for path, names in family.layer.fused.items():
             parent, _, name = path.rpartition(".")
-            fused = layer.get_submodule(path)
+            owner: Any = layer.get_submodule(parent)
+            fused = getattr(owner, name, None)  # not in every size and version
             streamed = hasattr(fused, "_hf_hook")  # its weights are on disk while it does not run
             if isinstance(fused, nn.Linear) and not streamed:
-                setattr(layer.get_submodule(parent), name, SplitLinear(fused, names))
+                setattr(owner, name, SplitLinear(fused, names))

@@ -74,8 +74,8 @@ class EncoderShape:
         """Raise UserError where ``reads`` takes a token of ``encoder`` that does not stand for the item."""
         if reads.tokens == "pooled" and reads.pool not in self.pools:
             raise UserError(
-                f"{encoder}: it cannot be read with pool = '{reads.pool}', because that token stands for itself alone; "
-                f"choose {' or '.join(self.pools)}"
+                f"{encoder}: it cannot be read with pool = '{reads.pool}', because that token does not represent the "
+                f"item; choose {' or '.join(self.pools)}"
             )
 
 

@@ -1,7 +1,7 @@
 """Precomputed hidden states in place of an encoder: ``source = "states:FILE"`` names a table with a row per item.
 
-The states (N, D), or K of them (N, K, D), come from a frozen model of one's own, whatever it reads. They are numbered
-like an encoder's: levels 0 to K-1, and the last one is the final state, too.
+The states (N, D), or K of them (N, K, D), come from a frozen model outside this package, whatever its input. They are
+numbered like an encoder's: levels 0 to K-1, and the last one is also the final state.
 
 ====================  =============================================================================================
 ``FILE.npy``          float16 or float32; a row for each line of the prepared data set's ``items.txt``, in that order
@@ -104,7 +104,7 @@ class StatesFile:
         an encoder has.
         """
         if spec != EncoderSpec(source=spec.source, revision=spec.revision):
-            raise UserError(f"encoder '{spec.source}': precomputed states have no options but their source")
+            raise UserError(f"encoder '{spec.source}': precomputed states take no options besides source")
         path = Path(spec.source.removeprefix("states:")).expanduser()
         read = {".npy": _npy_header, ".safetensors": _safetensors_header}.get(path.suffix)
         if read is None:
@@ -175,7 +175,7 @@ class StatesFile:
         row_of = {name: row for row, name in enumerate(self.items)}
         lacking = [name for name in names[1:] if name not in row_of]
         if lacking:
-            raise UserError(f"{self.path}: no states of {len(lacking):,} items of the data set (first: {lacking[0]})")
+            raise UserError(f"{self.path}: no states for {len(lacking):,} items of the data set (first: {lacking[0]})")
         return np.array([0, *(row_of[name] for name in names[1:])])
 
     def read(self, reads: Reads, names: Sequence[str]) -> MappedStates:

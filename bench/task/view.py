@@ -46,6 +46,7 @@ class EncoderView:
         modality: the item input it reads.
         mean, std: normalisation of images in [0, 1], per channel.
         pool: how its items are read unless a method says otherwise; ``None``: as its family is.
+        padding: token id behind texts that are padded without a mask; ``None``: that of the configuration.
 
     Raises UserError for an encoder of another family, and for a pooling that it does not support.
     """
@@ -58,6 +59,7 @@ class EncoderView:
         std: tuple[float, ...] = (0.5, 0.5, 0.5),
         *,
         pool: Pool | None = None,
+        padding: int | None = None,
     ) -> None:
         self.module = module
         self.modality = modality
@@ -68,12 +70,15 @@ class EncoderView:
         self._shift, self._scale = (torch.tensor(values)[:, None, None] * 255 for values in (mean, std))
         causal = any(getattr(part, "is_causal", False) is True for part in module.modules())
         if causal and "first" in self.family.pools:
-            raise UserError(f"{self._name}: its attention is causal (is_decoder); choose one whose attention is not")
+            raise UserError(
+                f"{self._name}: its attention is causal (is_decoder); choose an encoder with bidirectional attention"
+            )
         drop_unread(module, self.family)
         split_fused(module, self.family)
         if getattr(config, "use_cache", False):
-            config.use_cache = False  # keys and values are kept for generation alone
+            config.use_cache = False  # the cache of keys and values is for generation
         self.pool = pool or self.family.pools[0]
+        self._padding = int(getattr(config, "pad_token_id", None) or 0) if padding is None else padding
         self.shape.check(Reads(pool=self.pool), self._name)
         self.reads_mask: Callable[[Tensor | None, Tensor], Tensor] | None = None
         """Set by a method that changes the number of tokens: from the mask (n, T) of a text, or ``None`` for an image,
@@ -219,9 +224,9 @@ class EncoderView:
         assert token_mask is not None
         if not self.family.whole:
             return {"input_ids": tokens, "attention_mask": token_mask}, token_mask.bool()
-        positions, padding = int(self.config.max_position_embeddings), int(self.config.pad_token_id or 0)
-        tokens = tokens.masked_fill(token_mask == 0, padding)[:, :positions]
-        whole = nn.functional.pad(tokens, (0, positions - tokens.shape[1]), value=padding)
+        positions = int(self.config.max_position_embeddings)
+        tokens = tokens.masked_fill(token_mask == 0, self._padding)[:, :positions]
+        whole = nn.functional.pad(tokens, (0, positions - tokens.shape[1]), value=self._padding)
         return {"input_ids": whole, "attention_mask": None}, None
 
     def _read(self, reads: Reads, mask: Tensor | None, hidden: Tensor) -> Tensor:

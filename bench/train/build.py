@@ -53,7 +53,7 @@ def seed_generators(seed: int) -> None:
 
 @contextmanager
 def separate_generators(name: str, device: torch.device) -> Iterator[None]:
-    """Random numbers of their own for the block, the same for the same ``name``; afterwards as if it had drawn none."""
+    """Seed the random generators by ``name`` for the block, and restore them after it."""
     before = random.getstate(), np.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         seed_generators(int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]))
@@ -116,13 +116,13 @@ class EncoderUse:
 def check_passes(name: str, method: Method) -> None:
     """Raise UserError where activations cannot be recomputed, because a step of the method ``name`` has several passes.
 
-    What ``begin_pass`` has set is that of the last pass when layers run once more.
+    In the backward pass, layers would be recomputed with what ``begin_pass`` has set for the last pass.
     """
     passes = method.passes()
     if len(passes) > 1:
         raise UserError(
-            f"method '{name}' has {len(passes)} passes a step ({', '.join(passes)}): layers that are computed once "
-            "more for the backward pass would mix them up; set activation_checkpointing = false"
+            f"method '{name}' has {len(passes)} passes a step ({', '.join(passes)}): layers recomputed in the "
+            "backward pass would mix them up; set activation_checkpointing = false"
         )
 
 

@@ -35,13 +35,13 @@ class DeltaFacts(Frozen):
 
 
 class DeltaFile:
-    """A safetensors file that later calls of ``write`` replace."""
+    """A safetensors file; every ``write`` replaces it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def write(self, method: Method, model: Recommender, seed: int) -> None:
-        """Write what ``method`` has trained in ``model``; the file is there as a whole or not at all."""
+        """Write what ``method`` has trained in ``model``; atomically."""
         facts = DeltaFacts.of(method, seed)
         state = {name: value.detach().cpu().contiguous() for name, value in method.state(model).items()}
         write_atomically(self.path, save(_unshared(state), {"delta": facts.model_dump_json()}))
@@ -62,7 +62,7 @@ def read_delta(path: Path) -> tuple[DeltaFacts, dict[str, Tensor]]:
 
 
 def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``state`` with memory of its own for every tensor, as safetensors demands."""
+    """``state`` without memory shared between tensors, which safetensors refuses."""
     seen: set[int] = set()
     own = {}
     for name, value in state.items():

@@ -110,7 +110,7 @@ class EpochLoop(Context):
         """Takes what the method has trained whenever the test targets are ranked."""
 
     def __deepcopy__(self, _memo: object) -> EpochLoop:
-        """Itself: the copy of a method that has kept its context works on the same data."""
+        """Return itself: the copy of a method that keeps its context works on the same data."""
         return self
 
     def _new_scaler(self) -> torch.amp.GradScaler:

@@ -44,7 +44,7 @@ class Kept:
         Raises ValueError where the name was used before, and UserError for a damaged file.
         """
         if name in self._names:
-            raise ValueError(f"once('{name}') was called before: each part of a procedure needs a name of its own")
+            raise ValueError(f"once('{name}') was called before: each part of a procedure needs its own name")
         self._names.add(name)
         if not self._file(name).exists():
             return None

@@ -1,4 +1,4 @@
-"""The procedure of a cell: stages, and what a method's own procedure is made of."""
+"""The procedure of a cell: its stages, and the context that a method's own procedure uses."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Trainer(EpochLoop):
         """Train by the method's stages, each with a new optimiser. Stops early on validation within a stage."""
         epochs = self.cell.training.epochs if epochs is None else epochs
         if epochs < 1:
-            raise ValueError(f"train(epochs={epochs}): at least one epoch")
+            raise ValueError(f"train(epochs={epochs}): epochs must be at least 1")
         stages = self.method.stages()
         if len({stage.name for stage in stages}) < len(stages):
             raise ValueError("stages() needs a different name for every stage: T, M and P are those of the last one")
@@ -125,7 +125,7 @@ class Trainer(EpochLoop):
 
     @contextmanager
     def _only(self, users: Users | None, epochs: int) -> Iterator[None]:
-        """Train on these users within: their batches, their steps per epoch, their schedule."""
+        """Train on these users within the block, with their batches, steps per epoch and schedule."""
         before = self.loader, self._extra_batches
         self.loader = self._batches_of(users)
         if users is not None:
@@ -182,7 +182,7 @@ class Trainer(EpochLoop):
             return self.build(method, seed)
 
     def adopt(self, fork: Context) -> None:
-        """Go on as the fork: its model, method, state, epochs and ranks become the cell's."""
+        """Continue as the fork: its model, method, state, epochs and ranks become the cell's."""
         assert isinstance(fork, Trainer)
         self.seed, self.model, self.method, self.state = fork.seed, fork.model, fork.method, fork.state
         self.loader, self._extra_batches = fork.loader, fork._extra_batches

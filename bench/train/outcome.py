@@ -32,7 +32,7 @@ class Outcome:
     """Number of phases that were recorded before the stage that trained last."""
 
     def begin_stage(self, name: str, phases: int) -> None:
-        """A stage begins to train after so many phases; if it is another one, what was best until now is forgotten."""
+        """Begin the stage ``name`` after ``phases`` phases; a new stage forgets the best epoch so far."""
         if not self.epochs or self.epochs[-1].stage != name:
             self.best_epoch = self.best_recall = self.test_ranks = None
             self.first_phase = phases

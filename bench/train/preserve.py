@@ -1,4 +1,4 @@
-"""Further training steps that leave no trace: everything they may change is put back in place."""
+"""Further training steps without side effects: everything they may change is restored in place."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from tpme.bench.train.loop import Trainer
 
 @contextmanager
 def preserved(trainer: Trainer) -> Iterator[None]:
-    """Whatever the block does, model, method, training state and random generators are afterwards as before.
+    """Restore model, method, training state and random generators after the block.
 
-    Values are copied to the host and written back into the same tensors, so that recorded CUDA graphs stay valid. What
-    a method keeps deeper than in the lists and dicts that are its attributes is not put back, modules aside.
+    Values are copied to the host and written back into the same tensors, so that recorded CUDA graphs stay valid. Not
+    restored is what a method keeps deeper than in the lists and dicts that are its attributes, modules excepted.
     """
     own: list[Any] = tree_leaves(vars(trainer.method))
     roots = [trainer.model, *(part for part in own if isinstance(part, nn.Module))]
@@ -58,7 +58,7 @@ class _Holder:
 
 
 class _Values:
-    """A tensor: its values, on the host, where it keeps them, its gradient and whether it wants one."""
+    """What is restored of a tensor: values (copied to the host), storage, gradient and ``requires_grad``."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor, self.data, self.grad = tensor, tensor.data, tensor.grad if tensor.is_leaf else None

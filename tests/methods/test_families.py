@@ -47,8 +47,8 @@ def test_it_trains_and_reads_each_item_by_itself_or_is_refused(tiny: ModuleType,
 
     inputs = tiny.items((modality,))
     before = tiny.vectors(model, inputs)
-    losses = tiny.train(method, model, 4, (modality,))
-    assert min(losses[1:]) < losses[0]
+    losses = tiny.train(method, model, 12, (modality,))
+    assert losses[-1] < losses[0]
     after = tiny.vectors(model, inputs)
     assert not torch.allclose(after, before, atol=1e-3)
     assert len({tuple(vector) for vector in after.tolist()}) == len(inputs)

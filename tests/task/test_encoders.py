@@ -32,6 +32,7 @@ from tpme.bench.task.encoders import (
 from tpme.bench.task.items import EncoderShape, Reads
 from tpme.bench.task.masks import unread_masks
 
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -327,6 +328,15 @@ def test_a_bert_that_is_a_decoder_is_refused(tmp_path: Path) -> None:
     refused(spec(tmp_path, weights="random"), "text", "its attention is causal")
 
 
+def test_images_are_normalised_as_the_processor_of_both_towers_says(folders: dict[Modality, Path]) -> None:
+    """Since transformers 5 a processor of texts and images is saved as one file."""
+    settings = {"image_processor": {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}}
+    (folders["image"] / "processor_config.json").write_text(json.dumps(settings))
+    image = torch.full((1, 3, 1, 1), 51, dtype=torch.uint8)
+    normalised = load_encoder(spec(folders["image"]), "image").view._normalise(image)
+    torch.testing.assert_close(normalised.flatten(), torch.tensor([0.1 / 0.4, 0.0, -0.1 / 0.6]))
+
+
 @pytest.mark.parametrize("content", ["{", "[1]", '{"image_mean": ["x"]}'])
 def test_a_broken_image_processor(folders: dict[Modality, Path], content: str) -> None:
     (folders["image"] / "preprocessor_config.json").write_text(content)
@@ -422,7 +432,7 @@ def test_an_image_processor_that_may_exist_is_not_guessed(
     put_into_cache(tmp_path / "cache", folders["image"], "someone/model")
     use_hub(NOWHERE, tmp_path / "cache")
     refused(spec("someone/model"), "image", "its preprocessor_config.json is not in the local cache")
-    put_into_cache(tmp_path / "other", folders["image"], "someone/model", absent=("preprocessor_config.json",))
+    put_into_cache(tmp_path / "other", folders["image"], "someone/model", absent=PROCESSORS)
     use_hub(NOWHERE, tmp_path / "other")
     load_encoder(spec("someone/model"), "image")
 
@@ -486,7 +496,7 @@ def test_a_hub_id_is_fetched_once_with_its_shards(
     use_hub(endpoint, tmp_path / "cache")
     facts = load_encoder(spec("someone/model"), "image").facts
     assert (facts.revision, facts.parameters) == (COMMIT, sum(p.numel() for p in model.parameters()))
-    wanted = {"config.json", "model.safetensors", "model.safetensors.index.json", "preprocessor_config.json", *shards}
+    wanted = {"config.json", "model.safetensors", "model.safetensors.index.json", *PROCESSORS, *shards}
     assert set(handler.asked) == wanted
 
     handler.asked.clear()

@@ -84,18 +84,20 @@ def test_other_content_is_another_revision(tmp_path: Path) -> None:
     assert pin_revision(npy(tmp_path, STATES.numpy() + 1)).revision != first.revision
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("available", "where"), [(2**40, "host"), (0, "mapped")])
 def test_they_are_read_the_same_wherever_they_are_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, available: int, where: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, available: int, where: str, dtype: torch.dtype
 ) -> None:
-    mapped = StatesFile.open(npy(tmp_path)).read(LEVELS, NAMES)
-    assert mapped.bytes == table_bytes(EXPECTED)
+    expected = EXPECTED.to(dtype)
+    mapped = StatesFile.open(tensors(tmp_path, STATES.to(dtype))).read(LEVELS, NAMES)
+    assert mapped.bytes == table_bytes(expected)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
     tables, placement = place({"image": mapped}, torch.device("cpu"))
     assert placement == where
     items = ItemStore(None, states=tables).gather(np.array([4, 0, 1]))  # type: ignore[arg-type]
     assert items.states is not None
-    assert torch.equal(items.states["image"], EXPECTED[[4, 0, 1]])
+    assert torch.equal(items.states["image"], expected[[4, 0, 1]])
 
 
 @pytest.mark.gpu
@@ -140,14 +142,14 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "one name twice": (lambda f: tensors(f, items=["fig", "fig", "plum", "pear"]), "name 3 different items for 4 rows"),
     "an item without": (
         lambda f: tensors(f, items=["fig", "apple", "plum", "kiwi"]),
-        r"no states of 1 items of the data set \(first: pear\)",
+        r"no states for 1 items of the data set \(first: pear\)",
     ),
     "names that are no list": (lambda f: tensors(f, items="fig"), "states.safetensors: not readable"),
     "not finite": (lambda f: npy(f, HOLED.numpy()), "row 2 holds a value that is not finite"),
     "infinite": (lambda f: tensors(f, (STATES * 1e30).bfloat16() * 1e30), "row 0 holds a value that is not finite"),
     "an option": (
         lambda f: npy(f).model_copy(update={"weights": "random"}),
-        "precomputed states have no options but their source",
+        "precomputed states take no options besides source",
     ),
 }
 

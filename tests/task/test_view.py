@@ -18,10 +18,25 @@ from tpme.bench.task.view import EncoderView
 ROLES: tuple[Role, ...] = tuple(role for role in get_args(Role) if role != "ffn_gate")
 
 
+class FusedGate(nn.Module):
+    """The feed-forward part of the largest DINOv2 until transformers 5.17: gate and input in one linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights_in, self.weights_out = nn.Linear(16, 48), nn.Linear(24, 16)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        gate, up = self.weights_in(hidden).chunk(2, dim=-1)
+        return self.weights_out(nn.functional.silu(gate) * up)
+
+
 def dinov2_until_5_17() -> nn.Module:
-    """A DINOv2 with the names it had until transformers 5.17."""
+    """A gated DINOv2 with the names it had until transformers 5.17."""
     module = small_encoder("dinov2")
     for layer in module.encoder.layer:
+        layer.mlp = FusedGate()
+        if not hasattr(layer.attention, "q_proj"):
+            continue
         old, inner, output = nn.Module(), nn.Module(), nn.Module()
         for new, name in {"q_proj": "query", "k_proj": "key", "v_proj": "value"}.items():
             inner.add_module(name, layer.attention.get_submodule(new))
@@ -65,6 +80,18 @@ def test_roles_of_a_dinov2_with_the_names_of_an_older_transformers() -> None:
     assert view.projections("query", "value", "attention_output") == [
         f"encoder.layer.{i}.{path}" for i in range(2) for path in old
     ]
+
+
+def test_the_gate_of_a_dinov2_of_an_older_transformers_is_a_layer_of_its_own() -> None:
+    module: Any = dinov2_until_5_17()
+    hidden = torch.randn(3, 16)
+    before = module.encoder.layer[1].mlp(hidden)
+    view = EncoderView(module, "image")
+    mlp: Any = view.layers[1].mlp
+    assert view.ffn_width == 24
+    gate, up = (module.get_submodule(view.projections(role)[1])(hidden) for role in ("ffn_gate", "ffn_in"))
+    torch.testing.assert_close(mlp(hidden), before)
+    torch.testing.assert_close(mlp.weights_out(nn.functional.silu(gate) * up), before)
 
 
 @pytest.mark.parametrize("modality", ["text", "image"])

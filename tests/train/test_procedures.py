@@ -120,7 +120,7 @@ def test_users_that_are_none_are_refused(make_trainer: MakeTrainer, users: Any) 
     for use in (trainer.train, trainer.batches):
         with pytest.raises(ValueError, match="row numbers of training users, 0 to 59, each once"):
             use(users=users)
-    with pytest.raises(ValueError, match="at least one epoch"):
+    with pytest.raises(ValueError, match="epochs must be at least 1"):
         trainer.train(epochs=0)
 
 
