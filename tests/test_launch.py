@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 
 from tpme.bench.errors import UserError
-from tpme.bench.record import CellResult, Status, find_results, read_result
+from tpme.bench.record import CellResult, Reading, Status, find_results, read_result
 from tpme.bench.run import launch
 from tpme.bench.run.launch import run_matrix, store_folder
 from tpme.bench.run.matrix import MatrixFile
@@ -216,6 +216,12 @@ def test_what_a_cell_says_is_printed_as_it_is(stubbed: Stubbed) -> None:
     stubbed.run("error", "ok")
     assert "popularity         error  no [tag], [/red] or [bold]" in stubbed.said
     assert "popularity         ok  0.5 s, nothing to train" in stubbed.said
+
+
+def test_rounds_alone_are_not_nothing_to_train(stubbed: Stubbed) -> None:
+    (good,) = stubbed.run("ok")
+    federated = good.model_copy(update={"all_in_s": Reading(value=2.0, source="rounds")})
+    assert launch._outcome_line(federated).endswith("0.5 s, 2.00 s all in")
 
 
 def test_a_record_that_a_cell_wrote_badly_stops_nothing(stubbed: Stubbed) -> None:
