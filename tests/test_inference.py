@@ -209,6 +209,20 @@ def test_a_failure_costs_its_own_reading_alone(run_cell: Callable[..., CellResul
     assert failed.inference.user.reason == "there are no item vectors: ValueError: nothing"
 
 
+def test_a_trained_cell_is_a_result_also_where_inference_cannot_be_measured(
+    run_cell: Callable[..., CellResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_trainer: Any, _items: Items) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(inference, "_service", full)
+    result = run_cell("pass")
+    assert (result.status, result.inference) == ("ok", None)
+    assert [flag.message for flag in result.flags if flag.code == "no-inference"] == [
+        "inference was not measured: MemoryError"
+    ]
+
+
 def test_a_user_is_served_the_best_items_that_are_new(
     run_cell: Callable[..., CellResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,7 +20,7 @@ from typing import NoReturn
 import torch
 
 from tpme.bench.counting.meta import MetaCell
-from tpme.bench.errors import UserError
+from tpme.bench.errors import UserError, one_line
 from tpme.bench.measure.environment import environment
 from tpme.bench.measure.phases import PhaseLog, measuring
 from tpme.bench.record import CellResult, EncoderSpec, Modality, Reading, Status, write_result
@@ -106,7 +106,13 @@ class CellRun:
         facts.counters |= guarded_split(trainer)
         with self.phases.phase("export"):
             method.prepare_inference(model)
-        facts.inference = measure_inference(trainer)
+        self._measure_inference(trainer)
+
+    def _measure_inference(self, trainer: Trainer) -> None:
+        try:
+            self.facts.inference = measure_inference(trainer)
+        except Exception as error:  # of memory, say; what was trained is a result all the same
+            self.facts.flag("no-inference", f"inference was not measured: {one_line(error)}")
 
     def prepare(self) -> Trainer:
         """Load data and encoders and let the method adapt them; returns what trains the cell."""
