@@ -121,3 +121,12 @@ def test_half_precision_is_refused_where_a_method_trains_through_the_encoder(
             world.jobs(matrix, tmp_path)
         assert "\n" not in str(error.value)
     world.jobs(world.matrix(["frozen", "iisan", "id"], encoders=encoders(clip, dtype="bf16")), tmp_path)
+
+
+def test_an_encoder_that_cannot_be_read_is_refused_before_anything_runs(clip: Path, world: Any, tmp_path: Path) -> None:
+    for options, message in (({"tower": "image"}, "its input is image"), ({"pool": "first"}, "cannot be read with")):
+        pair = [{"text": {"source": str(clip)} | options, "image": {"source": str(clip)}}]
+        with pytest.raises(UserError, match=message) as error:
+            world.jobs(world.matrix(["frozen"], encoders=pair), tmp_path)
+        assert "\n" not in str(error.value)
+        world.jobs(world.matrix(["id"], encoders=pair), tmp_path)  # which reads none

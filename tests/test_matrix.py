@@ -514,7 +514,7 @@ def test_identity_is_the_same_in_every_process() -> None:
 def test_an_encoder_in_a_folder_is_known_by_its_content(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "config.json").write_text('{"model_type": "bert"}')
         (tmp_path / name / "model.safetensors").write_bytes(b"weights")
         (tmp_path / name / "README.md").write_text(name)
     spec = EncoderSpec(source=str(tmp_path / "a"))

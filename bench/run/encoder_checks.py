@@ -45,6 +45,17 @@ def check_cached(name: str, method: Method, modalities: tuple[Modality, ...]) ->
         raise UserError(f"method '{name}' cannot be cached: it leaves no encoder frozen; remove cached = true")
 
 
+def check_readable(cell: Cell, method: Method) -> None:
+    """Raise UserError for an encoder in a folder whose configuration says that it cannot be read."""
+    from tpme.bench.task.checkpoints import encoder_source
+    from tpme.bench.task.encoders import encoder_shape
+    from tpme.bench.train.build import encoder_specs
+
+    for modality, spec in encoder_specs(cell, method).items():
+        if not spec.precomputed and Path(encoder_source(spec.source)).is_dir():  # no query of the hub at this point
+            encoder_shape(spec, modality)
+
+
 def check_dtypes(cell: Cell, method: Method) -> None:
     """Raise UserError where ``method`` trains through an encoder whose weights are not to be in float32."""
     from tpme.bench.train.build import encoder_specs

@@ -28,7 +28,7 @@ from pydantic import (
 
 from tpme.bench.errors import UserError, first_problem
 from tpme.bench.record import Cell, EncoderSpec, Frozen, LearningRates, Modality, Protocol, Training, cell_id
-from tpme.bench.run.encoder_checks import check_cached, check_dtypes, check_items, check_states, pinned
+from tpme.bench.run.encoder_checks import check_cached, check_dtypes, check_items, check_readable, check_states, pinned
 
 if TYPE_CHECKING:
     from tpme.methods.base import Method
@@ -235,6 +235,7 @@ def expand(
                         baseline=instance.baseline,
                     )
                 )
+                check_readable(cells[-1], instance)
                 check_dtypes(cells[-1], instance)
                 check_states(cells[-1], instance)
     seen: set[str] = set()
