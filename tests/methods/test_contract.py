@@ -26,6 +26,10 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "lora": [{"rank": 2, "alpha": 4, "targets": ("query", "key", "value", "attention_output", "ffn_in", "ffn_out")}],
     "prompt": [{"length": 3, "deep": False}],
     "iisan": [{"inter": False, "activation": "gelu"}, {"intra": False}],
+    "iisan-versa": [
+        {"text_layers": (1,), "bottleneck": 4, "text_pool": "last", "activation": "gelu"},
+        {"image_layers": (0, 1), "text_layers": (0,), "intra": False},
+    ],
 }
 
 
@@ -105,7 +109,7 @@ def test_contract_on_other_encoders(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pair", FAMILY_PAIRS, ids=" + ".join)
-@pytest.mark.parametrize("name", ["adapter", "bitfit", "fft", "iisan", "lora", "prompt"])
+@pytest.mark.parametrize("name", ["adapter", "bitfit", "fft", "iisan", "iisan-versa", "lora", "prompt"])
 def test_contract_on_every_family(contract_world: Any, name: str, pair: tuple[str, str]) -> None:
     subject = Subject(contract_world, name, pair=pair)
     if subject.refusal is not None:
