@@ -33,6 +33,8 @@ BUILTIN: dict[str, str] = {
     "lora": "tpme.methods.lora:LoRA",
     "bitfit": "tpme.methods.bitfit:BitFit",
     "prompt": "tpme.methods.prompt:PromptTuning",
+    "prefix": "tpme.methods.prefix:PrefixTuning",
+    "pt-peft": "tpme.methods.pt_peft:PTPEFT",
     "iisan": "tpme.methods.iisan:IISAN",
     "iisan-versa": "tpme.methods.iisan_versa:IISANVersa",
     "frozen": "tpme.methods.frozen:FrozenEncoders",

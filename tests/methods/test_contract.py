@@ -25,6 +25,11 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "adapter": [{"bottleneck": 4, "activation": "gelu"}],
     "lora": [{"rank": 2, "alpha": 4, "targets": ("query", "key", "value", "attention_output", "ffn_in", "ffn_out")}],
     "prompt": [{"length": 3, "deep": False}],
+    "prefix": [{"length": 3, "hidden": 5}, {"length": 4, "reparameterised": False}],
+    "pt-peft": [
+        {"length": 3, "hidden": 5, "then": "adapter", "bottleneck": 4},
+        {"length": 4, "reparameterised": False, "then": "all", "share": 0.4},
+    ],
     "iisan": [{"inter": False, "activation": "gelu"}, {"intra": False}],
     "iisan-versa": [
         {"text_layers": (1,), "bottleneck": 4, "text_pool": "last", "activation": "gelu"},
