@@ -37,6 +37,7 @@ BUILTIN: dict[str, str] = {
     "pt-peft": "tpme.methods.pt_peft:PTPEFT",
     "iisan": "tpme.methods.iisan:IISAN",
     "iisan-versa": "tpme.methods.iisan_versa:IISANVersa",
+    "pyra": "tpme.methods.pyra:PYRA",
     "frozen": "tpme.methods.frozen:FrozenEncoders",
     "id": "tpme.methods.id:ItemIDs",
     "popularity": "tpme.methods.popularity:Popularity",

@@ -30,6 +30,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"length": 3, "hidden": 5, "then": "adapter", "bottleneck": 4},
         {"length": 4, "reparameterised": False, "then": "all", "share": 0.4},
     ],
+    "pyra": [{"rank": 2, "dropout": 0.0, "schedule": (2, 1), "text_merge": (3, 2), "text_tokens": 8}],
     "iisan": [{"inter": False, "activation": "gelu"}, {"intra": False}],
     "iisan-versa": [
         {"text_layers": (1,), "bottleneck": 4, "text_pool": "last", "activation": "gelu"},
