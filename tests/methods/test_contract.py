@@ -26,6 +26,8 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "lora": [{"rank": 2, "alpha": 4, "targets": ("query", "key", "value", "attention_output", "ffn_in", "ffn_out")}],
     "prompt": [{"length": 3, "deep": False}],
     "iisan": [{"inter": False, "activation": "gelu"}, {"intra": False}],
+    "pfeiffer-adapter": [{"bottleneck": 4, "activation": "gelu"}],
+    "parallel-adapter": [{"bottleneck": 4, "scale": 1.0, "dropout": 0.1}],
 }
 
 
