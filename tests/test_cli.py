@@ -42,6 +42,8 @@ def test_lists_are_valid_json() -> None:
     ("arguments", "told"),
     [
         (("run", "nothing-of-that-name"), "no such file, and no preset"),
+        (("run", "demo", "--set", "encoders.text.source=builtin:huge"), "no such built-in encoder"),
+        (("plan", "demo", "--set", "encoders.text.source=builtin:huge"), "no such built-in encoder"),
         (("run", "demo", "--device", "tpu"), "choose cpu, cuda or auto"),
         (("run", "demo", "--set", "training.epochs"), "write it as key=value"),
         (("run", "demo", "--compile", "--cuda-graphs"), "compile and cuda_graphs exclude each other"),

@@ -100,7 +100,8 @@ class EncoderView:
     @property
     def shape(self) -> EncoderShape:
         """Width of the hidden states, number of layers, and how they are read."""
-        return EncoderShape(int(self.config.hidden_size), len(self.layers), self.pool, self.family.pools)
+        normed = self.family.norm is not None
+        return EncoderShape(int(self.config.hidden_size), len(self.layers), self.pool, self.family.pools, normed)
 
     @property
     def heads(self) -> Heads:

@@ -28,6 +28,10 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "iisan": [{"inter": False, "activation": "gelu"}, {"intra": False}],
     "pfeiffer-adapter": [{"bottleneck": 4, "activation": "gelu"}],
     "parallel-adapter": [{"bottleneck": 4, "scale": 1.0, "dropout": 0.1}],
+    "iisan-versa": [
+        {"text_layers": (1,), "bottleneck": 4, "text_pool": "last", "activation": "gelu"},
+        {"image_layers": (0, 1), "text_layers": (0,), "intra": False},
+    ],
 }
 
 
@@ -107,7 +111,7 @@ def test_contract_on_other_encoders(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pair", FAMILY_PAIRS, ids=" + ".join)
-@pytest.mark.parametrize("name", ["adapter", "bitfit", "fft", "iisan", "lora", "prompt"])
+@pytest.mark.parametrize("name", ["adapter", "bitfit", "fft", "iisan", "iisan-versa", "lora", "prompt"])
 def test_contract_on_every_family(contract_world: Any, name: str, pair: tuple[str, str]) -> None:
     subject = Subject(contract_world, name, pair=pair)
     if subject.refusal is not None:

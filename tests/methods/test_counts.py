@@ -28,6 +28,7 @@ PAPER: dict[str, tuple[str, dict[str, Any], int]] = {
     "iisan": ("iisan", {}, 4_113_877),
     "iisan, intra only": ("iisan", {"inter": False}, 2_776_014),
     "iisan, inter only": ("iisan", {"intra": False}, 1_438_151),
+    "iisan-versa": ("iisan-versa", {}, 2_941_013),
     "frozen": ("frozen", {}, RECOMMENDER),
     "prompt": ("prompt", {}, 2 * 92_160 + RECOMMENDER),
     "prompt, shallow 50": ("prompt", {"length": 50, "deep": False}, 2 * 38_400 + RECOMMENDER),
@@ -114,6 +115,12 @@ def closed_formula(name: str, options: Mapping[str, Any], tiny: ModuleType) -> i
         "bitfit": fused + depth * 2 * (7 * width + ffn) + width + 2 * width,
         "prompt": fused + 2 * depth * options.get("length", 10) * width,
         "iisan": sequence + 3 * tower + 3 * dim * dim + dim,
+        "iisan-versa": sequence
+        + 3 * (tower - (width * width + width) - (width * dim + dim))
+        + 2 * (width * dim + dim + dim * dim + dim)
+        + (width * width + width + width * dim + dim)
+        + 3 * dim * dim
+        + dim,
         "frozen": fused,
         "id": sequence + (tiny.ITEMS + 1) * dim,
         "popularity": 0,
