@@ -41,6 +41,8 @@ BUILTIN: dict[str, str] = {
     "frozen": "tpme.methods.frozen:FrozenEncoders",
     "id": "tpme.methods.id:ItemIDs",
     "popularity": "tpme.methods.popularity:Popularity",
+    "pfeiffer-adapter": "tpme.methods.pfeiffer_adapter:PfeifferAdapter",
+    "parallel-adapter": "tpme.methods.parallel_adapter:ParallelAdapter",
 }
 
 

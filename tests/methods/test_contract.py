@@ -32,6 +32,8 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     ],
     "pyra": [{"rank": 2, "dropout": 0.0, "schedule": (2, 1), "text_merge": (3, 2), "text_tokens": 8}],
     "iisan": [{"inter": False, "activation": "gelu"}, {"intra": False}],
+    "pfeiffer-adapter": [{"bottleneck": 4, "activation": "gelu"}],
+    "parallel-adapter": [{"bottleneck": 4, "scale": 1.0, "dropout": 0.1}],
     "iisan-versa": [
         {"text_layers": (1,), "bottleneck": 4, "text_pool": "last", "activation": "gelu"},
         {"image_layers": (0, 1), "text_layers": (0,), "intra": False},

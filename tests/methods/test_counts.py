@@ -39,6 +39,8 @@ PAPER: dict[str, tuple[str, dict[str, Any], int]] = {
     ),
     "id": ("id", {}, 100_224 + (ITEMS + 1) * 64),
     "popularity": ("popularity", {}, 0),
+    "pfeiffer-adapter": ("pfeiffer-adapter", {}, 2 * 1_189_632 + RECOMMENDER),
+    "parallel-adapter": ("parallel-adapter", {}, 2 * 1_189_632 + RECOMMENDER),
 }
 
 
@@ -122,6 +124,8 @@ def closed_formula(name: str, options: Mapping[str, Any], tiny: ModuleType) -> i
         "frozen": fused,
         "id": sequence + (tiny.ITEMS + 1) * dim,
         "popularity": 0,
+        "pfeiffer-adapter": fused + 2 * depth * bottleneck,
+        "parallel-adapter": fused + 2 * depth * bottleneck,
     }[name]
 
 
