@@ -138,7 +138,8 @@ def encoder_shape(spec: EncoderSpec, modality: Modality) -> EncoderShape:
     config = read_config(spec, folder, modality)
     pools = family_of(config.model_type).pools
     pool = _pool(spec, folder, commit, modality) or pools[0]
-    shape = EncoderShape(int(config.hidden_size), int(config.num_hidden_layers), pool, pools)
+    sizes = int(config.hidden_size), int(config.num_hidden_layers)
+    shape = EncoderShape(*sizes, pool, pools, int(config.num_attention_heads))
     shape.check(Reads(pool=pool), f"encoder '{spec.source}'")
     return shape
 

@@ -25,6 +25,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "adapter": [{"bottleneck": 4, "activation": "gelu"}],
     "lora": [{"rank": 2, "alpha": 4, "targets": ("query", "key", "value", "attention_output", "ffn_in", "ffn_out")}],
     "prompt": [{"length": 3, "deep": False}],
+    "lst": [{"reduction": 2, "dropped": (1,), "temperature": 0.5, "dropout": 0.0, "init": "random"}],
     "iisan": [{"inter": False, "activation": "gelu"}, {"intra": False}],
 }
 
