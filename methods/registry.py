@@ -38,6 +38,7 @@ BUILTIN: dict[str, str] = {
     "iisan": "tpme.methods.iisan:IISAN",
     "iisan-versa": "tpme.methods.iisan_versa:IISANVersa",
     "pyra": "tpme.methods.pyra:PYRA",
+    "lst": "tpme.methods.lst:LST",
     "frozen": "tpme.methods.frozen:FrozenEncoders",
     "id": "tpme.methods.id:ItemIDs",
     "popularity": "tpme.methods.popularity:Popularity",
