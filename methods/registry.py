@@ -37,6 +37,9 @@ BUILTIN: dict[str, str] = {
     "frozen": "tpme.methods.frozen:FrozenEncoders",
     "id": "tpme.methods.id:ItemIDs",
     "popularity": "tpme.methods.popularity:Popularity",
+    "dora": "tpme.methods.dora:DoRA",
+    "ia3": "tpme.methods.ia3:IA3",
+    "vera": "tpme.methods.vera:VeRA",
 }
 
 

@@ -26,6 +26,8 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "lora": [{"rank": 2, "alpha": 4, "targets": ("query", "key", "value", "attention_output", "ffn_in", "ffn_out")}],
     "prompt": [{"length": 3, "deep": False}],
     "iisan": [{"inter": False, "activation": "gelu"}, {"intra": False}],
+    "dora": [{"rank": 2, "alpha": 4, "targets": ("key", "ffn_out")}],
+    "vera": [{"rank": 20, "scale": 0.5, "matrices_seed": 3, "targets": ("key", "ffn_in", "ffn_out")}],
 }
 
 

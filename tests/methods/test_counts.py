@@ -38,6 +38,9 @@ PAPER: dict[str, tuple[str, dict[str, Any], int]] = {
     ),
     "id": ("id", {}, 100_224 + (ITEMS + 1) * 64),
     "popularity": ("popularity", {}, 0),
+    "dora": ("dora", {}, 2 * 313_344 + RECOMMENDER),
+    "ia3": ("ia3", {}, 2 * 55_296 + RECOMMENDER),
+    "vera": ("vera", {}, 2 * 24_576 + RECOMMENDER),
 }
 
 
@@ -115,6 +118,9 @@ def closed_formula(name: str, options: Mapping[str, Any], tiny: ModuleType) -> i
         "frozen": fused,
         "id": sequence + (tiny.ITEMS + 1) * dim,
         "popularity": 0,
+        "dora": fused + 2 * depth * 2 * (options.get("rank", 8) * 2 * width + width),
+        "ia3": fused + 2 * depth * (2 * width + ffn),
+        "vera": fused + 2 * depth * 2 * (options.get("rank", 256) + width),
     }[name]
 
 
