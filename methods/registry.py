@@ -44,6 +44,9 @@ BUILTIN: dict[str, str] = {
     "popularity": "tpme.methods.popularity:Popularity",
     "pfeiffer-adapter": "tpme.methods.pfeiffer_adapter:PfeifferAdapter",
     "parallel-adapter": "tpme.methods.parallel_adapter:ParallelAdapter",
+    "dora": "tpme.methods.dora:DoRA",
+    "ia3": "tpme.methods.ia3:IA3",
+    "vera": "tpme.methods.vera:VeRA",
 }
 
 

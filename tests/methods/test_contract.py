@@ -39,6 +39,8 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"text_layers": (1,), "bottleneck": 4, "text_pool": "last", "activation": "gelu"},
         {"image_layers": (0, 1), "text_layers": (0,), "intra": False},
     ],
+    "dora": [{"rank": 2, "alpha": 4, "targets": ("key", "ffn_out")}],
+    "vera": [{"rank": 20, "scale": 0.5, "matrices_seed": 3, "targets": ("key", "ffn_in", "ffn_out")}],
 }
 
 

@@ -41,6 +41,9 @@ PAPER: dict[str, tuple[str, dict[str, Any], int]] = {
     "popularity": ("popularity", {}, 0),
     "pfeiffer-adapter": ("pfeiffer-adapter", {}, 2 * 1_189_632 + RECOMMENDER),
     "parallel-adapter": ("parallel-adapter", {}, 2 * 1_189_632 + RECOMMENDER),
+    "dora": ("dora", {}, 2 * 313_344 + RECOMMENDER),
+    "ia3": ("ia3", {}, 2 * 55_296 + RECOMMENDER),
+    "vera": ("vera", {}, 2 * 24_576 + RECOMMENDER),
 }
 
 
@@ -126,6 +129,9 @@ def closed_formula(name: str, options: Mapping[str, Any], tiny: ModuleType) -> i
         "popularity": 0,
         "pfeiffer-adapter": fused + 2 * depth * bottleneck,
         "parallel-adapter": fused + 2 * depth * bottleneck,
+        "dora": fused + 2 * depth * 2 * (options.get("rank", 8) * 2 * width + width),
+        "ia3": fused + 2 * depth * (2 * width + ffn),
+        "vera": fused + 2 * depth * 2 * (options.get("rank", 256) + width),
     }[name]
 
 
