@@ -15,11 +15,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from workload import put
+
 from tpme.bench.counting.batch import DataShape
 from tpme.bench.counting.meta import MetaCell, MetaEncoders
 from tpme.bench.record import Cell, EncoderSpec, Modality
 from tpme.methods.registry import BUILTIN, method_class
-from workload import put
 
 SECTIONS = ("Trains", "Saves", "Source")
 HEAD = ("method", "idea", "formula", "what trains", "parameters", "where it saves", "source")
@@ -61,7 +62,9 @@ def described(name: str) -> tuple[str, str, dict[str, str]]:
     formula = re.search(r"``(.+?)``", text, flags=re.DOTALL)
     parts = {}
     for section in SECTIONS:
-        found = re.search(rf"^{section}: (.+?)(?=\n\n|\n(?:{'|'.join(SECTIONS)}): |\Z)", text, flags=re.DOTALL | re.MULTILINE)
+        found = re.search(
+            rf"^{section}: (.+?)(?=\n\n|\n(?:{'|'.join(SECTIONS)}): |\Z)", text, flags=re.DOTALL | re.MULTILINE
+        )
         if found is None:
             raise ValueError(f"method '{name}': its class docstring has no line '{section}: ...'")
         parts[section] = " ".join(found[1].split()).rstrip(".").replace("``", "`")
