@@ -25,6 +25,10 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "adapter": [{"bottleneck": 4, "activation": "gelu"}],
     "lora": [{"rank": 2, "alpha": 4, "targets": ("query", "key", "value", "attention_output", "ffn_in", "ffn_out")}],
     "prompt": [{"length": 3, "deep": False}],
+    "dyt": [
+        {"rate": 0.8, "bottleneck": 4, "scale": 1.0, "experts": 3, "complete_loss": False},
+        {"experts": 2, "mixing": "mix", "bottleneck": 4, "dispatch_encoders": "image", "distill": False},
+    ],
     "iisan": [{"inter": False, "activation": "gelu"}, {"intra": False}],
 }
 
