@@ -39,6 +39,7 @@ BUILTIN: dict[str, str] = {
     "iisan-versa": "tpme.methods.iisan_versa:IISANVersa",
     "pyra": "tpme.methods.pyra:PYRA",
     "lst": "tpme.methods.lst:LST",
+    "dyt": "tpme.methods.dyt:DyT",
     "frozen": "tpme.methods.frozen:FrozenEncoders",
     "id": "tpme.methods.id:ItemIDs",
     "popularity": "tpme.methods.popularity:Popularity",

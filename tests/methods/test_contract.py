@@ -32,6 +32,10 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     ],
     "pyra": [{"rank": 2, "dropout": 0.0, "schedule": (2, 1), "text_merge": (3, 2), "text_tokens": 8}],
     "lst": [{"reduction": 2, "dropped": (1,), "temperature": 0.5, "dropout": 0.0, "init": "random"}],
+    "dyt": [
+        {"rate": 0.8, "bottleneck": 4, "scale": 1.0, "experts": 3, "complete_loss": False},
+        {"experts": 2, "mixing": "mix", "bottleneck": 4, "dispatch_encoders": "image", "distill": False},
+    ],
     "iisan": [{"inter": False, "activation": "gelu"}, {"intra": False}],
     "pfeiffer-adapter": [{"bottleneck": 4, "activation": "gelu"}],
     "parallel-adapter": [{"bottleneck": 4, "scale": 1.0, "dropout": 0.1}],

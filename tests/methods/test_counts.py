@@ -37,6 +37,7 @@ PAPER: dict[str, tuple[str, dict[str, Any], int]] = {
         {"targets": ("query", "key", "value", "attention_output", "ffn_in", "ffn_out")},
         2 * 1_327_104 + RECOMMENDER,
     ),
+    "dyt": ("dyt", {}, 2 * 1_198_860 + RECOMMENDER),
     "id": ("id", {}, 100_224 + (ITEMS + 1) * 64),
     "popularity": ("popularity", {}, 0),
     "pfeiffer-adapter": ("pfeiffer-adapter", {}, 2 * 1_189_632 + RECOMMENDER),
@@ -117,6 +118,7 @@ def closed_formula(name: str, options: Mapping[str, Any], tiny: ModuleType) -> i
         "lora": fused + 2 * depth * 2 * options.get("rank", 8) * 2 * width,
         "bitfit": fused + depth * 2 * (7 * width + ffn) + width + 2 * width,
         "prompt": fused + 2 * depth * options.get("length", 10) * width,
+        "dyt": fused + 2 * depth * (bottleneck + width + 1),
         "iisan": sequence + 3 * tower + 3 * dim * dim + dim,
         "iisan-versa": sequence
         + 3 * (tower - (width * width + width) - (width * dim + dim))
