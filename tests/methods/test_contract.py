@@ -25,7 +25,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "adapter": [{"bottleneck": 4, "activation": "gelu"}],
     "lora": [{"rank": 2, "alpha": 4, "targets": ("query", "key", "value", "attention_output", "ffn_in", "ffn_out")}],
     "prompt": [{"length": 3, "deep": False}],
-    "pyra": [{"rank": 2, "dropout": 0.0, "schedule": (2, 1), "text_merge": (3, 2), "text_tokens": 8}],
+    "pyra": [{"rank": 2, "dropout": 0.0, "schedule": "high", "text_merge": "high"}],
     "iisan": [{"inter": False, "activation": "gelu"}, {"intra": False}],
 }
 
