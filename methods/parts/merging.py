@@ -154,7 +154,7 @@ class Reactivation(nn.Module):
         """Map sources (n, r, D) to the same shape.
 
         Args:
-            source, target: features times sizes. merges: (n, r) bool, false for pairs that do not merge; ``None``: all do.
+            source, target: features times sizes. merges: (n, r) bool, the pairs that merge; ``None``: all.
         """
         mixed = self.norm(source + target)
         if merges is not None:
