@@ -78,14 +78,15 @@ class Matching(NamedTuple):
     """The tokens that stay and the r pairs that merge, the most similar pair first.
 
     kept: (n, T - r), their positions. source: (n, r), positions of the tokens that merge. target: (n, r), the places,
-    among the kept, of the tokens that they merge into. merges: (n, r) bool, false for a pair of an item that has
-    fewer; ``None``: all of them.
+    among the kept, of the tokens that they merge into. stays: (n, T - r) bool, false for a kept place that holds no
+    token, as of padding; merges: (n, r) bool, false for a pair that does not merge; ``None``: all true.
     """
 
     kept: Tensor
     source: Tensor
     target: Tensor
-    merges: Tensor | None
+    stays: Tensor | None = None
+    merges: Tensor | None = None
 
 
 @torch.no_grad()
@@ -102,7 +103,7 @@ def match(metric: Tensor, pairs: int, *, protected: int, real: Tensor | None = N
     """
     n, tokens, _ = metric.shape
     # In full precision: rounded scores have ties.
-    with torch.autocast(metric.device.type, enabled=False):
+    with torch.autocast("cuda" if metric.is_meta else metric.device.type, enabled=False):
         metric = functional.normalize(metric.float(), dim=-1)
         scores = metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)
     if real is not None:
@@ -113,7 +114,7 @@ def match(metric: Tensor, pairs: int, *, protected: int, real: Tensor | None = N
     # Stable, as equal tokens are common (a white background): the same on every device and in every batch.
     source = best.argsort(dim=1, descending=True, stable=True)[:, :pairs]
     gone = torch.zeros(n, tokens, dtype=torch.bool, device=metric.device)  # tokens of A, then those of B
-    merges = None
+    stays = merges = None
     if real is None:
         gone.scatter_(1, source, True)
     else:
@@ -123,10 +124,11 @@ def match(metric: Tensor, pairs: int, *, protected: int, real: Tensor | None = N
         gone.scatter_(1, source, merges)
         gone |= ~torch.cat([real[:, ::2], real[:, 1::2]], dim=1)
     order = torch.cat([torch.arange(start, tokens, 2, device=metric.device) for start in (0, 1)])
-    kept = order[gone.byte().argsort(dim=1, stable=True)[:, : tokens - pairs]]
-    places = (~gone).cumsum(1) - 1
-    target = places.gather(1, partner.gather(1, source) + (tokens + 1) // 2)
-    return Matching(kept, 2 * source, target, merges)
+    places = gone.byte().argsort(dim=1, stable=True)[:, : tokens - pairs]
+    if real is not None:
+        stays = ~gone.gather(1, places)
+    target = ((~gone).cumsum(1) - 1).gather(1, partner.gather(1, source) + (tokens + 1) // 2)
+    return Matching(order[places], 2 * source, target, stays, merges)
 
 
 # --- merging --------------------------------------------------------------------------------------------------------
@@ -152,19 +154,21 @@ class Reactivation(nn.Module):
         """Map sources (n, r, D) to the same shape.
 
         Args:
-            source, target: features times sizes. merges: (n, r), 0 for pairs that do not merge; ``None``: all do.
+            source, target: features times sizes. merges: (n, r) bool, the pairs that merge; ``None``: all.
         """
         mixed = self.norm(source + target)
         if merges is not None:
             mixed = mixed * merges[..., None]
         per_channel = 2 * (self.pairs[:, : source.shape[1]] @ mixed).sigmoid()
         per_pair = 2 * (mixed @ self.channels).sigmoid() - 1
-        return source * (1 + per_channel * per_pair[..., None])
+        scaled: Tensor = source * (1 + per_channel * per_pair[..., None])
+        return scaled
 
 
 def _flat(index: Tensor, tokens: int) -> Tensor:
     """Positions (n, k) among the tokens of each item, as rows (n k,) of states (n T, D)."""
-    return (index + tokens * torch.arange(len(index), device=index.device)[:, None]).flatten()
+    first: Tensor = tokens * torch.arange(len(index), device=index.device)[:, None]
+    return (index + first).flatten()
 
 
 def merge(
@@ -180,11 +184,9 @@ def merge(
     Returns:
         (n, T - r, D) and its sizes (n, T - r). Their sum stays that of ``sizes``.
     """
-    merges = None if matching.merges is None else matching.merges.to(sizes.dtype)
-    source_sizes = sizes.gather(1, matching.source)
-    if merges is not None:
-        source_sizes = source_sizes * merges
-    kept_sizes = sizes.gather(1, matching.kept)
+    source_sizes, kept_sizes = sizes.gather(1, matching.source), sizes.gather(1, matching.kept)
+    if matching.merges is not None and matching.stays is not None:
+        source_sizes, kept_sizes = source_sizes * matching.merges, kept_sizes * matching.stays
     new_sizes = kept_sizes.scatter_add(1, matching.target, source_sizes)
     weights = source_sizes[..., None].to(hidden.dtype)
     # Whole rows, which ``gather`` would copy by element.
@@ -196,7 +198,7 @@ def merge(
     activated = source
     if reactivation is not None:
         target_sizes = kept_sizes.gather(1, matching.target)[..., None].to(hidden.dtype)
-        activated = reactivation(source, target_sizes * target, merges)
+        activated = reactivation(source, target_sizes * target, matching.merges)
     share = new_sizes.gather(1, matching.target).clamp(min=1)[..., None].to(hidden.dtype)
     change = ((activated - weights * target) / share).to(kept.dtype)
     kept.index_add_(0, into, change.flatten(0, 1))

@@ -25,6 +25,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "adapter": [{"bottleneck": 4, "activation": "gelu"}],
     "lora": [{"rank": 2, "alpha": 4, "targets": ("query", "key", "value", "attention_output", "ffn_in", "ffn_out")}],
     "prompt": [{"length": 3, "deep": False}],
+    "pyra": [{"rank": 2, "dropout": 0.0, "schedule": "high", "text_merge": "high"}],
     "prefix": [{"length": 3, "hidden": 5}, {"length": 4, "reparameterised": False}],
     "pt-peft": [
         {"length": 3, "hidden": 5, "then": "adapter", "bottleneck": 4},
