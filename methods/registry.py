@@ -40,6 +40,7 @@ BUILTIN: dict[str, str] = {
     "popularity": "tpme.methods.popularity:Popularity",
     "pfeiffer-adapter": "tpme.methods.pfeiffer_adapter:PfeifferAdapter",
     "parallel-adapter": "tpme.methods.parallel_adapter:ParallelAdapter",
+    "dapt": "tpme.methods.dapt:DAPT",
 }
 
 

@@ -41,6 +41,7 @@ PAPER: dict[str, tuple[str, dict[str, Any], int]] = {
     "popularity": ("popularity", {}, 0),
     "pfeiffer-adapter": ("pfeiffer-adapter", {}, 2 * 1_189_632 + RECOMMENDER),
     "parallel-adapter": ("parallel-adapter", {}, 2 * 1_189_632 + RECOMMENDER),
+    "dapt": ("dapt", {}, 1_438_476 + 1_440_012 + RECOMMENDER),  # BERT has no final norm
 }
 
 
@@ -126,6 +127,10 @@ def closed_formula(name: str, options: Mapping[str, Any], tiny: ModuleType) -> i
         "popularity": 0,
         "pfeiffer-adapter": fused + 2 * depth * bottleneck,
         "parallel-adapter": fused + 2 * depth * bottleneck,
+        "dapt": fused
+        + 2 * depth * (bottleneck + 3 * width + 1 + 2 * (7 * width + ffn))  # norm and gate; seven of D, one of F
+        + 2 * 2 * (depth - 1) * width  # prompts
+        + 2 * 3 * width,  # embeddings of both, final norm of the ViT
     }[name]
 
 
