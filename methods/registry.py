@@ -48,6 +48,7 @@ BUILTIN: dict[str, str] = {
     "dora": "tpme.methods.dora:DoRA",
     "ia3": "tpme.methods.ia3:IA3",
     "vera": "tpme.methods.vera:VeRA",
+    "dapt": "tpme.methods.dapt:DAPT",
 }
 
 

@@ -40,6 +40,10 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "iisan": [{"inter": False, "activation": "gelu"}, {"intra": False}],
     "pfeiffer-adapter": [{"bottleneck": 4, "activation": "gelu"}],
     "parallel-adapter": [{"bottleneck": 4, "scale": 1.0, "dropout": 0.1}],
+    "dapt": [
+        {"bottleneck": 4, "dropout": 0.0, "prompt_norm": False, "tfts_noise": 0.1},
+        {"prompts": False, "tfts_noise": 0.0},
+    ],
     "iisan-versa": [
         {"text_layers": (1,), "bottleneck": 4, "text_pool": "last", "activation": "gelu"},
         {"image_layers": (0, 1), "text_layers": (0,), "intra": False},
