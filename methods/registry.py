@@ -34,6 +34,7 @@ BUILTIN: dict[str, str] = {
     "bitfit": "tpme.methods.bitfit:BitFit",
     "prompt": "tpme.methods.prompt:PromptTuning",
     "iisan": "tpme.methods.iisan:IISAN",
+    "context-peft": "tpme.methods.context_peft:ContextPEFT",
     "frozen": "tpme.methods.frozen:FrozenEncoders",
     "id": "tpme.methods.id:ItemIDs",
     "popularity": "tpme.methods.popularity:Popularity",

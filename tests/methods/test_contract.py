@@ -25,6 +25,11 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "adapter": [{"bottleneck": 4, "activation": "gelu"}],
     "lora": [{"rank": 2, "alpha": 4, "targets": ("query", "key", "value", "attention_output", "ffn_in", "ffn_out")}],
     "prompt": [{"length": 3, "deep": False}],
+    "context-peft": [
+        {"kind": "bitfit", "grid": 1},
+        {"kind": "ia3", "dropout": 0.0},
+        *({"kind": kind, "contexts": "agnostic", "rank": 2} for kind in ("lora", "bitfit", "ia3")),
+    ],
     "iisan": [{"inter": False, "activation": "gelu"}, {"intra": False}],
 }
 
