@@ -204,6 +204,17 @@ class Method:
         """The module that maps hidden states to item vectors; default: last states, projected and fused."""
         return TokenFusion(task.encoders, task.dim)
 
+    def initial_state(self, views: Mapping[Modality, EncoderView]) -> dict[str, Tensor]:
+        """Parameters of the item encoder, by name, that start from the weights of unmodified encoders; default: none.
+
+        Called once for every encoder or for several at a time, so those of one encoder must not depend on another; on
+        ``meta`` too. Where states are cached, the builder of the cache calls it, and cells read what it has stored.
+
+        Args:
+            views: the unmodified encoders by modality; on any device.
+        """
+        return {}
+
     def frozen_encoders(self, modalities: Sequence[Modality]) -> tuple[Modality, ...]:
         """The encoders among ``modalities`` that stay unmodified; they get no gradients, and may be cached.
 
