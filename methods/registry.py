@@ -36,6 +36,7 @@ BUILTIN: dict[str, str] = {
     "prefix": "tpme.methods.prefix:PrefixTuning",
     "pt-peft": "tpme.methods.pt_peft:PTPEFT",
     "iisan": "tpme.methods.iisan:IISAN",
+    "context-peft": "tpme.methods.context_peft:ContextPEFT",
     "iisan-versa": "tpme.methods.iisan_versa:IISANVersa",
     "pyra": "tpme.methods.pyra:PYRA",
     "lst": "tpme.methods.lst:LST",

@@ -26,6 +26,11 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "lora": [{"rank": 2, "alpha": 4, "targets": ("query", "key", "value", "attention_output", "ffn_in", "ffn_out")}],
     "prompt": [{"length": 3, "deep": False}],
     "pyra": [{"rank": 2, "dropout": 0.0, "schedule": "high", "text_merge": "high"}],
+    "context-peft": [
+        {"kind": "bitfit", "grid": 1},
+        {"kind": "ia3", "dropout": 0.0},
+        *({"kind": kind, "contexts": "agnostic", "rank": 2} for kind in ("lora", "bitfit", "ia3")),
+    ],
     "prefix": [{"length": 3, "hidden": 5}, {"length": 4, "reparameterised": False}],
     "pt-peft": [
         {"length": 3, "hidden": 5, "then": "adapter", "bottleneck": 4},
