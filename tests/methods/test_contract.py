@@ -31,7 +31,6 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"length": 3, "hidden": 5, "then": "adapter", "bottleneck": 4},
         {"length": 4, "reparameterised": False, "then": "all", "share": 0.4},
     ],
-    "pyra": [{"rank": 2, "dropout": 0.0, "schedule": (2, 1), "text_merge": (3, 2), "text_tokens": 8}],
     "lst": [{"reduction": 2, "dropped": (1,), "temperature": 0.5, "dropout": 0.0, "init": "random"}],
     "iisan": [{"inter": False, "activation": "gelu"}, {"intra": False}],
     "pfeiffer-adapter": [{"bottleneck": 4, "activation": "gelu"}],
