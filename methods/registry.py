@@ -36,9 +36,11 @@ BUILTIN: dict[str, str] = {
     "prefix": "tpme.methods.prefix:PrefixTuning",
     "pt-peft": "tpme.methods.pt_peft:PTPEFT",
     "iisan": "tpme.methods.iisan:IISAN",
+    "context-peft": "tpme.methods.context_peft:ContextPEFT",
     "iisan-versa": "tpme.methods.iisan_versa:IISANVersa",
     "pyra": "tpme.methods.pyra:PYRA",
     "lst": "tpme.methods.lst:LST",
+    "dyt": "tpme.methods.dyt:DyT",
     "frozen": "tpme.methods.frozen:FrozenEncoders",
     "id": "tpme.methods.id:ItemIDs",
     "popularity": "tpme.methods.popularity:Popularity",
@@ -47,6 +49,7 @@ BUILTIN: dict[str, str] = {
     "dora": "tpme.methods.dora:DoRA",
     "ia3": "tpme.methods.ia3:IA3",
     "vera": "tpme.methods.vera:VeRA",
+    "dapt": "tpme.methods.dapt:DAPT",
 }
 
 

@@ -37,6 +37,7 @@ PAPER: dict[str, tuple[str, dict[str, Any], int]] = {
         {"targets": ("query", "key", "value", "attention_output", "ffn_in", "ffn_out")},
         2 * 1_327_104 + RECOMMENDER,
     ),
+    "dyt": ("dyt", {}, 2 * 1_198_860 + RECOMMENDER),
     "id": ("id", {}, 100_224 + (ITEMS + 1) * 64),
     "popularity": ("popularity", {}, 0),
     "pfeiffer-adapter": ("pfeiffer-adapter", {}, 2 * 1_189_632 + RECOMMENDER),
@@ -44,6 +45,7 @@ PAPER: dict[str, tuple[str, dict[str, Any], int]] = {
     "dora": ("dora", {}, 2 * 313_344 + RECOMMENDER),
     "ia3": ("ia3", {}, 2 * 55_296 + RECOMMENDER),
     "vera": ("vera", {}, 2 * 24_576 + RECOMMENDER),
+    "dapt": ("dapt", {}, 1_438_476 + 1_440_012 + RECOMMENDER),  # BERT has no final norm
 }
 
 
@@ -117,6 +119,7 @@ def closed_formula(name: str, options: Mapping[str, Any], tiny: ModuleType) -> i
         "lora": fused + 2 * depth * 2 * options.get("rank", 8) * 2 * width,
         "bitfit": fused + depth * 2 * (7 * width + ffn) + width + 2 * width,
         "prompt": fused + 2 * depth * options.get("length", 10) * width,
+        "dyt": fused + 2 * depth * (bottleneck + width + 1),
         "iisan": sequence + 3 * tower + 3 * dim * dim + dim,
         "iisan-versa": sequence
         + 3 * (tower - (width * width + width) - (width * dim + dim))
@@ -132,6 +135,10 @@ def closed_formula(name: str, options: Mapping[str, Any], tiny: ModuleType) -> i
         "dora": fused + 2 * depth * 2 * (options.get("rank", 8) * 2 * width + width),
         "ia3": fused + 2 * depth * (2 * width + ffn),
         "vera": fused + 2 * depth * 2 * (options.get("rank", 256) + width),
+        "dapt": fused
+        + 2 * depth * (bottleneck + 3 * width + 1 + 2 * (7 * width + ffn))  # norm and gate; seven of D, one of F
+        + 2 * 2 * (depth - 1) * width  # prompts
+        + 2 * 3 * width,  # embeddings of both, final norm of the ViT
     }[name]
 
 
