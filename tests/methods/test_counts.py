@@ -29,6 +29,7 @@ PAPER: dict[str, tuple[str, dict[str, Any], int]] = {
     "iisan, intra only": ("iisan", {"inter": False}, 2_776_014),
     "iisan, inter only": ("iisan", {"intra": False}, 1_438_151),
     "iisan-versa": ("iisan-versa", {}, 2_941_013),
+    "context-peft": ("context-peft", {}, 2_568_192 + 590_592 + 49_216 + 100_224),
     "frozen": ("frozen", {}, RECOMMENDER),
     "prompt": ("prompt", {}, 2 * 92_160 + RECOMMENDER),
     "prompt, shallow 50": ("prompt", {"length": 50, "deep": False}, 2 * 38_400 + RECOMMENDER),
@@ -127,6 +128,10 @@ def closed_formula(name: str, options: Mapping[str, Any], tiny: ModuleType) -> i
         + (width * width + width + width * dim + dim)
         + 3 * dim * dim
         + dim,
+        "context-peft": sequence
+        + (2 * depth * 8 * (4 * 2 * width + 2 * (width + ffn)) - 8 * (4 * width + 2 * (width + ffn)))
+        + (width * width + width)
+        + (width * dim + dim),
         "frozen": fused,
         "id": sequence + (tiny.ITEMS + 1) * dim,
         "popularity": 0,
