@@ -37,8 +37,11 @@ BUILTIN: dict[str, str] = {
     "frozen": "tpme.methods.frozen:FrozenEncoders",
     "id": "tpme.methods.id:ItemIDs",
     "popularity": "tpme.methods.popularity:Popularity",
+    "adalora": "tpme.methods.adalora:AdaLoRA",
     "dora": "tpme.methods.dora:DoRA",
     "ia3": "tpme.methods.ia3:IA3",
+    "ln-tuning": "tpme.methods.ln_tuning:LNTuning",
+    "peft": "tpme.methods.peft:PeftTuner",
     "vera": "tpme.methods.vera:VeRA",
 }
 
