@@ -15,8 +15,10 @@ import tomli_w
 
 from tpme.bench.errors import UserError
 from tpme.bench.record import Cell, EncoderSpec, cell_id
+from tpme.bench.run.cell_checks import check_cells
 from tpme.bench.run.matrix import MatrixFile, PreparedDataset, expand, load_matrix, presets
 from tpme.bench.task.encoders import pin_revision
+from tpme.methods.registry import available
 
 TEXT = PreparedDataset(Path("/nowhere/text"), "f" * 64, ("text",))
 BOTH = PreparedDataset(Path("/nowhere/both"), "e" * 64, ("text", "image"))
@@ -117,6 +119,16 @@ def test_a_cell_says_which_matrix_asked_and_whether_it_is_a_baseline(tmp_path: P
     found = expand(matrix, {"d": BOTH}, device="cpu", methods_path=[tmp_path])
     assert {cell.matrix for cell in found} == {"mine"}
     assert [cell.method for cell in found if cell.baseline] == ["frozen", "id", "popularity", "nearest"]
+
+
+def test_patterns_stand_for_the_methods_that_no_entry_names() -> None:
+    every = list(available())
+    assert [cell.method for cell in cells(methods="all")] == every
+    found = cells(methods=["i*", {"name": "id"}, {"name": "*", "lr": [1e-2]}, "frozen"])
+    inner = [name for name in every if name.startswith("i") and name != "id"]
+    rest = [name for name in every if name not in {*inner, "id", "frozen"}]
+    assert [cell.method for cell in found] == [*inner, "id", *rest, "frozen"]
+    assert {cell.method for cell in found if cell.lr.method == 1e-2} == set(rest)
 
 
 def test_trials_are_laid_over_the_learning_rates_of_the_matrix() -> None:
@@ -317,6 +329,7 @@ CONFLICTS: dict[str, tuple[dict[str, Any], str]] = {
         "'fft', training: users_per_batch: .*greater than 0",
     ),
     "no image encoder": ({"encoders": [{"text": HUB["text"]}]}, "uses image but names no image encoder"),
+    "a pattern without a method": ({"methods": ["fft", "lara*"]}, "no method matches 'lara\\*'; known: .*lora"),
     "the same twice": ({"methods": [{"name": "id"}, {"name": "id"}]}, "'id' appears twice"),
     "cached twice": ({"methods": [{"name": "iisan", "cached": [True, True]}]}, "'iisan .cached.' appears twice"),
     "the same trial twice": ({"methods": [{"name": "fft", "lr": [1e-3, 1e-3]}]}, "'fft' appears twice"),
@@ -344,8 +357,23 @@ def test_a_mistake_in_the_file_is_one_line_that_says_where(name: str, tmp_path: 
 def test_what_does_not_fit_together_is_refused_before_anything_runs(name: str) -> None:
     changes, message = CONFLICTS[name]
     with pytest.raises(UserError, match=message) as error:
-        cells(**changes)
+        check_cells(cells(**changes))
     assert "\n" not in str(error.value)
+
+
+def test_what_a_method_cannot_do_with_these_encoders_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    (tmp_path / "shallow.py").write_text(
+        "from tpme.bench.errors import UserError\nfrom tpme.methods.base import Method\n\n"
+        "class Shallow(Method):\n    def adapt(self, model, schedule):\n        for view in model.views.values():\n"
+        "            if view.shape.depth > 1:\n                raise UserError('method shallow: one layer at most')\n\n"
+        "METHOD = Shallow\n"
+    )
+    tiny = {"text": {"source": "builtin:tiny-text"}, "image": {"source": "builtin:tiny-image"}}
+    matrix = MatrixFile.model_validate(raw(methods=["frozen", "shallow"], encoders=[tiny], seeds=[1, 2]))
+    found = expand(matrix, {"d": BOTH}, device="cpu", methods_path=[tmp_path])
+    with pytest.raises(UserError, match="method shallow: one layer at most"):
+        check_cells(found, [tmp_path])
+    check_cells([cell for cell in found if cell.method == "frozen"])
 
 
 def test_modalities_that_data_or_method_lack(tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ from tpme.bench.record import (
     write_atomically,
     write_result,
 )
+from tpme.bench.run.cell_checks import check_cells
 from tpme.bench.run.job import Job, time_limit_message
 from tpme.bench.run.matrix import DatasetEntry, MatrixFile, PreparedDataset, expand
 from tpme.bench.run.process import Ending, run_process
@@ -135,6 +136,7 @@ def make_jobs(
 
     datasets = prepare_datasets(matrix, store, console)
     cells = expand(matrix, datasets, device=device, methods_path=methods_path)
+    check_cells(cells, methods_path)
     versions = {name: code_version(source_file(name, methods_path)) for name in {cell.method for cell in cells}}
     return [
         Job(

@@ -6,6 +6,7 @@ before anything runs.
 
 from __future__ import annotations
 
+import fnmatch
 import itertools
 import tomllib
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import (
+    BeforeValidator,
     Discriminator,
     Field,
     NonNegativeInt,
@@ -28,7 +30,7 @@ from pydantic import (
 
 from tpme.bench.errors import UserError, first_problem
 from tpme.bench.record import Cell, EncoderSpec, Frozen, LearningRates, Modality, Protocol, Training, cell_id
-from tpme.bench.run.encoder_checks import check_cached, check_dtypes, check_items, check_readable, check_states, pinned
+from tpme.bench.run.cell_checks import check_cached, check_items, pinned
 
 if TYPE_CHECKING:
     from tpme.methods.base import Method
@@ -66,6 +68,14 @@ class EncoderEntry(Frozen):
         return tuple(modality for modality, spec in specs.items() if spec is not None and spec.precomputed)
 
 
+def _as_tables(methods: object) -> object:
+    """``"all"`` as ``["*"]``, and names in a list as tables."""
+    entries = ["*"] if methods == "all" else methods
+    if not isinstance(entries, list | tuple):
+        return entries
+    return [{"name": entry} if isinstance(entry, str) else entry for entry in entries]
+
+
 def _kind_of_trial(value: object) -> str:
     return "number" if isinstance(value, int | float) else "table"
 
@@ -80,6 +90,7 @@ class MethodEntry(Frozen):
     """One method: its options, whether its cells are cached, and its learning-rate trials."""
 
     name: str
+    """A name, or a pattern (``lora*``) for all methods that it matches and no entry names."""
     options: dict[str, Any] = {}
     cached: bool | Annotated[tuple[bool, ...], Field(min_length=1)] = False
     lr: Annotated[tuple[Trial, ...], Field(min_length=1)] | None = None
@@ -102,7 +113,7 @@ class MatrixFile(Frozen):
     """Further axes over training settings, such as ``precision = ["fp32", "bf16"]``; ``lr`` lists the learning-rate
     trials of every method that lists none."""
     lr: LearningRates = LearningRates()
-    methods: tuple[MethodEntry, ...] = Field(min_length=1)
+    methods: Annotated[tuple[MethodEntry, ...], BeforeValidator(_as_tables), Field(min_length=1)]
     time_limit_s: PositiveInt = 6 * 3600
     """Per cell; one that takes longer ends as ``timeout``."""
     cache_limit_bytes: PositiveInt = 64 * 2**30
@@ -202,8 +213,9 @@ def expand(
     Raises:
         UserError: an unknown method, an option or axis that does not fit, caching of a method that leaves no encoder
             frozen, learning-rate trials of different number, a modality that data or encoders lack, precomputed states
-            that lack an item or what a method reads.
+            that lack an item.
     """
+    matrix = _with_names(matrix, methods_path)
     trials = _learning_rates(matrix, methods_path)
     encoders = [EncoderEntry(text=pinned(pair.text), image=pinned(pair.image)) for pair in matrix.encoders]
     cells = []
@@ -235,15 +247,34 @@ def expand(
                         baseline=instance.baseline,
                     )
                 )
-                check_readable(cells[-1], instance)
-                check_dtypes(cells[-1], instance)
-                check_states(cells[-1], instance)
     seen: set[str] = set()
     for cell in cells:
         if (identity := cell_id(cell, "")) in seen:
             raise UserError(f"matrix '{matrix.name}': method '{cell.label}' appears twice with the same settings")
         seen.add(identity)
     return cells
+
+
+def _with_names(matrix: MatrixFile, methods_path: Sequence[Path]) -> MatrixFile:
+    """``matrix`` with every pattern replaced by the methods that it stands for, in the registry's order.
+
+    Raises UserError for a pattern that matches no method.
+    """
+    from tpme.methods.registry import available
+
+    known = available(methods_path)
+    named = {entry.name for entry in matrix.methods}
+    entries: list[MethodEntry] = []
+    for entry in matrix.methods:
+        if not set(entry.name) & set("*?["):
+            entries.append(entry)
+            continue
+        matching = fnmatch.filter(known, entry.name)
+        if not matching:
+            raise UserError(f"matrix '{matrix.name}': no method matches '{entry.name}'; known: {', '.join(known)}")
+        entries += [entry.model_copy(update={"name": name}) for name in matching if name not in named]
+        named.update(matching)
+    return matrix.model_copy(update={"methods": tuple(entries)})
 
 
 def _cached(method: MethodEntry) -> tuple[bool, ...]:
@@ -342,7 +373,7 @@ def _check(
     method: MethodEntry, modalities: tuple[Modality, ...], training: Training, methods_path: Sequence[Path]
 ) -> Method:
     """The method, built once to see that it can do what the matrix asks; raises UserError where it cannot."""
-    from tpme.bench.train.build import check_passes
+    from tpme.bench.train.build import check_passes, used_modalities
     from tpme.methods.registry import create
 
     instance = create(method.name, method.options, methods_path)
@@ -351,7 +382,7 @@ def _check(
     lacking = [modality for modality in instance.needs if modality not in modalities]
     if lacking:
         raise UserError(f"method '{method.name}' needs {' and '.join(instance.needs)}; this matrix has no {lacking[0]}")
-    used = modalities if instance.modalities is None else instance.modalities
+    used = used_modalities(instance, modalities)
     if training.activation_checkpointing and set(used) - set(instance.frozen_encoders(used)):
         check_passes(method.name, instance)
     return instance

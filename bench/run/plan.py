@@ -7,7 +7,6 @@ and time. The peak is that of a simulated step, operator by operator, with every
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import median
@@ -23,6 +22,7 @@ from tpme.bench.counting.meta import MetaCell, MetaEncoders
 from tpme.bench.errors import UserError, one_line
 from tpme.bench.quantities import memory_reading
 from tpme.bench.record import Cell, CellResult, Frozen, Modality, Precision, find_results, read_result
+from tpme.bench.run.cell_checks import check_cells, cost_key
 from tpme.bench.run.launch import prepare_datasets
 from tpme.bench.run.matrix import DatasetEntry, MatrixFile, PreparedDataset, expand
 
@@ -125,15 +125,17 @@ def plan_matrix(
     for entry in matrix.datasets:
         datasets[entry.name], shapes[entry.name] = _data(matrix, entry, store, users, items, console)
     distinct: dict[str, Cell] = {}
-    for cell in expand(matrix, datasets, device="cuda", methods_path=methods_path):
-        distinct.setdefault(_identity(cell), cell)
+    expanded = expand(matrix, datasets, device="cuda", methods_path=methods_path)
+    check_cells(expanded, methods_path)
+    for cell in expanded:
+        distinct.setdefault(cost_key(cell), cell)
     results = map(read_result, find_results([runs] if runs else []))
     recorded = [result for result in results if result.status == "ok"]
     encoders, cells = MetaEncoders(), []
     for key, cell in distinct.items():
         with console.status(f"Counting {cell.label} ..."):
             cells.append(_plan_cell(cell, shapes[cell.dataset], encoders, methods_path, device))
-        measured = _measured_cost([result for result in recorded if _identity(result.cell) == key])
+        measured = _measured_cost([result for result in recorded if cost_key(result.cell) == key])
         cells[-1] = cells[-1].model_copy(update={"measured": measured})
     sources = [f"Data set '{name}': {shape.describe()}." for name, shape in shapes.items()]
     return MatrixPlan(matrix=matrix.name, device=device, assumptions=tuple(sources), cells=tuple(cells))
@@ -152,16 +154,6 @@ def _data(
     both: tuple[Modality, ...] = ("text", "image")
     modalities = tuple(modality for modality in both if any(getattr(pair, modality) for pair in matrix.encoders))
     return PreparedDataset(entry.path or store, "not prepared", modalities), DataShape.assumed(users, items)
-
-
-def _identity(cell: Cell) -> str:
-    """Equal for cells that cost the same: what changes neither work nor memory is left out."""
-    settings = cell.model_dump(
-        mode="json", exclude={"seed", "lr", "lr_trial", "lr_trials", "device", "dataset_fingerprint"}
-    )
-    for unrelated in ("epochs", "patience"):
-        del settings["training"][unrelated]
-    return json.dumps(settings, sort_keys=True)
 
 
 # --- one cell --------------------------------------------------------------------------------------------------------

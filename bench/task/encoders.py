@@ -128,7 +128,7 @@ def image_size(spec: EncoderSpec) -> int:
 
 
 def encoder_shape(spec: EncoderSpec, modality: Modality) -> EncoderShape:
-    """Width, depth and pooling of an encoder, from its configuration or the header of its precomputed states.
+    """Width, depth, pooling and final norm of an encoder, from its configuration; those of a file, from its header.
 
     Raises UserError as ``load_encoder`` does.
     """
@@ -136,9 +136,16 @@ def encoder_shape(spec: EncoderSpec, modality: Modality) -> EncoderShape:
         return StatesFile.open(spec).shape
     folder, commit = checkpoint_folder(spec)
     config = read_config(spec, folder, modality)
-    pools = family_of(config.model_type).pools
-    pool = _pool(spec, folder, commit, modality) or pools[0]
-    shape = EncoderShape(int(config.hidden_size), int(config.num_hidden_layers), pool, pools)
+    family = family_of(config.model_type)
+    pool = _pool(spec, folder, commit, modality) or family.pools[0]
+    shape = EncoderShape(
+        int(config.hidden_size),
+        int(config.num_hidden_layers),
+        pool,
+        family.pools,
+        final_norm=family.norm is not None,
+        heads=int(config.num_attention_heads),
+    )
     shape.check(Reads(pool=pool), f"encoder '{spec.source}'")
     return shape
 

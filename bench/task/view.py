@@ -99,8 +99,15 @@ class EncoderView:
 
     @property
     def shape(self) -> EncoderShape:
-        """Width of the hidden states, number of layers, and how they are read."""
-        return EncoderShape(int(self.config.hidden_size), len(self.layers), self.pool, self.family.pools)
+        """Width of the hidden states, number of layers and heads, and how they are read."""
+        return EncoderShape(
+            int(self.config.hidden_size),
+            len(self.layers),
+            self.pool,
+            self.family.pools,
+            final_norm=self.family.norm is not None,
+            heads=int(self.config.num_attention_heads),
+        )
 
     @property
     def heads(self) -> Heads:

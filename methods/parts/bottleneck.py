@@ -34,5 +34,9 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., D) to (..., D)."""
-        out: Tensor = x + self.up(self.activation(self.down(x)))
+        return x + self.change(x)
+
+    def change(self, x: Tensor) -> Tensor:
+        """``W_up act(W_down x)``, what is added to x: (..., D) to (..., D)."""
+        out: Tensor = self.up(self.activation(self.down(x)))
         return out

@@ -19,7 +19,7 @@ from torch.nn import functional
 from tpme.bench.record import Modality
 from tpme.bench.task.items import Items
 from tpme.bench.task.recommender import Recommender
-from tpme.methods.iisan import SideNetwork
+from tpme.methods.parts.side_network import SideNetwork
 
 MASKED = -1e4
 STATES = 13

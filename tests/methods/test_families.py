@@ -16,7 +16,7 @@ from tpme.bench.train.build import ModelBuilder
 from tpme.methods.base import TaskShape
 from tpme.methods.registry import create
 
-METHODS = ("fft", "adapter", "lora", "bitfit", "prompt", "iisan", "frozen")
+METHODS = ("fft", "adapter", "lora", "bitfit", "prompt", "iisan", "iisan-versa", "frozen")
 REFUSED = {
     ("bitfit", "modernbert"): "has no biases",
     ("bitfit", "llama"): "has no biases",

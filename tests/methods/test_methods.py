@@ -19,8 +19,9 @@ from tpme.bench.task.recommender import Recommender, TokenFusion
 from tpme.bench.task.view import EncoderView
 from tpme.methods.base import TaskShape
 from tpme.methods.id import ItemTable
-from tpme.methods.iisan import IISANConfig, SideNetwork, side_levels
+from tpme.methods.iisan import IISAN, side_levels
 from tpme.methods.parts.bottleneck import Bottleneck
+from tpme.methods.parts.side_network import SideConfig, SideNetwork
 from tpme.methods.registry import create
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -219,7 +220,8 @@ def test_side_networks_read_every_second_level_back_from_the_last(depth: int, le
 
 
 def network(text: EncoderShape, image: EncoderShape, **options: object) -> SideNetwork:
-    return SideNetwork(TaskShape(8, 10, {"text": text, "image": image}), IISANConfig.model_validate(options))
+    method = IISAN(SideConfig.model_validate(options))
+    return method.item_encoder(TaskShape(8, 10, {"text": text, "image": image}))
 
 
 def test_gates_start_half_open_and_follow_their_temperature() -> None:

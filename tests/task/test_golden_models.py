@@ -24,7 +24,8 @@ from tpme.bench.task.ranking import rank_targets
 from tpme.bench.task.recommender import Recommender, TokenFusion
 from tpme.bench.task.sequential import SequentialEncoder
 from tpme.methods.base import Method, Schedule, TaskShape
-from tpme.methods.iisan import IISANConfig, SideNetwork
+from tpme.methods.iisan import IISAN
+from tpme.methods.parts.side_network import SideConfig
 from tpme.methods.registry import create
 
 Golden = Mapping[str, NDArray[np.generic]]
@@ -128,7 +129,7 @@ def test_sequential_encoder(golden: Callable[[str], Golden]) -> None:
 def test_iisan_towers(golden: Callable[[str], Golden]) -> None:
     data = golden("iisan_cached_small.npz")
     shapes = {"image": EncoderShape(32, 12), "text": EncoderShape(32, 12)}
-    network = SideNetwork(TaskShape(16, 10, shapes), IISANConfig(bottleneck=8))
+    network = IISAN(SideConfig(bottleneck=8)).item_encoder(TaskShape(16, 10, shapes))
     assert list(network.reads["image"].levels) == data["side_index"].tolist()
     prefixes = {"image": ("cv", "fc_cv", "cv_pre_fc"), "text": ("bert", "fc_bert", "bert_pre_fc")}
     prefixes["inter"] = ("mm", "fc_mm", "fc_mm_down")

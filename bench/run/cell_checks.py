@@ -1,8 +1,9 @@
-"""What a matrix asks of its encoders, checked before anything runs; most of it is about precomputed states."""
+"""What a matrix asks of its methods and encoders, checked before anything runs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from tpme.bench.errors import UserError
 from tpme.bench.record import Cell, EncoderSpec, Modality
 
 if TYPE_CHECKING:
+    from tpme.bench.counting.meta import MetaEncoders
     from tpme.methods.base import Method
 
 
@@ -45,18 +47,40 @@ def check_cached(name: str, method: Method, modalities: tuple[Modality, ...]) ->
         raise UserError(f"method '{name}' cannot be cached: it leaves no encoder frozen; remove cached = true")
 
 
-def check_readable(cell: Cell, method: Method) -> None:
-    """Raise UserError for an encoder in a folder whose configuration says that it cannot be read."""
-    from tpme.bench.task.checkpoints import encoder_source
-    from tpme.bench.task.encoders import encoder_shape
-    from tpme.bench.train.build import encoder_specs
+def check_cells(cells: Iterable[Cell], methods_path: Sequence[Path] = ()) -> None:
+    """Build the model of every cell on ``meta``, to find options and encoders that do not fit before anything runs.
 
-    for modality, spec in encoder_specs(cell, method).items():
-        if not spec.precomputed and Path(encoder_source(spec.source)).is_dir():  # no query of the hub at this point
-            encoder_shape(spec, modality)
+    Cells that differ in their seed or learning rates alone are built once. Raises UserError, also for an encoder whose
+    configuration cannot be read; other errors are left to the cell, because a method may need values.
+    """
+    from tpme.bench.counting.batch import DataShape
+    from tpme.bench.counting.meta import MetaCell, MetaEncoders
+    from tpme.methods.registry import create
+
+    encoders = MetaEncoders()
+    for cell in {cost_key(cell): cell for cell in cells}.values():
+        method = create(cell.method, cell.options, methods_path)
+        _check_dtypes(cell, method)
+        _check_states(cell, method, encoders)
+        try:
+            MetaCell(cell, DataShape.assumed(), encoders, methods_path)
+        except UserError:
+            raise
+        except Exception:
+            continue
 
 
-def check_dtypes(cell: Cell, method: Method) -> None:
+def cost_key(cell: Cell) -> str:
+    """Equal for cells that cost the same: what changes neither work nor memory is left out."""
+    settings = cell.model_dump(
+        mode="json", exclude={"seed", "lr", "lr_trial", "lr_trials", "device", "dataset_fingerprint"}
+    )
+    for unrelated in ("epochs", "patience"):
+        del settings["training"][unrelated]
+    return json.dumps(settings, sort_keys=True)
+
+
+def _check_dtypes(cell: Cell, method: Method) -> None:
     """Raise UserError where ``method`` trains through an encoder whose weights are not to be in float32."""
     from tpme.bench.train.build import encoder_specs
 
@@ -70,20 +94,20 @@ def check_dtypes(cell: Cell, method: Method) -> None:
             )
 
 
-def check_states(cell: Cell, method: Method) -> None:
+def _check_states(cell: Cell, method: Method, encoders: MetaEncoders) -> None:
     """Raise UserError where ``method`` needs more of an encoder than the file of states that ``cell`` names for it."""
     import torch
 
-    from tpme.bench.counting.meta import MetaEncoders
     from tpme.bench.train.build import EncoderUse, encoder_specs
     from tpme.methods.base import TaskShape
 
     given = EncoderUse.of(cell, method).given
     if not given:
         return
-    shapes = {modality: MetaEncoders().shape(spec, modality) for modality, spec in encoder_specs(cell, method).items()}
+    shapes = {modality: encoders.shape(spec, modality) for modality, spec in encoder_specs(cell, method).items()}
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        reads = method.item_encoder(TaskShape(cell.training.embedding_dim, 1, shapes)).reads
+        task = TaskShape(cell.training.embedding_dim, 1, shapes, cell.training.title_tokens)
+        reads = method.item_encoder(task).reads
     for modality, spec in given.items():
         if reads[modality].tokens == "all":
             raise UserError(
