@@ -53,6 +53,9 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"image_layers": (0, 1), "text_layers": (0,), "intra": False},
     ],
     "dora": [{"rank": 2, "alpha": 4, "targets": ("key", "ffn_out")}],
+    "adalora": [
+        {"rank": 6, "target_rank": 2, "alpha": 4, "final": 0.0, "interval": 2, "targets": ("key", "ffn_in", "ffn_out")}
+    ],
     "vera": [{"rank": 20, "scale": 0.5, "matrices_seed": 3, "targets": ("key", "ffn_in", "ffn_out")}],
 }
 

@@ -45,6 +45,9 @@ PAPER: dict[str, tuple[str, dict[str, Any], int]] = {
     "parallel-adapter": ("parallel-adapter", {}, 2 * 1_189_632 + RECOMMENDER),
     "dora": ("dora", {}, 2 * 313_344 + RECOMMENDER),
     "ia3": ("ia3", {}, 2 * 55_296 + RECOMMENDER),
+    "adalora": ("adalora", {}, 2 * 442_656 + RECOMMENDER),
+    "ln-tuning": ("ln-tuning", {}, 2 * 38_400 + RECOMMENDER),
+    "peft": ("peft", {}, 2 * 12 * 2 * 24 * (32 * 31 // 2) + RECOMMENDER),
     "vera": ("vera", {}, 2 * 24_576 + RECOMMENDER),
     "dapt": ("dapt", {}, 1_438_476 + 1_440_012 + RECOMMENDER),  # BERT has no final norm
 }
@@ -139,6 +142,9 @@ def closed_formula(name: str, options: Mapping[str, Any], tiny: ModuleType) -> i
         "parallel-adapter": fused + 2 * depth * bottleneck,
         "dora": fused + 2 * depth * 2 * (options.get("rank", 8) * 2 * width + width),
         "ia3": fused + 2 * depth * (2 * width + ffn),
+        "adalora": fused + 2 * depth * 2 * options.get("rank", 12) * (2 * width + 1),
+        "ln-tuning": fused + 2 * (2 * depth + 1) * 2 * width,
+        "peft": fused + 2 * depth * 2 * (width * (width - 1) // 2),
         "vera": fused + 2 * depth * 2 * (options.get("rank", 256) + width),
         "dapt": fused
         + 2 * depth * (bottleneck + 3 * width + 1 + 2 * (7 * width + ffn))  # norm and gate; seven of D, one of F
