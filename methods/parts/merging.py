@@ -94,14 +94,37 @@ def match(metric: Tensor, pairs: int, *, protected: int, real: Tensor | None = N
     """Bipartite soft matching: each token of A (even positions) proposes the most similar one of B (odd positions).
 
     The ``pairs`` most similar proposals merge; several may have one target. The kept tokens are the rest of A, in
-    order, and then B. Under ``real``, those of an item merge until ``keep`` of them are left, every other one at most;
-    its padding follows them, and what does not fit into T - r is dropped.
+    order, and then B. Under ``real``, those of an item merge until ``keep`` of them are left, every other one at most.
+    They keep their order, so an item with nothing to merge stays as it is; padding follows them, and what of it does
+    not fit into T - r is dropped.
 
     Args:
         metric: (n, T, d), compared by their cosine. pairs: r, at most (T - protected) // 2. protected: 1 keeps token 0.
         real: (n, T) bool, true for the item's tokens, which come before its padding; ``None``: all.
     """
     n, tokens, _ = metric.shape
+    best, partner = _proposals(metric, protected, real)
+    # Stable, as equal tokens are common (a white background): the same on every device and in every batch.
+    source = best.argsort(dim=1, descending=True, stable=True)[:, :pairs]
+    partner = partner.gather(1, source)
+    position = torch.arange(tokens, device=metric.device)
+    gone = torch.zeros(n, tokens, dtype=torch.bool, device=metric.device)
+    if real is None:
+        order = torch.cat([position[::2], position[1::2]])
+        gone.scatter_(1, source, True)
+        places = gone.byte().argsort(dim=1, stable=True)[:, : tokens - pairs]
+        target = ((~gone).cumsum(1) - 1).gather(1, partner + (tokens + 1) // 2)
+        return Matching(order[places], 2 * source, target)
+    count = real.sum(1, keepdim=True)
+    merges = position[:pairs] < torch.minimum((count - keep).clamp(min=0), (count - protected) // 2)
+    gone = gone.scatter_(1, 2 * source, merges) | ~real
+    kept = gone.byte().argsort(dim=1, stable=True)[:, : tokens - pairs]
+    target = ((~gone).cumsum(1) - 1).gather(1, 2 * partner + 1)
+    return Matching(kept, 2 * source, target, ~gone.gather(1, kept), merges)
+
+
+def _proposals(metric: Tensor, protected: int, real: Tensor | None) -> tuple[Tensor, Tensor]:
+    """For each token of A: the similarity of its partner (n, A), -inf where it has none, and its place in B (n, A)."""
     # In full precision: rounded scores have ties.
     with torch.autocast("cuda" if metric.is_meta else metric.device.type, enabled=False):
         metric = functional.normalize(metric.float(), dim=-1)
@@ -111,24 +134,7 @@ def match(metric: Tensor, pairs: int, *, protected: int, real: Tensor | None = N
     if protected:
         scores[:, 0] = -torch.inf
     best, partner = scores.max(dim=-1)
-    # Stable, as equal tokens are common (a white background): the same on every device and in every batch.
-    source = best.argsort(dim=1, descending=True, stable=True)[:, :pairs]
-    gone = torch.zeros(n, tokens, dtype=torch.bool, device=metric.device)  # tokens of A, then those of B
-    stays = merges = None
-    if real is None:
-        gone.scatter_(1, source, True)
-    else:
-        count = real.sum(1, keepdim=True)
-        number = torch.minimum((count - keep).clamp(min=0), (count - protected) // 2)
-        merges = torch.arange(pairs, device=metric.device) < number
-        gone.scatter_(1, source, merges)
-        gone |= ~torch.cat([real[:, ::2], real[:, 1::2]], dim=1)
-    order = torch.cat([torch.arange(start, tokens, 2, device=metric.device) for start in (0, 1)])
-    places = gone.byte().argsort(dim=1, stable=True)[:, : tokens - pairs]
-    if real is not None:
-        stays = ~gone.gather(1, places)
-    target = ((~gone).cumsum(1) - 1).gather(1, partner.gather(1, source) + (tokens + 1) // 2)
-    return Matching(order[places], 2 * source, target, stays, merges)
+    return best, partner
 
 
 # --- merging --------------------------------------------------------------------------------------------------------
