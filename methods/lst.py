@@ -22,6 +22,9 @@ from tpme.methods.base import Method, MethodConfig, TaskShape, fusion_parameters
 DROP_EVERY = 4
 """By default every fourth layer from the first has no side layer: layers 0, 4 and 8 of 12, as in the paper."""
 
+NARROWEST = 8
+"""Least width of a side network: LayerNorm over a few numbers leaves little of them."""
+
 
 class LSTConfig(MethodConfig):
     """Sizes of the side network, the layers without a side layer, gate temperature, dropout and initialisation.
@@ -35,6 +38,11 @@ class LSTConfig(MethodConfig):
     temperature: PositiveFloat = 0.1
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
     init: Literal["magnitude", "random"] = "magnitude"
+
+
+def side_width(shape: EncoderShape, config: LSTConfig) -> int:
+    """The width w of the side network of an encoder: D/r, rounded down, but not below ``NARROWEST``."""
+    return max(shape.width // config.reduction, NARROWEST)
 
 
 def kept_layers(depth: int, config: LSTConfig) -> tuple[int, ...]:
@@ -87,7 +95,7 @@ class Ladder(nn.Module):
 
     def __init__(self, shape: EncoderShape, config: LSTConfig) -> None:
         super().__init__()
-        kept, width = kept_layers(shape.depth, config), shape.width // config.reduction
+        kept, width = kept_layers(shape.depth, config), side_width(shape, config)
         self.reads = Reads((0, *(layer + 1 for layer in kept)), pool=shape.pool, tokens="all")
         self.temperature, self.dropout = config.temperature, config.dropout
         self.down = nn.ModuleList(nn.Linear(shape.width, width) for _ in range(len(kept) + 1))
@@ -153,11 +161,12 @@ def _check(modality: Modality, shape: EncoderShape, config: LSTConfig) -> None:
             f"method 'lst': no layer of the {modality} encoder, which has {shape.depth}, has a side layer; leave one "
             "out of 'dropped'"
         )
-    if shape.width % (config.reduction * shape.heads):
+    width = side_width(shape, config)
+    if width % shape.heads:
         raise UserError(
-            f"method 'lst': the {modality} encoder is {shape.width} wide and has {shape.heads} heads, so a side "
-            f"network of {shape.heads} heads cannot be {config.reduction} times narrower; choose a reduction that "
-            f"divides {shape.width // shape.heads}"
+            f"method 'lst': beside the {modality} encoder, reduction = {config.reduction} gives a side network "
+            f"{width} wide, which its {shape.heads} heads cannot share; choose a reduction that divides "
+            f"{shape.width // shape.heads}"
         )
 
 
@@ -178,7 +187,7 @@ class LST(Method):
     feed-forward part and 4 D/r in place of a narrower F/r. The paper's Fisher importance is left out, because it needs
     gradients of the encoders, which a cached cell does not load.
 
-    Trains: side networks, heads and fusion; 3,737,106 in the side networks at BERT-base + ViT-B/16.
+    Trains: side networks, heads and fusion; 3,638,994 in the side networks at BERT-base + ViT-B/16.
     Saves: training memory and time, because encoders run without gradients or, cached, not at all; inference costs
     more than the frozen encoders.
     Source: Sung, Cho and Bansal, LST: Ladder Side-Tuning, NeurIPS 2022, section 3.
@@ -207,7 +216,7 @@ class LST(Method):
         """With w = D/r and K kept layers: K (12 w w + 13 w + 1) + (K + 1) (D w + w) + 2 w + w D + D, head and fusion."""
         total = fusion_parameters(task)
         for shape in task.encoders.values():
-            width, kept = shape.width // self.config.reduction, len(kept_layers(shape.depth, self.config))
+            width, kept = side_width(shape, self.config), len(kept_layers(shape.depth, self.config))
             total += kept * (12 * width * width + 13 * width + 1) + (kept + 1) * (shape.width + 1) * width
             total += 2 * width + (width + 1) * shape.width
         return total
@@ -228,7 +237,7 @@ def pruned_state(view: EncoderView, config: LSTConfig) -> Iterator[tuple[str, Te
     Raises UserError for an encoder whose feed-forward activation is narrower than that of a side layer.
     """
     shape, heads = view.shape, view.heads
-    width = shape.width // config.reduction
+    width = side_width(shape, config)
     if view.ffn_width < 4 * width:
         raise UserError(
             f"method 'lst': the feed-forward part of the {view.modality} encoder is {view.ffn_width} wide, that of a "

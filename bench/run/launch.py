@@ -132,11 +132,13 @@ def make_jobs(
     console: Console,
 ) -> list[Job]:
     """The first attempt at every cell of a matrix, in the order they run."""
+    from tpme.bench.task.dataset import read_manifest
     from tpme.methods.registry import source_file
 
     datasets = prepare_datasets(matrix, store, console)
     cells = expand(matrix, datasets, device=device, methods_path=methods_path)
-    check_cells(cells, methods_path)
+    items = {name: read_manifest(data.path).items for name, data in datasets.items()}
+    check_cells(cells, items, matrix.cache_limit_bytes, methods_path)
     versions = {name: code_version(source_file(name, methods_path)) for name in {cell.method for cell in cells}}
     return [
         Job(
