@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveFloat
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -33,7 +33,7 @@ class LSTConfig(MethodConfig):
     encoders; by default every fourth.
     """
 
-    reduction: Annotated[int, Field(ge=2)] = 8
+    reduction: PositiveInt = 8
     dropped: tuple[NonNegativeInt, ...] | None = None
     temperature: PositiveFloat = 0.1
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1

@@ -29,6 +29,7 @@ PAPER: dict[str, tuple[str, dict[str, Any], int]] = {
     "iisan, intra only": ("iisan", {"inter": False}, 2_776_014),
     "iisan, inter only": ("iisan", {"intra": False}, 1_438_151),
     "iisan-versa": ("iisan-versa", {}, 2_941_013),
+    "lst": ("lst", {}, 2 * 1_819_497 + RECOMMENDER),
     "frozen": ("frozen", {}, RECOMMENDER),
     "prompt": ("prompt", {}, 2 * 92_160 + RECOMMENDER),
     "prompt, shallow 50": ("prompt", {"length": 50, "deep": False}, 2 * 38_400 + RECOMMENDER),
@@ -124,6 +125,7 @@ def closed_formula(name: str, options: Mapping[str, Any], tiny: ModuleType) -> i
         + (width * width + width + width * dim + dim)
         + 3 * dim * dim
         + dim,
+        "lst": fused + 2 * (12 * 8 * 8 + 13 * 8 + 1 + 2 * 8 * (width + 1) + 2 * 8 + 9 * width),  # one layer, 8 wide
         "frozen": fused,
         "id": sequence + (tiny.ITEMS + 1) * dim,
         "popularity": 0,
