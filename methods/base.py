@@ -30,23 +30,27 @@ class TaskShape:
     """Sizes that a method is given before anything is loaded.
 
     dim: width d of item and user vectors. items: N, ids run from 1. encoders: shape of each encoder by modality.
+    title_tokens: T, the most tokens of a title.
     """
 
     dim: int
     items: int
     encoders: Mapping[Modality, EncoderShape]
+    title_tokens: int = 30
 
 
 @dataclass(frozen=True)
 class Schedule:
     """The training ahead, as given to a method.
 
-    popularity: (N+1,) share of each item among the training interactions; entry 0 is padding.
+    popularity: (N+1,) share of each item among the training interactions; entry 0 is padding. title_tokens: T, the
+    most tokens of a title.
     """
 
     epochs: int
     steps_per_epoch: int
     popularity: NDArray[np.float64]
+    title_tokens: int = 30
 
     @property
     def total_steps(self) -> int:

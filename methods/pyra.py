@@ -37,15 +37,14 @@ class PYRAConfig(MethodConfig):
     """LoRA's rank and dropout, and the schedules of both encoders.
 
     schedule: tokens that the layers of the image encoder remove: ``low`` or ``high``, scaled to its tokens and layers,
-        or one number a layer. text_merge: the same for the text encoder, which by default keeps its tokens.
-    text_tokens: length L of a title for which the text's schedule is made; longer titles keep more tokens.
+        or one number a layer. text_merge: the same for the text encoder, whose tokens are those of the longest title;
+        by default it keeps them.
     """
 
     rank: PositiveInt = 8
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     schedule: Literal["low", "high"] | tuple[NonNegativeInt, ...] = "low"
     text_merge: Literal["none", "low", "high"] | tuple[NonNegativeInt, ...] = "none"
-    text_tokens: PositiveInt = 30
 
 
 class SharedLoRA(nn.Module):
@@ -65,7 +64,8 @@ class SharedLoRA(nn.Module):
 
     def part(self, place: int) -> Tensor:
         """The rows of B for q, k or v (0, 1, 2)."""
-        return self.up.split(self.outputs)[place]
+        start = sum(self.outputs[:place])
+        return self.up[start : start + self.outputs[place]]
 
     def forward(self, place: int, x: Tensor, output: Tensor) -> Tensor:
         """Add q's, k's or v's update to the output (..., width) of its projection of ``x`` (..., D)."""
@@ -109,9 +109,9 @@ class PYRA(Method):
 
     def adapt(self, model: Recommender, schedule: Schedule) -> None:
         """Add LoRA to q, k and v of both encoders, and merge tokens where a schedule says so."""
-        for modality, view in model.views.items():
+        for view in model.views.values():
             check_rank("pyra", self.config.rank, view, _QKV)
-            plan = self._plan(modality, view)
+            plan = self._plan(view, schedule.title_tokens)
             shared = nn.ModuleList()
             for names in _by_layer(view):
                 linears: list[Any] = [view.module.get_submodule(name) for name in names]
@@ -129,11 +129,11 @@ class PYRA(Method):
     def trainable_parameters(self, task: TaskShape, views: Mapping[Modality, EncoderView]) -> int:
         """LoRA: r (D + widths of q, k, v) a layer. Gates: 3 D and r_l of every layer that merges, but the last."""
         total = fusion_parameters(task)
-        for modality, view in views.items():
+        for view in views.values():
             shape, heads = view.shape, view.heads
             outputs = (heads.number + 2 * heads.key_value) * heads.width
             total += shape.depth * self.config.rank * (shape.width + outputs)
-            plan = self._plan(modality, view)
+            plan = self._plan(view, task.title_tokens)
             if plan is not None:
                 removed = [before - after for before, after in pairwise(token_counts(*plan))][:-1]
                 total += sum(3 * shape.width + r for r in removed if r)
@@ -158,17 +158,17 @@ class PYRA(Method):
             if isinstance(part, TokenMerging) and part.tokens is not None
         }
 
-    def _plan(self, modality: Modality, view: EncoderView) -> tuple[list[int], int, int] | None:
-        """The tokens to keep after each layer, those before the first, and how many are protected; ``None``: no merging.
+    def _plan(self, view: EncoderView, title_tokens: int) -> tuple[list[int], int, int] | None:
+        """Tokens to keep after each layer, tokens before the first, tokens that never merge; ``None``: no merging.
 
         Raises UserError where tokens cannot merge in the encoder, or the schedule does not fit it.
         """
+        modality, depth = view.modality, view.shape.depth
         chosen = self.config.schedule if modality == "image" else self.config.text_merge
         if chosen == "none":
             return None
         _check_mergeable(view)
-        depth = view.shape.depth
-        tokens = _image_tokens(view) if modality == "image" else self.config.text_tokens
+        tokens = _image_tokens(view) if modality == "image" else title_tokens
         protected = int(modality == "text" or "first" in view.family.pools)
         if isinstance(chosen, str):
             floor = 1 if modality == "image" else _TEXT_FLOOR
@@ -201,9 +201,10 @@ def _by_layer(view: EncoderView) -> list[list[str]]:
 def _image_tokens(view: EncoderView) -> int:
     """The tokens of an image: its patches, and what the encoder puts before them."""
     config = view.config
-    height, width = (config.image_size,) * 2 if isinstance(config.image_size, int) else config.image_size
+    size = config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
     special = int("first" in view.family.pools) + int(config.model_type == "deit")  # a distillation token
-    return (height // config.patch_size) * (width // config.patch_size) + special
+    return int(height // config.patch_size) * int(width // config.patch_size) + special
 
 
 def _check_mergeable(view: EncoderView) -> None:

@@ -36,17 +36,23 @@ BUILTIN: dict[str, str] = {
     "prefix": "tpme.methods.prefix:PrefixTuning",
     "pt-peft": "tpme.methods.pt_peft:PTPEFT",
     "iisan": "tpme.methods.iisan:IISAN",
+    "context-peft": "tpme.methods.context_peft:ContextPEFT",
     "iisan-versa": "tpme.methods.iisan_versa:IISANVersa",
     "pyra": "tpme.methods.pyra:PYRA",
     "lst": "tpme.methods.lst:LST",
+    "dyt": "tpme.methods.dyt:DyT",
     "frozen": "tpme.methods.frozen:FrozenEncoders",
     "id": "tpme.methods.id:ItemIDs",
     "popularity": "tpme.methods.popularity:Popularity",
+    "adalora": "tpme.methods.adalora:AdaLoRA",
     "pfeiffer-adapter": "tpme.methods.pfeiffer_adapter:PfeifferAdapter",
     "parallel-adapter": "tpme.methods.parallel_adapter:ParallelAdapter",
     "dora": "tpme.methods.dora:DoRA",
     "ia3": "tpme.methods.ia3:IA3",
+    "ln-tuning": "tpme.methods.ln_tuning:LNTuning",
+    "peft": "tpme.methods.peft:PeftTuner",
     "vera": "tpme.methods.vera:VeRA",
+    "dapt": "tpme.methods.dapt:DAPT",
 }
 
 

@@ -132,6 +132,7 @@ class MetaCell:
             return {}
         return self.method.initial_state({m: self.encoders.view(spec, m) for m, spec in self.use.cached.items()})
 
+    @torch.no_grad()
     def states(self, modality: Modality, n: int) -> States:
         """The states of ``n`` items of an encoder that does not run, as they are stored."""
         reads, shape = self.model.item_encoder.reads[modality], self.shapes[modality]

@@ -127,7 +127,8 @@ def _check_states(cell: Cell, method: Method, encoders: MetaEncoders) -> None:
         return
     shapes = {modality: encoders.shape(spec, modality) for modality, spec in encoder_specs(cell, method).items()}
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        reads = method.item_encoder(TaskShape(cell.training.embedding_dim, 1, shapes)).reads
+        task = TaskShape(cell.training.embedding_dim, 1, shapes, cell.training.title_tokens)
+        reads = method.item_encoder(task).reads
     for modality, spec in given.items():
         if reads[modality].tokens == "all":
             raise UserError(

@@ -152,6 +152,7 @@ def make_jobs(
             cache_limit_bytes=matrix.cache_limit_bytes,
             time_limit_s=matrix.time_limit_s if time_limit_s is None else time_limit_s,
             save_adapters=save_adapters,
+            probe_items=matrix.probe_items,
         )
         for cell in cells
     ]
@@ -184,7 +185,8 @@ def run_matrix(
 ) -> list[CellResult]:
     """Run every cell of ``matrix`` that is not done; returns the latest records of all its cells, in order.
 
-    With ``save_adapters`` what each method has trained is kept beside its record; a cell without that is not done.
+    With ``save_adapters`` what each method has trained is kept beside its record; a cell without that is not done, and
+    neither is one whose record lacks the representation space that the matrix asks for.
 
     Ctrl-C stops the running cell, leaves no record of it, and raises KeyboardInterrupt; a second call resumes.
     SIGTERM and SIGHUP do the same and raise SystemExit.
@@ -235,6 +237,9 @@ def _is_done(result: CellResult, job: Job) -> bool:
     if result.status == "timeout" and result.time_limit_s is not None and job.time_limit_s > result.time_limit_s:
         return False
     if job.save_adapters and result.status == "ok" and "adapter" not in result.files:
+        return False
+    probed = result.representation.probe_items if result.representation else None
+    if job.probe_items not in (None, probed) and result.status == "ok":
         return False
     return result.status in FINISHED
 

@@ -73,7 +73,7 @@ def steps_per_epoch(users: int, training: Training) -> int:
 
 def schedule_of(training: Training, data: DataSize) -> Schedule:
     """What a method may know of its training."""
-    return Schedule(training.epochs, steps_per_epoch(data.users, training), data.popularity)
+    return Schedule(training.epochs, steps_per_epoch(data.users, training), data.popularity, training.title_tokens)
 
 
 def used_modalities(method: Method, modalities: Sequence[Modality]) -> tuple[Modality, ...]:
@@ -149,7 +149,8 @@ class ModelBuilder:
     ) -> None:
         self.method, self.training, self.data, self.shapes = method, training, data, shapes
         self.schedule = schedule_of(training, data)
-        self.item_encoder = method.item_encoder(TaskShape(training.embedding_dim, data.items, shapes))
+        task = TaskShape(training.embedding_dim, data.items, shapes, training.title_tokens)
+        self.item_encoder = method.item_encoder(task)
         for modality, reads in self.item_encoder.reads.items():
             shapes[modality].check(reads, f"the {modality} encoder")
         self.sequence = SequentialEncoder(

@@ -78,14 +78,15 @@ class Matching(NamedTuple):
     """The tokens that stay and the r pairs that merge, the most similar pair first.
 
     kept: (n, T - r), their positions. source: (n, r), positions of the tokens that merge. target: (n, r), the places,
-    among the kept, of the tokens that they merge into. merges: (n, r) bool, false for a pair of an item that has
-    fewer; ``None``: all of them.
+    among the kept, of the tokens that they merge into. stays: (n, T - r) bool, false for a kept place that holds no
+    token, as of padding; merges: (n, r) bool, false for a pair that does not merge; ``None``: all true.
     """
 
     kept: Tensor
     source: Tensor
     target: Tensor
-    merges: Tensor | None
+    stays: Tensor | None = None
+    merges: Tensor | None = None
 
 
 @torch.no_grad()
@@ -93,16 +94,39 @@ def match(metric: Tensor, pairs: int, *, protected: int, real: Tensor | None = N
     """Bipartite soft matching: each token of A (even positions) proposes the most similar one of B (odd positions).
 
     The ``pairs`` most similar proposals merge; several may have one target. The kept tokens are the rest of A, in
-    order, and then B. Under ``real``, those of an item merge until ``keep`` of them are left, every other one at most;
-    its padding follows them, and what does not fit into T - r is dropped.
+    order, and then B. Under ``real``, those of an item merge until ``keep`` of them are left, every other one at most.
+    They keep their order, so an item with nothing to merge stays as it is; padding follows them, and what of it does
+    not fit into T - r is dropped.
 
     Args:
         metric: (n, T, d), compared by their cosine. pairs: r, at most (T - protected) // 2. protected: 1 keeps token 0.
         real: (n, T) bool, true for the item's tokens, which come before its padding; ``None``: all.
     """
     n, tokens, _ = metric.shape
+    best, partner = _proposals(metric, protected, real)
+    # Stable, as equal tokens are common (a white background): the same on every device and in every batch.
+    source = best.argsort(dim=1, descending=True, stable=True)[:, :pairs]
+    partner = partner.gather(1, source)
+    position = torch.arange(tokens, device=metric.device)
+    gone = torch.zeros(n, tokens, dtype=torch.bool, device=metric.device)
+    if real is None:
+        order = torch.cat([position[::2], position[1::2]])
+        gone.scatter_(1, source, True)
+        places = gone.byte().argsort(dim=1, stable=True)[:, : tokens - pairs]
+        target = ((~gone).cumsum(1) - 1).gather(1, partner + (tokens + 1) // 2)
+        return Matching(order[places], 2 * source, target)
+    count = real.sum(1, keepdim=True)
+    merges = position[:pairs] < torch.minimum((count - keep).clamp(min=0), (count - protected) // 2)
+    gone = gone.scatter_(1, 2 * source, merges) | ~real
+    kept = gone.byte().argsort(dim=1, stable=True)[:, : tokens - pairs]
+    target = ((~gone).cumsum(1) - 1).gather(1, 2 * partner + 1)
+    return Matching(kept, 2 * source, target, ~gone.gather(1, kept), merges)
+
+
+def _proposals(metric: Tensor, protected: int, real: Tensor | None) -> tuple[Tensor, Tensor]:
+    """For each token of A: the similarity of its partner (n, A), -inf where it has none, and its place in B (n, A)."""
     # In full precision: rounded scores have ties.
-    with torch.autocast(metric.device.type, enabled=False):
+    with torch.autocast("cuda" if metric.is_meta else metric.device.type, enabled=False):
         metric = functional.normalize(metric.float(), dim=-1)
         scores = metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)
     if real is not None:
@@ -110,23 +134,7 @@ def match(metric: Tensor, pairs: int, *, protected: int, real: Tensor | None = N
     if protected:
         scores[:, 0] = -torch.inf
     best, partner = scores.max(dim=-1)
-    # Stable, as equal tokens are common (a white background): the same on every device and in every batch.
-    source = best.argsort(dim=1, descending=True, stable=True)[:, :pairs]
-    gone = torch.zeros(n, tokens, dtype=torch.bool, device=metric.device)  # tokens of A, then those of B
-    merges = None
-    if real is None:
-        gone.scatter_(1, source, True)
-    else:
-        count = real.sum(1, keepdim=True)
-        number = torch.minimum((count - keep).clamp(min=0), (count - protected) // 2)
-        merges = torch.arange(pairs, device=metric.device) < number
-        gone.scatter_(1, source, merges)
-        gone |= ~torch.cat([real[:, ::2], real[:, 1::2]], dim=1)
-    order = torch.cat([torch.arange(start, tokens, 2, device=metric.device) for start in (0, 1)])
-    kept = order[gone.byte().argsort(dim=1, stable=True)[:, : tokens - pairs]]
-    places = (~gone).cumsum(1) - 1
-    target = places.gather(1, partner.gather(1, source) + (tokens + 1) // 2)
-    return Matching(kept, 2 * source, target, merges)
+    return best, partner
 
 
 # --- merging --------------------------------------------------------------------------------------------------------
@@ -152,19 +160,21 @@ class Reactivation(nn.Module):
         """Map sources (n, r, D) to the same shape.
 
         Args:
-            source, target: features times sizes. merges: (n, r), 0 for pairs that do not merge; ``None``: all do.
+            source, target: features times sizes. merges: (n, r) bool, the pairs that merge; ``None``: all.
         """
         mixed = self.norm(source + target)
         if merges is not None:
             mixed = mixed * merges[..., None]
         per_channel = 2 * (self.pairs[:, : source.shape[1]] @ mixed).sigmoid()
         per_pair = 2 * (mixed @ self.channels).sigmoid() - 1
-        return source * (1 + per_channel * per_pair[..., None])
+        scaled: Tensor = source * (1 + per_channel * per_pair[..., None])
+        return scaled
 
 
 def _flat(index: Tensor, tokens: int) -> Tensor:
     """Positions (n, k) among the tokens of each item, as rows (n k,) of states (n T, D)."""
-    return (index + tokens * torch.arange(len(index), device=index.device)[:, None]).flatten()
+    first: Tensor = tokens * torch.arange(len(index), device=index.device)[:, None]
+    return (index + first).flatten()
 
 
 def merge(
@@ -180,11 +190,9 @@ def merge(
     Returns:
         (n, T - r, D) and its sizes (n, T - r). Their sum stays that of ``sizes``.
     """
-    merges = None if matching.merges is None else matching.merges.to(sizes.dtype)
-    source_sizes = sizes.gather(1, matching.source)
-    if merges is not None:
-        source_sizes = source_sizes * merges
-    kept_sizes = sizes.gather(1, matching.kept)
+    source_sizes, kept_sizes = sizes.gather(1, matching.source), sizes.gather(1, matching.kept)
+    if matching.merges is not None and matching.stays is not None:
+        source_sizes, kept_sizes = source_sizes * matching.merges, kept_sizes * matching.stays
     new_sizes = kept_sizes.scatter_add(1, matching.target, source_sizes)
     weights = source_sizes[..., None].to(hidden.dtype)
     # Whole rows, which ``gather`` would copy by element.
@@ -196,7 +204,7 @@ def merge(
     activated = source
     if reactivation is not None:
         target_sizes = kept_sizes.gather(1, matching.target)[..., None].to(hidden.dtype)
-        activated = reactivation(source, target_sizes * target, merges)
+        activated = reactivation(source, target_sizes * target, matching.merges)
     share = new_sizes.gather(1, matching.target).clamp(min=1)[..., None].to(hidden.dtype)
     change = ((activated - weights * target) / share).to(kept.dtype)
     kept.index_add_(0, into, change.flatten(0, 1))

@@ -1,0 +1,330 @@
+"""DAPT (Zhou et al., CVPR 2024), carried from point clouds to the tokens of texts and images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field, NonNegativeFloat, PositiveInt
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tpme.bench.errors import UserError
+from tpme.bench.record import Modality
+from tpme.bench.task.recommender import Recommender
+from tpme.bench.task.view import EncoderView
+from tpme.methods.base import Method, MethodConfig, Schedule, TaskShape, fusion_parameters
+from tpme.methods.parts.token_mask import TokenMask
+
+
+class DAPTConfig(MethodConfig):
+    """Bottleneck width b and dropout of the adapters, prompts, and how gates and transforms start."""
+
+    bottleneck: PositiveInt = 64
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    prompts: bool = True
+    prompt_norm: bool = True
+    """In a post-norm encoder, prompts pass the last norm of their layer, as all other tokens do."""
+    gate_bias: NonNegativeFloat = 1.0
+    """Start of b_s, the bias of the gates; 0 as released."""
+    tfts_noise: NonNegativeFloat = 0.02
+    """Standard deviation of scales around 1 and of shifts around 0 at the start; 0: they change nothing."""
+
+
+# --- TFTS: a scale and a shift behind every frozen operation --------------------------------------------------------
+
+
+class FeatureTransform(nn.Module):
+    """``T(x) = gamma x + beta`` per channel; gamma starts at N(1, noise), beta at N(0, noise)."""
+
+    def __init__(self, width: int, noise: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(1 + noise * torch.randn(width))
+        self.bias = nn.Parameter(noise * torch.randn(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., D) to (..., D), in the type of x."""
+        return torch.addcmul(self.bias, x, self.weight).to(x.dtype)
+
+
+class TransformedLinear(nn.Linear):
+    """``T(W x + b)``."""
+
+    tfts: FeatureTransform
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., D_in) to (..., D_out)."""
+        out: Tensor = self.tfts(super().forward(x))
+        return out
+
+
+class TransformedConv2d(nn.Conv2d):
+    """T behind a convolution, per channel."""
+
+    tfts: FeatureTransform
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (n, C, H, W) to (n, D, h, w)."""
+        out: Tensor = self.tfts(super().forward(x).movedim(1, -1)).movedim(-1, 1)
+        return out
+
+
+class TransformedLayerNorm(nn.LayerNorm):
+    """``T(LN(x))`` as one norm with scale ``gamma w`` and shift ``gamma b + beta``: no further pass over the tokens."""
+
+    tfts: FeatureTransform
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., D) to (..., D)."""
+        gamma, beta = self.tfts.weight, self.tfts.bias
+        shift = torch.addcmul(beta, self.bias, gamma)
+        return functional.layer_norm(x, self.normalized_shape, self.weight * gamma, shift, self.eps)
+
+
+_TRANSFORMED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: TransformedLinear,
+    nn.Conv2d: TransformedConv2d,
+    nn.LayerNorm: TransformedLayerNorm,
+}
+_ORIGINAL = {transformed: original for original, transformed in _TRANSFORMED.items()}
+
+
+def _operations(view: EncoderView) -> list[Any]:
+    """The frozen operations with weights, each of which gets a transform: linear layers, norms, the patch embedding."""
+    norms = [norm for layer in range(view.shape.depth) for norm in view.norms(layer)]
+    if not all(isinstance(norm, nn.LayerNorm) and norm.bias is not None for norm in norms):
+        raise UserError(
+            f"method 'dapt': the norms of {type(view.module).__name__} have no bias to fold a shift into; choose "
+            "another encoder"
+        )
+    return [part for part in view.module.modules() if type(part) in _TRANSFORMED]
+
+
+def _fold(part: Any) -> None:
+    """Fold T into the weights of its operation: ``W' = diag(gamma) W``, ``b' = gamma b + beta``."""
+    gamma, beta = part.tfts.weight.detach(), part.tfts.bias.detach()
+    part.weight.data.mul_(gamma.reshape(-1, *[1] * (part.weight.ndim - 1)))
+    bias = beta if part.bias is None else torch.addcmul(beta, part.bias.detach(), gamma)
+    part.bias = nn.Parameter(bias, requires_grad=False)
+    del part.tfts
+    part.__class__ = _ORIGINAL[type(part)]
+
+
+# --- dynamic adapters and internal prompts --------------------------------------------------------------------------
+
+
+class DynamicAdapter(nn.Module):
+    """``A(u) = g (drop(gelu(v W_down + b_down)) W_up + b_up)``, ``v = LN(u)``, ``g = relu(v w_s + b_s)`` per token.
+
+    W_up, b_down and b_up start at zero, W_down and w_s Kaiming-uniform (a = sqrt 5): A(u) = 0. Where the layer adds a
+    prompt, it is ``p = T(mean over tokens of gelu(A(u)))``.
+
+    Args:
+        width: D. prompts: number of prompts that earlier layers have added. prompt: this layer adds one.
+    """
+
+    def __init__(self, width: int, config: DAPTConfig, prompts: int, *, prompt: bool) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.gate = nn.Linear(width, 1)
+        self.down, self.up = nn.Linear(width, config.bottleneck), nn.Linear(config.bottleneck, width)
+        self.dropout = nn.Dropout(config.dropout)
+        self.prompt = FeatureTransform(width, config.tfts_noise) if prompt else None
+        for zero in (self.down.bias, self.up.weight, self.up.bias):
+            nn.init.zeros_(zero)
+        nn.init.constant_(self.gate.bias, config.gate_bias)
+        self.prompts = prompts
+        self.output: Tensor | None = None
+        """A(u), (n, T, D), while the layer runs."""
+        self.closed: Tensor | None = None
+        """Share of the tokens with g = 0 in the last training step."""
+
+    def forward(self, u: Tensor, mask: Tensor | None) -> Tensor:
+        """A(u), (n, T, D), of normalised states u (n, T, D); ``mask`` (n, T) are those that are no padding."""
+        v = self.norm(u)
+        gates = functional.relu(self.gate(v))
+        if self.training:
+            closed = gates.detach()[..., 0] == 0
+            self.closed = closed.float().mean() if mask is None else (closed & mask).sum() / mask.sum()
+        out: Tensor = gates * self.up(self.dropout(functional.gelu(self.down(v))))
+        return out
+
+    def make_prompt(self, output: Tensor, mask: Tensor | None) -> Tensor:
+        """The prompt (n, 1, D) of A(u) (n, T, D)."""
+        assert self.prompt is not None
+        states = functional.gelu(output)
+        if mask is None:
+            mean = states.mean(1, keepdim=True)
+        else:
+            kept = mask[:, None].to(states.dtype)
+            mean = kept @ states / mask.sum(1)[:, None, None]
+        prompt: Tensor = self.prompt(mean)
+        return prompt
+
+
+class TokenCount:
+    """T, the number of tokens of the running forward pass before any prompt is added."""
+
+    def __init__(self) -> None:
+        self.value = 0
+
+
+class DAPT(Method):
+    """A parallel adapter scaled per token, a prompt a layer made from its output, and a scale and shift behind weights.
+
+    ``y = x + FFN(u) + A(u), A(u) = relu(v w_s + b_s) W_up gelu(W_down v), v = LN_a(u)`` with u = T(LN(x)) in a
+    pre-norm layer (ViT); w_s gives one gate a token. TFTS, ``T(x) = gamma x + beta``, stands behind every linear layer,
+    every norm and the patch embedding; gamma ~ N(1, 0.02), beta ~ N(0, 0.02), so the start is not the frozen encoder.
+    Every layer but the last, whose prompt nobody would read, inserts ``p = T(mean over tokens of gelu(A(u)))`` behind
+    token 0: the sequence grows by a token a layer. Prompts have no position and are never read; padding is no part of
+    the mean. The item encoder reads the tokens that it reads of the frozen encoder.
+
+    Reconstruction: in a post-norm layer (BERT) ``y = T(LN(u + FFN(u) + A(u)))`` with the input u of the feed-forward
+    sub-layer, and a prompt passes T(LN(p)) as the other tokens do (``prompt_norm``; with ``tfts_noise = 0`` that norm
+    starts at p = 0, where its gradient is 1 / sqrt(eps)). b_s starts at 1 instead of 0 (``gate_bias``): where token 0
+    alone is read, the last layer learns from it alone, and with 0 every second model starts with its gate closed for
+    all items, for good. The norms of the embeddings have a T as well; a text encoder without one (CLIP) has none
+    there. Encoders whose norms have no bias (Llama, ModernBERT) are refused.
+
+    Trains: adapters, gates, prompts and transforms: 1,438,476 of BERT-base and 1,440,012 of ViT-B/16 at b = 64.
+    Saves: stored size; transforms are folded, so inference costs adapters and prompts, but training keeps the inputs
+    of all transforms in memory.
+    Source: Zhou et al., Dynamic Adapter Meets Prompt Tuning, CVPR 2024, and its released code.
+    """
+
+    Config = DAPTConfig
+    config: DAPTConfig
+    identity_at_start = False
+
+    def adapt(self, model: Recommender, schedule: Schedule) -> None:
+        """Put transforms behind all operations, and an adapter and a prompt into every layer."""
+        for view in model.views.values():
+            for part in _operations(view):
+                part.tfts = FeatureTransform(part.weight.shape[0], self.config.tfts_noise)
+                part.__class__ = _TRANSFORMED[type(part)]
+            width, last = view.shape.width, view.shape.depth - 1
+            if self.config.prompts:
+                adapters = [DynamicAdapter(width, self.config, i, prompt=i < last) for i in range(last + 1)]
+            else:
+                adapters = [DynamicAdapter(width, self.config, 0, prompt=False) for _ in view.layers]
+            view.module.add_module("dapt", nn.ModuleList(adapters))
+            _install(view, adapters, prompt_norm=self.config.prompt_norm)
+
+    def trainable_parameters(self, task: TaskShape, views: Mapping[Modality, EncoderView]) -> int:
+        """L adapters of 2 D b + b + 4 D + 1; a scale and a shift per channel of L - 1 prompts and all operations."""
+        total = fusion_parameters(task)
+        for view in views.values():
+            width, depth, b = view.shape.width, view.shape.depth, self.config.bottleneck
+            channels = sum(part.weight.shape[0] for part in _operations(view))
+            prompts = (depth - 1) * width if self.config.prompts else 0
+            total += depth * (2 * width * b + b + 4 * width + 1) + 2 * (channels + prompts)
+        return total
+
+    def prepare_inference(self, model: Recommender) -> None:
+        """Fold every transform into the weights of its operation; adapters and prompts stay."""
+        for part in list(model.encoders.modules()):
+            if type(part) in _ORIGINAL:
+                _fold(part)
+
+    def report(self, model: Recommender) -> dict[str, float]:
+        """Share of the tokens whose gate was zero in the last training step: of all layers, and of the worst one."""
+        shares: dict[str, float] = {}
+        for modality, view in model.views.items():
+            adapters: Any = view.module.get_submodule("dapt")
+            closed = [float(adapter.closed) for adapter in adapters if adapter.closed is not None]
+            if closed:
+                shares[f"{modality}_zero_gates"] = sum(closed) / len(closed)
+                shares[f"{modality}_zero_gates_max"] = max(closed)
+        return shares
+
+
+# --- inside the layers ----------------------------------------------------------------------------------------------
+
+
+def _install(view: EncoderView, adapters: list[DynamicAdapter], *, prompt_norm: bool) -> None:
+    """Make every layer run its adapter beside the feed-forward sub-layer and add its prompt.
+
+    All that a layer keeps is set and used within its forward, which activation checkpointing repeats as a whole.
+    """
+    mask, count = TokenMask.of(view), TokenCount()
+    view.embeddings.register_forward_hook(partial(_count, count))
+    view.reads_mask = partial(_item_tokens, count)
+    post_norm = view.final_norm is None
+    ffn_in = [view.module.get_submodule(name) for name in view.projections("ffn_in")]
+    for i, (layer, adapter) in enumerate(zip(view.layers, adapters, strict=True)):
+        # What the first linear layer of the feed-forward sub-layer reads is u, the normalised states.
+        ffn_in[i].register_forward_pre_hook(partial(_adapt, adapter, mask))
+        view.sublayer_outputs(i)[1].register_forward_hook(partial(_add, adapter))
+        norm = view.norms(i)[1] if post_norm and prompt_norm else None
+        layer.forward = partial(_run_layer, layer.forward, adapter, mask, norm)
+
+
+def _adapt(adapter: DynamicAdapter, mask: TokenMask, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    adapter.output = adapter(args[0], _with_prompts(mask, args[0]))
+
+
+def _add(adapter: DynamicAdapter, _module: nn.Module, _args: object, output: Tensor) -> Tensor:
+    assert adapter.output is not None
+    return output + adapter.output
+
+
+def _run_layer(
+    forward: Callable[..., Any],
+    adapter: DynamicAdapter,
+    mask: TokenMask,
+    norm: nn.Module | None,
+    hidden: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Run a layer on a sequence with the prompts of earlier layers, and insert its own behind token 0."""
+    grow = partial(_grow, adapter.prompts, hidden)
+    try:
+        result = forward(hidden, *map(grow, args), **{name: grow(value) for name, value in kwargs.items()})
+        if adapter.prompt is None:
+            return result
+        states, *rest = result if isinstance(result, tuple) else (result,)
+        assert adapter.output is not None
+        prompt = adapter.make_prompt(adapter.output, _with_prompts(mask, states))
+        prompt = prompt if norm is None else norm(prompt)
+        states = torch.cat([states[:, :1], prompt.to(states.dtype), states[:, 1:]], dim=1)
+        return (states, *rest) if isinstance(result, tuple) else states
+    finally:
+        adapter.output = None  # a kept activation would prevent a deep copy of the model
+
+
+def _grow(prompts: int, hidden: Tensor, value: Any) -> Any:
+    """An attention mask, or a bias of positions, for a sequence with ``prompts``: they have that of token 0.
+
+    Masks are (n, T), (n, 1, T, T) or alike, as the attention in use has them; other arguments are left as they are.
+    """
+    tokens = hidden.shape[1] - prompts
+    if not prompts or not isinstance(value, Tensor) or value.ndim < 2 or value.shape[-1] != tokens:
+        return value
+    value = torch.cat([value[..., :1].expand(*value.shape[:-1], prompts), value], dim=-1)
+    if value.ndim == 2 or value.shape[-2] != tokens:
+        return value
+    first = value[..., :1, :]
+    return torch.cat([first.expand(*value.shape[:-2], prompts, -1), value], dim=-2)
+
+
+def _with_prompts(mask: TokenMask, hidden: Tensor) -> Tensor | None:
+    """The mask (n, T') of a sequence (n, T', D) with prompts, which are no padding, and neither is token 0."""
+    if mask.value is None:
+        return None
+    prompts = hidden.shape[1] - mask.value.shape[1]
+    return torch.cat([mask.value[:, :1].expand(-1, prompts), mask.value], dim=1)
+
+
+def _count(count: TokenCount, _module: nn.Module, _args: object, hidden: Tensor) -> None:
+    count.value = hidden.shape[1]
+
+
+def _item_tokens(count: TokenCount, mask: Tensor | None, hidden: Tensor) -> Tensor:
+    """The mask (n, T') of a state: that of the item's tokens, without the prompts."""
+    if mask is None:
+        mask = torch.ones(len(hidden), count.value, dtype=torch.bool, device=hidden.device)
+    prompts = hidden.shape[1] - mask.shape[1]
+    return torch.cat([mask[:, :1], mask.new_zeros(len(mask), prompts), mask[:, 1:]], dim=1)
