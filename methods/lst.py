@@ -213,7 +213,7 @@ class LST(Method):
         }
 
     def trainable_parameters(self, task: TaskShape, views: Mapping[Modality, EncoderView]) -> int:
-        """With w = D/r and K kept layers: K (12 w w + 13 w + 1) + (K + 1) (D w + w) + 2 w + w D + D, head and fusion."""
+        """K (12 w w + 13 w + 1) + (K + 1) (D w + w) + 2 w + w D + D, w = D/r, K kept layers; head and fusion."""
         total = fusion_parameters(task)
         for shape in task.encoders.values():
             width, kept = side_width(shape, self.config), len(kept_layers(shape.depth, self.config))

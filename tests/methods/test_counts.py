@@ -71,7 +71,8 @@ def paper_model(encoders: MetaEncoders, name: str, options: Mapping[str, Any]) -
     method = create(name, options)
     views = {m: encoders.view(ENCODERS[m], m) for m in used_modalities(method, tuple(ENCODERS))}
     data = DataSize(1, ITEMS, 10, np.full(ITEMS + 1, 1 / ITEMS))
-    return ModelBuilder(method, Training(epochs=1), data, {m: view.shape for m, view in views.items()}).build(views)
+    with torch.device("meta"):
+        return ModelBuilder(method, Training(epochs=1), data, {m: view.shape for m, view in views.items()}).build(views)
 
 
 def trainable(model: Recommender) -> int:
