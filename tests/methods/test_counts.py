@@ -29,6 +29,7 @@ PAPER: dict[str, tuple[str, dict[str, Any], int]] = {
     "iisan, intra only": ("iisan", {"inter": False}, 2_776_014),
     "iisan, inter only": ("iisan", {"intra": False}, 1_438_151),
     "iisan-versa": ("iisan-versa", {}, 2_941_013),
+    "lst": ("lst", {}, 2 * 1_819_497 + RECOMMENDER),
     "context-peft": ("context-peft", {}, 2_568_192 + 590_592 + 49_216 + 100_224),
     "frozen": ("frozen", {}, RECOMMENDER),
     "prompt": ("prompt", {}, 2 * 92_160 + RECOMMENDER),
@@ -73,7 +74,8 @@ def paper_model(encoders: MetaEncoders, name: str, options: Mapping[str, Any]) -
     method = create(name, options)
     views = {m: encoders.view(ENCODERS[m], m) for m in used_modalities(method, tuple(ENCODERS))}
     data = DataSize(1, ITEMS, 10, np.full(ITEMS + 1, 1 / ITEMS))
-    return ModelBuilder(method, Training(epochs=1), data, {m: view.shape for m, view in views.items()}).build(views)
+    with torch.device("meta"):
+        return ModelBuilder(method, Training(epochs=1), data, {m: view.shape for m, view in views.items()}).build(views)
 
 
 def trainable(model: Recommender) -> int:
@@ -136,6 +138,7 @@ def closed_formula(name: str, options: Mapping[str, Any], tiny: ModuleType) -> i
         + (width * width + width + width * dim + dim)
         + 3 * dim * dim
         + dim,
+        "lst": fused + 2 * (12 * 8 * 8 + 13 * 8 + 1 + 2 * 8 * (width + 1) + 2 * 8 + 9 * width),  # one layer, 8 wide
         "context-peft": sequence
         + (2 * depth * 8 * (4 * 2 * width + 2 * (width + ffn)) - 8 * (4 * width + 2 * (width + ffn)))
         + (width * width + width)
