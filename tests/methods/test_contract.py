@@ -45,7 +45,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "pfeiffer-adapter": [{"bottleneck": 4, "activation": "gelu"}],
     "parallel-adapter": [{"bottleneck": 4, "scale": 1.0, "dropout": 0.1}],
     "dapt": [
-        {"bottleneck": 4, "dropout": 0.0, "prompt_norm": False, "tfts_noise": 0.1},
+        {"bottleneck": 4, "dropout": 0.0, "prompt_norm": False, "gate_bias": 2.0, "tfts_noise": 0.1},
         {"prompts": False, "tfts_noise": 0.0},
     ],
     "iisan-versa": [
