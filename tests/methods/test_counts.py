@@ -32,6 +32,7 @@ PAPER: dict[str, tuple[str, dict[str, Any], int]] = {
     "frozen": ("frozen", {}, RECOMMENDER),
     "prompt": ("prompt", {}, 2 * 92_160 + RECOMMENDER),
     "prompt, shallow 50": ("prompt", {"length": 50, "deep": False}, 2 * 38_400 + RECOMMENDER),
+    "pyra": ("pyra", {}, 2 * 294_912 + 8_624 + 16_896 + RECOMMENDER),
     "lora, six linear layers": (
         "lora",
         {"targets": ("query", "key", "value", "attention_output", "ffn_in", "ffn_out")},
@@ -121,6 +122,7 @@ def closed_formula(name: str, options: Mapping[str, Any], tiny: ModuleType) -> i
         "prompt": fused + 2 * depth * options.get("length", 10) * width,
         "dyt": fused + 2 * depth * (bottleneck + width + 1),
         "iisan": sequence + 3 * tower + 3 * dim * dim + dim,
+        "pyra": fused + 2 * depth * options.get("rank", 8) * 4 * width + (depth - 1) * (3 * width + 2),
         "iisan-versa": sequence
         + 3 * (tower - (width * width + width) - (width * dim + dim))
         + 2 * (width * dim + dim + dim * dim + dim)
@@ -148,6 +150,7 @@ def closed_formula(name: str, options: Mapping[str, Any], tiny: ModuleType) -> i
         *((name, {}) for name in sorted(BUILTIN)),
         ("adapter", {"bottleneck": 5}),
         ("lora", {"rank": 3}),
+        ("pyra", {"rank": 3}),
         ("prompt", {"length": 4}),
         ("iisan", {"bottleneck": 5}),
     ],
