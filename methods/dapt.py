@@ -20,13 +20,15 @@ from tpme.methods.parts.token_mask import TokenMask
 
 
 class DAPTConfig(MethodConfig):
-    """Bottleneck width b and dropout of the adapters, whether layers add prompts, and how transforms start."""
+    """Bottleneck width b and dropout of the adapters, prompts, and how gates and transforms start."""
 
     bottleneck: PositiveInt = 64
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
     prompts: bool = True
     prompt_norm: bool = True
     """In a post-norm encoder, prompts pass the last norm of their layer, as all other tokens do."""
+    gate_bias: NonNegativeFloat = 1.0
+    """Start of b_s, the bias of the gates; 0 as released."""
     tfts_noise: NonNegativeFloat = 0.02
     """Standard deviation of scales around 1 and of shifts around 0 at the start; 0: they change nothing."""
 
@@ -116,7 +118,7 @@ def _fold(part: Any) -> None:
 class DynamicAdapter(nn.Module):
     """``A(u) = g (drop(gelu(v W_down + b_down)) W_up + b_up)``, ``v = LN(u)``, ``g = relu(v w_s + b_s)`` per token.
 
-    W_up and all biases start at zero, W_down and w_s Kaiming-uniform (a = sqrt 5): A(u) = 0. Where the layer adds a
+    W_up, b_down and b_up start at zero, W_down and w_s Kaiming-uniform (a = sqrt 5): A(u) = 0. Where the layer adds a
     prompt, it is ``p = T(mean over tokens of gelu(A(u)))``.
 
     Args:
@@ -130,8 +132,9 @@ class DynamicAdapter(nn.Module):
         self.down, self.up = nn.Linear(width, config.bottleneck), nn.Linear(config.bottleneck, width)
         self.dropout = nn.Dropout(config.dropout)
         self.prompt = FeatureTransform(width, config.tfts_noise) if prompt else None
-        for zero in (self.gate.bias, self.down.bias, self.up.weight, self.up.bias):
+        for zero in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(zero)
+        nn.init.constant_(self.gate.bias, config.gate_bias)
         self.prompts = prompts
         self.output: Tensor | None = None
         """A(u), (n, T, D), while the layer runs."""
@@ -171,17 +174,19 @@ class TokenCount:
 class DAPT(Method):
     """A parallel adapter scaled per token, a prompt a layer made from its output, and a scale and shift behind weights.
 
-    ``y = x + FFN(u) + A(u), A(u) = relu(v w_s) W_up gelu(W_down v), v = LN_a(u)`` with u = T(LN(x)) in a pre-norm layer
-    (ViT); w_s gives one gate a token. TFTS, ``T(x) = gamma x + beta``, stands behind every linear layer, every norm and
-    the patch embedding; gamma ~ N(1, 0.02), beta ~ N(0, 0.02), so the start is not the frozen encoder. Every layer but
-    the last, whose prompt nobody would read, inserts ``p = T(mean over tokens of gelu(A(u)))`` behind token 0: the
-    sequence grows by a token a layer. Prompts have no position and are never read; padding is no part of the mean.
+    ``y = x + FFN(u) + A(u), A(u) = relu(v w_s + b_s) W_up gelu(W_down v), v = LN_a(u)`` with u = T(LN(x)) in a
+    pre-norm layer (ViT); w_s gives one gate a token. TFTS, ``T(x) = gamma x + beta``, stands behind every linear layer,
+    every norm and the patch embedding; gamma ~ N(1, 0.02), beta ~ N(0, 0.02), so the start is not the frozen encoder.
+    Every layer but the last, whose prompt nobody would read, inserts ``p = T(mean over tokens of gelu(A(u)))`` behind
+    token 0: the sequence grows by a token a layer. Prompts have no position and are never read; padding is no part of
+    the mean. The item encoder reads the tokens that it reads of the frozen encoder.
 
     Reconstruction: in a post-norm layer (BERT) ``y = T(LN(u + FFN(u) + A(u)))`` with the input u of the feed-forward
     sub-layer, and a prompt passes T(LN(p)) as the other tokens do (``prompt_norm``; with ``tfts_noise = 0`` that norm
-    starts at p = 0, where its gradient is 1 / sqrt(eps)). The norms of the embeddings have a T as well; a text encoder
-    without one (CLIP) has none there. The item encoder reads the tokens that it reads of the frozen encoder. Encoders
-    whose norms have no bias (Llama, ModernBERT) are refused.
+    starts at p = 0, where its gradient is 1 / sqrt(eps)). b_s starts at 1 instead of 0 (``gate_bias``): where token 0
+    alone is read, the last layer learns from it alone, and with 0 every second model starts with its gate closed for
+    all items, for good. The norms of the embeddings have a T as well; a text encoder without one (CLIP) has none
+    there. Encoders whose norms have no bias (Llama, ModernBERT) are refused.
 
     Trains: adapters, gates, prompts and transforms: 1,438,476 of BERT-base and 1,440,012 of ViT-B/16 at b = 64.
     Saves: stored size; transforms are folded, so inference costs adapters and prompts, but training keeps the inputs

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveFloat
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -33,7 +33,7 @@ class LSTConfig(MethodConfig):
     encoders; by default every fourth.
     """
 
-    reduction: Annotated[int, Field(ge=2)] = 8
+    reduction: PositiveInt = 8
     dropped: tuple[NonNegativeInt, ...] | None = None
     temperature: PositiveFloat = 0.1
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
@@ -213,7 +213,7 @@ class LST(Method):
         }
 
     def trainable_parameters(self, task: TaskShape, views: Mapping[Modality, EncoderView]) -> int:
-        """With w = D/r and K kept layers: K (12 w w + 13 w + 1) + (K + 1) (D w + w) + 2 w + w D + D, head and fusion."""
+        """K (12 w w + 13 w + 1) + (K + 1) (D w + w) + 2 w + w D + D, w = D/r, K kept layers; head and fusion."""
         total = fusion_parameters(task)
         for shape in task.encoders.values():
             width, kept = side_width(shape, self.config), len(kept_layers(shape.depth, self.config))

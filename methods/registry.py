@@ -44,10 +44,13 @@ BUILTIN: dict[str, str] = {
     "frozen": "tpme.methods.frozen:FrozenEncoders",
     "id": "tpme.methods.id:ItemIDs",
     "popularity": "tpme.methods.popularity:Popularity",
+    "adalora": "tpme.methods.adalora:AdaLoRA",
     "pfeiffer-adapter": "tpme.methods.pfeiffer_adapter:PfeifferAdapter",
     "parallel-adapter": "tpme.methods.parallel_adapter:ParallelAdapter",
     "dora": "tpme.methods.dora:DoRA",
     "ia3": "tpme.methods.ia3:IA3",
+    "ln-tuning": "tpme.methods.ln_tuning:LNTuning",
+    "peft": "tpme.methods.peft:PeftTuner",
     "vera": "tpme.methods.vera:VeRA",
     "dapt": "tpme.methods.dapt:DAPT",
 }

@@ -30,6 +30,7 @@ from tpme.bench.run.events import progress_events
 from tpme.bench.run.inference import measure_inference
 from tpme.bench.run.inputs import check_encoders, feature_job, item_store, open_dataset
 from tpme.bench.run.job import Job, time_limit_message
+from tpme.bench.run.representation import measure_representation
 from tpme.bench.task.batches import ItemStore
 from tpme.bench.task.dataset import Dataset
 from tpme.bench.task.encoders import encoder_shape, load_encoder
@@ -95,6 +96,8 @@ class CellRun:
             status = self._failed(error)
         else:
             status = "ok"
+        if self.job.probe_items is not None and status == "ok":
+            self._measure_representation(self.job.probe_items)
         if self.facts.trainer is not None and status != "timeout":
             # After everything that is measured, and also where training ended badly.
             structure = self.structure or trained_structure(self.facts.trainer)
@@ -122,6 +125,13 @@ class CellRun:
             self.facts.inference = measure_inference(trainer)
         except Exception as error:  # of memory, say; what was trained is a result all the same
             self.facts.flag("no-inference", f"inference was not measured: {one_line(error)}")
+
+    def _measure_representation(self, probe_items: int) -> None:
+        assert self.facts.trainer is not None
+        try:
+            self.facts.representation = measure_representation(self.job, self.facts.trainer, probe_items)
+        except (Exception, TimeLimitReached) as error:  # as above
+            self.facts.flag("no-representation", f"the representation space was not measured: {one_line(error)}")
 
     def prepare(self) -> Trainer:
         """Load data and encoders and let the method adapt them; returns what trains the cell."""
@@ -289,6 +299,7 @@ class CellRun:
             training_memory=self.phases.training_memory(outcome.first_phase) if outcome.epochs else None,
             cache=facts.cache,
             inference=facts.inference,
+            representation=facts.representation,
             counters=facts.counters | self.phases.counters(),
             flags=(*facts.flags, *self.phases.flags()),
             files={name: save_arrays(self.job.file(f".{name}.npz"), values) for name, values in arrays.items()}

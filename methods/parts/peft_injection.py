@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any, ClassVar
+
+import torch
 
 from tpme.bench.task.recommender import Recommender
 from tpme.bench.task.view import EncoderView
@@ -35,15 +38,18 @@ class PeftMethod(Method):
 
         for module in model.encoders.modules():
             if isinstance(module, BaseTunerLayer):
-                module.merge()
+                with suppress(NotImplementedError):
+                    module.merge()
 
 
-def inject(view: EncoderView, settings: Any) -> None:
+def inject(view: EncoderView, settings: Any, *, on_host: bool = False) -> None:
     """Adapt an encoder in place.
 
     The tuner's class is called directly: ``inject_adapter_in_model`` refuses those whose layers share tensors (VeRA),
-    although every layer holds a reference to them.
+    although every layer holds a reference to them. Tensors are made where the encoder is, or ``on_host``: peft makes
+    those anew that it has to move to ``meta``, and they would then train whether they should or not.
     """
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
-    PEFT_TYPE_TO_TUNER_MAPPING[settings.peft_type](view.module, settings, ADAPTER)
+    with torch.device("cpu") if on_host else next(view.module.parameters()).device:
+        PEFT_TYPE_TO_TUNER_MAPPING[settings.peft_type](view.module, settings, ADAPTER)
