@@ -39,6 +39,9 @@ PAPER: dict[str, tuple[str, dict[str, Any], int]] = {
         {"targets": ("query", "key", "value", "attention_output", "ffn_in", "ffn_out")},
         2 * 1_327_104 + RECOMMENDER,
     ),
+    "prefix": ("prefix", {}, 2 * 294_912 + RECOMMENDER),
+    "prefix, through an MLP": ("prefix", {"length": 20, "reparameterised": True}, 2 * 9_864_704 + RECOMMENDER),
+    "pt-peft": ("pt-peft", {"length": 20}, 2 * 368_640 + RECOMMENDER),  # in stage 1
     "dyt": ("dyt", {}, 2 * 1_198_860 + RECOMMENDER),
     "id": ("id", {}, 100_224 + (ITEMS + 1) * 64),
     "popularity": ("popularity", {}, 0),
@@ -125,6 +128,8 @@ def closed_formula(name: str, options: Mapping[str, Any], tiny: ModuleType) -> i
         "lora": fused + 2 * depth * 2 * options.get("rank", 8) * 2 * width,
         "bitfit": fused + depth * 2 * (7 * width + ffn) + width + 2 * width,
         "prompt": fused + 2 * depth * options.get("length", 10) * width,
+        "prefix": fused + 2 * depth * options.get("length", 16) * 2 * width,
+        "pt-peft": fused + 2 * depth * options.get("length", 16) * 2 * width,  # in stage 1
         "dyt": fused + 2 * depth * (bottleneck + width + 1),
         "iisan": sequence + 3 * tower + 3 * dim * dim + dim,
         "iisan-versa": sequence
@@ -164,6 +169,7 @@ def closed_formula(name: str, options: Mapping[str, Any], tiny: ModuleType) -> i
         ("lora", {"rank": 3}),
         ("prompt", {"length": 4}),
         ("iisan", {"bottleneck": 5}),
+        ("prefix", {"length": 5}),
     ],
 )
 def test_closed_formula(tiny: ModuleType, name: str, options: dict[str, int]) -> None:
