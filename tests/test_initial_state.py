@@ -107,7 +107,7 @@ def test_a_changed_start_is_found(job: Any) -> None:
 
 def test_weights_that_stay_on_disk_are_no_start(job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(features, "weight_budget", lambda device: 1)
-    with pytest.raises(UserError, match="read from disk layer by layer.*method 'lst' cannot start from its weights"):
+    with pytest.raises(UserError, match=r"read from disk layer by layer.*method 'lst' cannot start from its weights"):
         build_features(cache_of(job())[0])
 
 
