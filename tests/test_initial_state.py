@@ -18,6 +18,7 @@ from tpme.bench.task import features
 from tpme.bench.task.features import FeatureJob, feature_folder, is_built, read_initial, read_manifest
 from tpme.bench.train.feature_builder import build_features
 from tpme.bench.train.loop import Trainer
+from tpme.methods.base import TaskShape
 from tpme.methods.registry import create
 
 TEXT: Modality = "text"
@@ -40,8 +41,6 @@ def cache_of(job: Any, **options: Any) -> tuple[FeatureJob, Path]:
     """The cache that a cell reads, and its folder."""
     method = create("lst", job.cell.options)
     shape = features.load_encoder(job.cell.text_encoder, TEXT).view.shape
-    from tpme.methods.base import TaskShape
-
     reads = method.item_encoder(TaskShape(16, 1, {TEXT: shape})).reads[TEXT]
     made = feature_job(job, method, TEXT, job.cell.text_encoder, reads)
     return made, feature_folder(made, job.cell.dataset_fingerprint)
