@@ -21,6 +21,7 @@ from tpme.methods.parts.peft_injection import PeftMethod, inject
 
 _PROMPTS = "adds virtual tokens to the inputs of a language model; use method 'prompt' or 'prefix'"
 _SPARSE = "multiplies by sparse matrices, whose operations cannot be counted"
+_READS = "reads values back while it runs, so its steps cannot be counted"
 UNSUPPORTED: dict[str, str] = {
     "ADALORA": "needs a loss and an allocation of its own in every step; use method 'adalora'",
     "ADAMSS": "clusters the pretrained weights with scikit-learn, so nothing can be planned without either",
@@ -37,6 +38,8 @@ UNSUPPORTED: dict[str, str] = {
     "SHADOW": "runs a second decoder beside the blocks of a decoder",
     "SHIRA": _SPARSE,
     "TRAINABLE_TOKENS": "trains rows of a token embedding for new tokens, which titles and images do not have",
+    "VBLORA": _READS,
+    "WAVEFT": _READS,
     "XLORA": "mixes LoRA adapters that were trained before",
 }
 """Types of peft that cannot adapt an encoder here, and why."""

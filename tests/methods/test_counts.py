@@ -29,10 +29,12 @@ PAPER: dict[str, tuple[str, dict[str, Any], int]] = {
     "iisan, intra only": ("iisan", {"inter": False}, 2_776_014),
     "iisan, inter only": ("iisan", {"intra": False}, 1_438_151),
     "iisan-versa": ("iisan-versa", {}, 2_941_013),
+    "lst": ("lst", {}, 2 * 1_819_497 + RECOMMENDER),
     "context-peft": ("context-peft", {}, 2_568_192 + 590_592 + 49_216 + 100_224),
     "frozen": ("frozen", {}, RECOMMENDER),
     "prompt": ("prompt", {}, 2 * 92_160 + RECOMMENDER),
     "prompt, shallow 50": ("prompt", {"length": 50, "deep": False}, 2 * 38_400 + RECOMMENDER),
+    "pyra": ("pyra", {}, 2 * 294_912 + 8_624 + 16_896 + RECOMMENDER),
     "lora, six linear layers": (
         "lora",
         {"targets": ("query", "key", "value", "attention_output", "ffn_in", "ffn_out")},
@@ -73,7 +75,8 @@ def paper_model(encoders: MetaEncoders, name: str, options: Mapping[str, Any]) -
     method = create(name, options)
     views = {m: encoders.view(ENCODERS[m], m) for m in used_modalities(method, tuple(ENCODERS))}
     data = DataSize(1, ITEMS, 10, np.full(ITEMS + 1, 1 / ITEMS))
-    return ModelBuilder(method, Training(epochs=1), data, {m: view.shape for m, view in views.items()}).build(views)
+    with torch.device("meta"):
+        return ModelBuilder(method, Training(epochs=1), data, {m: view.shape for m, view in views.items()}).build(views)
 
 
 def trainable(model: Recommender) -> int:
@@ -130,12 +133,14 @@ def closed_formula(name: str, options: Mapping[str, Any], tiny: ModuleType) -> i
         "pt-peft": fused + 2 * depth * options.get("length", 16) * 2 * width,  # in stage 1
         "dyt": fused + 2 * depth * (bottleneck + width + 1),
         "iisan": sequence + 3 * tower + 3 * dim * dim + dim,
+        "pyra": fused + 2 * depth * options.get("rank", 8) * 4 * width + (depth - 1) * (3 * width + 2),
         "iisan-versa": sequence
         + 3 * (tower - (width * width + width) - (width * dim + dim))
         + 2 * (width * dim + dim + dim * dim + dim)
         + (width * width + width + width * dim + dim)
         + 3 * dim * dim
         + dim,
+        "lst": fused + 2 * (12 * 8 * 8 + 13 * 8 + 1 + 2 * 8 * (width + 1) + 2 * 8 + 9 * width),  # one layer, 8 wide
         "context-peft": sequence
         + (2 * depth * 8 * (4 * 2 * width + 2 * (width + ffn)) - 8 * (4 * width + 2 * (width + ffn)))
         + (width * width + width)
@@ -164,6 +169,7 @@ def closed_formula(name: str, options: Mapping[str, Any], tiny: ModuleType) -> i
         *((name, {}) for name in sorted(BUILTIN)),
         ("adapter", {"bottleneck": 5}),
         ("lora", {"rank": 3}),
+        ("pyra", {"rank": 3}),
         ("prompt", {"length": 4}),
         ("iisan", {"bottleneck": 5}),
         ("prefix", {"length": 5}),
