@@ -156,7 +156,7 @@ def test_numbers_of_the_last_stage_at_the_base_shape(then: str, second: int) -> 
 
 
 def test_a_rank_above_the_width_is_refused_before_stage_1(tiny: ModuleType) -> None:
-    with pytest.raises(UserError, match="method 'pt-peft': rank 17 .* choose at most 16"):
+    with pytest.raises(UserError, match=r"method 'pt-peft': rank 17 .* choose at most 16"):
         tiny.build("pt-peft", {"rank": 17})
     tiny.build("pt-peft", {"rank": 17, "then": "adapter"})
 
