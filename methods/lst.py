@@ -173,7 +173,7 @@ def _check(modality: Modality, shape: EncoderShape, config: LSTConfig) -> None:
 class LST(Method):
     """A narrow transformer beside each frozen encoder reads every token of its hidden states; no gradient enters it.
 
-    ``s_0 = W_down Drop(e)``, ``s <- SideLayer(g s + (1-g) W_down b)``, ``g = sigmoid(a/T)``; e are the embeddings and b
+    ``s <- SideLayer(g s + (1-g) W_down b), g = sigmoid(a/T)`` from ``s_0 = W_down Drop(e)``; e are the embeddings and b
     the output of a kept layer, of every token; a starts at 0. The item is ``W_up LN(s)`` of the pooled token, then the
     head and fusion of the task. Side layers are D/r wide with the encoder's number of heads, attend to all real tokens
     in both directions, and are pre-norm beside every encoder: the paper's T5 is, and a sum of gated residual streams
