@@ -45,9 +45,10 @@ Precision = Literal["fp32", "bf16", "fp16"]
 Status = Literal["ok", "oom", "diverged", "timeout", "killed", "error", "skipped"]
 PhaseKind = Literal[
     "load", "adapt", "prepare", "cache", "warmup", "train", "validate", "rank", "export", "inference", "estimate",
-    "search", "round", "count",
+    "search", "round", "count", "probe",
 ]  # fmt: skip
-"""``estimate``, ``search`` and ``round`` are a method's own; ``count`` is the harness's counting after training."""
+"""``estimate``, ``search`` and ``round`` are a method's own. ``count`` is the harness's counting after training,
+``probe`` its measure of the representation space."""
 
 
 class Frozen(BaseModel):
@@ -303,6 +304,50 @@ class Inference(Frozen):
     """Modalities whose hidden states come from a table: their encoders do not run, and no FLOPs of them are counted."""
 
 
+class Spectrum(Frozen):
+    """Ranks of a matrix of states (n, D) by its singular values s_1 >= s_2 >= ..."""
+
+    effective_rank: float
+    """``exp(-sum p log p)`` with p = s / sum s."""
+    energy_rank_90: int
+    """The fewest singular values with 90 % of the energy, sum s^2."""
+    energy_rank_99: int
+    stable_rank: float
+    """``sum s^2 / s_1^2``."""
+
+
+class SpaceFacts(Frozen):
+    """One space of the trained model, and how it lies to that of the unadapted encoder, on the same items."""
+
+    width: int
+    raw: Spectrum
+    centred: Spectrum
+    """With the mean over the items taken off, column by column."""
+    unadapted_raw: Spectrum | None = None
+    unadapted_centred: Spectrum | None = None
+    """``None`` for item vectors, which have no unadapted counterpart."""
+    overlap: dict[int, float] = {}
+    """k -> ``||V_k^T V'_k||_F^2 / k``, V the first k right singular vectors of the centred states; in [0, 1]."""
+    cosine: dict[int, float] = {}
+    """k -> mean cosine of the principal angles between the same subspaces."""
+    cka: float | None = None
+    """Linear CKA with the unadapted states, in [0, 1]; ``None`` where one of them is the same for all items."""
+
+
+class Representation(Frozen):
+    """The representation space of the trained model."""
+
+    probe_items: PositiveInt
+    """Asked for."""
+    items: PositiveInt
+    """Measured: fewer in a smaller catalogue."""
+    spaces: dict[str, SpaceFacts] = {}
+    """``text`` and ``image``: final states as they are read, ``-mean`` at the mean of their tokens; ``items``: item
+    vectors, beside the unadapted final states of all encoders."""
+    reasons: dict[str, str] = {}
+    """Why a space is missing."""
+
+
 class Epoch(Frozen):
     """One epoch: training only in ``train_s`` (data loading included; validation and bookkeeping excluded)."""
 
@@ -499,6 +544,8 @@ class CellResult(Frozen):
     """None where the cell did not get so far, and in records from before it was measured."""
     inference_items_per_s: Reading | None = None
     """Of records from before ``inference``."""
+    representation: Representation | None = None
+    """``None`` unless the matrix asks for it (``probe_items``)."""
     counters: dict[str, Reading] = {}
     """Exact counters (FLOPs, bytes saved for backward ...) and a method's own (``report()``)."""
     metrics: dict[str, NamedMetric] = {}

@@ -30,23 +30,27 @@ class TaskShape:
     """Sizes that a method is given before anything is loaded.
 
     dim: width d of item and user vectors. items: N, ids run from 1. encoders: shape of each encoder by modality.
+    title_tokens: T, the most tokens of a title.
     """
 
     dim: int
     items: int
     encoders: Mapping[Modality, EncoderShape]
+    title_tokens: int = 30
 
 
 @dataclass(frozen=True)
 class Schedule:
     """The training ahead, as given to a method.
 
-    popularity: (N+1,) share of each item among the training interactions; entry 0 is padding.
+    popularity: (N+1,) share of each item among the training interactions; entry 0 is padding. title_tokens: T, the
+    most tokens of a title.
     """
 
     epochs: int
     steps_per_epoch: int
     popularity: NDArray[np.float64]
+    title_tokens: int = 30
 
     @property
     def total_steps(self) -> int:
@@ -203,6 +207,17 @@ class Method:
     def item_encoder(self, task: TaskShape) -> ItemEncoder:
         """The module that maps hidden states to item vectors; default: last states, projected and fused."""
         return TokenFusion(task.encoders, task.dim)
+
+    def initial_state(self, views: Mapping[Modality, EncoderView]) -> dict[str, Tensor]:
+        """Parameters of the item encoder, by name, that start from the weights of unmodified encoders; default: none.
+
+        Called once for every encoder or for several at a time, so those of one encoder must not depend on another; on
+        ``meta`` too. Where states are cached, the builder of the cache calls it, and cells read what it has stored.
+
+        Args:
+            views: the unmodified encoders by modality; on any device.
+        """
+        return {}
 
     def frozen_encoders(self, modalities: Sequence[Modality]) -> tuple[Modality, ...]:
         """The encoders among ``modalities`` that stay unmodified; they get no gradients, and may be cached.

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, PositiveInt
 
 from tpme.bench.record import Modality
 from tpme.bench.task.families import Role
-from tpme.bench.task.recommender import Recommender
 from tpme.bench.task.view import EncoderView
-from tpme.methods.base import Method, MethodConfig, Schedule, TaskShape, fusion_parameters
+from tpme.methods.base import MethodConfig, TaskShape, fusion_parameters
+from tpme.methods.parts.low_rank import check_rank
+from tpme.methods.parts.peft_injection import PeftMethod
 
 
 class LoRAConfig(MethodConfig):
@@ -23,27 +24,34 @@ class LoRAConfig(MethodConfig):
     targets: Annotated[tuple[Role, ...], Field(min_length=1)] = ("query", "value")
 
 
-class LoRA(Method):
-    """``h = W x + (alpha / r) B A x``; A Kaiming-uniform, B zero; W stays the pretrained weight.
+class LoRA(PeftMethod):
+    """Adds a trained product of two thin matrices to frozen projections.
 
-    Trainable at BERT-base + ViT-B/16, r = 8 on q and v: 2 x 294,912 of the encoders. Merged for inference.
+    ``h = W x + (alpha / r) B A x``; A (r, in) Kaiming-uniform, B (out, r) zero; W stays the pretrained weight.
+
+    Trains: A and B of queries and values, 294,912 per encoder at BERT-base + ViT-B/16 with r = 8.
+    Saves: optimiser state and stored size; nothing at inference, where B A is merged into W.
+    Source: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, ICLR 2022, equation 3.
     """
 
     Config = LoRAConfig
     config: LoRAConfig
+    name: ClassVar[str] = "lora"
+    decomposed: ClassVar[bool] = False
+    """Weights are decomposed into direction and magnitude (DoRA)."""
 
-    def adapt(self, model: Recommender, schedule: Schedule) -> None:
-        """Wrap the target projections of each encoder in place."""
-        from peft import LoraConfig, inject_adapter_in_model
+    def settings(self, view: EncoderView) -> Any:
+        """Wrap the target projections. Raises UserError for a rank above the width of one."""
+        from peft import LoraConfig
 
-        for view in model.views.values():
-            settings = LoraConfig(
-                r=self.config.rank,
-                lora_alpha=self.config.alpha,
-                lora_dropout=self.config.dropout,
-                target_modules=view.projections(*self.config.targets),
-            )
-            inject_adapter_in_model(settings, view.module)
+        check_rank(self.name, self.config.rank, view, self.config.targets)
+        return LoraConfig(
+            r=self.config.rank,
+            lora_alpha=self.config.alpha,
+            lora_dropout=self.config.dropout,
+            use_dora=self.decomposed,
+            target_modules=view.projections(*self.config.targets),
+        )
 
     def trainable_parameters(self, task: TaskShape, views: Mapping[Modality, EncoderView]) -> int:
         """r (inputs + outputs) of every adapted projection."""
@@ -53,11 +61,3 @@ class LoRA(Method):
             for name in view.projections(*self.config.targets)
         ]
         return self.config.rank * sum(sum(weight.shape) for weight in weights) + fusion_parameters(task)
-
-    def prepare_inference(self, model: Recommender) -> None:
-        """Merge B A into the weights; inference then costs the same as with the frozen encoder."""
-        from peft.tuners.lora import LoraLayer
-
-        for module in model.encoders.modules():
-            if isinstance(module, LoraLayer):
-                module.merge()

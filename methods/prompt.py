@@ -10,17 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from tpme.bench.errors import UserError
 from tpme.bench.record import Modality
 from tpme.bench.task.recommender import Recommender
 from tpme.bench.task.view import EncoderView
 from tpme.methods.base import Method, MethodConfig, Schedule, TaskShape, fusion_parameters
+from tpme.methods.parts.insertion import insert_tokens
 
 
 class PromptConfig(MethodConfig):
@@ -69,46 +68,16 @@ class PromptTuning(Method):
         for view in model.views.values():
             prompts = Prompts(view, self.config.length, self.config.deep)
             view.module.add_module("prompts", prompts)
-            _install(view, prompts, deep=self.config.deep)
+            insert_tokens(view, prompts, "prompt")
+            if self.config.deep:
+                for i, layer in enumerate(view.layers[1:], start=1):
+                    layer.register_forward_pre_hook(partial(_replace, prompts, i))
 
     def trainable_parameters(self, task: TaskShape, views: Mapping[Modality, EncoderView]) -> int:
         """P vectors of width D, in each of L layers if they are deep."""
         shapes = [view.shape for view in views.values()]
         vectors = sum((shape.depth if self.config.deep else 1) * shape.width for shape in shapes)
         return self.config.length * vectors + fusion_parameters(task)
-
-
-def _install(view: EncoderView, prompts: Prompts, *, deep: bool) -> None:
-    if not view.family.prompts:
-        raise UserError(
-            f"method 'prompt': {type(view.module).__name__} counts positions from the token ids, so no prompts can be "
-            "inserted after them; choose another encoder"
-        )
-    # Partials, not closures: a deep copy of the model then runs its own copy of the prompts.
-    view.module.register_forward_pre_hook(partial(_extend_mask, prompts.length), with_kwargs=True)
-    view.reads_mask = partial(_item_tokens, prompts.length)
-    view.embeddings.register_forward_hook(partial(_insert, prompts))
-    if deep:
-        for i, layer in enumerate(view.layers[1:], start=1):
-            layer.register_forward_pre_hook(partial(_replace, prompts, i))
-
-
-def _extend_mask(length: int, _module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    mask = kwargs.get("attention_mask")
-    if mask is not None:  # token 0 is never padding, so its column serves the prompts too
-        kwargs["attention_mask"] = torch.cat([mask[:, :1].expand(-1, length), mask], dim=1)
-    return args, kwargs
-
-
-def _item_tokens(length: int, mask: Tensor | None, hidden: Tensor) -> Tensor:
-    """The mask (n, N+P) of a state: that of the item's tokens, without the prompts."""
-    if mask is None:
-        mask = torch.ones(len(hidden), hidden.shape[1] - length, dtype=torch.bool, device=hidden.device)
-    return torch.cat([mask[:, :1], mask.new_zeros(len(mask), length), mask[:, 1:]], dim=1)
-
-
-def _insert(prompts: Prompts, _module: nn.Module, _args: object, hidden: Tensor) -> Tensor:
-    return prompts.insert(hidden)
 
 
 def _replace(prompts: Prompts, layer: int, _module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -21,6 +21,7 @@ from tpme.bench.run.plan import plan_matrix
 from tpme.bench.task.dataset import Dataset
 from tpme.bench.task.features import feature_folder
 from tpme.bench.task.items import Reads
+from tpme.methods.registry import create
 
 OPTIONS = {"pool": "mean", "dtype": "bf16", "attention": "eager"}
 
@@ -105,10 +106,10 @@ def test_every_option_makes_another_cache(clip: Path, world: Any, tmp_path: Path
     folders = set()
     for options in ({}, {"tower": "text"}, {"dtype": "bf16"}, {"attention": "eager"}):
         spec = EncoderSpec(source=str(clip), **options)
-        folders.add(feature_folder(feature_job(job, "text", spec, reads), "data"))
+        folders.add(feature_folder(feature_job(job, create("frozen", {}), "text", spec, reads), "data"))
     spec = EncoderSpec(source=str(clip))
     for other in (Reads(final=True, pool="mean"), Reads(final=True, tokens="all"), Reads((1,), pool="last")):
-        folders.add(feature_folder(feature_job(job, "text", spec, other), "data"))
+        folders.add(feature_folder(feature_job(job, create("frozen", {}), "text", spec, other), "data"))
     assert len(folders) == 7
 
 

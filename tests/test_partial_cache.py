@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -137,3 +138,27 @@ def test_states_of_every_token_are_cached_with_their_masks(world: Any, tmp_path:
     token = (dataset.manifest.items + 1) * (2 * width * 2 + 1)
     assert meta.cache_bytes == {"text": 8 * token, "image": 5 * token}
     assert {m: part.bytes for m, part in cached.cache.parts.items()} == meta.cache_bytes
+
+
+def test_a_cache_above_the_limit_is_refused_before_anything_runs(
+    world: Any, harness: ModuleType, tmp_path: Path
+) -> None:
+    """By ``tpme run`` and ``tpme plan`` in the same words, with the bytes that the builder would write."""
+    write_method(tmp_path / "methods", "every_token", EVERY_TOKEN)
+    items = Dataset.open(world.data).manifest.items
+    size = (items + 1) * 5 * (2 * 16 * 2 + 1)  # the images: two levels and a mask, 5 tokens
+    matrix = world.matrix([{"name": "every_token", "cached": True}], modalities=["image"], cache_limit_bytes=size - 1)
+    path = world.write(tmp_path / "matrix.toml", matrix)
+    folders = ("--methods-path", str(tmp_path / "methods"), "--store", str(world.store))
+    run = harness.tpme("run", str(path), "--out", str(tmp_path / "run"), *folders)
+    plan = harness.tpme("plan", str(path), *folders)
+    assert (run.returncode, plan.returncode) == (2, 2)
+    assert run.stderr.splitlines() == plan.stderr.splitlines()
+    [line] = run.stderr.splitlines()
+    assert f"the feature cache of the image encoder needs {size:,} bytes" in line
+    assert f"more than the limit (cache_limit_bytes), {size - 1:,}" in line
+    assert not (tmp_path / "run").exists()
+    [allowed] = world.jobs(
+        matrix.model_copy(update={"cache_limit_bytes": size}), tmp_path / "run", [tmp_path / "methods"]
+    )
+    assert allowed.cache_limit_bytes == size

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from tpme.methods.registry import BUILTIN
+
 ROOT = Path(__file__).resolve().parents[1]
 PERFORMANCE = ROOT / "docs" / "lab" / "performance.md"
 
@@ -139,3 +141,9 @@ def test_every_benchmark_has_its_row_in_the_documentation(script: Any) -> None:
     collected = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     wanted = set(re.findall(r"^tests/benchmarks/(test_\S+::\S+)$", collected, flags=re.MULTILINE))
     assert set(re.findall(r"`(test_\w+\.py::\S+)` \|$", part, flags=re.MULTILINE)) == wanted
+
+
+def test_the_table_of_methods_is_that_of_the_docstrings(script: Any) -> None:
+    document = (ROOT / "docs" / "methods.md").read_text()
+    shown = document.split("<!-- methods -->\n")[1].split("\n<!-- /methods -->")[0]
+    assert shown == script("method_table").table(BUILTIN)

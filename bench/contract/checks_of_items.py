@@ -9,9 +9,9 @@ import torch
 from tpme.bench.contract.expect import ContractError, NotApplicable, expect_close
 from tpme.bench.contract.subject import Subject, vectors, with_options
 from tpme.bench.run.inputs import feature_job
-from tpme.bench.task.features import build
 from tpme.bench.task.items import Items, Reads, States, named_tensors
 from tpme.bench.task.view import EncoderView
+from tpme.bench.train.feature_builder import build_features
 from tpme.bench.train.loop import Trainer
 from tpme.bench.train.step import total_loss
 
@@ -79,7 +79,8 @@ def cached_equals_uncached(subject: Subject) -> None:
     trainer = subject.trainer()
     job = subject.job(subject.cell())
     for modality in subject.frozen:  # as the builder does, in this process
-        build(feature_job(job, modality, subject.specs[modality], trainer.model.item_encoder.reads[modality]))
+        reads = trainer.model.item_encoder.reads[modality]
+        build_features(feature_job(job, trainer.method, modality, subject.specs[modality], reads))
     cached = subject.trainer(subject.cell(cached=True))
     items = subject.items(trainer)
     model, tables = trainer.model.eval(), subject.items(cached).states or {}

@@ -17,12 +17,15 @@ from tpme.bench.train.loop import Trainer
 
 
 def state_round_trip(subject: Subject) -> None:
-    """The state, loaded into a fresh model of another seed, gives what was trained, its vectors and its ranks."""
+    """The state, loaded into a fresh model of another seed, gives what was trained, its vectors and its ranks.
+
+    A trained parameter may be absent from that model if only training needs it (a reparameterisation).
+    """
     trainer = subject.trained.trainer
     fresh = _restored(subject, trainer)
     loaded = dict(fresh.model.named_parameters())
     for name, value in trainer.model.named_parameters():
-        if value.requires_grad and not (name in loaded and torch.equal(loaded[name], value)):
+        if value.requires_grad and name in loaded and not torch.equal(loaded[name], value):
             raise ContractError(f"'{name}' trains, but state() and load_state() do not carry it into a fresh model")
     items = subject.items(trainer)
     if not torch.equal(vectors(fresh.method, fresh.model, items), vectors(trainer.method, trainer.model, items)):

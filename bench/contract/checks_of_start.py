@@ -91,7 +91,8 @@ def _compare(subject: Subject, cell: Cell, data: DataShape, encoders: MetaEncode
     cell = cell.model_copy(update={"options": subject.options})
     meta = MetaCell(cell, data, encoders, subject.methods_path)
     views = {m: encoders.view(spec, m) for m, spec in encoder_specs(cell, meta.method).items()}
-    task = TaskShape(cell.training.embedding_dim, data.items, {m: view.shape for m, view in views.items()})
+    shapes = {m: view.shape for m, view in views.items()}
+    task = TaskShape(cell.training.embedding_dim, data.items, shapes, cell.training.title_tokens)
     try:
         formula = meta.method.trainable_parameters(task, views)
     except NotImplementedError:

@@ -189,7 +189,7 @@ class Subject:
     def task(self) -> TaskShape:
         """The sizes that the method is given."""
         shapes = {modality: view.shape for modality, view in self.fresh_views.items()}
-        return TaskShape(TRAINING.embedding_dim, self.world.dataset.manifest.items, shapes)
+        return TaskShape(TRAINING.embedding_dim, self.world.dataset.manifest.items, shapes, TITLE_TOKENS)
 
     @cached_property
     def refusal(self) -> str | None:

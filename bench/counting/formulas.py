@@ -15,18 +15,18 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
 # Neither product nor convolution. Pointwise operators are tagged as such by torch; ``x_`` is free where ``x`` is.
-_NO_PRODUCT = """_log_softmax _log_softmax_backward_data _safe_softmax _softmax _softmax_backward_data _to_copy
-    _unsafe_view all amax amin aminmax any arange argmax argmin argsort bernoulli bincount block_diag bucketize cat
-    clone constant_pad_nd copy count_nonzero cummax cumprod cumsum detach diag_embed embedding
-    embedding_dense_backward empty empty_like expand_copy exponential eye fill flip floor_divide full full_like
-    gather gelu_backward index index_add index_copy index_fill index_put index_select lerp lift_fresh
+_NO_PRODUCT = """_adaptive_avg_pool2d _log_softmax _log_softmax_backward_data _safe_softmax _softmax
+    _softmax_backward_data _to_copy _unsafe_view all amax amin aminmax any arange argmax argmin argsort as_strided
+    bernoulli bincount block_diag bucketize cat clone constant_pad_nd copy count_nonzero cummax cumprod cumsum detach
+    diag_embed embedding embedding_dense_backward empty empty_like expand_copy exponential eye fill flip floor_divide
+    full full_like gather gelu_backward index index_add index_copy index_fill index_put index_select lerp lift_fresh
     linalg_vector_norm linspace logcumsumexp logsumexp masked_fill masked_scatter max mean median min multinomial
     native_dropout native_dropout_backward native_group_norm native_group_norm_backward native_layer_norm
     native_layer_norm_backward new_empty new_empty_strided new_full new_ones new_zeros nll_loss_backward
-    nll_loss_forward norm normal ones ones_like prod rand rand_like randint randn randn_like randperm repeat resize
-    roll scalar_tensor scatter scatter_add scatter_reduce select_backward select_scatter slice_backward slice_scatter
-    sort split_with_sizes_copy stack std std_mean sum topk tril tril_indices triu triu_indices uniform var var_mean
-    zero zeros zeros_like _fused_rms_norm _fused_rms_norm_backward"""
+    nll_loss_forward nonzero norm normal ones ones_like prod rand rand_like randint randn randn_like randperm repeat
+    resize roll scalar_tensor scatter scatter_add scatter_reduce select_backward select_scatter slice_backward
+    slice_scatter sort split_with_sizes_copy stack std std_mean sum topk tril tril_indices triu triu_indices uniform var
+    var_mean zero zeros zeros_like _fused_rms_norm _fused_rms_norm_backward"""
 _FREE = frozenset(_NO_PRODUCT.split())
 
 

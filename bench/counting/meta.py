@@ -22,7 +22,7 @@ from tpme.bench.task.features import DTYPE, planned_bytes
 from tpme.bench.task.items import EncoderShape, Items, States, map_tensors
 from tpme.bench.task.precomputed import StatesFile
 from tpme.bench.task.view import EncoderView
-from tpme.bench.train.build import EncoderUse, ModelBuilder, encoder_specs
+from tpme.bench.train.build import EncoderUse, ModelBuilder, encoder_specs, starts_from_weights
 from tpme.bench.train.loop import Trainer
 from tpme.methods.base import Method, StepState
 from tpme.methods.registry import create
@@ -118,7 +118,7 @@ class MetaCell:
         views = {modality: self.encoders.view(spec, modality) for modality, spec in self.use.run.items()}
         with torch.random.fork_rng(devices=[]), META:
             builder = ModelBuilder(self.method, self.cell.training, self.data, self.shapes)
-            model = builder.build(views).to(META)
+            model = builder.build(views, initial=self._initial_state()).to(META)
             state = StepState(model, builder.schedule, epoch=1)
             for stage in self.method.stages():
                 state.stage = stage
@@ -126,6 +126,13 @@ class MetaCell:
         model.to(META)  # what a stage has added
         return state
 
+    def _initial_state(self) -> dict[str, Tensor]:
+        """What the builder of the feature cache would take from the weights of cached encoders."""
+        if not starts_from_weights(self.method):
+            return {}
+        return self.method.initial_state({m: self.encoders.view(spec, m) for m, spec in self.use.cached.items()})
+
+    @torch.no_grad()
     def states(self, modality: Modality, n: int) -> States:
         """The states of ``n`` items of an encoder that does not run, as they are stored."""
         reads, shape = self.model.item_encoder.reads[modality], self.shapes[modality]

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+from torch import Tensor
 
 from tpme.bench.counting.meta import MetaCell
 from tpme.bench.errors import UserError, one_line
@@ -29,15 +30,22 @@ from tpme.bench.run.events import progress_events
 from tpme.bench.run.inference import measure_inference
 from tpme.bench.run.inputs import check_encoders, feature_job, item_store, open_dataset
 from tpme.bench.run.job import Job, time_limit_message
+from tpme.bench.run.representation import measure_representation
 from tpme.bench.task.batches import ItemStore
 from tpme.bench.task.dataset import Dataset
 from tpme.bench.task.encoders import encoder_shape, load_encoder
-from tpme.bench.task.items import Reads
 from tpme.bench.task.placement import PLACES, Table
 from tpme.bench.task.precomputed import StatesFile
 from tpme.bench.task.recommender import Recommender
 from tpme.bench.task.view import EncoderView
-from tpme.bench.train.build import DataSize, EncoderUse, ModelBuilder, encoder_specs, seed_generators
+from tpme.bench.train.build import (
+    DataSize,
+    EncoderUse,
+    ModelBuilder,
+    encoder_specs,
+    seed_generators,
+    starts_from_weights,
+)
 from tpme.bench.train.cached import Progress, stored_states
 from tpme.bench.train.compiling import compile_model
 from tpme.bench.train.delta import DeltaFile
@@ -69,6 +77,8 @@ class CellRun:
         self.device = torch.device(job.cell.device)
         self.started_at = datetime.now(UTC)
         self.facts = CellFacts()
+        self.initial: dict[str, Tensor] = {}
+        """What the item encoder takes from the weights of cached encoders."""
         self.kept = Kept(job.folder / "procedure")
         self._deltas = itertools.count()
         self.structure: MetaCell | Exception | None = None
@@ -86,6 +96,8 @@ class CellRun:
             status = self._failed(error)
         else:
             status = "ok"
+        if self.job.probe_items is not None and status == "ok":
+            self._measure_representation(self.job.probe_items)
         if self.facts.trainer is not None and status != "timeout":
             # After everything that is measured, and also where training ended badly.
             structure = self.structure or trained_structure(self.facts.trainer)
@@ -114,6 +126,13 @@ class CellRun:
         except Exception as error:  # of memory, say; what was trained is a result all the same
             self.facts.flag("no-inference", f"inference was not measured: {one_line(error)}")
 
+    def _measure_representation(self, probe_items: int) -> None:
+        assert self.facts.trainer is not None
+        try:
+            self.facts.representation = measure_representation(self.job, self.facts.trainer, probe_items)
+        except (Exception, TimeLimitReached) as error:  # as above
+            self.facts.flag("no-representation", f"the representation space was not measured: {one_line(error)}")
+
     def prepare(self) -> Trainer:
         """Load data and encoders and let the method adapt them; returns what trains the cell."""
         cell, facts = self.cell, self.facts
@@ -128,10 +147,10 @@ class CellRun:
         use = EncoderUse.of(cell, method)
         shapes = {modality: encoder_shape(spec, modality) for modality, spec in specs.items()}
         builder = ModelBuilder(method, cell.training, DataSize.of(dataset), shapes)
-        states = self._load_states(use, builder.item_encoder.reads, dataset) if use.cached or use.given else {}
+        states = self._load_states(use, builder, dataset) if use.cached or use.given else {}
         store, views = self._load_encoders(use.run, dataset, states)
         with self.phases.phase("adapt"):
-            model = builder.build(views, cell.seed).to(self.device)
+            model = builder.build(views, cell.seed, self.initial).to(self.device)
             if cell.training.compile and compile_model(model):
                 facts.setup = "compiling"
             elif cell.training.compile:
@@ -180,8 +199,12 @@ class CellRun:
             or not use.run.keys() <= of.model.views.keys()
         ):
             raise UserError(f"{cell.label}: a fork reads hidden states that are not cached; set cached = false")
+        own = create(cell.method, cell.options, self.job.methods_path)
+        alike = (type(method), method.config) == (type(own), own.config)
+        if use.cached and starts_from_weights(method) and not alike:
+            raise UserError(f"{cell.label}: a fork starts from weights that are not cached; set cached = false")
         views = {modality: load_encoder(spec, modality, seed=cell.seed).view for modality, spec in use.run.items()}
-        model = builder.build(views, seed).to(self.device)
+        model = builder.build(views, seed, self.initial if alike else None).to(self.device)
         if cell.training.compile:
             compile_model(model)
         fork = self._trainer(model, method, of.dataset, of.store, seed)
@@ -190,17 +213,17 @@ class CellRun:
         seed_generators(seed)
         return fork
 
-    def _load_states(self, use: EncoderUse, reads: Mapping[Modality, Reads], dataset: Dataset) -> dict[Modality, Table]:
+    def _load_states(self, use: EncoderUse, builder: ModelBuilder, dataset: Dataset) -> dict[Modality, Table]:
         """Cached and precomputed hidden states; separate processes build the caches that are missing."""
-        given = {}
+        method, reads, given = builder.method, builder.item_encoder.reads, {}
         for modality, spec in use.given.items():
             file = StatesFile.open(spec)
             given[modality] = file.read(reads[modality], dataset.item_names)
             self.facts.encoders[modality] = file.facts(spec)
-        jobs = [feature_job(self.job, modality, spec, reads[modality]) for modality, spec in use.cached.items()]
+        jobs = [feature_job(self.job, method, m, spec, reads[m]) for m, spec in use.cached.items()]
         fingerprint = self.cell.dataset_fingerprint
         stored = stored_states(jobs, given, fingerprint, self.device, self.phases, self.progress)
-        self.facts.cache = stored.cache
+        self.facts.cache, self.initial = stored.cache, stored.initial
         if stored.cache is not None:
             size = Reading(value=stored.cache.bytes, source="(N+1) x levels x width x 2 bytes")
             self.facts.counters["cache_bytes"] = size
@@ -276,6 +299,7 @@ class CellRun:
             training_memory=self.phases.training_memory(outcome.first_phase) if outcome.epochs else None,
             cache=facts.cache,
             inference=facts.inference,
+            representation=facts.representation,
             counters=facts.counters | self.phases.counters(),
             flags=(*facts.flags, *self.phases.flags()),
             files={name: save_arrays(self.job.file(f".{name}.npz"), values) for name, values in arrays.items()}

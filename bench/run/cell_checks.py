@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,11 +47,20 @@ def check_cached(name: str, method: Method, modalities: tuple[Modality, ...]) ->
         raise UserError(f"method '{name}' cannot be cached: it leaves no encoder frozen; remove cached = true")
 
 
-def check_cells(cells: Iterable[Cell], methods_path: Sequence[Path] = ()) -> None:
+def check_cells(
+    cells: Iterable[Cell], items: Mapping[str, int], cache_limit_bytes: int, methods_path: Sequence[Path] = ()
+) -> None:
     """Build the model of every cell on ``meta``, to find options and encoders that do not fit before anything runs.
 
-    Cells that differ in their seed or learning rates alone are built once. Raises UserError, also for an encoder whose
-    configuration cannot be read; other errors are left to the cell, because a method may need values.
+    Cells that differ in their seed or learning rates alone are built once.
+
+    Args:
+        cells: of a matrix. items: of each data set, by name. cache_limit_bytes: of the matrix.
+        methods_path: folders with further methods.
+
+    Raises:
+        UserError: also for an encoder whose configuration cannot be read, and for a feature cache above the limit;
+            other errors are left to the cell, because a method may need values.
     """
     from tpme.bench.counting.batch import DataShape
     from tpme.bench.counting.meta import MetaCell, MetaEncoders
@@ -63,11 +72,12 @@ def check_cells(cells: Iterable[Cell], methods_path: Sequence[Path] = ()) -> Non
         _check_dtypes(cell, method)
         _check_states(cell, method, encoders)
         try:
-            MetaCell(cell, DataShape.assumed(), encoders, methods_path)
+            meta = MetaCell(cell, DataShape.assumed(items=items[cell.dataset]), encoders, methods_path)
         except UserError:
             raise
         except Exception:
             continue
+        _check_cache_size(cell, meta.cache_bytes, cache_limit_bytes)
 
 
 def cost_key(cell: Cell) -> str:
@@ -78,6 +88,17 @@ def cost_key(cell: Cell) -> str:
     for unrelated in ("epochs", "patience"):
         del settings["training"][unrelated]
     return json.dumps(settings, sort_keys=True)
+
+
+def _check_cache_size(cell: Cell, sizes: Mapping[Modality, int], limit: int) -> None:
+    """Raise UserError where the feature cache of an encoder would be larger than the matrix allows."""
+    for modality, size in sizes.items():
+        if size > limit:
+            raise UserError(
+                f"method '{cell.method}' on data set '{cell.dataset}': the feature cache of the {modality} encoder "
+                f"needs {size:,} bytes, more than the limit (cache_limit_bytes), {limit:,}; raise that or remove "
+                "cached = true"
+            )
 
 
 def _check_dtypes(cell: Cell, method: Method) -> None:
@@ -106,7 +127,8 @@ def _check_states(cell: Cell, method: Method, encoders: MetaEncoders) -> None:
         return
     shapes = {modality: encoders.shape(spec, modality) for modality, spec in encoder_specs(cell, method).items()}
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        reads = method.item_encoder(TaskShape(cell.training.embedding_dim, 1, shapes)).reads
+        task = TaskShape(cell.training.embedding_dim, 1, shapes, cell.training.title_tokens)
+        reads = method.item_encoder(task).reads
     for modality, spec in given.items():
         if reads[modality].tokens == "all":
             raise UserError(

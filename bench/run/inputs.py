@@ -10,10 +10,12 @@ from tpme.bench.run.job import Job
 from tpme.bench.task.batches import ItemStore
 from tpme.bench.task.dataset import Dataset
 from tpme.bench.task.encoders import image_size, pin_revision
-from tpme.bench.task.features import FeatureJob
+from tpme.bench.task.features import FeatureJob, InitialJob
 from tpme.bench.task.items import Reads
 from tpme.bench.task.placement import Table
 from tpme.bench.task.tokens import tokenise
+from tpme.bench.train.build import starts_from_weights
+from tpme.methods.base import Method
 
 
 def open_dataset(job: Job) -> Dataset:
@@ -51,8 +53,14 @@ def item_store(
     return ItemStore(dataset, tokens=tokens, images=image is not None, states=states, pin=on_gpu)
 
 
-def feature_job(job: Job, modality: Modality, spec: EncoderSpec, reads: Reads) -> FeatureJob:
-    """The feature cache of one encoder: the states of it that a cell ``reads``."""
+def feature_job(job: Job, method: Method, modality: Modality, spec: EncoderSpec, reads: Reads) -> FeatureJob:
+    """The feature cache of one encoder: the states of it that ``method``, the one of the cell, ``reads``."""
+    initial = InitialJob(
+        method=job.cell.method,
+        options=job.cell.options,
+        methods_path=job.methods_path,
+        code_version=job.code_version,
+    )
     return FeatureJob(
         dataset=job.dataset_path,
         store=job.store,
@@ -63,4 +71,5 @@ def feature_job(job: Job, modality: Modality, spec: EncoderSpec, reads: Reads) -
         device=job.cell.device,
         seed=job.cell.seed,
         limit_bytes=job.cache_limit_bytes,
+        initial=initial if starts_from_weights(method) else None,
     )

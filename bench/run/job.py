@@ -23,6 +23,8 @@ class Job(Frozen):
     time_limit_s: float
     save_adapters: bool = False
     """Write what the method has trained beside the record."""
+    probe_items: int | None = None
+    """Measure the representation space of the trained model on so many items."""
 
     def file(self, suffix: str) -> Path:
         """``attempt-N`` + ``suffix`` in the cell's folder."""

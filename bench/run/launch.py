@@ -132,11 +132,13 @@ def make_jobs(
     console: Console,
 ) -> list[Job]:
     """The first attempt at every cell of a matrix, in the order they run."""
+    from tpme.bench.task.dataset import read_manifest
     from tpme.methods.registry import source_file
 
     datasets = prepare_datasets(matrix, store, console)
     cells = expand(matrix, datasets, device=device, methods_path=methods_path)
-    check_cells(cells, methods_path)
+    items = {name: read_manifest(data.path).items for name, data in datasets.items()}
+    check_cells(cells, items, matrix.cache_limit_bytes, methods_path)
     versions = {name: code_version(source_file(name, methods_path)) for name in {cell.method for cell in cells}}
     return [
         Job(
@@ -150,6 +152,7 @@ def make_jobs(
             cache_limit_bytes=matrix.cache_limit_bytes,
             time_limit_s=matrix.time_limit_s if time_limit_s is None else time_limit_s,
             save_adapters=save_adapters,
+            probe_items=matrix.probe_items,
         )
         for cell in cells
     ]
@@ -182,7 +185,8 @@ def run_matrix(
 ) -> list[CellResult]:
     """Run every cell of ``matrix`` that is not done; returns the latest records of all its cells, in order.
 
-    With ``save_adapters`` what each method has trained is kept beside its record; a cell without that is not done.
+    With ``save_adapters`` what each method has trained is kept beside its record; a cell without that is not done, and
+    neither is one whose record lacks the representation space that the matrix asks for.
 
     Ctrl-C stops the running cell, leaves no record of it, and raises KeyboardInterrupt; a second call resumes.
     SIGTERM and SIGHUP do the same and raise SystemExit.
@@ -233,6 +237,9 @@ def _is_done(result: CellResult, job: Job) -> bool:
     if result.status == "timeout" and result.time_limit_s is not None and job.time_limit_s > result.time_limit_s:
         return False
     if job.save_adapters and result.status == "ok" and "adapter" not in result.files:
+        return False
+    probed = result.representation.probe_items if result.representation else None
+    if job.probe_items not in (None, probed) and result.status == "ok":
         return False
     return result.status in FINISHED
 

@@ -118,6 +118,8 @@ class MatrixFile(Frozen):
     """Per cell; one that takes longer ends as ``timeout``."""
     cache_limit_bytes: PositiveInt = 64 * 2**30
     """A feature cache that would be larger is refused."""
+    probe_items: Annotated[int, Field(ge=2)] | None = None
+    """Measure the representation space of every trained model on so many items; changes no cell."""
 
     @model_validator(mode="after")
     def _names_differ(self) -> MatrixFile:

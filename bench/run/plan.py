@@ -126,7 +126,8 @@ def plan_matrix(
         datasets[entry.name], shapes[entry.name] = _data(matrix, entry, store, users, items, console)
     distinct: dict[str, Cell] = {}
     expanded = expand(matrix, datasets, device="cuda", methods_path=methods_path)
-    check_cells(expanded, methods_path)
+    sizes = {name: shape.items for name, shape in shapes.items()}
+    check_cells(expanded, sizes, matrix.cache_limit_bytes, methods_path)
     for cell in expanded:
         distinct.setdefault(cost_key(cell), cell)
     results = map(read_result, find_results([runs] if runs else []))

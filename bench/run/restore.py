@@ -68,8 +68,9 @@ def restore(
 def _final_method(driver: Method, facts: DeltaFacts, record: Path, methods_path: Sequence[Path]) -> Method:
     """The method that the procedure of ``driver`` ended with: of a class in its module, or of a registered one."""
     cls = getattr(sys.modules[type(driver).__module__], facts.method, None)
-    registered = (method_class(name, methods_path) for name in available(methods_path)) if cls is None else ()
-    cls = next((one for one in registered if one.__qualname__ == facts.method), cls)
+    if cls is None:
+        registered = (method_class(name, methods_path) for name in available(methods_path))
+        cls = next((one for one in registered if one.__qualname__ == facts.method), None)
     if cls is None:
         raise UserError(f"{record}: its model was adapted by {facts.method}, which is not in {type(driver).__module__}")
     method: Method = cls(cls.Config.model_validate_json(facts.options))

@@ -138,8 +138,14 @@ def encoder_shape(spec: EncoderSpec, modality: Modality) -> EncoderShape:
     config = read_config(spec, folder, modality)
     family = family_of(config.model_type)
     pool = _pool(spec, folder, commit, modality) or family.pools[0]
-    normed = family.norm is not None
-    shape = EncoderShape(int(config.hidden_size), int(config.num_hidden_layers), pool, family.pools, normed)
+    shape = EncoderShape(
+        int(config.hidden_size),
+        int(config.num_hidden_layers),
+        pool,
+        family.pools,
+        final_norm=family.norm is not None,
+        heads=int(config.num_attention_heads),
+    )
     shape.check(Reads(pool=pool), f"encoder '{spec.source}'")
     return shape
 

@@ -1,13 +1,14 @@
 """The feature cache: hidden states of an unmodified encoder, computed once for all items and read by training.
 
-Any encoder that a method leaves frozen can be cached. A separate process (``python -m tpme.bench.task.features JOB``)
+Any encoder that a method leaves frozen can be cached. A separate process (``bench/train/feature_builder.py``)
 builds the cache, so the cell that trains on it never loads the encoder. Only the states that are read are stored, in
 half precision. An interrupted build is resumed; a finished cache has checksums, which are verified on loading.
 
 A cache is a folder for one encoder, with ``states.npy`` (N+1, levels, width) float16, row 0 zeros, and
 ``manifest.json``, written last. Where every token is read, states are (N+1, levels, T, width), and ``mask.npy``
-(N+1, T) holds which tokens are real. Until the cache is finished, ``progress.json`` holds the number of rows synced to
-disk.
+(N+1, T) holds which tokens are real. ``initial-HASH.safetensors`` holds the tensors of a method whose item encoder
+starts from the encoder's weights; methods that read the same states share the rest. Until the cache is finished,
+``progress.json`` holds the number of rows synced to disk.
 """
 
 from __future__ import annotations
@@ -16,16 +17,18 @@ import dataclasses
 import hashlib
 import json
 import shutil
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import ValidationError
+from safetensors.torch import load_file, save
+from torch import Tensor
 
 from tpme.bench.errors import UserError
 from tpme.bench.measure.host import HostMemory
@@ -38,7 +41,7 @@ from tpme.bench.task.evaluate import ITEMS_PER_CHUNK
 from tpme.bench.task.feature_files import Tables, locked
 from tpme.bench.task.items import Reads, States, TokenStates, map_tensors, named_tensors, size_bytes
 from tpme.bench.task.tokens import tokenise
-from tpme.bench.workers import progress_line
+from tpme.bench.task.view import EncoderView
 
 DTYPE = torch.float16
 _SOURCES = (
@@ -57,6 +60,25 @@ _SOURCES = (
 """The code that determines the hidden states: a change of it makes another cache."""
 
 
+InitialState = Callable[[EncoderView], Mapping[str, Tensor]]
+"""Tensors of an item encoder, by name, from the weights of one encoder."""
+
+
+class InitialJob(Frozen):
+    """The method whose item encoder starts from the encoder's weights: what its initial tensors depend on."""
+
+    method: str
+    options: dict[str, Any]
+    methods_path: tuple[Path, ...]
+    code_version: str
+
+    @property
+    def file(self) -> str:
+        """The name of its file in the folder of a cache."""
+        identity = json.dumps(self.model_dump(mode="json", exclude={"methods_path"}), sort_keys=True)
+        return f"initial-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.safetensors"
+
+
 class FeatureJob(Frozen):
     """The settings of a cache, which determine its content and identity."""
 
@@ -70,6 +92,8 @@ class FeatureJob(Frozen):
     device: str
     seed: int
     limit_bytes: int
+    initial: InitialJob | None = None
+    """Stored in the cache, and no part of its identity."""
 
 
 class FeatureManifest(Frozen):
@@ -83,6 +107,8 @@ class FeatureManifest(Frozen):
     """As loaded by the builder, with its revision."""
     sha256: dict[str, str]
     """Of each file."""
+    initial_s: dict[str, float] = {}
+    """Seconds that each file of initial tensors took."""
     peak_bytes: Reading
     """Peak memory of the process that finished it, over what it held before it loaded the encoder."""
 
@@ -122,10 +148,24 @@ def read_manifest(folder: Path) -> FeatureManifest | None:
         raise UserError(f"{path}: not readable; delete {folder} and run the cell again") from None
 
 
-def build(job: FeatureJob, tick: Callable[[float], None] = lambda _share: None) -> FeatureManifest:
+def is_built(job: FeatureJob, folder: Path) -> bool:
+    """Whether nothing of what ``job`` asks for is missing in ``folder``."""
+    manifest = read_manifest(folder)
+    return manifest is not None and (job.initial is None or job.initial.file in manifest.initial_s)
+
+
+def build(
+    job: FeatureJob,
+    tick: Callable[[float], None] = lambda _share: None,
+    initial_state: InitialState | None = None,
+) -> FeatureManifest:
     """Build the cache of ``job``, or resume an interrupted build; returns the manifest of the finished cache.
 
     One process at a time builds a cache; others wait for it.
+
+    Args:
+        job: what to build. tick: called with the share of the items that is done.
+        initial_state: gives the tensors of ``job.initial``.
 
     Raises UserError if its size exceeds the limit or the free disk space, or if a hidden state is not finite in half
     precision.
@@ -133,18 +173,29 @@ def build(job: FeatureJob, tick: Callable[[float], None] = lambda _share: None) 
     dataset = Dataset.open(job.dataset)
     folder = feature_folder(job, dataset.manifest.fingerprint)
     with locked(folder):
-        finished = read_manifest(folder)
-        return finished if finished else _build(job, dataset, folder, tick)
+        manifest, encoder = read_manifest(folder), None
+        if manifest is None:
+            manifest, encoder = _build(job, dataset, folder, tick)
+        if initial_state is None or is_built(job, folder):
+            return manifest
+        return _add_initial(job, manifest, folder, encoder or _load(job), initial_state)
 
 
-def _build(job: FeatureJob, dataset: Dataset, folder: Path, tick: Callable[[float], None]) -> FeatureManifest:
+def _load(job: FeatureJob) -> Encoder:
+    device = torch.device(job.device)
+    budget = weight_budget(device)
+    return load_encoder(job.encoder, job.modality, device=device, seed=job.seed, max_host_bytes=budget)
+
+
+def _build(
+    job: FeatureJob, dataset: Dataset, folder: Path, tick: Callable[[float], None]
+) -> tuple[FeatureManifest, Encoder]:
     started, items = time.perf_counter(), dataset.manifest.items
     device, host = torch.device(job.device), HostMemory()
     before = host.tree_bytes()
     host.start_window()
     reset_peaks(device)
-    budget = weight_budget(device)
-    encoder = load_encoder(job.encoder, job.modality, device=device, seed=job.seed, max_host_bytes=budget)
+    encoder = _load(job)
     store = _inputs(job, dataset)
     padding = _states(store, np.zeros(1, np.int64), encoder, job.reads, device)
     size = planned_bytes(items, padding)
@@ -171,6 +222,29 @@ def _build(job: FeatureJob, dataset: Dataset, folder: Path, tick: Callable[[floa
     )
     write_atomically(folder / "manifest.json", manifest.model_dump_json(indent=1).encode())
     (folder / "progress.json").unlink(missing_ok=True)
+    return manifest, encoder
+
+
+def _add_initial(
+    job: FeatureJob, manifest: FeatureManifest, folder: Path, encoder: Encoder, initial_state: InitialState
+) -> FeatureManifest:
+    """Store the initial tensors of ``job`` beside the states."""
+    assert job.initial is not None
+    started, file = time.perf_counter(), job.initial.file
+    state = initial_state(encoder.view)
+    if any(value.is_meta for value in state.values()):
+        raise UserError(
+            f"encoder '{encoder.facts.source}': it is read from disk layer by layer, because it does not fit into "
+            f"memory, so method '{job.initial.method}' cannot start from its weights"
+        )
+    tensors = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
+    write_atomically(folder / file, save(tensors))
+    added = {
+        "sha256": manifest.sha256 | {file: sha256_of(folder / file)},
+        "initial_s": manifest.initial_s | {file: time.perf_counter() - started},
+    }
+    manifest = manifest.model_copy(update=added)
+    write_atomically(folder / "manifest.json", manifest.model_dump_json(indent=1).encode())
     return manifest
 
 
@@ -214,17 +288,31 @@ def open_cache(folder: Path) -> States:
 
     Raises UserError if a checksum does not match.
     """
-    manifest = read_manifest(folder)
-    if manifest is None:
-        raise UserError(f"{folder}: no finished feature cache; run the cell again")
-    for name, digest in manifest.sha256.items():
-        path = folder / name
-        if not path.is_file() or sha256_of(path) != digest:
-            raise UserError(f"{path}: its checksum does not match; delete {folder} and run the cell again")
-    tables = {name: torch.from_numpy(np.load(folder / name, mmap_mode="c")) for name in manifest.sha256}
+    names = [name for name in _finished(folder).sha256 if name.endswith(".npy")]
+    tables = {name: torch.from_numpy(np.load(_verified(folder, name), mmap_mode="c")) for name in names}
     if len(tables) == 1:
         return tables["states.npy"]
     return TokenStates(tables["states.npy"], tables["mask.npy"])
+
+
+def read_initial(folder: Path, initial: InitialJob) -> dict[str, Tensor]:
+    """The initial tensors that a finished cache holds. Raises UserError if the checksum does not match."""
+    return load_file(_verified(folder, initial.file))
+
+
+def _finished(folder: Path) -> FeatureManifest:
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise UserError(f"{folder}: no finished feature cache; run the cell again")
+    return manifest
+
+
+def _verified(folder: Path, name: str) -> Path:
+    """The file ``name`` of a finished cache, if its checksum matches."""
+    path = folder / name
+    if not path.is_file() or sha256_of(path) != _finished(folder).sha256.get(name):
+        raise UserError(f"{path}: its checksum does not match; delete {folder} and run the cell again")
+    return path
 
 
 def _check_size(size: int, limit: int, folder: Path) -> None:
@@ -239,18 +327,3 @@ def sha256_of(path: Path) -> str:
     """SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def main() -> None:
-    """Build the cache of the job in the first argument (JSON); prints one progress event per line."""
-    job = FeatureJob.model_validate_json(sys.argv[1])
-    try:
-        build(job, lambda share: print(progress_line("build the feature cache", share), flush=True))  # noqa: T201
-    except UserError as error:
-        sys.exit(f"tpme: {error}")
-    except OSError as error:
-        sys.exit(f"tpme: {error.filename or job.store}: {error.strerror or error}")
-
-
-if __name__ == "__main__":
-    main()

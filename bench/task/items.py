@@ -64,6 +64,7 @@ class EncoderShape:
 
     pool: how this encoder's items are read unless a method says otherwise. pools: every way to read them.
     final_norm: its final state passes a norm that level L lacks.
+    heads: attention heads of a layer; 1 for precomputed states, which do not tell.
     """
 
     width: int
@@ -71,6 +72,7 @@ class EncoderShape:
     pool: Pool = "first"
     pools: tuple[Pool, ...] = ("first", "mean", "last")
     final_norm: bool = False
+    heads: int = 1
 
     def check(self, reads: Reads, encoder: str) -> None:
         """Raise UserError where ``reads`` takes a token of ``encoder`` that does not stand for the item."""

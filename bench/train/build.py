@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from tpme.bench.errors import UserError
 from tpme.bench.record import Cell, EncoderSpec, Modality, Training
@@ -72,12 +73,17 @@ def steps_per_epoch(users: int, training: Training) -> int:
 
 def schedule_of(training: Training, data: DataSize) -> Schedule:
     """What a method may know of its training."""
-    return Schedule(training.epochs, steps_per_epoch(data.users, training), data.popularity)
+    return Schedule(training.epochs, steps_per_epoch(data.users, training), data.popularity, training.title_tokens)
 
 
 def used_modalities(method: Method, modalities: Sequence[Modality]) -> tuple[Modality, ...]:
     """The modalities whose encoders ``method`` uses; ``modalities`` are those of the cell."""
     return tuple(modalities) if method.modalities is None else method.modalities
+
+
+def starts_from_weights(method: Method) -> bool:
+    """Whether parts of the method's item encoder may start from the encoders' weights (``initial_state``)."""
+    return type(method).initial_state is not Method.initial_state
 
 
 def encoder_specs(cell: Cell, method: Method) -> dict[Modality, EncoderSpec]:
@@ -143,20 +149,34 @@ class ModelBuilder:
     ) -> None:
         self.method, self.training, self.data, self.shapes = method, training, data, shapes
         self.schedule = schedule_of(training, data)
-        self.item_encoder = method.item_encoder(TaskShape(training.embedding_dim, data.items, shapes))
+        task = TaskShape(training.embedding_dim, data.items, shapes, training.title_tokens)
+        self.item_encoder = method.item_encoder(task)
         for modality, reads in self.item_encoder.reads.items():
             shapes[modality].check(reads, f"the {modality} encoder")
         self.sequence = SequentialEncoder(
             training.embedding_dim, data.max_seq_len, training.blocks, training.heads, training.dropout
         )
 
-    def build(self, views: Mapping[Modality, EncoderView], seed: int | None = None) -> Recommender:
+    def build(
+        self,
+        views: Mapping[Modality, EncoderView],
+        seed: int | None = None,
+        initial: Mapping[str, Tensor] | None = None,
+    ) -> Recommender:
         """The model, adapted by the method.
 
         Args:
             views: the encoders that run. seed: of the adaptation; what loading the
                 encoders drew must not make cached and uncached rows differ. ``None`` leaves the generators alone.
+            initial: what the method's ``initial_state`` gave for the encoders that do not run.
+
+        Raises:
+            ValueError: an initial state that the item encoder has no parameter for.
         """
+        state = self.method.initial_state(views) | dict(initial or {})
+        unknown = self.item_encoder.load_state_dict(state, strict=False).unexpected_keys
+        if unknown:
+            raise ValueError(f"initial_state() names '{unknown[0]}', which the item encoder does not have")
         frozen = self.method.frozen_encoders(tuple(self.shapes))
         model = Recommender(views, self.item_encoder, self.sequence, frozen=frozen)
         if seed is not None:

@@ -9,11 +9,20 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from tpme.bench.errors import UserError
 from tpme.bench.measure.phases import PhaseLog
 from tpme.bench.record import CacheFacts, CachePart, Modality
-from tpme.bench.task.features import FeatureJob, FeatureManifest, feature_folder, open_cache, read_manifest
+from tpme.bench.task.features import (
+    FeatureJob,
+    FeatureManifest,
+    feature_folder,
+    is_built,
+    open_cache,
+    read_initial,
+    read_manifest,
+)
 from tpme.bench.task.placement import Placement, Table, place
 from tpme.bench.task.precomputed import MappedStates
 from tpme.bench.workers import parse_progress
@@ -23,11 +32,15 @@ Progress = Callable[[str, float], None]
 
 @dataclass(frozen=True)
 class StoredStates:
-    """Hidden states of all items by modality, where they are kept, and the facts about their cache."""
+    """Hidden states of all items by modality, where they are kept, and the facts about their cache.
+
+    initial: parameters of the item encoder that start from the weights of the cached encoders.
+    """
 
     tables: dict[Modality, Table]
     placement: Placement
     cache: CacheFacts | None
+    initial: dict[str, Tensor]
 
 
 def stored_states(
@@ -47,7 +60,7 @@ def stored_states(
     Raises UserError where a cache cannot be built, would be too large, or is damaged.
     """
     folders = {job.modality: feature_folder(job, fingerprint) for job in jobs}
-    missing = [job for job in jobs if read_manifest(folders[job.modality]) is None]
+    missing = [job for job in jobs if not is_built(job, folders[job.modality])]
     for job in missing:
         with phases.phase("cache", job.modality):
             _build(job, progress)
@@ -57,13 +70,29 @@ def stored_states(
         tables, placement = place(mapped, device)
     built = {job.modality for job in missing}
     manifests = {m: manifest for m, folder in folders.items() if (manifest := read_manifest(folder)) is not None}
-    return StoredStates(tables, placement, _facts(manifests, built) if manifests else None)
+    files = {job.modality: job.initial for job in jobs if job.initial is not None}
+    initial_s = {m: manifests[m].initial_s[initial.file] for m, initial in files.items()}
+    return StoredStates(
+        tables,
+        placement,
+        _facts(manifests, built, initial_s) if manifests else None,
+        {name: value for m, file in files.items() for name, value in read_initial(folders[m], file).items()},
+    )
 
 
-def _facts(manifests: Mapping[Modality, FeatureManifest], built: Collection[Modality]) -> CacheFacts:
-    """The facts about the caches of several encoders; ``built`` are those that this attempt built."""
+def _facts(
+    manifests: Mapping[Modality, FeatureManifest], built: Collection[Modality], initial_s: Mapping[Modality, float]
+) -> CacheFacts:
+    """The facts about the caches of several encoders.
+
+    ``built`` are those that this attempt built, ``initial_s`` the seconds for the initial tensors of its method.
+    """
     parts = {
-        modality: CachePart(build_s=manifest.build_s, bytes=manifest.bytes, built_by_attempt=modality in built)
+        modality: CachePart(
+            build_s=manifest.build_s + initial_s.get(modality, 0.0),
+            bytes=manifest.bytes,
+            built_by_attempt=modality in built,
+        )
         for modality, manifest in manifests.items()
     }
     any_of = next(iter(manifests.values()))
@@ -81,7 +110,7 @@ def _facts(manifests: Mapping[Modality, FeatureManifest], built: Collection[Moda
 
 def _build(job: FeatureJob, progress: Progress) -> None:
     """Run the builder; its output goes to this process's standard error, the last line of a failure into UserError."""
-    command = [sys.executable, "-P", "-m", "tpme.bench.task.features", job.model_dump_json()]
+    command = [sys.executable, "-P", "-m", "tpme.bench.train.feature_builder", job.model_dump_json()]
     # A file, because a pipe that is not read would block a builder with much output.
     with tempfile.TemporaryFile("w+", errors="replace") as log:
         with subprocess.Popen(

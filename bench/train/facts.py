@@ -28,6 +28,7 @@ from tpme.bench.record import (
     Phase,
     PhaseKind,
     Reading,
+    Representation,
     Status,
     write_atomically,
 )
@@ -49,6 +50,7 @@ class CellFacts:
     parameters: Parameters | None = None
     cache: CacheFacts | None = None
     inference: Inference | None = None
+    representation: Representation | None = None
     counters: dict[str, Reading] = field(default_factory=dict)
     flags: list[Flag] = field(default_factory=list)
     failure: Failure | None = None

@@ -29,18 +29,31 @@ PAPER: dict[str, tuple[str, dict[str, Any], int]] = {
     "iisan, intra only": ("iisan", {"inter": False}, 2_776_014),
     "iisan, inter only": ("iisan", {"intra": False}, 1_438_151),
     "iisan-versa": ("iisan-versa", {}, 2_941_013),
+    "lst": ("lst", {}, 2 * 1_819_497 + RECOMMENDER),
+    "context-peft": ("context-peft", {}, 2_568_192 + 590_592 + 49_216 + 100_224),
     "frozen": ("frozen", {}, RECOMMENDER),
     "prompt": ("prompt", {}, 2 * 92_160 + RECOMMENDER),
     "prompt, shallow 50": ("prompt", {"length": 50, "deep": False}, 2 * 38_400 + RECOMMENDER),
+    "pyra": ("pyra", {}, 2 * 294_912 + 8_624 + 16_896 + RECOMMENDER),
     "lora, six linear layers": (
         "lora",
         {"targets": ("query", "key", "value", "attention_output", "ffn_in", "ffn_out")},
         2 * 1_327_104 + RECOMMENDER,
     ),
+    "prefix": ("prefix", {}, 2 * 294_912 + RECOMMENDER),
+    "prefix, through an MLP": ("prefix", {"length": 20, "reparameterised": True}, 2 * 9_864_704 + RECOMMENDER),
+    "pt-peft": ("pt-peft", {"length": 20}, 2 * 368_640 + RECOMMENDER),  # in stage 1
+    "dyt": ("dyt", {}, 2 * 1_198_860 + RECOMMENDER),
     "id": ("id", {}, 100_224 + (ITEMS + 1) * 64),
     "popularity": ("popularity", {}, 0),
     "pfeiffer-adapter": ("pfeiffer-adapter", {}, 2 * 1_189_632 + RECOMMENDER),
     "parallel-adapter": ("parallel-adapter", {}, 2 * 1_189_632 + RECOMMENDER),
+    "dora": ("dora", {}, 2 * 313_344 + RECOMMENDER),
+    "ia3": ("ia3", {}, 2 * 55_296 + RECOMMENDER),
+    "adalora": ("adalora", {}, 2 * 442_656 + RECOMMENDER),
+    "ln-tuning": ("ln-tuning", {}, 2 * 38_400 + RECOMMENDER),
+    "peft": ("peft", {}, 2 * 12 * 2 * 24 * (32 * 31 // 2) + RECOMMENDER),
+    "vera": ("vera", {}, 2 * 24_576 + RECOMMENDER),
     "dapt": ("dapt", {}, 1_438_476 + 1_440_012 + RECOMMENDER),  # BERT has no final norm
 }
 
@@ -62,7 +75,8 @@ def paper_model(encoders: MetaEncoders, name: str, options: Mapping[str, Any]) -
     method = create(name, options)
     views = {m: encoders.view(ENCODERS[m], m) for m in used_modalities(method, tuple(ENCODERS))}
     data = DataSize(1, ITEMS, 10, np.full(ITEMS + 1, 1 / ITEMS))
-    return ModelBuilder(method, Training(epochs=1), data, {m: view.shape for m, view in views.items()}).build(views)
+    with torch.device("meta"):
+        return ModelBuilder(method, Training(epochs=1), data, {m: view.shape for m, view in views.items()}).build(views)
 
 
 def trainable(model: Recommender) -> int:
@@ -115,18 +129,33 @@ def closed_formula(name: str, options: Mapping[str, Any], tiny: ModuleType) -> i
         "lora": fused + 2 * depth * 2 * options.get("rank", 8) * 2 * width,
         "bitfit": fused + depth * 2 * (7 * width + ffn) + width + 2 * width,
         "prompt": fused + 2 * depth * options.get("length", 10) * width,
+        "prefix": fused + 2 * depth * options.get("length", 16) * 2 * width,
+        "pt-peft": fused + 2 * depth * options.get("length", 16) * 2 * width,  # in stage 1
+        "dyt": fused + 2 * depth * (bottleneck + width + 1),
         "iisan": sequence + 3 * tower + 3 * dim * dim + dim,
+        "pyra": fused + 2 * depth * options.get("rank", 8) * 4 * width + (depth - 1) * (3 * width + 2),
         "iisan-versa": sequence
         + 3 * (tower - (width * width + width) - (width * dim + dim))
         + 2 * (width * dim + dim + dim * dim + dim)
         + (width * width + width + width * dim + dim)
         + 3 * dim * dim
         + dim,
+        "lst": fused + 2 * (12 * 8 * 8 + 13 * 8 + 1 + 2 * 8 * (width + 1) + 2 * 8 + 9 * width),  # one layer, 8 wide
+        "context-peft": sequence
+        + (2 * depth * 8 * (4 * 2 * width + 2 * (width + ffn)) - 8 * (4 * width + 2 * (width + ffn)))
+        + (width * width + width)
+        + (width * dim + dim),
         "frozen": fused,
         "id": sequence + (tiny.ITEMS + 1) * dim,
         "popularity": 0,
         "pfeiffer-adapter": fused + 2 * depth * bottleneck,
         "parallel-adapter": fused + 2 * depth * bottleneck,
+        "dora": fused + 2 * depth * 2 * (options.get("rank", 8) * 2 * width + width),
+        "ia3": fused + 2 * depth * (2 * width + ffn),
+        "adalora": fused + 2 * depth * 2 * options.get("rank", 12) * (2 * width + 1),
+        "ln-tuning": fused + 2 * (2 * depth + 1) * 2 * width,
+        "peft": fused + 2 * depth * 2 * (width * (width - 1) // 2),
+        "vera": fused + 2 * depth * 2 * (options.get("rank", 256) + width),
         "dapt": fused
         + 2 * depth * (bottleneck + 3 * width + 1 + 2 * (7 * width + ffn))  # norm and gate; seven of D, one of F
         + 2 * 2 * (depth - 1) * width  # prompts
@@ -140,8 +169,10 @@ def closed_formula(name: str, options: Mapping[str, Any], tiny: ModuleType) -> i
         *((name, {}) for name in sorted(BUILTIN)),
         ("adapter", {"bottleneck": 5}),
         ("lora", {"rank": 3}),
+        ("pyra", {"rank": 3}),
         ("prompt", {"length": 4}),
         ("iisan", {"bottleneck": 5}),
+        ("prefix", {"length": 5}),
     ],
 )
 def test_closed_formula(tiny: ModuleType, name: str, options: dict[str, int]) -> None:

@@ -136,7 +136,7 @@ def test_on_the_meta_device_no_weights_are_read(folders: dict[Modality, Path]) -
 def test_configuration_alone_gives_shape_and_image_size(tiny: ModuleType, folders: dict[Modality, Path]) -> None:
     for modality, folder in folders.items():
         assert encoder_shape(spec(folder), modality) == load_encoder(spec(folder), modality).view.shape
-    assert encoder_shape(spec(folders["text"]), "text") == EncoderShape(tiny.WIDTH, tiny.DEPTH)
+    assert encoder_shape(spec(folders["text"]), "text") == EncoderShape(tiny.WIDTH, tiny.DEPTH, heads=tiny.HEADS)
     assert image_size(spec(folders["image"])) == tiny.SIDE
     with pytest.raises(UserError, match="cannot be the image encoder"):
         image_size(spec(folders["text"]))

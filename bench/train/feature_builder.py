@@ -1,0 +1,34 @@
+"""Builds a feature cache in a process of its own: ``python -m tpme.bench.train.feature_builder JOB``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from tpme.bench.errors import UserError
+from tpme.bench.task.features import FeatureJob, FeatureManifest, build
+from tpme.bench.workers import progress_line
+from tpme.methods.registry import create
+
+
+def build_features(job: FeatureJob, tick: Callable[[float], None] = lambda _share: None) -> FeatureManifest:
+    """Build the cache of ``job``, with the initial tensors of its method; raises as ``build`` does."""
+    if job.initial is None:
+        return build(job, tick)
+    method = create(job.initial.method, job.initial.options, job.initial.methods_path)
+    return build(job, tick, lambda view: method.initial_state({job.modality: view}))
+
+
+def main() -> None:
+    """Build the cache of the job in the first argument (JSON); prints one progress event per line."""
+    job = FeatureJob.model_validate_json(sys.argv[1])
+    try:
+        build_features(job, lambda share: print(progress_line("build the feature cache", share), flush=True))  # noqa: T201
+    except UserError as error:
+        sys.exit(f"tpme: {error}")
+    except OSError as error:
+        sys.exit(f"tpme: {error.filename or job.store}: {error.strerror or error}")
+
+
+if __name__ == "__main__":
+    main()

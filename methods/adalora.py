@@ -1,0 +1,242 @@
+"""AdaLoRA (Zhang et al., ICLR 2023): layers of peft, and an allocation of ranks that never waits for the device.
+
+The allocation is that of peft's ``RankAllocator``, which reads its threshold and every mask back to the host in each
+step and handles the layers one by one.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
+from torch import Tensor
+
+from tpme.bench.record import Modality
+from tpme.bench.task.families import Role
+from tpme.bench.task.recommender import Recommender
+from tpme.bench.task.view import EncoderView
+from tpme.methods.base import Context, MethodConfig, PassOutput, Schedule, StepState, TaskShape, fusion_parameters
+from tpme.methods.parts.low_rank import check_rank
+from tpme.methods.parts.peft_injection import ADAPTER, PeftMethod
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class AdaLoRAConfig(MethodConfig):
+    """Ranks, scale, orthogonality, schedule of the pruning, and the adapted projections.
+
+    rank, target_rank: of every projection at the start, and on average at the end. alpha: the scale is alpha / rank.
+    orthogonality: weight of its loss. warmup, final: shares of all steps before and after the pruning, with constant
+    ranks. interval: steps between two prunings. smoothing: of importances and of their uncertainty.
+    """
+
+    rank: PositiveInt = 12
+    target_rank: PositiveInt = 8
+    alpha: PositiveInt = 8
+    orthogonality: NonNegativeFloat = 0.5
+    warmup: Share = 0.1
+    final: Share = 0.5
+    interval: PositiveInt = 1
+    smoothing: Share = 0.85
+    dropout: Share = 0.0
+    targets: Annotated[tuple[Role, ...], Field(min_length=1)] = ("query", "value")
+
+    @model_validator(mode="after")
+    def _fits(self) -> AdaLoRAConfig:
+        if self.target_rank > self.rank:
+            raise ValueError(f"target_rank {self.target_rank} is above rank {self.rank}, at which pruning starts")
+        if self.warmup + self.final >= 1:
+            raise ValueError("warmup and final together leave no step to prune in; they must be below 1")
+        return self
+
+    def last_pruning(self, steps: int) -> int:
+        """The step, from 1, that prunes to ``target_rank``."""
+        return steps - int(self.final * steps)
+
+    def budget(self, step: int, steps: int, layers: int) -> int:
+        """The triplets that an encoder of ``layers`` adapted projections keeps after ``step`` of ``steps``, from 1.
+
+        Constant, then cubic from ``rank`` to ``target_rank``, then constant (equation 12).
+        """
+        first, last = int(self.warmup * steps), self.last_pruning(steps)
+        left = 1 - min(max(step - first, 0) / max(last - first, 1), 1)
+        return int((self.rank - self.target_rank) * layers * left**3) + self.target_rank * layers
+
+
+class Triplets:
+    """The triplets ``B_i E_i A_i`` of n projections of one shape, and how important they are.
+
+    a: (r, in), b: (out, r), e: (r, 1), the parameters of every projection.
+    """
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        self.a, self.b, self.e = (
+            [getattr(layer, name)[ADAPTER] for layer in layers] for name in ("lora_A", "lora_B", "lora_E")
+        )
+        self.sensitivity, self.uncertainty = (
+            [torch.zeros_like(torch.stack(part), requires_grad=False) for part in (self.a, self.b, self.e)]
+            for _ in range(2)
+        )
+
+    @torch.no_grad()
+    def observe(self, smoothing: float) -> None:
+        """Update sensitivity, the mean of ``|p dL/dp|``, and uncertainty, its mean deviation (equations 8 and 9)."""
+        for part, sensitivity, uncertainty in zip(
+            (self.a, self.b, self.e), self.sensitivity, self.uncertainty, strict=True
+        ):
+            importance = torch.stack(part).mul_(torch.stack([parameter.grad for parameter in part])).abs_()
+            sensitivity.lerp_(importance, 1 - smoothing)
+            uncertainty.lerp_((importance - sensitivity).abs_(), 1 - smoothing)
+
+    def scores(self) -> Tensor:
+        """(n, r): the importance of E, and the means of those of a row of A and a column of B (equation 7)."""
+        a, b, e = (s * u for s, u in zip(self.sensitivity, self.uncertainty, strict=True))
+        return e[..., 0] + a.mean(2) + b.mean(1)
+
+    def orthogonality(self) -> Tensor:
+        """(2n,): ``||A A^T - I||`` and ``||B^T B - I||``, Frobenius norms."""
+        identity = torch.eye(len(self.e[0]), device=self.e[0].device)
+        rows = (torch.stack(self.a), torch.stack(self.b).mT)
+        return torch.cat([torch.linalg.matrix_norm(part @ part.mT - identity) for part in rows])
+
+
+class RankBudget:
+    """Allocates the ranks of one encoder among its adapted projections; steps count from 1."""
+
+    def __init__(self, layers: Iterable[Any], config: AdaLoRAConfig) -> None:
+        shapes = defaultdict(list)
+        for layer in layers:
+            shapes[tuple(layer.base_layer.weight.shape)].append(layer)
+        self.config, self.groups = config, [Triplets(group) for group in shapes.values()]
+        self.layers = sum(map(len, shapes.values()))
+        self.kept: list[Tensor] | None = None
+        """The triplets that are left, (projections, r) of every group; ``None`` while that may still change."""
+
+    def update(self, step: int, steps: int) -> None:
+        """Observe this step's gradients, and prune where the schedule says so."""
+        if step < self.config.last_pruning(steps):
+            for group in self.groups:
+                group.observe(self.config.smoothing)
+            self.kept = None
+            if step > self.config.warmup * steps and step % self.config.interval == 0:
+                self._mask(self._chosen(step, steps))
+        else:
+            self.finish(step, steps)
+
+    def finish(self, step: int, steps: int) -> None:
+        """Prune to the target, the first time; from then on keep the same triplets."""
+        self.kept = self.kept or self._chosen(step, steps)
+        self._mask(self.kept)
+
+    def remember(self) -> None:
+        """Go on with the ranks of a loaded state, as long as no importance is known."""
+        self.kept = [torch.stack(tuple(group.e))[..., 0].detach() != 0 for group in self.groups]
+
+    def ranks(self) -> Tensor:
+        """The triplets that are not zero, on average over the projections."""
+        return torch.cat([torch.stack(tuple(group.e)).count_nonzero((1, 2)) for group in self.groups]).float().mean()
+
+    def _chosen(self, step: int, steps: int) -> list[Tensor]:
+        """The most important triplets, as many as the budget, over all projections of the encoder."""
+        scores = [group.scores() for group in self.groups]
+        excess = self.layers * self.config.rank - self.config.budget(step, steps, self.layers)
+        if not excess:
+            return [torch.ones_like(score, dtype=torch.bool) for score in scores]
+        threshold = torch.cat([score.flatten() for score in scores]).kthvalue(excess).values
+        return [score > threshold for score in scores]
+
+    @torch.no_grad()
+    def _mask(self, kept: Sequence[Tensor]) -> None:
+        """Set E of the other triplets to zero."""
+        for group, rows in zip(self.groups, kept, strict=True):
+            for e, row in zip(group.e, rows, strict=True):
+                e.mul_(row[:, None])
+
+
+class AdaLoRA(PeftMethod):
+    """LoRA as a singular value decomposition, whose rank is pruned where it matters least, by a budget for all layers.
+
+    ``h = W x + (alpha / r) B E A x``, E diagonal; A (r, in) and B (out, r) start at N(0, 0.02), E (r,) at zero. A loss
+    ``orthogonality * mean(||A A^T - I||_F, ||B^T B - I||_F)`` keeps A and B near orthogonal, one for each encoder.
+    A triplet's importance is the product of sensitivity and uncertainty, moving averages of ``|p dL/dp|`` and of its
+    deviation, summed over its E, A and B; after every step those below the budget get E = 0. The budget falls cubically
+    from ``rank`` to ``target_rank`` between the shares ``warmup`` and ``final`` of all steps. Pruned triplets stay
+    allocated, and may come back while the budget falls.
+
+    Trains: A, B and E of queries and values, 442,656 per encoder at BERT-base + ViT-B/16 with rank 12.
+    Saves: optimiser state and stored size; importances add to a step; nothing at inference, where B E A is merged.
+    Source: Zhang et al., Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning, ICLR 2023, equations 3 to 12;
+    shares of the schedule about as in its appendix.
+    """
+
+    Config = AdaLoRAConfig
+    config: AdaLoRAConfig
+    name: ClassVar[str] = "adalora"
+
+    def __init__(self, config: AdaLoRAConfig) -> None:
+        super().__init__(config)
+        self.budgets: dict[Modality, RankBudget] = {}
+
+    def settings(self, view: EncoderView) -> Any:
+        """Wrap the target projections. Raises UserError for a rank above the width of one."""
+        from peft import AdaLoraConfig
+
+        check_rank(self.name, self.config.rank, view, self.config.targets)
+        return AdaLoraConfig(
+            init_r=self.config.rank,
+            target_r=self.config.target_rank,
+            lora_alpha=self.config.alpha,
+            lora_dropout=self.config.dropout,
+            total_step=1,  # of peft's own allocator, which is not used
+            target_modules=view.projections(*self.config.targets),
+        )
+
+    def adapt(self, model: Recommender, schedule: Schedule) -> None:
+        """Inject the adapters, and begin with full ranks."""
+        super().adapt(model, schedule)
+        for modality, view in model.views.items():
+            names = view.projections(*self.config.targets)
+            self.budgets[modality] = RankBudget(map(view.module.get_submodule, names), self.config)
+
+    def trainable_parameters(self, task: TaskShape, views: Mapping[Modality, EncoderView]) -> int:
+        """r (inputs + outputs + 1) of every adapted projection; pruned triplets stay allocated."""
+        weights = [
+            view.module.get_parameter(f"{name}.weight")
+            for view in views.values()
+            for name in view.projections(*self.config.targets)
+        ]
+        return self.config.rank * sum(sum(weight.shape) + 1 for weight in weights) + fusion_parameters(task)
+
+    def losses(self, outputs: Mapping[str, PassOutput]) -> dict[str, Tensor]:
+        """The task's loss, and the orthogonality of each encoder."""
+        parts = [torch.cat([group.orthogonality() for group in b.groups]).mean() for b in self.budgets.values()]
+        return super().losses(outputs) | {"orthogonality": self.config.orthogonality * torch.stack(parts).sum()}
+
+    def after_backward(self, state: StepState) -> None:
+        """Nothing but that gradients are unscaled where this hook is defined: importances need them so."""
+
+    def after_step(self, state: StepState, context: Context) -> None:
+        """Update importances and ranks of each encoder; gradients are still there, and skipped steps do not count."""
+        for budget in self.budgets.values():
+            budget.update(state.step + 1, state.schedule.total_steps)
+
+    def on_epoch_end(self, state: StepState) -> None:
+        """Finish the allocation if the step that should have done so was skipped."""
+        steps = state.schedule.total_steps
+        if state.step >= self.config.last_pruning(steps):
+            for budget in self.budgets.values():
+                budget.finish(state.step, steps)
+
+    def load_state(self, model: Recommender, state: Mapping[str, Tensor]) -> None:
+        """Load a state, whose zeros in E are the pruned ranks."""
+        super().load_state(model, state)
+        for budget in self.budgets.values():
+            budget.remember()
+
+    def report(self, model: Recommender) -> dict[str, float]:
+        """Ranks on average over the projections: allocated, and not zero in each encoder."""
+        ranks = {f"{modality}_rank": float(budget.ranks()) for modality, budget in self.budgets.items()}
+        return {"allocated_rank": float(self.config.rank)} | ranks

@@ -1,0 +1,98 @@
+"""PT-PEFT: a prefix first, then the prefix and another adaptation together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from tpme.bench.record import Modality
+from tpme.bench.task.recommender import Recommender, group
+from tpme.bench.task.view import EncoderView
+from tpme.methods.adapter import AdapterConfig, HoulsbyAdapter
+from tpme.methods.base import Method, Schedule, Stage, StepState, TaskShape, fusion_parameters
+from tpme.methods.fft import FullFineTuning
+from tpme.methods.lora import LoRA, LoRAConfig
+from tpme.methods.parts.bottleneck import Bottleneck
+from tpme.methods.prefix import PrefixConfig, PrefixTuning, fold, prefixes
+
+SECOND: dict[str, type[Method]] = {"lora": LoRA, "adapter": HoulsbyAdapter, "all": FullFineTuning}
+
+
+class PTPEFTConfig(PrefixConfig, LoRAConfig, AdapterConfig):
+    """Options of the prefix, of LoRA and of adapters; what follows the prefix, and the prefix's share of the epochs."""
+
+    then: Literal["lora", "adapter", "all"] = "lora"
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.25
+
+
+class PTPEFT(PrefixTuning):
+    """A prefix trains first; in a second stage LoRA, adapters or all weights train together with it.
+
+    ``W_l = W + (alpha / r) B A; softmax(W_q x [P_K; W_k x]^T / sqrt(d_h)) [P_V; W_v x]``: ``prefix`` in stage 1, which
+    keeps the rank of the hidden states; then ``lora``, ``adapter`` or ``fft`` joins it, with the same options and a new
+    optimiser. Nothing changes at the switch: B is zero, and so are the adapters' up-projections here. The prefix
+    trains at the rate ``lr.groups.prefix`` in both stages.
+    Reconstruction: of the paper the order of the stages is known. Their lengths (``share``), P, h and learning rates
+    are ours, as is the prefix as keys and values of each layer: a summary of it speaks of tokens at the input, made by
+    an MLP (``reparameterised``).
+
+    Trains: in stage 2, the prefix's 2 x 294,912 and LoRA's 2 x 294,912 of the encoders.
+    Saves: as its second stage does, at the cost of the prefix, which stays at inference; stage 1 is part of its time.
+    Source: Kim, Lee, Shim and Shim, Preserving Pre-trained Representation Space: On Effectiveness of Prefix-tuning for
+        Large Multi-modal Models, EMNLP Findings 2024.
+    """
+
+    Config = PTPEFTConfig
+    config: PTPEFTConfig
+    groups = ("prefix",)
+
+    def adapt(self, model: Recommender, schedule: Schedule) -> None:
+        """Add the prefix."""
+        super().adapt(model, schedule)
+        self._schedule = schedule
+        for prefix in prefixes(model).values():
+            group(prefix, "prefix")
+
+    def stages(self) -> tuple[Stage, ...]:
+        """The prefix, then both."""
+        return Stage("prefix", self.config.share), Stage(self.config.then, 1 - self.config.share)
+
+    def begin_stage(self, state: StepState) -> None:
+        """Add what trains in stage 2."""
+        if state.stage.name == self.config.then:
+            self._add_second(state.model)
+
+    def trainable_parameters(self, task: TaskShape, views: Mapping[Modality, EncoderView]) -> int:
+        """In stage 2: those of the prefix and of what follows it."""
+        both = super().trainable_parameters(task, views) + self._second.trainable_parameters(task, views)
+        return both - fusion_parameters(task)
+
+    def prepare_inference(self, model: Recommender) -> None:
+        """Drop the MLPs; merge LoRA."""
+        super().prepare_inference(model)
+        self._second.prepare_inference(model)
+
+    def load_state(self, model: Recommender, state: Mapping[str, Tensor]) -> None:
+        """Load a ``state`` of either stage; what stage 2 adds is added if the state has it."""
+        fold(model)
+        trains = {name for name, value in model.named_parameters() if value.requires_grad}
+        if any(name.startswith("encoders.") for name in state.keys() - trains):
+            self._add_second(model)
+        super().load_state(model, state)
+
+    @property
+    def _second(self) -> Method:
+        return SECOND[self.config.then](self.config)
+
+    def _add_second(self, model: Recommender) -> None:
+        device = next(model.parameters()).device
+        self._second.adapt(model, self._schedule)
+        for prefix in prefixes(model).values():
+            prefix.requires_grad_(True)  # peft freezes what it does not add
+        for part in model.encoders.modules():
+            if isinstance(part, Bottleneck):
+                nn.init.zeros_(part.up.weight)
+        model.to(device)

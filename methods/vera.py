@@ -1,0 +1,64 @@
+"""VeRA (Kopiczko et al., ICLR 2024), through peft."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from tpme.bench.record import Modality
+from tpme.bench.task.families import Role
+from tpme.bench.task.view import EncoderView
+from tpme.methods.base import MethodConfig, TaskShape, fusion_parameters
+from tpme.methods.parts.peft_injection import PeftMethod
+
+
+class VeRAConfig(MethodConfig):
+    """Rank r, start of the scales of the rank, seed of the random matrices, dropout, and the adapted projections."""
+
+    rank: PositiveInt = 256
+    scale: PositiveFloat = 0.1
+    matrices_seed: NonNegativeInt = 0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: Annotated[tuple[Role, ...], Field(min_length=1)] = ("query", "value")
+
+
+class VeRA(PeftMethod):
+    """Trains only two scaling vectors of a random low-rank update that all projections of an encoder share.
+
+    ``h = W x + b * (B (d * (A x)))``; A (r, in) and B (out, r) are random, frozen, as large as the largest projection
+    needs, and sliced for the others; b (out,) starts at zero, d (r,) at ``scale``. They are made from
+    ``matrices_seed``, the same for every cell, and are not stored. As nothing of A and B trains, r may exceed the
+    width. Its learning rate is typically ten times LoRA's.
+
+    Trains: b and d of queries and values, 24,576 per encoder at BERT-base + ViT-B/16 with r = 256.
+    Saves: optimiser state and, more than LoRA, stored size; the wide A and B make a step dearer than LoRA's; nothing at
+    inference, where the update is merged into W.
+    Source: Kopiczko et al., VeRA: Vector-based Random Matrix Adaptation, ICLR 2024, equation 2.
+    """
+
+    Config = VeRAConfig
+    config: VeRAConfig
+    name: ClassVar[str] = "vera"
+
+    def settings(self, view: EncoderView) -> Any:
+        """Wrap the target projections of one encoder, which share A and B."""
+        from peft import VeraConfig
+
+        return VeraConfig(
+            r=self.config.rank,
+            d_initial=self.config.scale,
+            projection_prng_key=self.config.matrices_seed,
+            vera_dropout=self.config.dropout,
+            target_modules=view.projections(*self.config.targets),
+        )
+
+    def trainable_parameters(self, task: TaskShape, views: Mapping[Modality, EncoderView]) -> int:
+        """A scale for every output of an adapted projection, and r for the rank."""
+        vectors = [
+            len(view.module.get_parameter(f"{name}.weight")) + self.config.rank
+            for view in views.values()
+            for name in view.projections(*self.config.targets)
+        ]
+        return sum(vectors) + fusion_parameters(task)
