@@ -161,8 +161,9 @@ class DyT(Method):
     that is not in ``dispatch_encoders`` has adapters and no dispatchers.
 
     Trains: adapters and dispatchers, 2 x 1,198,860 of the encoders at b = 64.
-    Saves: inference: of the feed-forward FLOPs of the encoders the share 1 - r; training costs two passes a step.
-    Source: Zhao et al., Dynamic Tuning Towards Parameter and Inference Efficiency for ViT Adaptation, NeurIPS 2024.
+    Saves: inference, the share 1 - r of the encoders' feed-forward FLOPs; training costs more: two passes a step.
+    Source: Zhao et al., Dynamic Tuning Towards Parameter and Inference Efficiency for ViT Adaptation, NeurIPS 2024
+    (arXiv 2403.11808); losses and initialisation as released.
     """
 
     Config = DyTConfig

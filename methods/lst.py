@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveFloat
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -33,7 +33,7 @@ class LSTConfig(MethodConfig):
     encoders; by default every fourth.
     """
 
-    reduction: Annotated[int, Field(ge=2)] = 8
+    reduction: PositiveInt = 8
     dropped: tuple[NonNegativeInt, ...] | None = None
     temperature: PositiveFloat = 0.1
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
@@ -173,7 +173,7 @@ def _check(modality: Modality, shape: EncoderShape, config: LSTConfig) -> None:
 class LST(Method):
     """A narrow transformer beside each frozen encoder reads every token of its hidden states; no gradient enters it.
 
-    ``s_0 = W_down Drop(e)``, ``s <- SideLayer(g s + (1-g) W_down b)``, ``g = sigmoid(a/T)``; e are the embeddings and b
+    ``s <- SideLayer(g s + (1-g) W_down b), g = sigmoid(a/T)`` from ``s_0 = W_down Drop(e)``; e are the embeddings and b
     the output of a kept layer, of every token; a starts at 0. The item is ``W_up LN(s)`` of the pooled token, then the
     head and fusion of the task. Side layers are D/r wide with the encoder's number of heads, attend to all real tokens
     in both directions, and are pre-norm beside every encoder: the paper's T5 is, and a sum of gated residual streams
@@ -213,7 +213,7 @@ class LST(Method):
         }
 
     def trainable_parameters(self, task: TaskShape, views: Mapping[Modality, EncoderView]) -> int:
-        """With w = D/r and K kept layers: K (12 w w + 13 w + 1) + (K + 1) (D w + w) + 2 w + w D + D, head and fusion."""
+        """K (12 w w + 13 w + 1) + (K + 1) (D w + w) + 2 w + w D + D, w = D/r, K kept layers; head and fusion."""
         total = fusion_parameters(task)
         for shape in task.encoders.values():
             width, kept = side_width(shape, self.config), len(kept_layers(shape.depth, self.config))

@@ -17,10 +17,10 @@ from tpme.methods.parts.attention import Attended, extend_attention
 
 
 class PrefixConfig(MethodConfig):
-    """Number P of keys and values a layer, and whether they train through an MLP with a hidden layer of ``hidden``."""
+    """Number P of keys and values a layer; whether they train through an MLP, and its hidden width h."""
 
     length: PositiveInt = 16
-    reparameterised: bool = True
+    reparameterised: bool = False
     hidden: PositiveInt = 512
 
 
@@ -81,15 +81,16 @@ class PrefixTuning(Method):
     """Every layer attends to P trained keys and values as well; the encoder's own weights stay frozen.
 
     ``softmax(q [P_K; K]^T / sqrt(d_h)) [P_V; V]``: P_K, P_V (H_kv, P, d_h) by layer, in front of the keys and values
-    of each item, in both encoders. They take no position, so those of the item's tokens stay; no mask hides them. All
-    of them come from one table E (P, D) through an MLP (see ``PrefixEncoder``), as in the paper, which found
-    training the table of keys and values itself (``reparameterised = false``) unstable. The MLP is neither stored nor
-    run at inference. Even zero keys take a share of the attention, so training does not start at the frozen encoder.
-    Reconstruction: the paper tunes language models; prefixes of an image encoder, and P = 16, are our choice.
+    of each item, in both encoders. They take no position, so those of the item's tokens stay; no mask hides them. With
+    ``reparameterised``, all of them are made from one table E (P, D) by an MLP (see ``PrefixEncoder``), which is
+    neither stored nor run at inference. The paper trains so, because its language models did not train stably without;
+    Liu et al. (P-Tuning v2, ACL 2022) found no steady gain for encoders, and here it multiplies what trains by 33, so
+    keys and values train directly by default. Even zero keys take a share of the attention: training does not start
+    at the frozen encoder. Reconstruction: the prefix of an image encoder, and P = 16.
 
-    Trains: table and MLP, 2 x 9,861,632 of the encoders; 2 x 294,912 directly.
-    Saves: gradients and optimiser state of the encoders in training, and storage (one table of keys and values);
-        inference costs more than with the frozen encoders, since the prefix cannot be merged.
+    Trains: 2 x 294,912 of the encoders; 2 x 9,861,632 through the MLP.
+    Saves: gradients and optimiser state of the encoders in training, and storage; inference costs more than with the
+        frozen encoders, because the prefix cannot be merged.
     Source: Li and Liang, Prefix-Tuning, ACL 2021, section 4.
     """
 

@@ -36,9 +36,10 @@ class PTPEFT(PrefixTuning):
     optimiser. Nothing changes at the switch: B is zero, and so are the adapters' up-projections here. The prefix
     trains at the rate ``lr.groups.prefix`` in both stages.
     Reconstruction: of the paper the order of the stages is known. Their lengths (``share``), P, h and learning rates
-    are ours, as is the prefix as keys and values of each layer: a summary of it speaks of tokens at the input.
+    are ours, as is the prefix as keys and values of each layer: a summary of it speaks of tokens at the input, made by
+    an MLP (``reparameterised``).
 
-    Trains: in stage 2, the prefix's 2 x 9,861,632 and LoRA's 2 x 294,912 of the encoders.
+    Trains: in stage 2, the prefix's 2 x 294,912 and LoRA's 2 x 294,912 of the encoders.
     Saves: as its second stage does, at the cost of the prefix, which stays at inference; stage 1 is part of its time.
     Source: Kim, Lee, Shim and Shim, Preserving Pre-trained Representation Space: On Effectiveness of Prefix-tuning for
         Large Multi-modal Models, EMNLP Findings 2024.

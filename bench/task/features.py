@@ -7,8 +7,8 @@ half precision. An interrupted build is resumed; a finished cache has checksums,
 A cache is a folder for one encoder, with ``states.npy`` (N+1, levels, width) float16, row 0 zeros, and
 ``manifest.json``, written last. Where every token is read, states are (N+1, levels, T, width), and ``mask.npy``
 (N+1, T) holds which tokens are real. ``initial-HASH.safetensors`` holds the tensors of a method whose item encoder
-starts from the encoder's weights; methods that read the same states share the rest. Until the cache is finished, ``progress.json`` holds the number of rows synced to
-disk.
+starts from the encoder's weights; methods that read the same states share the rest. Until the cache is finished,
+``progress.json`` holds the number of rows synced to disk.
 """
 
 from __future__ import annotations

@@ -123,7 +123,7 @@ class Recommender(nn.Module):
         """What the item encoder reads of one encoder: given with the items, or computed."""
         if items.states is not None and modality in items.states:
             dtype = next(self.item_encoder.parameters()).dtype
-            return map_tensors(items.states[modality], lambda t: t.to(dtype) if t.is_floating_point() else t)
+            return map_tensors(items.states[modality], lambda t: _cast(t, dtype) if t.is_floating_point() else t)
         with torch.no_grad() if modality in self.frozen else nullcontext():
             return self.views[modality].encode(
                 self.item_encoder.reads[modality], tokens=items.tokens, token_mask=items.token_mask, image=items.image
@@ -149,6 +149,13 @@ class Recommender(nn.Module):
                 if parameter.requires_grad:
                     groups.setdefault(named.get(parameter, default), []).append(parameter)
         return groups
+
+
+def _cast(states: Tensor, dtype: torch.dtype) -> Tensor:
+    """``states`` (n, levels, ...) in ``dtype``; those of every token level by level in memory, as an encoder's are."""
+    if states.ndim < 4:
+        return states.to(dtype)
+    return states.transpose(0, 1).to(dtype, memory_format=torch.contiguous_format).transpose(0, 1)
 
 
 def _named_groups(root: nn.Module) -> dict[nn.Parameter, str]:

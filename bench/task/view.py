@@ -82,7 +82,8 @@ class EncoderView:
         self.shape.check(Reads(pool=self.pool), self._name)
         self.reads_mask: Callable[[Tensor | None, Tensor], Tensor] | None = None
         """Set by a method that changes the number of tokens: from the mask (n, T) of a text, or ``None`` for an image,
-        and a state (n, T', width), the mask (n, T') of that state, false for tokens that are not the item's."""
+        and a state (n, T', width), the mask (n, T') of that state, false for tokens that are not the item's; or, as
+        float, the weights of its tokens in a mean, 0 for those."""
         for part in module.modules():
             setattr(part, _OWN, tuple(name for name, _ in part.named_parameters(recurse=False)))
 
@@ -211,10 +212,12 @@ class EncoderView:
         if reads.final:
             norm = self.final_norm if self.family.norm_outside else None
             states.append(read(norm(final) if norm is not None else final))
-        stacked = torch.stack(states, dim=1)
+        every = reads.tokens == "all"
+        # Every token: level by level in memory, because side networks multiply one level at a time.
+        stacked = torch.stack(states).transpose(0, 1) if every else torch.stack(states, dim=1)
         if self._dtype != torch.float32:
             stacked = stacked.float()
-        return stacked if reads.tokens == "pooled" else TokenStates(stacked, self._every_token(mask, stacked[:, 0]))
+        return TokenStates(stacked, self._every_token(mask, stacked[:, 0])) if every else stacked
 
     @property
     def _dtype(self) -> torch.dtype:

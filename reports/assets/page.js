@@ -224,7 +224,7 @@ function detail(row) {
 }
 
 /* Kinds of phases in the order of their colours; every lane has a name, so colour is never the only cue. */
-const KINDS = ["train", "validate", "rank", "load", "cache", "adapt", "warmup", "export", "inference", "estimate", "search", "round", "prepare", "count"];
+const KINDS = ["train", "validate", "rank", "load", "cache", "adapt", "warmup", "export", "inference", "estimate", "search", "round", "prepare", "count", "probe"];
 
 /* A lane with the name of each phase and, on the same time axis above them, the memory curve in bands of their colours. */
 function timeline({ phases, curve }) {

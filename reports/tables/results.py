@@ -23,6 +23,7 @@ from tpme.reports.tables.fields import Field, table_of, value_of
 from tpme.reports.tables.machines import machines
 from tpme.reports.tables.paper import paper
 from tpme.reports.tables.planned import planned
+from tpme.reports.tables.representation_space import representation_space
 from tpme.reports.tables.serving_costs import inference
 from tpme.reports.tables.table import Column, Entry, Table
 
@@ -215,6 +216,7 @@ TABLES: dict[str, Callable[[Section], Table]] = {
     "steps": steps,
     "plan": planned,
     "inference": inference,
+    "representation": representation_space,
     "phases": phases,
     "paper": paper,
     "lr": learning_rates,

@@ -31,10 +31,10 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"kind": "ia3", "dropout": 0.0},
         *({"kind": kind, "contexts": "agnostic", "rank": 2} for kind in ("lora", "bitfit", "ia3")),
     ],
-    "prefix": [{"length": 3, "hidden": 5}, {"length": 4, "reparameterised": False}],
+    "prefix": [{"length": 3, "reparameterised": True, "hidden": 5}],
     "pt-peft": [
-        {"length": 3, "hidden": 5, "then": "adapter", "bottleneck": 4},
-        {"length": 4, "reparameterised": False, "then": "all", "share": 0.4},
+        {"length": 3, "reparameterised": True, "hidden": 5, "then": "adapter", "bottleneck": 4},
+        {"length": 4, "then": "all", "share": 0.4},
     ],
     "lst": [{"reduction": 2, "dropped": (1,), "temperature": 0.5, "dropout": 0.0, "init": "random"}],
     "dyt": [

@@ -29,15 +29,20 @@ PAPER: dict[str, tuple[str, dict[str, Any], int]] = {
     "iisan, intra only": ("iisan", {"inter": False}, 2_776_014),
     "iisan, inter only": ("iisan", {"intra": False}, 1_438_151),
     "iisan-versa": ("iisan-versa", {}, 2_941_013),
+    "lst": ("lst", {}, 2 * 1_819_497 + RECOMMENDER),
     "context-peft": ("context-peft", {}, 2_568_192 + 590_592 + 49_216 + 100_224),
     "frozen": ("frozen", {}, RECOMMENDER),
     "prompt": ("prompt", {}, 2 * 92_160 + RECOMMENDER),
     "prompt, shallow 50": ("prompt", {"length": 50, "deep": False}, 2 * 38_400 + RECOMMENDER),
+    "pyra": ("pyra", {}, 2 * 294_912 + 8_624 + 16_896 + RECOMMENDER),
     "lora, six linear layers": (
         "lora",
         {"targets": ("query", "key", "value", "attention_output", "ffn_in", "ffn_out")},
         2 * 1_327_104 + RECOMMENDER,
     ),
+    "prefix": ("prefix", {}, 2 * 294_912 + RECOMMENDER),
+    "prefix, through an MLP": ("prefix", {"length": 20, "reparameterised": True}, 2 * 9_864_704 + RECOMMENDER),
+    "pt-peft": ("pt-peft", {"length": 20}, 2 * 368_640 + RECOMMENDER),  # in stage 1
     "dyt": ("dyt", {}, 2 * 1_198_860 + RECOMMENDER),
     "id": ("id", {}, 100_224 + (ITEMS + 1) * 64),
     "popularity": ("popularity", {}, 0),
@@ -70,7 +75,8 @@ def paper_model(encoders: MetaEncoders, name: str, options: Mapping[str, Any]) -
     method = create(name, options)
     views = {m: encoders.view(ENCODERS[m], m) for m in used_modalities(method, tuple(ENCODERS))}
     data = DataSize(1, ITEMS, 10, np.full(ITEMS + 1, 1 / ITEMS))
-    return ModelBuilder(method, Training(epochs=1), data, {m: view.shape for m, view in views.items()}).build(views)
+    with torch.device("meta"):
+        return ModelBuilder(method, Training(epochs=1), data, {m: view.shape for m, view in views.items()}).build(views)
 
 
 def trainable(model: Recommender) -> int:
@@ -123,14 +129,18 @@ def closed_formula(name: str, options: Mapping[str, Any], tiny: ModuleType) -> i
         "lora": fused + 2 * depth * 2 * options.get("rank", 8) * 2 * width,
         "bitfit": fused + depth * 2 * (7 * width + ffn) + width + 2 * width,
         "prompt": fused + 2 * depth * options.get("length", 10) * width,
+        "prefix": fused + 2 * depth * options.get("length", 16) * 2 * width,
+        "pt-peft": fused + 2 * depth * options.get("length", 16) * 2 * width,  # in stage 1
         "dyt": fused + 2 * depth * (bottleneck + width + 1),
         "iisan": sequence + 3 * tower + 3 * dim * dim + dim,
+        "pyra": fused + 2 * depth * options.get("rank", 8) * 4 * width + (depth - 1) * (3 * width + 2),
         "iisan-versa": sequence
         + 3 * (tower - (width * width + width) - (width * dim + dim))
         + 2 * (width * dim + dim + dim * dim + dim)
         + (width * width + width + width * dim + dim)
         + 3 * dim * dim
         + dim,
+        "lst": fused + 2 * (12 * 8 * 8 + 13 * 8 + 1 + 2 * 8 * (width + 1) + 2 * 8 + 9 * width),  # one layer, 8 wide
         "context-peft": sequence
         + (2 * depth * 8 * (4 * 2 * width + 2 * (width + ffn)) - 8 * (4 * width + 2 * (width + ffn)))
         + (width * width + width)
@@ -159,8 +169,10 @@ def closed_formula(name: str, options: Mapping[str, Any], tiny: ModuleType) -> i
         *((name, {}) for name in sorted(BUILTIN)),
         ("adapter", {"bottleneck": 5}),
         ("lora", {"rank": 3}),
+        ("pyra", {"rank": 3}),
         ("prompt", {"length": 4}),
         ("iisan", {"bottleneck": 5}),
+        ("prefix", {"length": 5}),
     ],
 )
 def test_closed_formula(tiny: ModuleType, name: str, options: dict[str, int]) -> None:

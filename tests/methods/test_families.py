@@ -16,11 +16,12 @@ from tpme.bench.train.build import ModelBuilder
 from tpme.methods.base import TaskShape
 from tpme.methods.registry import create
 
-METHODS = ("fft", "adapter", "lora", "bitfit", "prompt", "iisan", "iisan-versa", "frozen")
+METHODS = ("fft", "adapter", "lora", "bitfit", "prompt", "iisan", "iisan-versa", "prefix", "frozen")
 REFUSED = {
     ("bitfit", "modernbert"): "has no biases",
     ("bitfit", "llama"): "has no biases",
     ("prompt", "modernbert"): "counts positions from the token ids",
+    ("prefix", "mpnet"): "computes its attention itself",
 }
 EVERY_ROLE = {"targets": ("query", "key", "value", "attention_output", "ffn_in", "ffn_out")}
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tpme.bench.contract.small_encoders import modality_of, small_encoder
+from tpme.bench.contract.small_encoders import small_encoder
 from tpme.bench.counting.encoding import item_flops
 from tpme.bench.counting.meta import MetaEncoders
 from tpme.bench.record import EncoderSpec, Modality
@@ -21,8 +21,8 @@ from tpme.methods.parts.attention import extend_attention
 from tpme.methods.prefix import Prefix, PrefixConfig, prefixes
 from tpme.methods.registry import create
 
-DIRECT = {"length": 3, "reparameterised": False}
-THROUGH_MLP = {"length": 3, "hidden": 5}
+DIRECT = {"length": 3}
+THROUGH_MLP = {"length": 3, "reparameterised": True, "hidden": 5}
 BOTH_FORMS = pytest.mark.parametrize("options", [DIRECT, THROUGH_MLP], ids=["direct", "mlp"])
 
 
@@ -151,7 +151,7 @@ def test_only_the_prefix_trains_in_the_encoders(tiny: ModuleType, options: dict[
 
 def test_the_mlp_makes_the_tables(tiny: ModuleType) -> None:
     view = tiny.views(("text",))["text"]
-    prefix = Prefix(view, PrefixConfig(length=3, hidden=5))
+    prefix = Prefix(view, PrefixConfig(**THROUGH_MLP))
     made = prefix.encoder
     assert made is not None
     hidden = torch.tanh(made.table @ made.inner.weight.T + made.inner.bias)
@@ -199,10 +199,10 @@ def test_prefixes_follow_other_changes_of_the_attention(tiny: ModuleType) -> Non
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"length": 20, "reparameterised": False}, 368_640),
-        ({"length": 20}, 9_864_704),
-        ({"reparameterised": False}, 294_912),
-        ({}, 9_861_632),
+        ({"length": 20}, 368_640),
+        ({"length": 20, "reparameterised": True}, 9_864_704),
+        ({}, 294_912),
+        ({"reparameterised": True}, 9_861_632),
     ],
 )
 def test_numbers_at_the_base_shape(options: dict[str, Any], expected: int) -> None:
@@ -213,20 +213,3 @@ def test_numbers_at_the_base_shape(options: dict[str, Any], expected: int) -> No
         task = TaskShape(64, 10, {modality: views[modality].shape})
         method = create("prefix", options)
         assert method.trainable_parameters(task, views) - fusion_parameters(task) == expected
-
-
-@pytest.mark.parametrize("family", ["roberta", "distilbert", "modernbert", "clip-text", "siglip-text", "dinov2"])
-def test_other_items_and_padding_change_nothing(tiny: ModuleType, family: str) -> None:
-    view = EncoderView(small_encoder(family), modality_of(family))
-    model = Recommender({view.modality: view}, nn.Identity(), nn.Identity(), frozen=())  # type: ignore[arg-type]
-    create("prefix", DIRECT).adapt(model, None)  # type: ignore[arg-type]
-    amplified(model)
-    reads = Reads(final=True, pool=view.shape.pool)
-
-    def read(items: Items) -> Tensor:
-        with torch.no_grad():
-            return view.encode(reads, tokens=items.tokens, token_mask=items.token_mask, image=items.image)
-
-    together = read(tiny.items((view.modality,)))
-    alone = torch.cat([read(tiny.items((view.modality,), [item])) for item in range(1, tiny.ITEMS + 1)])
-    torch.testing.assert_close(alone, together, atol=1e-5, rtol=1e-4)

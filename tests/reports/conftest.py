@@ -27,6 +27,7 @@ from tpme.bench.record import (
     Parameters,
     Phase,
     Reading,
+    Representation,
     Timings,
     cell_id,
     write_result,
@@ -118,6 +119,7 @@ class Factory:
         time_reading: Reading | None = None,
         started_at: str = "2026-01-01T00:00:00+00:00",
         inference: Inference | None = None,
+        representation: Representation | None = None,
         all_in_s: float | None = None,
         **cell: Any,
     ) -> Path:
@@ -153,6 +155,7 @@ class Factory:
             training_memory=measured,
             cache=self._cache() if what.cached else None,
             inference=inference,
+            representation=representation,
             flags=flags,
             files=self._files(folder, attempt, what.seed, skill, time or 1.0, peak or 1e8, status),
         )
