@@ -16,6 +16,7 @@ from tpme.methods.base import Method, Schedule, Stage, StepState, TaskShape, fus
 from tpme.methods.fft import FullFineTuning
 from tpme.methods.lora import LoRA, LoRAConfig
 from tpme.methods.parts.bottleneck import Bottleneck
+from tpme.methods.parts.low_rank import check_rank
 from tpme.methods.prefix import PrefixConfig, PrefixTuning, fold, prefixes
 
 SECOND: dict[str, type[Method]] = {"lora": LoRA, "adapter": HoulsbyAdapter, "all": FullFineTuning}
@@ -50,7 +51,10 @@ class PTPEFT(PrefixTuning):
     groups = ("prefix",)
 
     def adapt(self, model: Recommender, schedule: Schedule) -> None:
-        """Add the prefix."""
+        """Add the prefix. Raises UserError where LoRA's rank is above the width of a projection, before stage 1."""
+        if self.config.then == "lora":
+            for view in model.views.values():
+                check_rank("pt-peft", self.config.rank, view, self.config.targets)
         super().adapt(model, schedule)
         self._schedule = schedule
         for prefix in prefixes(model).values():
