@@ -12,6 +12,7 @@ from torch import Tensor
 from tpme.bench.record import Representation, SpaceFacts, Spectrum
 from tpme.bench.run import representation
 from tpme.bench.run.representation import centre, compare, decompose, describe, linear_cka, spectrum
+from tpme.bench.train.ending import TimeLimitReached
 
 ROWS, WIDTH = 400, 40
 
@@ -227,6 +228,19 @@ def test_a_space_that_cannot_be_measured_is_missing_with_its_reason(
     result = probed(world, tmp_path, {"name": "lora"})
     assert list(result.representation.spaces) == ["items"]
     assert result.representation.reasons == dict.fromkeys(("text", "image"), "RuntimeError: out of luck")
+
+
+def test_a_measure_that_fails_does_not_end_the_cell(
+    world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(*_args: Any) -> Any:
+        raise TimeLimitReached("took too long")
+
+    monkeypatch.setattr(representation, "describe", late)
+    result = probed(world, tmp_path, {"name": "id"})
+    assert result.representation is None
+    [flag] = [flag.message for flag in result.flags if flag.code == "no-representation"]
+    assert flag == "the representation space was not measured: TimeLimitReached: took too long"
 
 
 def test_a_finished_cell_without_the_measure_runs_again(world: Any, tmp_path: Path) -> None:

@@ -82,7 +82,8 @@ class EncoderView:
         self.shape.check(Reads(pool=self.pool), self._name)
         self.reads_mask: Callable[[Tensor | None, Tensor], Tensor] | None = None
         """Set by a method that changes the number of tokens: from the mask (n, T) of a text, or ``None`` for an image,
-        and a state (n, T', width), the mask (n, T') of that state, false for tokens that are not the item's."""
+        and a state (n, T', width), the mask (n, T') of that state, false for tokens that are not the item's; or, as
+        float, the weights of its tokens in a mean, 0 for those."""
         for part in module.modules():
             setattr(part, _OWN, tuple(name for name, _ in part.named_parameters(recurse=False)))
 

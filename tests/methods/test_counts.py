@@ -34,6 +34,7 @@ PAPER: dict[str, tuple[str, dict[str, Any], int]] = {
     "frozen": ("frozen", {}, RECOMMENDER),
     "prompt": ("prompt", {}, 2 * 92_160 + RECOMMENDER),
     "prompt, shallow 50": ("prompt", {"length": 50, "deep": False}, 2 * 38_400 + RECOMMENDER),
+    "pyra": ("pyra", {}, 2 * 294_912 + 8_624 + 16_896 + RECOMMENDER),
     "lora, six linear layers": (
         "lora",
         {"targets": ("query", "key", "value", "attention_output", "ffn_in", "ffn_out")},
@@ -132,6 +133,7 @@ def closed_formula(name: str, options: Mapping[str, Any], tiny: ModuleType) -> i
         "pt-peft": fused + 2 * depth * options.get("length", 16) * 2 * width,  # in stage 1
         "dyt": fused + 2 * depth * (bottleneck + width + 1),
         "iisan": sequence + 3 * tower + 3 * dim * dim + dim,
+        "pyra": fused + 2 * depth * options.get("rank", 8) * 4 * width + (depth - 1) * (3 * width + 2),
         "iisan-versa": sequence
         + 3 * (tower - (width * width + width) - (width * dim + dim))
         + 2 * (width * dim + dim + dim * dim + dim)
@@ -167,6 +169,7 @@ def closed_formula(name: str, options: Mapping[str, Any], tiny: ModuleType) -> i
         *((name, {}) for name in sorted(BUILTIN)),
         ("adapter", {"bottleneck": 5}),
         ("lora", {"rank": 3}),
+        ("pyra", {"rank": 3}),
         ("prompt", {"length": 4}),
         ("iisan", {"bottleneck": 5}),
         ("prefix", {"length": 5}),
