@@ -67,40 +67,44 @@ class AdaLoRAConfig(MethodConfig):
 
 
 class Triplets:
-    """The triplets ``B_i E_i A_i`` of n projections of one shape, and how important they are.
-
-    a: (r, in), b: (out, r), e: (r, 1), the parameters of every projection.
-    """
+    """The triplets ``B_i E_i A_i`` of n projections of one shape, and how important they are."""
 
     def __init__(self, layers: Sequence[Any]) -> None:
-        self.a, self.b, self.e = (
-            [getattr(layer, name)[ADAPTER] for layer in layers] for name in ("lora_A", "lora_B", "lora_E")
-        )
-        self.sensitivity, self.uncertainty = (
-            [torch.zeros_like(torch.stack(part), requires_grad=False) for part in (self.a, self.b, self.e)]
-            for _ in range(2)
-        )
+        self.layers = layers
+        self.sensitivity: list[Tensor] = []
+        self.uncertainty: list[Tensor] = []
+
+    def factors(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """A (r, in), B (out, r) and E (r, 1) of every projection."""
+        a, b, e = ([getattr(layer, f"lora_{name}")[ADAPTER] for layer in self.layers] for name in "ABE")
+        return a, b, e
 
     @torch.no_grad()
     def observe(self, smoothing: float) -> None:
         """Update sensitivity, the mean of ``|p dL/dp|``, and uncertainty, its mean deviation (equations 8 and 9)."""
-        for part, sensitivity, uncertainty in zip(
-            (self.a, self.b, self.e), self.sensitivity, self.uncertainty, strict=True
-        ):
-            importance = torch.stack(part).mul_(torch.stack([parameter.grad for parameter in part])).abs_()
-            sensitivity.lerp_(importance, 1 - smoothing)
-            uncertainty.lerp_((importance - sensitivity).abs_(), 1 - smoothing)
+        for i, part in enumerate(self.factors()):
+            gradients = [parameter.grad for parameter in part if parameter.grad is not None]
+            importance = torch.stack(part).mul_(torch.stack(gradients)).abs_()
+            if i == len(self.sensitivity):  # on the first step, when the model is where it trains
+                self.sensitivity.append(torch.zeros_like(importance))
+                self.uncertainty.append(torch.zeros_like(importance))
+            self.sensitivity[i].lerp_(importance, 1 - smoothing)
+            self.uncertainty[i].lerp_((importance - self.sensitivity[i]).abs_(), 1 - smoothing)
 
     def scores(self) -> Tensor:
         """(n, r): the importance of E, and the means of those of a row of A and a column of B (equation 7)."""
         a, b, e = (s * u for s, u in zip(self.sensitivity, self.uncertainty, strict=True))
         return e[..., 0] + a.mean(2) + b.mean(1)
 
+    def values(self) -> Tensor:
+        """(n, r): E of every projection."""
+        return torch.stack(self.factors()[2])[..., 0].detach()
+
     def orthogonality(self) -> Tensor:
         """(2n,): ``||A A^T - I||`` and ``||B^T B - I||``, Frobenius norms."""
-        identity = torch.eye(len(self.e[0]), device=self.e[0].device)
-        rows = (torch.stack(self.a), torch.stack(self.b).mT)
-        return torch.cat([torch.linalg.matrix_norm(part @ part.mT - identity) for part in rows])
+        a, b = (torch.stack(part) for part in self.factors()[:2])
+        identity = torch.eye(a.shape[1], device=a.device)
+        return torch.cat([torch.linalg.matrix_norm(rows @ rows.mT - identity) for rows in (a, b.mT)])
 
 
 class RankBudget:
@@ -133,11 +137,11 @@ class RankBudget:
 
     def remember(self) -> None:
         """Go on with the ranks of a loaded state, as long as no importance is known."""
-        self.kept = [torch.stack(tuple(group.e))[..., 0].detach() != 0 for group in self.groups]
+        self.kept = [group.values() != 0 for group in self.groups]
 
     def ranks(self) -> Tensor:
         """The triplets that are not zero, on average over the projections."""
-        return torch.cat([torch.stack(tuple(group.e)).count_nonzero((1, 2)) for group in self.groups]).float().mean()
+        return torch.cat([group.values().count_nonzero(1) for group in self.groups]).float().mean()
 
     def _chosen(self, step: int, steps: int) -> list[Tensor]:
         """The most important triplets, as many as the budget, over all projections of the encoder."""
@@ -152,7 +156,7 @@ class RankBudget:
     def _mask(self, kept: Sequence[Tensor]) -> None:
         """Set E of the other triplets to zero."""
         for group, rows in zip(self.groups, kept, strict=True):
-            for e, row in zip(group.e, rows, strict=True):
+            for e, row in zip(group.factors()[2], rows, strict=True):
                 e.mul_(row[:, None])
 
 

@@ -23,10 +23,14 @@ class AdapterConfig(MethodConfig):
 
 
 class HoulsbyAdapter(Method):
-    """``A(h) = h + W_up act(W_down h)`` on both sub-layer outputs, before the residual is added.
+    """Two trained bottlenecks stand in every layer of the frozen encoders.
 
-    The encoder's own LayerNorms stay frozen. Trainable at BERT-base + ViT-B/16, b = 64: 2 x 2,379,264 of the encoders.
-    Weights start at N(0, 0.01): nearly, not exactly, the frozen encoder.
+    ``A(h) = h + W_up act(W_down h)`` on both sub-layer outputs, before the residual is added. The encoder's own
+    LayerNorms stay frozen. Weights start at N(0, 0.01): nearly, not exactly, the frozen encoder.
+
+    Trains: the bottlenecks: 2 x 2,379,264 of the encoders at BERT-base + ViT-B/16, b = 64.
+    Saves: optimiser state and stored size; adds two bottlenecks a layer to inference.
+    Source: Houlsby et al., Parameter-Efficient Transfer Learning for NLP, ICML 2019, section 2.
     """
 
     Config = AdapterConfig

@@ -108,7 +108,7 @@ class ContextPEFT(Method):
     projection, instead of the image head and the fusion.
     Saves: gradients and activations of the image encoder, and the encoder itself where its states are cached; costs 49
     more tokens in the text encoder. Not mergeable, because weights depend on the token; agnostic adaptors are merged.
-    Source: Hadji-Kyriacou and Arandjelovic, Context-PEFT, arXiv 2312.08900, 2023, section 3.
+    Source: Hadji-Kyriacou and Arandjelovic, Context-PEFT, arXiv 2312.08900, 2023.
     """
 
     Config = ContextPEFTConfig

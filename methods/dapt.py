@@ -36,6 +36,29 @@ class DAPTConfig(MethodConfig):
 # --- TFTS: a scale and a shift behind every frozen operation --------------------------------------------------------
 
 
+class ScaleShift(torch.autograd.Function):
+    """``z = gamma x + beta``; for the gradient of gamma it keeps z, which attention and activations keep anyway, not x.
+
+    ``sum dz x = (sum dz z - beta sum dz) / gamma``; gamma starts around 1 and must not become exactly 0.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        """Map (..., D) to (..., D), in the type of x."""
+        z = torch.addcmul(beta, x, gamma).to(x.dtype)
+        ctx.save_for_backward(z, gamma, beta)
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Gradients of x, gamma and beta."""
+        z, gamma, beta = ctx.saved_tensors
+        tokens = tuple(range(dz.ndim - 1))
+        shift = dz.sum(tokens, dtype=gamma.dtype)
+        scale = ((dz * z).sum(tokens, dtype=gamma.dtype) - beta * shift) / gamma
+        return (dz * gamma).to(dz.dtype) if ctx.needs_input_grad[0] else None, scale, shift
+
+
 class FeatureTransform(nn.Module):
     """``T(x) = gamma x + beta`` per channel; gamma starts at N(1, noise), beta at N(0, noise)."""
 
@@ -46,7 +69,8 @@ class FeatureTransform(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., D) to (..., D), in the type of x."""
-        return torch.addcmul(self.bias, x, self.weight).to(x.dtype)
+        out: Tensor = ScaleShift.apply(x, self.weight, self.bias)  # type: ignore[no-untyped-call]
+        return out
 
 
 class TransformedLinear(nn.Linear):
@@ -148,8 +172,9 @@ class DynamicAdapter(nn.Module):
         if self.training:
             closed = gates.detach()[..., 0] == 0
             self.closed = closed.float().mean() if mask is None else (closed & mask).sum() / mask.sum()
-        out: Tensor = gates * self.up(self.dropout(functional.gelu(self.down(v))))
-        return out
+        # The gate scales the narrow activation, and nothing as wide as the output is kept for it.
+        out = functional.linear(gates * self.dropout(functional.gelu(self.down(v))), self.up.weight)
+        return torch.addcmul(out, gates, self.up.bias).to(out.dtype)
 
     def make_prompt(self, output: Tensor, mask: Tensor | None) -> Tensor:
         """The prompt (n, 1, D) of A(u) (n, T, D)."""
@@ -189,8 +214,8 @@ class DAPT(Method):
     there. Encoders whose norms have no bias (Llama, ModernBERT) are refused.
 
     Trains: adapters, gates, prompts and transforms: 1,438,476 of BERT-base and 1,440,012 of ViT-B/16 at b = 64.
-    Saves: stored size; transforms are folded, so inference costs adapters and prompts, but training keeps the inputs
-    of all transforms in memory.
+    Saves: stored size; inference costs adapters and prompts, because transforms are folded; training needs more memory
+    than full fine-tuning, as the transforms keep all their results.
     Source: Zhou et al., Dynamic Adapter Meets Prompt Tuning, CVPR 2024, and its released code.
     """
 

@@ -152,7 +152,8 @@ class DyT(Method):
     (``TokenDispatch``). W_up and biases start at zero, the dispatchers at N(0, 0.02). A step has two passes, dynamic
     and complete (m = 1), with logits z and z_c:
     ``L = CE(z) + CE(z_c) + KL(softmax(sg z_c) || softmax(z)) + 2 sum_encoders (mean(m) - r)^2``; mean(m) is over all
-    layers, items and tokens that are decided on. The defaults are those of the full image data sets (b = 64, s = 0.1).
+    layers, items and tokens that are decided on. Evaluation draws no noise, so its rate (``report``) may miss r while
+    many logits are near 0. The defaults are those of the full image data sets (b = 64, s = 0.1).
     ``complete_loss = false`` drops the second pass and halves the time of a step.
 
     Reconstruction: the post-norm form; the losses on in-batch scores, with a term of the rate for each encoder; padding

@@ -32,7 +32,14 @@ class ItemTable(ItemEncoder):
 
 
 class ItemIDs(Method):
-    """The same sequential encoder and loss over ID embeddings, a baseline without encoders."""
+    """The same sequential encoder and loss over ID embeddings, a baseline without encoders.
+
+    ``v_i = E[i]``, one trained vector (d,) of each item, N(0, 0.02) at the start; padding is zero.
+
+    Trains: the table, (N + 1) d, and the sequential encoder.
+    Saves: the encoders, in training and inference; the table grows with the catalogue.
+    Source: Kang and McAuley, Self-Attentive Sequential Recommendation, ICDM 2018.
+    """
 
     baseline = True
     modalities = ()

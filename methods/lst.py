@@ -84,7 +84,7 @@ class SideLayer(nn.Module):
 
     def _split(self, x: Tensor) -> Tensor:
         """(n, T, w) -> (n, H, T, w/H)."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)
 
     def _drop(self, x: Tensor) -> Tensor:
         return functional.dropout(x, self.dropout, self.training)
@@ -133,7 +133,7 @@ class Ladders(ItemEncoder):
             _check(modality, shape, config)
         ladders = {modality: Ladder(shape, config) for modality, shape in task.encoders.items()}
         super().__init__({modality: ladder.reads for modality, ladder in ladders.items()})
-        self.ladders = nn.ModuleDict(ladders)
+        self.ladders = nn.ModuleDict({str(modality): ladder for modality, ladder in ladders.items()})
         self.fusion = TokenFusion(task.encoders, task.dim)
         group(self.fusion, "recommender")
 
@@ -224,8 +224,10 @@ class LST(Method):
     def report(self, model: Recommender) -> dict[str, float]:
         """The mean gate of each side network; 1 would be a side network that no layer feeds."""
         assert isinstance(model.item_encoder, Ladders)
-        ladders = model.item_encoder.ladders
-        return {f"gate_{modality}": float(ladder.gate_values().detach().mean()) for modality, ladder in ladders.items()}
+        gates = {modality: ladder.get_parameter("gates") for modality, ladder in model.item_encoder.ladders.items()}
+        return {
+            f"gate_{m}": float(torch.sigmoid(a.detach() / self.config.temperature).mean()) for m, a in gates.items()
+        }
 
 
 # --- structural pruning -----------------------------------------------------------------------------------------------
@@ -244,7 +246,7 @@ def pruned_state(view: EncoderView, config: LSTConfig) -> Iterator[tuple[str, Te
             f"side layer would be {4 * width}; raise reduction or set init = 'random'"
         )
     layers = [_weights(view, layer) for layer in range(shape.depth)]
-    reading = sum(weight.abs().sum(0) for layer in layers for weight, _ in layer[:4])
+    reading = torch.stack([weight.abs().sum(0) for layer in layers for weight, _ in layer[:4]]).sum(0)
     stream = _largest(reading, width)  # the dimensions of the residual stream, (w,)
     kept = kept_layers(shape.depth, config)
     selection = torch.eye(shape.width, device=stream.device)[stream]
@@ -284,7 +286,7 @@ def _weights(view: EncoderView, layer: int) -> list[tuple[Tensor, Tensor]]:
         bias = weight.new_zeros(len(weight)) if linear.bias is None else linear.bias.detach().to(weight)
         if role in ("key", "value") and heads.key_value < heads.number:
             weight, bias = (
-                part.unflatten(0, (heads.key_value, heads.width))
+                part.view(heads.key_value, heads.width, *part.shape[1:])
                 .repeat_interleave(heads.number // heads.key_value, dim=0)
                 .flatten(0, 1)
                 for part in (weight, bias)

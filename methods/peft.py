@@ -47,7 +47,7 @@ _TARGETS: dict[str, tuple[Role, ...]] = {"IA3": ("key", "value", "ffn_out")}
 """Projections that a type adapts by default, where they are not queries and values."""
 _ON_HOST = {"BOFT", "UNILORA"}
 """Types that read indices while they make them, which they cannot on ``meta``; the indices move with the model."""
-_OURS = {"modules_to_save"}
+_REFUSED_OPTIONS = {"modules_to_save"}
 """Options of peft's configurations that would train more than the adapter."""
 
 
@@ -168,7 +168,7 @@ def _options(configuration: Any) -> list[str]:
     """The options of a type's configuration, without those that all types have for peft's own purposes."""
     from peft import PeftConfig
 
-    common = {entry.name for entry in dataclasses.fields(PeftConfig)} | _OURS
+    common = {entry.name for entry in dataclasses.fields(PeftConfig)} | _REFUSED_OPTIONS
     return [entry.name for entry in dataclasses.fields(configuration) if entry.name not in common]
 
 

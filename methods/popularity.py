@@ -34,7 +34,14 @@ class _ConstantUser(nn.Module):
 
 
 class Popularity(Method):
-    """Scores items by training popularity. Nothing is trained."""
+    """Ranks items by training popularity, the same for all users.
+
+    ``score(u, i) = n_i / sum_j n_j``, n_i the training interactions of item i.
+
+    Trains: nothing.
+    Saves: everything; the weakest baseline.
+    Source: the usual baseline of recommendation.
+    """
 
     baseline = True
     modalities = ()

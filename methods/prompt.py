@@ -57,7 +57,16 @@ class Prompts(nn.Module):
 
 
 class PromptTuning(Method):
-    """Only prompt vectors train. Deep, P = 10, at BERT-base + ViT-B/16: 2 x 92,160 of the encoders."""
+    """Trained vectors are inserted after token 0 of each encoder, which stays frozen.
+
+    ``[x_0, p_1 .. p_P, x_1 .. x_{N-1}]``, P vectors of width D before layer 0 and, if ``deep``, others in the same
+    places before every later layer. They are never read: pooling leaves them out.
+
+    Trains: the prompt vectors: deep, P = 10, 2 x 92,160 of the encoders at BERT-base + ViT-B/16.
+    Saves: optimiser state and stored size; costs P more tokens in each encoder, also at inference.
+    Source: Jia et al., Visual Prompt Tuning, ECCV 2022 (images); Lester et al., The Power of Scale for
+        Parameter-Efficient Prompt Tuning, EMNLP 2021 (soft prompts for text, here at the same place).
+    """
 
     Config = PromptConfig
     config: PromptConfig

@@ -131,7 +131,7 @@ def compare(after: Tensor, before: Tensor) -> SpaceFacts:
     raw_before, centred_before = (raw, centred) if before is after else (decompose(before), decompose(centre(before)))
     known = min(len(centred.squares), len(centred_before.squares), after.shape[1] - 1)
     angles = {
-        k: torch.linalg.svdvals(centred.vectors[:, :k].T @ centred_before.vectors[:, :k])
+        k: torch.linalg.svdvals(centred.vectors[:, :k].T @ centred_before.vectors[:, :k]).clamp(max=1)
         for k in SUBSPACES
         if k <= known
     }
@@ -176,7 +176,7 @@ def linear_cka(states: Tensor, other: Tensor) -> float | None:
     """
     x, y = _unit(states), _unit(other)
     norms = torch.linalg.matrix_norm(x.T @ x) * torch.linalg.matrix_norm(y.T @ y)
-    return float((y.T @ x).square().sum() / norms) if norms else None
+    return min(1.0, float((y.T @ x).square().sum() / norms)) if norms else None
 
 
 def centre(states: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ def pool_tokens(states: Tensor, mask: Tensor | None, pool: Pool) -> Tensor:
     sentence-transformers; ``last`` the kept token at the highest position. No value is read on the host.
 
     Args:
-        states: (n, T, width). mask: (n, T) bool, true for the tokens to keep, at least one an item; ``None``: all.
+        states: (n, T, width). mask: (n, T) bool, true for the tokens to keep, at least one an item; ``None``: all. For
+            ``mean`` it may be float: the weight of every token.
 
     Returns:
         (n, width), in the type of ``states``.

@@ -116,6 +116,16 @@ def test_an_allocation_whose_last_steps_were_skipped_ends_with_the_epoch(tiny: M
     assert method.report(model)["text_rank"] == method.report(model)["image_rank"] == 3
 
 
+def test_importances_are_where_the_model_has_been_moved(tiny: ModuleType) -> None:
+    method, model = tiny.build("adalora")
+    model.to("meta")
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    for step in range(STEPS):
+        method.after_step(state_of(model, step), None)
+    assert all(group.scores().is_meta for budget in method.budgets.values() for group in budget.groups)
+
+
 def test_a_state_holds_the_ranks_and_training_goes_on_with_them(tiny: ModuleType) -> None:
     method, model = tiny.build("adalora", {"rank": 6, "target_rank": 3})
     generator = torch.Generator().manual_seed(0)

@@ -21,7 +21,7 @@ from tpme.bench.task.recommender import Recommender
 from tpme.bench.task.view import EncoderView
 from tpme.bench.train.build import ModelBuilder
 from tpme.methods.base import Method
-from tpme.methods.dapt import DynamicAdapter
+from tpme.methods.dapt import DynamicAdapter, ScaleShift
 from tpme.methods.registry import create
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -232,6 +232,18 @@ def test_padding_is_no_part_of_a_prompt(tiny: ModuleType) -> None:
     for row, length in enumerate(lengths.tolist()):
         one = Items(ids[:1], tokens=tokens[row : row + 1, :length], token_mask=mask[row : row + 1, :length])
         torch.testing.assert_close(states(model, "text", one), zeros[row : row + 1], **CLOSE)
+
+
+def test_a_transform_has_the_gradients_of_scale_and_shift_and_keeps_its_result(tiny: ModuleType) -> None:
+    torch.manual_seed(0)
+    x, gamma, beta = (torch.randn(*size, dtype=torch.double, requires_grad=True) for size in ((2, 3, 4), (4,), (4,)))
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda value: kept.append(value) or value, lambda value: value):
+        z = ScaleShift.apply(x, gamma, beta)
+    torch.testing.assert_close(z, gamma * x + beta)
+    assert [value.numel() for value in kept] == [24, 4, 4]
+    assert kept[0].data_ptr() == z.data_ptr()
+    assert torch.autograd.gradcheck(ScaleShift.apply, (x, gamma, beta))
 
 
 # --- every family ---------------------------------------------------------------------------------------------------

@@ -16,8 +16,23 @@ from tpme.bench.train.build import ModelBuilder
 from tpme.methods.base import TaskShape
 from tpme.methods.registry import create
 
-METHODS = ("fft", "adapter", "lora", "bitfit", "prompt", "iisan", "iisan-versa", "prefix", "frozen")
+METHODS = (
+    "fft",
+    "adapter",
+    "lora",
+    "bitfit",
+    "prompt",
+    "iisan",
+    "iisan-versa",
+    "prefix",
+    "dapt",
+    "parallel-adapter",
+    "pfeiffer-adapter",
+    "frozen",
+)
 REFUSED = {
+    ("dapt", "modernbert"): "have no bias to fold a shift into",
+    ("dapt", "llama"): "have no bias to fold a shift into",
     ("bitfit", "modernbert"): "has no biases",
     ("bitfit", "llama"): "has no biases",
     ("prompt", "modernbert"): "counts positions from the token ids",
