@@ -56,8 +56,9 @@ class AdapterExperts(nn.Module):
         """The weight of every expert, (n, E)."""
         real = self.tokens.value
         if real is None:
-            real = x.new_ones(x.shape[:2])
-        mean = (x * real[..., None]).sum(1) / real.sum(1, keepdim=True).clamp(min=1)  # padding has no real token
+            mean = x.mean(1)
+        else:  # an item that is padding has no real token
+            mean = (x * real[..., None]).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
         shares: Tensor = self.router(mean).softmax(-1)
         return shares
 
