@@ -59,7 +59,7 @@ class AdaLoRAConfig(MethodConfig):
     def budget(self, step: int, steps: int, layers: int) -> int:
         """The triplets that an encoder of ``layers`` adapted projections keeps after ``step`` of ``steps``, from 1.
 
-        Constant, then cubic from ``rank`` to ``target_rank``, then constant (equation 12).
+        Constant, then cubic from ``rank`` to ``target_rank``, then constant.
         """
         first, last = int(self.warmup * steps), self.last_pruning(steps)
         left = 1 - min(max(step - first, 0) / max(last - first, 1), 1)
@@ -81,7 +81,7 @@ class Triplets:
 
     @torch.no_grad()
     def observe(self, smoothing: float) -> None:
-        """Update sensitivity, the mean of ``|p dL/dp|``, and uncertainty, its mean deviation (equations 8 and 9)."""
+        """Update sensitivity, the mean of ``|p dL/dp|``, and uncertainty, its mean deviation."""
         for i, part in enumerate(self.factors()):
             gradients = [parameter.grad for parameter in part if parameter.grad is not None]
             importance = torch.stack(part).mul_(torch.stack(gradients)).abs_()
@@ -92,7 +92,7 @@ class Triplets:
             self.uncertainty[i].lerp_((importance - self.sensitivity[i]).abs_(), 1 - smoothing)
 
     def scores(self) -> Tensor:
-        """(n, r): the importance of E, and the means of those of a row of A and a column of B (equation 7)."""
+        """(n, r): the importance of E, and the means of those of a row of A and a column of B."""
         a, b, e = (s * u for s, u in zip(self.sensitivity, self.uncertainty, strict=True))
         return e[..., 0] + a.mean(2) + b.mean(1)
 
@@ -119,9 +119,14 @@ class RankBudget:
         self.kept: list[Tensor] | None = None
         """The triplets that are left, (projections, r) of every group; ``None`` while that may still change."""
 
+    @property
+    def _known(self) -> bool:
+        """Whether it is known what to keep, or how important each triplet is."""
+        return self.kept is not None or bool(self.groups[0].sensitivity)
+
     def update(self, step: int, steps: int) -> None:
         """Observe this step's gradients, and prune where the schedule says so."""
-        if step < self.config.last_pruning(steps):
+        if step < self.config.last_pruning(steps) or not self._known:
             for group in self.groups:
                 group.observe(self.config.smoothing)
             self.kept = None
@@ -131,9 +136,10 @@ class RankBudget:
             self.finish(step, steps)
 
     def finish(self, step: int, steps: int) -> None:
-        """Prune to the target, the first time; from then on keep the same triplets."""
-        self.kept = self.kept or self._chosen(step, steps)
-        self._mask(self.kept)
+        """Prune to the target, the first time; from then on keep the same triplets. All, where no step was observed."""
+        if self._known:
+            self.kept = self.kept or self._chosen(step, steps)
+            self._mask(self.kept)
 
     def remember(self) -> None:
         """Go on with the ranks of a loaded state, as long as no importance is known."""
@@ -164,16 +170,18 @@ class AdaLoRA(PeftMethod):
     """LoRA as a singular value decomposition, whose rank is pruned where it matters least, by a budget for all layers.
 
     ``h = W x + (alpha / r) B E A x``, E diagonal; A (r, in) and B (out, r) start at N(0, 0.02), E (r,) at zero. A loss
-    ``orthogonality * mean(||A A^T - I||_F, ||B^T B - I||_F)`` keeps A and B near orthogonal, one for each encoder.
+    ``orthogonality * mean(||A A^T - I||_F, ||B^T B - I||_F)`` keeps A and B near orthogonal, one for each encoder; its
+    norms are not squared, as in the release and in peft.
     A triplet's importance is the product of sensitivity and uncertainty, moving averages of ``|p dL/dp|`` and of its
     deviation, summed over its E, A and B; after every step those below the budget get E = 0. The budget falls cubically
-    from ``rank`` to ``target_rank`` between the shares ``warmup`` and ``final`` of all steps. Pruned triplets stay
-    allocated, and may come back while the budget falls.
+    from ``rank`` to ``target_rank`` between the shares ``warmup`` and ``final`` of all steps, about those of the released
+    scripts (MNLI 0.09 and 0.58, RTE 0.15 and 0.46). Pruned triplets stay allocated, and may come back while the budget
+    falls.
 
     Trains: A, B and E of queries and values, 442,656 per encoder at BERT-base + ViT-B/16 with rank 12.
     Saves: optimiser state and stored size; importances add to a step; nothing at inference, where B E A is merged.
-    Source: Zhang et al., Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning, ICLR 2023, equations 3 to 12;
-    shares of the schedule about as in its appendix.
+    Source: Zhang et al., Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning, ICLR 2023, section 3, and its
+    released code.
     """
 
     Config = AdaLoRAConfig
