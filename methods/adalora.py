@@ -174,9 +174,9 @@ class AdaLoRA(PeftMethod):
     norms are not squared, as in the release and in peft.
     A triplet's importance is the product of sensitivity and uncertainty, moving averages of ``|p dL/dp|`` and of its
     deviation, summed over its E, A and B; after every step those below the budget get E = 0. The budget falls cubically
-    from ``rank`` to ``target_rank`` between the shares ``warmup`` and ``final`` of all steps, about those of the released
-    scripts (MNLI 0.09 and 0.58, RTE 0.15 and 0.46). Pruned triplets stay allocated, and may come back while the budget
-    falls.
+    from ``rank`` to ``target_rank`` between the shares ``warmup`` and ``final`` of all steps; these are about those of
+    the released scripts (MNLI 0.09 and 0.58, RTE 0.15 and 0.46). Pruned triplets stay allocated, and may come back
+    while the budget falls.
 
     Trains: A, B and E of queries and values, 442,656 per encoder at BERT-base + ViT-B/16 with rank 12.
     Saves: optimiser state and stored size; importances add to a step; nothing at inference, where B E A is merged.
