@@ -1,7 +1,7 @@
-"""AdaLoRA (Zhang et al., ICLR 2023): layers of peft, and an allocation of ranks that never waits for the device.
+"""AdaLoRA (Zhang et al., ICLR 2023): LoRA whose ranks are allocated to the projections by importance.
 
-The allocation is that of peft's ``RankAllocator``, which reads its threshold and every mask back to the host in each
-step and handles the layers one by one.
+The layers are peft's. The allocation does what peft's ``RankAllocator`` does, which reads its threshold and every mask
+back to the host in each step and handles the layers one by one; here nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -161,19 +161,21 @@ class RankBudget:
 
 
 class AdaLoRA(PeftMethod):
-    """LoRA as a singular value decomposition, whose rank is pruned where it matters least, by a budget for all layers.
+    """Trains low-rank updates in SVD form, and prunes the least important ranks of all layers to a budget.
 
-    ``h = W x + (alpha / r) B E A x``, E diagonal; A (r, in) and B (out, r) start at N(0, 0.02), E (r,) at zero. A loss
-    ``orthogonality * mean(||A A^T - I||_F, ||B^T B - I||_F)`` keeps A and B near orthogonal, one for each encoder.
-    A triplet's importance is the product of sensitivity and uncertainty, moving averages of ``|p dL/dp|`` and of its
-    deviation, summed over its E, A and B; after every step those below the budget get E = 0. The budget falls cubically
-    from ``rank`` to ``target_rank`` between the shares ``warmup`` and ``final`` of all steps. Pruned triplets stay
-    allocated, and may come back while the budget falls.
+    ``y = W x + (alpha / r) B E A x``, E diagonal; A (r, in) and B (out, r) start at N(0, 0.02), E (r,) at zero. A loss
+    term for each encoder, ``orthogonality * mean(||A A^T - I||_F, ||B^T B - I||_F)``, keeps A and B nearly orthogonal.
+    A triplet is one entry of E with its row of A and column of B; its importance is the sum of theirs, means over the
+    row and the column. That of a parameter p is sensitivity times uncertainty: the moving averages of ``|p dL/dp|`` and
+    of its deviation. After every step the triplets beyond the budget get E = 0. The budget falls cubically from
+    ``rank`` to ``target_rank`` between the shares ``warmup`` and ``final`` of all steps. Pruned triplets stay
+    allocated, and may return while the budget falls. Equations 3 to 12; the shares are about those of the paper's
+    appendix.
 
-    Trains: A, B and E of queries and values, 442,656 per encoder at BERT-base + ViT-B/16 with rank 12.
-    Saves: optimiser state and stored size; importances add to a step; nothing at inference, where B E A is merged.
-    Source: Zhang et al., Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning, ICLR 2023, equations 3 to 12;
-    shares of the schedule about as in its appendix.
+    Trains: A, B and E of queries and values (r = 12): 442,656 each in BERT-base and ViT-B/16.
+    Saves: weight gradients, optimiser state and stored size, in which pruned ranks still count; a step also updates
+    importances; inference costs the same as frozen encoders, because B E A is merged into W.
+    Source: Zhang et al., AdaLoRA, ICLR 2023.
     """
 
     Config = AdaLoRAConfig

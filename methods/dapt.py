@@ -1,4 +1,4 @@
-"""DAPT (Zhou et al., CVPR 2024), carried from point clouds to the tokens of texts and images."""
+"""DAPT (Zhou et al., CVPR 2024), for texts and images: adapters scaled per token, prompts made from their output."""
 
 from __future__ import annotations
 
@@ -197,26 +197,29 @@ class TokenCount:
 
 
 class DAPT(Method):
-    """A parallel adapter scaled per token, a prompt a layer made from its output, and a scale and shift behind weights.
+    """Adds adapters scaled per token, prompts made from their output, and a scale and shift after every frozen
+    operation.
 
-    ``y = x + FFN(u) + A(u), A(u) = relu(v w_s + b_s) W_up gelu(W_down v), v = LN_a(u)`` with u = T(LN(x)) in a
-    pre-norm layer (ViT); w_s gives one gate a token. TFTS, ``T(x) = gamma x + beta``, stands behind every linear layer,
-    every norm and the patch embedding; gamma ~ N(1, 0.02), beta ~ N(0, 0.02), so the start is not the frozen encoder.
-    Every layer but the last, whose prompt nobody would read, inserts ``p = T(mean over tokens of gelu(A(u)))`` behind
-    token 0: the sequence grows by a token a layer. Prompts have no position and are never read; padding is no part of
-    the mean. The item encoder reads the tokens that it reads of the frozen encoder.
+    ``y = x + FFN(u) + g W_up gelu(W_down v), g = relu(w_s v + b_s), v = LN(u)`` in a pre-norm layer (ViT), with u =
+    T(LN(x)); A(u) is the last term, and g one gate a token. TFTS, the transform ``T(x) = gamma x + beta``, follows
+    every linear layer, every norm and the patch embedding; gamma starts at N(1, 0.02), beta at N(0, 0.02), so the
+    encoder does not start as the frozen one. Every layer but the last, whose prompt nothing would read, inserts
+    ``p = T(mean over tokens of gelu(A(u)))`` after token 0: the sequence grows by one token a layer. Prompts have no
+    position and are never read; the mean leaves out padding. The item encoder reads the tokens that it reads of the
+    frozen encoder.
 
-    Reconstruction: in a post-norm layer (BERT) ``y = T(LN(u + FFN(u) + A(u)))`` with the input u of the feed-forward
-    sub-layer, and a prompt passes T(LN(p)) as the other tokens do (``prompt_norm``; with ``tfts_noise = 0`` that norm
-    starts at p = 0, where its gradient is 1 / sqrt(eps)). b_s starts at 1 instead of 0 (``gate_bias``): where token 0
-    alone is read, the last layer learns from it alone, and with 0 every second model starts with its gate closed for
-    all items, for good. The norms of the embeddings have a T as well; a text encoder without one (CLIP) has none
-    there. Encoders whose norms have no bias (Llama, ModernBERT) are refused.
+    Reconstruction: the paper adapts point clouds. In a post-norm layer (BERT) ``y = T(LN(u + FFN(u) + A(u)))`` with the
+    input u of the feed-forward sub-layer, and a prompt passes T(LN(p)) as the other tokens do (``prompt_norm``; with
+    ``tfts_noise = 0`` that norm starts at p = 0, where its gradient is 1 / sqrt(eps)). b_s starts at 1 instead of 0
+    (``gate_bias``): where only token 0 is read, the last layer learns from it alone, and with 0 every second model
+    starts with that gate closed for all items and never opens it. The norms of the embeddings have a T as well; a text
+    encoder without one (CLIP) has none there. Encoders whose norms have no bias (Llama, ModernBERT) are refused.
 
-    Trains: adapters, gates, prompts and transforms: 1,438,476 of BERT-base and 1,440,012 of ViT-B/16 at b = 64.
-    Saves: stored size; inference costs adapters and prompts, because transforms are folded; training needs more memory
-    than full fine-tuning, as the transforms keep all their results.
-    Source: Zhou et al., Dynamic Adapter Meets Prompt Tuning, CVPR 2024, and its released code.
+    Trains: adapters, gates, prompts and transforms (b = 64): 1,438,476 in BERT-base, 1,440,012 in ViT-B/16.
+    Saves: weight gradients, optimiser state and stored size; training needs about the memory of full fine-tuning,
+    because every transform keeps its output; inference costs the adapters and one more token a layer, transforms are
+    folded.
+    Source: Zhou et al., Dynamic Adapter Meets Prompt Tuning, CVPR 2024.
     """
 
     Config = DAPTConfig

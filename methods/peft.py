@@ -1,4 +1,4 @@
-"""Any tuner of the installed peft, by the name of its type and the options of its configuration."""
+"""Any tuner of the installed peft, by its type and the options of its configuration."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ _REFUSED_OPTIONS = {"modules_to_save"}
 class TunerConfig(MethodConfig):
     """Type of the tuner, the projections to adapt, and any option of the type's configuration in peft.
 
-    Without ``targets`` these are queries and values (keys, values and ``ffn_out`` for IA3, all norms for LN_TUNING).
-    ``target_modules``, an option of nearly every type, gives names of modules in their place.
+    Default ``targets``: queries and values; keys, values and ``ffn_out`` for IA3; all norms for LN_TUNING.
+    ``target_modules``, an option of nearly every type, names modules instead.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
@@ -75,17 +75,17 @@ class TunerConfig(MethodConfig):
 
 
 class PeftTuner(PeftMethod):
-    """Any tuner of the installed peft, given by its type, for example LoHa, BOFT or FourierFT.
+    """Runs any tuner of the installed peft, named by its type, such as LoHa, BOFT or FourierFT.
 
-    ``h = (W + dW) x`` for most types; what dW is, its options and their defaults are those of the type's configuration
-    in peft. Wrapped are the projections with the roles ``targets``. Types that cannot adapt an encoder are refused with
-    the reason. The count of trainable parameters is taken from a fresh copy of the encoders on ``meta``, not from a
+    ``y = (W + dW) x`` for most types; dW, the options and their defaults are those of the type's configuration in peft.
+    The projections with the roles ``targets`` are adapted. A type that cannot adapt an encoder is refused with the
+    reason. The trainable parameters are counted on a copy of the encoders on ``meta``, because every type has another
     formula. Whether item vectors start as those of the frozen encoders depends on the type and its options.
 
-    Trains: what the type adds; OFT at queries and values of BERT-base + ViT-B/16 285,696 per encoder.
-    Saves: optimiser state and stored size; nothing at inference where peft can merge the type into the weights.
-    Source: Mangrulkar et al., PEFT: State-of-the-art Parameter-Efficient Fine-Tuning methods, 2022; the default is Qiu
-    et al., Controlling Text-to-Image Diffusion by Orthogonal Finetuning, NeurIPS 2023.
+    Trains: what the type adds (OFT at queries and values): 285,696 each in BERT-base and ViT-B/16.
+    Saves: weight gradients, optimiser state and stored size; inference costs the same as frozen encoders if peft can
+    merge the type into the weights, else more.
+    Source: Mangrulkar et al., PEFT, 2022; OFT: Qiu et al., Orthogonal Finetuning, NeurIPS 2023.
     """
 
     Config = TunerConfig
