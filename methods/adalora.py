@@ -30,7 +30,7 @@ class AdaLoRAConfig(MethodConfig):
 
     rank, target_rank: of every projection at the start, and on average at the end. alpha: the scale is alpha / rank.
     orthogonality: weight of its loss. warmup, final: shares of all steps before and after the pruning, with constant
-    ranks. interval: steps between two prunings. smoothing: of importances and of their uncertainty.
+    ranks. interval: steps from one pruning to the next. smoothing: of sensitivity and uncertainty.
     """
 
     rank: PositiveInt = 12
@@ -49,7 +49,7 @@ class AdaLoRAConfig(MethodConfig):
         if self.target_rank > self.rank:
             raise ValueError(f"target_rank {self.target_rank} is above rank {self.rank}, at which pruning starts")
         if self.warmup + self.final >= 1:
-            raise ValueError("warmup and final together leave no step to prune in; they must be below 1")
+            raise ValueError("warmup and final together leave no step to prune in; their sum must be below 1")
         return self
 
     def last_pruning(self, steps: int) -> int:
@@ -57,7 +57,7 @@ class AdaLoRAConfig(MethodConfig):
         return steps - int(self.final * steps)
 
     def budget(self, step: int, steps: int, layers: int) -> int:
-        """The triplets that an encoder of ``layers`` adapted projections keeps after ``step`` of ``steps``, from 1.
+        """How many triplets an encoder with ``layers`` adapted projections keeps after ``step`` (from 1) of ``steps``.
 
         Constant, then cubic from ``rank`` to ``target_rank``, then constant (equation 12).
         """
@@ -85,7 +85,7 @@ class Triplets:
         for i, part in enumerate(self.factors()):
             gradients = [parameter.grad for parameter in part if parameter.grad is not None]
             importance = torch.stack(part).mul_(torch.stack(gradients)).abs_()
-            if i == len(self.sensitivity):  # on the first step, when the model is where it trains
+            if i == len(self.sensitivity):  # on the first step, when the model is on its device
                 self.sensitivity.append(torch.zeros_like(importance))
                 self.uncertainty.append(torch.zeros_like(importance))
             self.sensitivity[i].lerp_(importance, 1 - smoothing)
@@ -131,12 +131,12 @@ class RankBudget:
             self.finish(step, steps)
 
     def finish(self, step: int, steps: int) -> None:
-        """Prune to the target, the first time; from then on keep the same triplets."""
+        """Prune to the target at the first call; keep the same triplets from then on."""
         self.kept = self.kept or self._chosen(step, steps)
         self._mask(self.kept)
 
     def remember(self) -> None:
-        """Go on with the ranks of a loaded state, as long as no importance is known."""
+        """Keep the ranks of a loaded state until importances are known."""
         self.kept = [group.values() != 0 for group in self.groups]
 
     def ranks(self) -> Tensor:
@@ -222,7 +222,7 @@ class AdaLoRA(PeftMethod):
         return super().losses(outputs) | {"orthogonality": self.config.orthogonality * torch.stack(parts).sum()}
 
     def after_backward(self, state: StepState) -> None:
-        """Nothing but that gradients are unscaled where this hook is defined: importances need them so."""
+        """Empty: where this hook is defined, gradients are unscaled, which importances need."""
 
     def after_step(self, state: StepState, context: Context) -> None:
         """Update importances and ranks of each encoder; gradients are still there, and skipped steps do not count."""

@@ -59,7 +59,7 @@ def image_patches(states: Tensor, grid: int | None) -> Tensor:
 class MixedItemEncoder(ItemEncoder):
     """Projects image tokens to the width of the text encoder, and the text encoder's state to the item vector.
 
-    The head has the recommender's learning rate, as the default item encoder's heads; the projection the method's.
+    The head has the recommender's learning rate, as the default item encoder has; the projection has the method's.
     """
 
     group = "recommender"
@@ -96,8 +96,8 @@ class ContextPEFT(Method):
     ``ia3`` ``l_c * y`` on keys and values and ``l_c`` on the feed-forward activation. The sequence is
     ``[x_0, image tokens, x_1 ..]``: the final states of the image encoder's patches, averaged to ``grid`` x ``grid``,
     after dropout and a trained linear projection. LoRA and biases are on every linear layer of the text encoder. The
-    weights of both encoders stay frozen; the image encoder's states can be cached. The item vector is a linear head on the text
-    encoder's state, read as that encoder is meant to be (BERT: token 0), so it replaces the fusion.
+    weights of both encoders stay frozen; the image encoder's states can be cached. The item vector is a linear head on
+    the text encoder's state, read as that encoder is meant to be (BERT: token 0), so the head replaces the fusion.
 
     In the last layer only keys and values have an image adaptor: nothing else of image tokens is read there. With
     ``contexts = agnostic`` every token has the same adaptor; keys then get no bias, which would change no attention.
@@ -162,7 +162,7 @@ class ContextPEFT(Method):
         """``C L P - unread``, the projection ``D_image D + D`` and the head ``D d + d``.
 
         P: of one adaptor on each linear layer of a layer, r (in + out), out, or one vector a key, value and activation.
-        unread: with C = 2, what the last layer has of P besides keys and values.
+        unread: with C = 2, the part of P in the last layer that is not on keys and values.
         """
         view = views["text"]
         sizes = {role: self._size(view, role) for role in self._roles(view)}
@@ -207,7 +207,7 @@ class ContextPEFT(Method):
             part.merged = True
 
     def report(self, model: Recommender) -> dict[str, float]:
-        """Tokens of an item in the last forward pass: of the image encoder, inserted, and of the (padded) title."""
+        """Tokens of an item in the last forward pass: image encoder, inserted image tokens, and the (padded) title."""
         item_encoder = model.item_encoder
         assert isinstance(item_encoder, MixedItemEncoder)
         return dict(item_encoder.sequence.counts)

@@ -33,11 +33,11 @@ class DAPTConfig(MethodConfig):
     """Standard deviation of scales around 1 and of shifts around 0 at the start; 0: they change nothing."""
 
 
-# --- TFTS: a scale and a shift behind every frozen operation --------------------------------------------------------
+# --- TFTS: a scale and a shift after every frozen operation --------------------------------------------------------
 
 
 class ScaleShift(torch.autograd.Function):
-    """``z = gamma x + beta``; for the gradient of gamma it keeps z, which attention and activations keep anyway, not x.
+    """``z = gamma x + beta``; for the gradient of gamma it saves z, which attention and activations save anyway, not x.
 
     ``sum dz x = (sum dz z - beta sum dz) / gamma``; gamma starts around 1 and must not become exactly 0.
     """
@@ -85,7 +85,7 @@ class TransformedLinear(nn.Linear):
 
 
 class TransformedConv2d(nn.Conv2d):
-    """T behind a convolution, per channel."""
+    """T after a convolution, per channel."""
 
     tfts: FeatureTransform
 
@@ -166,13 +166,13 @@ class DynamicAdapter(nn.Module):
         """Share of the tokens with g = 0 in the last training step."""
 
     def forward(self, u: Tensor, mask: Tensor | None) -> Tensor:
-        """A(u), (n, T, D), of normalised states u (n, T, D); ``mask`` (n, T) are those that are no padding."""
+        """A(u), (n, T, D), of normalised states u (n, T, D); ``mask`` (n, T) is true for real tokens."""
         v = self.norm(u)
         gates = functional.relu(self.gate(v))
         if self.training:
             closed = gates.detach()[..., 0] == 0
             self.closed = closed.float().mean() if mask is None else (closed & mask).sum() / mask.sum()
-        # The gate scales the narrow activation, and nothing as wide as the output is kept for it.
+        # The gate scales the narrow activation, so no tensor as wide as the output is saved for it.
         out = functional.linear(gates * self.dropout(functional.gelu(self.down(v))), self.up.weight)
         return torch.addcmul(out, gates, self.up.bias).to(out.dtype)
 
@@ -190,7 +190,7 @@ class DynamicAdapter(nn.Module):
 
 
 class TokenCount:
-    """T, the number of tokens of the running forward pass before any prompt is added."""
+    """T, the number of tokens in the running forward pass before any prompt is added."""
 
     def __init__(self) -> None:
         self.value = 0
@@ -227,7 +227,7 @@ class DAPT(Method):
     identity_at_start = False
 
     def adapt(self, model: Recommender, schedule: Schedule) -> None:
-        """Put transforms behind all operations, and an adapter and a prompt into every layer."""
+        """Put transforms after all operations, and an adapter and a prompt into every layer."""
         for view in model.views.values():
             for part in _operations(view):
                 part.tfts = FeatureTransform(part.weight.shape[0], self.config.tfts_noise)
@@ -257,7 +257,7 @@ class DAPT(Method):
                 _fold(part)
 
     def report(self, model: Recommender) -> dict[str, float]:
-        """Share of the tokens whose gate was zero in the last training step: of all layers, and of the worst one."""
+        """Share of the tokens with a closed gate in the last training step: mean and maximum over the layers."""
         shares: dict[str, float] = {}
         for modality, view in model.views.items():
             adapters: Any = view.module.get_submodule("dapt")
@@ -274,7 +274,7 @@ class DAPT(Method):
 def _install(view: EncoderView, adapters: list[DynamicAdapter], *, prompt_norm: bool) -> None:
     """Make every layer run its adapter beside the feed-forward sub-layer and add its prompt.
 
-    All that a layer keeps is set and used within its forward, which activation checkpointing repeats as a whole.
+    Whatever a layer stores is set and used within its forward, which activation checkpointing repeats as a whole.
     """
     mask, count = TokenMask.of(view), TokenCount()
     view.embeddings.register_forward_hook(partial(_count, count))
@@ -282,7 +282,7 @@ def _install(view: EncoderView, adapters: list[DynamicAdapter], *, prompt_norm: 
     post_norm = view.final_norm is None
     ffn_in = [view.module.get_submodule(name) for name in view.projections("ffn_in")]
     for i, (layer, adapter) in enumerate(zip(view.layers, adapters, strict=True)):
-        # What the first linear layer of the feed-forward sub-layer reads is u, the normalised states.
+        # The first linear layer of the feed-forward sub-layer reads u, the normalised states.
         ffn_in[i].register_forward_pre_hook(partial(_adapt, adapter, mask))
         view.sublayer_outputs(i)[1].register_forward_hook(partial(_add, adapter))
         norm = view.norms(i)[1] if post_norm and prompt_norm else None
@@ -307,7 +307,7 @@ def _run_layer(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Run a layer on a sequence with the prompts of earlier layers, and insert its own behind token 0."""
+    """Run a layer on a sequence with the prompts of earlier layers, and insert its own after token 0."""
     grow = partial(_grow, adapter.prompts, hidden)
     try:
         result = forward(hidden, *map(grow, args), **{name: grow(value) for name, value in kwargs.items()})
@@ -324,9 +324,9 @@ def _run_layer(
 
 
 def _grow(prompts: int, hidden: Tensor, value: Any) -> Any:
-    """An attention mask, or a bias of positions, for a sequence with ``prompts``: they have that of token 0.
+    """An attention mask or position bias for a sequence with ``prompts``, which get that of token 0.
 
-    Masks are (n, T), (n, 1, T, T) or alike, as the attention in use has them; other arguments are left as they are.
+    Masks are (n, T), (n, 1, T, T) or similar, depending on the attention in use; other arguments stay as they are.
     """
     tokens = hidden.shape[1] - prompts
     if not prompts or not isinstance(value, Tensor) or value.ndim < 2 or value.shape[-1] != tokens:
@@ -339,7 +339,7 @@ def _grow(prompts: int, hidden: Tensor, value: Any) -> Any:
 
 
 def _with_prompts(mask: TokenMask, hidden: Tensor) -> Tensor | None:
-    """The mask (n, T') of a sequence (n, T', D) with prompts, which are no padding, and neither is token 0."""
+    """The mask (n, T') of a sequence (n, T', D) with prompts; they are real tokens, as token 0 always is."""
     if mask.value is None:
         return None
     prompts = hidden.shape[1] - mask.value.shape[1]

@@ -23,14 +23,14 @@ DROP_EVERY = 4
 """By default every fourth layer from the first has no side layer: layers 0, 4 and 8 of 12, as in the paper."""
 
 NARROWEST = 8
-"""Least width of a side network: LayerNorm over a few numbers leaves little of them."""
+"""Least width of a side network: LayerNorm over very few numbers leaves little information."""
 
 
 class LSTConfig(MethodConfig):
     """Sizes of the side network, the layers without a side layer, gate temperature, dropout and initialisation.
 
-    The side network is ``reduction`` times narrower than its encoder. ``dropped``: layers counted from 0, of both
-    encoders; by default every fourth.
+    reduction: how many times narrower the side network is than its encoder. dropped: layers of both encoders, from 0;
+    by default every fourth.
     """
 
     reduction: PositiveInt = 8
@@ -158,14 +158,14 @@ def _check(modality: Modality, shape: EncoderShape, config: LSTConfig) -> None:
         )
     if not kept_layers(shape.depth, config):
         raise UserError(
-            f"method 'lst': no layer of the {modality} encoder, which has {shape.depth}, has a side layer; leave one "
-            "out of 'dropped'"
+            f"method 'lst': 'dropped' names all {shape.depth} layers of the {modality} encoder, so none has a side "
+            "layer; leave one out"
         )
     width = side_width(shape, config)
     if width % shape.heads:
         raise UserError(
-            f"method 'lst': beside the {modality} encoder, reduction = {config.reduction} gives a side network "
-            f"{width} wide, which its {shape.heads} heads cannot share; choose a reduction that divides "
+            f"method 'lst': beside the {modality} encoder, reduction = {config.reduction} gives a side network of "
+            f"width {width}, which its {shape.heads} heads do not divide; choose a reduction that divides "
             f"{shape.width // shape.heads}"
         )
 
@@ -223,7 +223,7 @@ class LST(Method):
         return total
 
     def report(self, model: Recommender) -> dict[str, float]:
-        """The mean gate of each side network; 1 would be a side network that no layer feeds."""
+        """The mean gate of each side network; at 1, no hidden state but the embeddings would feed it."""
         assert isinstance(model.item_encoder, Ladders)
         gates = {modality: ladder.get_parameter("gates") for modality, ladder in model.item_encoder.ladders.items()}
         return {

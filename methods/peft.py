@@ -21,11 +21,11 @@ from tpme.methods.parts.peft_injection import PeftMethod, inject
 
 _PROMPTS = "adds virtual tokens to the inputs of a language model; use method 'prompt' or 'prefix'"
 _SPARSE = "multiplies by sparse matrices, whose operations cannot be counted"
-_READS = "reads values back while it runs, so its steps cannot be counted"
+_READS = "reads values of tensors while it runs, so its steps cannot be counted"
 UNSUPPORTED: dict[str, str] = {
-    "ADALORA": "needs a loss and an allocation of its own in every step; use method 'adalora'",
-    "ADAMSS": "clusters the pretrained weights with scikit-learn, so nothing can be planned without either",
-    "ADAPTION_PROMPT": "puts prompts into the attention of decoders alone",
+    "ADALORA": "needs its own loss term and rank allocation in every step; use method 'adalora'",
+    "ADAMSS": "clusters the pretrained weights with scikit-learn, so it cannot be planned without the weights",
+    "ADAPTION_PROMPT": "adds prompts to the attention of decoders only",
     "CARTRIDGE": "trains the key-value cache of a language model; use method 'prefix'",
     "CPT": _PROMPTS,
     "FROD": _SPARSE,
@@ -44,9 +44,9 @@ UNSUPPORTED: dict[str, str] = {
 }
 """Types of peft that cannot adapt an encoder here, and why."""
 _TARGETS: dict[str, tuple[Role, ...]] = {"IA3": ("key", "value", "ffn_out")}
-"""Projections that a type adapts by default, where they are not queries and values."""
+"""Projections that a type adapts by default, if not queries and values."""
 _ON_HOST = {"BOFT", "UNILORA"}
-"""Types that read indices while they make them, which they cannot on ``meta``; the indices move with the model."""
+"""Types that read the indices they make, which is impossible on ``meta``; the indices move with the model."""
 _REFUSED_OPTIONS = {"modules_to_save"}
 """Options of peft's configurations that would train more than the adapter."""
 
@@ -70,7 +70,7 @@ class TunerConfig(MethodConfig):
             if option not in known:
                 raise UserError(f"method 'peft': {self.type} has no option '{option}'; {_hint(option, known)}")
         if self.targets and "target_modules" in (self.model_extra or {}):
-            raise UserError("method 'peft': targets and target_modules name the same thing; give one of them")
+            raise UserError("method 'peft': targets and target_modules both name what is adapted; give one of them")
         return self
 
 

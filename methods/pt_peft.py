@@ -23,7 +23,7 @@ SECOND: dict[str, type[Method]] = {"lora": LoRA, "adapter": HoulsbyAdapter, "all
 
 
 class PTPEFTConfig(PrefixConfig, LoRAConfig, AdapterConfig):
-    """Options of the prefix, of LoRA and of adapters; what joins the prefix in stage 2; the share of epochs of stage 1."""
+    """Options of the prefix, of LoRA and of adapters; what joins the prefix in stage 2; stage 1's share of epochs."""
 
     then: Literal["lora", "adapter", "all"] = "lora"
     share: Annotated[float, Field(gt=0, lt=1)] = 0.25
@@ -60,16 +60,16 @@ class PTPEFT(PrefixTuning):
             group(prefix, "prefix")
 
     def stages(self) -> tuple[Stage, ...]:
-        """The prefix, then both."""
+        """The prefix alone, then both."""
         return Stage("prefix", self.config.share), Stage(self.config.then, 1 - self.config.share)
 
     def begin_stage(self, state: StepState) -> None:
-        """Add what trains in stage 2."""
+        """At stage 2, add the second method."""
         if state.stage.name == self.config.then:
             self._add_second(state.model)
 
     def trainable_parameters(self, task: TaskShape, views: Mapping[Modality, EncoderView]) -> int:
-        """In stage 2: those of the prefix and of what follows it."""
+        """In stage 2: those of the prefix and of the second method."""
         both = super().trainable_parameters(task, views) + self._second.trainable_parameters(task, views)
         return both - fusion_parameters(task)
 

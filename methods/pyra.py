@@ -36,9 +36,9 @@ _TEXT_FLOOR = 8
 class PYRAConfig(MethodConfig):
     """LoRA's rank and dropout, and the schedules of both encoders.
 
-    schedule: tokens that the layers of the image encoder remove: ``low`` or ``high``, scaled to its tokens and layers,
-        or one number a layer. text_merge: the same for the text encoder, whose tokens are those of the longest title;
-        by default it keeps them.
+    schedule: how many tokens each layer of the image encoder removes: ``low`` or ``high``, scaled to its tokens and
+        layers, or one number a layer. text_merge: the same for the text encoder, for the longest title; by default
+        titles keep all tokens.
     """
 
     rank: PositiveInt = 8
@@ -159,7 +159,7 @@ class PYRA(Method):
         }
 
     def _plan(self, view: EncoderView, title_tokens: int) -> tuple[list[int], int, int] | None:
-        """Tokens to keep after each layer, tokens before the first, tokens that never merge; ``None``: no merging.
+        """Tokens to keep after each layer, tokens before the first, and how many never merge; ``None``: no merging.
 
         Raises UserError where tokens cannot merge in the encoder, or the schedule does not fit it.
         """
@@ -176,8 +176,8 @@ class PYRA(Method):
         option = "schedule" if modality == "image" else "text_merge"
         if len(chosen) != depth:
             raise UserError(
-                f"method 'pyra': {option} has {len(chosen)} numbers, but the {modality} encoder {depth} layers; give "
-                "one number a layer, or 'low' or 'high'"
+                f"method 'pyra': {option} has {len(chosen)} numbers, but the {modality} encoder has {depth} layers; "
+                "give one number a layer, or 'low' or 'high'"
             )
         if sum(chosen) >= tokens:
             raise UserError(

@@ -138,7 +138,7 @@ def test_options_reach_peft(tiny: ModuleType) -> None:
         ({"type": "BOFT", "boft_blok_size": 4}, "BOFT has no option 'boft_blok_size'; did you mean 'boft_block_size'?"),
         ({"type": "LOHA", "inference_mode": True}, "LOHA has no option 'inference_mode'"),
         ({"type": "LORA", "modules_to_save": ["x"]}, "LORA has no option 'modules_to_save'"),
-        ({"targets": ("query",), "target_modules": ["query"]}, "targets and target_modules name the same thing"),
+        ({"targets": ("query",), "target_modules": ["query"]}, "targets and target_modules both name what is adapted"),
         ({"targets": ("nothing",)}, "option 'targets"),
     ],
 )
