@@ -8,9 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from tpme.bench.contract.checks import run_check
-from tpme.bench.contract.checks_of_training import compiled_equals_eager
-from tpme.bench.contract.subject import Subject
 from tpme.bench.counting.batch import DataShape
 from tpme.bench.counting.meta import MetaCell
 from tpme.bench.errors import UserError
@@ -153,3 +150,17 @@ def test_numbers_of_the_last_stage_at_the_base_shape(then: str, second: int) -> 
     model = MetaCell(cell, DataShape.assumed()).model
     trains = sum(value.numel() for value in model.encoders.parameters() if value.requires_grad)
     assert trains == 2 * 294_912 + second
+
+
+def test_a_rank_above_the_width_is_refused_before_stage_1(tiny: ModuleType) -> None:
+    with pytest.raises(UserError, match=r"method 'pt-peft': rank 17 .* choose at most 16"):
+        tiny.build("pt-peft", {"rank": 17})
+    tiny.build("pt-peft", {"rank": 17, "then": "adapter"})
+
+
+@pytest.mark.slow  # it compiles
+def test_compiled_layers_run_what_stage_2_adds(contract_world: Any) -> None:
+    """torch.compile does not guard the hooks of adapters: without a reset their layers would run without them."""
+    options = {"then": "adapter", "bottleneck": 4, "length": 3}
+    result = run_check(compiled_equals_eager, Subject(contract_world, "pt-peft", options, ("text",)))
+    assert result.status == "passed", result

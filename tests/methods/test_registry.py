@@ -55,10 +55,26 @@ def test_the_card_methods() -> None:
     assert list(registry.BUILTIN) == [
         "fft",
         "adapter",
+        "pfeiffer-adapter",
+        "parallel-adapter",
         "lora",
+        "dora",
+        "adalora",
+        "vera",
+        "peft",
         "bitfit",
+        "ln-tuning",
+        "ia3",
         "prompt",
+        "prefix",
+        "pt-peft",
+        "dapt",
+        "dyt",
+        "pyra",
+        "context-peft",
         "iisan",
+        "iisan-versa",
+        "lst",
         "frozen",
         "id",
         "popularity",
@@ -67,12 +83,12 @@ def test_the_card_methods() -> None:
         method = registry.create(name, {})
         assert isinstance(method, Method)
         assert type(method).__doc__
-        assert registry.source_file(name).name == f"{name}.py"
+        assert registry.source_file(name).stem == name.replace("-", "_")
 
 
 def test_which_methods_may_be_cached_and_which_adapt_nothing() -> None:
     methods = {name: registry.method_class(name) for name in registry.BUILTIN}
-    assert {name for name, method in methods.items() if method.decoupled} == {"iisan", "frozen"}
+    assert {name for name, method in methods.items() if method.decoupled} == {"iisan", "iisan-versa", "lst", "frozen"}
     assert {name for name, method in methods.items() if method.baseline} == {"frozen", "id", "popularity"}
 
 
@@ -89,7 +105,7 @@ def test_an_unknown_name_gets_a_suggestion() -> None:
 
 
 def test_a_name_like_no_other_gets_the_list() -> None:
-    one_line("unknown method 'xyz'; known: adapter, bitfit, fft, .*popularity", lambda: registry.create("xyz", {}))
+    one_line("unknown method 'xyz'; known: adalora, adapter, bitfit, .*vera", lambda: registry.create("xyz", {}))
 
 
 @pytest.mark.parametrize(
