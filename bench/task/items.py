@@ -63,8 +63,8 @@ class EncoderShape:
     """Width and number of layers of an encoder: enough for a method to build its parts, also for cached states.
 
     pool: how this encoder's items are read unless a method says otherwise. pools: every way to read them.
-    final_norm: its final state passes a norm that level L lacks.
-    heads: attention heads of a layer; 1 for precomputed states, which do not tell.
+    final_norm: the final state has passed a norm that level L has not.
+    heads: attention heads of a layer; 1 for precomputed states, whose file does not say.
     """
 
     width: int

@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from tpme.bench.contract.checks import run_check
+from tpme.bench.contract.checks_of_training import compiled_equals_eager
+from tpme.bench.contract.subject import Subject
 from tpme.bench.counting.batch import DataShape
 from tpme.bench.counting.meta import MetaCell
 from tpme.bench.errors import UserError
