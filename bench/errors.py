@@ -27,9 +27,18 @@ class FieldProblem(NamedTuple):
 
 
 def first_problem(error: ValidationError) -> FieldProblem:
-    """The first field that ``error`` complains about."""
-    first = error.errors()[0]
-    return FieldProblem(".".join(map(str, first["loc"])), first["msg"], first["type"])
+    """The first field that ``error`` complains about; of a union, the alternative that fits furthest."""
+    found = error.errors()
+    # Pydantic puts the name of an alternative, such as ``tuple[int, ...]``, into the path.
+    alternative = next((place for place, part in enumerate(found[0]["loc"]) if "[" in str(part)), None)
+    alike = (
+        found[:1]
+        if alternative is None
+        else [e for e in found if e["loc"][:alternative] == found[0]["loc"][:alternative]]
+    )
+    first = max(alike, key=lambda each: len(each["loc"]))
+    field = ".".join(str(part) for part in first["loc"] if "[" not in str(part))
+    return FieldProblem(field, first["msg"].removeprefix("Value error, "), first["type"])
 
 
 def one_line(error: BaseException, length: int = 200) -> str:

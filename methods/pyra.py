@@ -60,7 +60,8 @@ class SharedLoRA(nn.Module):
         self.up = nn.Parameter(torch.zeros(sum(outputs), rank))
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
         self.outputs, self.dropout, self.merged = outputs, nn.Dropout(dropout), False
-        self._running: tuple[Tensor, Tensor] | None = None
+        self._running: tuple[Tensor, Tensor, set[int]] | None = None
+        """x, A x, and which of q, k and v have had them."""
 
     def part(self, place: int) -> Tensor:
         """The rows of B for q, k or v (0, 1, 2)."""
@@ -72,9 +73,10 @@ class SharedLoRA(nn.Module):
         if self.merged:
             return output
         if self._running is None or self._running[0] is not x:  # the three read the same x: one A x, one dropout
-            self._running = x, functional.linear(self.dropout(x), self.down)
-        low = self._running[1]
-        if place == len(self.outputs) - 1:
+            self._running = x, functional.linear(self.dropout(x), self.down), set()
+        _, low, served = self._running
+        served.add(place)
+        if len(served) == len(self.outputs):  # in any order, which differs between versions of transformers
             self._running = None
         added = torch.addmm(output.flatten(0, -2), low.flatten(0, -2), self.part(place).t())
         return added.view_as(output)

@@ -108,9 +108,8 @@ def create(name: str, options: Mapping[str, Any], methods_path: Sequence[Path] =
     except ValidationError as error:
         first = first_problem(error)
         fields = ", ".join(definition.Config.model_fields) or "none"
-        raise UserError(
-            f"method '{name}', option '{first.field or 'options'}': {first.message}; its options are: {fields}"
-        ) from None
+        where = f", option '{first.field}'" if first.field else ""
+        raise UserError(f"method '{name}'{where}: {first.message}; its options are: {fields}") from None
 
 
 def source_file(name: str, methods_path: Sequence[Path] = ()) -> Path:

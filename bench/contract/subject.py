@@ -241,7 +241,7 @@ def vectors(method: Method, model: Recommender, items: Items) -> Tensor:
 
 
 def _other_values(value: Any, annotation: Any, factor: int) -> list[Any]:
-    """Candidates for another value of an option: the other boolean or choice, a multiple of a number.
+    """Candidates for another value of an option: the other boolean or choice, a part or a multiple of a number.
 
     ``factor`` differs between the options of a method, so that their ratios (a rank and its scale) change, too.
     """
@@ -251,7 +251,7 @@ def _other_values(value: Any, annotation: Any, factor: int) -> list[Any]:
     if isinstance(value, bool):
         return [not value]
     if isinstance(value, int):
-        return [factor * value, value + 1, value - 1]
+        return [value // factor or factor * value, factor * value, value + 1, value - 1]
     if isinstance(value, float):
         return [value / factor, factor * value] if value else [0.25, 1.0]
     if isinstance(value, tuple):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tpme.bench.counting.batch import DataShape, canonical_slots
 from tpme.bench.counting.structure import META, structure_of
+from tpme.bench.errors import UserError
 from tpme.bench.record import Cell, EncoderSpec, Modality
 from tpme.bench.task.batches import Batch, ItemStore, build_batch
 from tpme.bench.task.encoders import encoder_shape, load_encoder
@@ -73,6 +74,16 @@ def _configuration(spec: EncoderSpec) -> Iterator[EncoderSpec]:
         yield spec.model_copy(update={"source": folder, "weights": "random"})
 
 
+@contextmanager
+def _named(method: str) -> Iterator[None]:
+    """Let errors of the user say which method of the matrix they are about."""
+    try:
+        yield
+    except UserError as error:
+        message = str(error)
+        raise UserError(message if method in message else f"method '{method}': {message}") from None
+
+
 class MetaCell:
     """The method, adapted model and canonical batch of a cell, on ``meta``.
 
@@ -116,7 +127,7 @@ class MetaCell:
 
     def _started(self) -> StepState:
         views = {modality: self.encoders.view(spec, modality) for modality, spec in self.use.run.items()}
-        with torch.random.fork_rng(devices=[]), META:
+        with torch.random.fork_rng(devices=[]), META, _named(self.cell.method):
             builder = ModelBuilder(self.method, self.cell.training, self.data, self.shapes)
             model = builder.build(views, initial=self._initial_state()).to(META)
             state = StepState(model, builder.schedule, epoch=1)

@@ -55,9 +55,9 @@ class AdapterExperts(nn.Module):
     def _shares(self, x: Tensor) -> Tensor:
         """The weight of every expert, (n, E)."""
         real = self.tokens.value
-        if real is None:
-            real = x.new_ones(x.shape[:2])
-        mean = (x * real[..., None]).sum(1) / real.sum(1, keepdim=True).clamp(min=1)  # padding has no real token
+        # An item that is padding has no real token.
+        count = x.shape[1] if real is None else real.sum(1, keepdim=True).clamp(min=1)
+        mean = (x if real is None else x * real[..., None]).sum(1) / count
         shares: Tensor = self.router(mean).softmax(-1)
         return shares
 

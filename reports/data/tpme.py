@@ -53,7 +53,7 @@ class Weights(Frozen):
         try:
             return cls(time=time, parameters=parameters, memory=memory)
         except ValidationError as error:
-            message = first_problem(error).message.removeprefix("Value error, ")
+            message = first_problem(error).message
             raise UserError(f"weights '{text}': {message[0].lower()}{message[1:]}; give T,P,M from 0 to 1") from None
 
     def __str__(self) -> str:

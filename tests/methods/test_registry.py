@@ -117,8 +117,10 @@ def test_a_name_like_no_other_gets_the_list() -> None:
         ("lora", {"targets": ["quary"]}, r"option 'targets\.0': .*'query'"),
         ("lora", {"targets": []}, "option 'targets': .*at least 1 item"),
         ("adapter", {"activation": "tanh"}, "option 'activation': .*'relu' or 'gelu'"),
-        ("iisan", {"intra": False, "inter": False}, "option 'options': .*intra and inter cannot both"),
+        ("iisan", {"intra": False, "inter": False}, "method 'iisan': intra and inter cannot both"),
         ("bitfit", {"rank": 4}, "option 'rank': .*; its options are: none"),
+        ("pyra", {"schedule": [-1, 1]}, r"option 'schedule\.0': Input should be greater than or equal to 0"),
+        ("pyra", {"schedule": "none"}, "option 'schedule': Input should be 'low' or 'high'"),
     ],
 )
 def test_an_option_that_does_not_fit(name: str, options: dict[str, object], match: str) -> None:
