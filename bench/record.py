@@ -317,12 +317,12 @@ class Spectrum(Frozen):
 
 
 class SpaceFacts(Frozen):
-    """One space of the trained model, and how it lies to that of the unadapted encoder, on the same items."""
+    """One space of the trained model, and how it relates to that of the unadapted encoder, on the same items."""
 
     width: int
     raw: Spectrum
     centred: Spectrum
-    """With the mean over the items taken off, column by column."""
+    """After the mean over the items is subtracted from every column."""
     unadapted_raw: Spectrum | None = None
     unadapted_centred: Spectrum | None = None
     """``None`` for item vectors, which have no unadapted counterpart."""
@@ -338,9 +338,9 @@ class Representation(Frozen):
     """The representation space of the trained model."""
 
     probe_items: PositiveInt
-    """Asked for."""
+    """As the matrix asks for."""
     items: PositiveInt
-    """Measured: fewer in a smaller catalogue."""
+    """As measured: fewer in a smaller catalogue."""
     spaces: dict[str, SpaceFacts] = {}
     """``text`` and ``image``: final states as they are read, ``-mean`` at the mean of their tokens; ``items``: item
     vectors, beside the unadapted final states of all encoders."""

@@ -1,7 +1,7 @@
-"""AdaLoRA (Zhang et al., ICLR 2023): layers of peft, and an allocation of ranks that never waits for the device.
+"""AdaLoRA (Zhang et al., ICLR 2023): LoRA whose ranks are allocated to the projections by importance.
 
-The allocation is that of peft's ``RankAllocator``, which reads its threshold and every mask back to the host in each
-step and handles the layers one by one.
+The layers are peft's. The allocation does what peft's ``RankAllocator`` does, which reads its threshold and every mask
+back to the host in each step and handles the layers one by one; here nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class AdaLoRAConfig(MethodConfig):
 
     rank, target_rank: of every projection at the start, and on average at the end. alpha: the scale is alpha / rank.
     orthogonality: weight of its loss. warmup, final: shares of all steps before and after the pruning, with constant
-    ranks. interval: steps between two prunings. smoothing: of importances and of their uncertainty.
+    ranks. interval: steps from one pruning to the next. smoothing: of sensitivity and uncertainty.
     """
 
     rank: PositiveInt = 12
@@ -49,7 +49,7 @@ class AdaLoRAConfig(MethodConfig):
         if self.target_rank > self.rank:
             raise ValueError(f"target_rank {self.target_rank} is above rank {self.rank}, at which pruning starts")
         if self.warmup + self.final >= 1:
-            raise ValueError("warmup and final together leave no step to prune in; they must be below 1")
+            raise ValueError("warmup and final together leave no step to prune in; their sum must be below 1")
         return self
 
     def last_pruning(self, steps: int) -> int:
@@ -57,7 +57,7 @@ class AdaLoRAConfig(MethodConfig):
         return steps - int(self.final * steps)
 
     def budget(self, step: int, steps: int, layers: int) -> int:
-        """The triplets that an encoder of ``layers`` adapted projections keeps after ``step`` of ``steps``, from 1.
+        """How many triplets an encoder with ``layers`` adapted projections keeps after ``step`` (from 1) of ``steps``.
 
         Constant, then cubic from ``rank`` to ``target_rank``, then constant.
         """
@@ -85,7 +85,7 @@ class Triplets:
         for i, part in enumerate(self.factors()):
             gradients = [parameter.grad for parameter in part if parameter.grad is not None]
             importance = torch.stack(part).mul_(torch.stack(gradients)).abs_()
-            if i == len(self.sensitivity):  # on the first step, when the model is where it trains
+            if i == len(self.sensitivity):  # on the first step, when the model is on its device
                 self.sensitivity.append(torch.zeros_like(importance))
                 self.uncertainty.append(torch.zeros_like(importance))
             self.sensitivity[i].lerp_(importance, 1 - smoothing)
@@ -136,13 +136,13 @@ class RankBudget:
             self.finish(step, steps)
 
     def finish(self, step: int, steps: int) -> None:
-        """Prune to the target, the first time; from then on keep the same triplets. All, where no step was observed."""
+        """Prune to the target at the first call; keep the same triplets from then on. All, if no step was observed."""
         if self._known:
             self.kept = self.kept or self._chosen(step, steps)
             self._mask(self.kept)
 
     def remember(self) -> None:
-        """Go on with the ranks of a loaded state, as long as no importance is known."""
+        """Keep the ranks of a loaded state until importances are known."""
         self.kept = [group.values() != 0 for group in self.groups]
 
     def ranks(self) -> Tensor:
@@ -167,21 +167,21 @@ class RankBudget:
 
 
 class AdaLoRA(PeftMethod):
-    """LoRA as a singular value decomposition, whose rank is pruned where it matters least, by a budget for all layers.
+    """Trains low-rank updates in SVD form, and prunes the least important ranks of all layers to a budget.
 
-    ``h = W x + (alpha / r) B E A x``, E diagonal; A (r, in) and B (out, r) start at N(0, 0.02), E (r,) at zero. A loss
-    ``orthogonality * mean(||A A^T - I||_F, ||B^T B - I||_F)`` keeps A and B near orthogonal, one for each encoder; its
-    norms are not squared, as in the release and in peft.
-    A triplet's importance is the product of sensitivity and uncertainty, moving averages of ``|p dL/dp|`` and of its
-    deviation, summed over its E, A and B; after every step those below the budget get E = 0. The budget falls cubically
-    from ``rank`` to ``target_rank`` between the shares ``warmup`` and ``final`` of all steps; these are about those of
-    the released scripts (MNLI 0.09 and 0.58, RTE 0.15 and 0.46). Pruned triplets stay allocated, and may come back
-    while the budget falls.
+    ``y = W x + (alpha / r) B E A x``, E diagonal; A (r, in) and B (out, r) start at N(0, 0.02), E (r,) at zero. A loss
+    term for each encoder, ``orthogonality * mean(||A A^T - I||_F, ||B^T B - I||_F)``, keeps A and B nearly orthogonal.
+    A triplet is one entry of E with its row of A and column of B; its importance is the sum of theirs, means over the
+    row and the column. That of a parameter p is sensitivity times uncertainty: the moving averages of ``|p dL/dp|`` and
+    of its deviation. After every step the triplets beyond the budget get E = 0. The budget falls cubically from
+    ``rank`` to ``target_rank`` between the shares ``warmup`` and ``final`` of all steps. Pruned triplets stay
+    allocated, and may return while the budget falls. The norms are not squared, as in the release and in peft; the
+    shares are about those of the released scripts (MNLI 0.09 and 0.58, RTE 0.15 and 0.46).
 
-    Trains: A, B and E of queries and values, 442,656 per encoder at BERT-base + ViT-B/16 with rank 12.
-    Saves: optimiser state and stored size; importances add to a step; nothing at inference, where B E A is merged.
-    Source: Zhang et al., Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning, ICLR 2023, section 3, and its
-    released code.
+    Trains: A, B and E of queries and values (r = 12): 442,656 each in BERT-base and ViT-B/16.
+    Saves: weight gradients, optimiser state and stored size, in which pruned ranks still count; a step also updates
+    importances; inference costs the same as frozen encoders, because B E A is merged into W.
+    Source: Zhang et al., AdaLoRA, ICLR 2023, section 3, and the released code.
     """
 
     Config = AdaLoRAConfig
@@ -228,7 +228,7 @@ class AdaLoRA(PeftMethod):
         return super().losses(outputs) | {"orthogonality": self.config.orthogonality * torch.stack(parts).sum()}
 
     def after_backward(self, state: StepState) -> None:
-        """Nothing but that gradients are unscaled where this hook is defined: importances need them so."""
+        """Empty: where this hook is defined, gradients are unscaled, which importances need."""
 
     def after_step(self, state: StepState, context: Context) -> None:
         """Update importances and ranks of each encoder; gradients are still there, and skipped steps do not count."""

@@ -1,4 +1,4 @@
-"""Houlsby adapters (Houlsby et al., ICML 2019): two bottlenecks in every layer."""
+"""Houlsby adapters (Houlsby et al., ICML 2019): two bottlenecks in every layer, one after each sub-layer."""
 
 from __future__ import annotations
 
@@ -23,14 +23,16 @@ class AdapterConfig(MethodConfig):
 
 
 class HoulsbyAdapter(Method):
-    """Two trained bottlenecks stand in every layer of the frozen encoders.
+    """Inserts two trained bottlenecks into every layer of the frozen encoders, one after each sub-layer.
 
-    ``A(h) = h + W_up act(W_down h)`` on both sub-layer outputs, before the residual is added. The encoder's own
-    LayerNorms stay frozen. Weights start at N(0, 0.01): nearly, not exactly, the frozen encoder.
+    ``A(h) = h + W_up act(W_down h)`` on the output h of a sub-layer, before the residual is added (section 2). The
+    encoder's own norms stay frozen. Weights start at N(0, 0.01), so the encoder is at first nearly, not exactly, the
+    frozen one.
 
-    Trains: the bottlenecks: 2 x 2,379,264 of the encoders at BERT-base + ViT-B/16, b = 64.
-    Saves: optimiser state and stored size; adds two bottlenecks a layer to inference.
-    Source: Houlsby et al., Parameter-Efficient Transfer Learning for NLP, ICML 2019, section 2.
+    Trains: bottlenecks (b = 64): 2,379,264 each in BERT-base and ViT-B/16.
+    Saves: weight gradients, optimiser state and stored size; inference costs two bottlenecks a layer more than frozen
+    encoders.
+    Source: Houlsby et al., Parameter-Efficient Transfer Learning for NLP, ICML 2019.
     """
 
     Config = AdapterConfig

@@ -211,8 +211,8 @@ class Method:
     def initial_state(self, views: Mapping[Modality, EncoderView]) -> dict[str, Tensor]:
         """Parameters of the item encoder, by name, that start from the weights of unmodified encoders; default: none.
 
-        Called once for every encoder or for several at a time, so those of one encoder must not depend on another; on
-        ``meta`` too. Where states are cached, the builder of the cache calls it, and cells read what it has stored.
+        Called for one encoder or for several at a time, on ``meta`` too, so what one encoder gives must not depend on
+        another. Where states are cached, the builder of the cache calls it, and cells read what it has stored.
 
         Args:
             views: the unmodified encoders by modality; on any device.

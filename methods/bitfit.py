@@ -1,4 +1,4 @@
-"""BitFit (Ben Zaken et al., ACL 2022): only bias terms train."""
+"""BitFit (Ben Zaken et al., ACL 2022): only the biases train."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from tpme.methods.base import Method, Schedule, TaskShape, fusion_parameters
 
 
 class BitFit(Method):
-    """Only the bias terms of the encoders train.
+    """Trains only the biases of the encoders.
 
-    ``y = W x + b``, b trains: every encoder parameter named bias, of linear layers, LayerNorms and the patch
-    embedding. An encoder without biases is refused.
+    ``y = W x + b``, b trains: every encoder parameter named bias, of linear layers, norms and the patch embedding. An
+    encoder without biases is refused.
 
-    Trains: all biases: 102,144 + 102,912 of the encoders at BERT-base + ViT-B/16.
-    Saves: gradients of the weights, optimiser state and stored size; adds nothing to inference.
-    Source: Ben Zaken et al., BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked
-        Language-models, ACL 2022.
+    Trains: all biases: 102,144 in BERT-base, 102,912 in ViT-B/16.
+    Saves: weight gradients, optimiser state and stored size; inference costs the same as frozen encoders.
+    Source: Ben Zaken et al., BitFit, ACL 2022.
     """
 
     def adapt(self, model: Recommender, schedule: Schedule) -> None:

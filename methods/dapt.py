@@ -1,4 +1,4 @@
-"""DAPT (Zhou et al., CVPR 2024), carried from point clouds to the tokens of texts and images."""
+"""DAPT (Zhou et al., CVPR 2024), for texts and images: adapters scaled per token, prompts made from their output."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class DAPTConfig(MethodConfig):
     """Standard deviation of scales around 1 and of shifts around 0 at the start; 0: they change nothing."""
 
 
-# --- TFTS: a scale and a shift behind every frozen operation --------------------------------------------------------
+# --- TFTS: a scale and a shift after every frozen operation --------------------------------------------------------
 
 
 SMALLEST = 1e-3
@@ -41,7 +41,7 @@ SMALLEST = 1e-3
 
 
 class ScaleShift(torch.autograd.Function):
-    """``z = gamma x + beta``; for the gradient of gamma it keeps z, which attention and activations keep anyway, not x.
+    """``z = gamma x + beta``; for the gradient of gamma it saves z, which attention and activations save anyway, not x.
 
     ``sum dz x = (sum dz z - beta sum dz) / gamma``; gamma starts around 1. Below ``SMALLEST`` the gradient of gamma
     shrinks with it instead of growing without bound by rounding.
@@ -91,7 +91,7 @@ class TransformedLinear(nn.Linear):
 
 
 class TransformedConv2d(nn.Conv2d):
-    """T behind a convolution, per channel."""
+    """T after a convolution, per channel."""
 
     tfts: FeatureTransform
 
@@ -172,13 +172,13 @@ class DynamicAdapter(nn.Module):
         """Share of the tokens with g = 0 in the last training step."""
 
     def forward(self, u: Tensor, mask: Tensor | None) -> Tensor:
-        """A(u), (n, T, D), of normalised states u (n, T, D); ``mask`` (n, T) are those that are no padding."""
+        """A(u), (n, T, D), of normalised states u (n, T, D); ``mask`` (n, T) is true for real tokens."""
         v = self.norm(u)
         gates = functional.relu(self.gate(v))
         if self.training:
             closed = gates.detach()[..., 0] == 0
             self.closed = closed.float().mean() if mask is None else (closed & mask).sum() / mask.sum()
-        # The gate scales the narrow activation, and nothing as wide as the output is kept for it.
+        # The gate scales the narrow activation, so no tensor as wide as the output is saved for it.
         out = functional.linear(gates * self.dropout(functional.gelu(self.down(v))), self.up.weight)
         return torch.addcmul(out, gates, self.up.bias).to(out.dtype)
 
@@ -196,33 +196,36 @@ class DynamicAdapter(nn.Module):
 
 
 class TokenCount:
-    """T, the number of tokens of the running forward pass before any prompt is added."""
+    """T, the number of tokens in the running forward pass before any prompt is added."""
 
     def __init__(self) -> None:
         self.value = 0
 
 
 class DAPT(Method):
-    """A parallel adapter scaled per token, a prompt a layer made from its output, and a scale and shift behind weights.
+    """Adds adapters scaled per token, prompts made from their output, and a scale and shift after every frozen
+    operation.
 
-    ``y = x + FFN(u) + A(u), A(u) = relu(v w_s + b_s) W_up gelu(W_down v), v = LN_a(u)`` with u = T(LN(x)) in a
-    pre-norm layer (ViT); w_s gives one gate a token. TFTS, ``T(x) = gamma x + beta``, stands behind every linear layer,
-    every norm and the patch embedding; gamma ~ N(1, 0.02), beta ~ N(0, 0.02), so the start is not the frozen encoder.
-    Every layer but the last, whose prompt nobody would read, inserts ``p = T(mean over tokens of gelu(A(u)))`` behind
-    token 0: the sequence grows by a token a layer. Prompts have no position and are never read; padding is no part of
-    the mean. The item encoder reads the tokens that it reads of the frozen encoder.
+    ``y = x + FFN(u) + g W_up gelu(W_down v), g = relu(w_s v + b_s), v = LN(u)`` in a pre-norm layer (ViT), with u =
+    T(LN(x)); A(u) is the last term, and g one gate a token. TFTS, the transform ``T(x) = gamma x + beta``, follows
+    every linear layer, every norm and the patch embedding; gamma starts at N(1, 0.02), beta at N(0, 0.02), so the
+    encoder does not start as the frozen one. Every layer but the last, whose prompt nothing would read, inserts
+    ``p = T(mean over tokens of gelu(A(u)))`` after token 0: the sequence grows by one token a layer. Prompts have no
+    position and are never read; the mean leaves out padding. The item encoder reads the tokens that it reads of the
+    frozen encoder.
 
-    Reconstruction: in a post-norm layer (BERT) ``y = T(LN(u + FFN(u) + A(u)))`` with the input u of the feed-forward
-    sub-layer, and a prompt passes T(LN(p)) as the other tokens do (``prompt_norm``; with ``tfts_noise = 0`` that norm
-    starts at p = 0, where its gradient is 1 / sqrt(eps)). b_s starts at 1 instead of 0 (``gate_bias``): where token 0
-    alone is read, the last layer learns from it alone, and with 0 every second model starts with its gate closed for
-    all items, for good. The norms of the embeddings have a T as well; a text encoder without one (CLIP) has none
-    there. Encoders whose norms have no bias (Llama, ModernBERT) are refused.
+    Reconstruction: the paper adapts point clouds. In a post-norm layer (BERT) ``y = T(LN(u + FFN(u) + A(u)))`` with the
+    input u of the feed-forward sub-layer, and a prompt passes T(LN(p)) as the other tokens do (``prompt_norm``; with
+    ``tfts_noise = 0`` that norm starts at p = 0, where its gradient is 1 / sqrt(eps)). b_s starts at 1 instead of 0
+    (``gate_bias``): where only token 0 is read, the last layer learns from it alone, and with 0 every second model
+    starts with that gate closed for all items and never opens it. The norms of the embeddings have a T as well; a text
+    encoder without one (CLIP) has none there. Encoders whose norms have no bias (Llama, ModernBERT) are refused.
 
-    Trains: adapters, gates, prompts and transforms: 1,438,476 of BERT-base and 1,440,012 of ViT-B/16 at b = 64.
-    Saves: stored size; inference costs adapters and prompts, because transforms are folded; training needs more memory
-    than full fine-tuning, as the transforms keep all their results.
-    Source: Zhou et al., Dynamic Adapter Meets Prompt Tuning, CVPR 2024, and its released code.
+    Trains: adapters, gates, prompts and transforms (b = 64): 1,438,476 in BERT-base, 1,440,012 in ViT-B/16.
+    Saves: weight gradients, optimiser state and stored size; training needs about the memory of full fine-tuning,
+    because every transform keeps its output; inference costs the adapters and one more token a layer, transforms are
+    folded.
+    Source: Zhou et al., Dynamic Adapter Meets Prompt Tuning, CVPR 2024.
     """
 
     Config = DAPTConfig
@@ -230,7 +233,7 @@ class DAPT(Method):
     identity_at_start = False
 
     def adapt(self, model: Recommender, schedule: Schedule) -> None:
-        """Put transforms behind all operations, and an adapter and a prompt into every layer."""
+        """Put transforms after all operations, and an adapter and a prompt into every layer."""
         for view in model.views.values():
             for part in _operations(view):
                 part.tfts = FeatureTransform(part.weight.shape[0], self.config.tfts_noise)
@@ -260,7 +263,7 @@ class DAPT(Method):
                 _fold(part)
 
     def report(self, model: Recommender) -> dict[str, float]:
-        """Share of the tokens whose gate was zero in the last training step: of all layers, and of the worst one."""
+        """Share of the tokens with a closed gate in the last training step: mean and maximum over the layers."""
         shares: dict[str, float] = {}
         for modality, view in model.views.items():
             adapters: Any = view.module.get_submodule("dapt")
@@ -277,7 +280,7 @@ class DAPT(Method):
 def _install(view: EncoderView, adapters: list[DynamicAdapter], *, prompt_norm: bool) -> None:
     """Make every layer run its adapter beside the feed-forward sub-layer and add its prompt.
 
-    All that a layer keeps is set and used within its forward, which activation checkpointing repeats as a whole.
+    Whatever a layer stores is set and used within its forward, which activation checkpointing repeats as a whole.
     """
     mask, count = TokenMask.of(view), TokenCount()
     view.embeddings.register_forward_hook(partial(_count, count))
@@ -285,7 +288,7 @@ def _install(view: EncoderView, adapters: list[DynamicAdapter], *, prompt_norm: 
     post_norm = view.final_norm is None
     ffn_in = [view.module.get_submodule(name) for name in view.projections("ffn_in")]
     for i, (layer, adapter) in enumerate(zip(view.layers, adapters, strict=True)):
-        # What the first linear layer of the feed-forward sub-layer reads is u, the normalised states.
+        # The first linear layer of the feed-forward sub-layer reads u, the normalised states.
         ffn_in[i].register_forward_pre_hook(partial(_adapt, adapter, mask))
         view.sublayer_outputs(i)[1].register_forward_hook(partial(_add, adapter))
         norm = view.norms(i)[1] if post_norm and prompt_norm else None
@@ -310,7 +313,7 @@ def _run_layer(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Run a layer on a sequence with the prompts of earlier layers, and insert its own behind token 0."""
+    """Run a layer on a sequence with the prompts of earlier layers, and insert its own after token 0."""
     grow = partial(_grow, adapter.prompts, hidden)
     try:
         result = forward(hidden, *map(grow, args), **{name: grow(value) for name, value in kwargs.items()})
@@ -327,9 +330,9 @@ def _run_layer(
 
 
 def _grow(prompts: int, hidden: Tensor, value: Any) -> Any:
-    """An attention mask, or a bias of positions, for a sequence with ``prompts``: they have that of token 0.
+    """An attention mask or position bias for a sequence with ``prompts``, which get that of token 0.
 
-    Masks are (n, T), (n, 1, T, T) or alike, as the attention in use has them; other arguments are left as they are.
+    Masks are (n, T), (n, 1, T, T) or similar, depending on the attention in use; other arguments stay as they are.
     """
     tokens = hidden.shape[1] - prompts
     if not prompts or not isinstance(value, Tensor) or value.ndim < 2 or value.shape[-1] != tokens:
@@ -342,7 +345,7 @@ def _grow(prompts: int, hidden: Tensor, value: Any) -> Any:
 
 
 def _with_prompts(mask: TokenMask, hidden: Tensor) -> Tensor | None:
-    """The mask (n, T') of a sequence (n, T', D) with prompts, which are no padding, and neither is token 0."""
+    """The mask (n, T') of a sequence (n, T', D) with prompts; they are real tokens, as token 0 always is."""
     if mask.value is None:
         return None
     prompts = hidden.shape[1] - mask.value.shape[1]

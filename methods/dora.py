@@ -1,4 +1,4 @@
-"""DoRA (Liu et al., ICML 2024), through peft."""
+"""DoRA (Liu et al., ICML 2024): LoRA with a trained magnitude for every row of a weight, through peft."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from tpme.methods.lora import LoRA
 
 
 class DoRA(LoRA):
-    """LoRA on the direction of a weight; the magnitude of each of its rows is trained apart.
+    """Applies LoRA to the direction of every weight row, and trains the row's magnitude separately.
 
-    ``W' = m * (W + s B A) / ||W + s B A||``, s = alpha / r; the norm is that of a row and is taken as a constant in the
-    backward pass (section 4.3 of the paper). A and B start as LoRA's, m (out,) as the norms of W.
+    ``W' = m * (W + s B A) / ||W + s B A||``, s = alpha / r (equation 5); the norm is taken by row and held constant in
+    the backward pass (section 4.3 and equation 11). A and B start as LoRA's, m (out,) as the row norms of W.
 
-    Trains: A, B and m of queries and values, 313,344 per encoder at BERT-base + ViT-B/16 with r = 8.
-    Saves: optimiser state and stored size; a training step costs more than LoRA's, because every forward pass builds
-    B A and its row norms; nothing at inference, where W' replaces W.
-    Source: Liu et al., DoRA: Weight-Decomposed Low-Rank Adaptation, ICML 2024, equations 5 and 11.
+    Trains: A, B and m of queries and values (r = 8): 313,344 each in BERT-base and ViT-B/16.
+    Saves: weight gradients, optimiser state and stored size; a step costs more time and memory than LoRA's, because it
+    builds W + s B A and its row norms; inference costs the same as frozen encoders, because W' replaces W.
+    Source: Liu et al., DoRA, ICML 2024.
     """
 
     name: ClassVar[str] = "dora"

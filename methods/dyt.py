@@ -1,4 +1,4 @@
-"""DyT (Zhao et al., NeurIPS 2024): dynamic tuning, in which most tokens skip the feed-forward sub-layers."""
+"""DyT (Zhao et al., NeurIPS 2024): adapters, and dispatchers that let tokens skip the feed-forward sub-layers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _CLAMP = 1e-6
 class DyTConfig(MethodConfig):
     """The dispatchers (where they are, target rate r, temperature tau), the adapters, and the terms of the loss.
 
-    dispatch_encoders: encoders with dispatchers; another one has the adapters alone. complete_loss: a second pass in
+    dispatch_encoders: the encoders with dispatchers; any other has adapters only. complete_loss: a second pass in
     every step, in which no token skips anything. distill: the first pass also learns from the second, if there is one.
     """
 
@@ -61,17 +61,17 @@ class AdapterBeside(nn.Module):
 
 
 class TokenDispatch(AdapterBeside):
-    """``m f + A(x)``: which tokens pass the sub-layer is decided by ``s = x w + b``, one number a token.
+    """``m f + A(x)``: ``s = x w + b``, one number a token, decides which tokens pass the sub-layer.
 
     In training, all tokens pass it and are masked: ``m = 1[s + noise > 0]`` with logistic noise, the difference of two
     Gumbel variables; the gradient is that of ``sigmoid((s + noise) / tau)``. In evaluation only the chosen tokens,
-    ``s > 0``, are gathered and computed. m = 1 for the token that stands for the item (the last real one where the
-    encoder is read there, else token 0), and m = 0 for padding; neither counts for the rate.
+    ``s > 0``, are gathered and computed. The token that stands for the item (the last real one where the
+    encoder is read there, else token 0) has m = 1, padding m = 0; neither counts for the rate.
 
     Attributes:
         complete: in training, every token passes.
-        decided: (2,) of each dynamic forward pass: how many tokens passed, and how many were decided on. ``None``: off.
-        counted: (2,) int64, the same of all evaluations since it was reset.
+        decided: (2,) of each dynamic forward pass: how many tokens passed, and how many could have. ``None``: not kept.
+        counted: (2,) int64, the same, summed over the evaluations since it was reset.
 
     Args:
         width: D. adapter: A. tokens: of the encoder. last: its items are read at the last token. temperature: tau.
@@ -134,7 +134,7 @@ class TokenDispatch(AdapterBeside):
         return logits
 
     def _roles(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The tokens that always pass, and those that are decided on, (n, T) bool each."""
+        """The tokens that always pass, and those that the dispatcher decides on, (n, T) bool each."""
         places, real = torch.arange(x.shape[1], device=x.device), self.tokens.value
         if real is None:
             real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
@@ -144,27 +144,28 @@ class TokenDispatch(AdapterBeside):
 
 
 class DyT(Method):
-    """Dynamic tuning: a dispatcher per layer lets the chosen tokens alone pass the feed-forward sub-layer; a parallel
-    adapter sees all of them.
+    """Lets only the tokens that a dispatcher chooses pass each feed-forward sub-layer; an adapter beside it reads all
+    tokens.
 
-    ``y = x + m FFN(LN x) + s W_up relu(W_down x), m = 1[w x + b > 0]``; in a post-norm encoder
-    ``y = LN(x + m FFN(x) + A(x))``. x, (n, T, D), is the input of the feed-forward half; m is one bit a token and layer
-    (``TokenDispatch``). W_up and biases start at zero, the dispatchers at N(0, 0.02). A step has two passes, dynamic
-    and complete (m = 1), with logits z and z_c:
-    ``L = CE(z) + CE(z_c) + KL(softmax(sg z_c) || softmax(z)) + 2 sum_encoders (mean(m) - r)^2``; mean(m) is over all
-    layers, items and tokens that are decided on. Evaluation draws no noise, so its rate (``report``) may miss r while
-    many logits are near 0. The defaults are those of the full image data sets (b = 64, s = 0.1).
-    ``complete_loss = false`` drops the second pass and halves the time of a step.
+    ``y = x + m FFN(LN x) + s W_up relu(W_down x), m = 1[w x + b > 0]`` in a pre-norm encoder,
+    ``y = LN(x + m FFN(x) + A(x))`` in a post-norm one. x, (n, T, D), is the input of the feed-forward half, A(x) the
+    adapter's term; m is one bit a token and layer (``TokenDispatch``). W_up and the biases start at zero, the
+    dispatchers at N(0, 0.02). A step has two passes, dynamic and complete (m = 1), with logits z and z_c:
+    ``L = CE(z) + CE(z_c) + KL(softmax(sg z_c) || softmax(z)) + 2 sum_encoders (mean(m) - r)^2``, sg the stop-gradient;
+    mean(m) is over all layers, items and tokens that are decided on. Evaluation draws no noise, so its rate
+    (``report``) may miss r while many logits are near 0. The defaults are those of the full image data sets (b = 64, s
+    = 0.1), losses and initialisation as released. ``complete_loss = false`` drops the second pass, which halves the
+    time of a step.
 
     Reconstruction: the post-norm form; the losses on in-batch scores, with a term of the rate for each encoder; padding
-    never passes; encoders without a [CLS] token keep the token that is read, or token 0. The mixture of ``experts``
-    follows the paper's figure: the experts' weights are a softmax over the mean token (``AdapterExperts``). An encoder
-    that is not in ``dispatch_encoders`` has adapters and no dispatchers.
+    never passes; in encoders without a [CLS] token the token that is read, or token 0, always passes. The mixture of
+    ``experts`` follows the paper's figure: their weights are a softmax over the mean token (``AdapterExperts``). An
+    encoder that is not in ``dispatch_encoders`` has adapters and no dispatchers.
 
-    Trains: adapters and dispatchers, 2 x 1,198,860 of the encoders at b = 64.
-    Saves: inference, the share 1 - r of the encoders' feed-forward FLOPs; training costs more: two passes a step.
-    Source: Zhao et al., Dynamic Tuning Towards Parameter and Inference Efficiency for ViT Adaptation, NeurIPS 2024
-    (arXiv 2403.11808); losses and initialisation as released.
+    Trains: adapters and dispatchers (b = 64): 1,198,860 each in BERT-base and ViT-B/16.
+    Saves: about the share 1 - r of the feed-forward FLOPs at inference, less those of the adapters, and stored size; a
+    step costs more FLOPs and memory than full fine-tuning's, because it has two passes.
+    Source: Zhao et al., Dynamic Tuning, NeurIPS 2024.
     """
 
     Config = DyTConfig
@@ -224,7 +225,7 @@ class DyT(Method):
         return ("dynamic", "complete") if self.config.complete_loss else ("dynamic",)
 
     def begin_pass(self, name: str, model: Recommender) -> None:
-        """Set which pass it is; the dynamic one notes what its dispatchers decide."""
+        """Switch to a pass; the dynamic one keeps what its dispatchers decide."""
         self._dispatches = _dispatches(model)
         for part in _all(self._dispatches):
             part.complete = name == "complete"

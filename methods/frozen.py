@@ -10,13 +10,15 @@ from tpme.methods.base import Method, TaskShape, fusion_parameters
 
 
 class FrozenEncoders(Method):
-    """The last hidden state of frozen encoders, projected and fused: the baseline of adaptation.
+    """Trains only the recommender's own parts on the last hidden states of the frozen encoders.
 
-    ``W_f [gelu(W_image h_image) | gelu(W_text h_text)]``, h the final state of each encoder.
+    ``W_f [gelu(W_image h_image) | gelu(W_text h_text)]``, h the final state of each encoder, pooled; biases left out
+    here.
 
-    Trains: only the recommender's own parts, 206,912 at BERT-base + ViT-B/16.
-    Saves: all gradients of the encoders, which also can be cached.
-    Source: the usual baseline of transfer without adaptation.
+    Trains: heads and fusion: 106,688 beside BERT-base and ViT-B/16.
+    Saves: all gradients and optimiser state of the encoders, whose states can be cached, and stored size; inference
+    still runs both encoders.
+    Source: common practice.
     """
 
     decoupled = True

@@ -1,4 +1,4 @@
-"""(IA)^3 (Liu et al., NeurIPS 2022), through peft."""
+"""(IA)^3 (Liu et al., NeurIPS 2022): trained scales of keys, values and the feed-forward activation, through peft."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from tpme.methods.parts.peft_injection import PeftMethod
 
 
 class IA3(PeftMethod):
-    """Rescales keys, values and the feed-forward activation by a trained vector each.
+    """Rescales keys, values and the feed-forward activation by one trained vector each.
 
-    ``k' = l_k * (W_k x), v' = l_v * (W_v x), f' = W_2 (l_f * act(W_1 x))``; all three start at one.
+    ``k' = l_k * (W_k x), v' = l_v * (W_v x), f' = W_2 (l_f * act(W_1 x))`` (section 3.3); l_k (D,), l_v (D,) and l_f
+    (F,) start at one.
 
-    Trains: l_k (D,), l_v (D,) and l_f (F,) of every layer, 55,296 per encoder at BERT-base + ViT-B/16.
-    Saves: optimiser state and stored size; nothing at inference, where the vectors are merged into W_k, W_v and W_2.
-    Source: Liu et al., Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning,
-    NeurIPS 2022, section 3.3.
+    Trains: l_k, l_v and l_f of every layer: 55,296 each in BERT-base and ViT-B/16.
+    Saves: weight gradients, optimiser state and stored size; training keeps nearly as many activations as full
+    fine-tuning; inference costs the same as frozen encoders, because the vectors are merged into W_k, W_v and W_2.
+    Source: Liu et al., Few-Shot Parameter-Efficient Fine-Tuning, NeurIPS 2022.
     """
 
     name: ClassVar[str] = "ia3"

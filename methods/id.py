@@ -1,4 +1,4 @@
-"""ID-only SASRec (Kang & McAuley, ICDM 2018): one learned vector per item, no content."""
+"""ID-only SASRec (Kang and McAuley, ICDM 2018): one learned vector per item, no content."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class ItemTable(ItemEncoder):
 
 
 class ItemIDs(Method):
-    """The same sequential encoder and loss over ID embeddings, a baseline without encoders.
+    """Trains one vector per item in place of the encoders; sequential encoder and loss stay the same.
 
-    ``v_i = E[i]``, one trained vector (d,) of each item, N(0, 0.02) at the start; padding is zero.
+    ``v_i = E[i]``, one vector (d,) of each item, N(0, 0.02) at the start; padding is zero.
 
-    Trains: the table, (N + 1) d, and the sequential encoder.
-    Saves: the encoders, in training and inference; the table grows with the catalogue.
+    Trains: the table E, (N + 1) d: 1,300,160 for 20,314 items.
+    Saves: the encoders, in training and at inference; the stored table grows with the catalogue.
     Source: Kang and McAuley, Self-Attentive Sequential Recommendation, ICDM 2018.
     """
 

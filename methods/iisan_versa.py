@@ -1,4 +1,4 @@
-"""IISAN-Versa (Fu et al., 2024): IISAN for encoders of any depth and width, also a large decoder."""
+"""IISAN-Versa (Fu et al., 2024): IISAN for encoders of any depth and width, such as a large decoder."""
 
 from __future__ import annotations
 
@@ -50,26 +50,27 @@ def kept_layers(depth: int) -> tuple[int, ...]:
 
 
 class IISANVersa(Method):
-    """IISAN for a text and an image encoder of any depth and width: few levels are kept, tails and widths aligned.
+    """Extends IISAN to encoders of any depth and width by selecting layers and aligning widths.
 
-    ``h' = W_k h + b_k`` narrows level k of the wider encoder (DTL, D -> d) on its way into the inter tower.
-    Towers, gates and fusion are IISAN's. An encoder of L layers gives its embeddings and six layers by the stride
-    k = floor((L-2) / 5), counted back from the last (below 7 layers every second one, as IISAN takes them). Where one
-    encoder keeps fewer levels, the inter tower reads the last ones of the other; the surplus blocks come first, in the
-    intra tower alone. Heads: intra D -> d -> d, inter D -> D -> d with D the smaller width.
+    ``l = L-1-jk, j = 0 .. 5, k = floor((L-2) / 5); h'_l = W_l h_l + b_l``: an encoder of L layers gives its embeddings
+    and six layers, counted back from the last with stride k (below 7 layers every second one, as IISAN takes them), and
+    a linear layer (DTL, D -> d) narrows each level of the wider encoder on its way into the inter tower. Towers, gates
+    and fusion are IISAN's. Where one encoder keeps fewer levels, the inter tower reads the last ones of the other; the
+    surplus blocks come first, in the intra tower alone. Heads: intra D -> d -> d, inter D -> D -> d with D the smaller
+    width.
 
-    A text is read at token 0, of a decoder at the mean of its tokens, padding left out (the release averages over
+    A text is read at token 0, of a decoder at the mean of its tokens without padding (the release averages over
     padding, too); ``text_pool = "last"`` takes the last token. The last level of a text encoder is its last hidden
     state, after the final norm where the encoder has one (Llama's, as transformers returns it; ModernBERT's, CLIP's);
     that of an image encoder is before its final norm, as IISAN reads a ViT. With one modality only its intra tower is
-    left. Reconstruction: DTLs start Xavier-normal with zero biases, as the heads do.
+    left. With the sequential encoder 2,941,013 parameters train at BERT-base + ViT-B/16, 8,698,965 with BERT-large,
+    28,184,661 with Llama-8B and 54,165,589 with Llama-70B. Reconstruction: DTLs start Xavier-normal with zero biases,
+    as the heads do.
 
-    Trains: the side network, DTLs, heads and fusion: 2,941,013 at BERT-base + ViT-B/16 with the sequential encoder;
-        8,698,965 with BERT-large, 28,184,661 with Llama-8B, 54,165,589 with Llama-70B.
-    Saves: training time and memory: no gradients flow through the encoders, whose states can be cached; so encoders
-        that could not be trained can be used.
-    Source: Fu et al., Efficient and Effective Adaptation of Multimodal Foundation Models in Sequential Recommendation,
-        2024 (arXiv 2411.02992).
+    Trains: towers, DTLs, heads and fusion: 2,840,789 beside BERT-base and ViT-B/16.
+    Saves: training time and memory, because no gradient enters the encoders, whose states can be cached, and stored
+    size; inference costs the towers more than frozen encoders.
+    Source: Fu et al., Efficient and Effective Adaptation of Multimodal Foundation Models, arXiv 2411.02992, 2024.
     """
 
     Config = IISANVersaConfig

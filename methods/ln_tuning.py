@@ -1,4 +1,4 @@
-"""LN tuning (Zhao et al., ICLR 2024): only norms train."""
+"""LN tuning (Zhao et al., ICLR 2024): only the norms train."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from tpme.methods.base import Method, Schedule, TaskShape, fusion_parameters
 
 
 class LNTuning(Method):
-    """Trains the scale and the shift of every norm of the encoders, and nothing else of them.
+    """Trains only the scale and shift of the encoders' norms.
 
-    ``h = g * (x - mean(x)) / std(x) + b``, g and b (D,) trained; an RMS norm has no b. These are the two norms of every
-    layer, those of the embeddings, and the final one.
+    ``y = g * (x - mean(x)) / std(x) + b``, g and b (D,) train; an RMS norm has no b. The norms are the two of every
+    layer, that of the embeddings, and the final one, as far as an encoder has them.
 
-    Trains: 25 norms of 2 D, 38,400 per encoder at BERT-base + ViT-B/16.
-    Saves: optimiser state and stored size; nothing is added to the encoder, so inference costs what it did.
-    Source: Zhao et al., Tuning LayerNorm in Attention: Towards Efficient Multi-Modal LLM Finetuning, ICLR 2024.
+    Trains: g and b of 25 norms: 38,400 each in BERT-base and ViT-B/16.
+    Saves: weight gradients, optimiser state and stored size; inference costs the same as frozen encoders.
+    Source: Zhao et al., Tuning LayerNorm in Attention, ICLR 2024.
     """
 
     def adapt(self, model: Recommender, schedule: Schedule) -> None:

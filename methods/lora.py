@@ -1,4 +1,4 @@
-"""LoRA (Hu et al., ICLR 2022), through peft."""
+"""LoRA (Hu et al., ICLR 2022): a trained low-rank update of frozen projections, through peft."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ class LoRAConfig(MethodConfig):
 class LoRA(PeftMethod):
     """Adds a trained product of two thin matrices to frozen projections.
 
-    ``h = W x + (alpha / r) B A x``; A (r, in) Kaiming-uniform, B (out, r) zero; W stays the pretrained weight.
+    ``y = W x + (alpha / r) B A x`` (equation 3); A (r, in) starts Kaiming-uniform, B (out, r) at zero.
 
-    Trains: A and B of queries and values, 294,912 per encoder at BERT-base + ViT-B/16 with r = 8.
-    Saves: optimiser state and stored size; nothing at inference, where B A is merged into W.
-    Source: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, ICLR 2022, equation 3.
+    Trains: A and B of queries and values (r = 8): 294,912 each in BERT-base and ViT-B/16.
+    Saves: weight gradients, optimiser state and stored size; inference costs the same as frozen encoders, because B A
+    is merged into W.
+    Source: Hu et al., LoRA, ICLR 2022.
     """
 
     Config = LoRAConfig

@@ -23,14 +23,14 @@ DROP_EVERY = 4
 """By default every fourth layer from the first has no side layer: layers 0, 4 and 8 of 12, as in the paper."""
 
 NARROWEST = 8
-"""Least width of a side network: LayerNorm over a few numbers leaves little of them."""
+"""Least width of a side network: LayerNorm over very few numbers leaves little information."""
 
 
 class LSTConfig(MethodConfig):
     """Sizes of the side network, the layers without a side layer, gate temperature, dropout and initialisation.
 
-    The side network is ``reduction`` times narrower than its encoder. ``dropped``: layers counted from 0, of both
-    encoders; by default every fourth.
+    reduction: how many times narrower the side network is than its encoder. dropped: layers of both encoders, from 0;
+    by default every fourth.
     """
 
     reduction: PositiveInt = 8
@@ -158,39 +158,40 @@ def _check(modality: Modality, shape: EncoderShape, config: LSTConfig) -> None:
         )
     if not kept_layers(shape.depth, config):
         raise UserError(
-            f"method 'lst': no layer of the {modality} encoder, which has {shape.depth}, has a side layer; leave one "
-            "out of 'dropped'"
+            f"method 'lst': 'dropped' names all {shape.depth} layers of the {modality} encoder, so none has a side "
+            "layer; leave one out"
         )
     width = side_width(shape, config)
     if width % shape.heads:
         raise UserError(
-            f"method 'lst': beside the {modality} encoder, reduction = {config.reduction} gives a side network "
-            f"{width} wide, which its {shape.heads} heads cannot share; choose a reduction that divides "
+            f"method 'lst': beside the {modality} encoder, reduction = {config.reduction} gives a side network of "
+            f"width {width}, which its {shape.heads} heads do not divide; choose a reduction that divides "
             f"{shape.width // shape.heads}"
         )
 
 
 class LST(Method):
-    """A narrow transformer beside each frozen encoder reads every token of its hidden states; no gradient enters it.
+    """Trains a narrow transformer beside each frozen encoder, which reads the hidden states of every token.
 
-    ``s <- SideLayer(g s + (1-g) W_down b), g = sigmoid(a/T)`` from ``s_0 = W_down Drop(e)``; e are the embeddings and b
-    the output of a kept layer, of every token; a starts at 0. The item is ``W_up LN(s)`` of the pooled token, then the
-    head and fusion of the task. Side layers are D/r wide with the encoder's number of heads, attend to all real tokens
-    in both directions, and are pre-norm beside every encoder: the paper's T5 is, and a sum of gated residual streams
-    has no norm of its own. The last one is computed for the pooled token alone, if it is not the mean.
+    ``s <- SideLayer(g s + (1-g) W_down b), g = sigmoid(a / T)`` from ``s_0 = W_down Drop(e)``; e are the embeddings and
+    b the output of a kept layer, of every token; a starts at 0. The item is ``W_up LN(s)`` of the pooled token, then
+    the head and fusion of the task (section 3). Side layers are D/r wide with the encoder's number of heads, attend to
+    all real tokens in both directions, and are pre-norm beside every encoder: the paper's T5 is, and a sum of gated
+    residual streams has no norm of its own. The last one is computed for the pooled token alone, unless that is the
+    mean.
 
     With ``init = "magnitude"`` the side layers start from the encoder's weights, structurally pruned by |W|: of the
     residual stream those D/r dimensions that the layers' query, key, value and feed-forward weights read most; of each
-    head and of the feed-forward width those inner dimensions whose weights on them are largest (for a head: the
-    product over query, key and value). Reconstruction: one set of dimensions for all layers, the same share of every
-    head, down-projections that start as the selection of these dimensions, norms at 1 and 0, no gate in the
-    feed-forward part and 4 D/r in place of a narrower F/r. The paper's Fisher importance is left out, because it needs
-    gradients of the encoders, which a cached cell does not load.
+    head and of the feed-forward width those inner dimensions whose weights on them are largest (for a head: the product
+    over query, key and value). Reconstruction: one set of dimensions for all layers, the same share of every head,
+    down-projections that start as the selection of these dimensions, norms at 1 and 0, no gate in the feed-forward part
+    and 4 D/r in place of a narrower F/r. The paper's Fisher importance is left out, because it needs gradients of the
+    encoders, which a cached cell does not load.
 
-    Trains: side networks, heads and fusion; 3,638,994 in the side networks at BERT-base + ViT-B/16.
-    Saves: training memory and time, because encoders run without gradients or, cached, not at all; inference costs
-    more than the frozen encoders.
-    Source: Sung, Cho and Bansal, LST: Ladder Side-Tuning, NeurIPS 2022, section 3.
+    Trains: side networks: 1,819,497 each beside BERT-base and ViT-B/16.
+    Saves: training time and memory, because no gradient enters the encoders, whose states can be cached (every token:
+    71 GB for 20,314 items), and stored size; inference costs the side networks more than frozen encoders.
+    Source: Sung et al., LST, NeurIPS 2022.
     """
 
     Config = LSTConfig
@@ -222,7 +223,7 @@ class LST(Method):
         return total
 
     def report(self, model: Recommender) -> dict[str, float]:
-        """The mean gate of each side network; 1 would be a side network that no layer feeds."""
+        """The mean gate of each side network; at 1, no hidden state but the embeddings would feed it."""
         assert isinstance(model.item_encoder, Ladders)
         gates = {modality: ladder.get_parameter("gates") for modality, ladder in model.item_encoder.ladders.items()}
         return {

@@ -26,16 +26,17 @@ class ParallelAdapterConfig(MethodConfig):
 
 
 class ParallelAdapter(Method):
-    """One scaled bottleneck a layer beside the feed-forward sub-layer: it reads the sub-layer's input.
+    """Adds one scaled bottleneck to every layer, beside the feed-forward sub-layer, whose input it reads.
 
-    ``y = x + FFN(LN(x)) + s (W_up relu(W_down x))`` in a pre-norm layer (ViT), ``y = LN(x + FFN(x) + s (...))`` in a
-    post-norm one (BERT). x is the input of the sub-layer before its norm; s = 4. W_down starts Kaiming-uniform
-    (a = sqrt 5), W_up at zero: exactly the frozen encoder. b = 64 instead of the paper's 512, so that a row compares
-    with the other adapters.
+    ``y = x + FFN(LN(x)) + s W_up relu(W_down x)`` in a pre-norm layer (ViT);
+    ``y = LN(x + FFN(x) + s W_up relu(W_down x))`` in a post-norm one (BERT). x is the input of the sub-layer before its
+    norm; s = 4 (table 1 and section 4 of the paper). W_down starts Kaiming-uniform (a = sqrt 5), W_up at zero, so the
+    encoder is at first exactly the frozen one. b is 64, as for the other adapters, and not the paper's 512.
 
-    Trains: the bottlenecks, 2 x 1,189,632 of the encoders at b = 64.
-    Saves: half of Houlsby's parameters and stored size; training and inference cost a little more than frozen layers.
-    Source: He et al., Towards a Unified View of Parameter-Efficient Transfer Learning, ICLR 2022, table 1, section 4.
+    Trains: bottlenecks (b = 64): 1,189,632 each in BERT-base and ViT-B/16.
+    Saves: weight gradients, optimiser state and stored size; inference costs one bottleneck a layer more than frozen
+    encoders.
+    Source: He et al., Towards a Unified View of Parameter-Efficient Transfer Learning, ICLR 2022.
     """
 
     Config = ParallelAdapterConfig

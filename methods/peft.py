@@ -1,4 +1,4 @@
-"""Any tuner of the installed peft, by the name of its type and the options of its configuration."""
+"""Any tuner of the installed peft, by its type and the options of its configuration."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from tpme.methods.parts.peft_injection import PeftMethod, inject
 
 _PROMPTS = "adds virtual tokens to the inputs of a language model; use method 'prompt' or 'prefix'"
 _SPARSE = "multiplies by sparse matrices, whose operations cannot be counted"
-_READS = "reads values back while it runs, so its steps cannot be counted"
+_READS = "reads values of tensors while it runs, so its steps cannot be counted"
 _DATA = "is computed from data, which the tuner is not given"
 _RANDOM = "changes the pretrained weights at random, so a stored adapter would not fit them again"
 UNSUPPORTED: dict[str, str] = {
-    "ADALORA": "needs a loss and an allocation of its own in every step; use method 'adalora'",
-    "ADAMSS": "clusters the pretrained weights with scikit-learn, so nothing can be planned without either",
-    "ADAPTION_PROMPT": "puts prompts into the attention of decoders alone",
+    "ADALORA": "needs its own loss term and rank allocation in every step; use method 'adalora'",
+    "ADAMSS": "clusters the pretrained weights with scikit-learn, so it cannot be planned without the weights",
+    "ADAPTION_PROMPT": "adds prompts to the attention of decoders only",
     "CARTRIDGE": "trains the key-value cache of a language model; use method 'prefix'",
     "CPT": _PROMPTS,
     "FROD": _SPARSE,
@@ -46,9 +46,9 @@ UNSUPPORTED: dict[str, str] = {
 }
 """Types of peft that cannot adapt an encoder here, and why."""
 _TARGETS: dict[str, tuple[Role, ...]] = {"IA3": ("key", "value", "ffn_out")}
-"""Projections that a type adapts by default, where they are not queries and values."""
+"""Projections that a type adapts by default, if not queries and values."""
 _ON_HOST = {"BOFT", "UNILORA"}
-"""Types that read indices while they make them, which they cannot on ``meta``; the indices move with the model."""
+"""Types that read the indices they make, which is impossible on ``meta``; the indices move with the model."""
 _REFUSED_OPTIONS = {"modules_to_save", "layer_replication", "trainable_token_indices", "alora_invocation_tokens"}
 """Options of peft's configurations that would change more than the adapter, or that only text generation uses."""
 _REFUSED_STARTS = {"eva": _DATA, "corda": _DATA, "lora_ga": _DATA, "pissa_niter": _RANDOM}
@@ -60,8 +60,8 @@ _LOW_RANK = {"DELORA", "GRALORA", "HIRA", "LOHA", "LORA"}
 class TunerConfig(MethodConfig):
     """Type of the tuner, the projections to adapt, and any option of the type's configuration in peft.
 
-    Without ``targets`` these are queries and values (keys, values and ``ffn_out`` for IA3, all norms for LN_TUNING).
-    ``target_modules``, an option of nearly every type, gives names of modules in their place.
+    Default ``targets``: queries and values; keys, values and ``ffn_out`` for IA3; all norms for LN_TUNING.
+    ``target_modules``, an option of nearly every type, names modules instead.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
@@ -77,7 +77,7 @@ class TunerConfig(MethodConfig):
             if option not in known:
                 raise UserError(f"method 'peft': {self.type} has no option '{option}'; {_hint(option, known)}")
         if self.targets and "target_modules" in given:
-            raise UserError("method 'peft': targets and target_modules name the same thing; give one of them")
+            raise UserError("method 'peft': targets and target_modules both name what is adapted; give one of them")
         if "layers_to_transform" in given and "target_modules" not in given:
             raise UserError("method 'peft': layers_to_transform chooses among target_modules; give these too")
         start = str(given.get("init_lora_weights"))
@@ -88,17 +88,17 @@ class TunerConfig(MethodConfig):
 
 
 class PeftTuner(PeftMethod):
-    """Any tuner of the installed peft, given by its type, for example LoHa, BOFT or FourierFT.
+    """Runs any tuner of the installed peft, named by its type, such as LoHa, BOFT or FourierFT.
 
-    ``h = (W + dW) x`` for most types; what dW is, its options and their defaults are those of the type's configuration
-    in peft. Wrapped are the projections with the roles ``targets``. Types that cannot adapt an encoder are refused with
-    the reason. The count of trainable parameters is taken from a fresh copy of the encoders on ``meta``, not from a
+    ``y = (W + dW) x`` for most types; dW, the options and their defaults are those of the type's configuration in peft.
+    The projections with the roles ``targets`` are adapted. A type that cannot adapt an encoder is refused with the
+    reason. The trainable parameters are counted on a copy of the encoders on ``meta``, because every type has another
     formula. Whether item vectors start as those of the frozen encoders depends on the type and its options.
 
-    Trains: what the type adds; OFT at queries and values of BERT-base + ViT-B/16 285,696 per encoder.
-    Saves: optimiser state and stored size; nothing at inference where peft can merge the type into the weights.
-    Source: Mangrulkar et al., PEFT: State-of-the-art Parameter-Efficient Fine-Tuning methods, 2022; the default is Qiu
-    et al., Controlling Text-to-Image Diffusion by Orthogonal Finetuning, NeurIPS 2023.
+    Trains: what the type adds (OFT at queries and values): 285,696 each in BERT-base and ViT-B/16.
+    Saves: weight gradients, optimiser state and stored size; inference costs the same as frozen encoders if peft can
+    merge the type into the weights, else more.
+    Source: Mangrulkar et al., PEFT, 2022; OFT: Qiu et al., Orthogonal Finetuning, NeurIPS 2023.
     """
 
     Config = TunerConfig

@@ -1,4 +1,4 @@
-"""Pfeiffer adapters (Pfeiffer et al., EACL 2021): one bottleneck in every layer, behind the feed-forward sub-layer."""
+"""Pfeiffer adapters (Pfeiffer et al., EACL 2021): one bottleneck in every layer, after the feed-forward sub-layer."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ from tpme.methods.parts.parallel import add_parallel
 
 
 class PfeifferAdapter(Method):
-    """One bottleneck a layer, behind the feed-forward sub-layer and its residual, where Houlsby's have two.
+    """Inserts one trained bottleneck into every layer, after the feed-forward sub-layer and its residual.
 
-    ``y = LN(x + f + W_up act(W_down LN(x + f)))``, f = FFN(x), in a post-norm layer (BERT), whose own frozen LN is
-    applied twice; ``y = x + f + W_up act(W_down (x + f))``, f = FFN(LN(x)), in a pre-norm layer (ViT). The encoder's
-    norms stay frozen. Weights start at N(0, 0.01): nearly, not exactly, the frozen encoder. b = 64 instead of the
-    paper's D / 16, so that a row compares with the other adapters.
+    ``y = LN(x + f + W_up act(W_down LN(x + f)))`` with f = FFN(x) in a post-norm layer (BERT), which applies its frozen
+    LN twice; ``y = x + f + W_up act(W_down (x + f))`` with f = FFN(LN(x)) in a pre-norm layer (ViT), as in AdapterHub
+    (section 3 and figure 2 of the paper). The encoder's own norms stay frozen. Weights start at N(0, 0.01), so the
+    encoder is at first nearly, not exactly, the frozen one. b is 64, as for the other adapters, and not the paper's D /
+    16.
 
-    Trains: the bottlenecks, 2 x 1,189,632 of the encoders at b = 64.
-    Saves: half of Houlsby's parameters and stored size; training and inference cost a little more than frozen layers.
-    Source: Pfeiffer et al., AdapterFusion, EACL 2021, section 3 and figure 2; pre-norm form as in AdapterHub.
+    Trains: bottlenecks (b = 64): 1,189,632 each in BERT-base and ViT-B/16.
+    Saves: weight gradients, optimiser state and stored size; inference costs one bottleneck a layer (in BERT also one
+    norm) more than frozen encoders.
+    Source: Pfeiffer et al., AdapterFusion, EACL 2021.
     """
 
     Config = AdapterConfig

@@ -34,13 +34,13 @@ class _ConstantUser(nn.Module):
 
 
 class Popularity(Method):
-    """Ranks items by training popularity, the same for all users.
+    """Ranks items by their popularity in training, the same for all users.
 
     ``score(u, i) = n_i / sum_j n_j``, n_i the training interactions of item i.
 
     Trains: nothing.
-    Saves: everything; the weakest baseline.
-    Source: the usual baseline of recommendation.
+    Saves: everything but one number an item; the weakest baseline.
+    Source: common practice.
     """
 
     baseline = True

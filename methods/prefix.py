@@ -1,4 +1,4 @@
-"""Prefix tuning: trained keys and values in front of those of every layer."""
+"""Prefix tuning (Li and Liang, ACL 2021): trained keys and values in the attention of every layer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tpme.methods.parts.attention import Attended, extend_attention
 
 
 class PrefixConfig(MethodConfig):
-    """Number P of keys and values a layer; whether they train through an MLP, and its hidden width h."""
+    """Number P of keys and values a layer, whether they train through an MLP, and its hidden width h."""
 
     length: PositiveInt = 16
     reparameterised: bool = False
@@ -27,7 +27,7 @@ class PrefixConfig(MethodConfig):
 class PrefixEncoder(nn.Module):
     """The MLP that makes all prefixes from one table: ``tanh(E W_1 + b_1) W_2 + b_2``, E (P, D), W_2 (h, L 2 H_kv d_h).
 
-    W_2 is kept by layer. E starts at N(0, 1), the linear layers as torch makes them.
+    W_2 is stored by layer. E starts at N(0, 1), the linear layers as torch initialises them.
     """
 
     def __init__(self, view: EncoderView, length: int, hidden: int) -> None:
@@ -78,20 +78,22 @@ class Prefix(nn.Module):
 
 
 class PrefixTuning(Method):
-    """Every layer attends to P trained keys and values as well; the encoder's own weights stay frozen.
+    """Adds trained keys and values to the attention of every layer of the frozen encoders.
 
-    ``softmax(q [P_K; K]^T / sqrt(d_h)) [P_V; V]``: P_K, P_V (H_kv, P, d_h) by layer, in front of the keys and values
-    of each item, in both encoders. They take no position, so those of the item's tokens stay; no mask hides them. With
-    ``reparameterised``, all of them are made from one table E (P, D) by an MLP (see ``PrefixEncoder``), which is
-    neither stored nor run at inference. The paper trains so, because its language models did not train stably without;
-    Liu et al. (P-Tuning v2, ACL 2022) found no steady gain for encoders, and here it multiplies what trains by 33, so
-    keys and values train directly by default. Even zero keys take a share of the attention: training does not start
-    at the frozen encoder. Reconstruction: the prefix of an image encoder, and P = 16.
+    ``softmax(q [P_K; K]^T / sqrt(d_h)) [P_V; V]``: P_K, P_V (H_kv, P, d_h) of each layer, in front of the keys and
+    values of each item, in both encoders (section 4). They take no position, so those of the item's tokens stay; no
+    mask hides them. Even zero keys take a share of the attention, so training does not start at the frozen encoder.
 
-    Trains: 2 x 294,912 of the encoders; 2 x 9,861,632 through the MLP.
-    Saves: gradients and optimiser state of the encoders in training, and storage; inference costs more than with the
-        frozen encoders, because the prefix cannot be merged.
-    Source: Li and Liang, Prefix-Tuning, ACL 2021, section 4.
+    With ``reparameterised``, all of them are made from one table E (P, D) by an MLP (``PrefixEncoder``), which is
+    neither stored nor run at inference. The paper trains this way, because its language models did not train stably
+    without it; Liu et al. (P-Tuning v2, ACL 2022) found no consistent gain for encoders. Here the MLP trains 9,861,632
+    parameters an encoder instead of 294,912, so the keys and values train directly by default. Reconstruction: the
+    prefix of an image encoder, and P = 16.
+
+    Trains: P_K and P_V of all layers (P = 16): 294,912 each in BERT-base and ViT-B/16.
+    Saves: weight gradients, optimiser state and stored size; every layer attends to P more keys, in training and at
+    inference, because a prefix cannot be merged.
+    Source: Li and Liang, Prefix-Tuning, ACL 2021.
     """
 
     Config = PrefixConfig
@@ -153,7 +155,7 @@ def _width(heads: Heads) -> int:
 
 
 def _prepend(prefix: Prefix, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Attended:
-    """Keys and values behind those of the prefix; every query attends to it."""
+    """Prepend the prefix to the keys and values of every item; every query attends to it."""
     own_key, own_value = prefix.vectors(layer).to(key.dtype)[:, None].expand(-1, len(key), -1, -1, -1)
     if mask is not None:
         shown = True if mask.dtype == torch.bool else 0.0

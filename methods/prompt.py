@@ -1,8 +1,7 @@
-"""Prompt tuning: soft prompts in the text encoder, visual prompt tuning in the image encoder.
+"""Prompt tuning (Jia et al., ECCV 2022; Lester et al., EMNLP 2021): trained vectors among the tokens of every layer.
 
-VPT (Jia et al., ECCV 2022) for images; for text, soft prompts (Lester et al., EMNLP 2021) at the same place, which
-leaves token 0 where it is, and the positions of all real tokens where an encoder adds them to its embeddings. Prompts
-are never read: pooling leaves them out.
+Visual prompt tuning for images; for text, soft prompts at the same place, after token 0. The positions of all real
+tokens stay as they are where an encoder adds them to its embeddings. Prompts are never read: pooling leaves them out.
 """
 
 from __future__ import annotations
@@ -57,15 +56,17 @@ class Prompts(nn.Module):
 
 
 class PromptTuning(Method):
-    """Trained vectors are inserted after token 0 of each encoder, which stays frozen.
+    """Inserts trained vectors after token 0 of the frozen encoders, in every layer.
 
     ``[x_0, p_1 .. p_P, x_1 .. x_{N-1}]``, P vectors of width D before layer 0 and, if ``deep``, others in the same
-    places before every later layer. They are never read: pooling leaves them out.
+    places before every later layer. They are never read: pooling leaves them out. The image encoder follows Jia et al.;
+    the text encoder has the soft prompts of Lester et al. at the same place.
 
-    Trains: the prompt vectors: deep, P = 10, 2 x 92,160 of the encoders at BERT-base + ViT-B/16.
-    Saves: optimiser state and stored size; costs P more tokens in each encoder, also at inference.
-    Source: Jia et al., Visual Prompt Tuning, ECCV 2022 (images); Lester et al., The Power of Scale for
-        Parameter-Efficient Prompt Tuning, EMNLP 2021 (soft prompts for text, here at the same place).
+    Trains: the vectors of all layers (P = 10): 92,160 each in BERT-base and ViT-B/16.
+    Saves: weight gradients, optimiser state and stored size; training and inference run P more tokens through each
+    encoder.
+    Source: Jia et al., Visual Prompt Tuning, ECCV 2022; Lester et al., The Power of Scale for Parameter-Efficient
+    Prompt Tuning, EMNLP 2021.
     """
 
     Config = PromptConfig

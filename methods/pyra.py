@@ -1,4 +1,4 @@
-"""PYRA (Xiong et al., ECCV 2024): LoRA in encoders whose tokens merge on the way, re-activated before they do."""
+"""PYRA (Xiong et al., ECCV 2024): LoRA in encoders that merge similar tokens from layer to layer."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ _TEXT_FLOOR = 8
 class PYRAConfig(MethodConfig):
     """LoRA's rank and dropout, and the schedules of both encoders.
 
-    schedule: tokens that the layers of the image encoder remove: ``low`` or ``high``, scaled to its tokens and layers,
-        or one number a layer. text_merge: the same for the text encoder, whose tokens are those of the longest title;
-        by default it keeps them.
+    schedule: how many tokens each layer of the image encoder removes: ``low`` or ``high``, scaled to its tokens and
+        layers, or one number a layer. text_merge: the same for the text encoder, for the longest title; by default
+        titles keep all tokens.
     """
 
     rank: PositiveInt = 8
@@ -81,25 +81,25 @@ class SharedLoRA(nn.Module):
 
 
 class PYRA(Method):
-    """LoRA in encoders that merge similar tokens in every layer; what merges is first re-scaled by a learned gate.
+    """Merges similar tokens in every layer, after rescaling them by learned weights, and adapts the encoders with LoRA.
 
-    ``x_t <- (sum of size s + s dD dr) / size, dD = 2 sig(W_r M), dr = 2 sig(M W_D) - 1, M = LN(s + t)``: between the
-    halves of each layer, the r_l most similar pairs (source s, target t) of bipartite soft matching on the mean keys
-    merge, weighted by their sizes; later attention adds log size to its scores. W_D starts at 0: at first this is
-    LoRA with plain merging. The first token stays where it is; a mean over tokens is weighted by their sizes. The last
-    layer merges too, but without a gate, which the first token would not learn from. LoRA adapts q, k and v, with one
-    A and no scale; both encoders have it.
+    ``t <- (n_t t + sum n_s s') / (n_t + sum n_s), s' = s (1 + dD dr)``: between the halves of each layer, the r_l most
+    similar pairs (source s, target t) of bipartite soft matching on the mean keys merge, weighted by their sizes n, the
+    numbers of tokens that they stand for. The re-activation s' has a weight a channel, ``dD = 2 sigmoid(W_r M)``, and
+    one a pair, ``dr = 2 sigmoid(M W_D) - 1``, with ``M = LN(n_s s + n_t t)``; W_D starts at 0, so at first this is LoRA
+    with plain merging. Later attention adds log n to its scores. Token 0 stays where it is; a mean over tokens is
+    weighted by their sizes. The last layer merges without re-activation, which token 0 would not learn from. LoRA
+    adapts q, k and v of both encoders, with one A and no scale.
 
-    Reconstruction: B of LoRA starts at zero and the gates have a learning rate of their own (group ``pyra``), as the
-    paper says and its code does not do. Schedules are scaled to other encoders along the curve of the kept tokens. The
-    paper adapts images alone: titles (``text_merge``) keep at least 8 tokens, their padding has size 0, is dropped
-    first, and changes nothing.
+    Reconstruction: B of LoRA starts at zero, and the re-activation has a learning rate of its own (group ``pyra``), as
+    the paper says and its code does not do. Schedules are scaled to other encoders along the curve of the kept tokens.
+    The paper adapts images only: titles (``text_merge``) keep at least 8 tokens, and their padding has size 0, is
+    dropped first, and changes nothing.
 
-    Trains: 2 x 294,912 of LoRA and 25,520 of the gates (11 layers with 2 LN 768 + W_D 768 each, and 176 of W_r).
-    Saves: time, memory and FLOPs of the image encoder in training and at inference (``low`` half, ``high`` 70 %); LoRA
-    is merged.
-    Source: Xiong et al., PYRA: Parallel Yielding Re-Activation for Training-Inference Efficient Task Adaptation, ECCV
-    2024; Bolya et al., Token Merging: Your ViT But Faster, ICLR 2023.
+    Trains: LoRA (r = 8): 294,912 each in BERT-base and ViT-B/16; re-activation: 25,520 in ViT-B/16.
+    Saves: FLOPs, time and memory of the image encoder in training and at inference, about half with ``low`` and 70 %
+    with ``high``, and stored size; LoRA is merged, and titles keep all tokens by default.
+    Source: Xiong et al., PYRA, ECCV 2024; Bolya et al., Token Merging, ICLR 2023.
     """
 
     Config = PYRAConfig
@@ -159,7 +159,7 @@ class PYRA(Method):
         }
 
     def _plan(self, view: EncoderView, title_tokens: int) -> tuple[list[int], int, int] | None:
-        """Tokens to keep after each layer, tokens before the first, tokens that never merge; ``None``: no merging.
+        """Tokens to keep after each layer, tokens before the first, and how many never merge; ``None``: no merging.
 
         Raises UserError where tokens cannot merge in the encoder, or the schedule does not fit it.
         """
@@ -176,8 +176,8 @@ class PYRA(Method):
         option = "schedule" if modality == "image" else "text_merge"
         if len(chosen) != depth:
             raise UserError(
-                f"method 'pyra': {option} has {len(chosen)} numbers, but the {modality} encoder {depth} layers; give "
-                "one number a layer, or 'low' or 'high'"
+                f"method 'pyra': {option} has {len(chosen)} numbers, but the {modality} encoder has {depth} layers; "
+                "give one number a layer, or 'low' or 'high'"
             )
         if sum(chosen) >= tokens:
             raise UserError(

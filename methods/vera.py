@@ -1,4 +1,4 @@
-"""VeRA (Kopiczko et al., ICLR 2024), through peft."""
+"""VeRA (Kopiczko et al., ICLR 2024): trained scales of a random low-rank update, through peft."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tpme.methods.parts.peft_injection import PeftMethod
 
 
 class VeRAConfig(MethodConfig):
-    """Rank r, start of the scales of the rank, seed of the random matrices, dropout, and the adapted projections."""
+    """Rank r, initial value of d, seed of the random matrices, dropout, and the adapted projections."""
 
     rank: PositiveInt = 256
     scale: PositiveFloat = 0.1
@@ -25,17 +25,17 @@ class VeRAConfig(MethodConfig):
 
 
 class VeRA(PeftMethod):
-    """Trains only two scaling vectors of a random low-rank update that all projections of an encoder share.
+    """Trains two scaling vectors of a random low-rank update whose matrices all projections of an encoder share.
 
-    ``h = W x + b * (B (d * (A x)))``; A (r, in) and B (out, r) are random, frozen, as large as the largest projection
-    needs, and sliced for the others; b (out,) starts at zero, d (r,) at ``scale``. They are made from
-    ``matrices_seed``, the same for every cell, and are not stored. As nothing of A and B trains, r may exceed the
-    width. Its learning rate is typically ten times LoRA's.
+    ``y = W x + b * (B (d * (A x)))`` (equation 2); A (r, in) and B (out, r) are random and frozen, as large as the
+    largest projection needs, and sliced for the others; b (out,) starts at zero, d (r,) at ``scale``. A and B are made
+    from ``matrices_seed``, the same for every cell, and are not stored. As they do not train, r may exceed the width.
+    The learning rate is typically ten times LoRA's.
 
-    Trains: b and d of queries and values, 24,576 per encoder at BERT-base + ViT-B/16 with r = 256.
-    Saves: optimiser state and, more than LoRA, stored size; the wide A and B make a step dearer than LoRA's; nothing at
-    inference, where the update is merged into W.
-    Source: Kopiczko et al., VeRA: Vector-based Random Matrix Adaptation, ICLR 2024, equation 2.
+    Trains: b and d of queries and values (r = 256): 24,576 each in BERT-base and ViT-B/16.
+    Saves: weight gradients, optimiser state and stored size, a twelfth of LoRA's; a step costs a tenth more FLOPs than
+    LoRA's, because A and B are wide; inference costs the same as frozen encoders, because the update is merged into W.
+    Source: Kopiczko et al., VeRA, ICLR 2024.
     """
 
     Config = VeRAConfig

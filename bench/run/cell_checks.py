@@ -96,7 +96,7 @@ def _check_cache_size(cell: Cell, sizes: Mapping[Modality, int], limit: int) -> 
         if size > limit:
             raise UserError(
                 f"method '{cell.method}' on data set '{cell.dataset}': the feature cache of the {modality} encoder "
-                f"needs {size:,} bytes, more than the limit (cache_limit_bytes), {limit:,}; raise that or remove "
+                f"needs {size:,} bytes, more than the limit (cache_limit_bytes), {limit:,}; raise it or remove "
                 "cached = true"
             )
 

@@ -1,8 +1,8 @@
 """The representation space of a trained model, beside that of the unadapted encoders on the same items.
 
 Fine-tuning may lower the rank of the hidden states ("representation space collapse", Kim et al., EMNLP Findings 2024),
-rotate their space, or neither. Ranks tell the first; the overlap of the leading subspaces and CKA, which no rotation
-changes, tell the second. Which rank these authors used is not known, so there are three.
+rotate their space, or neither. Ranks show the first; the overlap of the leading subspaces and CKA, which no rotation
+changes, show the second. Which rank these authors used is not known, so there are three.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def describe(states: Tensor, reference: Tensor | None) -> SpaceFacts:
 
 
 def compare(after: Tensor, before: Tensor) -> SpaceFacts:
-    """Ranks of two spaces, (n, D) in float64, and how their leading subspaces lie to each other."""
+    """Ranks of two spaces, (n, D) in float64, and how their leading subspaces relate."""
     raw, centred = decompose(after), decompose(centre(after))
     raw_before, centred_before = (raw, centred) if before is after else (decompose(before), decompose(centre(before)))
     known = min(len(centred.squares), len(centred_before.squares), after.shape[1] - 1)

@@ -235,7 +235,7 @@ def _add_initial(
     if any(value.is_meta for value in state.values()):
         raise UserError(
             f"encoder '{encoder.facts.source}': it is read from disk layer by layer, because it does not fit into "
-            f"memory, so method '{job.initial.method}' cannot start from its weights"
+            f"memory, so method '{job.initial.method}' cannot start from its weights; choose a smaller encoder"
         )
     tensors = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
     write_atomically(folder / file, save(tensors))

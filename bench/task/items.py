@@ -38,7 +38,10 @@ class Reads:
 
 @dataclass(frozen=True)
 class TokenStates:
-    """Hidden states of every token: states (n, levels, T, width), mask (n, T) bool, true for real tokens."""
+    """Hidden states of every token: states (n, levels, T, width), mask (n, T) bool, true for real tokens.
+
+    Of an encoder whose method weights tokens (``EncoderView.reads_mask``), the mask holds their weights, as float.
+    """
 
     states: Tensor
     mask: Tensor
@@ -63,8 +66,8 @@ class EncoderShape:
     """Width and number of layers of an encoder: enough for a method to build its parts, also for cached states.
 
     pool: how this encoder's items are read unless a method says otherwise. pools: every way to read them.
-    final_norm: its final state passes a norm that level L lacks.
-    heads: attention heads of a layer; 1 for precomputed states, which do not tell.
+    final_norm: the final state has passed a norm that level L has not.
+    heads: attention heads of a layer; 1 for precomputed states, whose file does not say.
     """
 
     width: int

@@ -14,7 +14,7 @@ class MixedSequence:
     """The sequence in the text encoder: ``[x_0, image tokens, x_1 .. x_{T-1}]``, and the context of each position.
 
     images: (n, P, D), while the text encoder runs. hot: (T+P, 2) bool, one-hot contexts of the last forward pass, text
-    first; kept after it, because layers that are recomputed in the backward pass read it. counts: of its tokens.
+    first; kept after it, because layers that are recomputed in the backward pass read it. counts: numbers of tokens.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class Adaptors(nn.Module):
     """The adaptors of a linear layer ``y = W x + b``, one per context, or one for all tokens.
 
     Args:
-        contexts: C, 1 or 2. sequence: where the contexts of the tokens are found.
+        contexts: C, 1 or 2. sequence: holds the contexts of the tokens.
     """
 
     def __init__(self, contexts: int, sequence: MixedSequence) -> None:

@@ -1,4 +1,4 @@
-"""Several parallel adapters as one, weighed for every item by a router (DyT's mixture of adapter experts)."""
+"""Parallel adapters as experts, weighted for every item by a router (DyT's mixture of adapter experts)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def expert_parameters(width: int, bottleneck: int, experts: int) -> int:
 
 
 class AdapterExperts(nn.Module):
-    """E adapters ``A_e(x) = s (drop(relu(x W_down,e + b_down,e)) W_up,e + b_up,e)``, weighed by item.
+    """E adapters ``A_e(x) = s (drop(relu(x W_down,e + b_down,e)) W_up,e + b_up,e)``, weighted by item.
 
     ``alpha = softmax(mean_tokens(x) W_r)``, (n, E), over the item's real tokens. ``merge``: one adapter an item with
     the weights and biases ``sum_e alpha_e W_e``, at the cost of one adapter and of the merging. ``mix``:
@@ -67,7 +67,7 @@ class AdapterExperts(nn.Module):
         return hidden @ up.mT + (alpha @ self.up_bias)[:, None]
 
     def _mixed(self, x: Tensor, alpha: Tensor) -> Tensor:
-        """All experts side by side; weighing the activation by alpha weighs what W_up makes of it."""
+        """All experts side by side; scaling the activation by alpha scales what W_up makes of it."""
         hidden = self._activated(functional.linear(x, self.down.flatten(0, 1), self.down_bias.flatten()))
         experts = hidden.view(*x.shape[:2], *self.down_bias.shape)  # (n, T, E, b)
         weighed = (experts * alpha[:, None, :, None]).flatten(-2)

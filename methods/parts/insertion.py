@@ -1,4 +1,4 @@
-"""Further tokens in an encoder, behind token 0.
+"""Tokens that a method inserts into an encoder, after token 0.
 
 They are inserted after the embeddings, so the positions that embeddings add to an item's own tokens stay as they are.
 They are never read: pooling leaves them out.
@@ -17,7 +17,7 @@ from tpme.bench.task.view import EncoderView
 
 
 class Inserted(Protocol):
-    """What is inserted: ``length`` tokens an item, in the running forward pass."""
+    """What is inserted into each item: ``length`` tokens in the running forward pass."""
 
     @property
     def length(self) -> int:
@@ -28,7 +28,7 @@ class Inserted(Protocol):
 
 
 def insert_tokens(view: EncoderView, inserted: Inserted, method: str) -> None:
-    """Let every forward pass of an encoder run with the ``inserted`` tokens as further tokens of every item.
+    """Insert the tokens of ``inserted`` into every item, in every forward pass of an encoder.
 
     Args:
         view: the encoder. inserted: a deep copy of the model must run its own copy of it, so it holds no closure.

@@ -2,7 +2,7 @@
 
 Bipartite soft matching and proportional attention of ToMe (Bolya et al., ICLR 2023), written from their description,
 with the re-activation of PYRA (Xiong et al., ECCV 2024). A token's size is the number of tokens that it stands for.
-Padding has size 0: it is masked in attention by ``log 0``, never matched, and dropped without a loss.
+Padding has size 0: it is masked in attention by ``log 0``, never matched, and dropped first.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ RELEASED: dict[str, tuple[tuple[int, ...], ...]] = {
 
 
 def scaled_targets(name: str, tokens: int, depth: int, *, protected: int = 1, floor: int = 1) -> list[int]:
-    """Tokens to keep after each layer: a released schedule carried to other numbers of tokens and layers.
+    """Tokens to keep after each layer: a released schedule, scaled to other numbers of tokens and layers.
 
     ``p + round((N - p) (N_vit - 1) / 196)``, at least ``floor``; N_vit is the number of tokens that the ViT of the
-    nearest depth keeps at the same relative depth, between two of its layers by linear interpolation.
+    nearest depth keeps at the same relative depth, linearly interpolated between its layers.
 
     Args:
         name: ``low`` or ``high``. tokens: N. depth: number of layers. protected: p, 1 if token 0 never merges.
@@ -50,7 +50,7 @@ def scaled_targets(name: str, tokens: int, depth: int, *, protected: int = 1, fl
 
 
 def removable(tokens: int, target: int, protected: int) -> int:
-    """Tokens that a layer removes of ``tokens`` to come near ``target``: every other token at most, token 0 kept."""
+    """How many of ``tokens`` a layer removes to approach ``target``: every other one at most, none ``protected``."""
     return max(0, min(tokens - target, (tokens - protected) // 2))
 
 
@@ -94,13 +94,13 @@ def match(metric: Tensor, pairs: int, *, protected: int, real: Tensor | None = N
     """Bipartite soft matching: each token of A (even positions) proposes the most similar one of B (odd positions).
 
     The ``pairs`` most similar proposals merge; several may have one target. The kept tokens are the rest of A, in
-    order, and then B. Under ``real``, those of an item merge until ``keep`` of them are left, every other one at most.
-    They keep their order, so an item with nothing to merge stays as it is; padding follows them, and what of it does
-    not fit into T - r is dropped.
+    order, and then B. With ``real``, only an item's real tokens merge, every other one at most, until ``keep`` are
+    left. They keep their order, so an item with nothing to merge stays as it is; its padding follows them and is
+    dropped where it does not fit into T - r.
 
     Args:
         metric: (n, T, d), compared by their cosine. pairs: r, at most (T - protected) // 2. protected: 1 keeps token 0.
-        real: (n, T) bool, true for the item's tokens, which come before its padding; ``None``: all.
+        real: (n, T) bool, true for the item's tokens, which come before its padding; ``None``: all. keep: see above.
     """
     n, tokens, _ = metric.shape
     best, partner = _proposals(metric, protected, real)
@@ -217,11 +217,11 @@ def merge(
 class TokenMerging(nn.Module):
     """Merges tokens between the halves of one layer, and weights the keys of its attention by their sizes.
 
-    What a layer reads is kept by layer, so that activation checkpointing can run it again.
+    Each layer has a state of its own, so that activation checkpointing can run it again.
 
     Args:
         layer: its index. keep: tokens to keep. pairs: the most pairs that merge. protected: 1 keeps token 0.
-        sizes: those of the running forward pass, before the first layer and after each; shared by all layers.
+        sizes: of the running forward pass, before the first layer and after each; shared by all layers.
             ``None`` is 1 for every token that is not padding.
         mask: the token mask of a text; ``None`` for images. reactivation: ``None``: plain means.
     """

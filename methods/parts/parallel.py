@@ -1,4 +1,4 @@
-"""A branch beside the feed-forward sub-layer of an encoder's layer, and the bottleneck that usually is that branch."""
+"""A branch beside the feed-forward sub-layer of an encoder's layer, and the bottleneck usually used as that branch."""
 
 from __future__ import annotations
 

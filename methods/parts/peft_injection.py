@@ -16,9 +16,9 @@ ADAPTER = "default"
 
 
 class PeftMethod(Method):
-    """A method that wraps layers of each encoder as a configuration of peft says.
+    """A method that wraps layers of each encoder according to a configuration of peft.
 
-    Class attribute ``name``: the method's, for messages.
+    Class attribute ``name``: the method's name, for messages.
     """
 
     name: ClassVar[str]
@@ -46,8 +46,8 @@ def inject(view: EncoderView, settings: Any, *, on_host: bool = False) -> None:
     """Adapt an encoder in place.
 
     The tuner's class is called directly: ``inject_adapter_in_model`` refuses those whose layers share tensors (VeRA),
-    although every layer holds a reference to them. Tensors are made where the encoder is, or ``on_host``: peft makes
-    those anew that it has to move to ``meta``, and they would then train whether they should or not.
+    although every layer holds a reference to them. Tensors are made where the encoder is, or ``on_host``: peft
+    creates those again that it has to move to ``meta``, and all of these would train.
     """
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 

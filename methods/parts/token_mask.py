@@ -13,7 +13,7 @@ _NAME = "_tpme_token_mask"
 
 
 class TokenMask:
-    """Which tokens of the encoder's running forward pass are real; layers get the mask only in the form of attention.
+    """Which tokens of the encoder's running forward pass are real; its layers get the mask only in attention's form.
 
     value: (n, T) bool, true for real tokens; ``None`` where all of them are (images, texts without a mask). It stays
     until the next forward pass, because activation checkpointing runs layers again after it.

@@ -29,7 +29,7 @@ SPACES = {
 
 
 def representation_space(section: Section) -> Table:
-    """A line for each space of every row that measured it, means over seeds."""
+    """One line per space of every row that measured it; means over seeds."""
     measured = dict(_measured(section))
     angles = sorted({k for seeds in measured.values() for facts in seeds for k in facts.overlap})
     columns = (
@@ -78,7 +78,7 @@ def _spaces(result: CellResult) -> Mapping[str, SpaceFacts]:
 
 
 def _rank_columns(key: str, title: str) -> Iterator[Column]:
-    """People read the rank of centred states, with the unadapted encoder's behind it; programs all four."""
+    """Shown is the rank of centred states, the unadapted encoder's in brackets; CSV and JSON hold all four."""
     yield Column(key, title)
     for name in (f"{key}_unadapted", f"{key}_raw", f"{key}_raw_unadapted"):
         yield Column(name, machine_only=True)
@@ -120,13 +120,14 @@ def _notes(section: Section) -> Iterator[str]:
     items = " or ".join(map(str, sorted({facts.items for facts in known})))
     yield (
         f"Final states of {items} items after training, in brackets those of the unadapted encoder: as the encoder is "
-        "read, and at the mean of its tokens. Ranks are those of states without their mean over the items; effective: "
+        "read, and at the mean of its tokens. Ranks are of states minus their mean over the items; effective: "
         "exponential of the entropy of the singular values; energy: the fewest singular values with that share of the "
         "sum of squares; stable: that sum over the largest square. Means over seeds."
     )
     yield (
-        "Overlap: squared cosines between the leading k directions before and after, mean; random ones give about k / "
-        "width. CKA: linear, not changed by a rotation; of item vectors with the unadapted states of all encoders. "
+        "Overlap: mean squared cosine of the principal angles between the leading subspaces of k dimensions before and "
+        "after; random ones give about k / width. CKA: linear, unchanged by a rotation; for item vectors, with the "
+        "unadapted states of all encoders. "
         "An encoder that stays frozen has overlap and CKA 1."
     )
     for row, results in section.behind.items():

@@ -228,8 +228,8 @@ def test_wrong_sizes_are_one_line() -> None:
     build()
     for message, changes in {
         "the text encoder has no layer 2; its layers are 0 to 1": {"dropped": (0, 2)},
-        "no layer of the text encoder, which has 2, has a side layer": {"dropped": (0, 1)},
-        "gives a side network 10 wide, which its 4 heads cannot share": {"width": 80, "heads": 4},
+        "'dropped' names all 2 layers of the text encoder": {"dropped": (0, 1)},
+        "gives a side network of width 10, which its 4 heads do not divide": {"width": 80, "heads": 4},
         "option 'reduction'": {"reduction": 0},
         "option 'dropped": {"dropped": (-1,)},
         "option 'init'": {"init": "fisher"},

@@ -145,7 +145,7 @@ def test_options_reach_peft(tiny: ModuleType) -> None:
         ({"type": "LOHA", "layers_to_transform": [0]}, "layers_to_transform chooses among target_modules"),
         ({"type": "LORA", "init_lora_weights": "eva"}, "init_lora_weights = 'eva' is computed from data"),
         ({"type": "LORA", "init_lora_weights": "pissa_niter_4"}, "changes the pretrained weights at random"),
-        ({"targets": ("query",), "target_modules": ["query"]}, "targets and target_modules name the same thing"),
+        ({"targets": ("query",), "target_modules": ["query"]}, "targets and target_modules both name what is adapted"),
         ({"targets": ("nothing",)}, "option 'targets"),
     ],
 )

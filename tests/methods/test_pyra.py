@@ -285,7 +285,7 @@ def made(world: Any, pair: tuple[str, str]) -> Subject:
 REFUSED = {
     "a schedule longer than the sequence": ("image", {"schedule": (9, 5, 2, 1)}, "removes 17 tokens, .* reads 17"),
     "a text schedule longer than a title": ("text", {"text_merge": (3, 3, 0, 0)}, "removes 6 tokens, .* reads 6"),
-    "a schedule of another depth": ("image", {"schedule": (2, 2)}, "has 2 numbers, but the image encoder 4 layers"),
+    "a schedule of another depth": ("image", {"schedule": (2, 2)}, "has 2 numbers, but the image encoder has 4 layers"),
     "a rank above the width": ("image", {"rank": 17}, "rank 17"),
 }
 
