@@ -59,7 +59,7 @@ class AdaLoRAConfig(MethodConfig):
     def budget(self, step: int, steps: int, layers: int) -> int:
         """How many triplets an encoder with ``layers`` adapted projections keeps after ``step`` (from 1) of ``steps``.
 
-        Constant, then cubic from ``rank`` to ``target_rank``, then constant (equation 12).
+        Constant, then cubic from ``rank`` to ``target_rank``, then constant.
         """
         first, last = int(self.warmup * steps), self.last_pruning(steps)
         left = 1 - min(max(step - first, 0) / max(last - first, 1), 1)
@@ -81,7 +81,7 @@ class Triplets:
 
     @torch.no_grad()
     def observe(self, smoothing: float) -> None:
-        """Update sensitivity, the mean of ``|p dL/dp|``, and uncertainty, its mean deviation (equations 8 and 9)."""
+        """Update sensitivity, the mean of ``|p dL/dp|``, and uncertainty, its mean deviation."""
         for i, part in enumerate(self.factors()):
             gradients = [parameter.grad for parameter in part if parameter.grad is not None]
             importance = torch.stack(part).mul_(torch.stack(gradients)).abs_()
@@ -92,7 +92,7 @@ class Triplets:
             self.uncertainty[i].lerp_((importance - self.sensitivity[i]).abs_(), 1 - smoothing)
 
     def scores(self) -> Tensor:
-        """(n, r): the importance of E, and the means of those of a row of A and a column of B (equation 7)."""
+        """(n, r): the importance of E, and the means of those of a row of A and a column of B."""
         a, b, e = (s * u for s, u in zip(self.sensitivity, self.uncertainty, strict=True))
         return e[..., 0] + a.mean(2) + b.mean(1)
 
@@ -119,9 +119,14 @@ class RankBudget:
         self.kept: list[Tensor] | None = None
         """The triplets that are left, (projections, r) of every group; ``None`` while that may still change."""
 
+    @property
+    def _known(self) -> bool:
+        """Whether it is known what to keep, or how important each triplet is."""
+        return self.kept is not None or bool(self.groups[0].sensitivity)
+
     def update(self, step: int, steps: int) -> None:
         """Observe this step's gradients, and prune where the schedule says so."""
-        if step < self.config.last_pruning(steps):
+        if step < self.config.last_pruning(steps) or not self._known:
             for group in self.groups:
                 group.observe(self.config.smoothing)
             self.kept = None
@@ -131,9 +136,10 @@ class RankBudget:
             self.finish(step, steps)
 
     def finish(self, step: int, steps: int) -> None:
-        """Prune to the target at the first call; keep the same triplets from then on."""
-        self.kept = self.kept or self._chosen(step, steps)
-        self._mask(self.kept)
+        """Prune to the target at the first call; keep the same triplets from then on. All, if no step was observed."""
+        if self._known:
+            self.kept = self.kept or self._chosen(step, steps)
+            self._mask(self.kept)
 
     def remember(self) -> None:
         """Keep the ranks of a loaded state until importances are known."""
@@ -169,13 +175,13 @@ class AdaLoRA(PeftMethod):
     row and the column. That of a parameter p is sensitivity times uncertainty: the moving averages of ``|p dL/dp|`` and
     of its deviation. After every step the triplets beyond the budget get E = 0. The budget falls cubically from
     ``rank`` to ``target_rank`` between the shares ``warmup`` and ``final`` of all steps. Pruned triplets stay
-    allocated, and may return while the budget falls. Equations 3 to 12; the shares are about those of the paper's
-    appendix.
+    allocated, and may return while the budget falls. The norms are not squared, as in the release and in peft; the
+    shares are about those of the released scripts (MNLI 0.09 and 0.58, RTE 0.15 and 0.46).
 
     Trains: A, B and E of queries and values (r = 12): 442,656 each in BERT-base and ViT-B/16.
     Saves: weight gradients, optimiser state and stored size, in which pruned ranks still count; a step also updates
     importances; inference costs the same as frozen encoders, because B E A is merged into W.
-    Source: Zhang et al., AdaLoRA, ICLR 2023.
+    Source: Zhang et al., AdaLoRA, ICLR 2023, section 3, and the released code.
     """
 
     Config = AdaLoRAConfig

@@ -22,6 +22,8 @@ from tpme.methods.parts.peft_injection import PeftMethod, inject
 _PROMPTS = "adds virtual tokens to the inputs of a language model; use method 'prompt' or 'prefix'"
 _SPARSE = "multiplies by sparse matrices, whose operations cannot be counted"
 _READS = "reads values of tensors while it runs, so its steps cannot be counted"
+_DATA = "is computed from data, which the tuner is not given"
+_RANDOM = "changes the pretrained weights at random, so a stored adapter would not fit them again"
 UNSUPPORTED: dict[str, str] = {
     "ADALORA": "needs its own loss term and rank allocation in every step; use method 'adalora'",
     "ADAMSS": "clusters the pretrained weights with scikit-learn, so it cannot be planned without the weights",
@@ -47,8 +49,12 @@ _TARGETS: dict[str, tuple[Role, ...]] = {"IA3": ("key", "value", "ffn_out")}
 """Projections that a type adapts by default, if not queries and values."""
 _ON_HOST = {"BOFT", "UNILORA"}
 """Types that read the indices they make, which is impossible on ``meta``; the indices move with the model."""
-_REFUSED_OPTIONS = {"modules_to_save"}
-"""Options of peft's configurations that would train more than the adapter."""
+_REFUSED_OPTIONS = {"modules_to_save", "layer_replication", "trainable_token_indices", "alora_invocation_tokens"}
+"""Options of peft's configurations that would change more than the adapter, or that only text generation uses."""
+_REFUSED_STARTS = {"eva": _DATA, "corda": _DATA, "lora_ga": _DATA, "pissa_niter": _RANDOM}
+"""Values of ``init_lora_weights``, by how they begin, that cannot be used, and why."""
+_LOW_RANK = {"DELORA", "GRALORA", "HIRA", "LOHA", "LORA"}
+"""Types whose ``r`` is a rank, which peft does not compare with the width."""
 
 
 class TunerConfig(MethodConfig):
@@ -66,11 +72,18 @@ class TunerConfig(MethodConfig):
     @model_validator(mode="after")
     def _fits_peft(self) -> TunerConfig:
         known = _options(_configuration(self.type))
-        for option in self.model_extra or {}:
+        given = self.model_extra or {}
+        for option in given:
             if option not in known:
                 raise UserError(f"method 'peft': {self.type} has no option '{option}'; {_hint(option, known)}")
-        if self.targets and "target_modules" in (self.model_extra or {}):
+        if self.targets and "target_modules" in given:
             raise UserError("method 'peft': targets and target_modules both name what is adapted; give one of them")
+        if "layers_to_transform" in given and "target_modules" not in given:
+            raise UserError("method 'peft': layers_to_transform chooses among target_modules; give these too")
+        start = str(given.get("init_lora_weights"))
+        for name, reason in _REFUSED_STARTS.items():
+            if start.startswith(name):
+                raise UserError(f"method 'peft': init_lora_weights = '{start}' {reason}; choose another")
         return self
 
 
@@ -95,8 +108,6 @@ class PeftTuner(PeftMethod):
 
     def settings(self, view: EncoderView) -> Any:
         """The type's configuration for one encoder. Raises UserError where peft does not accept its options."""
-        from peft import LoraConfig
-
         options = dict(self.config.model_extra or {})
         if "target_modules" not in options:
             options["target_modules"] = self._targets(view)
@@ -104,7 +115,7 @@ class PeftTuner(PeftMethod):
                 ffn = set(view.projections("ffn_out"))
                 options.setdefault("feedforward_modules", [n for n in options["target_modules"] if n in ffn])
         settings = self._built(options)
-        if isinstance(settings, LoraConfig):
+        if self.config.type in _LOW_RANK:
             check_rank(self.name, settings.r, view, self.config.targets or ("query", "value"))
         return settings
 
@@ -135,14 +146,17 @@ class PeftTuner(PeftMethod):
             raise UserError(f"method 'peft': {self.config.type} refuses its options ({one_line(error)})") from error
 
     def _inject(self, view: EncoderView) -> None:
-        settings = self.settings(view)
+        where = f"{type(view.module).__name__} ({view.modality} encoder)"
         try:
-            inject(view, settings, on_host=self.config.type in _ON_HOST)
+            inject(view, self.settings(view), on_host=self.config.type in _ON_HOST)
+        except UserError:
+            raise
         except Exception as error:
-            where = f"{type(view.module).__name__} ({view.modality} encoder)"
             raise UserError(
                 f"method 'peft': {self.config.type} with these options does not fit {where} ({one_line(error)})"
             ) from error
+        if not sum(parameter.numel() for parameter in view.module.parameters() if parameter.requires_grad):
+            raise UserError(f"method 'peft': {self.config.type} with these options trains nothing of {where}")
 
 
 def supported_types() -> list[str]:

@@ -184,7 +184,7 @@ SECTIONS: dict[str, type[Frozen]] = {
 @pytest.mark.parametrize("title", SECTIONS)
 def test_every_setting_of_a_matrix_is_documented_with_its_default(title: str) -> None:
     (section,) = re.findall(
-        rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)",
+        rf"^## {re.escape(title)}\n(.*?)(?=^##|\Z)",
         (ROOT / "docs" / "matrix.md").read_text(),
         flags=re.DOTALL | re.MULTILINE,
     )

@@ -116,6 +116,26 @@ def test_an_allocation_whose_last_steps_were_skipped_ends_with_the_epoch(tiny: M
     assert method.report(model)["text_rank"] == method.report(model)["image_rank"] == 3
 
 
+@pytest.mark.parametrize(("steps", "skipped"), [(1, 0), (2, 0), (4, 3)])
+def test_the_first_step_that_counts_may_be_the_last_one(tiny: ModuleType, steps: int, skipped: int) -> None:
+    """Gradient scalers skip the first steps; then there is no importance from before the end of the pruning."""
+    method, model = tiny.build("adalora", {"rank": 6, "target_rank": 3})
+    schedule = Schedule(epochs=1, steps_per_epoch=steps, popularity=np.zeros(1))
+    generator = torch.Generator().manual_seed(0)
+    for step in range(skipped, steps):
+        fake_step(model, generator)
+        method.after_step(StepState(model, schedule, step=step), None)
+    method.on_epoch_end(StepState(model, schedule, step=steps))
+    assert method.report(model)["text_rank"] == method.report(model)["image_rank"] == 3
+
+
+def test_without_any_step_nothing_is_pruned(tiny: ModuleType) -> None:
+    method, model = tiny.build("adalora")
+    start = {name: value.clone() for name, value in method.state(model).items()}
+    method.on_epoch_end(state_of(model, STEPS, skipped=True))
+    assert all(torch.equal(value, start[name]) for name, value in method.state(model).items())
+
+
 def test_importances_are_where_the_model_has_been_moved(tiny: ModuleType) -> None:
     method, model = tiny.build("adalora")
     model.to("meta")

@@ -73,7 +73,7 @@ def written_out(plain: EncoderView, model: Recommender, items: Items, images: Te
     mask = torch.cat([seen[:, :1], torch.ones(images.shape[:2], dtype=torch.bool), seen[:, 1:]], dim=1)
     for layer in plain.layers:
         hidden = layer(hidden, mask[:, None, None, :])
-    return model.item_encoder.head(hidden[:, 0])
+    return functional.gelu(model.item_encoder.head(hidden[:, 0]))
 
 
 @torch.no_grad()

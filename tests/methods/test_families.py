@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -14,22 +15,13 @@ from tpme.bench.record import LearningRates, Modality, Training
 from tpme.bench.task.view import EncoderView
 from tpme.bench.train.build import ModelBuilder
 from tpme.methods.base import TaskShape
-from tpme.methods.registry import create
+from tpme.methods.registry import BUILTIN, create
 
-METHODS = (
-    "fft",
-    "adapter",
-    "lora",
-    "bitfit",
-    "prompt",
-    "iisan",
-    "iisan-versa",
-    "prefix",
-    "dapt",
-    "parallel-adapter",
-    "pfeiffer-adapter",
-    "frozen",
-)
+WITHOUT = {"id", "popularity"}
+"""They use no encoder."""
+ELSEWHERE = {"context-peft", "pt-peft"}
+"""One needs both modalities, the other trains in stages, the first of which is method ``prefix``."""
+METHODS = [name for name in BUILTIN if name not in WITHOUT | ELSEWHERE]
 REFUSED = {
     ("dapt", "modernbert"): "have no bias to fold a shift into",
     ("dapt", "llama"): "have no bias to fold a shift into",
@@ -38,13 +30,15 @@ REFUSED = {
     ("prompt", "modernbert"): "counts positions from the token ids",
     ("prefix", "mpnet"): "computes its attention itself",
 }
-EVERY_ROLE = {"targets": ("query", "key", "value", "attention_output", "ffn_in", "ffn_out")}
+EVERY_ROLE = ("query", "key", "value", "attention_output", "ffn_in", "ffn_out")
+OPTIONS: dict[str, dict[str, Any]] = {"lora": {"targets": EVERY_ROLE}, "adalora": {"rank": 8}}
+"""AdaLoRA's usual rank is above the width of Llama's keys and values here."""
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", METHODS)
 def test_it_trains_and_reads_each_item_by_itself_or_is_refused(tiny: ModuleType, name: str, family: str) -> None:
-    method, modality = create(name, EVERY_ROLE if name == "lora" else {}), modality_of(family)
+    method, modality = create(name, OPTIONS.get(name, {})), modality_of(family)
     view = EncoderView(small_encoder(family), modality)
     torch.manual_seed(3)
     training = Training(epochs=2, users_per_batch=3, embedding_dim=tiny.DIM, heads=tiny.HEADS, dropout=0.0)

@@ -24,6 +24,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "BONE": {"r": 4},
     "C3A": {"block_size": 4},
     "FOURIERFT": {"n_frequency": 20},
+    "GRALORA": {"r": 4},
+    "HIRA": {"r": 4},
     "MISS": {"r": 4},
     "PSOFT": {"r": 4},
     "ROAD": {"group_size": 4},
@@ -118,6 +120,7 @@ def test_targets_are_roles_or_names(tiny: ModuleType) -> None:
     assert adapted(targets=("ffn_in",)) == set(view.projections("ffn_in"))
     assert adapted(target_modules=["self.key"]) == set(view.projections("key"))
     assert adapted(target_modules=r".*layer\.0\.attention\.self\.key") == {view.projections("key")[0]}
+    assert adapted(target_modules=["key"], layers_to_transform=[1]) == {view.projections("key")[1]}
 
 
 def test_options_reach_peft(tiny: ModuleType) -> None:
@@ -138,6 +141,10 @@ def test_options_reach_peft(tiny: ModuleType) -> None:
         ({"type": "BOFT", "boft_blok_size": 4}, "BOFT has no option 'boft_blok_size'; did you mean 'boft_block_size'?"),
         ({"type": "LOHA", "inference_mode": True}, "LOHA has no option 'inference_mode'"),
         ({"type": "LORA", "modules_to_save": ["x"]}, "LORA has no option 'modules_to_save'"),
+        ({"type": "LORA", "layer_replication": [[0, 1], [0, 2]]}, "LORA has no option 'layer_replication'"),
+        ({"type": "LOHA", "layers_to_transform": [0]}, "layers_to_transform chooses among target_modules"),
+        ({"type": "LORA", "init_lora_weights": "eva"}, "init_lora_weights = 'eva' is computed from data"),
+        ({"type": "LORA", "init_lora_weights": "pissa_niter_4"}, "changes the pretrained weights at random"),
         ({"targets": ("query",), "target_modules": ["query"]}, "targets and target_modules both name what is adapted"),
         ({"targets": ("nothing",)}, "option 'targets"),
     ],
@@ -155,6 +162,9 @@ def test_options_that_peft_does_not_have_are_refused(options: dict[str, Any], wo
         ({"type": "LOHA", "r": -1}, "LOHA with these options does not fit BertModel (text encoder)"),
         ({"type": "C3A"}, "The block size should be a factor of the input size"),
         ({"type": "LORA", "r": 17}, "rank 17 is above the smaller side"),
+        ({"type": "LOHA", "r": 17}, "rank 17 is above the smaller side"),
+        ({"type": "LORA", "r": "many"}, "LORA with these options does not fit BertModel (text encoder)"),
+        ({"type": "OFT", "r": 17, "oft_block_size": 0}, "OFT with these options trains nothing of BertModel"),
         ({"type": "LOHA", "target_modules": ["nowhere"]}, "LOHA with these options does not fit"),
         ({"type": "LOHA", "targets": ("ffn_gate",)}, "it has no 'ffn_gate'"),
     ],
