@@ -97,8 +97,8 @@ class ContextPEFT(Method):
     ``ia3`` ``l_c * y`` on keys and values and ``l_c`` on the feed-forward activation. The sequence is
     ``[x_0, image tokens, x_1 ..]``: the final states of the image encoder's patches, averaged to ``grid`` x ``grid``,
     after dropout and a trained linear projection. LoRA and biases are on every linear layer of the text encoder.
-    All weights of both encoders stay frozen; the image encoder's states can be cached. The item vector is ``gelu(W h)`` of the text
-    encoder's state, read as that encoder is meant to be (BERT: token 0): the default head, and no fusion.
+    All weights of both encoders stay frozen; the image encoder's states can be cached. The item vector is ``gelu(W h)``
+    of the text encoder's state, read as that encoder is meant to be (BERT: token 0): the default head, and no fusion.
 
     In the last layer only keys and values have an image adaptor: nothing else of image tokens is read there. With
     ``contexts = agnostic`` every token has the same adaptor; keys then get no bias, which would change no attention.
