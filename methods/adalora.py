@@ -121,7 +121,7 @@ class RankBudget:
 
     @property
     def _known(self) -> bool:
-        """Whether it is known what to keep, or how important each triplet is."""
+        """Whether the triplets to keep, or their importances, are known."""
         return self.kept is not None or bool(self.groups[0].sensitivity)
 
     def update(self, step: int, steps: int) -> None:
@@ -175,13 +175,13 @@ class AdaLoRA(PeftMethod):
     row and the column. That of a parameter p is sensitivity times uncertainty: the moving averages of ``|p dL/dp|`` and
     of its deviation. After every step the triplets beyond the budget get E = 0. The budget falls cubically from
     ``rank`` to ``target_rank`` between the shares ``warmup`` and ``final`` of all steps. Pruned triplets stay
-    allocated, and may return while the budget falls. The norms are not squared, as in the release and in peft; the
-    shares are about those of the released scripts (MNLI 0.09 and 0.58, RTE 0.15 and 0.46).
+    allocated, and may return while the budget falls. Section 3; as in the released code and in peft, the norms are
+    not squared. The shares are about those of the released scripts (MNLI 0.09 and 0.58, RTE 0.15 and 0.46).
 
     Trains: A, B and E of queries and values (r = 12): 442,656 each in BERT-base and ViT-B/16.
     Saves: weight gradients, optimiser state and stored size, in which pruned ranks still count; a step also updates
     importances; inference costs the same as frozen encoders, because B E A is merged into W.
-    Source: Zhang et al., AdaLoRA, ICLR 2023, section 3, and the released code.
+    Source: Zhang et al., AdaLoRA, ICLR 2023.
     """
 
     Config = AdaLoRAConfig

@@ -97,15 +97,15 @@ class ContextPEFT(Method):
     ``ia3`` ``l_c * y`` on keys and values and ``l_c`` on the feed-forward activation. The sequence is
     ``[x_0, image tokens, x_1 ..]``: the final states of the image encoder's patches, averaged to ``grid`` x ``grid``,
     after dropout and a trained linear projection. LoRA and biases are on every linear layer of the text encoder.
-    Both encoders stay frozen; the image encoder's states can be cached. The item vector is ``gelu(W h)`` of the text
-    encoder's state, read as that encoder is meant to be (BERT: token 0): the default head, and no fusion.
+    All weights of both encoders stay frozen; the image encoder's states can be cached. The item vector is ``gelu(W h)``
+    of the text encoder's state, read as that encoder is meant to be (BERT: token 0): the default head, and no fusion.
 
     In the last layer only keys and values have an image adaptor: nothing else of image tokens is read there. With
     ``contexts = agnostic`` every token has the same adaptor; keys then get no bias, which would change no attention.
     Trained adaptors, specific (agnostic): LoRA 2,568,192 (1,327,104), BitFit 160,512 (73,728), IA3 107,520 (55,296).
     Reconstruction: the paper adapts a decoder for captions. Image tokens enter after the embeddings, so they pass
     neither the text encoder's positions nor its embedding norm; where a patch lies is in the image encoder's states.
-    The head is ours; with a linear one, all item vectors became alike in 40 steps (the demo's data, lr 1e-3).
+    The head is ours: with a linear one, all item vectors became nearly equal in 40 steps (the demo's data, lr 1e-3).
 
     Trains: adaptors (LoRA, r = 8): 2,568,192 in BERT-base; projection of image tokens: 590,592.
     Saves: weight gradients, the backward pass of the image encoder (cached, also its forward pass) and stored size;

@@ -36,10 +36,15 @@ class DAPTConfig(MethodConfig):
 # --- TFTS: a scale and a shift after every frozen operation --------------------------------------------------------
 
 
+SMALLEST = 1e-3
+"""The least |gamma| that a gradient is divided by."""
+
+
 class ScaleShift(torch.autograd.Function):
     """``z = gamma x + beta``; for the gradient of gamma it saves z, which attention and activations save anyway, not x.
 
-    ``sum dz x = (sum dz z - beta sum dz) / gamma``; gamma starts around 1 and must not become exactly 0.
+    ``sum dz x = (sum dz z - beta sum dz) / gamma``; gamma starts around 1. Below ``SMALLEST`` the gradient of gamma
+    shrinks with it instead of growing without bound by rounding.
     """
 
     @staticmethod
@@ -55,7 +60,8 @@ class ScaleShift(torch.autograd.Function):
         z, gamma, beta = ctx.saved_tensors
         tokens = tuple(range(dz.ndim - 1))
         shift = dz.sum(tokens, dtype=gamma.dtype)
-        scale = ((dz * z).sum(tokens, dtype=gamma.dtype) - beta * shift) / gamma
+        divisor = torch.where(gamma.abs() < SMALLEST, SMALLEST, gamma)
+        scale = ((dz * z).sum(tokens, dtype=gamma.dtype) - beta * shift) / divisor
         return (dz * gamma).to(dz.dtype) if ctx.needs_input_grad[0] else None, scale, shift
 
 

@@ -237,7 +237,7 @@ class LST(Method):
 def pruned_state(view: EncoderView, config: LSTConfig) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a ``Ladder``, by name, that start from the weights of its encoder; see ``LST``.
 
-    Raises UserError for an encoder whose feed-forward activation is narrower than that of a side layer.
+    Raises UserError for an encoder whose heads or feed-forward activation are narrower than those of a side layer.
     """
     shape, heads = view.shape, view.heads
     width = side_width(shape, config)
@@ -245,6 +245,11 @@ def pruned_state(view: EncoderView, config: LSTConfig) -> Iterator[tuple[str, Te
         raise UserError(
             f"method 'lst': the feed-forward part of the {view.modality} encoder is {view.ffn_width} wide, that of a "
             f"side layer would be {4 * width}; raise reduction or set init = 'random'"
+        )
+    if heads.width * heads.number < width:
+        raise UserError(
+            f"method 'lst': the heads of the {view.modality} encoder are {heads.width * heads.number} wide together, "
+            f"the side network would be {width}; raise reduction or set init = 'random'"
         )
     layers = [_weights(view, layer) for layer in range(shape.depth)]
     reading = torch.stack([weight.abs().sum(0) for layer in layers for weight, _ in layer[:4]]).sum(0)

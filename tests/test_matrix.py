@@ -125,6 +125,7 @@ def test_a_cell_says_which_matrix_asked_and_whether_it_is_a_baseline(tmp_path: P
 def test_patterns_stand_for_the_methods_that_no_entry_names() -> None:
     every = list(available())
     assert [cell.method for cell in cells(methods="all")] == every
+    assert [cell.method for cell in cells(methods="iisan*")] == ["iisan", "iisan-versa"]
     found = cells(methods=["i*", {"name": "id"}, {"name": "*", "lr": [1e-2]}, "frozen"])
     inner = [name for name in every if name.startswith("i") and name != "id"]
     rest = [name for name in every if name not in {*inner, "id", "frozen"}]

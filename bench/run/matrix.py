@@ -69,8 +69,8 @@ class EncoderEntry(Frozen):
 
 
 def _as_tables(methods: object) -> object:
-    """``"all"`` as ``["*"]``, and names in a list as tables."""
-    entries = ["*"] if methods == "all" else methods
+    """``"all"`` as the pattern ``"*"``, one name as a list of it, and names in a list as tables."""
+    entries = ["*" if methods == "all" else methods] if isinstance(methods, str) else methods
     if not isinstance(entries, list | tuple):
         return entries
     return [{"name": entry} if isinstance(entry, str) else entry for entry in entries]

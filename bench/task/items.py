@@ -38,7 +38,10 @@ class Reads:
 
 @dataclass(frozen=True)
 class TokenStates:
-    """Hidden states of every token: states (n, levels, T, width), mask (n, T) bool, true for real tokens."""
+    """Hidden states of every token: states (n, levels, T, width), mask (n, T) bool, true for real tokens.
+
+    Of an encoder whose method weights tokens (``EncoderView.reads_mask``), the mask holds their weights, as float.
+    """
 
     states: Tensor
     mask: Tensor

@@ -246,6 +246,15 @@ def test_a_transform_has_the_gradients_of_scale_and_shift_and_keeps_its_result(t
     assert torch.autograd.gradcheck(ScaleShift.apply, (x, gamma, beta))
 
 
+def test_the_gradient_of_a_scale_of_zero_is_finite() -> None:
+    x, beta = torch.randn(2, 3, 4), torch.randn(4, requires_grad=True)
+    gamma = torch.tensor([0.0, 1e-12, -1e-12, 0.5], requires_grad=True)
+    ScaleShift.apply(x, gamma, beta).square().sum().backward()
+    assert gamma.grad.abs().max() < 1e2
+    expected = (2 * (0.5 * x[..., 3] + beta[3]) * x[..., 3]).sum()
+    torch.testing.assert_close(gamma.grad[3], expected.detach(), **CLOSE)
+
+
 # --- every family ---------------------------------------------------------------------------------------------------
 
 

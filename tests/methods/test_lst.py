@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import LlamaConfig, LlamaModel
 
 from tpme.bench.contract.small_encoders import small_encoder
 from tpme.bench.errors import UserError
@@ -197,6 +198,14 @@ def test_heads_share_the_keys_and_values_of_a_decoder() -> None:
     state = dict(pruned_state(view, LSTConfig()))
     assert state["layers.0.key_value.weight"].shape == (16, 8)
     assert not state["layers.0.query.bias"].any(), "it has no biases"
+
+
+def test_heads_narrower_than_the_side_networks_are_refused() -> None:
+    settings = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "intermediate_size": 128}
+    view = EncoderView(LlamaModel(LlamaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=20, **settings)), "text")
+    assert dict(pruned_state(view, LSTConfig(reduction=4)))["layers.0.query.weight"].shape == (8, 8)
+    with pytest.raises(UserError, match="the heads of the text encoder are 8 wide together, the side network would be"):
+        dict(pruned_state(view, LSTConfig(reduction=2)))
 
 
 def test_a_start_from_weights_and_a_random_one(tiny: ModuleType) -> None:
