@@ -13,6 +13,7 @@ from tpme.bench.record import Representation, SpaceFacts, Spectrum
 from tpme.bench.run import representation
 from tpme.bench.run.representation import centre, compare, decompose, describe, linear_cka, spectrum
 from tpme.bench.train.ending import TimeLimitReached
+from tpme.methods.registry import BUILTIN, create, method_class
 
 ROWS, WIDTH = 400, 40
 
@@ -175,6 +176,19 @@ def test_adapted_encoders_are_compared_with_unadapted_ones(world: Any, tmp_path:
     assert found["text"].centred != found["text"].unadapted_centred
     assert found["image"].cka == pytest.approx(1, abs=1e-4)
     assert found["image"].overlap[8] == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in BUILTIN if method_class(name).modalities is None])
+def test_every_method_can_be_measured(world: Any, tmp_path: Path, name: str) -> None:
+    """Merged and inserted tokens, gathered ones, weights that are merged for inference ..."""
+    method = create(name, {})
+    frozen = method.frozen_encoders(("text", "image"))
+    found = spaces(probed(world, tmp_path, {"name": name}))
+    assert list(found) == ["text", "text-mean", "image", "image-mean", "items"]
+    for modality in ("text", "image"):
+        same = found[modality].centred == found[modality].unadapted_centred
+        assert same == (modality in frozen), modality
 
 
 def test_methods_without_encoders_have_item_vectors_alone(world: Any, tmp_path: Path) -> None:
