@@ -131,6 +131,8 @@ def test_patterns_stand_for_the_methods_that_no_entry_names() -> None:
     rest = [name for name in every if name not in {*inner, "id", "frozen"}]
     assert [cell.method for cell in found] == [*inner, "id", *rest, "frozen"]
     assert {cell.method for cell in found if cell.lr.method == 1e-2} == set(rest)
+    titles = {cell.method for cell in cells(data=TEXT, methods="all")}
+    assert set(every) - titles == {"context-peft"}  # it needs images too
 
 
 def test_trials_are_laid_over_the_learning_rates_of_the_matrix() -> None:
@@ -335,6 +337,10 @@ CONFLICTS: dict[str, tuple[dict[str, Any], str]] = {
     "the same twice": ({"methods": [{"name": "id"}, {"name": "id"}]}, "'id' appears twice"),
     "cached twice": ({"methods": [{"name": "iisan", "cached": [True, True]}]}, "'iisan .cached.' appears twice"),
     "the same trial twice": ({"methods": [{"name": "fft", "lr": [1e-3, 1e-3]}]}, "'fft' appears twice"),
+    "more stages than epochs": (
+        {"methods": ["pt-peft"], "training": {"epochs": 1}},
+        "'pt-peft' trains in 2 stages of at least one epoch each; raise training.epochs, which is 1",
+    ),
     "half precision that trains": (
         {"encoders": [{**HUB, "image": {"source": "somebody/image", "dtype": "bf16"}}]},
         "'fft' trains through the image encoder, whose weights must then be in float32; remove dtype = 'bf16'",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -217,9 +217,11 @@ def expand(
             frozen, learning-rate trials of different number, a modality that data or encoders lack, precomputed states
             that lack an item.
     """
-    matrix = _with_names(matrix, methods_path)
-    trials = _learning_rates(matrix, methods_path)
     encoders = [EncoderEntry(text=pinned(pair.text), image=pinned(pair.image)) for pair in matrix.encoders]
+    groups = itertools.product(matrix.datasets, encoders)
+    modalities_there = {m for entry, pair in groups for m in _modalities(matrix, entry, datasets[entry.name], pair)}
+    matrix = _with_names(matrix, modalities_there, methods_path)
+    trials = _learning_rates(matrix, methods_path)
     cells = []
     for entry, pair, seed in itertools.product(matrix.datasets, encoders, matrix.seeds):
         data = datasets[entry.name]
@@ -257,12 +259,12 @@ def expand(
     return cells
 
 
-def _with_names(matrix: MatrixFile, methods_path: Sequence[Path]) -> MatrixFile:
+def _with_names(matrix: MatrixFile, modalities: Collection[Modality], methods_path: Sequence[Path]) -> MatrixFile:
     """``matrix`` with every pattern replaced by the methods that it stands for, in the registry's order.
 
-    Raises UserError for a pattern that matches no method.
+    Without those that need another modality than ``modalities``, unless none is left. Raises UserError for a pattern that matches no method.
     """
-    from tpme.methods.registry import available
+    from tpme.methods.registry import available, method_class
 
     known = available(methods_path)
     named = {entry.name for entry in matrix.methods}
@@ -274,7 +276,9 @@ def _with_names(matrix: MatrixFile, methods_path: Sequence[Path]) -> MatrixFile:
         matching = fnmatch.filter(known, entry.name)
         if not matching:
             raise UserError(f"matrix '{matrix.name}': no method matches '{entry.name}'; known: {', '.join(known)}")
-        entries += [entry.model_copy(update={"name": name}) for name in matching if name not in named]
+        usable = [name for name in matching if set(method_class(name, methods_path).needs) <= set(modalities)]
+        usable = usable or matching  # refused below, with the reason
+        entries += [entry.model_copy(update={"name": name}) for name in usable if name not in named]
         named.update(matching)
     return matrix.model_copy(update={"methods": tuple(entries)})
 
@@ -384,6 +388,11 @@ def _check(
     lacking = [modality for modality in instance.needs if modality not in modalities]
     if lacking:
         raise UserError(f"method '{method.name}' needs {' and '.join(instance.needs)}; this matrix has no {lacking[0]}")
+    if len(instance.stages()) > training.epochs:
+        raise UserError(
+            f"method '{method.name}' trains in {len(instance.stages())} stages of at least one epoch each; raise "
+            f"training.epochs, which is {training.epochs}"
+        )
     used = used_modalities(instance, modalities)
     if training.activation_checkpointing and set(used) - set(instance.frozen_encoders(used)):
         check_passes(method.name, instance)
