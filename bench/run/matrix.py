@@ -262,7 +262,8 @@ def expand(
 def _with_names(matrix: MatrixFile, modalities: Collection[Modality], methods_path: Sequence[Path]) -> MatrixFile:
     """``matrix`` with every pattern replaced by the methods that it stands for, in the registry's order.
 
-    Without those that need another modality than ``modalities``, unless none is left. Raises UserError for a pattern that matches no method.
+    Without those that need another modality than ``modalities``, unless none is left. Raises UserError for a pattern
+    that matches no method.
     """
     from tpme.methods.registry import available, method_class
 
