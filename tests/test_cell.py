@@ -47,12 +47,12 @@ def test_an_error_names_its_phase_and_its_kind(run_cell: RunCell) -> None:
 def test_a_user_error_is_recorded_as_it_is(run_cell: RunCell) -> None:
     result = run_cell(
         """
-        def item_encoder(self, task):
+        def before_training(self, context):
             from tpme.bench.errors import UserError
-            raise UserError("needs two encoders of one width")
+            raise UserError("needs more users")
         """
     )
-    assert ending(result) == ("error", "load data", "needs two encoders of one width")
+    assert ending(result) == ("error", "estimate", "needs more users")
 
 
 def test_a_loss_that_is_not_finite_is_recorded_with_its_step(run_cell: RunCell) -> None:
@@ -199,6 +199,8 @@ def start(world: Any, harness: ModuleType, folder: Path) -> tuple[subprocess.Pop
     body = f"""
     def adapt(self, model, schedule):
         import os, time
+        if next(model.parameters()).is_meta:  # the launcher only looks at the structure
+            return
         print("words of a library")
         os.write(1, b"and of its C code\\n")
         open({str(folder / "ready")!r}, "w").write("yes")

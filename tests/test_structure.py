@@ -54,7 +54,7 @@ def trainer_of(world: Any, folder: Path, method: Any, methods_path: Path | None 
 )
 def test_what_keeps_its_structure_keeps_its_counters(world: Any, tmp_path: Path, method: str, cached: bool) -> None:
     recomputed = len(create(method, {}).passes()) == 1  # two passes would be mixed up, and are refused
-    training = {"precision": "bf16", "activation_checkpointing": recomputed}
+    training = {"precision": "bf16", "activation_checkpointing": recomputed, "epochs": len(create(method, {}).stages())}
     trainer = trainer_of(world, tmp_path, {"name": method, "cached": cached}, **training)
     data = DataShape.of(trainer.dataset)
     start = exact_counters(MetaCell(trainer.cell, data))
