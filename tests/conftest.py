@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -102,7 +103,8 @@ def card_run(harness: ModuleType, world: Any, tmp_path_factory: pytest.TempPathF
     """A folder in which every card method has run once, iisan also cached: (matrix, folder, results by label)."""
     methods = [name if name != "iisan" else {"name": name, "cached": [False, True]} for name in harness.CARD_METHODS]
     matrix, folder = world.matrix(methods, training={"epochs": 2}), tmp_path_factory.mktemp("run")
-    return matrix, folder, {result.cell.label: result for result in world.run(matrix, folder)}
+    own = replace(world, store=tmp_path_factory.mktemp("store"))  # its caches are built by its own cells
+    return matrix, folder, {result.cell.label: result for result in own.run(matrix, folder)}
 
 
 @pytest.fixture

@@ -79,6 +79,10 @@ def reads_of_an_epoch(trainer: Trainer, steps: int) -> Reads:
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize(("name", "cached"), ROWS)
 def test_no_step_reads_a_value(make_trainer: MakeTrainer, name: str, cached: bool, precision: str) -> None:
+    if (name, precision) == ("adalora", "fp16"):
+        pytest.skip("it must know whether the scaler skipped the step")
+    if (name, cached) == ("lst", True):
+        pytest.skip("it reads every token; the cached states here are pooled")
     trainer = make_trainer(name, cached=cached, modalities=("text", "image"), precision=precision)
     if not trainer.model.parameter_groups():
         pytest.skip("nothing trains")
