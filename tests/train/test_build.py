@@ -48,16 +48,13 @@ def test_the_counters_see_the_model_that_is_trained(world: Any, tmp_path: Path, 
         trainer.state.stage = stage
         trainer.method.begin_stage(trainer.state)
     assert parameters(meta.model) == parameters(trainer.model)
-    assert repr(meta.model).replace("torch.meta.", "torch.") == repr(
-        trainer.model
-    )  # modules without parameters, such as dropout, too
+    described = repr(meta.model).replace("torch.meta.", "torch.").replace(" (META -1)", "")
+    assert described == repr(trainer.model)  # modules without parameters, such as dropout, too
     assert meta.model.frozen == trainer.model.frozen
     assert meta.model.item_encoder.reads == trainer.model.item_encoder.reads
-    assert (
-        checkpointed(meta.model)
-        == checkpointed(trainer.model)
-        == (recomputed and not cached and bool(trainer.model.views))
-    )
+    assert checkpointed(meta.model) == checkpointed(trainer.model)
+    if recomputed:
+        assert checkpointed(trainer.model) == (not cached and bool(trainer.model.views))
     steps = meta.schedule.steps_per_epoch
     assert steps == trainer.state.schedule.steps_per_epoch == len(list(trainer.loader.epoch(1)))
     assert meta.schedule.epochs == trainer.state.schedule.epochs
