@@ -19,7 +19,7 @@ from tpme.bench.task.families import Role
 from tpme.bench.task.recommender import Recommender
 from tpme.bench.task.view import EncoderView
 from tpme.methods.base import Context, MethodConfig, PassOutput, Schedule, StepState, TaskShape, fusion_parameters
-from tpme.methods.parts.low_rank import check_rank
+from tpme.methods.parts.low_rank import adapted_weights, check_rank
 from tpme.methods.parts.peft_injection import ADAPTER, PeftMethod
 
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -215,11 +215,7 @@ class AdaLoRA(PeftMethod):
 
     def trainable_parameters(self, task: TaskShape, views: Mapping[Modality, EncoderView]) -> int:
         """r (inputs + outputs + 1) of every adapted projection; pruned triplets stay allocated."""
-        weights = [
-            view.module.get_parameter(f"{name}.weight")
-            for view in views.values()
-            for name in view.projections(*self.config.targets)
-        ]
+        weights = adapted_weights(views.values(), self.config.targets)
         return self.config.rank * sum(sum(weight.shape) + 1 for weight in weights) + fusion_parameters(task)
 
     def losses(self, outputs: Mapping[str, PassOutput]) -> dict[str, Tensor]:

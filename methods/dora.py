@@ -9,6 +9,7 @@ from tpme.bench.record import Modality
 from tpme.bench.task.view import EncoderView
 from tpme.methods.base import TaskShape
 from tpme.methods.lora import LoRA
+from tpme.methods.parts.low_rank import adapted_weights
 
 
 class DoRA(LoRA):
@@ -28,9 +29,5 @@ class DoRA(LoRA):
 
     def trainable_parameters(self, task: TaskShape, views: Mapping[Modality, EncoderView]) -> int:
         """LoRA's, and a magnitude for every output of an adapted projection."""
-        outputs = [
-            len(view.module.get_parameter(f"{name}.weight"))
-            for view in views.values()
-            for name in view.projections(*self.config.targets)
-        ]
-        return sum(outputs) + super().trainable_parameters(task, views)
+        weights = adapted_weights(views.values(), self.config.targets)
+        return sum(map(len, weights)) + super().trainable_parameters(task, views)

@@ -11,7 +11,7 @@ from tpme.bench.record import Modality
 from tpme.bench.task.families import Role
 from tpme.bench.task.view import EncoderView
 from tpme.methods.base import MethodConfig, TaskShape, fusion_parameters
-from tpme.methods.parts.low_rank import check_rank
+from tpme.methods.parts.low_rank import adapted_weights, check_rank
 from tpme.methods.parts.peft_injection import PeftMethod
 
 
@@ -56,9 +56,5 @@ class LoRA(PeftMethod):
 
     def trainable_parameters(self, task: TaskShape, views: Mapping[Modality, EncoderView]) -> int:
         """r (inputs + outputs) of every adapted projection."""
-        weights = [
-            view.module.get_parameter(f"{name}.weight")
-            for view in views.values()
-            for name in view.projections(*self.config.targets)
-        ]
+        weights = adapted_weights(views.values(), self.config.targets)
         return self.config.rank * sum(sum(weight.shape) for weight in weights) + fusion_parameters(task)

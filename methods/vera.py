@@ -11,6 +11,7 @@ from tpme.bench.record import Modality
 from tpme.bench.task.families import Role
 from tpme.bench.task.view import EncoderView
 from tpme.methods.base import MethodConfig, TaskShape, fusion_parameters
+from tpme.methods.parts.low_rank import adapted_weights
 from tpme.methods.parts.peft_injection import PeftMethod
 
 
@@ -56,9 +57,5 @@ class VeRA(PeftMethod):
 
     def trainable_parameters(self, task: TaskShape, views: Mapping[Modality, EncoderView]) -> int:
         """A scale for every output of an adapted projection, and r for the rank."""
-        vectors = [
-            len(view.module.get_parameter(f"{name}.weight")) + self.config.rank
-            for view in views.values()
-            for name in view.projections(*self.config.targets)
-        ]
-        return sum(vectors) + fusion_parameters(task)
+        weights = adapted_weights(views.values(), self.config.targets)
+        return sum(len(weight) + self.config.rank for weight in weights) + fusion_parameters(task)

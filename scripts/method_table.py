@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="The built-in methods as a table.")
     parser.add_argument("--docs", type=Path, help="document in which to replace the marked part")
     options = parser.parse_args(arguments)
-    text = table(BUILTIN)
+    text = table()
     if options.docs is None:
         sys.stdout.write(f"{text}\n")
     else:
@@ -40,11 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def table(names: Sequence[str] | dict[str, str]) -> str:
-    """The methods ``names`` as a Markdown table, one row each."""
+def table() -> str:
+    """The built-in methods as a Markdown table, one row each."""
     encoders = MetaEncoders()
     lines = [f"| {' | '.join(HEAD)} |", "|---|---|---|---|---:|---|---|"]
-    for name in names:
+    for name in BUILTIN:
         idea, formula, parts = described(name)
         trained = f"{parameters(name, encoders):,}"
         cells = (f"`{name}`", idea, f"`{formula}`", parts["Trains"], trained, parts["Saves"], parts["Source"])

@@ -24,7 +24,7 @@ from tpme.bench.run.launch import make_jobs, run_matrix
 from tpme.bench.run.matrix import MatrixFile
 
 USERS, ITEMS, TITLE_TOKENS = 60, 60, 8
-CARD_METHODS = ("fft", "adapter", "lora", "bitfit", "prompt", "iisan", "frozen", "id", "popularity")
+CARD_METHODS = ("fft", "lora", "prompt", "iisan", "frozen", "id", "popularity")
 
 
 @dataclass(frozen=True)

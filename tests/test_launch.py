@@ -295,18 +295,7 @@ def test_every_card_method_runs(card_run: Any, harness: ModuleType) -> None:
     assert [label for label, result in results.items() if result.cell.baseline] == ["frozen", "id", "popularity"]
     given = {"users": harness.USERS, "items": harness.ITEMS}
     assert all(result.dataset.synthetic == given for result in results.values())
-    assert list(results) == [
-        "fft",
-        "adapter",
-        "lora",
-        "bitfit",
-        "prompt",
-        "iisan",
-        "iisan (cached)",
-        "frozen",
-        "id",
-        "popularity",
-    ]
+    assert list(results) == ["fft", "lora", "prompt", "iisan", "iisan (cached)", "frozen", "id", "popularity"]
 
 
 def test_a_second_run_does_nothing(card_run: Any, world: Any, monkeypatch: pytest.MonkeyPatch) -> None:

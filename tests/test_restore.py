@@ -21,7 +21,13 @@ from tpme.bench.run.restore import restore
 from tpme.bench.train.delta import read_delta
 from tpme.methods.registry import BUILTIN, create
 
+FAST = ("dapt", "iisan", "lora", "popularity", "pt-peft")  # one of each kind; the others are left to the slow tests
 CACHED = [name for name in sorted(BUILTIN) if (method := create(name, {})).decoupled and method.modalities is None]
+ROWS = [
+    pytest.param(name, cached, marks=() if name in FAST else pytest.mark.slow)
+    for name in sorted(BUILTIN)
+    for cached in (False, True)[: 1 + (name in CACHED)]
+]
 # The best epoch is the first or second: learning rates this high make the later ones worse.
 WORSENING = {"training": {"epochs": 3}, "lr": {"recommender": 0.3, "text": 0.3, "image": 0.3, "method": 0.3}}
 
@@ -56,9 +62,7 @@ def recorded_ranks(record: Path, result: CellResult) -> Any:
     return np.load(record.with_name(result.files["ranks"]))["rank"]
 
 
-@pytest.mark.parametrize(
-    ("method", "cached"), [*((name, False) for name in sorted(BUILTIN)), *((name, True) for name in CACHED)]
-)
+@pytest.mark.parametrize(("method", "cached"), ROWS)
 def test_every_methods_delta_gives_the_recorded_ranks(world: Any, saved: Saved, method: str, cached: bool) -> None:
     record, result = saved({"name": method, "cached": cached}, **WORSENING)
     assert result.status == "ok", result.failure

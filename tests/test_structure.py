@@ -19,7 +19,13 @@ from tpme.bench.train.compiling import compile_model
 from tpme.bench.train.loop import Trainer
 from tpme.methods.registry import BUILTIN, create
 
+FAST = ("iisan", "peft", "pt-peft")  # one of each kind; the others are left to the slow tests
 CACHED = [name for name in sorted(BUILTIN) if (method := create(name, {})).decoupled and method.modalities is None]
+ROWS = [
+    pytest.param(name, cached, marks=() if name in FAST else pytest.mark.slow)
+    for name in sorted(BUILTIN)
+    for cached in (False, True)[: 1 + (name in CACHED)]
+]
 PRUNED = """
     def stages(self):
         return Stage("dense", 0.5), Stage("pruned", 0.5)
@@ -49,9 +55,7 @@ def trainer_of(world: Any, folder: Path, method: Any, methods_path: Path | None 
     return CellRun(job, PhaseLog("cpu", None, None), lambda _what, _share: None).prepare()
 
 
-@pytest.mark.parametrize(
-    ("method", "cached"), [*((name, False) for name in sorted(BUILTIN)), *((name, True) for name in CACHED)]
-)
+@pytest.mark.parametrize(("method", "cached"), ROWS)
 def test_what_keeps_its_structure_keeps_its_counters(world: Any, tmp_path: Path, method: str, cached: bool) -> None:
     recomputed = len(create(method, {}).passes()) == 1  # two passes would be mixed up, and are refused
     training = {"precision": "bf16", "activation_checkpointing": recomputed, "epochs": len(create(method, {}).stages())}

@@ -81,7 +81,7 @@ def _named(method: str) -> Iterator[None]:
         yield
     except UserError as error:
         message = str(error)
-        raise UserError(message if method in message else f"method '{method}': {message}") from None
+        raise UserError(message if f"'{method}'" in message else f"method '{method}': {message}") from None
 
 
 class MetaCell:

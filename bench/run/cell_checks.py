@@ -48,7 +48,11 @@ def check_cached(name: str, method: Method, modalities: tuple[Modality, ...]) ->
 
 
 def check_cells(
-    cells: Iterable[Cell], items: Mapping[str, int], cache_limit_bytes: int, methods_path: Sequence[Path] = ()
+    cells: Iterable[Cell],
+    items: Mapping[str, int],
+    cache_limit_bytes: int,
+    methods_path: Sequence[Path] = (),
+    encoders: MetaEncoders | None = None,
 ) -> None:
     """Build the model of every cell on ``meta``, to find options and encoders that do not fit before anything runs.
 
@@ -56,7 +60,7 @@ def check_cells(
 
     Args:
         cells: of a matrix. items: of each data set, by name. cache_limit_bytes: of the matrix.
-        methods_path: folders with further methods.
+        methods_path: folders with further methods. encoders: where encoders come from; by default new ones.
 
     Raises:
         UserError: also for an encoder whose configuration cannot be read, and for a feature cache above the limit;
@@ -66,7 +70,7 @@ def check_cells(
     from tpme.bench.counting.meta import MetaCell, MetaEncoders
     from tpme.methods.registry import create
 
-    encoders = MetaEncoders()
+    encoders = encoders or MetaEncoders()
     for cell in {cost_key(cell): cell for cell in cells}.values():
         method = create(cell.method, cell.options, methods_path)
         _check_dtypes(cell, method)

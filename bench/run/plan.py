@@ -127,12 +127,13 @@ def plan_matrix(
     distinct: dict[str, Cell] = {}
     expanded = expand(matrix, datasets, device="cuda", methods_path=methods_path)
     sizes = {name: shape.items for name, shape in shapes.items()}
-    check_cells(expanded, sizes, matrix.cache_limit_bytes, methods_path)
+    encoders = MetaEncoders()
+    check_cells(expanded, sizes, matrix.cache_limit_bytes, methods_path, encoders)
     for cell in expanded:
         distinct.setdefault(cost_key(cell), cell)
     results = map(read_result, find_results([runs] if runs else []))
     recorded = [result for result in results if result.status == "ok"]
-    encoders, cells = MetaEncoders(), []
+    cells = []
     for key, cell in distinct.items():
         with console.status(f"Counting {cell.label} ..."):
             cells.append(_plan_cell(cell, shapes[cell.dataset], encoders, methods_path, device))

@@ -84,7 +84,7 @@ class Trainer(EpochLoop):
             for stage, share in zip(stages, _split_epochs(epochs, stages), strict=True):
                 self.state.stage = stage
                 self.method.begin_stage(self.state)
-                if self.cell.training.compile:
+                if self.cell.training.compile and overrides(self.method, "begin_stage"):
                     torch.compiler.reset()  # compiled code does not see hooks that a stage adds
                 if self.cell.training.activation_checkpointing and self.model.views.keys() - self.model.frozen:
                     check_passes(self.cell.method, self.method)

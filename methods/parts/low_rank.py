@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor
 
 from tpme.bench.errors import UserError
 from tpme.bench.task.families import Role
 from tpme.bench.task.view import EncoderView
+
+
+def adapted_weights(views: Iterable[EncoderView], roles: Sequence[Role]) -> list[Tensor]:
+    """The weights (outputs, inputs) of all projections with one of the roles."""
+    return [
+        view.module.get_parameter(f"{projection}.weight") for view in views for projection in view.projections(*roles)
+    ]
 
 
 def check_rank(name: str, rank: int, view: EncoderView, roles: Sequence[Role]) -> None:

@@ -14,6 +14,7 @@ from tpme.bench.record import Cell, EncoderSpec, LearningRates, Training
 from tpme.bench.task.batches import ItemStore
 from tpme.bench.task.dataset import Dataset
 from tpme.bench.task.encoders import load_encoder
+from tpme.bench.task.items import Reads, States, TokenStates
 from tpme.bench.task.tokens import tokenise
 from tpme.bench.train.build import DataSize, ModelBuilder, used_modalities
 from tpme.bench.train.kept import Kept
@@ -23,6 +24,14 @@ from tpme.methods.registry import create
 
 MakeTrainer = Callable[..., Trainer]
 TRAINING = {"epochs": 2, "users_per_batch": 20, "embedding_dim": 16, "title_tokens": 8, "max_steps_per_epoch": 2}
+
+
+def cached_states(read: Reads, items: int, width: int, device: str) -> States:
+    """Random hidden states of all items, pooled or of every token, whichever the method reads."""
+    if read.tokens != "all":
+        return torch.randn(items, read.count, width).half().to(device)
+    states = torch.randn(items, read.count, TRAINING["title_tokens"], width).half()
+    return TokenStates(states.to(device), torch.ones(states[:, 0, :, 0].shape, dtype=torch.bool, device=device))
 
 
 @pytest.fixture(scope="session")
@@ -69,7 +78,7 @@ def make_trainer(world: Any, tmp_path_factory: pytest.TempPathFactory) -> MakeTr
         store = ItemStore(dataset, tokens=tokens if "text" in used else None, images="image" in used)
         if cached:
             reads, rows = model.item_encoder.reads, dataset.manifest.items + 1
-            tables = {m: torch.randn(rows, reads[m].count, shapes[m].width).half().to(device) for m in reads}
+            tables = {m: cached_states(reads[m], rows, shapes[m].width, device) for m in reads}
             store = ItemStore(dataset, states=tables)
         phases = phases or PhaseLog(device, None, None)
         kept = kept or Kept(tmp_path_factory.mktemp("procedure"))
