@@ -99,8 +99,8 @@ class PYRA(Method):
     dropped first, and changes nothing.
 
     Trains: LoRA (r = 8): 294,912 each in BERT-base and ViT-B/16; re-activation: 25,520 in ViT-B/16.
-    Saves: FLOPs, time and memory of the image encoder in training and at inference, about half with ``low`` and 70 %
-    with ``high``, and stored size; LoRA is merged, and titles keep all tokens by default.
+    Saves: FLOPs of the image encoder in training and at inference, about half with ``low`` and 70 % with ``high``, and
+    stored size; LoRA is merged, and titles keep all tokens by default.
     Source: Xiong et al., PYRA, ECCV 2024; Bolya et al., Token Merging, ICLR 2023.
     """
 
