@@ -41,6 +41,7 @@ def encoders(folder: Path, **options: str) -> list[dict[str, Any]]:
     return [{kind: {"source": str(folder), "tower": kind} | options for kind in ("text", "image")}]
 
 
+@pytest.mark.slow
 def test_options_reach_plan_cells_cache_and_record(clip: Path, world: Any, harness: ModuleType, tmp_path: Path) -> None:
     methods = [{"name": "frozen", "cached": [False, True]}]
     matrix = world.matrix(methods, encoders=encoders(clip, **OPTIONS))

@@ -124,6 +124,7 @@ def sounds(data: Path, path: Path, states: int = 3, width: int = 16) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_states_stand_in_for_what_the_data_set_lacks(world: Any, tmp_path: Path, titles: Path) -> None:
     """Audio states in the place of images, beside a text encoder: the whole command, from matrix to report."""
     file = sounds(titles, tmp_path / "audio.npy")

@@ -51,6 +51,7 @@ def prepared(job: Any) -> tuple[CellRun, Trainer]:
     return run, run.prepare()
 
 
+@pytest.mark.slow
 def test_a_cached_cell_starts_where_the_uncached_one_does(job: Any) -> None:
     _, plain = prepared(job(cached=False))
     run, cached = prepared(job())  # its caches are built by another process

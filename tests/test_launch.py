@@ -161,6 +161,7 @@ def test_a_file_system_without_locks_is_enough(stubbed: Stubbed, monkeypatch: py
         assert names(stubbed.run_folder) == [".lock"]
 
 
+@pytest.mark.slow
 def test_a_changed_method_from_elsewhere_makes_its_own_cells_stale(stubbed: Stubbed, tmp_path: Path) -> None:
     mine = tmp_path / "methods"
     mine.mkdir()

@@ -142,6 +142,7 @@ def test_other_sessions_are_left_alone(session: Any, tmp_path: Path) -> None:
     session("def test_plain():\n    pass\n", "--strict-markers").assert_outcomes(passed=1)
 
 
+@pytest.mark.slow
 def test_the_contract_suite_on_a_method_of_ones_own(session: Any, pytester: pytest.Pytester) -> None:
     methods = pytester.mkdir("methods")
     body = "from tpme.methods.id import ItemIDs\nclass Mine(ItemIDs):\n{}\nMETHOD = Mine\n"

@@ -210,6 +210,7 @@ def test_it_is_off_by_default_and_changes_nothing_else(world: Any, tmp_path: Pat
     assert [phase.kind for phase in on.phases if phase.kind != "probe"] == [phase.kind for phase in off.phases]
 
 
+@pytest.mark.slow
 def test_its_phase_counts_towards_no_cost(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is made to take half a gigabyte and three seconds, which no T, M, P or all-in time may hold."""
     import time
@@ -257,6 +258,7 @@ def test_a_measure_that_fails_does_not_end_the_cell(
     assert flag == "the representation space was not measured: TimeLimitReached: took too long"
 
 
+@pytest.mark.slow
 def test_a_finished_cell_without_the_measure_runs_again(world: Any, tmp_path: Path) -> None:
     [first] = world.run(world.matrix(["popularity"]), tmp_path)
     [again] = world.run(world.matrix(["popularity"], probe_items=30), tmp_path)

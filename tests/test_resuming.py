@@ -77,7 +77,14 @@ FEDERATION = (
 @pytest.mark.parametrize(
     ("body", "kill", "before", "after"),
     [
-        pytest.param(SEARCH, "end of trial 3", ["trial 2", "trial 3"], ["trial 3", "trial 4"], id="search"),
+        pytest.param(
+            SEARCH,
+            "end of trial 3",
+            ["trial 2", "trial 3"],
+            ["trial 3", "trial 4"],
+            id="search",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(FEDERATION, "end of round 2", ["round 1", "round 2"], ["round 2", "round 3"], id="federation"),
     ],
 )

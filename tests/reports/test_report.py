@@ -395,6 +395,7 @@ def test_the_same_records_give_the_same_bytes(make_factory, tmp_path):
     assert [name for name in one if one[name] != other[name]] == []
 
 
+@pytest.mark.slow
 def test_a_large_report_is_drawn_on_request_by_as_many_processes_as_asked_for(make_factory, monkeypatch, tmp_path):
     monkeypatch.setattr(report_module, "ROWS_DRAWN", 4)
     for data in ("one", "other"):
