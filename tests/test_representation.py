@@ -184,7 +184,7 @@ def test_every_method_can_be_measured(world: Any, tmp_path: Path, name: str) -> 
     """Merged and inserted tokens, gathered ones, weights that are merged for inference ..."""
     method = create(name, {})
     frozen = method.frozen_encoders(("text", "image"))
-    found = spaces(probed(world, tmp_path, {"name": name}))
+    found = spaces(probed(world, tmp_path, {"name": name}, training={"epochs": len(method.stages())}))
     assert list(found) == ["text", "text-mean", "image", "image-mean", "items"]
     for modality in ("text", "image"):
         same = found[modality].centred == found[modality].unadapted_centred
