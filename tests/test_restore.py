@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from method_rows import method_rows
 from typer.testing import CliRunner
 
 from tpme.bench.cli import app
@@ -19,15 +20,8 @@ from tpme.bench.record import CellResult, read_result, write_result
 from tpme.bench.run.cell import CellRun
 from tpme.bench.run.restore import restore
 from tpme.bench.train.delta import read_delta
-from tpme.methods.registry import BUILTIN, create
 
-FAST = ("dapt", "iisan", "lora", "popularity", "pt-peft")  # one of each kind; the others are left to the slow tests
-CACHED = [name for name in sorted(BUILTIN) if (method := create(name, {})).decoupled and method.modalities is None]
-ROWS = [
-    pytest.param(name, cached, marks=() if name in FAST else pytest.mark.slow)
-    for name in sorted(BUILTIN)
-    for cached in (False, True)[: 1 + (name in CACHED)]
-]
+ROWS = method_rows(fast=("dapt", "iisan", "lora", "popularity", "pt-peft"))  # one of each kind
 # The best epoch is the first or second: learning rates this high make the later ones worse.
 WORSENING = {"training": {"epochs": 3}, "lr": {"recommender": 0.3, "text": 0.3, "image": 0.3, "method": 0.3}}
 

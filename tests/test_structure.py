@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from method_rows import method_rows
 
 from tpme.bench.counting.batch import DataShape
 from tpme.bench.counting.exact import count
@@ -17,15 +18,9 @@ from tpme.bench.run.cell import CellRun
 from tpme.bench.run.counters import exact_counters
 from tpme.bench.train.compiling import compile_model
 from tpme.bench.train.loop import Trainer
-from tpme.methods.registry import BUILTIN, create
+from tpme.methods.registry import create
 
-FAST = ("iisan", "peft", "pt-peft")  # one of each kind; the others are left to the slow tests
-CACHED = [name for name in sorted(BUILTIN) if (method := create(name, {})).decoupled and method.modalities is None]
-ROWS = [
-    pytest.param(name, cached, marks=() if name in FAST else pytest.mark.slow)
-    for name in sorted(BUILTIN)
-    for cached in (False, True)[: 1 + (name in CACHED)]
-]
+ROWS = method_rows(fast=("iisan", "peft", "pt-peft"))  # one of each kind
 PRUNED = """
     def stages(self):
         return Stage("dense", 0.5), Stage("pruned", 0.5)
