@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from importlib.metadata import version
+from typing import Any
 
 import pytest
 import typer
@@ -83,3 +88,53 @@ def test_what_the_file_system_refuses_is_one_line(
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert (ended.value.code, capsys.readouterr().err) == (2, told)
+
+
+def commands(command: Any = None, words: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every command and group of commands with the words that call it."""
+    command = command or typer.main.get_command(cli.app)
+    yield words, command
+    for name, below in getattr(command, "commands", {}).items():
+        yield from commands(below, (*words, name))
+
+
+@pytest.mark.parametrize("words", [words for words, _ in commands()], ids=" ".join)
+def test_help_fits_80_columns_and_names_every_value(words: tuple[str, ...]) -> None:
+    command = dict(commands())[words]
+    shown = CliRunner(env={"COLUMNS": "80"}).invoke(cli.app, [*words, "--help"], prog_name="tpme").stdout
+    described = shown.partition("\n\n")[2]
+    assert max(map(len, shown.splitlines())) <= 80
+    assert not re.search("<[a-z]", shown), "a Python type in the place of a word"
+    assert "…" not in shown
+    assert not [line for line in described.partition("Commands:")[2].splitlines() if line.endswith("...")]
+    for parameter in command.params:
+        for name in (*parameter.opts, *parameter.secondary_opts):
+            assert name in described or parameter.param_type_name == "argument"
+
+
+def test_the_version_is_that_of_the_installed_package() -> None:
+    assert tpme("--version").stdout == f"tpme {version('tpme-bench')}\n"
+
+
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [
+        ("tpme ex", ["export"]),
+        ("tpme run de", ["demo"]),
+        ("tpme run demo --save", ["--save-adapters"]),
+        ("tpme method check dor", ["dora"]),
+        ("tpme run ./some", []),  # the shell completes file names then
+    ],
+)
+def test_the_shell_completes_commands_presets_and_methods(typed: str, completed: list[str]) -> None:
+    code = "import sys; from tpme.bench import cli; sys.argv[0] = 'tpme'; cli.main()"
+    asked = {"_TPME_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()) - 1)}
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | asked, capture_output=True, text=True)
+    assert done.stdout.split() == completed
+
+
+@pytest.mark.parametrize(("typed", "meant"), [(("chek",), "check"), (("run", "demo", "--devise", "cpu"), "--device")])
+def test_a_misspelt_command_or_option_is_answered_with_the_nearest(typed: tuple[str, ...], meant: str) -> None:
+    done = tpme(*typed)
+    assert done.returncode == 2
+    assert meant in done.stderr

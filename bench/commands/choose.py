@@ -22,7 +22,10 @@ def choose(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, or part of the device's name: H200.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the rows within your limits, best first, and why the others fail. Exit code 0 if any row passes, else 1."""
+    """List the rows within your limits, best first.
+
+    Also says why the others fail. Exit code 0 if any row passes, else 1.
+    """
     from rich.console import Console
 
     from tpme.reports import choose as logic

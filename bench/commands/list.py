@@ -8,12 +8,12 @@ from typing import Any
 
 import typer
 
-from tpme.bench.commands.options import AsJson, MethodsPath
+from tpme.bench.commands.options import AsJson, MethodsPath, PlainCommand
 
 app = typer.Typer(no_args_is_help=True, help="List methods, presets or encoders.")
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def methods(as_json: AsJson = False, methods_path: MethodsPath = None) -> None:
     """List the fine-tuning methods and their options."""
     from tpme.methods.registry import available, method_class
@@ -34,7 +34,7 @@ def methods(as_json: AsJson = False, methods_path: MethodsPath = None) -> None:
     _show(rows, as_json)
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def presets(as_json: AsJson = False) -> None:
     """List the matrices that ship with the package."""
     from tpme.bench.run.matrix import load_matrix
@@ -48,9 +48,12 @@ def presets(as_json: AsJson = False) -> None:
     _show(rows, as_json)
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def encoders(as_json: AsJson = False) -> None:
-    """List the built-in encoders; a matrix may also name a hub ID, a folder, or precomputed states (states:FILE)."""
+    """List the built-in encoders.
+
+    A matrix may also name a hub ID, a folder, or precomputed states (states:FILE).
+    """
     from tpme.bench.task.builtin import BUILTIN, builtin_folder
 
     rows = []

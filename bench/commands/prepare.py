@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from tpme.bench.commands.options import PlainCommand
 from tpme.bench.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Skip and count bad in
 Force = Annotated[bool, typer.Option("--force", help="Replace a different prepared data set at DEST.")]
 
 
-@app.command("iisan")
+@app.command("iisan", cls=PlainCommand)
 def prepare_iisan(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder with items.tsv and users.tsv.")],
     destination: Destination,
@@ -43,7 +44,10 @@ def prepare_iisan(
     skip_bad: SkipBad = False,
     force: Force = False,
 ) -> None:
-    """Prepare data in IISAN's release format: items.tsv, users.tsv and images."""
+    """Prepare a folder in IISAN's release format.
+
+    It holds items.tsv, users.tsv and, in a folder or a zip archive, images.
+    """
     from tpme.bench.task.sources.iisan import read_iisan
 
     chosen = parse_modalities(modalities)
@@ -51,7 +55,7 @@ def prepare_iisan(
     run_prepare(read, destination, max_seq_len, image_size, workers, force, skip_bad)
 
 
-@app.command("tables")
+@app.command("tables", cls=PlainCommand)
 def prepare_tables(
     destination: Destination,
     interactions: Annotated[Path, typer.Option(help="CSV with the columns user, item and timestamp.")],
@@ -68,7 +72,7 @@ def prepare_tables(
     skip_bad: SkipBad = False,
     force: Force = False,
 ) -> None:
-    """Prepare two CSV files and images named by item, such as MicroLens as published."""
+    """Prepare two tables, and images, such as MicroLens."""
     from tpme.bench.task.sources.tables import Columns, read_tables
 
     chosen = parse_modalities(modalities)
@@ -79,7 +83,7 @@ def prepare_tables(
     run_prepare(read, destination, max_seq_len, image_size, workers, force, skip_bad)
 
 
-@app.command("synthetic")
+@app.command("synthetic", cls=PlainCommand)
 def prepare_synthetic(
     destination: Destination,
     users: Annotated[int, typer.Option(min=1, help="Number of users.")] = 1000,
@@ -91,7 +95,10 @@ def prepare_synthetic(
     workers: Workers = None,
     force: Force = False,
 ) -> None:
-    """Prepare the built-in catalogue: synthetic items and users whose interactions can be learned."""
+    """Prepare the built-in synthetic catalogue.
+
+    Its users have tastes, so their interactions can be learned.
+    """
     from tpme.bench.task.sources.synthetic import Synthetic, generate
 
     config = Synthetic(users=users, items=items, seed=seed)

@@ -31,7 +31,10 @@ def run(
     ] = False,
     report: Annotated[bool, typer.Option(help="Write the report at the end.")] = True,
 ) -> None:
-    """Run the unfinished cells of a matrix, each in its own process, and report."""
+    """Run the unfinished cells of a matrix, and report.
+
+    Each cell runs in its own process.
+    """
     from rich.console import Console
     from rich.markup import escape
 
