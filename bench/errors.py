@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Collection
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -10,6 +12,39 @@ if TYPE_CHECKING:
 
 LONGEST_MESSAGE = 400
 """Characters of the message of a failed cell."""
+SYNONYMS = {
+    "amp": "precision",
+    "batch": "users_per_batch",
+    "batch_size": "users_per_batch",
+    "cache_limit": "cache_limit_bytes",
+    "d_model": "embedding_dim",
+    "dim": "embedding_dim",
+    "early_stopping": "patience",
+    "fp16": "precision",
+    "gradient_checkpointing": "activation_checkpointing",
+    "hidden_size": "embedding_dim",
+    "layers": "blocks",
+    "learning_rate": "lr",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "lora_r": "rank",
+    "max_length": "title_tokens",
+    "max_steps": "max_steps_per_epoch",
+    "mixed_precision": "precision",
+    "model": "encoders",
+    "n_heads": "heads",
+    "n_layers": "blocks",
+    "num_epochs": "epochs",
+    "num_heads": "heads",
+    "num_layers": "blocks",
+    "num_virtual_tokens": "length",
+    "r": "rank",
+    "random_seed": "seeds",
+    "reduction_factor": "reduction",
+    "target_modules": "targets",
+    "timeout": "time_limit_s",
+}
+"""What other tools of the field call the settings of a matrix and the options of methods."""
 
 
 class UserError(Exception):
@@ -44,3 +79,10 @@ def first_problem(error: ValidationError) -> FieldProblem:
 def one_line(error: BaseException, length: int = 200) -> str:
     """Kind and message of an error, the message cut to ``length``."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:length]}".removesuffix(": ")
+
+
+def nearest(word: str, known: Collection[str]) -> str | None:
+    """The name in ``known`` that ``word`` may stand for: what other tools call so, else the nearest in spelling."""
+    if SYNONYMS.get(word) in known:
+        return SYNONYMS[word]
+    return next(iter(difflib.get_close_matches(word, known, n=1)), None)

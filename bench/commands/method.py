@@ -38,7 +38,7 @@ def check(
 
     from tpme.bench.contract.checks import check_method
     from tpme.bench.contract.world import SmallWorld
-    from tpme.bench.run.matrix import apply_setting
+    from tpme.bench.run.settings import apply_setting
 
     values: dict[str, Any] = {}
     for option in options or []:
