@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Collection
+from importlib.metadata import distribution
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -86,3 +91,18 @@ def nearest(word: str, known: Collection[str]) -> str | None:
     if SYNONYMS.get(word) in known:
         return SYNONYMS[word]
     return next(iter(difflib.get_close_matches(word, known, n=1)), None)
+
+
+def missing_extra(what: str, package: str, extra: str) -> UserError:
+    """The error where ``what`` needs a package of an optional dependency: it names the command that installs it."""
+    return UserError(f"{what} needs {package}: {install_command(extra)}")
+
+
+def install_command(extra: str) -> str:
+    """The command of pip that adds an extra: from the clone that this package was installed from, else by its name."""
+    origin = json.loads(distribution("tpme-bench").read_text("direct_url.json") or "{}")
+    clone = Path(url2pathname(urlsplit(origin.get("url", "")).path))
+    if "dir_info" not in origin or not (clone / "pyproject.toml").is_file():
+        return f"pip install 'tpme-bench[{extra}]'"
+    place = "." if clone == Path.cwd() else str(clone)
+    return f"pip install {'-e ' if origin['dir_info'].get('editable') else ''}'{place}[{extra}]'"

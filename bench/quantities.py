@@ -255,8 +255,14 @@ def amount(value: float | str | None, unit: str) -> str:
     return f"{whole} {unit}".strip()
 
 
-BYTES = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-BYTES |= {"K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+_POWERS = {"K": 1, "M": 2, "G": 3, "T": 4}
+BYTES = {
+    "B": 1.0,
+    **{letter: 1e3**power for letter, power in _POWERS.items()},
+    **{f"{letter}B": 1e3**power for letter, power in _POWERS.items()},
+    **{f"{letter}iB": 1024.0**power for letter, power in _POWERS.items()},
+}
+"""Units of a size as it is typed: ``8G`` is ``8GB``, as tables print it; only ``8GiB`` is binary."""
 
 
 def parse_quantity(option: str, text: str, units: Mapping[str, float], example: str) -> float:
