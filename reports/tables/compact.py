@@ -10,8 +10,8 @@ from tpme.reports.tables import fields
 from tpme.reports.tables.table import Entry, Table
 
 NOTE = (
-    "T: training time of an epoch. P: trained parameters. M: peak memory of training. TPME: the three, scaled to 0..100 "
-    "between the lowest and the highest row, weighted {weights} and added. Of all costs less is better; "
+    "T: training time of an epoch. P: trained parameters. M: peak memory of training. TPME: the three, scaled to "
+    "0..100 between the lowest and the highest row, weighted {weights} and added. Of all costs less is better; "
     "bold: the best of the rows with a TPME."
 )
 
