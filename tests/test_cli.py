@@ -17,7 +17,7 @@ import typer
 from typer.testing import CliRunner
 
 from tpme.bench import cli
-from tpme.methods.registry import BUILTIN
+from tpme.methods.registry import BUILTIN, method_class
 
 
 def tpme(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -35,6 +35,25 @@ def test_lists_are_valid_json() -> None:
     assert {row["name"] for row in presets} >= {"demo", "iisan-paper", "scientific-text"}
     encoders = json.loads(tpme("list", "encoders", "--json").stdout)
     assert {row["name"] for row in encoders} == {"builtin:tiny-text", "builtin:tiny-image"}
+
+
+def test_methods_are_listed_with_their_options_at_80_columns() -> None:
+    def shown(*names: str) -> str:
+        done = CliRunner(env={"COLUMNS": "80"}).invoke(cli.app, ["list", "methods", *names])
+        assert done.exit_code == 0, done.exception
+        assert max(map(len, done.stdout.splitlines())) <= 80
+        assert "…" not in done.stdout
+        return done.stdout
+
+    overview = re.split(rf"(?m)^(?:{'|'.join(map(re.escape, BUILTIN))}) ", shown())[1:]
+    for name, block in zip(BUILTIN, overview, strict=True):
+        for option in method_class(name).Config.model_fields:
+            assert f" {option}=" in block
+            assert re.search(rf"(?m)^{option} ", shown(name))
+    details = tpme("list", "methods", "lora").stdout
+    assert re.search(r"(?m)^rank +8 +integer > 0 *$", details)
+    assert "Source: Hu et al., LoRA, ICLR 2022." in details
+    assert "did you mean 'lora'?" in tpme("list", "methods", "lroa").stderr
 
 
 @pytest.mark.parametrize(
