@@ -14,7 +14,7 @@ import os
 
 import torch
 
-from tpme.bench.quantities import memory_instrument
+from tpme.bench.quantities import memory_reading
 from tpme.bench.run import cell
 from tpme.bench.train.loop import Trainer
 
@@ -22,20 +22,20 @@ from tpme.bench.train.loop import Trainer
 def epoch_line(trainer: Trainer) -> str:
     """The last epoch of ``trainer`` as JSON: its number and its values, under the names that ``tpme export`` uses.
 
-    ``memory_bytes`` is M as of now, ``peak_bytes`` the peak over all phases so far, by the same instrument.
+    ``memory_bytes`` is M as of now, ``peak_bytes`` the peak over all phases so far, by the reading of M.
     """
     epoch, device = trainer.outcome.epochs[-1], trainer.device.type
     training = trainer.phases.training_memory(trainer.outcome.first_phase)
-    instrument = memory_instrument("memory_bytes", training, device)
-    peaks = [getattr(phase.memory, instrument).value for phase in trainer.phases.phases]
-    known = {"memory_bytes": getattr(training, instrument).value, "peak_bytes": max(filter(None, peaks), default=None)}
+    held = memory_reading("memory_bytes", training, device).value
+    peaks = (memory_reading("memory_bytes", phase.memory, device).value for phase in trainer.phases.phases)
+    memory = {"memory_bytes": held, "peak_bytes": max(filter(None, peaks), default=None)}
     values = {
         "epoch_train_s": epoch.train_s,
         "epoch_loss": epoch.loss,
         **{f"epoch_losses/{name}": value for name, value in epoch.losses.items()},
         "epoch_valid_recall_10": epoch.valid_recall_10,
         "epoch_valid_ndcg_10": epoch.valid_ndcg_10,
-        **{name: value for name, value in known.items() if value is not None},
+        **{name: value for name, value in memory.items() if value is not None},
     }
     return json.dumps({"epoch": epoch.index, "values": values})
 
