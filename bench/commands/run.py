@@ -21,7 +21,7 @@ def run(
     settings: Settings = None,
     methods_path: MethodsPath = None,
     store: Store = None,
-    time_limit: Annotated[float | None, typer.Option(help="Time limit of a cell in seconds.")] = None,
+    time_limit: Annotated[float | None, typer.Option(metavar="SECONDS", help="Time limit of a cell.")] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Short for --set training.compile=true.")] = False,
     cuda_graphs: Annotated[
         bool, typer.Option("--cuda-graphs", help="Short for --set training.cuda_graphs=true.")
