@@ -59,6 +59,11 @@ def problem(error: ValidationError, model: type[BaseModel]) -> str:
     field, message, kind = first_problem(error)
     if kind == "extra_forbidden":
         message = "no such setting" + _hint(_keys(field), model)
+    elif kind == "model_type":
+        below = [*_keys(field), ""]
+        message = "this is a table" + _hint(below, model)
+    elif kind == "tuple_type":
+        message = "this is a list, in square brackets"
     return f"{field or 'the matrix'}: {message}"
 
 
