@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import html
 import os
+import re
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -20,9 +21,9 @@ import pandas as pd
 from tpme.bench.record import write_atomically
 from tpme.reports.board_html import BoardGroup, BoardRow, group_html, leaders
 from tpme.reports.data.load import Recorded, read_every, to_frame, with_quality
-from tpme.reports.data.section import make_section
+from tpme.reports.data.section import Section, make_section
 from tpme.reports.data.tpme import DEFAULT
-from tpme.reports.data.trials import Group, Line, lines_of, names, split
+from tpme.reports.data.trials import Group, Line, lines_of, names, shorten_path, split
 
 
 def write_board(paths: Iterable[Path | str], out: Path) -> Path:
@@ -71,20 +72,32 @@ def _groups(every: Sequence[Recorded], out: Path) -> list[BoardGroup]:
     }
     current = {path for section in sections.values() for path in section.cells["path"][section.cells["selected"]]}
     past = split(_history(every, out, current))
-    groups = []
-    for number, (name, group) in enumerate(zip(names(past), past, strict=True), start=1):
-        rows: dict[str, list[Line]] = {}
-        for line in lines_of(group.cells.sort_values("started_at", kind="stable")):
-            rows.setdefault(line["row"], []).append(line)
-        section = sections.get(_key(group))
-        anchors = {row: f"g{number}r{place}" for place, row in enumerate(rows, start=1)}
-        row_of = dict(zip(group.cells["path"], group.cells["row"], strict=True))
-        firsts = section.firsts() if section else {}
-        known = {row: anchors[row_of[str(first.path)]] for row, first in firsts.items()}
-        order = [*dict.fromkeys(row_of[str(first.path)] for first in firsts.values()), *rows]
-        listed = (BoardRow(row, anchors[row], tuple(rows[row])) for row in dict.fromkeys(order))
-        groups.append(BoardGroup(section.name if section else name, f"g{number}", section, tuple(listed), known))
+    groups = [
+        _group(number, title, group, sections.get(_key(group)))
+        for number, (title, group) in enumerate(zip(_titles(past), past, strict=True), start=1)
+    ]
     return sorted(groups, key=lambda group: group.newest, reverse=True)
+
+
+def _group(number: int, title: str, group: Group, section: Section | None) -> BoardGroup:
+    """One group of all records; rows of the section come first, in its order."""
+    rows: dict[str, list[Line]] = {}
+    for line in lines_of(group.cells.sort_values("started_at", kind="stable")):
+        rows.setdefault(line["row"], []).append(line)
+    row_of = dict(zip(group.cells["path"], group.cells["row"], strict=True))
+    firsts = section.firsts() if section else {}
+    current = {name: row_of[str(first.path)] for name, first in firsts.items()}
+    order = dict.fromkeys([*current.values(), *rows])
+    listed = {row: BoardRow(row, f"g{number}r{place}", tuple(rows[row])) for place, row in enumerate(order, start=1)}
+    newest = {name: listed[row] for name, row in current.items()}
+    return BoardGroup(title, f"g{number}", section, tuple(listed.values()), newest)
+
+
+def _titles(groups: Sequence[Group]) -> list[str]:
+    """The names of groups without revisions of encoders, unless they tell groups apart."""
+    whole = [shorten_path(name) for name in names(groups)]
+    short = [re.sub(r"@[0-9a-f]{7,40}\b", "", name) for name in whole]
+    return short if len(set(short)) == len(set(whole)) else whole
 
 
 def _key(group: Group) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from math import isnan, nan
 from tpme.bench.quantities import MISSING, quantity
 from tpme.reports.data.answer import answer, best_rows
 from tpme.reports.data.section import Section
-from tpme.reports.data.trials import Line, shorten_path
+from tpme.reports.data.trials import Line
 from tpme.reports.history import CHARTED, chart, places
 
 SHOWN = {
@@ -46,17 +46,13 @@ class BoardGroup:
     section: Section | None
     """The newest records; None where a group is in none of the last matrices."""
     rows: tuple[BoardRow, ...]
-    anchors: Mapping[str, str]
-    """The anchor of each row of the section."""
-
-    def row(self, name: str) -> BoardRow:
-        """The history of a row of the section."""
-        return next(row for row in self.rows if row.anchor == self.anchors[name])
+    row_of: Mapping[str, BoardRow]
+    """The history of each row of the section."""
 
     @property
     def newest(self) -> str:
         """When its newest record was started."""
-        return max(line["started_at"] for row in self.rows for line in row.records)
+        return max(str(line["started_at"]) for row in self.rows for line in row.records)
 
 
 # --- who leads -----------------------------------------------------------------------------------------------
@@ -72,7 +68,7 @@ def leaders(groups: Sequence[BoardGroup]) -> str:
             count = sum(len(row.records) for row in group.rows)
             cells = [*_leads(group, group.section), f"{group.newest[:10]}{_small(f'{count:,} records')}"]
             fields = "".join(f'<td data-head="{head}">{cell}</td>' for head, cell in zip(HEADS[1:], cells, strict=True))
-            name = html.escape(shorten_path(group.name))
+            name = html.escape(group.name)
             lines.append(f'<tr><th scope="row"><a href="#{group.anchor}">{name}</a></th>{fields}</tr>')
     return _table("leaders", [f'<th scope="col">{head}</th>' for head in HEADS], lines)
 
@@ -96,7 +92,8 @@ def _lead(group: BoardGroup, section: Section, key: str, rows: Sequence[str], ti
     unit, scale = quantity(SHOWN[key]).scale([_number(section.lines[rows[0]], key)])
     value = _value(group, section, rows[0], key, scale)
     more = _small(f"{len(rows) - 1} more {tied}") if len(rows) > 1 else ""
-    return f"{html.escape(rows[0])}: {value}{' ' + unit if unit else ''}{more}"
+    before, after = "TPME&nbsp;" if key == "tpme" else "", f"&nbsp;{unit}" if unit else ""
+    return f"{html.escape(rows[0])}: {before}{value}{after}{more}"
 
 
 def _small(text: str) -> str:
@@ -112,9 +109,8 @@ def _value(group: BoardGroup, section: Section, row: str, key: str, scale: float
     number = _number(section.lines[row], key)
     if isnan(number):
         return MISSING
-    anchor = group.anchors[row]
-    newest = [line["link"] for line in group.row(row).records if line["latest"]]
-    link = newest[0] if len(newest) == 1 else f"#{anchor}"
+    newest = [line["link"] for line in group.row_of[row].records if line["latest"]]
+    link = newest[0] if len(newest) == 1 else f"#{group.row_of[row].anchor}"
     return f'<a href="{html.escape(link)}">{quantity(SHOWN[key]).format(number / scale)}</a>'
 
 
@@ -123,7 +119,7 @@ def _value(group: BoardGroup, section: Section, row: str, key: str, scale: float
 
 def group_html(group: BoardGroup) -> str:
     """Heading, the answer in sentences, table of the newest rows, charts of their history and lists of records."""
-    parts = [f'<h2 id="{group.anchor}">{html.escape(shorten_path(group.name))}</h2>']
+    parts = [f'<h2 id="{group.anchor}">{html.escape(group.name)}</h2>']
     if group.section is None:
         parts.append("<p>In none of the last matrices: history alone.</p>")
     else:
@@ -142,6 +138,7 @@ def group_html(group: BoardGroup) -> str:
         charts = "".join(chart(key, row.name, found) for key in CHARTED)
         parts.append(f'<h4><a href="#{row.anchor}">{html.escape(row.name)}</a></h4><div class="charts">{charts}</div>')
     parts.append("<h3>Records</h3>")
+    parts.append('<p class="soft">Of a search over learning rates the selected trial alone, in each version.</p>')
     parts += [_records(row) for row in group.rows]
     return "\n".join(parts)
 
@@ -166,9 +163,9 @@ def _rows(group: BoardGroup, section: Section) -> str:
         cells = [_value(group, section, name, key, scale) for key, (_, scale) in scales.items()]
         rank = MISSING if isnan(line["tpme_rank"]) else f"{line['tpme_rank']:.0f}"
         cells += [rank if line["status"] == "ok" else html.escape(line["status"]), str(line["seeds_ok"])]
-        newest = max(item["started_at"] for item in group.row(name).records)[:10]
+        newest = max(item["started_at"] for item in group.row_of[name].records)[:10]
         fields = "".join(f'<td class="num">{cell}</td>' for cell in cells)
-        head = f'<th scope="row"><a href="#{group.anchors[name]}">{html.escape(name)}</a></th>'
+        head = f'<th scope="row"><a href="#{group.row_of[name].anchor}">{html.escape(name)}</a></th>'
         lines.append(f"<tr>{head}{fields}<td>{newest}</td></tr>")
     return _table("rows", heads, lines)
 
@@ -194,7 +191,8 @@ def _records(row: BoardRow) -> str:
         lines.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
     table = _table("records", [f'<th scope="col">{html.escape(head)}</th>' for head in heads], lines)
     count = f"{len(row.records)} record{'' if len(row.records) == 1 else 's'}"
-    return f'<details><summary>{html.escape(row.name)} <span class="soft">{count}</span></summary><div id="{row.anchor}">{table}</div></details>'
+    head = f'{html.escape(row.name)} <span class="soft">{count}</span>'
+    return f'<details><summary>{head}</summary><div id="{row.anchor}">{table}</div></details>'
 
 
 def _readings(line: Line, scales: Mapping[str, tuple[str, float]]) -> Iterator[str]:

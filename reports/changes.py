@@ -17,8 +17,10 @@ from tpme.bench.quantities import COSTS
 from tpme.reports.data.metrics import bootstrap_means
 from tpme.reports.data.ranks import METRICS, load_ranks
 from tpme.reports.data.resampling import DRAWS, draw
-from tpme.reports.data.section import Section, repeats_of
+from tpme.reports.data.section import Section
 from tpme.reports.data.stats import Floats, holm, interval, paired
+from tpme.reports.data.summary import repeats_of
+from tpme.reports.data.ties import RunNoise
 from tpme.reports.data.trials import Line
 from tpme.reports.gate.measures import counters
 
@@ -82,8 +84,8 @@ class SectionPair:
     b: Section
     differs: Mapping[str, tuple[str, str]]
     """Columns of ``GROUP``, and packages, that differ."""
-    noise: Mapping[str, float]
-    """Relative distance of two runs of the same cell, by quantity, where it is known."""
+    noise: RunNoise
+    """How much two runs of one cell differ."""
     rows: tuple[RowPair, ...] = ()
     only_a: tuple[str, ...] = ()
     only_b: tuple[str, ...] = ()
@@ -92,13 +94,9 @@ class SectionPair:
 # --- costs and counters --------------------------------------------------------------------------------------
 
 
-def noise_of(a: Section, b: Section) -> dict[str, float]:
-    """The noise floor of the device by quantity, the larger of what A and B know."""
-    noise: dict[str, float] = {}
-    for key, name in zip(MEASURED, ("noise_time_ratio", "noise_memory_ratio", "noise_memory_ratio"), strict=True):
-        known = [value for section in (a, b) if (value := section.counter(name)) is not None]
-        noise |= {key: max(known)} if known else {}
-    return noise
+def noise_of(a: Section, b: Section) -> RunNoise:
+    """The larger noise of the two sides; that of the device where one measured it."""
+    return max(a.noise, b.noise, key=lambda noise: (noise.source == "doctor", noise.time))
 
 
 def row_pair(pair: SectionPair, a: str, b: str, differs: Mapping[str, tuple[str, str]]) -> RowPair:
@@ -116,18 +114,32 @@ def _costs(pair: SectionPair, row: RowPair) -> Iterator[Change]:
     lines = pair.a.lines[row.a], pair.b.lines[row.b]
     draws = _draws("A", pair.a, row.a), _draws("B", pair.b, row.b)
     for key in (*COSTS, "peak_bytes"):
-        a, b = (float(line.get(key, np.nan)) for line in lines)
+        a, b = (float(line[key]) for line in lines)
         if np.isnan(a) and np.isnan(b):
             continue
         reason = _unlike(pair, {"device_key": "device", **TASK}) if key in MEASURED else None
         reason = reason or _doubt(lines, key)
         if reason is not None:
-            known = (None if np.isnan(value) else value for value in (a, b))
-            yield Change(key, *known, outcome="not compared", reason=reason)
+            yield Change(key, _or_none(a), _or_none(b), "not compared", reason=reason)
         elif key in MEASURED:
-            yield _ratio(key, a, b, (draws[0].get(key), draws[1].get(key)), min(row.seeds) > 1, pair.noise.get(key))
+            floor = _floor(pair.noise, key, row.seeds)
+            yield _ratio(key, a, b, (draws[0].get(key), draws[1].get(key)), min(row.seeds) > 1, floor)
         else:
             yield _exact(key, a, b)
+
+
+def _floor(noise: RunNoise, key: str, seeds: tuple[int, int]) -> float | None:
+    """Below which relative difference rows are not told apart; None where that is not known.
+
+    Where it is the spread over seeds, rows with several seeds on both sides need none: their interval holds it.
+    """
+    if not noise.source or (noise.source == "seeds" and min(seeds) > 1):
+        return None
+    return noise.time if key == "epoch_time_s" else noise.memory
+
+
+def _or_none(value: float) -> float | None:
+    return None if np.isnan(value) else value
 
 
 def _doubt(lines: tuple[Line, Line], key: str) -> str | None:
@@ -148,12 +160,11 @@ def _draws(side: str, section: Section, row: str) -> dict[str, Floats]:
     drawn = draw(name, repeats)
     draws = {"epoch_time_s": drawn[:, 0]} if repeats.several else {}
     cells = section.cells
-    peaks = cells.get("peak_bytes", cells["memory_bytes"])[
-        (cells["row"] == row) & cells["selected"] & (cells["status"] == "ok")
-    ]
+    finished = (cells["row"] == row) & cells["selected"] & (cells["status"] == "ok")
+    peaks = cells["peak_bytes"][finished].to_numpy(dtype=np.float64)
     if len(peaks) > 1:
         chosen = np.random.default_rng(zlib.crc32(name.encode())).integers(len(peaks), size=(DRAWS, len(peaks)))
-        draws |= {"memory_bytes": drawn[:, 2], "peak_bytes": peaks.to_numpy(dtype=np.float64)[chosen].max(axis=1)}
+        draws |= {"memory_bytes": drawn[:, 2], "peak_bytes": peaks[chosen].max(axis=1)}
     return draws
 
 

@@ -146,15 +146,23 @@ def _ends(pair: SectionPair) -> Iterator[str]:
 def _trust(pair: SectionPair) -> Iterator[str]:
     """What the intervals cover."""
     if any(change.low is not None for key in MEASURED for _, change in _rows(pair, key)):
-        text = "Intervals of costs: 95 % bootstrap over the seeds and the epochs after warm-up"
-        known = [f"{quantity(key).header} ±{100 * pair.noise[key]:.2g} %" for key in MEASURED if key in pair.noise]
-        text += f"; a difference within the noise between runs ({', '.join(known)}) is not told apart" if known else ""
-        yield f"{text}. A and B ran at different times: no interval covers what else the machine did then."
+        yield (
+            f"Intervals of costs: 95 % bootstrap over seeds and the epochs after warm-up. {_noise(pair)} A and B ran at "
+            "different times: no interval covers what else the machine did then."
+        )
     if any(change.p is not None for key in QUALITIES for _, change in _rows(pair, key)):
         yield (
             "Quality: difference over the same users with its 95 % bootstrap interval; told apart by the paired "
             "randomisation test with Holm's correction over the rows. Another seed may move it further."
         )
+
+
+def _noise(pair: SectionPair) -> str:
+    if not pair.noise.source:
+        return "How much two runs differ was not measured (tpme doctor --noise), so one run against another is unclear."
+    what = pair.noise.text
+    where = "" if pair.noise.source == "doctor" else " where a side ran once"
+    return f"{what[0].upper()}{what[1:]}; nearer rows are not told apart{where}."
 
 
 def _rows(pair: SectionPair, key: str) -> Rows:
@@ -245,7 +253,7 @@ def to_json(sets: TwoSets) -> str:
             "a": {"name": pair.a.name, **pair.a.group.key},
             "b": {"name": pair.b.name, **pair.b.group.key},
             "differs": pair.differs,
-            "noise_ratio": pair.noise,
+            "noise": asdict(pair.noise),
             "rows": [
                 {
                     "row": row.a,

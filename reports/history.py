@@ -91,14 +91,15 @@ def _known(line: Line, key: str) -> bool:
 
 def _turns(history: Sequence[Place], across: Sequence[float], base: float) -> list[str]:
     """Dashed lines where the code changed, and labels of evenly spread places."""
-    stride = max(1, math.ceil((len(history) - 1) / (LABELLED - 1)))
-    labelled = {*range(0, len(history) - stride // 2, stride), len(history) - 1}
+    last = len(history) - 1
+    stride = max(1, math.ceil(last / (LABELLED - 1)))
+    labelled = {*range(0, last - stride + 1, stride), last}
     parts = []
     for index, (place, x) in enumerate(zip(history, across, strict=True)):
         if index and place.code != history[index - 1].code:
             parts.append(f'<line class="turn" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{base}"/>')
         if index in labelled:
-            anchor = "middle" if 0 < index < len(history) - 1 else "end" if index else "start"
+            anchor = "middle" if 0 < index < last else "end" if index else "start"
             for offset, text in ((13, place.day), (25, place.code)):
                 parts.append(f'<text x="{x:.1f}" y="{base + offset}" text-anchor="{anchor}">{html.escape(text)}</text>')
     return parts
