@@ -94,7 +94,7 @@ class SectionPair:
 # --- costs and counters --------------------------------------------------------------------------------------
 
 
-def noise_of(a: Section, b: Section) -> RunNoise:
+def larger_noise(a: Section, b: Section) -> RunNoise:
     """The larger noise of the two sides; that of the device where one measured it."""
     return max(a.noise, b.noise, key=lambda noise: (noise.source == "doctor", noise.time))
 
@@ -200,8 +200,11 @@ def _counters(pair: SectionPair, row: RowPair) -> Iterator[Change]:
     """The exact counters that both sides know and that differ."""
     a, b = counters(pair.a.behind[row.a][0]), counters(pair.b.behind[row.b][0])
     same_task = _unlike(pair, TASK) is None
+    told = {"trainable_parameters"}  # P
+    if all(side.get("trainable_parameters_max") == side.get("trainable_parameters") for side in (a, b)):
+        told.add("trainable_parameters_max")
     for key, value in a.items():
-        if key != "trainable_parameters" and b.get(key, value) != value and (same_task or key in OF_MODEL):
+        if key not in told and b.get(key, value) != value and (same_task or key in OF_MODEL):
             yield _exact(key, value, b[key])
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
-from tpme.reports.changes import SectionPair, noise_of, row_pair, with_quality
+from tpme.reports.changes import SectionPair, larger_noise, row_pair, with_quality
 from tpme.reports.data.section import Section
 from tpme.reports.data.trials import GROUP, Line, lines_of
 from tpme.reports.report import make_report
@@ -59,7 +59,7 @@ def _apart(a: Section, b: Section) -> tuple[bool, ...]:
 
 def _pair(a: Section, b: Section, single: bool) -> SectionPair:
     differs = {key: (a.group.key[key], b.group.key[key]) for key in GROUP if a.group.key[key] != b.group.key[key]}
-    pair = SectionPair(a, b, differs | _other_packages(a, b), noise_of(a, b))
+    pair = SectionPair(a, b, differs | _other_packages(a, b), larger_noise(a, b))
     heads = _heads(a), _heads(b)
     matched = list(zip(a.lines, b.lines, strict=True)) if single else _matched(*heads)
     rows = tuple(row_pair(pair, i, j, _settings_apart(heads[0][i], heads[1][j])) for i, j in matched)

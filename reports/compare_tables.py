@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 
@@ -18,12 +19,12 @@ from tpme.reports.tables.terminal import to_terminal
 
 SHOWN = (*COSTS, "peak_bytes", *QUALITIES)
 """The quantities with a sentence and a table each."""
+IN_NAMES = ("device_key", "dataset", "protocol", "precision")
+"""Columns of ``GROUP`` that the name of a group holds."""
 NAMED = 3
 """Number of rows that a sentence names."""
-WORDS: dict[str, dict[Outcome, str]] = {
-    "epoch_time_s": {"lower": "faster", "higher": "slower"},
-    **{name: {"lower": "less", "higher": "more"} for name in ("trainable_millions", "memory_bytes", "peak_bytes")},
-}
+MOVES: tuple[Outcome, ...] = ("lower", "higher")
+WORDS: dict[str, dict[Outcome, str]] = {"epoch_time_s": {"lower": "faster", "higher": "slower"}}
 """How B is called; otherwise by its outcome."""
 STILL: dict[Outcome, str] = {
     "equal": "the same",
@@ -41,8 +42,8 @@ def word(change: Change) -> str:
 
 
 def effect(change: Change, bounds: bool = True) -> str:
-    """``-12 % [-19, -4]``, ``× 4.2 [3.9, 4.6]`` for a ratio beyond 2, ``+0.0123 [+0.001, +0.02]`` for a quality."""
-    if change.effect is None:
+    """``-12 % [-19, -4]``, ``×4.2 [×3.9, ×4.6]`` for a ratio beyond 2, ``+0.0123 [+0.001, +0.02]`` for a quality."""
+    if change.effect is None or change.outcome == "equal":
         return MISSING
     form, unit = _form(change)
     text = form(change.effect) + unit
@@ -73,20 +74,17 @@ def sentences(pair: SectionPair) -> list[str]:
 
 
 def _differences(pair: SectionPair) -> Iterator[str]:
-    other = [
-        f"{name.replace('_', ' ')} {shorten_path(a)} in A, {shorten_path(b)} in B"
-        for name, (a, b) in pair.differs.items()
-    ]
+    hidden = {*IN_NAMES, *(["dataset_fingerprint"] if "dataset" in pair.differs else [])}
+    other = [_both(name.replace("_", " "), a, b) for name, (a, b) in pair.differs.items() if name not in hidden]
     if other:
         yield f"Differs: {'; '.join(other)}."
-    rows: dict[str, list[str]] = {}
+    settings: dict[str, list[str]] = {}
     for row in pair.rows:
         for name, (a, b) in row.differs.items():
-            text = name if name == "code version" else _both(name, a, b)
-            rows.setdefault(text, []).append(row.a)
-    several = [f"{text} in {_count(names, pair)}" for text, names in rows.items()]
-    if several:
-        yield f"Differs in settings: {'; '.join(several)}."
+            settings.setdefault(name if name == "code version" else _both(name, a, b), []).append(row.a)
+    if settings:
+        texts = [f"{text} ({_count(names, pair)})" for text, names in settings.items()]
+        yield f"Differs in settings: {'; '.join(texts)}."
 
 
 def _both(name: str, a: str, b: str) -> str:
@@ -95,7 +93,7 @@ def _both(name: str, a: str, b: str) -> str:
 
 def _count(names: Sequence[str], pair: SectionPair) -> str:
     if len(names) == len(pair.rows):
-        return "every row" if len(names) > 1 else names[0]
+        return "all rows" if len(names) > 1 else names[0]
     return ", ".join(names) if len(names) <= NAMED else f"{len(names)} of {len(pair.rows)} rows"
 
 
@@ -105,32 +103,33 @@ def _sentence(pair: SectionPair, key: str) -> str | None:
     if not rows:
         return None
     name = _title(key)
-    parts = []
-    outcomes: tuple[Outcome, ...] = ("lower", "higher")
-    for outcome in outcomes:
-        moved = [(row, change) for row, change in rows if change.outcome == outcome]
-        if moved:
-            moved.sort(key=lambda item: item[1].effect or 0, reverse=outcome == "higher")
-            named = ", ".join(f"{row.a} {effect(change)}" for row, change in moved[:NAMED])
-            more = f" and {len(moved) - NAMED} more" if len(moved) > NAMED else ""
-            parts.append(f"B is {word(moved[0][1])} in {len(moved)} of {len(rows)} ({named}{more})")
-    for outcome, text in (
-        ("equal", "the same"),
-        ("not told apart", "not told apart"),
-        ("unclear", "unclear, for a side ran once"),
-    ):
-        count = sum(change.outcome == outcome for _, change in rows)
-        if count:
-            parts.append(f"{text} in {count}" if count < len(rows) else f"{text} in all {count}")
-    reasons: dict[str, int] = {}
-    for _, change in rows:
-        if change.reason:
-            reasons[change.reason] = reasons.get(change.reason, 0) + 1
-    parts += [
-        f"not compared in {count if count < len(rows) else f'all {count}'} ({reason})"
-        for reason, count in reasons.items()
-    ]
-    return f"{name}: {'; '.join(parts)}."
+    moved = [_moved(rows, outcome) for outcome in MOVES]
+    counts = Counter(STILL.get(change.outcome) or f"not compared ({change.reason})" for _, change in _still(rows))
+    order = [text for text in STILL.values() if text in counts]
+    still = [text + _of(counts[text], rows) for text in dict.fromkeys([*order, *counts])]
+    return f"{name}: {'; '.join([*filter(None, moved), *still])}."
+
+
+def _moved(rows: Rows, outcome: Outcome) -> str:
+    """The rows in which B is lower, or higher; the furthest of them by name."""
+    moved = [(row, change) for row, change in rows if change.outcome == outcome]
+    if not moved:
+        return ""
+    moved.sort(key=lambda item: item[1].effect or 0, reverse=outcome == "higher")
+    named = ", ".join(f"{row.a} {effect(change)}" for row, change in moved[:NAMED])
+    more = f" and {len(moved) - NAMED} more" if len(moved) > NAMED else ""
+    return f"B is {word(moved[0][1])}{_of(len(moved), rows)} ({named}{more})"
+
+
+def _still(rows: Rows) -> Rows:
+    return [(row, change) for row, change in rows if change.outcome not in MOVES]
+
+
+def _of(count: int, rows: Rows) -> str:
+    """ "in 2 of 10 rows", where there are several."""
+    if len(rows) == 1:
+        return ""
+    return f" in all {count} rows" if count == len(rows) else f" in {count} of {len(rows)} rows"
 
 
 def _ends(pair: SectionPair) -> Iterator[str]:
@@ -147,8 +146,8 @@ def _trust(pair: SectionPair) -> Iterator[str]:
     """What the intervals cover."""
     if any(change.low is not None for key in MEASURED for _, change in _rows(pair, key)):
         yield (
-            f"Intervals of costs: 95 % bootstrap over seeds and the epochs after warm-up. {_noise(pair)} A and B ran at "
-            "different times: no interval covers what else the machine did then."
+            f"Intervals of costs: 95 % bootstrap over seeds and the epochs after warm-up. {_noise(pair)} A and B ran "
+            "at different times: no interval covers what else the machine did then."
         )
     if any(change.p is not None for key in QUALITIES for _, change in _rows(pair, key)):
         yield (
