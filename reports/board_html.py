@@ -78,11 +78,11 @@ def _leads(group: BoardGroup, section: Section) -> Iterator[str]:
     yield _lead(group, section, "recall_10", good, "not told apart")
     among = ranks[ranks.index.isin(good)].dropna()
     cheapest = [str(name) for name in among.index[among == among.min()]]
-    yield _lead(group, section, "tpme", cheapest, "tied within noise")
+    yield _lead(group, section, "tpme", cheapest, "tied")
     for key, noise in (("epoch_time_s", section.noise.time), ("peak_bytes", section.noise.memory)):
         costs = section.summary.loc[section.compared, key].dropna().sort_values(kind="stable")
         tied = costs.index[costs <= costs.min() * (1 + noise)]
-        yield _lead(group, section, key, [str(name) for name in tied], "within noise")
+        yield _lead(group, section, key, [str(name) for name in tied], "tied")
 
 
 def _lead(group: BoardGroup, section: Section, key: str, rows: Sequence[str], tied: str) -> str:
@@ -126,20 +126,26 @@ def group_html(group: BoardGroup) -> str:
         said = answer(group.section)
         parts += [f"<p>{html.escape(text)}</p>" for text in (said.best, said.cheapest, said.trust)]
         parts.append(_rows(group, group.section))
-    history = [(row, places(row.records)) for row in group.rows]
-    several = [(row, found) for row, found in history if len(found) > 1]
-    if several:
-        parts.append("<h3>History</h3>")
-        parts.append(
-            '<p class="soft">A dot is a record, the line joins means; <span class="new">filled</span>: the newest. '
-            "Dashed: the code changed. A cross did not finish. Records of one day and version share a place.</p>"
-        )
-    for row, found in several:
-        charts = "".join(chart(key, row.name, found) for key in CHARTED)
-        parts.append(f'<h4><a href="#{row.anchor}">{html.escape(row.name)}</a></h4><div class="charts">{charts}</div>')
+    parts.append(_history(group))
     parts.append("<h3>Records</h3>")
     parts.append('<p class="soft">Of a search over learning rates the selected trial alone, in each version.</p>')
     parts += [_records(row) for row in group.rows]
+    return "\n".join(parts)
+
+
+def _history(group: BoardGroup) -> str:
+    """Charts of the rows that were measured on several days or in several versions."""
+    found = [(row, history) for row in group.rows if len(history := places(row.records)) > 1]
+    if not found:
+        return '<p class="soft">History: every row was measured on one day, in one version.</p>'
+    parts = [
+        "<h3>History</h3>",
+        '<p class="soft">A dot is a record, the line joins means; <span class="new">filled</span>: the newest. '
+        "Dashed: the code changed. A cross did not finish. Records of one day and version share a place.</p>",
+    ]
+    for row, history in found:
+        charts = "".join(chart(key, row.name, history) for key in CHARTED)
+        parts.append(f'<h4><a href="#{row.anchor}">{html.escape(row.name)}</a></h4><div class="charts">{charts}</div>')
     return "\n".join(parts)
 
 

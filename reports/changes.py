@@ -7,13 +7,14 @@ another protocol makes incomparable carries its reason; P and counters, equal on
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
 from tpme.bench.quantities import COSTS
+from tpme.reports.data.load import Recorded
 from tpme.reports.data.metrics import bootstrap_means
 from tpme.reports.data.ranks import METRICS, load_ranks
 from tpme.reports.data.resampling import DRAWS, draw
@@ -178,7 +179,7 @@ def _ratio(
     if a <= 0:
         return Change(key, a, b, "not compared", reason="A holds no positive value")
     ratio, low, high = b / a, None, None
-    if draws[0] is not None and draws[1] is not None:
+    if draws[0] is not None and draws[1] is not None and np.isfinite([*draws]).all():
         low, high = interval(draws[1] / draws[0])
         low, high = min(low, ratio), max(high, ratio)
     outcome: Outcome = "higher" if b > a else "lower"
@@ -220,19 +221,19 @@ def _unlike(pair: SectionPair, keys: Mapping[str, str]) -> str | None:
 def with_quality(pair: SectionPair, rows: tuple[RowPair, ...]) -> tuple[RowPair, ...]:
     """The rows with Recall@10 and NDCG@10: a paired test over users, whose gains are means over seeds."""
     changes: dict[str, list[Change]] = {row.a: list(row.changes) for row in rows}
-    reasons = {row.a: _unpaired(pair, row) for row in rows}
+    firsts = pair.a.firsts(), pair.b.firsts()
+    reasons = {row.a: _unlike(pair, TASK) or _unpaired(firsts[0][row.a], firsts[1][row.b]) for row in rows}
     for metric, key in zip(METRICS, QUALITIES, strict=True):
         gains = pair.a.gains[metric], pair.b.gains[metric]
         both = [row for row in rows if row.a in gains[0] and row.b in gains[1]]
         tested = [row for row in both if reasons[row.a] is None]
         apart = [gains[1][row.b] - gains[0][row.a] for row in tested]
         adjusted = holm([paired(difference) for difference in apart])
-        drawn = [bootstrap_means(difference[:, None], np.ones((len(difference), 1)))[:, 0] for difference in apart]
-        for row, difference, p, means in zip(tested, apart, adjusted, drawn, strict=True):
+        for row, difference, p, bounds in zip(tested, apart, adjusted, _intervals(apart), strict=True):
             a, b = float(gains[0][row.a].mean()), float(gains[1][row.b].mean())
             outcome: Outcome = "not told apart" if p >= LEVEL else "higher" if b > a else "lower"
             outcome = outcome if difference.any() else "equal"
-            changes[row.a].append(Change(key, a, b, outcome, float(difference.mean()), *interval(means), p))
+            changes[row.a].append(Change(key, a, b, outcome, float(difference.mean()), *bounds, p))
         for row in both:
             if reason := reasons[row.a]:
                 a, b = float(gains[0][row.a].mean()), float(gains[1][row.b].mean())
@@ -240,15 +241,19 @@ def with_quality(pair: SectionPair, rows: tuple[RowPair, ...]) -> tuple[RowPair,
     return tuple(replace(row, changes=tuple(changes[row.a])) for row in rows)
 
 
-def _unpaired(pair: SectionPair, row: RowPair) -> str | None:
-    """Why the users of a row are not paired."""
-    if reason := _unlike(pair, TASK):
-        return reason
-    targets = []
-    for section, name in ((pair.a, row.a), (pair.b, row.b)):
-        first = section.firsts()[name]
-        if any(flag.code == "random-weights" for flag in first.result.flags):
-            return "an encoder with random weights: its quality means nothing"
-        if (path := first.beside("ranks")) is not None:
-            targets.append(load_ranks(path).target)
-    return None if len(targets) < 2 or np.array_equal(targets[0], targets[1]) else "other test users or targets"
+def _intervals(apart: Sequence[Floats]) -> list[tuple[float, float]]:
+    """The 95 % bootstrap interval over users of the mean of each, rows of equally many users at once."""
+    bounds: dict[int, tuple[float, float]] = {}
+    for users in {len(difference) for difference in apart}:
+        alike = [place for place, difference in enumerate(apart) if len(difference) == users]
+        values = np.stack([apart[place] for place in alike], axis=1)
+        bounds |= dict(zip(alike, map(interval, bootstrap_means(values, np.ones_like(values)).T), strict=True))
+    return [bounds[place] for place in range(len(apart))]
+
+
+def _unpaired(*records: Recorded) -> str | None:
+    """Why the users of two rows are not paired, from a record of each."""
+    if any(flag.code == "random-weights" for recorded in records for flag in recorded.result.flags):
+        return "an encoder with random weights: its quality means nothing"
+    targets = [load_ranks(path).target for recorded in records if (path := recorded.beside("ranks"))]
+    return None if all(np.array_equal(targets[0], other) for other in targets) else "other test users or targets"

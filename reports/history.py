@@ -15,7 +15,7 @@ from tpme.bench.quantities import quantity
 from tpme.reports.data.trials import Line
 
 WIDTH, HEIGHT = 340, 150
-LEFT, RIGHT, TOP, BOTTOM = 44, 12, 24, 32
+LEFT, RIGHT, TOP, BOTTOM = 50, 12, 24, 32
 LABELLED = 4
 """Places with a label under the axis, at most."""
 CHARTED = ("epoch_time_s", "memory_bytes", "recall_10")
@@ -66,8 +66,8 @@ def chart(key: str, row: str, history: Sequence[Place]) -> str:
         f'<text class="head" x="0" y="12">{html.escape(what.label(unit))}</text>',
         f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{base}" y2="{base}"/>',
         f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{up(top):.1f}" y2="{up(top):.1f}"/>',
-        f'<text x="{LEFT - 6}" y="{base + 4}" text-anchor="end">0</text>',
-        f'<text x="{LEFT - 6}" y="{up(top) + 4:.1f}" text-anchor="end">{what.format(top / scale)}</text>',
+        f'<text x="{LEFT - 9}" y="{base + 4}" text-anchor="end">0</text>',
+        f'<text x="{LEFT - 9}" y="{up(top) + 4:.1f}" text-anchor="end">{what.format(top / scale)}</text>',
         *_turns(history, across, base),
         f'<polyline class="mean" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in means)}"/>',
     ]
