@@ -82,7 +82,7 @@ def _groups(every: Sequence[Recorded], out: Path) -> list[BoardGroup]:
 def _group(number: int, title: str, group: Group, section: Section | None) -> BoardGroup:
     """One group of all records; rows of the section come first, in its order."""
     rows: dict[str, list[Line]] = {}
-    for line in lines_of(group.cells.sort_values("started_at", kind="stable")):
+    for line in lines_of(group.cells.sort_values(["started_at", "seed"], kind="stable")):
         rows.setdefault(line["row"], []).append(line)
     row_of = dict(zip(group.cells["path"], group.cells["row"], strict=True))
     firsts = section.firsts() if section else {}

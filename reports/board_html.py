@@ -111,7 +111,8 @@ def _value(group: BoardGroup, section: Section, row: str, key: str, scale: float
         return MISSING
     newest = [line["link"] for line in group.row_of[row].records if line["latest"]]
     link = newest[0] if len(newest) == 1 else f"#{group.row_of[row].anchor}"
-    return f'<a href="{html.escape(link)}">{quantity(SHOWN[key]).format(number / scale)}</a>'
+    text = f"{number:.2f}" if key == "tpme" else quantity(SHOWN[key]).format(number / scale)
+    return f'<a href="{html.escape(link)}">{text}</a>'
 
 
 # --- a group -------------------------------------------------------------------------------------------------
