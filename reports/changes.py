@@ -179,8 +179,9 @@ def _ratio(
     if a <= 0:
         return Change(key, a, b, "not compared", reason="A holds no positive value")
     ratio, low, high = b / a, None, None
-    if draws[0] is not None and draws[1] is not None and np.isfinite([*draws]).all():
-        low, high = interval(draws[1] / draws[0])
+    known = [drawn for drawn in draws if drawn is not None and np.isfinite(drawn).all()]
+    if len(known) == 2:
+        low, high = interval(known[1] / known[0])
         low, high = min(low, ratio), max(high, ratio)
     outcome: Outcome = "higher" if b > a else "lower"
     if a == b:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +16,7 @@ from tpme.bench.record import Flag, Reading, Training, read_result
 from tpme.reports.compare import compare
 from tpme.reports.compare_tables import sentences, tables, to_json
 
+ROOT = Path(__file__).resolve().parents[2]
 SPREAD = (0.9, 1.0, 1.1)
 """Times of three seeds, relative."""
 
@@ -251,6 +255,20 @@ def test_json(two, monkeypatch, capsys):
     [time] = [change for change in group["rows"][0]["changes"] if change["key"] == "epoch_time_s"]
     assert (time["a"], time["b"], time["effect"], time["outcome"]) == (10, 12, 1.2, "unclear")
     assert content == json.loads(to_json(compare(two[0].root, two[1].root)))
+
+
+def test_what_the_documentation_shows_is_what_the_records_give(tmp_path):
+    """Line by line; three dots stand for lines that are left out."""
+    (tmp_path / "runs").symlink_to(ROOT / "results")
+    text = (ROOT / "docs" / "reports.md").read_text(encoding="utf-8")
+    command, shown = re.findall(r"```\n\$ (tpme compare .*)\n([^`]*)```", text)[0]
+    done = subprocess.run(
+        [sys.executable, "-m", "tpme.bench.cli", *command.split()[1:]],
+        cwd=tmp_path, env=os.environ | {"COLUMNS": "100"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    printed = "".join(f"{line.rstrip()}\n" for line in done.stdout.splitlines())
+    pattern = r"(.*\n)*?".join(map(re.escape, re.split(r"^\.\.\.\n", shown, flags=re.MULTILINE)))
+    assert re.fullmatch(pattern, printed), f"{command} prints now:\n{printed}"
 
 
 def test_bad_input_is_one_line_and_exit_code_2(two, tmp_path):
