@@ -9,7 +9,7 @@ import typer
 
 
 def board(
-    runs: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Run folders, or folders of run folders.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="DIR", help="Run folders, or folders of run folders.")],
     out: Annotated[Path, typer.Option(help="Folder for index.html.")] = Path("board"),
 ) -> None:
     """Write one page over many runs: who leads where, history over versions, every number linked to its record."""
