@@ -1,0 +1,140 @@
+"""The axes that a reader of the page can choose, and what every row has on each: value and bounds.
+
+The page computes TPME and the cost ratio itself, because they follow its weights; all else comes from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from math import isfinite, isnan
+from typing import Any
+
+import pandas as pd
+
+from tpme.bench.quantities import CUTOFFS, RANKING, quantity
+from tpme.bench.record import CellResult
+from tpme.reports.data.metrics import SPLIT_CUTOFF
+from tpme.reports.data.section import Section
+from tpme.reports.data.serving import inference_costs
+from tpme.reports.data.stats import LEVEL
+from tpme.reports.data.trials import Line, lines_of
+
+SEEDS, RUNS = "standard deviation over seeds", "quartiles of the timed runs"
+REPEATS, USERS = f"{100 * LEVEL:.0f} % interval over seeds and epochs", f"{100 * LEVEL:.0f} % interval over users"
+
+COMPUTED = {"tpme_percent": ("TPME", REPEATS)}
+"""Axes that the page computes: title, and what the bars at a point are."""
+COSTS = {
+    "epoch_time_s": ("Epoch training time T", REPEATS),
+    "memory_bytes": ("Training peak memory M", SEEDS),
+    "trainable_millions": ("Trainable parameters P", ""),
+    "flops": ("FLOPs of a training step", ""),
+    "energy_epoch_j": ("Epoch energy E", SEEDS),
+    "all_in_s": ("Time until trained, all included", SEEDS),
+    "time_to_best_s": ("Time to the best epoch", SEEDS),
+    "inference_flops": ("Inference: FLOPs of encoding an item", ""),
+    "inference_items_per_s": ("Inference: items encoded per second", RUNS),
+    "inference_user_s": ("Inference: time to serve a user", RUNS),
+}
+CUTS = {f"{k}": f"@{k}" for k in sorted(CUTOFFS, key=lambda k: k != SPLIT_CUTOFF)} | {
+    f"{SPLIT_CUTOFF}_warm": f"@{SPLIT_CUTOFF}, targets seen in training",
+    f"{SPLIT_CUTOFF}_cold": f"@{SPLIT_CUTOFF}, targets never seen in training",
+}
+METRICS = {f"{key}_{cut}": (name + words, USERS) for cut, words in CUTS.items() for key, name in RANKING.items()} | {
+    "valid_recall_10": ("Recall@10 in validation", "")
+}
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One quantity to plot."""
+
+    key: str
+    title: str
+    unit: str
+    scale: float
+    """Size of the unit in that of the values."""
+    better: int
+    """1 where more is better, -1 where less is."""
+    bars: str
+    """What the bars at a point are; empty where there are none."""
+
+
+class Axes:
+    """Axes with data of one section, for costs and for quality, and the values of its rows."""
+
+    def __init__(self, section: Section) -> None:
+        served = inference_costs(section.behind)
+        old = section.summary.reindex(columns=served.columns)  # records that hold a throughput alone
+        frame = section.summary.drop(columns=served.columns, errors="ignore").join(
+            served.reindex(old.index).fillna(old)
+        )
+        counted = section.counters(("forward_flops", "backward_flops"))
+        self._frame = frame.assign(flops=counted["forward_flops"] + counted["backward_flops"])
+        self._lines = dict(zip(section.lines, lines_of(self._frame), strict=True))
+        computed = [self._axis("tpme_percent", COMPUTED)] if section.frame is not None else []
+        self.costs = [*computed, *self._known(COSTS)]
+        self.metrics = self._known(METRICS)
+
+    def as_json(self) -> dict[str, list[dict[str, Any]]]:
+        """Those to choose across (``x``) and up (``y``)."""
+        return {"x": [asdict(axis) for axis in self.costs], "y": [asdict(axis) for axis in self.metrics]}
+
+    def values(self, name: str) -> dict[str, float | list[float]]:
+        """By key the value of a row, or ``[value, low, high]`` where bounds are known; nothing for what is missing."""
+        line = self._lines[name]
+        found: dict[str, float | list[float]] = {}
+        for axis in (*self.costs, *self.metrics):
+            value, bounds = _number(line, axis.key), _bounds(line, axis.key)
+            lower_bound = axis.key == "memory_bytes" and line["status"] == "oom"
+            if value is not None and not lower_bound:
+                found[axis.key] = [value, *bounds] if bounds else value
+        return found
+
+    def _known(self, axes: dict[str, tuple[str, str]]) -> list[Axis]:
+        return [self._axis(key, axes) for key in axes if self._frame.get(key, pd.Series(dtype=float)).notna().any()]
+
+    def _axis(self, key: str, axes: dict[str, tuple[str, str]]) -> Axis:
+        what = quantity(key)
+        unit, scale = what.scale(self._frame.get(key, pd.Series(dtype=float)))
+        better = 1 if what.better == "higher" or key in METRICS else -1
+        title, bars = axes[key]
+        return Axis(key, title, "millions" if unit == "M" else unit, scale, better, bars)
+
+
+def _bounds(line: Line, key: str) -> tuple[float, ...]:
+    low, high, spread = (_number(line, f"{key}_{end}") for end in ("low", "high", "sd"))
+    if low is not None and high is not None:
+        return low, high
+    return (line[key] - spread, line[key] + spread) if spread else ()
+
+
+def _number(line: Line, key: str) -> float | None:
+    value = line.get(key)
+    return None if value is None or isnan(value) else float(value)
+
+
+def learning(result: CellResult) -> dict[str, Any] | None:
+    """Loss, validation Recall@10 and seconds of training after every epoch; None for a cell without one.
+
+    ``best`` is the index of the best epoch from 0, ``starts`` are those at which a later training stage begins: its
+    loss may be another one.
+    """
+    epochs = result.epochs
+    if not epochs:
+        return None
+    best = [place for place, epoch in enumerate(epochs) if epoch.index == result.best_epoch]
+    return {
+        "loss": _short([epoch.loss for epoch in epochs]),
+        "recall": _short([epoch.valid_recall_10 for epoch in epochs]),
+        "time": _short(list(accumulate(epoch.train_s for epoch in epochs))),
+        "best": best[0] if best else None,
+        "starts": [i for i in range(1, len(epochs)) if epochs[i].stage != epochs[i - 1].stage],
+    }
+
+
+def _short(values: Sequence[float]) -> list[float | None]:
+    """Five digits each, which is finer than a screen."""
+    return [float(f"{value:.5g}") if isfinite(value) else None for value in values]
