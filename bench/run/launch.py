@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import re
 import signal
@@ -203,7 +204,7 @@ def run_matrix(
     )
     results = []
     with locked_run(run), _progress(console) as bars:
-        write_atomically(run / "matrix.json", (matrix.model_dump_json(indent=1) + "\n").encode())
+        _write_matrix(run, matrix, jobs)
         overall = bars.add_task("matrix", total=len(jobs), detail="")
         for job in jobs:
             attempts, result = latest_attempt(job.folder)
@@ -213,6 +214,16 @@ def run_matrix(
             results.append(result)
             bars.advance(overall)
     return results
+
+
+def _write_matrix(run: Path, matrix: MatrixFile, jobs: Sequence[Job]) -> None:
+    """Write what this folder runs now: ``matrix.json``, and the names of its cell folders, ``cells.json``.
+
+    Reports show these cells; the folders of earlier matrices and versions stay where they are.
+    """
+    names = list(dict.fromkeys(job.folder.name for job in jobs))
+    write_atomically(run / "cells.json", (json.dumps({"cells": names}, indent=1) + "\n").encode())
+    write_atomically(run / "matrix.json", (matrix.model_dump_json(indent=1) + "\n").encode())
 
 
 @contextlib.contextmanager
