@@ -19,6 +19,7 @@ from typing import Any
 import tomli_w
 
 from tpme.bench.record import Cell, CellResult, DatasetFacts
+from tpme.reports.data.answer import answer
 from tpme.reports.data.load import Recorded, load_samples, stretches, thin
 from tpme.reports.data.section import Section
 from tpme.reports.data.tpme import COLUMNS, Weights, members
@@ -30,7 +31,7 @@ from tpme.reports.tables.table import Table
 
 SCRIPTS = ("page", "page_table", "page_chart", "page_curves", "page_cell", "page_controls")
 """Parts of the script, in the order in which they run."""
-SPREADS = ("epoch_time_s_sd", "memory_bytes_sd", "memory_seen_bytes")
+SPREADS = ("epoch_time_s_sd", "memory_bytes_sd", "memory_seen_bytes", "peak_phase")
 CURVE_POINTS = 160
 
 
@@ -65,6 +66,9 @@ def _group(section: Section) -> dict[str, Any]:
     common = _common(_environment(first.result) for first in firsts.values())
     return {
         "name": section.name,
+        "answer": [shorten_path(text) for text in vars(answer(section)).values()],
+        "reference": section.reference,
+        "noise": vars(section.noise) | {"text": section.noise.text},
         "frame": None
         if frame is None
         else {name: [getattr(frame, name).min, getattr(frame, name).max] for name in COLUMNS},
@@ -95,6 +99,7 @@ def _row(section: Section, index: int, name: str, line: Line, usable: bool) -> d
         "baseline": bool(line["baseline"]),
         "usable": usable,
         **{key: value_of(line[key]) for key in (*SPREADS, "tpme_low", "tpme_high")},
+        "tpme_end": bool(line["tpme_end"]),
         "source": line["memory_source"],
         "seeds": int(line["seeds_ok"]),
         "notes": section.notes.marks[name],

@@ -11,8 +11,6 @@ from itertools import accumulate
 from math import isfinite, isnan
 from typing import Any
 
-import pandas as pd
-
 from tpme.bench.quantities import CUTOFFS, RANKING, quantity
 from tpme.bench.record import CellResult
 from tpme.reports.data.metrics import SPLIT_CUTOFF
@@ -24,11 +22,13 @@ from tpme.reports.data.trials import Line, lines_of
 SEEDS, RUNS = "standard deviation over seeds", "quartiles of the timed runs"
 REPEATS, USERS = f"{100 * LEVEL:.0f} % interval over seeds and epochs", f"{100 * LEVEL:.0f} % interval over users"
 
-COMPUTED = {"tpme_percent": ("TPME", REPEATS)}
-"""Axes that the page computes: title, and what the bars at a point are."""
+COMPUTED = ("tpme_percent", "cost_ratio")
 COSTS = {
+    "tpme_percent": ("TPME", REPEATS),
+    "cost_ratio": ("Cost ratio", ""),
     "epoch_time_s": ("Epoch training time T", REPEATS),
     "memory_bytes": ("Training peak memory M", SEEDS),
+    "peak_bytes": ("Whole-run peak memory", ""),
     "trainable_millions": ("Trainable parameters P", ""),
     "flops": ("FLOPs of a training step", ""),
     "energy_epoch_j": ("Epoch energy E", SEEDS),
@@ -42,6 +42,7 @@ CUTS = {f"{k}": f"@{k}" for k in sorted(CUTOFFS, key=lambda k: k != SPLIT_CUTOFF
     f"{SPLIT_CUTOFF}_warm": f"@{SPLIT_CUTOFF}, targets seen in training",
     f"{SPLIT_CUTOFF}_cold": f"@{SPLIT_CUTOFF}, targets never seen in training",
 }
+"""Title of each cost, and what the bars at a point are."""
 METRICS = {f"{key}_{cut}": (name + words, USERS) for cut, words in CUTS.items() for key, name in RANKING.items()} | {
     "valid_recall_10": ("Recall@10 in validation", "")
 }
@@ -74,9 +75,9 @@ class Axes:
         counted = section.counters(("forward_flops", "backward_flops"))
         self._frame = frame.assign(flops=counted["forward_flops"] + counted["backward_flops"])
         self._lines = dict(zip(section.lines, lines_of(self._frame), strict=True))
-        computed = [self._axis("tpme_percent", COMPUTED)] if section.frame is not None else []
-        self.costs = [*computed, *self._known(COSTS)]
-        self.metrics = self._known(METRICS)
+        offered = {"tpme_percent": section.frame is not None, "cost_ratio": section.reference is not None}
+        self.costs = [self._axis(key, COSTS) for key in COSTS if offered.get(key, self._has(key))]
+        self.metrics = [self._axis(key, METRICS) for key in METRICS if self._has(key)]
 
     def as_json(self) -> dict[str, list[dict[str, Any]]]:
         """Those to choose across (``x``) and up (``y``)."""
@@ -89,16 +90,16 @@ class Axes:
         for axis in (*self.costs, *self.metrics):
             value, bounds = _number(line, axis.key), _bounds(line, axis.key)
             lower_bound = axis.key == "memory_bytes" and line["status"] == "oom"
-            if value is not None and not lower_bound:
+            if value is not None and not lower_bound and axis.key not in COMPUTED:
                 found[axis.key] = [value, *bounds] if bounds else value
         return found
 
-    def _known(self, axes: dict[str, tuple[str, str]]) -> list[Axis]:
-        return [self._axis(key, axes) for key in axes if self._frame.get(key, pd.Series(dtype=float)).notna().any()]
+    def _has(self, key: str) -> bool:
+        return key in self._frame and bool(self._frame[key].notna().any())
 
     def _axis(self, key: str, axes: dict[str, tuple[str, str]]) -> Axis:
         what = quantity(key)
-        unit, scale = what.scale(self._frame.get(key, pd.Series(dtype=float)))
+        unit, scale = what.scale(self._frame.get(key, ()))
         better = 1 if what.better == "higher" or key in METRICS else -1
         title, bars = axes[key]
         return Axis(key, title, "millions" if unit == "M" else unit, scale, better, bars)

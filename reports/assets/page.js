@@ -87,11 +87,9 @@ function tpme(values, frame) {
 function compute() {
   const chosen = group().rows.filter((row) => state.rows.includes(row.name));
   const frame = frameOf(chosen);
-  const rows = group().rows.map((row) => ({ ...row, inside: chosen.includes(row), tpme: null, low: null, high: null, bound: null, rank: null, front: false }));
+  const rows = group().rows.map((row) => ({ ...row, inside: chosen.includes(row), tpme: null, low: null, high: null, bound: null, rank: null, tied: [], cost_ratio: costRatio(row), front: false }));
   if (frame) rows.forEach((row) => addTpme(row, frame));
-  const ranked = rows.filter((row) => known(row.tpme));
-  const near = (value) => Math.round(value * 1e12);
-  for (const row of ranked) row.rank = 1 + ranked.filter((other) => near(other.tpme) < near(row.tpme)).length;
+  if (frame) addRanks(rows.filter((row) => known(row.tpme)), frame);
   addFront(rows.filter((row) => row.inside));
   return rows;
 }
@@ -104,6 +102,29 @@ function addTpme(row, frame) {
   if (row.inside || row.status !== "oom" || !row.compared) return;
   const least = Object.fromEntries(Object.values(COSTS).map((key) => [key, row[key] ?? frame[key][0]]));
   row.bound = tpme({ ...least, memory_bytes: row.memory_seen_bytes ?? frame.memory_bytes[0] }, frame);
+}
+
+/* Ranks; a row nearer to the best row of a rank than noise may move them apart shares that rank (reports/data/ties.py). */
+function addRanks(ranked, frame) {
+  const near = (row) => Math.round(row.tpme * 1e12) / 1e12;
+  const noise = [group().noise.time, 0, group().noise.memory];
+  const reach = (a, b) => Object.values(COSTS).reduce((sum, key, i) => {
+    const [low, high] = frame[key];
+    return high > low ? sum + (state.weights[i] * noise[i] * Math.max(a[key], b[key])) / (high - low) : sum;
+  }, 0);
+  let best = null;
+  [...ranked].sort((a, b) => near(a) - near(b)).forEach((row, i) => {
+    if (!best || near(row) - near(best) > reach(best, row)) [best, row.rank] = [row, i + 1];
+    else row.rank = best.rank;
+  });
+  for (const row of ranked) row.tied = ranked.filter((other) => other !== row && other.rank === row.rank).map((other) => other.name);
+}
+
+/* The weighted geometric mean of T, P and M over those of the reference row (reports/data/ratios.py). */
+function costRatio(row) {
+  const base = group().rows.find(({ name }) => name === group().reference);
+  if (!base || !Object.values(COSTS).every((key) => known(row[key]))) return null;
+  return Math.exp(Object.values(COSTS).reduce((sum, key, i) => (state.weights[i] ? sum + state.weights[i] * Math.log(row[key] / base[key]) : sum), 0));
 }
 
 /* The Pareto front of the chart: rows that no other beats in both. */
@@ -133,18 +154,20 @@ const energy = (row, digits) => scaled(row.energy_epoch_j, [["kJ", 1e3], ["J", 1
 const usedMemory = (row, digits) => (row.status === "oom" && known(row.memory_seen_bytes) ? `≥ ${bytes(row.memory_seen_bytes, null, digits)}` : bytes(row.memory_bytes, row.memory_bytes_sd, digits));
 const quality = (row, key) => (known(row[key]) ? row[key].toFixed(4) : "–");
 const percent = (row) => (known(row.tpme) ? (100 * row.tpme).toFixed(2) : known(row.bound) ? `≥ ${(100 * row.bound).toFixed(2)}` : "–");
-const interval = (row, digits) => (known(row.low) ? `${(100 * row.low).toFixed(digits)}–${(100 * row.high).toFixed(digits)}` : "");
+const rankText = (row) => (known(row.rank) ? `${row.rank}${row.tied.length ? "=" : ""}` : "–");
+const peak = (row, digits) => (known(row.peak_bytes) ? `${bytes(row.peak_bytes, null, digits)} (${row.peak_phase})` : "–");
+const interval = (row, digits) => (row.tpme_end && row.inside && ownChoices() ? "end of scale" : known(row.low) ? `${(100 * row.low).toFixed(digits)}–${(100 * row.high).toFixed(digits)}` : "");
 const ranged = (row, key) => (known(row[key]) && known(row[`${key}_low`]) ? `${quality(row, key)} ± ${((row[`${key}_high`] - row[`${key}_low`]) / 2).toFixed(4)}` : quality(row, key));
 const footnotes = (row) => row.notes.map((mark) => group().footnotes[mark - 1]);
 
-/* A value with its unit and its bounds, as an axis names them. */
-function amount(axis, value) {
-  if (["GB", "MB"].includes(axis.unit)) return bytes(value, null, 4);
-  const text = group().axes.y.includes(axis) ? value.toFixed(4) : axis.key === "tpme_percent" ? value.toFixed(2) : number(value / axis.scale, 4);
-  return axis.unit ? `${text} ${axis.unit}` : text;
-}
+/* A value with its unit and, where known, its bounds: "0.2290 (0.2067–0.2513)", "56.3 ± 2.30 MB". */
 function amountOf(axis, row) {
   const [value, low, high] = [row[axis.key], row[`${axis.key}_low`], row[`${axis.key}_high`]];
-  if (!known(low) || low === high) return amount(axis, value);
-  return `${amount(axis, value)}, ${axis.bars.startsWith("standard") ? `± ${amount(axis, (high - low) / 2)}` : `${amount(axis, low)} to ${amount(axis, high)}`}`;
+  const bounded = known(low) && low !== high;
+  const deviation = bounded && axis.bars.startsWith("standard") ? (high - low) / 2 : null;
+  if (axis.key === "peak_bytes") return peak(row, 4);
+  if (["GB", "MB"].includes(axis.unit)) return bytes(value, deviation, 4);
+  const text = (one) => (group().axes.y.includes(axis) ? one.toFixed(4) : axis.key === "tpme_percent" ? one.toFixed(2) : number(one / axis.scale, 4));
+  const around = deviation !== null ? ` ± ${number(deviation / axis.scale, 2)}` : bounded ? ` (${text(low)}–${text(high)})` : "";
+  return `${text(value)}${around}${axis.unit && ` ${axis.unit}`}`;
 }

@@ -8,7 +8,7 @@ function detail(row) {
   if (row.notes.length) parts.push(part("Notes", ...footnotes(row).map((text, i) => make("p", { class: "notes" }, `${row.notes[i]} ${text}`))));
   for (const [title, entries] of Object.entries(rowNumbers(row))) if (entries.length) parts.push(part(title, pairs(title, entries)));
   if (row.learning) parts.push(part("Learning curve", ...CURVES.map((one) => panel([row], one, [320, 150, 11], "epochs", () => "mark-0"))));
-  if (Object.keys(cell.phases).length) parts.push(part(cell.curve.length ? "Phases and memory over time" : "Phases", timeline(cell)));
+  if (Object.keys(cell.phases).length) parts.push(part(cell.curve.length ? "Phases and memory over time" : "Phases", timeline(cell), cell.curve.length ? make("p", { class: "notes" }, "The curve holds what was in memory before the cell began, too; M and the whole-run peak leave that out.") : null));
   parts.push(part("Configuration", code("Configuration", cell.configuration)));
   parts.push(part("To repeat it", make("p", { class: "soft" }, `Save the configuration as cell.toml${cell.configuration.includes("\n# fill in") ? ", fill in what its first lines name" : ""}, then:`), code("Command", cell.command),
     make("p", { class: "soft" }, "With the same measured code that is the same cell. A method from a folder of your own needs ", make("code", {}, "--methods-path FOLDER"), ", too.")));
@@ -23,10 +23,10 @@ const pairs = (what, entries) => make("table", { class: "pairs", "aria-label": w
 /* Every known number of a row, with its unit and its spread; an axis says what the spread is. */
 function rowNumbers(row) {
   const { x, y } = group().axes;
-  const rank = known(row.rank) ? [["Rank by TPME", row.rank]] : [];
+  const rank = known(row.rank) ? [["Rank by TPME", row.tied.length ? `${row.rank}, tied within noise with ${row.tied.join(", ")}` : row.rank]] : [];
   if (known(row.bound)) rank.push(["TPME", `${percent(row)} %`]);
   if (row.status === "oom") rank.push(["Training peak memory M", usedMemory(row, 4)]);
-  const values = (axes) => axes.filter(({ key }) => known(row[key])).map((axis) => [axis.title, amountOf(axis, row)]);
+  const values = (axes) => axes.filter(({ key }) => known(row[key])).map((axis) => [titleOf(axis), amountOf(axis, row)]);
   return { Costs: [...rank, ...values(x), ["Memory read by", row.source], ["Finished seeds", row.seeds]], Quality: values(y) };
 }
 
@@ -39,6 +39,13 @@ function closeCell() {
 /* Kinds of phases in the order of their colours; every lane has a name, so colour is never the only cue. */
 const KINDS = ["train", "validate", "rank", "load", "cache", "adapt", "warmup", "export", "inference", "estimate", "search", "round", "prepare", "count", "probe"];
 
+/* What a phase does; words of a method's own phases are its own. */
+const DOES = {
+  load: "data and encoders are read", adapt: "the method enters the encoders", prepare: "the model is set up", cache: "the feature cache is built or read", warmup: "steps before the clock counts",
+  train: "training", validate: "validation after an epoch", rank: "the whole catalogue is ranked for the users", export: "the adapted model is written", inference: "serving is timed",
+  estimate: "the method estimates what to change", search: "the method searches", round: "a round of the method", count: "FLOPs and bytes are counted", probe: "the representation space is measured",
+};
+
 /* A lane with the name of each phase and, on the same time axis above them, the memory curve in bands of their colours. */
 function timeline({ phases, curve }) {
   const [left, right, top] = [62, 258, curve.length > 1 ? 124 : 0];
@@ -47,7 +54,7 @@ function timeline({ phases, curve }) {
   const last = Math.max(...Object.values(phases).flat(2), ...curve.map(([time]) => time)) || 1;
   const most = Math.max(1, ...curve.map(([, used]) => used));
   const x = (time) => left + (time / last) * (right - left);
-  const bands = (kind, y, tall) => phases[kind].map(([from, to]) => make("svg:rect", { class: `kind-${KINDS.indexOf(kind) % 7}`, x: x(from), y, width: Math.max(0.8, x(to) - x(from)), height: tall }, make("svg:title", {}, `${kind}, ${number(from)} to ${number(to)} s`)));
+  const bands = (kind, y, tall) => phases[kind].map(([from, to]) => make("svg:rect", { class: `kind-${KINDS.indexOf(kind) % 7}`, x: x(from), y, width: Math.max(0.8, x(to) - x(from)), height: tall }, make("svg:title", {}, `${kind}, ${number(from)} to ${number(to)} s: ${DOES[kind]}`)));
   const spent = (kind) => number(phases[kind].reduce((sum, [from, to]) => sum + to - from, 0));
   const summed = kinds.map((kind) => `${kind} ${spent(kind)} s`).join(", ");
   const drawn = make("svg:svg", { viewBox: `0 0 320 ${height + 16}`, class: "timeline", role: "img", "aria-label": top ? `Memory rises to ${bytes(most)} within ${number(last)} seconds. Phases: ${summed}` : `Phases: ${summed}` });
@@ -59,7 +66,7 @@ function timeline({ phases, curve }) {
   }
   kinds.forEach((kind, i) => {
     const y = top + 17 * i;
-    drawn.append(make("svg:line", { class: "grid", x1: left, x2: right, y1: y + 8, y2: y + 8 }), make("svg:text", { x: 0, y: y + 12 }, kind), ...bands(kind, y + 2, 12), make("svg:text", { class: "tick", x: right + 6, y: y + 12 }, `${spent(kind)} s`));
+    drawn.append(make("svg:line", { class: "grid", x1: left, x2: right, y1: y + 8, y2: y + 8 }), make("svg:text", { x: 0, y: y + 12 }, kind, make("svg:title", {}, DOES[kind])), ...bands(kind, y + 2, 12), make("svg:text", { class: "tick", x: right + 6, y: y + 12 }, `${spent(kind)} s`));
   });
   drawn.append(make("svg:text", { class: "tick", x: left, y: height + 12 }, "0"), make("svg:text", { class: "tick", x: right, y: height + 12, "text-anchor": "end" }, `${number(last)} s`));
   return drawn;

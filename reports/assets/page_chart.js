@@ -36,7 +36,8 @@ const isLog = (rows, key) => { const factor = factorOf(rows, key); return factor
 
 /* Rows that were left out are not drawn; reference rows are always. */
 const drawable = (rows) => rows.filter((row) => row.status === "ok" && (row.inside || row.baseline || !row.usable) && known(row[state.y]));
-const labelOf = (axis) => `${axis.title}${axis.unit ? ` (${axis.unit})` : ""}`;
+const titleOf = (axis) => (axis.key === "cost_ratio" ? `${axis.title} to ${group().reference}` : axis.title);
+const labelOf = (axis) => `${titleOf(axis)}${axis.unit ? ` (${axis.unit})` : ""}`;
 
 function emptyReason(rows, drawn, across, up) {
   if (!across || !up) return "These records hold no cost or no quality, so there is nothing to draw.";
@@ -102,7 +103,7 @@ function chartNote(drawn, shown, across, up) {
 
 /* The numbers of a row and its flags. */
 function summary(row) {
-  const place = known(row.rank) ? `Rank ${row.rank}, TPME ${percent(row)} %` : known(row.bound) ? `TPME ${percent(row)} %` : row.status === "ok" ? "no TPME" : `ended as ${row.status}`;
+  const place = known(row.rank) ? `Rank ${rankText(row)}, TPME ${percent(row)} %` : known(row.bound) ? `TPME ${percent(row)} %` : row.status === "ok" ? "no TPME" : `ended as ${row.status}`;
   return [
     row.name, place + (known(row.low) ? ` (95 %: ${interval(row, 2)})` : "") + (row.front ? ", on the Pareto front" : ""), `Recall@10 ${ranged(row, "recall_10")}, NDCG@10 ${ranged(row, "ndcg_10")}`,
     `T ${spread(row.epoch_time_s, row.epoch_time_s_sd, 4)} s, P ${number(row.trainable_millions, 4)} M, M ${usedMemory(row, 4)}${known(row.energy_epoch_j) ? `, E ${energy(row, 4)}` : ""}`, ...footnotes(row).map((text, i) => `${row.notes[i]} ${text}`),

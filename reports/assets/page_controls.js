@@ -5,14 +5,21 @@ function say(id, text) { if (byId(id).textContent !== text) byId(id).textContent
 function rankingText(chosen, ranked) {
   if (!chosen) return "No row is ticked, so there is no TPME.";
   if (!ranked.length) return "TPME compares rows, and one row alone has none.";
-  return `${chosen} rows compared; lowest TPME: ${ranked.filter((row) => row.rank === 1).map((row) => row.name).join(", ")}.`;
+  const [first, ...tied] = ranked.filter((row) => row.rank === 1).map((row) => row.name);
+  return `${chosen} rows compared; lowest TPME: ${first}${tied.length ? `, tied within noise: ${tied.join(", ")}` : ""}.`;
+}
+
+/* Three sentences of the report; they hold for its own choices. */
+function drawAnswer([best, cheapest, trust]) {
+  const details = make("a", { href: "#trust", onclick: (event) => { event.preventDefault(); byId("trust").scrollIntoView(); byId("trust").focus({ preventScroll: true }); } }, "Details");
+  byId("answer").replaceChildren(make("p", {}, best), make("p", {}, cheapest), make("p", {}, make("b", {}, "Trust: "), `${trust} `, details));
 }
 
 /* Axes that no row has are not offered. */
 function drawAxes(rows) {
   for (const which of ["x", "y"]) {
     const offered = group().axes[which].filter(({ key }) => key === state[which] || rows.some((row) => known(row[key])));
-    byId(which).replaceChildren(...offered.map((axis) => make("option", { value: axis.key }, axis.title)));
+    byId(which).replaceChildren(...offered.map((axis) => make("option", { value: axis.key }, titleOf(axis))));
     byId(which).value = state[which];
   }
   const shown = drawable(rows);
@@ -43,6 +50,7 @@ function draw() {
   const current = group();
   byId("group-name").textContent = current.name;
   byId("group").value = String(state.group);
+  drawAnswer(current.answer);
   state.weights.forEach((weight, i) => {
     const slider = byId(`weight-${AXES[i]}`);
     if (Number(slider.value) !== weight) slider.value = String(weight);
@@ -60,12 +68,12 @@ function draw() {
   drawTable(rows);
   drawCurves(rows);
   drawInference(current.inference);
-  const ranked = rows.filter((row) => known(row.rank)).sort((a, b) => a.rank - b.rank);
+  const ranked = rows.filter((row) => known(row.rank)).sort((a, b) => a.tpme - b.tpme);
   say("said", rankingText(rows.filter((row) => row.inside).length, ranked));
   byId("no-intervals").hidden = ownChoices() || !current.rows.some((row) => known(row.tpme_low));
-  byId("shared").replaceChildren(...current.shared.map((text) => make("li", {}, text)));
+  byId("shared").replaceChildren(...current.shared.map((text) => make("li", {}, text)), make("li", {}, `${current.noise.text[0].toUpperCase()}${current.noise.text.slice(1)}.`));
   const environment = Object.entries(current.environment);
-  byId("environment").replaceChildren(...(environment.length ? [make("h3", {}, "Where all cells ran"), pairs("Where all cells ran", environment)] : []));
+  byId("environment").replaceChildren(...(environment.length ? [make("p", { class: "notes" }, `Shared by all cells: ${environment.map(([key, value]) => `${key} ${value}`).join(", ")}.`)] : []));
   byId("footnotes").replaceChildren(...current.footnotes.map((text, i) => make("p", {}, `${i + 1} ${text}`)));
 }
 

@@ -6,7 +6,7 @@ function record(row) {
   return {
     method: row.name, tpme_rank: row.rank, tpme_percent: hundredfold(row.tpme), tpme_low_percent: hundredfold(row.low), tpme_high_percent: hundredfold(row.high),
     tpme_lower_bound_percent: hundredfold(row.bound), ...Object.fromEntries(judged), epoch_time_s: row.epoch_time_s, epoch_time_s_sd: row.epoch_time_s_sd, trainable_millions: row.trainable_millions,
-    memory_bytes: row.memory_bytes, memory_bytes_sd: row.memory_bytes_sd, memory_seen_bytes: row.memory_seen_bytes, memory_source: row.source, energy_epoch_j: row.energy_epoch_j,
+    memory_bytes: row.memory_bytes, memory_bytes_sd: row.memory_bytes_sd, memory_seen_bytes: row.memory_seen_bytes, memory_source: row.source, peak_bytes: row.peak_bytes, peak_phase: row.peak_phase, cost_ratio: row.cost_ratio, energy_epoch_j: row.energy_epoch_j,
     seeds_finished: row.seeds, status: row.status, footnotes: footnotes(row).join("; "),
   };
 }
@@ -14,20 +14,22 @@ function record(row) {
 /* A column that is the same for all rows says so under the table instead. */
 const COLUMNS = [
   { key: "name", title: "Method", help: "Open a method to see its cell" },
-  { key: "rank", title: "Rank", num: true, help: "Place by TPME, 1 is the cheapest", text: (row) => (known(row.rank) ? String(row.rank) : "–") },
+  { key: "rank", title: "Rank", num: true, help: "Place by TPME, 1 is the cheapest", text: rankText, hint: (row) => (row.tied.length ? `tied within noise with ${row.tied.join(", ")}` : null) },
   { key: "tpme", title: "TPME (%)\u00a0↓", num: true, better: -1, help: "Time, parameters and memory as one number", text: percent, value: (row) => (known(row.tpme) ? 100 * row.tpme : null) },
-  { key: "low", title: "95\u00a0%", num: true, help: "Interval of TPME over resamplings of seeds and epochs", text: (row) => interval(row, 1), needs: "tpme_low" },
+  { key: "low", title: "95\u00a0%", num: true, help: "Interval of TPME over resamplings of seeds and epochs", text: (row) => interval(row, 1), needs: (row) => known(row.tpme_low) || row.tpme_end },
+  { key: "cost_ratio", title: "Cost ratio\u00a0↓", num: true, better: -1, help: () => `T, P and M over those of ${group().reference}, weighted geometric mean`, text: (row) => number(row.cost_ratio), needs: () => group().reference },
   { key: "recall_10", title: "Recall@10\u00a0↑", num: true, better: 1, help: "Share of users whose next item is among the first ten", text: (row) => ranged(row, "recall_10") },
   { key: "ndcg_10", title: "NDCG@10\u00a0↑", num: true, better: 1, help: "As Recall@10, and higher places count more", text: (row) => ranged(row, "ndcg_10") },
   { key: "t", title: "Epoch time T\u00a0(s)\u00a0↓", num: true, better: -1, help: "Training time of an epoch", value: (row) => row.epoch_time_s, text: (row) => spread(row.epoch_time_s, row.epoch_time_s_sd) },
   { key: "p", title: "Trained P\u00a0(M)\u00a0↓", num: true, better: -1, help: "Trainable parameters, millions", value: (row) => row.trainable_millions, text: ({ trainable_millions: p }) => (known(p) ? (p >= 1e-3 ? p.toFixed(3) : number(p, 2)) : "–") },
   { key: "m", title: "Training memory\u00a0M\u00a0↓", num: true, better: -1, help: "Peak memory of training", value: (row) => row.memory_bytes, text: (row) => usedMemory(row) },
-  { key: "e", title: "Energy E\u00a0↓", num: true, better: -1, help: "Energy of a training epoch", value: (row) => row.energy_epoch_j, text: (row) => energy(row), needs: "energy_epoch_j" },
+  { key: "peak_bytes", title: "Whole-run peak\u00a0↓", num: true, better: -1, help: "Highest memory from loading to export, and the phase where it lies", text: (row) => peak(row), hint: (row) => (row.peak_phase ? `in the phase "${row.peak_phase}": ${DOES[row.peak_phase]}` : null), needs: (row) => known(row.peak_bytes) },
+  { key: "e", title: "Energy E\u00a0↓", num: true, better: -1, help: "Energy of a training epoch", value: (row) => row.energy_epoch_j, text: (row) => energy(row), needs: (row) => known(row.energy_epoch_j) },
   { key: "seeds", title: "Seeds", num: true, help: "Finished seeds", varies: true, text: (row) => String(row.seeds) },
   { key: "status", title: "Outcome", help: "How the runs ended", varies: true },
 ];
 const constant = (key) => new Set(group().rows.map((row) => row[key])).size === 1;
-const columns = () => COLUMNS.filter(({ key, needs, varies }) => (!needs || group().rows.some((row) => known(row[needs]))) && !(varies && constant(key)));
+const columns = () => COLUMNS.filter(({ key, needs, varies }) => (!needs || group().rows.some(needs)) && !(varies && constant(key)));
 const valueOf = (column, row) => (column.value ? column.value(row) : row[column.key]);
 
 /* ---- the table ---- */
@@ -50,7 +52,7 @@ function drawTable(rows) {
   head.replaceChildren(make("th", { scope: "col", class: "choose" }, "Compare"), ...columns().map((column) => {
     const active = state.sort === column.key;
     const arrow = active ? (state.down ? "\u00a0▼" : "\u00a0▲") : "";
-    const sort = make("button", { type: "button", "data-sort": column.key, title: column.help, onclick: () => change({ sort: column.key, down: active ? !state.down : column.better === 1 }, `[data-sort="${column.key}"]`) }, column.title + arrow);
+    const sort = make("button", { type: "button", "data-sort": column.key, title: typeof column.help === "function" ? column.help() : column.help, onclick: () => change({ sort: column.key, down: active ? !state.down : column.better === 1 }, `[data-sort="${column.key}"]`) }, column.title + arrow);
     return make("th", { scope: "col", class: column.num ? "num" : null, "aria-sort": active ? (state.down ? "descending" : "ascending") : "none" }, sort);
   }));
   const best = Object.fromEntries(COLUMNS.filter((column) => column.better).map((column) => {
@@ -84,7 +86,7 @@ function tableRow(row, best) {
   const line = make("tr", { "data-row": row.name }, make("td", { class: "choose" }, choose), ...columns().map((column) => {
     if (column.key === "name") return make("th", { scope: "row" }, open, marks, front);
     const value = valueOf(column, row);
-    return make("td", { class: [column.num ? "num" : "", known(value) && value === best[column.key] ? "best" : ""].join(" ").trim() || null, "data-key": column.key, "data-value": known(value) ? String(value) : "" }, column.text ? column.text(row) : String(value));
+    return make("td", { class: [column.num ? "num" : "", known(value) && value === best[column.key] ? "best" : ""].join(" ").trim() || null, "data-key": column.key, "data-value": known(value) ? String(value) : "", title: column.hint?.(row) }, column.text ? column.text(row) : String(value));
   }));
   return opened ? [line, make("tr", { class: "detail", id: `cell-${place}` }, make("td", { colspan: columns().length + 1 }, detail(row)))] : [line];
 }

@@ -16,7 +16,9 @@ from rich.console import Console
 from tpme.bench.record import EncoderSpec, Reading, cell_id, find_results, read_result
 from tpme.bench.run.launch import prepare_datasets
 from tpme.bench.run.matrix import MatrixFile, expand
-from tpme.reports.data.tpme import frame_of, tpme
+from tpme.reports.data.ratios import cost_ratios
+from tpme.reports.data.ties import tied_ranks
+from tpme.reports.data.tpme import COLUMNS, Weights, frame_of, tpme
 from tpme.reports.page import matrix_of
 from tpme.reports.report import make_report, write_report
 from tpme.reports.tables.results import results
@@ -77,7 +79,12 @@ def test_sliders_give_the_tpme_of_the_python_code(tab, section, moves):
     expected = tpme(compared, given).dropna()
     got = {name: value / 100 for name, value in shown(tab, "tpme").items()}
     assert got == pytest.approx(expected.to_dict(), abs=1e-9, rel=0)
-    assert shown(tab, "rank") == expected.round(12).rank(method="min").to_dict()
+    chosen = Weights(**dict(zip(("time", "parameters", "memory"), given, strict=True)))
+    ranks = tied_ranks(compared.assign(tpme=expected), chosen, section.frame, section.noise)
+    assert shown(tab, "rank") == ranks.dropna().to_dict()
+    ratios = cost_ratios(section.summary, section.reference, chosen)["cost_ratio"]
+    known = section.summary[list(COLUMNS)].notna().all(axis=1) & (section.summary["status"] != "oom")
+    assert shown(tab, "cost_ratio") == pytest.approx(ratios[known].to_dict(), rel=1e-9)
 
 
 @pytest.mark.parametrize("frame", ["own", "report"])
@@ -111,6 +118,7 @@ def test_times_and_memories_have_their_spread_over_seeds(tab, section):
 def test_intervals_of_tpme_are_shown_for_the_reports_own_choices_alone(tab, section):
     bounds = 100 * section.summary[["tpme_low", "tpme_high"]]
     expected = {str(name): f"{low:.1f}–{high:.1f}" for name, (low, high) in bounds.dropna().iterrows()}
+    expected |= dict.fromkeys(map(str, bounds.index[section.summary["tpme_end"]]), "end of scale")
     none = dict.fromkeys(names(tab), "")
     assert texts(tab, "low") == none | expected
     tab.check("input[name=frame][value=report]")  # the same frame by another name
@@ -169,12 +177,13 @@ def test_a_row_opens_its_cell(tab, section):
         assert text in detail
     told = dict(line.split("\t") for line in detail.splitlines() if "\t" in line)
     lora = section.summary.loc["lora"]
-    assert told["Recall@10"] == "{recall_10:.4f}, {recall_10_low:.4f} to {recall_10_high:.4f}".format(**lora)
-    assert told["Epoch training time T"] == "{:.2f} s, {:.2f} s to {:.2f} s".format(
-        *lora[["epoch_time_s", "epoch_time_s_low", "epoch_time_s_high"]]
-    )
-    assert told["Training peak memory M"] == f"{lora['memory_bytes'] / 1e9:.3f} GB, ± 8.000 MB"
-    assert told["TPME"] == "{:.2f} %, {:.2f} % to {:.2f} %".format(*(100 * lora[["tpme", "tpme_low", "tpme_high"]]))
+    assert told["Recall@10"] == "{recall_10:.4f} ({recall_10_low:.4f}–{recall_10_high:.4f})".format(**lora)
+    epoch = "{epoch_time_s:.2f} ({epoch_time_s_low:.2f}–{epoch_time_s_high:.2f}) s"
+    assert told["Epoch training time T"] == epoch.format(**lora)
+    assert told["Training peak memory M"] == f"{lora['memory_bytes'] / 1e9:.3f} ± 0.0080 GB"
+    assert told["Whole-run peak memory"] == f"{lora['peak_bytes'] / 1e9:.3f} GB (train)"
+    assert told["Cost ratio to fft"] == f"{lora['cost_ratio']:.4f}"
+    assert told["TPME"] == "{:.2f} ({:.2f}–{:.2f}) %".format(*(100 * lora[["tpme", "tpme_low", "tpme_high"]]))
     assert tab.get_attribute("button.open:text-is('lora')", "aria-expanded") == "true"
     assert tab.is_hidden("#tip")  # the numbers would cover what was opened
 
@@ -186,8 +195,8 @@ def test_the_memory_curve_lies_in_bands_of_its_named_phases(tab):
     )
     bands = tab.eval_on_selector_all(".timeline .bands > rect", drawn)
     assert [title.split(",")[0] for title, *_ in bands] == ["load", "train", "validate", "rank"]
-    assert bands[1][0] == "train, 0.500 to 76.9 s"
-    named = tab.eval_on_selector_all(".timeline > text:not(.tick)", "texts => texts.map(t => t.textContent)")
+    assert bands[1][0] == "train, 0.500 to 76.9 s: training"
+    named = tab.eval_on_selector_all(".timeline > text:not(.tick)", "texts => texts.map(t => t.firstChild.data)")
     assert named == ["load", "train", "validate", "rank"]
     assert tab.eval_on_selector_all(".timeline > rect", drawn) == bands  # a lane below each band
     assert len({colour for *_, colour in bands}) == 4
