@@ -133,6 +133,7 @@ function addFront(rows) {
   const [across, up] = [axisOf("x"), axisOf("y")];
   if (!across || !up) return;
   const judged = rows.filter((row) => known(row[across.key]) && known(row[up.key])).map((row) => ({ row, cost: -across.better * row[across.key], gain: up.better * row[up.key] }));
+  if (judged.length < 2) return;
   for (const one of judged) one.row.front = !judged.some((other) => other.cost <= one.cost && other.gain >= one.gain && (other.cost < one.cost || other.gain > one.gain));
 }
 
@@ -160,6 +161,7 @@ const interval = (row, digits) => (row.tpme_end && row.inside && ownChoices() ? 
 const ranged = (row, key) => (known(row[key]) && known(row[`${key}_low`]) ? `${quality(row, key)} ± ${((row[`${key}_high`] - row[`${key}_low`]) / 2).toFixed(4)}` : quality(row, key));
 const footnotes = (row) => row.notes.map((mark) => group().footnotes[mark - 1]);
 
+const grouped = (value) => (value >= 1e4 ? Number(value.toPrecision(4)).toLocaleString("en-US") : number(value, 4));
 /* A value with its unit and, where known, its bounds: "0.2290 (0.2067–0.2513)", "56.3 ± 2.30 MB". */
 function amountOf(axis, row) {
   const [value, low, high] = [row[axis.key], row[`${axis.key}_low`], row[`${axis.key}_high`]];
@@ -167,7 +169,7 @@ function amountOf(axis, row) {
   const deviation = bounded && axis.bars.startsWith("standard") ? (high - low) / 2 : null;
   if (axis.key === "peak_bytes") return peak(row, 4);
   if (["GB", "MB"].includes(axis.unit)) return bytes(value, deviation, 4);
-  const text = (one) => (group().axes.y.includes(axis) ? one.toFixed(4) : axis.key === "tpme_percent" ? one.toFixed(2) : number(one / axis.scale, 4));
+  const text = (one) => (group().axes.y.includes(axis) ? one.toFixed(4) : axis.key === "tpme_percent" ? one.toFixed(2) : grouped(one / axis.scale));
   const around = deviation !== null ? ` ± ${number(deviation / axis.scale, 2)}` : bounded ? ` (${text(low)}–${text(high)})` : "";
   return `${text(value)}${around}${axis.unit && ` ${axis.unit}`}`;
 }

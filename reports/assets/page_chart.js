@@ -27,6 +27,13 @@ function makeScale(values, log, from, to, wanted) {
   return { place, marks };
 }
 
+/* Marks of a linear axis have the same number of decimals. */
+function written(marks, scale, log) {
+  const plain = (value) => String(Number((value / scale).toPrecision(5)));
+  const decimals = Math.max(...marks.map((value) => (plain(value).split(".")[1] ?? "").length));
+  return (value) => (log || value === 0 ? plain(value) : (value / scale).toFixed(decimals));
+}
+
 /* "Logarithmic" is offered from a factor of 3, and is the default from 20. */
 function factorOf(rows, key) {
   const positive = rows.map((row) => row[key]).filter((value) => value > 0);
@@ -66,9 +73,9 @@ function drawChart(rows) {
   const x = makeScale(shown.flatMap(log ? (row) => [row[across.key]] : reach(across)), log, left, width - right, narrow ? 6 : 8);
   const y = makeScale(drawn.flatMap(reach(up)), false, height - bottom, top, 7);
   const end = width - right;
-  const written = (axis, value) => (axis.scale === 1 ? String(Number(value.toPrecision(6))) : String(Number((value / axis.scale).toPrecision(4))));
-  for (const value of x.marks) chart.append(make("svg:line", { class: "grid", x1: x.place(value), x2: x.place(value), y1: top, y2: height - bottom }), make("svg:text", { class: "tick", x: x.place(value), y: height - bottom + (narrow ? 20 : 16), "text-anchor": "middle" }, written(across, value)));
-  for (const value of y.marks) chart.append(make("svg:line", { class: "grid", x1: left, x2: end, y1: y.place(value), y2: y.place(value) }), make("svg:text", { class: "tick", x: left - 6, y: y.place(value) + 4, "text-anchor": "end" }, written(up, value)));
+  const [writtenX, writtenY] = [written(x.marks, across.scale, log), written(y.marks, up.scale, false)];
+  for (const value of x.marks) chart.append(make("svg:line", { class: "grid", x1: x.place(value), x2: x.place(value), y1: top, y2: height - bottom }), make("svg:text", { class: "tick", x: x.place(value), y: height - bottom + (narrow ? 20 : 16), "text-anchor": "middle" }, writtenX(value)));
+  for (const value of y.marks) chart.append(make("svg:line", { class: "grid", x1: left, x2: end, y1: y.place(value), y2: y.place(value) }), make("svg:text", { class: "tick", x: left - 6, y: y.place(value) + 4, "text-anchor": "end" }, writtenY(value)));
   const way = (axis) => `, ${axis.better === 1 ? "higher" : "lower"} is better`;
   chart.append(make("svg:text", { class: "axis", x: (left + end) / 2, y: height - 6, "text-anchor": "middle" }, labelOf(across) + way(across)));
   const middle = (top + height - bottom) / 2;

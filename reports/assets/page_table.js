@@ -62,11 +62,16 @@ function drawTable(rows) {
   const shown = visible(rows);
   const none = make("tr", {}, make("td", { colspan: columns().length + 1 }, "No method has this name and outcome."));
   byId("body").replaceChildren(...(shown.length ? shown.flatMap((row) => tableRow(row, best)) : [none]));
+  byId("constant").textContent = underTable(rows);
+  say("count", `${shown.length} of ${rows.length} rows shown`);
+}
+
+/* What all rows share, and why none has a TPME. */
+function underTable(rows) {
   const [first] = rows;
   const same = [constant("seeds") && `${first.seeds} finished seed${first.seeds === 1 ? "" : "s"}`, constant("status") && `outcome ${first.status}`].filter(Boolean);
-  byId("constant").hidden = !same.length;
-  byId("constant").textContent = `Every row: ${same.join(", ")}.`;
-  say("count", `${shown.length} of ${rows.length} rows shown`);
+  const ranked = rows.filter((row) => known(row.rank));
+  return [same.length ? `Every row: ${same.join(", ")}.` : "", ranked.length ? "" : rankingText(rows.filter((row) => row.inside).length, ranked)].join(" ").trim();
 }
 
 function tableRow(row, best) {

@@ -164,6 +164,7 @@ def test_one_row_has_a_dash_for_tpme_and_the_reason(opened: Callable[..., Any], 
     assert tab.text_content("tr[data-row=lora] [data-key=tpme]") == "–"
     assert tab.text_content("tr[data-row=lora] [data-key=rank]") == "–"
     assert tab.inner_text("#said") == "TPME compares rows, and one row alone has none."
+    assert tab.inner_text("#constant").endswith("TPME compares rows, and one row alone has none.")
     assert tab.input_value("#x") == "epoch_time_s"
     assert "tpme_percent" not in offered(tab, "x")
     assert set(places(tab)) == {"lora", "frozen"}
