@@ -24,28 +24,40 @@ REPEATS, USERS = f"{100 * LEVEL:.0f} % interval over seeds and epochs", f"{100 *
 
 COMPUTED = ("tpme_percent", "cost_ratio")
 COSTS = {
-    "tpme_percent": ("TPME", REPEATS),
-    "cost_ratio": ("Cost ratio", ""),
-    "epoch_time_s": ("Epoch training time T", REPEATS),
-    "memory_bytes": ("Training peak memory M", SEEDS),
-    "peak_bytes": ("Whole-run peak memory", ""),
-    "trainable_millions": ("Trainable parameters P", ""),
-    "flops": ("FLOPs of a training step", ""),
-    "energy_epoch_j": ("Epoch energy E", SEEDS),
-    "all_in_s": ("Time until trained, all included", SEEDS),
-    "time_to_best_s": ("Time to the best epoch", SEEDS),
-    "inference_flops": ("Inference: FLOPs of encoding an item", ""),
-    "inference_items_per_s": ("Inference: items encoded per second", RUNS),
-    "inference_user_s": ("Inference: time to serve a user", RUNS),
+    "tpme_percent": ("TPME", "time, parameters and memory as one number", REPEATS),
+    "cost_ratio": ("Cost ratio", "T, P and M over those of one row, their weighted geometric mean", ""),
+    "epoch_time_s": ("Epoch training time T", "median time of an epoch, training alone", REPEATS),
+    "memory_bytes": (
+        "Training peak memory M",
+        "the most that training held, without what comes before and after",
+        SEEDS,
+    ),
+    "peak_bytes": (
+        "Whole-run peak memory",
+        "the most from loading to export, the build of a feature cache included",
+        "",
+    ),
+    "trainable_millions": ("Trainable parameters P", "weights that training changes", ""),
+    "flops": ("FLOPs of a training step", "floating-point operations, forward and backward", ""),
+    "energy_epoch_j": ("Epoch energy E", "of training an epoch, by the counter of the GPU", SEEDS),
+    "all_in_s": ("Time until trained, all included", "feature cache, the method's own search, all epochs", SEEDS),
+    "time_to_best_s": ("Time to the best epoch", "the same, up to the epoch that validated best", SEEDS),
+    "inference_flops": ("Inference: FLOPs of an item", "floating-point operations of encoding it", ""),
+    "inference_items_per_s": ("Inference: items a second", "items encoded, in batches", RUNS),
+    "inference_user_s": ("Inference: time to serve a user", "ranking the whole catalogue for one user", RUNS),
 }
+"""Title of each cost, what it is, and what the bars at a point are."""
 CUTS = {f"{k}": f"@{k}" for k in sorted(CUTOFFS, key=lambda k: k != SPLIT_CUTOFF)} | {
     f"{SPLIT_CUTOFF}_warm": f"@{SPLIT_CUTOFF}, targets seen in training",
     f"{SPLIT_CUTOFF}_cold": f"@{SPLIT_CUTOFF}, targets never seen in training",
 }
-"""Title of each cost, and what the bars at a point are."""
-METRICS = {f"{key}_{cut}": (name + words, USERS) for cut, words in CUTS.items() for key, name in RANKING.items()} | {
-    "valid_recall_10": ("Recall@10 in validation", "")
+MEANS = {
+    "recall": "share of users whose next item is among the first so many",
+    "ndcg": "as Recall, and a higher place counts more",
 }
+METRICS = {
+    f"{key}_{cut}": (name + words, MEANS[key], USERS) for cut, words in CUTS.items() for key, name in RANKING.items()
+} | {"valid_recall_10": ("Recall@10 in validation", "of the best epoch, on the users' last item but one", "")}
 
 
 @dataclass(frozen=True)
@@ -54,6 +66,7 @@ class Axis:
 
     key: str
     title: str
+    help: str
     unit: str
     scale: float
     """Size of the unit in that of the values."""
@@ -97,12 +110,12 @@ class Axes:
     def _has(self, key: str) -> bool:
         return key in self._frame and bool(self._frame[key].notna().any())
 
-    def _axis(self, key: str, axes: dict[str, tuple[str, str]]) -> Axis:
+    def _axis(self, key: str, axes: dict[str, tuple[str, str, str]]) -> Axis:
         what = quantity(key)
         unit, scale = what.scale(self._frame.get(key, ()))
         better = 1 if what.better == "higher" or key in METRICS else -1
-        title, bars = axes[key]
-        return Axis(key, title, "millions" if unit == "M" else unit, scale, better, bars)
+        title, explained, bars = axes[key]
+        return Axis(key, title, explained, "millions" if unit == "M" else unit, scale, better, bars)
 
 
 def _bounds(line: Line, key: str) -> tuple[float, ...]:

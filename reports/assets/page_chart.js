@@ -29,9 +29,10 @@ function makeScale(values, log, from, to, wanted) {
 
 /* Marks of a linear axis have the same number of decimals. */
 function written(marks, scale, log) {
-  const plain = (value) => String(Number((value / scale).toPrecision(5)));
-  const decimals = Math.max(...marks.map((value) => (plain(value).split(".")[1] ?? "").length));
-  return (value) => (log || value === 0 ? plain(value) : (value / scale).toFixed(decimals));
+  const plain = (value) => Number((value / scale).toPrecision(5));
+  const decimals = Math.max(...marks.map((value) => (String(plain(value)).split(".")[1] ?? "").length));
+  const same = { minimumFractionDigits: log ? 0 : decimals, maximumFractionDigits: 12 };
+  return (value) => plain(value).toLocaleString("en-US", value === 0 ? {} : same);
 }
 
 /* "Logarithmic" is offered from a factor of 3, and is the default from 20. */
@@ -143,7 +144,7 @@ function frontBoxes(front) {
   return front.slice(1).flatMap((next, i) => [[Math.min(front[i].x, next.x), front[i].y - 2, Math.max(front[i].x, next.x), front[i].y + 2], [next.x - 2, Math.min(next.y, front[i].y), next.x + 2, Math.max(next.y, front[i].y)]]);
 }
 
-/* Greedy, as in figures/labels.py: each name takes the nearest free place on rings around its point; a name without one is in the tooltip only. */
+/* Greedy: each name takes the nearest free place on rings around its point; a name without one is in the tooltip only. */
 function placeNames(chart, spots, lines, [left, top, right, bottom], fronts) {
   const taken = [...fronts, ...spots.map((spot) => [spot.x - 6, spot.y - 6, spot.x + 6, spot.y + 6]), ...lines.map((line) => [left, line.y - 1, right, line.y + 1])];
   const free = (box) => box[0] >= left && box[1] >= top && box[2] <= right && box[3] <= bottom && !taken.some((other) => box[0] < other[2] && other[0] < box[2] && box[1] < other[3] && other[1] < box[3]);
@@ -167,10 +168,14 @@ function placeNames(chart, spots, lines, [left, top, right, bottom], fronts) {
     });
   }
   for (const spot of spots) {
-    const place = write(spot.row.name, "name", (size) => ringPlace(spot, size, free));
+    const clear = (box) => free(box) && spots.every((other) => other === spot || gap(box, other) >= gap(box, spot));
+    const place = write(spot.row.name, "name", (size) => ringPlace(spot, size, clear) ?? ringPlace(spot, size, free));
     if (place?.far) chart.append(make("svg:line", { class: "lead", x1: spot.x, y1: spot.y, x2: Math.min(Math.max(spot.x, place.box[0]), place.box[2]), y2: Math.min(Math.max(spot.y, place.box[1]), place.box[3]) }));
   }
 }
+
+/* From a point to a box: a name lies nearer to its own point than to any other, where there is such a place. */
+const gap = ([left, top, right, bottom], { x, y }) => Math.hypot(Math.max(left - x, 0, x - right), Math.max(top - y, 0, y - bottom));
 
 function ringPlace(spot, { width, height }, free) {
   for (let ring = 0; ring < 14; ring += 1) {
@@ -180,7 +185,7 @@ function ringPlace(spot, { width, height }, free) {
       const cx = spot.x + dx * (9 + 9 * ring) + (Math.abs(dx) < 0.2 ? 0 : (Math.sign(dx) * width) / 2);
       const cy = spot.y + dy * (9 + 9 * ring) + (Math.abs(dy) < 0.2 ? 0 : (Math.sign(dy) * height) / 2);
       const box = [cx - width / 2, cy - height / 2, cx + width / 2, cy + height / 2];
-      if (free(box)) return { box, far: ring > 1 };
+      if (free(box)) return { box, far: ring > 0 };
     }
   }
   return null;

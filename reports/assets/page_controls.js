@@ -21,6 +21,7 @@ function drawAxes(rows) {
     const offered = group().axes[which].filter(({ key }) => key === state[which] || rows.some((row) => known(row[key])));
     byId(which).replaceChildren(...offered.map((axis) => make("option", { value: axis.key }, titleOf(axis))));
     byId(which).value = state[which];
+    byId(`${which}-help`).textContent = axisOf(which)?.help ?? "";
   }
   const shown = drawable(rows);
   byId("log").disabled = factorOf(shown, state.x) < 3;

@@ -80,6 +80,9 @@ def test_every_axis_with_data_is_offered_and_no_other(tab: Any) -> None:
     cuts = [f"{metric}_{k}" for k in (10, 5, 20) for metric in ("recall", "ndcg")]
     split = [f"{metric}_10_{part}" for part in ("warm", "cold") for metric in ("recall", "ndcg")]
     assert offered(tab, "y") == [*cuts, *split, "valid_recall_10"]
+    for which, key, words in (("x", "peak_bytes", "from loading to export"), ("y", "ndcg_5", "as Recall")):
+        tab.select_option(f"#{which}", key)
+        assert words in tab.inner_text(f"#{which}-help")
 
 
 def test_energy_and_flops_are_axes_where_they_were_measured(opened: Callable[..., Any], factory: Any) -> None:
