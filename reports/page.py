@@ -21,6 +21,7 @@ import tomli_w
 from tpme.bench.record import Cell, CellResult, DatasetFacts
 from tpme.reports.data.answer import answer
 from tpme.reports.data.load import Recorded, load_samples, stretches, thin
+from tpme.reports.data.phase_colours import PHASE_COLOURS
 from tpme.reports.data.section import Section
 from tpme.reports.data.tpme import COLUMNS, Weights, members
 from tpme.reports.data.trials import Line, shorten_path
@@ -43,7 +44,7 @@ def page(title: str, sections: Sequence[Section], weights: Weights) -> str:
         for name in ("page.css", "page.html", *(f"{part}.js" for part in SCRIPTS))
     )
     script = "\n".join(parts)
-    data = {"weights": weights.values, "groups": [_group(section) for section in sections]}
+    data = {"weights": weights.values, "phases": PHASE_COLOURS, "groups": [_group(section) for section in sections]}
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return Template(frame).substitute(
         title=html.escape(title),

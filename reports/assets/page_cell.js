@@ -36,9 +36,6 @@ function closeCell() {
   hideTip(); // the focus on the name would show it
 }
 
-/* Kinds of phases in the order of their colours; every lane has a name, so colour is never the only cue. */
-const KINDS = ["train", "validate", "rank", "load", "cache", "adapt", "warmup", "export", "inference", "estimate", "search", "round", "prepare", "count", "probe"];
-
 /* What a phase does; words of a method's own phases are its own. */
 const DOES = {
   load: "data and encoders are read", adapt: "the method enters the encoders", prepare: "the model is set up", cache: "the feature cache is built or read", warmup: "steps before the clock counts",
@@ -46,7 +43,7 @@ const DOES = {
   estimate: "the method estimates what to change", search: "the method searches", round: "a round of the method", count: "FLOPs and bytes are counted", probe: "the representation space is measured",
 };
 
-/* A lane with the name of each phase and, on the same time axis above them, the memory curve in bands of their colours. */
+/* A lane for each kind of phase, in the colour that it has in all reports; above them, on the same time axis, the memory curve in bands of these colours. */
 function timeline({ phases, curve }) {
   const [left, right, top] = [62, 258, curve.length > 1 ? 124 : 0];
   const kinds = Object.keys(phases);
@@ -54,7 +51,7 @@ function timeline({ phases, curve }) {
   const last = Math.max(...Object.values(phases).flat(2), ...curve.map(([time]) => time)) || 1;
   const most = Math.max(1, ...curve.map(([, used]) => used));
   const x = (time) => left + (time / last) * (right - left);
-  const bands = (kind, y, tall) => phases[kind].map(([from, to]) => make("svg:rect", { class: `kind-${KINDS.indexOf(kind) % 7}`, x: x(from), y, width: Math.max(0.8, x(to) - x(from)), height: tall }, make("svg:title", {}, `${kind}, ${number(from)} to ${number(to)} s: ${DOES[kind]}`)));
+  const bands = (kind, y, tall) => phases[kind].map(([from, to]) => make("svg:rect", { class: "phase", fill: DATA.phases[kind], x: x(from), y, width: Math.max(0.8, x(to) - x(from)), height: tall }, make("svg:title", {}, `${kind}, ${number(from)} to ${number(to)} s: ${DOES[kind]}`)));
   const spent = (kind) => number(phases[kind].reduce((sum, [from, to]) => sum + to - from, 0));
   const summed = kinds.map((kind) => `${kind} ${spent(kind)} s`).join(", ");
   const drawn = make("svg:svg", { viewBox: `0 0 320 ${height + 16}`, class: "timeline", role: "img", "aria-label": top ? `Memory rises to ${bytes(most)} within ${number(last)} seconds. Phases: ${summed}` : `Phases: ${summed}` });

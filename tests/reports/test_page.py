@@ -16,6 +16,7 @@ from rich.console import Console
 from tpme.bench.record import EncoderSpec, Reading, cell_id, find_results, read_result
 from tpme.bench.run.launch import prepare_datasets
 from tpme.bench.run.matrix import MatrixFile, expand
+from tpme.reports.data.phase_colours import PHASE_COLOURS
 from tpme.reports.data.ratios import cost_ratios
 from tpme.reports.data.ties import tied_ranks
 from tpme.reports.data.tpme import COLUMNS, Weights, frame_of, tpme
@@ -191,7 +192,7 @@ def test_a_row_opens_its_cell(tab, section):
 def test_the_memory_curve_lies_in_bands_of_its_named_phases(tab):
     tab.click("button.open:text-is('lora')")
     drawn = (
-        "rects => rects.map(r => [r.querySelector('title').textContent, r.getAttribute('x'), r.getAttribute('class')])"
+        "rects => rects.map(r => [r.querySelector('title').textContent, r.getAttribute('x'), r.getAttribute('fill')])"
     )
     bands = tab.eval_on_selector_all(".timeline .bands > rect", drawn)
     assert [title.split(",")[0] for title, *_ in bands] == ["load", "train", "validate", "rank"]
@@ -199,7 +200,7 @@ def test_the_memory_curve_lies_in_bands_of_its_named_phases(tab):
     named = tab.eval_on_selector_all(".timeline > text:not(.tick)", "texts => texts.map(t => t.firstChild.data)")
     assert named == ["load", "train", "validate", "rank"]
     assert tab.eval_on_selector_all(".timeline > rect", drawn) == bands  # a lane below each band
-    assert len({colour for *_, colour in bands}) == 4
+    assert [colour for *_, colour in bands] == [PHASE_COLOURS[kind] for kind in ("load", "train", "validate", "rank")]
     places = [float(x) for _, x, _ in bands]
     assert all(before < after for before, after in pairwise(places))
 
