@@ -31,10 +31,11 @@ const group = () => DATA.groups[state.group];
 const comparable = (index) => DATA.groups[index].rows.filter((row) => row.compared && row.usable).map((row) => row.name);
 function initial(index) {
   const { axes, rows, frozen } = DATA.groups[index];
-  const alone = comparable(index).length < 2 && !frozen; // TPME of one row says nothing
+  const alone = comparable(index).length < 2 && !frozen; // neither TPME nor a ratio says anything of one row
+  const first = axes.x.find(({ key }) => !(alone && ["tpme_percent", "cost_ratio"].includes(key)));
   return {
     group: index, weights: [...DATA.weights], rows: comparable(index), frame: frozen ? "report" : "own",
-    x: (axes.x.find(({ key }) => !(alone && key === "tpme_percent")) ?? { key: "" }).key, y: (axes.y[0] ?? { key: "" }).key, log: "",
+    x: first?.key ?? "", y: axes.y[0]?.key ?? "", log: "",
     sort: "rank", down: false, filter: "", status: "", open: "", along: "epochs", curves: rows.filter((row) => row.learning).slice(0, MARKS).map((row) => row.name),
   };
 }

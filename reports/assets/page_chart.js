@@ -49,8 +49,9 @@ const labelOf = (axis) => `${titleOf(axis)}${axis.unit ? ` (${axis.unit})` : ""}
 
 function emptyReason(rows, drawn, across, up) {
   if (!across || !up) return "These records hold no cost or no quality, so there is nothing to draw.";
+  if (drawn.some((row) => (row.inside || !row.baseline) && known(row[across.key]))) return "";
+  if (!rows.some((row) => row.usable)) return "No row can be compared: none has trusted values of T, P and M.";
   if (!state.rows.length) return "No row is ticked: tick rows in the table below, or go back to the report's choices.";
-  if (drawn.some((row) => row.inside && known(row[across.key]))) return "";
   if (across.key === "tpme_percent" && !rows.some((row) => known(row.tpme))) return "TPME compares rows, and one row alone has none: tick another one, or choose another axis.";
   return `No ticked row has both ${across.title} and ${up.title}: choose other axes.`;
 }

@@ -173,6 +173,16 @@ def test_one_row_has_a_dash_for_tpme_and_the_reason(opened: Callable[..., Any], 
     assert set(places(tab)) == {"lora", "frozen"}
 
 
+def test_records_without_a_cost_or_a_quality_say_so(opened: Callable[..., Any], factory: Any) -> None:
+    factory.write("lora", status="error", time=None, millions=None, peak=None)
+    tab = opened(factory.root)
+    assert tab.inner_text("#empty") == "These records hold no cost or no quality, so there is nothing to draw."
+    assert tab.inner_text("#said") == "No row can be ticked, so there is no TPME."
+    assert tab.is_hidden("#curves")
+    tab.click("button.open:text-is('lora')")
+    assert "not known: the attempt ended before" not in tab.inner_text("tr.detail")
+
+
 def test_rows_tied_within_noise_share_a_rank(opened: Callable[..., Any], factory: Any) -> None:
     for name, time in (("fft", 20.0), ("lora", 10.0), ("twin", 10.1)):
         for seed, factor in ((1, 0.97), (2, 1.0), (3, 1.03)):
