@@ -47,7 +47,7 @@ function panel(rows, { key, title }, [width, height, text], along = state.along,
   for (const value of steps) drawn.append(make("svg:text", { class: "tick", x: x(value), y: height - 1.6 * text, "text-anchor": "middle" }, String(Number(value.toPrecision(6)))));
   const writtenY = written(y.marks, 1, log);
   for (const value of y.marks) drawn.append(make("svg:line", { class: "grid", x1: left, x2: width - right, y1: y.place(value), y2: y.place(value) }), make("svg:text", { class: "tick", x: left - 6, y: y.place(value) + 4, "text-anchor": "end" }, writtenY(value)));
-  drawn.append(make("svg:text", { x: left, y: text }, title + (log ? " (logarithmic)" : "")), make("svg:text", { class: "tick", x: (left + width - right) / 2, y: height - 3, "text-anchor": "middle" }, along === "time" ? "seconds of training" : "epochs"));
+  drawn.append(make("svg:text", { x: left, y: text }, title + (log ? " (logarithmic)" : "")), make("svg:text", { class: "tick", x: (left + width - right) / 2, y: height - 3, "text-anchor": "middle" }, along === "time" ? "seconds of training, without cache and validation" : "epochs"));
   const inOrder = [...rows].sort((a, b) => state.curves.includes(a.name) - state.curves.includes(b.name)); // marked curves lie on top
   for (const row of inOrder) drawn.append(curve(row, key, across(row).map(x), y.place, look(row.name)));
   return drawn;
