@@ -56,6 +56,17 @@ function emptyReason(rows, drawn, across, up) {
   return `No ticked row has both ${across.title} and ${up.title}: choose other axes.`;
 }
 
+/* Grid lines, their marks, and what the axes are. */
+function drawGrid(chart, { x, y, across, up, log, narrow, left, top, end, height, bottom }) {
+  const [writtenX, writtenY] = [written(x.marks, across.scale, log), written(y.marks, up.scale, false)];
+  for (const value of x.marks) chart.append(make("svg:line", { class: "grid", x1: x.place(value), x2: x.place(value), y1: top, y2: height - bottom }), make("svg:text", { class: "tick", x: x.place(value), y: height - bottom + (narrow ? 20 : 16), "text-anchor": "middle" }, writtenX(value)));
+  for (const value of y.marks) chart.append(make("svg:line", { class: "grid", x1: left, x2: end, y1: y.place(value), y2: y.place(value) }), make("svg:text", { class: "tick", x: left - 6, y: y.place(value) + 4, "text-anchor": "end" }, writtenY(value)));
+  const way = (axis) => `, ${axis.better === 1 ? "higher" : "lower"} is better`;
+  chart.append(make("svg:text", { class: "axis", x: (left + end) / 2, y: height - 6, "text-anchor": "middle" }, labelOf(across) + way(across)));
+  const middle = (top + height - bottom) / 2;
+  chart.append(make("svg:text", { class: "axis", x: 14, y: middle, "text-anchor": "middle", transform: `rotate(-90 14 ${middle})` }, labelOf(up) + way(up)));
+}
+
 function drawChart(rows) {
   const narrow = NARROW.matches;
   const [width, height, left, right, top, bottom] = narrow ? [560, 560, 74, 20, 18, 56] : [820, 520, 62, 24, 14, 44];
@@ -75,13 +86,7 @@ function drawChart(rows) {
   const x = makeScale(shown.flatMap(log ? (row) => [row[across.key]] : reach(across)), log, left, width - right, narrow ? 6 : 8);
   const y = makeScale(drawn.flatMap(reach(up)), false, height - bottom, top, 7);
   const end = width - right;
-  const [writtenX, writtenY] = [written(x.marks, across.scale, log), written(y.marks, up.scale, false)];
-  for (const value of x.marks) chart.append(make("svg:line", { class: "grid", x1: x.place(value), x2: x.place(value), y1: top, y2: height - bottom }), make("svg:text", { class: "tick", x: x.place(value), y: height - bottom + (narrow ? 20 : 16), "text-anchor": "middle" }, writtenX(value)));
-  for (const value of y.marks) chart.append(make("svg:line", { class: "grid", x1: left, x2: end, y1: y.place(value), y2: y.place(value) }), make("svg:text", { class: "tick", x: left - 6, y: y.place(value) + 4, "text-anchor": "end" }, writtenY(value)));
-  const way = (axis) => `, ${axis.better === 1 ? "higher" : "lower"} is better`;
-  chart.append(make("svg:text", { class: "axis", x: (left + end) / 2, y: height - 6, "text-anchor": "middle" }, labelOf(across) + way(across)));
-  const middle = (top + height - bottom) / 2;
-  chart.append(make("svg:text", { class: "axis", x: 14, y: middle, "text-anchor": "middle", transform: `rotate(-90 14 ${middle})` }, labelOf(up) + way(up)));
+  drawGrid(chart, { x, y, across, up, log, narrow, left, top, end, height, bottom });
   const front = shown.filter((row) => row.front);
   if (across.better === 1) front.reverse();
   const spots = shown.map((row) => ({ row, x: x.place(row[across.key]), y: y.place(row[up.key]) }));
