@@ -34,7 +34,7 @@ TABLES = (
     "failures",
     "environment",
 )
-PLOTS = ("quality-tpme", "ranks", "weights", "costs", "inference", "phases", "memory-time", "step-times")
+PLOTS = ("quality-tpme", "tpme", "costs", "inference", "phases", "memory-time", "learning", "step-times")
 
 
 def files(folder: Path) -> dict[str, bytes]:
