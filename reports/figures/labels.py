@@ -5,7 +5,7 @@ Positions are pixels, boxes are arrays ``(x0, y0, x1, y1)``, lines ``(x, y)`` to
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,9 +41,8 @@ def place_labels(
     """Write a name beside every point and return the names for which there is no room.
 
     Each name takes the nearest free place on rings around its point, with a line to it if that is far away or nearer to
-    another point; no line crosses another or runs through a name. Of several orders in
-    which the names choose, the one that places most, then with the shortest lines, wins. Measures the axes as they are:
-    call it last.
+    another point; no line crosses another or runs through a name. Of several orders in which the names choose, the best
+    by ``_badness`` wins. Measures the axes as they are: call it last.
 
     Args:
         axes: the axes with the points.
@@ -71,9 +70,7 @@ def place_labels(
         pt,
     )
     attempts = (_place(candidates, order) for order in _orders(spots))
-    best = min(
-        attempts, key=lambda chosen: (-len(chosen), sum(candidates[i].far[place] for i, place in chosen.items()))
-    )
+    best = min(attempts, key=lambda chosen: _badness(candidates, chosen))
     for index, (text, point) in enumerate(zip(texts, np.asarray(points), strict=True)):
         if index not in best:
             text.remove()
@@ -103,8 +100,10 @@ class _Candidates:
     """Whether the name is so far from its point, or so near to another, that it needs the line."""
     free: Mask
     """In the axes, and on neither a point nor a line."""
+    through: Mask
+    """Its line is needed, and runs through another point."""
     clear: Mask
-    """Near and free, on no bar, and its line runs through no other point."""
+    """Near and free, on no bar, and not through another point."""
 
 
 def _candidates(
@@ -123,10 +122,11 @@ def _candidates(
         inside = (boxes[:, :2] >= window[:2]).all(axis=1) & (boxes[:, 2:] <= window[2:]).all(axis=1)
         free = inside & ~_overlap(boxes, np.vstack([points, lines]))
         away = points[~_overlap(points, np.hstack([spot, spot]))]
-        clear = free & ~_overlap(boxes, bars) & ~(drawn & _enter(leads, away).any(axis=1))
+        through = drawn & _enter(leads, away).any(axis=1)
+        clear = free & ~_overlap(boxes, bars) & ~through
         clear[NEAR * len(DIRECTIONS) :] = False
         margin = pt * np.array([-1, -1, 1, 1])
-        found.append(_Candidates(boxes + margin, leads, far, drawn, free, clear))
+        found.append(_Candidates(boxes + margin, leads, far, drawn, free, through, clear))
     return found
 
 
@@ -137,6 +137,13 @@ def _orders(spots: Floats) -> Iterator[npt.NDArray[np.int64]]:
     yield np.arange(len(spots))
     for key in (*spots.T, *-spots.T, lonely, -lonely):
         yield np.argsort(key, kind="stable")
+
+
+def _badness(candidates: Sequence[_Candidates], chosen: Mapping[int, int]) -> tuple[int, int, float]:
+    """Names without a place, lines through other points, and how far all names are from their points."""
+    own = [(candidates[index], place) for index, place in chosen.items()]
+    through = sum(int(one.through[place]) for one, place in own)
+    return len(candidates) - len(own), through, sum(float(one.far[place]) for one, place in own)
 
 
 def _place(candidates: Sequence[_Candidates], order: npt.NDArray[np.int64]) -> dict[int, int]:
@@ -150,7 +157,7 @@ def _place(candidates: Sequence[_Candidates], order: npt.NDArray[np.int64]) -> d
         boxes, leads = own.boxes[at], own.leads[at]
         crossed = _enter(leads, names).any(axis=1) | _cross(leads, others).any(axis=1)
         free[at] = ~(_overlap(boxes, names) | _enter(others, boxes).any(axis=0) | (own.drawn[at] & crossed))
-        mask = next((mask for mask in (free & own.clear, free) if mask.any()), None)
+        mask = next((mask for mask in (free & own.clear, free & ~own.through, free) if mask.any()), None)
         if mask is not None:
             place = int(mask.argmax())
             chosen[index] = place

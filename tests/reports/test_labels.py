@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from figure_checks import enters, overlapping, plot_of, write_crowd
 from matplotlib.text import Annotation
+from matplotlib.transforms import Bbox
 
 from tpme.reports.figures.labels import place_labels
 from tpme.reports.figures.style import new_figure, style
@@ -100,6 +101,19 @@ def test_no_line_to_a_name_crosses_another_or_runs_through_a_name(factory, count
     assert [pair for pair in itertools.combinations(lines, 2) if crossing(*pair)] == []
     shrunk = [box.padded(-1) for box in names]  # a line ends at the box of its own name
     assert [line for line in lines if any(enters(line, box) for box in shrunk)] == []
+
+
+def test_no_line_to_a_name_runs_through_another_point(factory):
+    write_crowd(factory, 12)
+    [axes] = plot_of(factory, "quality-tpme").figure.axes
+    lines = leads(axes)
+    assert lines
+    spots = axes.transData.transform(
+        np.array([text.xy for text in axes.texts if text.get_text() and text.xycoords == "data"])
+    )
+    dots = [Bbox.from_extents(*(spot - 3), *(spot + 3)) for spot in spots]
+    others = [(line, dot) for line in lines for dot in dots if not any(dot.contains(*end) for end in line)]
+    assert [line for line, dot in others if enters(line, dot)] == [], "through another row's point"
 
 
 def test_the_crossing_check_notices_a_crossing():
