@@ -52,19 +52,36 @@ def smallest_p(n: int, m: int) -> float:
 
 
 def paired(differences: Floats) -> float:
-    """Two-sided p-value of the paired randomisation test: is the sign of every user's difference a coin's?
+    """The p-value of ``paired_each`` for one test, shape ``(users,)``."""
+    return float(paired_each(differences[None])[0])
+
+
+def paired_each(differences: Floats) -> Floats:
+    """Two-sided p-values of the paired randomisation test: is the sign of every user's difference a coin's?
 
     Exact up to ``EXACT_SIGNS`` users who differ, else by the normal approximation of the sum of signed differences
     (Smucker, Allan and Carterette, CIKM 2007, compare it with the other paired tests of retrieval).
+
+    Args:
+        differences: one test a line, shape ``(tests, users)``; the result has shape ``(tests,)``.
     """
+    moved = np.count_nonzero(differences, axis=1)
+    sums, squares = np.abs(differences.sum(axis=1)), np.square(differences).sum(axis=1)
+    z = np.divide(sums, np.sqrt(squares), out=np.zeros_like(sums), where=squares > 0)
+    return np.array(
+        [
+            _two_sided(float(z[test])) if count > EXACT_SIGNS else _exact_signs(differences[test], float(sums[test]))
+            for test, count in enumerate(moved)
+        ]
+    )
+
+
+def _exact_signs(differences: Floats, observed: float) -> float:
+    """Share of the sign patterns of the differences that are not 0 whose sum is as far from 0 as the observed one."""
     moved = differences[differences != 0]
-    if not len(moved):
-        return 1.0
-    if len(moved) > EXACT_SIGNS:
-        return _two_sided(abs(float(moved.sum())) / math.sqrt(float((moved**2).sum())))
     patterns = np.arange(2 ** len(moved))[:, None] >> np.arange(len(moved)) & 1
     sums = np.abs((2 * patterns - 1) @ moved)
-    return float((sums >= abs(moved.sum()) - 1e-12).mean())
+    return float((sums >= observed - 1e-12).mean())
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
