@@ -68,12 +68,12 @@ def settled_by_runs(item: Comparison, runs: int, most_times: int) -> str:
     return _unsettled(item, f"{MOST_RUNS} runs of each side", "use an idle machine")
 
 
-def settled_by_values(item: Comparison, values: str) -> str:
-    """How many times as many ``values`` (steps, users) would settle ``item``, as a sentence."""
-    needed = max(2, math.ceil(_needed(item))) if math.isfinite(_needed(item)) else math.inf
+def settled_by_values(item: Comparison, values: str, cure: str) -> str:
+    """How many times as many ``values`` (steps, users) would settle ``item``, as a sentence; else the ``cure``."""
+    needed = _needed(item)
     if needed <= MOST_TIMES_AS_MANY:
-        return f"about {needed} times as many {values} would settle it"
-    return _unsettled(item, f"{MOST_TIMES_AS_MANY} times as many {values}", "compare with 'tpme ab' on an idle machine")
+        return f"about {max(2, math.ceil(needed))} times as many {values} would settle it"
+    return _unsettled(item, f"{MOST_TIMES_AS_MANY} times as many {values}", cure)
 
 
 def _needed(item: Comparison) -> float:

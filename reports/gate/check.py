@@ -155,7 +155,7 @@ def _times(old: Timing, new: Timing, noise: Noise, policy: Policy) -> Iterator[C
         a, b = (np.array(getattr(side, name), dtype=np.float64) for side in (old, new))
         if len(a) and len(b):
             bound = max(policy.time_bound(name), noise.time or 0.0, _spread(a) if name.startswith("inference") else 0.0)
-            yield hidden(time(name, a, b, bound, policy.alpha), noise.time, most)
+            yield _hidden(time(name, a, b, bound, policy.alpha), noise.time, most)
         elif len(a) or len(b):
             yield one_sided(name, *(float(np.median(values)) if len(values) else None for values in (a, b)))
 
@@ -177,17 +177,17 @@ def time(name: str, old: Floats, new: Floats, bound: float, alpha: float) -> Com
     low, high = median_ratio_interval(old, new)
     verdict = verdict_of("time", low, high, bound, proven=p < alpha)
     item = Comparison.of(name, *medians, low=low, high=high, bound=bound, p=p, verdict=verdict)
-    return advised(item, VALUES.get(name, "passes"))
+    return _advised(item, VALUES.get(name, "passes"), "compare with 'tpme ab' on an idle machine")
 
 
-def advised(item: Comparison, values: str) -> Comparison:
-    """``item`` and, where it is inconclusive, how many times as many ``values`` would settle it."""
+def _advised(item: Comparison, values: str, cure: str) -> Comparison:
+    """``item`` and, where it is inconclusive, how many times as many ``values`` would settle it, or a ``cure``."""
     if item.verdict != "inconclusive":
         return item
-    return item.model_copy(update={"advice": settled_by_values(item, values)})
+    return item.model_copy(update={"advice": settled_by_values(item, values, cure)})
 
 
-def hidden(item: Comparison, noise: float | None, most: float) -> Comparison:
+def _hidden(item: Comparison, noise: float | None, most: float) -> Comparison:
     """``item``, or ``not compared`` where it claims no change and noise above ``most`` would hide any usual one."""
     if noise is None or noise <= most or item.verdict not in ("same", "inconclusive"):
         return item
@@ -212,7 +212,7 @@ def _memory(old: dict[str, float], new: dict[str, float], noise: Noise, policy: 
             yield comparison(verdict="not compared", note="the baseline holds no positive peak")
         else:
             ratio = new[name] / old[name]
-            yield hidden(comparison(verdict=verdict_of("memory", ratio, ratio, bound)), varied, MOST_NOISE * usual)
+            yield _hidden(comparison(verdict=verdict_of("memory", ratio, ratio, bound)), varied, MOST_NOISE * usual)
 
 
 # --- quality -------------------------------------------------------------------------------------------------
@@ -287,4 +287,4 @@ def _judged_quality(pairing: _Pairing, p: float, policy: Policy) -> Comparison:
         return comparison(verdict="same" if old == new else moved if proven else "inconclusive")
     low, high = interval
     verdict = verdict_of("quality", low, high, pairing.bound, proven=proven)
-    return advised(comparison(low=low, high=high, verdict=verdict), "users, or more seeds,")
+    return _advised(comparison(low=low, high=high, verdict=verdict), "users", "add seeds to the matrix")

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from tpme.bench.quantities import amount, quantity
 from tpme.bench.record import write_atomically
-from tpme.reports.gate.scope import gaps, join, kinds_compared, scope
+from tpme.reports.gate.scope import join, kinds_settled, kinds_with, scope
 from tpme.reports.gate.verdict import BETTER, WORSE, CellVerdict, Comparison, GateReport, Verdict
 from tpme.reports.tables.table import escape_markdown, markdown_row
 
@@ -63,21 +63,21 @@ def headline(report: GateReport) -> str:
 def _outcome(report: GateReport) -> str:
     if report.overall != "fine":
         return _HEADLINES[report.overall]
-    lacking = gaps(report)
-    if not lacking:
-        return "no regression"
-    return f"no regression in {join(kinds_compared(report))}; not compared: {join(lacking)}"
+    gaps: tuple[Verdict, ...] = ("inconclusive", "not compared")
+    unsettled = [f"; {verdict}: {join(kinds)}" for verdict in gaps if (kinds := kinds_with(report, verdict))]
+    settled = join(kinds_settled(report)) or "nothing"
+    return f"no regression in {settled}{''.join(unsettled)}" if unsettled else "no regression"
 
 
 def passed_in_part(report: GateReport) -> bool:
     """Whether the gate passes although something could not be compared or is inconclusive."""
-    return report.exit_code == 0 and bool(gaps(report) or report.with_verdict("inconclusive"))
+    return report.exit_code == 0 and bool(kinds_with(report, "not compared") or report.with_verdict("inconclusive"))
 
 
 def remarks(report: GateReport) -> Iterator[str]:
     """The lines below the table: what would settle what is open, what was not compared and why, cells of one side."""
     for cell, item in report.with_verdict("inconclusive"):
-        yield f"inconclusive: {item.title} of {cell.name}: {change(item)}{f'; {item.advice}' if item.advice else ''}"
+        yield f"inconclusive: {item.title} of {cell.name}{f': {item.advice}' if item.advice else ''}"
     kinds = ", ".join(f"{count} {kind}" for kind, count in report.compared.items() if count)
     yield f"numbers compared: {kinds or 'none'}"
     reasons: dict[tuple[str, str], list[str]] = {}
@@ -118,8 +118,8 @@ def describe(item: Comparison) -> str:
 
 def evidence(item: Comparison) -> str:
     """Bound, p-value and note of a comparison."""
-    parts = [] if item.bound is None else ["exact" if item.bound == 0 else f"bound {item.bound:.1%}"]
-    parts += [f"p = {item.p:.1e}"] if item.p is not None else []
+    parts = [] if item.bound is None else ["exact" if item.bound == 0 else f"bound {100 * item.bound:.3g}%"]
+    parts += [f"p = {item.p:.1g}"] if item.p is not None else []
     return ", ".join([*parts, *([item.note] if item.note else [])])
 
 
@@ -236,8 +236,8 @@ def github_annotations(report: GateReport) -> list[str]:
         message = f"{describe(item)}{f'; {item.advice}' if item.advice else ''}"
         level = levels.get(item.verdict, "notice")
         lines.append(_command(level, f"{cell.name}: {item.title} {item.verdict}", message))
-    if gaps(report):
-        lines.append(_command("warning", f"not compared: {join(gaps(report))}", scope(report)))
+    if kinds := kinds_with(report, "not compared"):
+        lines.append(_command("warning", f"not compared: {join(kinds)}", scope(report)))
     for cell in report.state("missing"):
         lines.append(_command("warning", f"{cell.name}: missing", "in the base, but not in the runs"))
     for cell in report.state("new"):

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from tpme.bench.quantities import KINDS, Kind
-from tpme.reports.gate.verdict import CellVerdict, Comparison, GateReport
+from tpme.reports.gate.verdict import CellVerdict, Comparison, GateReport, Verdict
 
 _NAMES: dict[Kind, str] = {"counter": "counters"}
 _SHOWN: tuple[Kind, ...] = tuple(kind for kind in KINDS if kind != "status")
@@ -31,14 +31,15 @@ def scope(report: GateReport) -> str:
     return " ".join(parts)
 
 
-def kinds_compared(report: GateReport) -> list[str]:
-    """Names of the kinds that were compared in some cell."""
-    return [_name(kind) for kind in _SHOWN if _done(report, kind)]
+def kinds_with(report: GateReport, verdict: Verdict) -> list[str]:
+    """Names of the kinds whose leading number has that verdict in some cell."""
+    return [_name(kind) for kind in _SHOWN if any(item.verdict == verdict for item in _leading(report, kind))]
 
 
-def gaps(report: GateReport) -> list[str]:
-    """Names of the kinds that some cell has and that could not be compared there."""
-    return [_name(kind) for kind in _SHOWN if len(_done(report, kind)) < len(_leading(report, kind))]
+def kinds_settled(report: GateReport) -> list[str]:
+    """Names of the kinds that were compared in every cell that has them, and nowhere left open."""
+    unsettled = {*kinds_with(report, "not compared"), *kinds_with(report, "inconclusive")}
+    return [_name(kind) for kind in _SHOWN if _leading(report, kind) and _name(kind) not in unsettled]
 
 
 def join(words: Sequence[str]) -> str:
