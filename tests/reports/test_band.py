@@ -76,7 +76,7 @@ def test_no_number_of_runs_settles_a_machine_too_noisy_or_a_change_at_the_bound(
     assert settled_by_values(inconclusive(1.03, 0.4, 2.6), "users", "add seeds").endswith("bound of 10%: add seeds")
 
 
-@pytest.mark.parametrize("values", [10, 60, 400])
+@pytest.mark.parametrize("values", [40, 400])
 def test_intervals_hold_the_true_ratio_as_often_as_they_claim(values: int) -> None:
     rng = np.random.default_rng(values)
     held = {"median": 0, "paired": 0}
