@@ -87,9 +87,9 @@ def ab(
     as_junit: gate.JunitFile = None,
     as_benchmark: gate.BenchmarkFile = None,
 ) -> None:
-    """Compare two revisions of a repository by interleaved runs on this machine. Exit codes as in 'tpme check'.
+    """Compare two revisions of a repository by interleaved runs on this machine.
 
-    A time is the same, faster, slower or inconclusive; what is inconclusive says how many more runs would settle it.
+    Exit codes: 0 no regression, 1 regressed, 2 not settled (see --require), 3 error.
     """
     from rich.console import Console
     from rich.markup import escape

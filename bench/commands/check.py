@@ -30,10 +30,9 @@ def check(
     as_junit: gate.JunitFile = None,
     as_benchmark: gate.BenchmarkFile = None,
 ) -> None:
-    """Compare runs with a baseline. Exit codes: 0 no regression, 1 regressed, 2 not settled, 3 error.
+    """Compare runs with a baseline; the first line says what was compared and what was not.
 
-    Not settled: a number looks worse by more than its bound and cannot be told from noise; a kind of --require was not
-    compared or is inconclusive; or nothing could be compared. The first line says what was compared and what was not.
+    Exit codes: 0 no regression, 1 regressed, 2 not settled (see --require), 3 error.
     """
     from tpme.reports.gate.baseline import load_baseline, load_runs
     from tpme.reports.gate.check import judge

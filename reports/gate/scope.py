@@ -15,14 +15,17 @@ _SHOWN: tuple[Kind, ...] = tuple(kind for kind in KINDS if kind != "status")
 def scope(report: GateReport) -> str:
     """One line: the kinds of numbers that were compared, those that were not with the reason, and what to change."""
     open_items = [(kind, item) for kind in _SHOWN for item in _leading(report, kind) if item.verdict == "not compared"]
-    reasons = Counter((kind, item.note or "no reason is known") for kind, item in open_items)
-    lacking = [f"{_name(kind)} of {_cells(count)}, {reason}" for (kind, reason), count in reasons.items()]
+    counts = Counter((kind, item.note or "no reason is known") for kind, item in open_items)
+    reasons: dict[tuple[int, str], list[str]] = {}
+    for (kind, reason), count in counts.items():
+        reasons.setdefault((count, reason), []).append(_name(kind))
+    lacking = [f"{join(kinds)} of {_cells(count)} ({reason})" for (count, reason), kinds in reasons.items()]
     for state, words in (("missing", "missing from the runs"), ("new", "not in the baseline")):
         if count := len(report.state(state)):
             lacking.append(f"{_cells(count)} {words}")
     absent = [_name(kind) for kind in _SHOWN if not _leading(report, kind)]
     if absent and len(absent) < len(_SHOWN):
-        lacking.append(f"{join(absent)}, on neither side")
+        lacking.append(f"{join(absent)} (on neither side)")
     parts = [f"Compared: {'; '.join(_compared(report)) or 'nothing'}."]
     parts += [f"Not compared: {'; '.join(lacking)}."] if lacking else []
     for advice in dict.fromkeys(item.advice for _, item in open_items if item.advice):

@@ -56,7 +56,7 @@ def test_noise_that_hides_every_regression_is_not_no_regression(noisy: Any, side
     report = report_of(base, head)
     assert scope(report) == (
         "Compared: counters, memory and quality of 1 cell. "
-        "Not compared: time of 1 cell, the baseline's noise of 449% hides anything smaller. "
+        "Not compared: time of 1 cell (the baseline's noise of 449% hides anything smaller). "
         "To compare time: repeat the runs of the baseline on an idle machine, three times or more, or use 'tpme ab'."
     )
     assert (report.overall, report.exit_code) == ("fine", 0)
@@ -94,7 +94,7 @@ def test_another_device_is_named_with_what_to_do(sides: tuple[Any, Any]) -> None
     note = "measured on 'machine B', the baseline on 'machine A'"
     assert scope(report) == (
         "Compared: counters and quality of 2 cells. "
-        f"Not compared: time of 2 cells, {note}; memory of 2 cells, {note}. "
+        f"Not compared: time and memory of 2 cells ({note}). "
         "To compare time and memory: measure the baseline on this device "
         "('tpme baseline RUNS --out FILE --update'), or use 'tpme ab'."
     )
@@ -127,10 +127,10 @@ def test_a_counted_baseline_is_told_from_a_measured_one(sides: tuple[Any, Any], 
     cells = [cell.model_copy(update={"devices": {}, "quality": None}) for cell in counted.cells]
     write_baseline(counted.model_copy(update={"cells": tuple(cells), "devices": {}}), tmp_path / "counted.json")
     first = scope(report_of(tmp_path / "counted.json", head.root))
-    assert "time of 1 cell, the baseline was counted, not measured" in first
-    assert "quality of 1 cell, no ranks in the baseline" in first
+    assert "time and memory of 1 cell (the baseline was counted, not measured)" in first
+    assert "quality of 1 cell (no ranks in the baseline)" in first
     alone = scope(report_of(tmp_path / "counted.json", tmp_path / "counted.json"))
-    assert alone == "Compared: counters of 1 cell. Not compared: time, memory and quality, on neither side."
+    assert alone == "Compared: counters of 1 cell. Not compared: time, memory and quality (on neither side)."
 
 
 def test_quality_that_cannot_be_told_from_luck_is_not_the_same(sides: tuple[Any, Any]) -> None:
