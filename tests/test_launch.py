@@ -238,9 +238,16 @@ def test_a_record_that_a_cell_wrote_badly_stops_nothing(stubbed: Stubbed) -> Non
 
 def test_what_lies_in_a_run_folder(stubbed: Stubbed) -> None:
     (result,) = stubbed.run("ok")
-    assert names(stubbed.run_folder) == [".lock", "cells", "matrix.json"]
+    assert names(stubbed.run_folder) == [".lock", "cells", "cells.json", "matrix.json"]
     assert MatrixFile.model_validate_json((stubbed.run_folder / "matrix.json").read_bytes()) == stubbed.matrix(1)
     assert stubbed.folder(0).name == f"popularity-{result.cell_id}"
+
+
+def test_a_run_folder_names_the_cells_of_its_last_matrix(stubbed: Stubbed) -> None:
+    stubbed.run("ok", "ok")
+    stubbed.run("ok")
+    assert len(names(stubbed.run_folder / "cells")) == 2
+    assert json.loads((stubbed.run_folder / "cells.json").read_bytes()) == {"cells": [stubbed.folder(0).name]}
 
 
 def test_one_launcher_at_a_time(stubbed: Stubbed, tmp_path: Path) -> None:
