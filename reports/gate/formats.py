@@ -47,6 +47,8 @@ _HEADLINES = {
     "nothing compared": "nothing was compared",
 }
 _COLUMNS = ("", "Cell", "Metric", "Base", "Head", "Change", "Evidence")
+WIDE = 110
+"""Width of a terminal from which the evidence stands in its table; the files always have it."""
 
 
 def headline(report: GateReport) -> str:
@@ -105,8 +107,14 @@ def change(item: Comparison) -> str:
     """The relative change for people, with the interval of its ratio if there is one."""
     if item.ratio is None:
         return "-"
-    interval = f" [{item.low - 1:+.1%}, {item.high - 1:+.1%}]" if item.low is not None and item.high is not None else ""
+    interval = (
+        f" [{_percent(item.low)}, {_percent(item.high)}]" if item.low is not None and item.high is not None else ""
+    )
     return f"{item.ratio - 1:+.2%}{interval}"
+
+
+def _percent(ratio: float) -> str:
+    return f"{ratio - 1:+.{1 if abs(ratio - 1) < 0.1 else 0}%}"
 
 
 def describe(item: Comparison) -> str:
@@ -143,12 +151,13 @@ def show(report: GateReport, console: Console, *, everything: bool = False) -> N
     if rows:
         title = escape(_line(f"{report.base} -> {report.head}"))
         table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="dim")
-        for name in ("Verdict", *_COLUMNS[1:]):
+        columns = _COLUMNS[1:] if console.width >= WIDE else _COLUMNS[1:-1]
+        for name in ("Verdict", *columns):
             justify: Literal["left", "right"] = "right" if name in ("Base", "Head", "Change") else "left"
-            table.add_column(name, justify=justify, no_wrap=name == "Verdict")
+            table.add_column(name, justify=justify, no_wrap=name in ("Verdict", "Change"))
         for cell, item in rows:
-            texts = (escape(_line(text)) for text in _row(cell, item))
-            table.add_row(item.verdict, *texts, style=_COLOURS.get(item.verdict, ""))
+            texts = [escape(_line(text)) for text in _row(cell, item)]
+            table.add_row(item.verdict, *texts[: len(columns)], style=_COLOURS.get(item.verdict, ""))
         console.print(table)
     for remark in remarks(report):
         console.print(_line(remark), markup=False, highlight=False)

@@ -129,7 +129,7 @@ def compare_times(name: str, base: Sequence[Floats], head: Sequence[Floats], pol
     p = rank_test(best[0], best[1], policy.alpha)
     p = rank_test(np.concatenate(base), np.concatenate(head), policy.alpha) if p is None else p
     compared = partial(Comparison.of, name, *means, low=low, high=high, bound=bound, p=p)
-    note = f"fastest of {len(base)} and {len(head)} runs"
+    note = f"{len(base)} and {len(head)} runs"
     if p is None:
         return compared(verdict="not compared", note=f"too few steps for a test, {note}", advice="run more steps")
     verdict = verdict_of("time", low, high, bound, proven=p < policy.alpha)
@@ -157,7 +157,7 @@ def compare_peaks(name: str, base: Sequence[float], head: Sequence[float], polic
     apart = min(head) > max(base) or max(head) < min(base) or p <= smallest_p(4, 4)
     bound, (low, high) = policy.memory_bound(name), _interval_of_medians(base, head)
     verdict = verdict_of("memory", low, high, bound, proven=apart)
-    note = f"median of {len(base)} and {len(head)} runs"
+    note = f"{len(base)} and {len(head)} runs"
     compared = Comparison.of(name, *medians, low=low, high=high, bound=bound, p=p, verdict=verdict, note=note)
     return _settled(compared, base, head)
 

@@ -137,7 +137,7 @@ def test_what_has_an_interval_is_shown_also_where_it_did_not_change() -> None:
 
 
 def test_an_interval_is_shown_with_its_change() -> None:
-    assert gate_formats.change(STEP.model_copy(update={"low": 1.4, "high": 1.6})) == "+50.00% [+40.0%, +60.0%]"
+    assert gate_formats.change(STEP.model_copy(update={"low": 1.4, "high": 1.6})) == "+50.00% [+40%, +60%]"
 
 
 @pytest.mark.parametrize(
