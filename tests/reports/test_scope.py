@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from tpme.bench.commands.baseline import baseline
 from tpme.bench.quantities import Kind
 from tpme.reports.gate.baseline import Baseline, Noise, from_records, load_baseline, load_runs, write_baseline
 from tpme.reports.gate.check import judge
@@ -146,3 +147,15 @@ def test_quality_that_cannot_be_told_from_luck_is_not_the_same(sides: tuple[Any,
     assert (report.overall, report.exit_code) == ("inconclusive", 2)
     assert item.advice is not None
     assert "users would settle it" in item.advice
+
+
+def test_a_baseline_says_what_its_noise_hides(
+    make_factory: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, time in enumerate((10.0, 10.1, 10.2)):
+        make_factory(tmp_path / "calm" / str(number)).write("lora", time=time)
+        make_factory(tmp_path / "busy" / str(number)).write("lora", time=10.0 + 10 * number)
+    baseline(tmp_path / "calm.json", [tmp_path / "calm"])
+    assert "'tpme check' sees changes of time above 10%" in capsys.readouterr().out
+    baseline(tmp_path / "busy.json", [tmp_path / "busy"])
+    assert "too much for 'tpme check' to compare times: repeat the runs of the baseline" in capsys.readouterr().out
