@@ -243,7 +243,7 @@ def gate_step(world: Any, tmp_path: Path) -> Callable[[], tuple[int, str]]:
         "methods-path": "my-methods",
         "baseline": "baseline.json",
         "runs": "2",
-        "check-arguments": "--time-threshold 3 --resident-bound 1",
+        "check-arguments": "--time-threshold 9 --resident-bound 1",
     }
     given = {name: inputs[re.findall(r"inputs\.([a-z-]+)", text)[0]] for name, text in step["env"].items()}
     (tmp_path / "bin").mkdir()
@@ -310,7 +310,7 @@ def test_as_a_new_user(gate_step: Callable[..., tuple[int, str]], world: Any, tm
     assert code == 1, told
     assert "🔴 regressed | tower | trainable parameters" in told
 
-    commit("sleep in the step", METHOD.replace("        pass", "        time.sleep(0.3)"))
+    commit("sleep in the step", METHOD.replace("        pass", "        time.sleep(1.0)"))
     code, told = gate_step()
     assert code == 1, told
     assert "🔴 slower | tower | training step" in told
