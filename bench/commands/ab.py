@@ -87,7 +87,7 @@ def ab(
     as_junit: gate.JunitFile = None,
     as_benchmark: gate.BenchmarkFile = None,
 ) -> None:
-    """Compare two revisions of a repository by interleaved runs on this machine.
+    """Compare two revisions of a repository by interleaved runs.
 
     Exit codes: 0 no regression, 1 regressed, 2 not settled (see --require), 3 error.
     """
