@@ -32,7 +32,8 @@ def check(
 ) -> None:
     """Compare runs with a baseline.
 
-    The first line says what was compared and what was not. Exit codes: 0 no regression, 1 regressed, 2 not settled (see --require), 3 error.
+    The first line says what was compared. Exit codes: 0 no regression, 1 regressed, 2 not settled (see --require),
+    3 error.
     """
     from tpme.reports.gate.baseline import load_baseline, load_runs
     from tpme.reports.gate.check import judge
