@@ -23,15 +23,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress
 
 from tpme.bench.errors import LONGEST_MESSAGE, UserError, first_problem
 from tpme.bench.record import (
@@ -41,7 +33,6 @@ from tpme.bench.record import (
     Reading,
     RecordError,
     Status,
-    attempt_number,
     cell_id,
     read_result,
     write_atomically,
@@ -51,10 +42,10 @@ from tpme.bench.run.cell_checks import check_cells
 from tpme.bench.run.job import Job, time_limit_message
 from tpme.bench.run.matrix import DatasetEntry, MatrixFile, PreparedDataset, expand
 from tpme.bench.run.process import Ending, run_process
+from tpme.bench.run.progress import Screen
+from tpme.bench.run.remaining import is_finished, latest_attempt, remaining
 from tpme.bench.run.version import code_version
 
-FINISHED: frozenset[Status] = frozenset({"ok", "oom", "diverged", "timeout", "skipped"})
-"""Statuses that another attempt would repeat; ``timeout`` only if the limit is not raised."""
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 """Error codes of a file system without locks."""
 
@@ -164,15 +155,6 @@ def slug(cell: Cell) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "-", cell.label).strip("-") or "method"
 
 
-def latest_attempt(folder: Path) -> tuple[int, CellResult | None]:
-    """Number of attempts at a cell, and the latest record; a record that cannot be read counts as ``None``."""
-    latest = max(folder.glob("attempt-*.json"), key=attempt_number, default=Path())
-    try:
-        return attempt_number(latest), read_result(latest) if attempt_number(latest) else None
-    except RecordError:
-        return attempt_number(latest), None
-
-
 def run_matrix(
     matrix: MatrixFile,
     run: Path,
@@ -202,17 +184,20 @@ def run_matrix(
         save_adapters=save_adapters,
         console=console,
     )
+    latest = [latest_attempt(job.folder) for job in jobs]
+    state = remaining(jobs, [result for _, result in latest], run)
     results = []
-    with locked_run(run), _progress(console) as bars:
+    with locked_run(run), Screen(console, len(jobs)) as screen:
         _write_matrix(run, matrix, jobs)
-        overall = bars.add_task("matrix", total=len(jobs), detail="")
-        for job in jobs:
-            attempts, result = latest_attempt(job.folder)
-            if result is None or not _is_done(result, job):
-                result = _run_with_bar(job.model_copy(update={"attempt": attempts + 1}), bars)
-                bars.console.print(_outcome_line(result))
+        screen.print(state.text)
+        for job, (attempts, result) in zip(jobs, latest, strict=True):
+            if not is_finished(result, job):
+                attempt = job.model_copy(update={"attempt": attempts + 1})
+                with screen.cell(job.cell.label) as show:
+                    result = run_job(attempt, show=show)
+                screen.print_outcome(result, attempt.file(".log"))
             results.append(result)
-            bars.advance(overall)
+            screen.advance()
     return results
 
 
@@ -242,38 +227,6 @@ def locked_run(run: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _is_done(result: CellResult, job: Job) -> bool:
-    if result.status == "timeout" and result.time_limit_s is not None and job.time_limit_s > result.time_limit_s:
-        return False
-    if job.save_adapters and result.status == "ok" and "adapter" not in result.files:
-        return False
-    probed = result.representation.probe_items if result.representation else None
-    if job.probe_items not in (None, probed) and result.status == "ok":
-        return False
-    return result.status in FINISHED
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description:<18}", markup=False),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[detail]}", markup=False),
-        console=console,
-        transient=True,
-    )
-
-
-def _run_with_bar(job: Job, bars: Progress) -> CellResult:
-    bar = bars.add_task(job.cell.label, total=100, detail="start")
-    try:
-        return run_job(job, show=lambda what, share: bars.update(bar, completed=round(100 * share), detail=what))
-    finally:
-        bars.remove_task(bar)
 
 
 def run_job(
@@ -361,20 +314,3 @@ def _last_line(log: Path) -> str:
         file.seek(max(0, log.stat().st_size - 4096))
         lines = file.read().decode(errors="replace").strip().splitlines()
     return lines[-1][-LONGEST_MESSAGE:] if lines else "no output"
-
-
-def _outcome_line(result: CellResult) -> str:
-    """The outcome of a cell in one line."""
-    label, mark = result.cell.label, "[green]ok[/]" if result.status == "ok" else f"[red]{result.status}[/]"
-    if result.failure:
-        return f"{escape(f'{label:<18}')} {mark}  {escape(result.failure.message)}"
-    best = max((epoch.valid_recall_10 for epoch in result.epochs), default=None)
-    epoch_s, all_in_s = result.epoch_time_s.value, result.all_in_s.value if result.all_in_s else None
-    details = [f"{result.wall_s:.1f} s"]
-    if epoch_s is not None:
-        details.append(f"{epoch_s:.2f} s an epoch")
-    else:  # rounds alone are no epochs
-        details.append(f"{all_in_s:.2f} s all in" if all_in_s is not None else "nothing to train")
-    if best is not None:
-        details.append(f"validation Recall@10 {best:.4f}")
-    return f"{escape(f'{label:<18}')} {mark}  {', '.join(details)}"

@@ -49,7 +49,7 @@ def run_process(
         command: writes progress events to its standard output (``workers.progress_line``).
         log: takes its standard error.
         limit_s: then it gets SIGTERM, and is killed after ``GRACE_S``.
-        show: called with its progress.
+        show: called with its progress, and again with the last of it while there is nothing new.
 
     Raises:
         KeyboardInterrupt, SystemExit: SIGINT, or SIGTERM or SIGHUP, came meanwhile; the process has been ended.
@@ -111,7 +111,7 @@ def _watch(
     """
     assert process.stdout is not None
     os.set_blocking(process.stdout.fileno(), False)
-    buffered = b""
+    buffered, last = b"", ("start", 0.0)
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
         while process.poll() is None and not caught:
@@ -127,7 +127,10 @@ def _watch(
                     continue
                 *lines, buffered = (buffered + read).split(b"\n")
                 for event in filter(None, (parse_progress(line.decode(errors="replace")) for line in lines)):
+                    last = event
                     show(*event)
+            else:
+                show(*last)
     return False
 
 
