@@ -23,7 +23,10 @@ BYTES = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB
 SECONDS = {"ms": 1e-3, "s": 1, "min": 60, "h": 3600}
 MILLIONS = {"": 1e-6, "K": 1e-3, "M": 1, "B": 1e3}
 
-LIMITED = {key: quantity(key) for key in ("memory_bytes", "epoch_time_s", "trainable_millions", "ndcg_10", "recall_10")}
+LIMITED = {
+    key: quantity(key)
+    for key in ("peak_bytes", "memory_bytes", "epoch_time_s", "trainable_millions", "ndcg_10", "recall_10")
+}
 """The columns of a summary that can be limited: a quality from below, a cost from above."""
 TRUST = {"memory_bytes": "memory", "epoch_time_s": "epoch_time"}
 """Columns whose readings may be doubtful: ``<name>_valid`` and ``<name>_reason`` belong to them."""
@@ -131,7 +134,7 @@ def _reasons(section: Section, line: pd.Series[Any], limits: Limits, random: boo
     if limits.device is not None and not _on(section, limits.device):
         yield Reason("device", f"measured on {section.group.key['device_key']}")
     elif line["status"] == "oom":
-        yield _out_of_memory(line, limits.bounds.get("memory_bytes"))
+        yield _out_of_memory(line, limits.bounds.get("peak_bytes", limits.bounds.get("memory_bytes")))
     elif line["status"] != "ok":
         yield Reason("failed", f"did not finish: {line['status']}")
     else:
@@ -144,9 +147,9 @@ def _reasons(section: Section, line: pd.Series[Any], limits: Limits, random: boo
 def _out_of_memory(line: pd.Series[Any], limit: float | None) -> Reason:
     seen = None if pd.isna(line["memory_seen_bytes"]) else float(line["memory_seen_bytes"])
     text = "out of memory"
-    text += "" if seen is None else f", M at least {bytes_text(seen)}"
-    text += "" if limit is None else f" (limit {_amount('memory_bytes', limit)})"
-    return Reason("oom", text, "memory_bytes", seen, limit)
+    text += "" if seen is None else f", at least {bytes_text(seen)}"
+    text += "" if limit is None else f" (limit {_amount('peak_bytes', limit)})"
+    return Reason("oom", text, "peak_bytes", seen, limit)
 
 
 def _violation(key: str, limit: float, line: pd.Series[Any], random: bool) -> Reason | None:
@@ -206,7 +209,8 @@ def qualifying_table(choice: Choice, limits: Limits) -> Table:
         *fields.quality(chosen, "recall_10"),
         *fields.cost(chosen, "epoch_time_s"),
         *fields.cost(chosen, "trainable_millions"),
-        *fields.memory(chosen, byte_unit(summary["memory_seen_bytes"])),
+        *fields.memory(chosen, unit := byte_unit(summary["peak_bytes"])),
+        *fields.cost(chosen, "peak_bytes", unit=unit),
         *(field for field in fields.tpme(chosen) if field[0].key.startswith(("tpme_percent", "tpme_lower_bound"))),
     ]
     title = f"{len(choice.qualifying)} of {len(summary)} rows qualify"

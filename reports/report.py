@@ -52,9 +52,11 @@ def make_report(
     frame: Path | None = None,
     rows: Sequence[str] | None = None,
     mix: bool = False,
+    history: bool = False,
+    reference: str | None = None,
     title: str | None = None,
 ) -> Report:
-    """Read all records below ``paths`` and summarise them, a section for each comparable group.
+    """Read the records below ``paths`` and summarise them, a section for each comparable group.
 
     Args:
         paths: run folders or record files.
@@ -62,17 +64,21 @@ def make_report(
         frame: file with frozen frames, to use instead of each group's own min and max.
         rows: rows or methods that get a TPME; by default all that adapt an encoder.
         mix: put all records into one section, whatever their device, protocol or data, and say so.
+        history: also cells of earlier matrices and versions (``read``).
+        reference: row or method that ratios of costs refer to; by default full fine-tuning.
         title: of the report.
 
     Raises:
         UserError: no records, a broken one, an unknown row, a frame that fits none of the records.
     """
     roots = [Path(path) for path in paths]
-    records = read(roots)
+    records = read(roots, history=history)
     by_path = {str(recorded.path): recorded for recorded in records}
     groups = split(to_frame(records), mix)
     if rows is not None:
         check_rows(rows, groups)
+    if reference is not None:
+        check_rows([reference], groups)
     frozen = {} if frame is None else {_key(stored.group): stored for stored in read_frames(frame)}
     if frame is not None and not any(_key(group.key) in frozen for group in groups):
         raise UserError(f"{frame}: made on another device, protocol, data, encoders or precision than these records")
@@ -81,11 +87,11 @@ def make_report(
         stored = frozen.get(_key(group.key))
         used = (stored, frame.name) if frame is not None and stored is not None else None
         members = [by_path[path] for path in group.cells["path"]]
-        sections.append(make_section(name, group, members, weights, rows, used))
+        sections.append(make_section(name, group, members, weights, rows, used, reference))
     return Report(
         title or "What adaptation costs and what it buys",
         tuple(sections),
-        _command(roots, weights, frame, rows, mix, title),
+        _command(roots, weights, frame, rows, mix, history, reference, title),
     )
 
 
@@ -97,6 +103,8 @@ def write_report(
     frame: Path | None = None,
     rows: Sequence[str] | None = None,
     mix: bool = False,
+    history: bool = False,
+    reference: str | None = None,
     title: str | None = None,
     formats: Sequence[str] | None = None,
     workers: int = 1,
@@ -108,7 +116,7 @@ def write_report(
     Args:
         paths: run folders or record files.
         out: the folder; created where it does not exist.
-        weights, rows, mix, title: as in ``make_report``.
+        weights, rows, mix, history, reference, title: as in ``make_report``.
         frame: as in ``make_report``; a file that does not exist is first written from these records.
         formats: those of ``FORMATS`` to write beside ``report.md``; by default all, without figures where there are
             more than ``ROWS_DRAWN`` rows.
@@ -125,8 +133,10 @@ def write_report(
         if unknown:
             raise UserError(f"{kind} '{unknown[0]}': choose of {', '.join(known)}")
     if frame is not None and not frame.exists():
-        freeze(frame, make_report(paths, weights=weights, rows=rows, mix=mix), console)
-    report = make_report(paths, weights=weights, frame=frame, rows=rows, mix=mix, title=title)
+        freeze(frame, make_report(paths, weights=weights, rows=rows, mix=mix, history=history), console)
+    report = make_report(
+        paths, weights=weights, frame=frame, rows=rows, mix=mix, history=history, reference=reference, title=title
+    )
     if formats is None:
         formats = _default_formats(report, console)
     tables = [all_tables(section) for section in report.sections]
@@ -209,12 +219,16 @@ def _command(
     frame: Path | None,
     rows: Sequence[str] | None,
     mix: bool,
+    history: bool,
+    reference: str | None,
     title: str | None,
 ) -> str:
     parts = ["tpme", "report", *(root.resolve().name for root in roots), "--weights", str(weights)]
     parts += [] if frame is None else ["--frame", frame.name]
     parts += [] if rows is None else ["--rows", ",".join(rows)]
     parts += ["--mix"] if mix else []
+    parts += ["--all"] if history else []
+    parts += [] if reference is None else ["--reference", reference]
     parts += [] if title is None else ["--title", title]
     return shlex.join(parts)
 

@@ -14,7 +14,10 @@ Share = Annotated[float | None, typer.Option(min=0, max=1, help="Minimum mean ov
 
 def choose(
     runs: Records,
-    max_memory: Annotated[str | None, typer.Option(help="Maximum memory M: 8GB, 8GiB, 500MB.")] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(help="Maximum memory at any time of a run, cache and validation included: 8GB, 500MB.")
+    ] = None,
+    max_training_memory: Annotated[str | None, typer.Option(help="Maximum memory M, of training alone.")] = None,
     max_epoch_time: Annotated[str | None, typer.Option(help="Longest epoch T: 500ms, 60s, 2min.")] = None,
     max_params: Annotated[str | None, typer.Option(help="Maximum trainable parameters P: 500K, 5M.")] = None,
     min_ndcg10: Share = None,
@@ -33,7 +36,8 @@ def choose(
         return None if text is None else logic.parse_quantity(option, text, units, example)
 
     bounds = {
-        "memory_bytes": limit("--max-memory", max_memory, logic.BYTES, "8GB"),
+        "peak_bytes": limit("--max-memory", max_memory, logic.BYTES, "8GB"),
+        "memory_bytes": limit("--max-training-memory", max_training_memory, logic.BYTES, "8GB"),
         "epoch_time_s": limit("--max-epoch-time", max_epoch_time, logic.SECONDS, "60s"),
         "trainable_millions": limit("--max-params", max_params, logic.MILLIONS, "5M"),
         "ndcg_10": min_ndcg10,

@@ -19,6 +19,10 @@ def report(
     ] = None,
     rows: Annotated[str | None, typer.Option(help="Rows that get a TPME: fft,lora,...")] = None,
     mix: Annotated[bool, typer.Option("--mix", help="One TPME across different devices, protocols or data.")] = False,
+    history: Annotated[
+        bool, typer.Option("--all", help="Also cells of earlier matrices and earlier versions of the code.")
+    ] = False,
+    reference: Annotated[str | None, typer.Option(help="Row that ratios of costs refer to; by default fft.")] = None,
     title: Annotated[str | None, typer.Option(help="Title of report.md.")] = None,
     formats: Annotated[
         str | None, typer.Option(help="What to write beside report.md: html,csv,json,tex,png,svg,pdf or all.")
@@ -45,6 +49,8 @@ def report(
         frame=frame,
         rows=None if rows is None else parse_rows(rows),
         mix=mix,
+        history=history,
+        reference=reference,
         title=title,
         formats=None if formats is None else FORMATS if formats == "all" else split_names(formats),
         workers=workers or available_cores(),

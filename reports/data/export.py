@@ -25,7 +25,7 @@ from tpme.bench.errors import UserError
 from tpme.bench.record import CellResult, write_atomically
 from tpme.reports.data.load import Recorded, to_frame, with_quality
 
-NUMERIC = re.compile(r"(_s|_j|_bytes|_millions|_\d+)$|^(counter|phase|peak|inference)_|^best_epoch$")
+NUMERIC = re.compile(r"(_s|_j|_bytes|_millions|_\d+)$|^(counter|phase|peak(?!_phase$)|inference)_|^best_epoch$")
 """Numeric columns, even where every value is missing."""
 BOOLEAN = ("environment_deterministic", "environment_git_dirty")
 """Columns with true, false or a missing value."""

@@ -1,7 +1,8 @@
 """Read records into a table: ``load(paths)`` returns a row for every cell, units in the column names.
 
-Only the latest attempt of a cell counts. Ranks and samples stay in their files: the columns ``ranks_path`` and
-``samples_path`` name them, ``load_ranks`` and ``load_samples`` read them.
+Of a run folder only the cells of its last matrix count, of a cell its newest version and latest attempt. Ranks and
+samples stay in their files: the columns ``ranks_path`` and ``samples_path`` name them, ``load_ranks`` and
+``load_samples`` read them.
 """
 
 from __future__ import annotations
@@ -21,23 +22,15 @@ import numpy.typing as npt
 import pandas as pd
 
 from tpme.bench.errors import UserError
-from tpme.bench.quantities import memory_reading
-from tpme.bench.record import (
-    ENCODER_OPTIONS,
-    Cell,
-    CellResult,
-    EncoderSpec,
-    Phase,
-    earlier_epochs,
-    find_attempts,
-    find_results,
-    read_result,
-)
+from tpme.bench.record import CellResult, Phase, cell_id, find_attempts, find_results, read_result
+from tpme.reports.data.columns import row_of
 from tpme.reports.data.ranks import REPORTED, load_arrays, mean_gains
-from tpme.reports.data.serving import cell_costs
 from tpme.reports.data.trials import select_trials
 
 Array = npt.NDArray[Any]
+
+CELLS_FILE = "cells.json"
+"""In a run folder: the names of the folders of its last matrix's cells, under ``cells``."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +66,8 @@ class Samples:
     """Memory in use at that time, NaN where it could not be read, shape ``(samples,)``."""
 
 
-def load(paths: Iterable[Path | str]) -> pd.DataFrame:
-    """One row a cell from all records below ``paths`` (folders or record files).
+def load(paths: Iterable[Path | str], *, history: bool = False) -> pd.DataFrame:
+    """One row a cell from the records below ``paths`` (folders or record files); ``history`` as in ``read``.
 
     Rows that are learning-rate trials of one method carry ``selected``, ``search_trials`` and ``search_wall_s``
     (see ``tpme.reports.data.trials``). ``recall_10``, ``ndcg_10`` and the other cut-offs are means over the test users.
@@ -83,35 +76,39 @@ def load(paths: Iterable[Path | str]) -> pd.DataFrame:
     Raises:
         UserError: there is no record, or one cannot be read; the message names the file.
     """
-    return with_quality(to_frame(read(paths)))
+    return with_quality(to_frame(read(paths, history=history)))
 
 
-def read(paths: Iterable[Path | str]) -> list[Recorded]:
-    """The latest record of each cell below ``paths``, sorted by path. Raises UserError where there is none."""
+def read(paths: Iterable[Path | str], *, history: bool = False) -> list[Recorded]:
+    """The latest record of each cell below ``paths``, sorted by path.
+
+    Args:
+        paths: folders or record files.
+        history: also the cells of earlier matrices of a run folder (``cells.json`` names those of the last one), and
+            the cells as older versions of the measured code ran them.
+
+    Raises:
+        UserError: there is no record, or one cannot be read; the message names the file.
+    """
     roots = [Path(path) for path in paths]
-    files = {path.resolve(): path for path in find_results(roots)}
-    if not files:
+    found = find_results(roots)
+    records = _latest(found if history else _of_last_matrix(found, roots), history)
+    if not records:
         where = ", ".join(str(root) for root in roots)
+        if found:
+            raise UserError(f"{where}: no cell of the last matrix has ended; --all shows those of earlier ones")
         raise UserError(f"{where}: no records (attempt-*.json) in there; name a folder that 'tpme run' wrote")
-    with _collector_paused():
-        results = {path: read_result(path) for path in sorted(files.values())}
-    keys = _device_keys(results)
-    latest: dict[tuple[str, str], Recorded] = {}
-    for path, result in results.items():
-        identity = (result.cell_id, keys[path])
-        old = latest.get(identity)
-        superseded = 0 if old is None else old.superseded + 1
-        newest = Recorded(path, result, keys[path]) if old is None or _age(result) >= _age(old.result) else old
-        latest[identity] = replace(newest, superseded=superseded)
-    return sorted(latest.values(), key=lambda recorded: recorded.path)
+    return records
 
 
 def read_every(paths: Iterable[Path | str]) -> list[Recorded]:
     """The records of ``read``, followed by all others below ``paths``, which are not ``latest``."""
     roots = [Path(path) for path in paths]
-    latest = read(roots)
+    latest = _latest(_of_last_matrix(find_results(roots), roots), history=False)
     known = {recorded.path.resolve() for recorded in latest}
     files = {path.resolve(): path for path in find_attempts(roots)}
+    if not files:
+        return read(roots)  # says what is missing
     results = {path: read_result(path) for resolved, path in files.items() if resolved not in known}
     keys = _device_keys({recorded.path: recorded.result for recorded in latest} | results)
     return [*latest, *(Recorded(path, results[path], keys[path], latest=False) for path in sorted(results))]
@@ -174,125 +171,60 @@ def _collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-# --- one row -------------------------------------------------------------------------------------------------
-
-
 def _row(recorded: Recorded) -> dict[str, Any]:
-    result = recorded.result
     return {
         "path": str(recorded.path),
-        "cell_id": result.cell_id,
-        "attempt": result.attempt,
         "superseded": recorded.superseded,
-        "code_version": result.code_version,
-        "status": result.status,
-        "failure_phase": result.failure.phase if result.failure else None,
-        "failure_message": result.failure.message if result.failure else None,
-        "started_at": result.started_at,
-        "wall_s": result.wall_s,
-        **_cell_columns(result.cell, recorded.device_key),
-        **_cost_columns(result),
-        **_epoch_columns(result),
-        "flags": tuple((flag.code, flag.message) for flag in result.flags),
+        **row_of(recorded.result, recorded.device_key),
         "ranks_path": recorded.beside("ranks"),
         "samples_path": recorded.beside("samples"),
     }
 
 
-def _cell_columns(cell: Cell, device_key: str) -> dict[str, Any]:
-    training = cell.training.model_dump(mode="json")
-    precision = training.pop("precision")
-    return {
-        "label": cell.label,
-        "method": cell.method,
-        "cached": cell.cached,
-        "matrix": cell.matrix,
-        "baseline": cell.baseline,
-        "options": _canonical(cell.options),
-        "dataset": cell.dataset,
-        "dataset_fingerprint": cell.dataset_fingerprint,
-        "modalities": "+".join(cell.modalities),
-        "encoders": ", ".join(
-            _encoder(spec, modality)
-            for modality, spec in (("text", cell.text_encoder), ("image", cell.image_encoder))
-            if spec is not None
-        ),
-        "protocol": cell.protocol,
-        "precision": precision,
-        "training": _canonical(training),
-        "lr": _canonical(cell.lr.model_dump(mode="json")),
-        "lr_trial": cell.lr_trial,
-        "device": cell.device,
-        "device_key": device_key,
-        "seed": cell.seed,
-    }
+# --- which records ------------------------------------------------------------------------------------------
 
 
-def _cost_columns(result: CellResult) -> dict[str, Any]:
-    memory = memory_reading("memory_bytes", result.training_memory, result.cell.device)
-    any_phase = [memory_reading("memory_seen_bytes", phase.memory, result.cell.device).value for phase in result.phases]
-    seen = [value for value in (memory.value, *any_phase) if value is not None]
-    parameters, cache = result.parameters, result.cache
-    energy = [phase.energy_j.value for phase in result.phases if phase.kind == "train"]
-    last = len(result.epochs) - earlier_epochs(result.epochs)
-    of_last = _sum(energy[-last:])
-    return {
-        "epoch_time_s": result.epoch_time_s.value,
-        "epoch_time_valid": result.epoch_time_s.valid,
-        "epoch_time_reason": result.epoch_time_s.reason,
-        "all_in_s": result.all_in_s.value if result.all_in_s else None,
-        "memory_bytes": memory.value,
-        "memory_source": memory.source,
-        "memory_valid": memory.valid,
-        "memory_reason": memory.reason,
-        "memory_seen_bytes": max(seen, default=None),
-        "trainable_millions": parameters.trainable / 1e6 if parameters else None,
-        "total_millions": parameters.total / 1e6 if parameters else None,
-        "stored_bytes": parameters.stored_bytes if parameters else None,
-        "cache_build_s": cache.build_s if cache else None,
-        "cache_bytes": cache.bytes if cache else None,
-        "training_energy_j": _sum(energy),
-        "energy_epoch_j": of_last / last if of_last is not None and last else None,
-        **cell_costs(result),
-    }
+def _of_last_matrix(paths: Iterable[Path], roots: Sequence[Path]) -> list[Path]:
+    """The records that are of the last matrix of their run folder, or were named themselves."""
+    last: dict[Path, frozenset[str] | None] = {}
+
+    def is_current(path: Path) -> bool:
+        folder = path.parent
+        if folder.parent.name != "cells" or not {path, folder}.isdisjoint(roots):
+            return True
+        run = folder.parent.parent
+        if run not in last:
+            last[run] = _cells_of(run)
+        names = last[run]
+        return names is None or folder.name in names
+
+    return [path for path in paths if is_current(path)]
 
 
-def _sum(values: Sequence[float | None]) -> float | None:
-    """The sum of values; ``None`` for none, and where one is missing."""
-    known = [value for value in values if value is not None]
-    return sum(known) if known and len(known) == len(values) else None
+def _cells_of(run: Path) -> frozenset[str] | None:
+    """The folders of the cells of a run folder's last matrix; None where it does not say."""
+    try:
+        return frozenset(json.loads((run / CELLS_FILE).read_bytes())["cells"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{run / CELLS_FILE}: not readable; delete it, or run the matrix again") from None
 
 
-def _epoch_columns(result: CellResult) -> dict[str, Any]:
-    best = None
-    if result.epochs:
-        best = max(result.epochs, key=lambda epoch: (epoch.valid_recall_10, -epoch.index))
-        best = next((epoch for epoch in result.epochs if epoch.index == result.best_epoch), best)
-    return {
-        "epochs_run": len(result.epochs),
-        "warmup_epochs": result.warmup_epochs,
-        "best_epoch": best.index if best else None,
-        "time_to_best_s": sum(epoch.train_s for epoch in result.epochs if epoch.index <= best.index) if best else None,
-        "valid_recall_10": best.valid_recall_10 if best else None,
-        "valid_ndcg_10": best.valid_ndcg_10 if best else None,
-    }
-
-
-def _encoder(spec: EncoderSpec, modality: str) -> str:
-    revision = f"@{spec.revision}" if spec.revision else ""
-    defaults = EncoderSpec(source=spec.source)
-    options = [
-        f"{name} {getattr(spec, name)}" for name in ENCODER_OPTIONS if getattr(spec, name) != getattr(defaults, name)
-    ]
-    facts = [modality, *(["random weights"] if spec.weights == "random" else []), *options]
-    return f"{spec.source}{revision} ({', '.join(facts)})"
-
-
-def _canonical(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"))
-
-
-# --- identity ------------------------------------------------------------------------------------------------
+def _latest(paths: Iterable[Path], history: bool) -> list[Recorded]:
+    """The newest record of each cell on each device, sorted by path; with ``history`` of each version of its code."""
+    files = {path.resolve(): path for path in paths}
+    with _collector_paused():
+        results = {path: read_result(path) for path in sorted(files.values())}
+    keys = _device_keys(results)
+    latest: dict[tuple[str, str], Recorded] = {}
+    for path, result in results.items():
+        identity = keys[path], result.cell_id if history else cell_id(result.cell, "any version")
+        old = latest.get(identity)
+        superseded = 0 if old is None else old.superseded + 1
+        newest = Recorded(path, result, keys[path]) if old is None or _age(result) >= _age(old.result) else old
+        latest[identity] = replace(newest, superseded=superseded)
+    return sorted(latest.values(), key=lambda recorded: recorded.path)
 
 
 def _age(result: CellResult) -> tuple[str, int]:

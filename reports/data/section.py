@@ -11,22 +11,27 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from tpme.bench.errors import UserError
-from tpme.bench.quantities import memory_reading
 from tpme.bench.record import CellResult
 from tpme.reports.data.load import Recorded, counter_values
-from tpme.reports.data.metrics import over_seeds, quality, spread
+from tpme.reports.data.metrics import over_seeds, quality
 from tpme.reports.data.notes import Notes, mixing, notes_of
-from tpme.reports.data.ranks import METRICS, Metric, Ranks, gains, load_ranks
-from tpme.reports.data.resampling import Repeats, Resampled, draw, resample
+from tpme.reports.data.paired_tests import Difference, differences_of
+from tpme.reports.data.ranks import METRICS, Metric, gains
+from tpme.reports.data.ratios import cost_ratios, reference_row
+from tpme.reports.data.resampling import Resampled, draw, resample
 from tpme.reports.data.stats import Floats, interval
+from tpme.reports.data.summary import line_of, ranks_of, repeats_of, seeds_of, used
+from tpme.reports.data.ties import RunNoise, noise_of, tied_ranks
 from tpme.reports.data.tpme import Frame, Weights, frame_of, lower_bound, tpme
 from tpme.reports.data.trials import Group, Line, lines_of
+
+NOISE_FLOOR = ("noise_time_ratio", "noise_memory_ratio")
+"""Counters of a record: the noise floor of its device."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,11 @@ class Section:
     records: tuple[Recorded, ...]
     """The records of ``group.cells``, in its order."""
     summary: pd.DataFrame
-    """One line for each row: best TPME first, then rows without one by quality, then rows that did not finish."""
+    """One line for each row: best TPME first, then rows without one by quality, then rows that did not finish.
+
+    Rows whose TPME noise cannot tell apart share a ``tpme_rank``. One row alone has no TPME: it would be 0 whatever it
+    costs. A row that is an end of the frame in every resample, ``tpme_end``, has no interval.
+    """
     behind: Mapping[str, tuple[CellResult, ...]]
     """The records of each row: its finished seeds, or its failed ones where none finished."""
     gains: Mapping[Metric, Mapping[str, Floats]]
@@ -51,6 +60,10 @@ class Section:
     frame_from: str | None
     """File of the frame; None for the frame of these rows."""
     notes: Notes
+    reference: str | None
+    """The row that ``time_ratio``, ``parameters_ratio``, ``memory_ratio`` and ``cost_ratio`` refer to."""
+    noise: RunNoise
+    """Decides which rows share a rank."""
 
     @property
     def cells(self) -> pd.DataFrame:
@@ -66,6 +79,23 @@ class Section:
     def compared(self) -> list[str]:
         """The K rows: those with a TPME, best first."""
         return [str(name) for name in self.summary.index[self.summary["tpme"].notna()]]
+
+    @property
+    def ties(self) -> list[str]:
+        """The rows that share a rank with another, best first."""
+        ranks = self.summary["tpme_rank"]
+        return [str(name) for name in ranks.index[ranks.notna() & ranks.duplicated(keep=False)]]
+
+    @cached_property
+    def differences(self) -> Mapping[Metric, Sequence[Difference]]:
+        """Recall@10 and NDCG@10 of every pair of finished rows, tested over users.
+
+        A user counts with the mean over the seeds of a row. A section holds one data set, so both rows have the same
+        users; nothing is tested where data or protocols are mixed.
+        """
+        if {"dataset_fingerprint", "protocol"} & set(self.group.mixed):
+            return dict.fromkeys(self.gains, ())
+        return {metric: differences_of(values) for metric, values in self.gains.items()}
 
     def firsts(self, *, sampled: bool = False) -> dict[str, Recorded]:
         """The first seed of every row, a finished one if any; with ``sampled``, of those that left samples."""
@@ -87,12 +117,12 @@ class Section:
 
     def counter(self, name: str) -> float | None:
         """The largest valid value of a counter over all records; None where none has one."""
-        return max(counter_values((recorded.result for recorded in self.records), name), default=None)
+        return _largest(self.records, name)
 
     @cached_property
     def instruments(self) -> str:
         """How fine the instruments were: noise floor of the device, cost of harness and sampler."""
-        time, memory = self.counter("noise_time_ratio"), self.counter("noise_memory_ratio")
+        time, memory = (_largest(self.records, name) for name in NOISE_FLOOR)
         overhead, sampler = self.counter("overhead_ratio"), self.counter("sampler_core_share")
         several = len({recorded.device_key for recorded in self.records}) > 1
         text = f"Noise floor of {'the noisiest of these devices' if several else 'this device'}: "
@@ -114,6 +144,7 @@ def make_section(
     weights: Weights,
     named: Sequence[str] | None = None,
     frozen: tuple[Frame, str] | None = None,
+    reference: str | None = None,
 ) -> Section:
     """Summarise one group.
 
@@ -124,24 +155,29 @@ def make_section(
         weights: of T, P and M in TPME.
         named: rows or labels that get a TPME; None for all but baselines.
         frozen: a frame to use instead of the rows' own, and its file.
+        reference: row or label that ratios of costs refer to; None for full fine-tuning, where it is there.
     """
-    seeds = _seeds(group.cells)
-    ranks = {name: loaded for name, cells in seeds.items() if (loaded := _ranks(cells))}
-    lines = {row: _line(cells) for row, cells in seeds.items()}
+    seeds = seeds_of(group.cells)
+    ranks = {name: loaded for name, cells in seeds.items() if (loaded := ranks_of(cells))}
+    lines = {row: line_of(cells) for row, cells in seeds.items()}
     summary = pd.DataFrame.from_dict(lines, orient="index").join(quality(ranks))
     candidates = summary[_compared(summary, named)]
     frame = frozen[0] if frozen else frame_of(candidates, group.key)
     summary["compared"] = summary.index.isin(candidates.index)
     summary["tpme"] = tpme(candidates, weights, frame).reindex(summary.index)
     summary["tpme_lower_bound"] = lower_bound(candidates, weights, frame).reindex(summary.index)
-    summary["tpme_rank"] = summary["tpme"].round(12).rank(method="min")
-    summary = summary.assign(order=summary["status"] != "ok", name=summary.index).sort_values(
-        ["order", "tpme_rank", "ndcg_10", "name"], ascending=[True, True, False, True], na_position="last"
-    )
-    summary = summary.drop(columns=["order", "name"])
+    if summary["tpme"].count() == 1 and not frozen:
+        summary[["tpme", "tpme_lower_bound"]] = np.nan
+    noise = noise_of(candidates, *(_largest(records, name) for name in NOISE_FLOOR))
+    summary["tpme_rank"] = tied_ranks(summary, weights, frame, noise) if frame else np.nan
+    referred = reference_row(summary, reference)
+    summary = summary.join(cost_ratios(summary, referred, weights))
+    keys = summary[["tpme", "ndcg_10"]].round({"tpme": 12}).assign(failed=summary["status"] != "ok", name=summary.index)
+    by = keys.sort_values(["failed", "tpme", "ndcg_10", "name"], ascending=[True, True, False, True])  # NaN last
+    summary = summary.loc[by.index]
     results = {str(recorded.path): recorded.result for recorded in records}
     order = [str(name) for name in summary.index]
-    behind = {name: tuple(results[cell["path"]] for cell in _used(seeds[name])) for name in order}
+    behind = {name: tuple(results[cell["path"]] for cell in used(seeds[name])) for name in order}
     ranked = [name for name in order if name in ranks]
     users = {
         metric: {name: np.mean([gains(seed, metric, 10) for seed in ranks[name]], axis=0) for name in ranked}
@@ -152,74 +188,30 @@ def make_section(
     if group.mixed:
         notes = replace(notes, shared=(mixing(group), *notes.shared))
     frame_from = frozen[1] if frozen else None
-    return Section(name, group, tuple(records), summary, behind, users, resampled, weights, frame, frame_from, notes)
+    return Section(
+        name,
+        group,
+        tuple(records),
+        summary,
+        behind,
+        users,
+        resampled,
+        weights,
+        frame,
+        frame_from,
+        notes,
+        referred,
+        noise,
+    )
+
+
+def _largest(records: Iterable[Recorded], counter: str) -> float | None:
+    """The largest valid value of a counter; None where no record has one."""
+    return max(counter_values((recorded.result for recorded in records), counter), default=None)
 
 
 def _lines(summary: pd.DataFrame) -> dict[str, Line]:
     return dict(zip(map(str, summary.index), lines_of(summary), strict=True))
-
-
-def _seeds(cells: pd.DataFrame) -> dict[str, list[Line]]:
-    """The cells of the selected trial of each row, rows by name."""
-    rows: dict[str, list[Line]] = {}
-    for cell in lines_of(cells[cells["selected"]]):
-        rows.setdefault(cell["row"], []).append(cell)
-    return dict(sorted(rows.items()))
-
-
-def _used(seeds: Sequence[Line]) -> Sequence[Line]:
-    """The seeds that finished, or all where none did."""
-    return [cell for cell in seeds if cell["status"] == "ok"] or seeds
-
-
-def _line(seeds: Sequence[Line]) -> dict[str, Any]:
-    """The line of a row: means over its finished seeds, or what the failed attempts left where none finished.
-
-    ``epoch_time_s_sd`` and the like are standard deviations over seeds, NaN for one seed.
-    """
-    used = _used(seeds)
-    finished = used if used[0]["status"] == "ok" else []
-    line: dict[str, Any] = {name: seeds[0][name] for name in SHARED}
-    line["status"] = used[0]["status"]
-    line["seeds"] = len({cell["seed"] for cell in seeds})
-    line["seeds_ok"] = len({cell["seed"] for cell in finished})
-    for name in MEANS:
-        line[name] = _mean(_values(used, name))
-    for name in VARIED:
-        line[f"{name}_sd"] = _spread(_values(used, name))
-    energy = _values(finished, "energy_epoch_j")
-    line["energy_epoch_j"], line["energy_epoch_j_sd"] = _mean(energy), _spread(energy)
-    for name in ("trainable_millions", "total_millions", "stored_bytes", "memory_seen_bytes", "cache_bytes"):
-        line[name] = float(np.fmax.reduce(_values(used, name)))
-    for name in ("epoch_time", "memory"):
-        line[f"{name}_valid"] = all(cell[f"{name}_valid"] for cell in used)
-        reasons = (cell[f"{name}_reason"] for cell in used)
-        line[f"{name}_reason"] = next((reason for reason in reasons if isinstance(reason, str)), None)
-    line["memory_source"] = ", ".join(sorted({cell["memory_source"] for cell in used}))
-    return line
-
-
-SHARED = ("label", "method", "baseline", "cached", "options", "lr", "search_trials", "search_cells", "search_wall_s")
-VARIED = (
-    *("epoch_time_s", "all_in_s", "memory_bytes", "time_to_best_s", "wall_s", "training_energy_j"),
-    "inference_items_per_s",
-)
-"""Values reported with their standard deviation over seeds."""
-MEANS = (*VARIED, "cache_build_s", "best_epoch", "epochs_run", "valid_recall_10")  # seeds share one cache build
-
-
-def _values(cells: Sequence[Line], name: str) -> Floats:
-    """One number of every cell, NaN where it is missing."""
-    return np.array([cell[name] for cell in cells], dtype=np.float64)
-
-
-def _mean(values: Floats) -> float:
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if len(known) else np.nan
-
-
-def _spread(values: Floats) -> float:
-    return spread(values[~np.isnan(values)])
 
 
 def _resample(
@@ -227,7 +219,7 @@ def _resample(
 ) -> Resampled | None:
     """Resample the rows; adds the intervals of TPME of the K rows, and of T of all rows, to ``summary``."""
     trained = summary.index[(summary["status"] == "ok") & summary["epoch_time_s"].notna()]
-    repeats = {name: _repeats(behind[name]) for name in map(str, trained)}
+    repeats = {name: repeats_of(behind[name]) for name in map(str, trained)}
     draws = {name: draw(name, row) for name, row in repeats.items()}
     tpme = summary["tpme"].dropna().to_dict()
     compared = {name: costs for name, costs in draws.items() if name in tpme}
@@ -238,28 +230,11 @@ def _resample(
             bounds[place, :2] = interval(draws[name][:, 0])  # of T
             if resampled is not None and name in compared:
                 bounds[place, 2:] = resampled.interval(name, tpme[name])
+    ends = (bounds[:, 3] - bounds[:, 2]).round(6) == 0
+    bounds[ends, 2:] = np.nan
     summary[["epoch_time_s_low", "epoch_time_s_high", "tpme_low", "tpme_high"]] = bounds
+    summary["tpme_end"] = ends
     return resampled
-
-
-def _repeats(seeds: Sequence[CellResult]) -> Repeats:
-    """Repeated measurements of a row that trained; M is NaN where it is unknown."""
-    times: list[list[float | None]] = [
-        [epoch.train_s for epoch in result.epochs[result.warmup_epochs :]] or [result.epoch_time_s.value]
-        for result in seeds
-    ]
-    memory = [memory_reading("memory_bytes", result.training_memory, result.cell.device).value for result in seeds]
-    return Repeats(
-        epochs_s=tuple(np.array(seconds, dtype=np.float64) for seconds in times),
-        memory_bytes=np.array(memory, dtype=np.float64),
-        trainable_millions=max((seed.parameters.trainable for seed in seeds if seed.parameters), default=np.nan) / 1e6,
-    )
-
-
-def _ranks(seeds: Sequence[Line]) -> list[Ranks]:
-    """Ranks of the finished seeds that recorded any."""
-    paths = [cell["ranks_path"] for cell in seeds if cell["status"] == "ok"]
-    return [load_ranks(path) for path in paths if isinstance(path, str)]  # pandas may turn None into NaN
 
 
 def _compared(summary: pd.DataFrame, named: Sequence[str] | None) -> pd.Series[bool]:

@@ -3,69 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import combinations
 
 from tpme.bench.quantities import MISSING, QUALITY_DIGITS, number, quantity
+from tpme.reports.data.paired_tests import P_LEVEL, Difference
 from tpme.reports.data.ranks import METRICS, Metric
 from tpme.reports.data.section import Section
-from tpme.reports.data.stats import holm, paired
 from tpme.reports.data.trials import Line
 from tpme.reports.tables import fields
 from tpme.reports.tables.table import Column, Entry, Table
 
-LEVEL = 0.05
 TESTED: dict[Metric, str] = {metric: quantity(f"{metric}_10").header for metric in METRICS}
 """The metrics whose differences are tested, each a family of tests, and their names."""
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Two rows on the same users."""
-
-    first: str
-    second: str
-    difference: float
-    """Mean over users of first minus second."""
-    p: float
-    """Adjusted by Holm's method over all pairs."""
-
-    @property
-    def significant(self) -> bool:
-        """Whether the rows differ at the level of the whole family of tests."""
-        return self.p < LEVEL
-
-
-def differences(section: Section, metric: Metric = "ndcg") -> list[Difference]:
-    """A metric at 10 of every pair of finished rows, tested by paired randomisation over users (``stats.paired``).
-
-    A user counts with the mean over the seeds of a row. A section holds one data set, so both rows have the same users;
-    nothing is tested where data or protocols are mixed.
-    """
-    if {"dataset_fingerprint", "protocol"} & set(section.group.mixed):
-        return []
-    values = section.gains[metric]
-    pairs = list(combinations(values, 2))
-    adjusted = holm([paired(values[first] - values[second]) for first, second in pairs])
-    return [
-        Difference(first, second, float((values[first] - values[second]).mean()), p)
-        for (first, second), p in zip(pairs, adjusted, strict=True)
-    ]
 
 
 def table(section: Section) -> Table:
     """The rows that do not differ significantly from each row."""
     columns, tested, count = [fields.method(section)], set(), 0
     for metric in TESTED:
-        tests = differences(section, metric)
+        tests = section.differences[metric]
         tested |= {name for test in tests for name in (test.first, test.second)}
         count = len(tests)
         columns += fields.quality(section, f"{metric}_10")
         columns.append((Column(f"{metric}_10_not_told_apart", "Not told apart from", numeric=False), _alike(tests)))
     note = (
         f"Paired randomisation test over users, {count} pairs, Holm's correction for each metric: rows that are not "
-        f"listed differ at p < {LEVEL:g} over the whole column. A user counts with the mean over seeds; the test says "
-        "nothing of how much another seed would change. Every pair is in the table pairs, for programs."
+        f"listed differ at p < {P_LEVEL:g} over the whole column. A user counts with the mean over seeds; the test "
+        "says nothing of how much another seed would change. Every pair is in the table pairs, for programs."
     )
     rows = [str(name) for name in section.summary.index if name in tested]
     return fields.table_of(section, "differences", "Which differences in quality are real", columns, rows, notes=[note])
@@ -103,7 +66,7 @@ def pairs(section: Section) -> Table:
             Entry(number(test.p, 2), test.p, test.significant),
         )
         for metric, title in TESTED.items()
-        for test in differences(section, metric)
+        for test in section.differences[metric]
     )
-    note = f"Paired randomisation test over users; p by Holm's correction over all pairs, bold below {LEVEL:g}."
+    note = f"Paired randomisation test over users; p by Holm's correction over all pairs, bold below {P_LEVEL:g}."
     return Table("pairs", "Differences in quality by pairs", columns, rows, (note,), subject=section.name, long=True)

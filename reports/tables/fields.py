@@ -135,7 +135,7 @@ def energy(section: Section) -> list[Field]:
 
 def tpme(section: Section) -> list[Field]:
     """TPME in percent with its interval and rank; for a row that ran out of memory its lower bound."""
-    best = best_rows(section.summary["tpme"], "lower")
+    best, ties = best_rows(section.summary["tpme"], "lower"), set(section.ties)
 
     def percent(name: str, line: Line) -> Entry:
         if not isnan(line["tpme_lower_bound"]):
@@ -146,13 +146,15 @@ def tpme(section: Section) -> list[Field]:
 
     def interval(name: str, line: Line) -> Entry:
         if isnan(line["tpme_low"]):
-            return Entry(MISSING)
+            return Entry("end of scale") if line["tpme_end"] else Entry(MISSING)
         low, high = 100 * line["tpme_low"], 100 * line["tpme_high"]
         return Entry(f"{low:.2f}–{high:.2f}", low, short=f"{low:.1f}–{high:.1f}")
 
     def rank(name: str, line: Line) -> Entry:
-        known = not isnan(line["tpme_rank"])
-        return Entry(str(int(line["tpme_rank"])), int(line["tpme_rank"])) if known else Entry(MISSING)
+        if isnan(line["tpme_rank"]):
+            return Entry(MISSING)
+        place = int(line["tpme_rank"])
+        return Entry(f"{place}=" if name in ties else str(place), place)
 
     return [
         (Column("tpme_percent", quantity("tpme_percent").label("%"), "lower"), percent),

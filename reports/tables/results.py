@@ -250,9 +250,14 @@ def _result_notes(section: Section) -> list[str]:
         notes.append(f"TPME over K = {len(names)} rows ({', '.join(names)}), weights of T, P, M {weights}, {whose}.")
         notes.append(_interval_note(section))
     else:
-        notes.append("No row has a TPME: none that adapts an encoder finished with a trusted T, P and M.")
-    if len(names) == 1 and section.frame_from is None:
-        notes.append("With one row TPME is 0 by definition and says nothing.")
+        alone = summary["compared"] & (summary["status"] == "ok")
+        notes.append(
+            f"No TPME: of one row, {summary.index[alone][0]}, it would be 0 whatever it costs."
+            if alone.sum() == 1 and section.frame is not None
+            else "No row has a TPME: none that adapts an encoder finished with a trusted T, P and M."
+        )
+    if section.ties:
+        notes.append(f"Rows that share a rank (=) are tied within noise: {section.noise.text}.")
     left_out = summary.index[~summary["compared"] & summary["baseline"]]
     if len(left_out):
         notes.append(f"No encoder is adapted, so no TPME unless named with --rows: {', '.join(map(str, left_out))}.")
@@ -276,7 +281,7 @@ def _interval_note(section: Section) -> str:
     )
     alone = [str(name) for name in seeds.index[seeds == 1]]
     summary = section.summary.loc[section.compared]
-    still = summary.index[(summary["tpme_high"] - summary["tpme_low"]).round(6) == 0]
+    still = summary.index[summary["tpme_end"]]
     if len(still) and section.frame_from is None and len(summary) > 1:
         varied = section.weights.time > 0 or len(alone) < len(seeds)
         row = "this row is" if len(still) == 1 else "each of these rows is"

@@ -98,10 +98,10 @@ def test_what_did_not_finish_says_how(factory):
     choice = answer(factory.root, memory_bytes=8e9)
     assert choice.qualifying == ("iisan",)
     assert told(choice) == {
-        "fft": [("oom", "out of memory, M at least 2.40 GB (limit 8 GB)")],
+        "fft": [("oom", "out of memory, at least 2.40 GB (limit 8 GB)")],
         "lora": [("failed", "did not finish: diverged")],
     }
-    assert told(answer(factory.root))["fft"] == [("oom", "out of memory, M at least 2.40 GB")]
+    assert told(answer(factory.root))["fft"] == [("oom", "out of memory, at least 2.40 GB")]
 
 
 def test_doubtful_and_missing_values_count_only_where_they_are_asked_for(factory):
@@ -150,9 +150,9 @@ def test_the_command_prints_both_tables(demo_run, monkeypatch, capsys):
     assert run(monkeypatch, demo_run, "--max-memory", "2GB", "--max-epoch-time", "15s", "--min-ndcg10", 0.1) == 0
     printed = capsys.readouterr().out
     assert "of 15 rows qualify" in printed
-    assert "Asked for: M ≤ 2 GB, T ≤ 15 s, NDCG@10 ≥ 0.1." in printed
+    assert "Asked for: Peak ≤ 2 GB, T ≤ 15 s, NDCG@10 ≥ 0.1." in printed
     assert "T 22.5 s > 15 s" in printed
-    assert "out of memory, M at least 2.40 GB (limit 2 GB)" in printed
+    assert "out of memory, at least 2.40 GB (limit 2 GB)" in printed
     assert "did not finish: diverged" in printed
     places = [line.split()[:2] for line in printed.splitlines() if line.startswith(" ")]
     assert [place for place in places if place and place[0] in "12"] == [["1", "a_b&c%"], ["2", "iisan"]]

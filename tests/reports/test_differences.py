@@ -7,7 +7,7 @@ from tpme.bench.record import Reading, read_result
 from tpme.reports.data.ranks import gains, load_ranks
 from tpme.reports.data.stats import paired
 from tpme.reports.report import make_report
-from tpme.reports.tables.differences import differences, pairs, table
+from tpme.reports.tables.differences import pairs, table
 from tpme.reports.tables.results import steps
 
 
@@ -22,7 +22,7 @@ def test_rows_far_apart_are_told_apart_and_rows_alike_are_not(factory):
     factory.write("lora", skill=0.6, seed=2)
     factory.write("bitfit", skill=0.02, seed=3)
     section = section_of(factory)
-    found = {frozenset((one.first, one.second)): one for one in differences(section)}
+    found = {frozenset((one.first, one.second)): one for one in section.differences["ndcg"]}
     assert len(found) == 3
     assert found[frozenset(("fft", "bitfit"))].significant
     assert found[frozenset(("lora", "bitfit"))].significant
@@ -44,7 +44,7 @@ def test_pairs_hold_difference_and_p_of_both_metrics(factory):
     expected = [
         (one.first, one.second, f"{metric}_10", one.difference, one.p)
         for metric in ("recall", "ndcg")
-        for one in differences(section, metric)
+        for one in section.differences[metric]
     ]
     assert rows == expected
     assert len(rows) == 6
@@ -59,7 +59,7 @@ def test_the_only_pair_is_the_plain_paired_test_and_seeds_are_averaged_by_user(f
         paths = [factory.write(method, skill=skill, seed=seed) for seed in (1, 2)]
         kept = [load_ranks(path.parent / read_result(path).files["ranks"]) for path in paths]
         gain[method] = np.mean([gains(ranks, "ndcg", 10) for ranks in kept], axis=0)
-    [one] = differences(section_of(factory))
+    [one] = section_of(factory).differences["ndcg"]
     assert one.p == pytest.approx(paired(gain["fft"] - gain["lora"]))
     assert abs(one.difference) == pytest.approx(abs(float((gain["fft"] - gain["lora"]).mean())))
 
@@ -68,7 +68,7 @@ def test_equal_rows_are_rarely_told_apart(factory):
     factory.users = 400
     for number in range(12):
         factory.write(f"method-{number:02d}", skill=0.3, seed=number)
-    assert sum(one.significant for one in differences(section_of(factory))) <= 1
+    assert sum(one.significant for one in section_of(factory).differences["ndcg"]) <= 1
 
 
 def test_the_parts_of_a_step_are_shown_in_milliseconds_where_they_were_measured(factory):

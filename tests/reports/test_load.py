@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +9,20 @@ import pandas as pd
 import pytest
 
 from tpme.bench.errors import UserError
-from tpme.bench.record import EncoderSpec, RecordError
-from tpme.reports.data.load import load, load_samples, read
+from tpme.bench.record import EncoderSpec, Phase, Reading, RecordError, Training, read_result
+from tpme.reports.data.load import load, load_samples, read, read_every
 from tpme.reports.data.ranks import load_ranks
+
+NO_ENERGY = Reading.missing("NVML energy", "no counter")
+
+
+def rewrite(path, changes):
+    result = read_result(path)
+    path.write_text(result.model_copy(update=changes(result)).model_dump_json())
+
+
+def with_peak(cache, peak):
+    return cache.model_copy(update={"peak_bytes": Reading(value=peak, source="builder")})
 
 
 def test_one_row_a_cell_with_units_in_the_names(factory):
@@ -26,6 +38,55 @@ def test_one_row_a_cell_with_units_in_the_names(factory):
     assert lora["status"] == "ok"
     assert lora["best_epoch"] == 3
     assert lora["time_to_best_s"] == pytest.approx(3 * 12.5)
+
+
+def test_the_whole_run_peak_lies_where_most_memory_was_held(factory, peaks_of):
+    """A cache can take more to build than training on it."""
+    factory.write("fft", peak=2e9)
+    factory.write("lora", status="oom", time=None, peak=1e9)
+    rewrite(factory.write("iisan", cached=True, peak=1e8), lambda result: {"cache": with_peak(result.cache, 8e8)})
+    late = [
+        Phase(kind=kind, start_s=9, wall_s=1, memory=peaks_of(9e9), energy_j=NO_ENERGY) for kind in ("count", "rank")
+    ]
+    rewrite(factory.write("id", peak=1e8), lambda result: {"phases": (*result.phases, late[0])})
+    rewrite(factory.write("frozen", peak=1e8), lambda result: {"phases": (*result.phases, *late)})
+    peaks = load([factory.root]).set_index("method")[["peak_bytes", "peak_phase", "memory_bytes"]]
+    assert tuple(peaks.loc["fft"]) == (2e9, "train", 2e9)
+    assert tuple(peaks.loc["iisan"]) == (8e8, "cache", 1e8)
+    assert tuple(peaks.loc["lora"])[:2] == (1e9, "train")
+    assert tuple(peaks.loc["id"])[:2] == (1e8, "train"), "what the suite counts for itself is not the method's"
+    assert tuple(peaks.loc["frozen"])[:2] == (9e9, "rank")
+
+
+def test_the_time_to_the_best_epoch_holds_all_that_leads_to_it(factory):
+    """Of four epochs of 5 s the third is the best."""
+    factory.write("fft", time=5.0, all_in_s=31.0)
+    factory.write("iisan", time=5.0, cached=True)
+    to_best = load([factory.root]).set_index("method")["time_to_best_s"]
+    assert dict(to_best) == {"fft": 31.0 - 5.0, "iisan": 4.2 + 15.0}
+
+
+def test_only_the_last_matrix_and_the_newest_version_count(factory):
+    """A misspelt encoder, four epochs in the place of three and a changed method leave no row behind."""
+    factory.write("fft", text_encoder=EncoderSpec(source="bert-bsae"), status="error", time=None)
+    factory.write("fft", training=Training(epochs=4))
+    old = factory.write("lora", code="aaaa")
+    new = factory.write("lora", code="bbbb", started_at="2026-02-01T00:00:00+00:00")
+    kept = [new, old, factory.write("fft")]
+    assert len(load([factory.root])) == 4
+    (factory.root / "cells.json").write_text(json.dumps({"cells": [path.parent.name for path in kept]}))
+    for roots in ([factory.root], [factory.root / "cells"], [factory.root.parent]):
+        assert set(load(roots)["path"]) == {str(new), str(kept[2])}
+    assert len(load([factory.root], history=True)) == 5
+    assert list(load([old])["path"]) == [str(old)], "a record that is named counts"
+    assert sum(recorded.latest for recorded in read_every([factory.root])) == 2
+    assert len(read_every([factory.root])) == 5
+    (factory.root / "cells.json").write_text('{"cells": []}')
+    with pytest.raises(UserError, match="no cell of the last matrix has ended; --all"):
+        read([factory.root])
+    (factory.root / "cells.json").write_text("{")
+    with pytest.raises(UserError, match=r"cells\.json: not readable; delete it"):
+        read([factory.root])
 
 
 def test_options_of_an_encoder_are_part_of_its_name(factory):

@@ -15,7 +15,7 @@ from tpme.bench.errors import UserError
 from tpme.bench.record import Failure, Flag, LearningRates, Reading, read_result
 from tpme.reports import report as report_module
 from tpme.reports.data import resampling
-from tpme.reports.data import section as section_module
+from tpme.reports.data import summary as summary_module
 from tpme.reports.data.ranks import load_ranks
 from tpme.reports.data.tpme import Weights
 from tpme.reports.figures import draw as drawing
@@ -164,8 +164,9 @@ def test_the_cache_that_one_seed_built_for_all_is_counted_once(factory):
 def test_a_row_whose_parameters_were_not_counted_has_a_time_and_no_tpme(factory):
     factory.write("lora", millions=None)
     factory.write("fft")
+    factory.write("bitfit", time=9.0)
     (section,) = make_report([factory.root]).sections
-    assert section.compared == ["fft"]
+    assert section.compared == ["bitfit", "fft"]
     assert texts(results(section), "epoch_time_s")["lora"] == "10.0"
 
 
@@ -185,7 +186,7 @@ def test_spread_over_seeds_and_interval_over_users_are_told_apart(demo_run, fact
 
 def test_rows_that_set_the_frame_say_why_they_have_no_interval(demo_run):
     (section,) = make_report([demo_run]).sections
-    assert texts(results(section), "tpme_low_percent")["fft"] == "100.00–100.00"
+    assert texts(results(section), "tpme_low_percent")["fft"] == "end of scale"
     notes = " ".join(results(section).notes)
     assert "No interval for iisan (cached) and fft: each of these rows is the minimum or maximum in every" in notes
 
@@ -548,7 +549,7 @@ def test_a_failure_message_cannot_break_the_table(factory, tmp_path):
 def test_ranks_are_read_once_and_every_row_is_drawn_once(demo_run, monkeypatch):
     """A report of a thousand records takes seconds that way."""
     read, drawn, medians = [], [], resampling._medians
-    monkeypatch.setattr(section_module, "load_ranks", lambda path: read.append(path) or load_ranks(path))
+    monkeypatch.setattr(summary_module, "load_ranks", lambda path: read.append(path) or load_ranks(path))
     monkeypatch.setattr(resampling, "_medians", lambda *given: drawn.append(given) or medians(*given))
     [made] = make_report([demo_run]).sections
     all_tables(made)

@@ -63,8 +63,8 @@ def test_unusual_training_settings_show_in_the_name(factory):
 
 def test_code_versions_are_rows_of_their_own(factory):
     factory.write("fft", code="aaaaaaaaaa")
-    factory.write("fft", code="bbbbbbbbbb")
-    (group,) = split(load([factory.root]))
+    factory.write("fft", code="bbbbbbbbbb", started_at="2026-01-02T00:00:00+00:00")
+    (group,) = split(load([factory.root], history=True))
     assert set(group.cells["row"]) == {"fft [@aaaaaaa]", "fft [@bbbbbbb]"}
 
 

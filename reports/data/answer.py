@@ -1,0 +1,144 @@
+"""What a section says, in three sentences: the best quality, what buys it cheapest, and how far to trust both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tpme.bench.quantities import bytes_text, number, quantity
+from tpme.reports.data.notes import mixing
+from tpme.reports.data.ranks import Metric
+from tpme.reports.data.section import Section
+from tpme.reports.data.trials import Line
+
+METRIC: Metric = "recall"
+"""Validation selects by it, so does the answer."""
+NAMED = 6
+"""Rows that are named; of more, their number."""
+SHARED_DEVICE = frozenset({"foreign-process", "crowded"})
+"""Flags of cells beside which other programs ran."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Three sentences in plain text."""
+
+    best: str
+    """The best quality, and which rows the paired test does not tell apart from it."""
+    cheapest: str
+    """Of those rows the cheapest, and what it costs."""
+    trust: str
+    """Seeds, noise, whether the device was shared, random weights: how far to trust the other two."""
+
+
+def answer(section: Section) -> Answer:
+    """The three sentences of a section, from its data alone."""
+    good = _best_rows(section)
+    return Answer(_best(section, good), _cheapest(section, good), _trust(section))
+
+
+def _best_rows(section: Section) -> list[str]:
+    """The row of the best quality, followed by those that are not worse by the paired test, best first."""
+    if "random-weights" in _flags(section):
+        return []
+    known = section.summary[f"{METRIC}_10"].where(section.summary["status"] == "ok").dropna()
+    order = [str(name) for name in known.sort_values(ascending=False, kind="stable").index]
+    if not order:
+        return []
+    worse = {name for test in section.differences[METRIC] if test.significant for name in (test.first, test.second)
+             if order[0] in (test.first, test.second)}  # fmt: skip
+    tested = bool(section.differences[METRIC])
+    return [order[0], *(name for name in order[1:] if tested and name not in worse)]
+
+
+def _best(section: Section, good: Sequence[str]) -> str:
+    header = quantity(f"{METRIC}_10").header
+    if not good:
+        random = "random-weights" in _flags(section)
+        why = "the encoders have random weights" if random else "no row finished with ranks"
+        return f"No quality to compare: {why}."
+    value = quantity(f"{METRIC}_10").format(section.summary[f"{METRIC}_10"][good[0]])
+    text = f"Best {header}: {good[0]} ({value})"
+    others = int(section.summary[f"{METRIC}_10"].notna().sum()) - 1
+    if not others:
+        return f"{text}, the only row."
+    if not section.differences[METRIC]:
+        return f"{text}; no paired test over users of different data or protocols."
+    if len(good) == 1:
+        return f"{text}, better than every other row by the paired test over users."
+    if len(good) > others:
+        return f"{text}; no other row is told apart from it by the paired test over users."
+    return f"{text}; not worse by the paired test over users: {_listed(good[1:])}."
+
+
+def _cheapest(section: Section, good: Sequence[str]) -> str:
+    """Among the rows of the best quality, or all where none is known, those of the best rank by TPME."""
+    of_these = "Cheapest at that quality" if good else "Cheapest"
+    ranks = section.summary["tpme_rank"].dropna()
+    ranks = ranks[ranks.index.isin(good)] if good else ranks
+    if ranks.empty:
+        if len(good) == 1 or (good and not len(section.compared)):
+            return f"What that costs: {_costs(section, section.lines[good[0]])}."
+        return "No row can be called the cheapest: none has a TPME."
+    cheapest = [str(name) for name in ranks.index[ranks == ranks.min()]]
+    text = f"{of_these}: {cheapest[0]}"
+    text += f" (tied within noise: {_listed(cheapest[1:])})" if len(cheapest) > 1 else ""
+    return f"{text}, with {_costs(section, section.lines[cheapest[0]])}."
+
+
+def _costs(section: Section, line: Line) -> str:
+    parts = []
+    if line["epoch_time_s"] == line["epoch_time_s"]:
+        parts.append(f"{number(line['epoch_time_s'])} s an epoch")
+    if line["trainable_millions"] == line["trainable_millions"]:
+        parts.append(f"{number(line['trainable_millions'])} M trainable parameters")
+    if line["memory_bytes"] == line["memory_bytes"]:
+        parts.append(f"{bytes_text(line['memory_bytes'])} while training")
+    if line["peak_bytes"] == line["peak_bytes"]:
+        parts.append(f"{bytes_text(line['peak_bytes'])} at the peak of the whole run ({line['peak_phase']})")
+    text = ", ".join(parts) or "no cost measured"
+    ratio = line["cost_ratio"]
+    if section.reference is not None and ratio == ratio and line is not section.lines[section.reference]:
+        text += f"; {100 * ratio:.2g} % of {section.reference}'s cost (weighted geometric mean of T, P and M)"
+    return text
+
+
+def _trust(section: Section) -> str:
+    lines = [line for line in section.lines.values() if line["status"] == "ok"]
+    seeds = sorted({int(line["seeds_ok"]) for line in lines})
+    parts = []
+    if seeds:
+        counted = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else "one" if seeds == [1] else str(seeds[0])
+        parts.append(f"{counted} seed{'' if seeds == [1] else 's'} a row")
+    flags = _flags(section)
+    cells = section.cells[section.cells["selected"]]
+    finished = int((cells["status"] == "ok").sum())
+    shared = max((flags[code] for code in SHARED_DEVICE & flags.keys()), default=0)
+    parts.append(
+        f"other programs competed for the device in {shared} of {finished} cells"
+        if shared
+        else "no cell is flagged for sharing its device"
+    )
+    parts.append(section.noise.text)
+    if failed := len(cells) - finished:
+        parts.append(f"{failed} of {len(cells)} cells did not finish")
+    if "random-weights" in flags:
+        parts.append("with random weights costs are real and quality is meaningless")
+    if section.group.mixed:
+        parts.append(mixing(section.group).rstrip("."))
+    text = "; ".join(parts)
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def _flags(section: Section) -> dict[str, int]:
+    """Number of selected cells that carry each flag."""
+    counts: dict[str, int] = {}
+    for flags in section.cells.loc[section.cells["selected"], "flags"]:
+        for code in {code for code, _ in flags}:
+            counts[code] = counts.get(code, 0) + 1
+    return counts
+
+
+def _listed(names: Sequence[str]) -> str:
+    named, more = list(names[:NAMED]), len(names) - NAMED
+    return ", ".join(named) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,152 @@
+"""The columns of one record in the table of ``load``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from tpme.bench.quantities import memory_reading
+from tpme.bench.record import ENCODER_OPTIONS, Cell, CellResult, EncoderSpec, Epoch, PhaseKind, earlier_epochs
+from tpme.reports.data.serving import cell_costs
+
+OWN_PHASES: frozenset[PhaseKind] = frozenset({"count", "inference", "probe"})
+"""Kinds of phases in which the suite measures what training does not need."""
+
+
+def row_of(result: CellResult, device_key: str) -> dict[str, Any]:
+    """The columns of ``load`` for one record, without those over several and without paths."""
+    return {
+        "cell_id": result.cell_id,
+        "attempt": result.attempt,
+        "code_version": result.code_version,
+        "status": result.status,
+        "failure_phase": result.failure.phase if result.failure else None,
+        "failure_message": result.failure.message if result.failure else None,
+        "started_at": result.started_at,
+        "wall_s": result.wall_s,
+        **_cell_columns(result.cell, device_key),
+        **_cost_columns(result),
+        **_epoch_columns(result),
+        "flags": tuple((flag.code, flag.message) for flag in result.flags),
+    }
+
+
+def _cell_columns(cell: Cell, device_key: str) -> dict[str, Any]:
+    training = cell.training.model_dump(mode="json")
+    precision = training.pop("precision")
+    return {
+        "label": cell.label,
+        "method": cell.method,
+        "cached": cell.cached,
+        "matrix": cell.matrix,
+        "baseline": cell.baseline,
+        "options": _canonical(cell.options),
+        "dataset": cell.dataset,
+        "dataset_fingerprint": cell.dataset_fingerprint,
+        "modalities": "+".join(cell.modalities),
+        "encoders": ", ".join(
+            _encoder(spec, modality)
+            for modality, spec in (("text", cell.text_encoder), ("image", cell.image_encoder))
+            if spec is not None
+        ),
+        "protocol": cell.protocol,
+        "precision": precision,
+        "training": _canonical(training),
+        "lr": _canonical(cell.lr.model_dump(mode="json")),
+        "lr_trial": cell.lr_trial,
+        "device": cell.device,
+        "device_key": device_key,
+        "seed": cell.seed,
+    }
+
+
+def _cost_columns(result: CellResult) -> dict[str, Any]:
+    memory = memory_reading("memory_bytes", result.training_memory, result.cell.device)
+    any_phase = [memory_reading("memory_seen_bytes", phase.memory, result.cell.device).value for phase in result.phases]
+    seen = [value for value in (memory.value, *any_phase) if value is not None]
+    parameters, cache = result.parameters, result.cache
+    energy = [phase.energy_j.value for phase in result.phases if phase.kind == "train"]
+    last = len(result.epochs) - earlier_epochs(result.epochs)
+    of_last = _sum(energy[-last:])
+    return {
+        "epoch_time_s": result.epoch_time_s.value,
+        "epoch_time_valid": result.epoch_time_s.valid,
+        "epoch_time_reason": result.epoch_time_s.reason,
+        "all_in_s": result.all_in_s.value if result.all_in_s else None,
+        "memory_bytes": memory.value,
+        "memory_source": memory.source,
+        "memory_valid": memory.valid,
+        "memory_reason": memory.reason,
+        "memory_seen_bytes": max(seen, default=None),
+        **_peak_columns(result),
+        "trainable_millions": parameters.trainable / 1e6 if parameters else None,
+        "total_millions": parameters.total / 1e6 if parameters else None,
+        "stored_bytes": parameters.stored_bytes if parameters else None,
+        "cache_build_s": cache.build_s if cache else None,
+        "cache_bytes": cache.bytes if cache else None,
+        "training_energy_j": _sum(energy),
+        "energy_epoch_j": of_last / last if of_last is not None and last else None,
+        **cell_costs(result),
+    }
+
+
+def _peak_columns(result: CellResult) -> dict[str, Any]:
+    """The whole-run peak by the reading of M, and the kind of phase where it lies.
+
+    Of a feature cache that an earlier cell built it holds the peak of that build. Phases in which the suite measures
+    for itself (``OWN_PHASES``) do not count.
+    """
+    peaks = [
+        (memory_reading("memory_bytes", phase.memory, result.cell.device).value, phase.kind)
+        for phase in result.phases
+        if phase.kind not in OWN_PHASES
+    ]
+    if result.cache is not None:
+        peaks.append((result.cache.peak_bytes.value, "cache"))
+    known = [(value, kind) for value, kind in peaks if value is not None]
+    value, kind = max(known, default=(None, None))
+    return {"peak_bytes": value, "peak_phase": kind}
+
+
+def _sum(values: Sequence[float | None]) -> float | None:
+    """The sum of values; ``None`` for none, and where one is missing."""
+    known = [value for value in values if value is not None]
+    return sum(known) if known and len(known) == len(values) else None
+
+
+def _epoch_columns(result: CellResult) -> dict[str, Any]:
+    best = None
+    if result.epochs:
+        best = max(result.epochs, key=lambda epoch: (epoch.valid_recall_10, -epoch.index))
+        best = next((epoch for epoch in result.epochs if epoch.index == result.best_epoch), best)
+    return {
+        "epochs_run": len(result.epochs),
+        "warmup_epochs": result.warmup_epochs,
+        "best_epoch": best.index if best else None,
+        "time_to_best_s": _time_to_best(result, best) if best else None,
+        "valid_recall_10": best.valid_recall_10 if best else None,
+        "valid_ndcg_10": best.valid_ndcg_10 if best else None,
+    }
+
+
+def _time_to_best(result: CellResult, best: Epoch) -> float:
+    """Seconds of everything that leads to the best epoch: all in, less the training epochs after it."""
+    if result.all_in_s is not None and result.all_in_s.value is not None:
+        return result.all_in_s.value - sum(epoch.train_s for epoch in result.epochs if epoch.index > best.index)
+    cache_s = result.cache.build_s if result.cache else 0.0  # of a failed attempt, or an old record
+    return cache_s + sum(epoch.train_s for epoch in result.epochs if epoch.index <= best.index)
+
+
+def _encoder(spec: EncoderSpec, modality: str) -> str:
+    revision = f"@{spec.revision}" if spec.revision else ""
+    defaults = EncoderSpec(source=spec.source)
+    options = [
+        f"{name} {getattr(spec, name)}" for name in ENCODER_OPTIONS if getattr(spec, name) != getattr(defaults, name)
+    ]
+    facts = [modality, *(["random weights"] if spec.weights == "random" else []), *options]
+    return f"{spec.source}{revision} ({', '.join(facts)})"
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
