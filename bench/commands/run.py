@@ -29,6 +29,9 @@ def run(
     save_adapters: Annotated[
         bool, typer.Option("--save-adapters", help="Save the trained delta of each cell beside its record.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and list the cells, but run none.")
+    ] = False,
     report: Annotated[bool, typer.Option(help="Write the report at the end.")] = True,
 ) -> None:
     """Run the unfinished cells of a matrix, each in its own process, and report."""
@@ -57,8 +60,11 @@ def run(
         methods_path=methods_path or [],
         time_limit_s=time_limit,
         save_adapters=save_adapters,
+        dry_run=dry_run,
         console=console,
     )
+    if dry_run:
+        return
     if report:
         from tpme.reports.report import write_report
 

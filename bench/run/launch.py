@@ -16,7 +16,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
@@ -42,7 +42,7 @@ from tpme.bench.run.cell_checks import check_cells
 from tpme.bench.run.job import Job, time_limit_message
 from tpme.bench.run.matrix import DatasetEntry, MatrixFile, PreparedDataset, expand
 from tpme.bench.run.process import Ending, run_process
-from tpme.bench.run.progress import Screen
+from tpme.bench.run.progress import Screen, remaining_table
 from tpme.bench.run.remaining import is_finished, latest_attempt, remaining
 from tpme.bench.run.version import code_version
 
@@ -124,13 +124,33 @@ def make_jobs(
     console: Console,
 ) -> list[Job]:
     """The first attempt at every cell of a matrix, in the order they run."""
+    from tpme.bench.counting.meta import MetaEncoders
+    from tpme.bench.run.preflight import check_inputs
     from tpme.bench.task.dataset import read_manifest
-    from tpme.methods.registry import source_file
 
     datasets = prepare_datasets(matrix, store, console)
     cells = expand(matrix, datasets, device=device, methods_path=methods_path)
     items = {name: read_manifest(data.path).items for name, data in datasets.items()}
-    check_cells(cells, items, matrix.cache_limit_bytes, methods_path)
+    encoders = MetaEncoders()
+    check_cells(cells, items, matrix.cache_limit_bytes, methods_path, encoders)
+    check_inputs(cells, {name: data.path for name, data in datasets.items()}, methods_path, encoders)
+    jobs = jobs_of(cells, matrix, datasets, run, store, methods_path)
+    changes = {"save_adapters": save_adapters} | ({} if time_limit_s is None else {"time_limit_s": time_limit_s})
+    return [job.model_copy(update=changes) for job in jobs]
+
+
+def jobs_of(
+    cells: Iterable[Cell],
+    matrix: MatrixFile,
+    datasets: Mapping[str, PreparedDataset],
+    run: Path,
+    store: Path,
+    methods_path: Sequence[Path] = (),
+) -> list[Job]:
+    """The first attempt at each of ``cells``, unchecked."""
+    from tpme.methods.registry import source_file
+
+    cells = list(cells)
     versions = {name: code_version(source_file(name, methods_path)) for name in {cell.method for cell in cells}}
     return [
         Job(
@@ -142,8 +162,7 @@ def make_jobs(
             folder=run / "cells" / f"{slug(cell)}-{identity}",
             methods_path=tuple(path.resolve() for path in methods_path),
             cache_limit_bytes=matrix.cache_limit_bytes,
-            time_limit_s=matrix.time_limit_s if time_limit_s is None else time_limit_s,
-            save_adapters=save_adapters,
+            time_limit_s=matrix.time_limit_s,
             probe_items=matrix.probe_items,
         )
         for cell in cells
@@ -164,12 +183,14 @@ def run_matrix(
     methods_path: Sequence[Path] = (),
     time_limit_s: float | None = None,
     save_adapters: bool = False,
+    dry_run: bool = False,
     console: Console,
 ) -> list[CellResult]:
-    """Run every cell of ``matrix`` that is not done; returns the latest records of all its cells, in order.
+    """Run every cell of ``matrix`` that is not finished; returns the latest records of all its cells, in order.
 
-    With ``save_adapters`` what each method has trained is kept beside its record; a cell without that is not done, and
-    neither is one whose record lacks the representation space that the matrix asks for.
+    With ``save_adapters`` what each method has trained is kept beside its record; a cell without that is not finished,
+    and neither is one whose record lacks the representation space that the matrix asks for. A ``dry_run`` checks
+    everything, lists what would run, and returns what there is.
 
     Ctrl-C stops the running cell, leaves no record of it, and raises KeyboardInterrupt; a second call resumes.
     SIGTERM and SIGHUP do the same and raise SystemExit.
@@ -184,21 +205,41 @@ def run_matrix(
         save_adapters=save_adapters,
         console=console,
     )
-    latest = [latest_attempt(job.folder) for job in jobs]
-    state = remaining(jobs, [result for _, result in latest], run)
-    results = []
-    with locked_run(run), Screen(console, len(jobs)) as screen:
+    with contextlib.nullcontext() if dry_run else locked_run(run):
+        latest = [latest_attempt(job.folder) for job in jobs]
+        screen = Screen(console, len(jobs))
+        _announce(jobs, [result for _, result in latest], run, screen, rows=dry_run)
+        if dry_run:
+            return [result for _, result in latest if result is not None]
         _write_matrix(run, matrix, jobs)
-        screen.print(state.text)
-        for job, (attempts, result) in zip(jobs, latest, strict=True):
-            if not is_finished(result, job):
-                attempt = job.model_copy(update={"attempt": attempts + 1})
-                with screen.cell(job.cell.label) as show:
-                    result = run_job(attempt, show=show)
-                screen.print_outcome(result, attempt.file(".log"))
-            results.append(result)
-            screen.advance()
-    return results
+        with screen:
+            return [_finished(job, *attempt, screen) for job, attempt in zip(jobs, latest, strict=True)]
+
+
+def _announce(
+    jobs: Sequence[Job], latest: Sequence[CellResult | None], run: Path, screen: Screen, *, rows: bool
+) -> None:
+    """Print what is to run, and what of it will probably fail; raises UserError where the disk has no room for it."""
+    from tpme.bench.run.preflight import check_machine
+
+    missing = [job for job, result in zip(jobs, latest, strict=True) if not is_finished(result, job)]
+    warnings = check_machine(missing)
+    state = remaining(jobs, latest, run)
+    if rows:
+        screen.console.print(remaining_table(state))
+    for sentence in (state.text, *warnings):
+        screen.print(sentence)
+
+
+def _finished(job: Job, attempts: int, result: CellResult | None, screen: Screen) -> CellResult:
+    """The record of a cell: the latest, or that of another attempt where it is not finished."""
+    if not is_finished(result, job):
+        attempt = job.model_copy(update={"attempt": attempts + 1})
+        with screen.cell(job.cell.label) as show:
+            result = run_job(attempt, show=show)
+        screen.print_outcome(result, attempt.file(".log"))
+    screen.advance()
+    return result
 
 
 def _write_matrix(run: Path, matrix: MatrixFile, jobs: Sequence[Job]) -> None:
