@@ -183,8 +183,8 @@ def _check_disk(caches: Mapping[Path, tuple[str, int]], jobs: Sequence[Job]) -> 
     free = shutil.disk_usage(place).free
     if needed > free:
         largest = sorted(caches.values(), key=lambda cache: -cache[1])[:3]
-        which = ", ".join(f"{label} {size / 1e9:.2f} GB" for label, size in largest)
+        which = ", ".join(f"{label} {size:,}" for label, size in largest)
         raise UserError(
-            f"{jobs[0].store}: the feature caches to be built need {needed / 1e9:.2f} GB there (most: {which}), and "
-            f"{free / 1e9:.2f} GB are free; make room, choose another --store, or remove cached = true"
+            f"{jobs[0].store}: the feature caches to be built need {needed:,} bytes there (most: {which}), and "
+            f"{free:,} are free; make room, choose another --store, or remove cached = true"
         )
