@@ -220,14 +220,14 @@ def _announce(
     jobs: Sequence[Job], latest: Sequence[CellResult | None], run: Path, screen: Screen, *, rows: bool
 ) -> None:
     """Print what is to run, and what of it will probably fail; raises UserError where the disk has no room for it."""
-    from tpme.bench.run.preflight import check_machine
+    from tpme.bench.run.preflight import check_disk, memory_warnings
 
     missing = [job for job, result in zip(jobs, latest, strict=True) if not is_finished(result, job)]
-    warnings = check_machine(missing)
+    check_disk(missing)
     state = remaining(jobs, latest, run)
     if rows:
         screen.console.print(remaining_table(state))
-    for sentence in (state.text, *warnings):
+    for sentence in (state.text, *memory_warnings(missing)):
         screen.print(sentence)
 
 

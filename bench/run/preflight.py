@@ -103,37 +103,58 @@ def _check_titles(dataset: Dataset, spec: EncoderSpec, title_tokens: int) -> Non
 # --- the machine -----------------------------------------------------------------------------------------------------
 
 
-def check_machine(jobs: Sequence[Job]) -> list[str]:
-    """Check that disk and memory are enough for cells that are about to run.
-
-    Args:
-        jobs: of these cells, all of one device and one store.
-
-    Returns:
-        A sentence for every row that will probably run out of memory. It is not refused, because that is a result, too.
-
-    Raises:
-        UserError: the disk of the store has no room for the feature caches that are to be built.
-    """
-    encoders, warnings = MetaEncoders(), []
+def check_disk(jobs: Sequence[Job]) -> None:
+    """Raise UserError where the store has no room for the feature caches that ``jobs``, about to run, build."""
+    encoders = MetaEncoders()
     caches: dict[Path, tuple[str, int]] = {}
-    memory, name = device_memory(jobs[0].cell.device) if jobs else (None, "")
-    for job in {cost_key(job.cell): job for job in jobs}.values():
-        try:
-            meta = MetaCell(job.cell, DataShape.of(Dataset.open(job.dataset_path)), encoders, job.methods_path)
+    for job in {cost_key(job.cell): job for job in jobs if job.cell.cached}.values():
+        meta = _meta(job, encoders)
+        if meta is not None:
             caches |= _missing_caches(job, meta)
-            needed = _planned_bytes(meta, memory) if memory else 0
-        except UserError:
-            raise
-        except Exception:  # a method that needs values; its cell says so
-            continue
-        if memory and needed > memory:
-            warnings.append(
-                f"{job.cell.label} will probably run out of memory: its tensors alone are planned to take "
-                f"{needed / 1e9:.1f} GB, and {name} has {memory / 1e9:.1f} GB."
-            )
-    _check_disk(caches, jobs)
-    return warnings
+    needed = sum(size for _, size in caches.values())
+    if not needed:
+        return
+    place = next(path for path in (jobs[0].store, *jobs[0].store.parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        largest = sorted(caches.values(), key=lambda cache: -cache[1])[:3]
+        which = ", ".join(f"{label} {size:,}" for label, size in largest)
+        raise UserError(
+            f"{jobs[0].store}: the feature caches to be built need {needed:,} bytes there (most: {which}), and "
+            f"{free:,} are free; make room, choose another --store, or remove cached = true"
+        )
+
+
+def memory_warnings(jobs: Sequence[Job]) -> list[str]:
+    """A sentence for every row of ``jobs``, all of one device, that will probably run out of memory.
+
+    Such a row is not refused, because running out of memory is a result, too.
+    """
+    memory, name = device_memory(jobs[0].cell.device) if jobs else (None, "")
+    if memory is None:
+        return []
+    encoders = MetaEncoders()
+    metas = (_meta(job, encoders) for job in {cost_key(job.cell): job for job in jobs}.values())
+    needed = [(meta.cell.label, _planned_bytes(meta, memory)) for meta in metas if meta is not None]
+    return [memory_warning(label, size, memory, name) for label, size in needed if size > memory]
+
+
+def memory_warning(label: str, needed: int, memory: int, name: str) -> str:
+    """The warning about a row whose planned tensors take more than the ``memory`` of the device ``name``."""
+    return (
+        f"{label} will probably run out of memory: its tensors alone are planned to take {needed / 1e9:.1f} GB, and "
+        f"{name} has {memory / 1e9:.1f} GB."
+    )
+
+
+def _meta(job: Job, encoders: MetaEncoders) -> MetaCell | None:
+    """The cell of a job on ``meta``; ``None`` for a method that needs values, of which nothing is known before."""
+    try:
+        return MetaCell(job.cell, DataShape.of(Dataset.open(job.dataset_path)), encoders, job.methods_path)
+    except UserError:
+        raise
+    except Exception:
+        return None
 
 
 def device_memory(device: str) -> tuple[int | None, str]:
@@ -173,18 +194,3 @@ def _missing_caches(job: Job, meta: MetaCell) -> dict[Path, tuple[str, int]]:
             label = f"{job.cell.label} {modality}"
             missing[folder] = label, max(0, meta.cache_bytes[modality] - written)
     return missing
-
-
-def _check_disk(caches: Mapping[Path, tuple[str, int]], jobs: Sequence[Job]) -> None:
-    needed = sum(size for _, size in caches.values())
-    if not needed:
-        return
-    place = next(path for path in (jobs[0].store, *jobs[0].store.parents) if path.exists())
-    free = shutil.disk_usage(place).free
-    if needed > free:
-        largest = sorted(caches.values(), key=lambda cache: -cache[1])[:3]
-        which = ", ".join(f"{label} {size:,}" for label, size in largest)
-        raise UserError(
-            f"{jobs[0].store}: the feature caches to be built need {needed:,} bytes there (most: {which}), and "
-            f"{free:,} are free; make room, choose another --store, or remove cached = true"
-        )
