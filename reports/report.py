@@ -22,6 +22,7 @@ from tpme.reports.data.section import Section, check_rows, make_section
 from tpme.reports.data.tpme import DEFAULT, Weights, read_frames, write_frames
 from tpme.reports.data.trials import names, shorten_path, split
 from tpme.reports.page import page
+from tpme.reports.tables.compact import compact
 from tpme.reports.tables.results import TABLES, all_tables
 from tpme.reports.tables.table import Table, escape_markdown, to_csv, to_json, to_latex, to_markdown
 from tpme.reports.tables.terminal import to_terminal
@@ -149,6 +150,9 @@ def write_report(
                 if ending in formats and not (table.long and ending == "tex"):
                     text = render(replace(table, name=file))  # LaTeX labels are unique over all groups
                     write_atomically(out / "tables" / f"{file}.{ending}", text.encode())
+        if "tex" in formats:
+            small = replace(compact(report.sections[index]), name=_file("results-compact", index))
+            write_atomically(out / "tables" / f"{small.name}.tex", to_latex(small, compact=True).encode())
         for plot in of_plots:
             for ending, content in plot.files.items():
                 write_atomically(out / "plots" / f"{_file(plot.name, index)}.{ending}", content)

@@ -40,6 +40,7 @@ from tpme.bench.record import (
 )
 from tpme.bench.run.cell_checks import check_cells
 from tpme.bench.run.job import Job, time_limit_message
+from tpme.bench.run.live import LiveLog
 from tpme.bench.run.matrix import DatasetEntry, MatrixFile, PreparedDataset, expand
 from tpme.bench.run.process import Ending, run_process
 from tpme.bench.run.progress import Screen, remaining_table
@@ -184,13 +185,15 @@ def run_matrix(
     time_limit_s: float | None = None,
     save_adapters: bool = False,
     dry_run: bool = False,
+    live: LiveLog | None = None,
     console: Console,
 ) -> list[CellResult]:
     """Run every cell of ``matrix`` that is not finished; returns the latest records of all its cells, in order.
 
     With ``save_adapters`` what each method has trained is kept beside its record; a cell without that is not finished,
     and neither is one whose record lacks the representation space that the matrix asks for. A ``dry_run`` checks
-    everything, lists what would run, and returns what there is.
+    everything, lists what would run, and returns what there is. ``live``
+    logs the epochs.
 
     Ctrl-C stops the running cell, leaves no record of it, and raises KeyboardInterrupt; a second call resumes.
     SIGTERM and SIGHUP do the same and raise SystemExit.
@@ -213,7 +216,7 @@ def run_matrix(
             return [result for _, result in latest if result is not None]
         _write_matrix(run, matrix, jobs)
         with screen:
-            return [_finished(job, *attempt, screen) for job, attempt in zip(jobs, latest, strict=True)]
+            return [_finished(job, *attempt, screen, live) for job, attempt in zip(jobs, latest, strict=True)]
 
 
 def _announce(
@@ -231,12 +234,12 @@ def _announce(
         screen.print(sentence)
 
 
-def _finished(job: Job, attempts: int, result: CellResult | None, screen: Screen) -> CellResult:
+def _finished(job: Job, attempts: int, result: CellResult | None, screen: Screen, live: LiveLog | None) -> CellResult:
     """The record of a cell: the latest, or that of another attempt where it is not finished."""
     if not is_finished(result, job):
         attempt = job.model_copy(update={"attempt": attempts + 1})
         with screen.cell(job.cell.label) as show:
-            result = run_job(attempt, show=show)
+            result = run_job(attempt, show=show, live=live)
         screen.print_outcome(result, attempt.file(".log"))
     screen.advance()
     return result
@@ -275,18 +278,22 @@ def run_job(
     python: Sequence[str] = (sys.executable, "-P"),
     content: bytes | None = None,
     show: Callable[[str, float], None] = lambda *_: None,
+    live: LiveLog | None = None,
 ) -> CellResult:
     """Run one attempt in its own process; returns the record of the cell or, if it left none, one written here.
 
     Args:
         job: what to run. python: the interpreter; ``-P``: no file of the working directory hides a package.
         content: of the job file, where the cell's code is of another version. show: called with progress.
+        live: logs its epochs, which the cell then reports.
     """
     job_file, record = job.file(".job.json"), job.file(".json")
     started, began = time.monotonic(), datetime.now(UTC)
     try:
         write_atomically(job_file, content or job.model_dump_json(indent=1).encode())
-        ending = run_process(command(job_file, python), log=job.file(".log"), limit_s=job.time_limit_s, show=show)
+        started_cell = command(job_file, python) if live is None else command(job_file, python, "live_cell")
+        with contextlib.nullcontext() if live is None else live.lines_of(job) as hear:
+            ending = run_process(started_cell, log=job.file(".log"), limit_s=job.time_limit_s, show=show, hear=hear)
     except BaseException:
         if not record.exists():
             _remove_files(job)
@@ -302,9 +309,9 @@ def run_job(
     return result
 
 
-def command(job_file: Path, python: Sequence[str]) -> list[str]:
+def command(job_file: Path, python: Sequence[str], module: str = "cell") -> list[str]:
     """The command that runs one cell."""
-    return [*python, "-m", "tpme.bench.run.cell", str(job_file)]
+    return [*python, "-m", f"tpme.bench.run.{module}", str(job_file)]
 
 
 def _remove_files(job: Job, but: Path | None = None) -> None:

@@ -160,6 +160,11 @@ _LATEX = {
 }
 
 
+PACKAGES = "array,booktabs,amssymb,graphicx,textcomp"
+LONG_NAME = 16
+"""Characters of a name from which a compact table wraps it."""
+
+
 def escape_latex(text: str) -> str:
     """Escape text so that LaTeX prints it as it is; a character without a glyph becomes its code, such as U+4E2D."""
     escaped = "".join(map(_latex_character, " ".join(text.split())))
@@ -175,30 +180,35 @@ def _latex_character(character: str) -> str:
     return character if known else rf"\texttt{{U+{ord(character):04X}}}"
 
 
-def to_latex(table: Table) -> str:
-    """A ``table`` environment with booktabs rules, shrunk to the line width; notes below in small print."""
+def to_latex(table: Table, *, compact: bool = False) -> str:
+    """A ``table`` environment with booktabs rules, shrunk to the line width; notes below in small print.
+
+    A ``compact`` one is set in footnote size and never shrunk; long names wrap.
+    """
     columns = [table.columns[index] for index in table.visible]
     layout = "".join(_latex_layout(table, index) for index in table.visible)
+    if compact and max((len(row[0].text) for row in table.rows), default=0) > LONG_NAME:
+        layout = r">{\raggedright\arraybackslash}p{0.28\linewidth}" + layout[1:]
     rows = [" & ".join(_latex_entry(row[index]) for index in table.visible) + r" \\" for row in table.rows]
     below = [escape_latex(note) for note in (*table.notes, *table.warnings)]
     below += [rf"\textsuperscript{{{mark}}}\,{escape_latex(text)}" for mark, text in table.used_footnotes]
     lines = [
-        r"% needs \usepackage{booktabs,amssymb,graphicx,textcomp}; LaTeX before 2018: \usepackage[utf8]{inputenc}",
+        rf"% needs \usepackage{{{PACKAGES}}}; LaTeX before 2018: \usepackage[utf8]{{inputenc}}",
         r"\begin{table}",
         r"\centering",
-        r"\small",
-        r"\setlength{\tabcolsep}{4pt}",
+        r"\footnotesize" if compact else r"\small",
+        rf"\setlength{{\tabcolsep}}{{{3 if compact else 4}pt}}",
         rf"\caption{{{escape_latex(table.caption)}}}",
         rf"\label{{tab:{table.name}}}",
         r"\smallskip",
-        r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
+        *([] if compact else [r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"]),
         rf"\begin{{tabular}}{{@{{}}{layout}@{{}}}}",
         r"\toprule",
         " & ".join(escape_latex(column.title) for column in columns) + r" \\",
         r"\midrule",
         *rows,
         r"\bottomrule",
-        r"\end{tabular}}",
+        r"\end{tabular}" + ("" if compact else "}"),
         *([r"\par\medskip", r"\begin{minipage}{\linewidth}\footnotesize\raggedright"] if below else []),
         *(rf"{line}\par" for line in below),
         *([r"\end{minipage}"] if below else []),

@@ -17,7 +17,7 @@ from tpme.reports.tables.table import Column, Entry, Table, to_latex
 PREAMBLE = r"""\documentclass[a4paper]{article}
 \usepackage[T1]{fontenc}
 \usepackage[margin=2cm]{geometry}
-\usepackage{booktabs,amssymb,graphicx}
+\usepackage{array,booktabs,amssymb,graphicx}
 \begin{document}
 """
 NAMES = (
@@ -38,14 +38,16 @@ def installed() -> bool:
     return subprocess.run(["kpsewhich", "booktabs.sty"], capture_output=True, check=False).returncode == 0
 
 
-def compiled(folder: Path, tables: list[Path]) -> str:
+def compiled(folder: Path, tables: list[Path], layout: str = "") -> str:
     """The log of a document that holds the tables; skips where there is no LaTeX."""
     if not installed():
         pytest.skip("no pdflatex with booktabs is installed (Debian: apt-get install texlive-latex-recommended)")
     body = "\n".join(rf"\input{{{path.name}}}\clearpage" for path in tables)
     for path in tables:
         shutil.copy(path, folder)
-    (folder / "all.tex").write_text(PREAMBLE + body + "\n\\end{document}\n", encoding="utf-8")
+    (folder / "all.tex").write_text(
+        PREAMBLE.replace("a4paper", f"a4paper,{layout}") + body + "\n\\end{document}\n", encoding="utf-8"
+    )
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "all.tex"]
     done = subprocess.run(command, cwd=folder, capture_output=True, timeout=120, check=False)
     log = (folder / "all.log").read_text(encoding="utf-8", errors="replace")
@@ -64,6 +66,19 @@ def test_every_table_of_a_report_compiles_and_fits_the_page(demo_run: Path, tmp_
     assert len(tables) >= 8
     (tmp_path / "tex").mkdir()
     log = compiled(tmp_path / "tex", tables)
+    assert too_wide(log) == []
+    assert "Missing character" not in log
+
+
+@pytest.mark.parametrize("layout", ["", "twocolumn"])
+def test_the_compact_table_fits_a_column_and_a_page_unscaled(demo_run: Path, tmp_path: Path, layout: str) -> None:
+    write_report([demo_run], tmp_path / "report", formats=("tex",))
+    table = tmp_path / "report" / "tables" / "results-compact.tex"
+    text = table.read_text(encoding="utf-8")
+    assert "resizebox" not in text
+    assert text.count(" & ") == 5 * text.count(r" \\")
+    assert text.count("T: training time") == 1
+    log = compiled(tmp_path, [table], layout)
     assert too_wide(log) == []
     assert "Missing character" not in log
 
