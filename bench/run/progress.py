@@ -94,8 +94,10 @@ class Screen:
         self.print(f"{label} (cell {place}): {what}, {share:.0%}; running for {running}")
 
     def print_outcome(self, result: CellResult, log: Path) -> None:
-        """Print how a cell ended in one line, and of one that failed where its log is."""
+        """Print how a cell ended in one line; of one that failed where its log is, of one that is odd why."""
         self.console.print(outcome_line(result), soft_wrap=True)
+        if result.untrained is not None:
+            self.print(f"{'':<18} {result.untrained.message}")
         if result.status != "ok":
             self.print(f"{'':<18} log: {log}")
 
