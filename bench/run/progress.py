@@ -121,7 +121,9 @@ def outcome_line(result: CellResult) -> str:
 
 def remaining_table(state: Remaining) -> Table:
     """The rows of a matrix: how many of their cells are finished, and how long the others should take."""
-    table = Table("Row", "Finished", "To run", "Expected time", box=None, pad_edge=False, header_style="dim")
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for title in ("Row", "Finished", "To run", "Expected time"):
+        table.add_column(title, overflow="fold")
     for name, row in zip(row_names(state), state.rows, strict=True):
         finished = f"{sum(row.ended.values())} of {row.cells}"
         if badly := ended_badly([row]):
