@@ -14,6 +14,7 @@ from rich.console import Console
 
 from tpme.bench.commands.plan import render
 from tpme.bench.counting.devices import PROFILES, DeviceProfile
+from tpme.bench.errors import UserError
 from tpme.bench.record import find_results, read_result
 from tpme.bench.run.matrix import MatrixFile, load_matrix
 from tpme.bench.run.plan import MatrixPlan, plan_matrix
@@ -193,6 +194,21 @@ def test_the_papers_matrix_needs_neither_data_nor_network(
     lines = shown(plan)
     assert max(map(len, lines)) <= 100
     assert any("Amazon Scientific" in line for line in lines)
+
+
+def test_released_encoders_need_no_network_where_the_data_is_prepared(
+    world: Any, harness: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(socket, "create_connection", no_network)
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_names: None)
+    pair = {"text": {"source": "bert-base-uncased"}, "image": {"source": str(world.image)}}
+    matrix = world.matrix([{"name": "frozen", "cached": True}], encoders=[pair])
+    plan = plan_matrix(matrix, store=tmp_path, runs=tmp_path, console=harness.quiet())
+    assert (len(plan.cells), plan.warnings) == (1, ())
+    pair["image"] = {"source": "google/vit-base-patch16-224"}
+    with pytest.raises(UserError, match=r"its images are 32 pixels wide, but the encoder 'google/vit.*' reads 224"):
+        plan_matrix(world.matrix(["lora"], encoders=[pair]), store=tmp_path, console=harness.quiet())
 
 
 def test_a_data_set_of_another_size(harness: ModuleType, tmp_path: Path) -> None:

@@ -152,7 +152,8 @@ def plan_matrix(
     encoders = MetaEncoders()
     check_cells(expanded, sizes, matrix.cache_limit_bytes, methods_path, encoders)
     prepared = {name: data.path for name, data in datasets.items() if data.fingerprint != NOT_PREPARED}
-    check_inputs(expanded, prepared, methods_path, encoders, without=RELEASED)
+    unread = _unread()
+    check_inputs(expanded, prepared, methods_path, encoders, without=unread)
     for cell in expanded:
         distinct.setdefault(cost_key(cell), cell)
     results = map(read_result, find_results([runs] if runs else []))
@@ -173,9 +174,20 @@ def plan_matrix(
     jobs = jobs_of(here, matrix, datasets, run, store, methods_path)
     latest = [latest_attempt(job.folder)[1] for job in jobs]
     missing = [job for job, result in zip(jobs, latest, strict=True) if not is_finished(result, job)]
-    known = [job for job in missing if job.cell.dataset in prepared]
+    known = [job for job in missing if job.cell.dataset in prepared and not unread & _sources(job.cell)]
     warnings = [*_disk_warnings(known), *(_memory_warnings(cells, kind) if device is None else ())]
     return plan.model_copy(update={"remaining": remaining(jobs, latest, run), "warnings": tuple(warnings)})
+
+
+def _unread() -> set[str]:
+    """Encoders that can be planned although their files are not in the local cache: a plan asks no hub for them."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return {name for name in RELEASED if not isinstance(try_to_load_from_cache(name, "config.json"), str)}
+
+
+def _sources(cell: Cell) -> set[str]:
+    return {spec.source for spec in (cell.text_encoder, cell.image_encoder) if spec is not None}
 
 
 def _memory_warnings(cells: Sequence[PlannedCell], kind: str) -> list[str]:
