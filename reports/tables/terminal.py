@@ -18,7 +18,7 @@ SHORTEST_LINE = 40
 
 
 def to_terminal(table: Table, width: int = 120, printed: Container[str] = ()) -> Group:
-    """Title, table and notes, no line longer than ``width``.
+    """Title, notes, table, warnings and footnotes, no line longer than ``width``.
 
     A narrow terminal first loses the ``wide_only`` columns, then gets shorter texts; a table that still does not fit is
     continued below, every part with the first column. Warnings and footnotes in ``printed`` are left out.
@@ -30,10 +30,10 @@ def to_terminal(table: Table, width: int = 120, printed: Container[str] = ()) ->
         if _room(table, narrow, width, False, _good_width) < 0:
             short = _room(table, narrow, width, True, _least_width) >= 0
             parts = [narrow] if short else _parts(table, width)
-    notes = [*table.notes, *(text for text in table.warnings if text not in printed)]
-    notes += [f"{mark}  {text}" for mark, text in table.used_footnotes if text not in printed]
+    below = [text for text in table.warnings if text not in printed]
+    below += [f"{mark}  {text}" for mark, text in table.used_footnotes if text not in printed]
     grids = (_grid(table, part, width, short) for part in parts)
-    return Group(Text(table.caption), *grids, *([Text("\n".join(notes))] if notes else []))
+    return Group(*map(Text, (table.caption, *table.notes)), *grids, *map(Text, below))
 
 
 def _grid(table: Table, columns: Sequence[int], width: int, short: bool) -> rich.table.Table:
