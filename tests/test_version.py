@@ -58,6 +58,7 @@ def test_what_a_cell_runs_makes_its_results_stale(tree: Path, path: str) -> None
     [
         "bench/commands/run.py",
         "bench/run/launch.py",
+        "bench/run/live_cell.py",  # the hook of tpme run --log, beside the cell
         "bench/record.py",
         "bench/task/sources/synthetic.py",
         "reports/report.py",

@@ -29,6 +29,7 @@ def run(
     save_adapters: Annotated[
         bool, typer.Option("--save-adapters", help="Save the trained delta of each cell beside its record.")
     ] = False,
+    log: Annotated[str | None, typer.Option(help="Log every epoch as it ends: tensorboard or mlflow.")] = None,
     report: Annotated[bool, typer.Option(help="Write the report at the end.")] = True,
 ) -> None:
     """Run the unfinished cells of a matrix, each in its own process, and report."""
@@ -47,7 +48,14 @@ def run(
     if matrix.training.cuda_graphs and device_name == "cpu":
         raise UserError("training.cuda_graphs needs a CUDA device, and these cells would run on the CPU; turn it off")
     console = Console()
+    live = None
+    if log is not None:
+        from tpme.bench.run.live import LiveLog
+
+        live = LiveLog(log, folder, console)
     message = f"{matrix.description or source}\nRecords go to {folder}, device {device_name}."
+    if live is not None:
+        message += f"\nEpochs are logged live: {live.where}"
     console.print(f"[bold]{escape(matrix.name)}[/]: {escape(message)}")
     results = run_matrix(
         matrix,
@@ -57,6 +65,7 @@ def run(
         methods_path=methods_path or [],
         time_limit_s=time_limit,
         save_adapters=save_adapters,
+        live=live,
         console=console,
     )
     if report:

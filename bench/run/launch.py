@@ -49,6 +49,7 @@ from tpme.bench.record import (
 )
 from tpme.bench.run.cell_checks import check_cells
 from tpme.bench.run.job import Job, time_limit_message
+from tpme.bench.run.live import LiveLog
 from tpme.bench.run.matrix import DatasetEntry, MatrixFile, PreparedDataset, expand
 from tpme.bench.run.process import Ending, run_process
 from tpme.bench.run.version import code_version
@@ -182,12 +183,13 @@ def run_matrix(
     methods_path: Sequence[Path] = (),
     time_limit_s: float | None = None,
     save_adapters: bool = False,
+    live: LiveLog | None = None,
     console: Console,
 ) -> list[CellResult]:
     """Run every cell of ``matrix`` that is not done; returns the latest records of all its cells, in order.
 
     With ``save_adapters`` what each method has trained is kept beside its record; a cell without that is not done, and
-    neither is one whose record lacks the representation space that the matrix asks for.
+    neither is one whose record lacks the representation space that the matrix asks for. ``live`` logs the epochs.
 
     Ctrl-C stops the running cell, leaves no record of it, and raises KeyboardInterrupt; a second call resumes.
     SIGTERM and SIGHUP do the same and raise SystemExit.
@@ -209,7 +211,7 @@ def run_matrix(
         for job in jobs:
             attempts, result = latest_attempt(job.folder)
             if result is None or not _is_done(result, job):
-                result = _run_with_bar(job.model_copy(update={"attempt": attempts + 1}), bars)
+                result = _run_with_bar(job.model_copy(update={"attempt": attempts + 1}), bars, live)
                 bars.console.print(_outcome_line(result))
             results.append(result)
             bars.advance(overall)
@@ -268,10 +270,12 @@ def _progress(console: Console) -> Progress:
     )
 
 
-def _run_with_bar(job: Job, bars: Progress) -> CellResult:
+def _run_with_bar(job: Job, bars: Progress, live: LiveLog | None) -> CellResult:
     bar = bars.add_task(job.cell.label, total=100, detail="start")
     try:
-        return run_job(job, show=lambda what, share: bars.update(bar, completed=round(100 * share), detail=what))
+        return run_job(
+            job, show=lambda what, share: bars.update(bar, completed=round(100 * share), detail=what), live=live
+        )
     finally:
         bars.remove_task(bar)
 
@@ -281,18 +285,22 @@ def run_job(
     python: Sequence[str] = (sys.executable, "-P"),
     content: bytes | None = None,
     show: Callable[[str, float], None] = lambda *_: None,
+    live: LiveLog | None = None,
 ) -> CellResult:
     """Run one attempt in its own process; returns the record of the cell or, if it left none, one written here.
 
     Args:
         job: what to run. python: the interpreter; ``-P``: no file of the working directory hides a package.
         content: of the job file, where the cell's code is of another version. show: called with progress.
+        live: logs its epochs, which the cell then reports.
     """
     job_file, record = job.file(".job.json"), job.file(".json")
     started, began = time.monotonic(), datetime.now(UTC)
     try:
         write_atomically(job_file, content or job.model_dump_json(indent=1).encode())
-        ending = run_process(command(job_file, python), log=job.file(".log"), limit_s=job.time_limit_s, show=show)
+        started_cell = command(job_file, python) if live is None else command(job_file, python, "live_cell")
+        with contextlib.nullcontext() if live is None else live.lines_of(job) as hear:
+            ending = run_process(started_cell, log=job.file(".log"), limit_s=job.time_limit_s, show=show, hear=hear)
     except BaseException:
         if not record.exists():
             _remove_files(job)
@@ -308,9 +316,9 @@ def run_job(
     return result
 
 
-def command(job_file: Path, python: Sequence[str]) -> list[str]:
+def command(job_file: Path, python: Sequence[str], module: str = "cell") -> list[str]:
     """The command that runs one cell."""
-    return [*python, "-m", "tpme.bench.run.cell", str(job_file)]
+    return [*python, "-m", f"tpme.bench.run.{module}", str(job_file)]
 
 
 def _remove_files(job: Job, but: Path | None = None) -> None:

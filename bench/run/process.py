@@ -41,7 +41,12 @@ class Ending:
 
 
 def run_process(
-    command: Sequence[str], *, log: Path, limit_s: float, show: Callable[[str, float], None] = lambda *_: None
+    command: Sequence[str],
+    *,
+    log: Path,
+    limit_s: float,
+    show: Callable[[str, float], None] = lambda *_: None,
+    hear: Callable[[str], None] | None = None,
 ) -> Ending:
     """Run ``command`` to its end, at most ``limit_s``.
 
@@ -50,6 +55,7 @@ def run_process(
         log: takes its standard error.
         limit_s: then it gets SIGTERM, and is killed after ``GRACE_S``.
         show: called with its progress.
+        hear: called with every other line of its standard output.
 
     Raises:
         KeyboardInterrupt, SystemExit: SIGINT, or SIGTERM or SIGHUP, came meanwhile; the process has been ended.
@@ -66,7 +72,7 @@ def run_process(
                 env=PATIENT | os.environ,
             )
         try:
-            timed_out = _watch(process, deadline, caught, show)
+            timed_out = _watch(process, deadline, caught, show, hear)
             if caught or timed_out:
                 _request_end(process, signal.SIGINT if caught else signal.SIGTERM)
         finally:
@@ -102,7 +108,11 @@ def _deferred_signals() -> Iterator[list[int]]:
 
 
 def _watch(
-    process: subprocess.Popen[bytes], deadline: float, caught: list[int], show: Callable[[str, float], None]
+    process: subprocess.Popen[bytes],
+    deadline: float,
+    caught: list[int],
+    show: Callable[[str, float], None],
+    hear: Callable[[str], None] | None,
 ) -> bool:
     """Show progress until the process ends, its time is up or a signal arrives; returns whether its time is up.
 
@@ -126,8 +136,11 @@ def _watch(
                     selector.unregister(process.stdout)
                     continue
                 *lines, buffered = (buffered + read).split(b"\n")
-                for event in filter(None, (parse_progress(line.decode(errors="replace")) for line in lines)):
-                    show(*event)
+                for line in (line.decode(errors="replace") for line in lines):
+                    if (event := parse_progress(line)) is not None:
+                        show(*event)
+                    elif hear is not None:
+                        hear(line)
     return False
 
 

@@ -33,11 +33,11 @@ class Answer:
 
 def answer(section: Section) -> Answer:
     """The three sentences of a section, from its data alone."""
-    good = _best_rows(section)
+    good = best_rows(section)
     return Answer(_best(section, good), _cheapest(section, good), _trust(section))
 
 
-def _best_rows(section: Section) -> list[str]:
+def best_rows(section: Section) -> list[str]:
     """The row of the best quality, followed by those that are not worse by the paired test, best first."""
     if "random-weights" in _flags(section):
         return []

@@ -92,21 +92,22 @@ def _cost_columns(result: CellResult) -> dict[str, Any]:
 
 
 def _peak_columns(result: CellResult) -> dict[str, Any]:
-    """The whole-run peak by the reading of M, and the kind of phase where it lies.
+    """The whole-run peak by the reading of M, the kind of phase where it lies, and the peak of building a cache.
 
-    Of a feature cache that an earlier cell built it holds the peak of that build. Phases in which the suite measures
-    for itself (``OWN_PHASES``) do not count.
+    Phases in which the suite measures for itself (``OWN_PHASES``) do not count. Where an earlier cell built the cache,
+    the last is that of the builder's process alone (``load`` takes that cell's, where it is among the records).
     """
-    peaks = [
+    readings = (
         (memory_reading("memory_bytes", phase.memory, result.cell.device).value, phase.kind)
         for phase in result.phases
         if phase.kind not in OWN_PHASES
-    ]
-    if result.cache is not None:
-        peaks.append((result.cache.peak_bytes.value, "cache"))
-    known = [(value, kind) for value, kind in peaks if value is not None]
-    value, kind = max(known, default=(None, None))
-    return {"peak_bytes": value, "peak_phase": kind}
+    )
+    peaks = [(value, kind) for value, kind in readings if value is not None]
+    value, kind = max(peaks, default=(None, None))
+    built = max((value for value, kind in peaks if kind == "cache"), default=None)
+    if built is None and result.cache is not None:
+        built = result.cache.peak_bytes.value
+    return {"peak_bytes": value, "peak_phase": kind, "cache_peak_bytes": built}
 
 
 def _sum(values: Sequence[float | None]) -> float | None:

@@ -116,8 +116,7 @@ def read_every(paths: Iterable[Path | str]) -> list[Recorded]:
 
 def to_frame(records: Sequence[Recorded]) -> pd.DataFrame:
     """The table of ``load`` without the test quality, from records already read; row ``i`` is ``records[i]``."""
-    frame = pd.DataFrame([_row(recorded) for recorded in records])
-    return select_trials(frame)
+    return select_trials(_with_builds(pd.DataFrame([_row(recorded) for recorded in records])))
 
 
 def with_quality(frame: pd.DataFrame) -> pd.DataFrame:
@@ -169,6 +168,22 @@ def _collector_paused() -> Iterator[None]:
             gc.freeze()
             gc.unfreeze()  # moves all to the oldest generation at once; each younger one would scan it
             gc.enable()
+
+
+def _with_builds(frame: pd.DataFrame) -> pd.DataFrame:
+    """The table in which every cell that trains on a cache has the peak of the build, whichever cell did it.
+
+    Cells of one device that quote the same build time and size trained on the same cache.
+    """
+    frame = frame.assign(**{name: frame[name].astype(float) for name in ("peak_bytes", "cache_peak_bytes")})
+    same = frame.groupby(["device_key", "cache_build_s", "cache_bytes"])["cache_peak_bytes"]  # without a cache: NaN
+    built = same.transform("max")
+    higher = built > frame["peak_bytes"].fillna(0)
+    return frame.assign(
+        cache_peak_bytes=built,
+        peak_bytes=frame["peak_bytes"].mask(higher, built),
+        peak_phase=frame["peak_phase"].mask(higher, "cache"),
+    )
 
 
 def _row(recorded: Recorded) -> dict[str, Any]:

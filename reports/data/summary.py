@@ -25,6 +25,13 @@ VARIED = (
 MEANS = (*VARIED, "cache_build_s", "best_epoch", "epochs_run", "valid_recall_10")  # seeds share one cache build
 
 
+LARGEST = (
+    *("trainable_millions", "total_millions", "stored_bytes", "memory_seen_bytes"),
+    *("cache_bytes", "cache_peak_bytes"),
+)
+"""Values whose largest counts."""
+
+
 def seeds_of(cells: pd.DataFrame) -> dict[str, list[Line]]:
     """The cells of the selected trial of each row, rows by name."""
     rows: dict[str, list[Line]] = {}
@@ -55,7 +62,14 @@ def line_of(seeds: Sequence[Line]) -> dict[str, Any]:
         line[f"{name}_sd"] = _spread(_values(cells, name))
     energy = _values(finished, "energy_epoch_j")
     line["energy_epoch_j"], line["energy_epoch_j_sd"] = _mean(energy), _spread(energy)
-    for name in ("trainable_millions", "total_millions", "stored_bytes", "memory_seen_bytes", "cache_bytes"):
+    for name in (
+        "trainable_millions",
+        "total_millions",
+        "stored_bytes",
+        "memory_seen_bytes",
+        "cache_bytes",
+        "cache_peak_bytes",
+    ):
         line[name] = float(np.fmax.reduce(_values(cells, name)))
     highest = max(cells, key=lambda cell: np.nan_to_num(cell["peak_bytes"], nan=-1.0))
     line["peak_bytes"], line["peak_phase"] = highest["peak_bytes"], highest["peak_phase"]

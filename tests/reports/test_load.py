@@ -58,6 +58,17 @@ def test_the_whole_run_peak_lies_where_most_memory_was_held(factory, peaks_of):
     assert tuple(peaks.loc["frozen"])[:2] == (9e9, "rank")
 
 
+def test_the_peak_of_a_cache_counts_for_every_cell_that_trains_on_it(factory, peaks_of):
+    """The builder alone read 3e8 over its own baseline; the cell that started it held 8e8 with it."""
+    build = Phase(kind="cache", start_s=1, wall_s=4, memory=peaks_of(8e8), energy_j=NO_ENERGY)
+    for method, phases in (("iisan", (build,)), ("frozen", ())):
+        path = factory.write(method, cached=True, peak=1e8)
+        rewrite(path, lambda result, new=phases: {"cache": with_peak(result.cache, 3e8), "phases": result.phases + new})
+    frame = load([factory.root])
+    assert set(frame["peak_bytes"]) == set(frame["cache_peak_bytes"]) == {8e8}
+    assert set(frame["peak_phase"]) == {"cache"}
+
+
 def test_the_time_to_the_best_epoch_holds_all_that_leads_to_it(factory):
     """Of four epochs of 5 s the third is the best."""
     factory.write("fft", time=5.0, all_in_s=31.0)
