@@ -151,6 +151,7 @@ def write_report(
     write_atomically(out / "details.md", details_md(report.title, parts, formats, report.command).encode())
     write_atomically(out / "report.md", report_md(report.title, parts, formats).encode())
     _print(parts, show, console)
+    console.print(f"Written to {out / 'report.md'}", markup=False, soft_wrap=True)
     return report
 
 
@@ -187,7 +188,10 @@ def _print(parts: Sequence[Part], names: Sequence[str], console: Console) -> Non
     for part in parts:
         if part.number:
             console.print(Text(f"Group {part.number}: {part.section.name}", style="bold"))
-        console.print(*map(Text, sentences(part.section)), "", sep="\n")
+        for text in sentences(part.section):
+            start, colon, rest = text.partition(":")
+            console.print(Text.assemble((start + colon, "bold"), rest))
+        console.print()
         printed = {*part.section.notes.shared, part.section.instruments}
         for table in part.tables:
             if table.name in names:

@@ -26,7 +26,7 @@ def _notes(section: Section) -> list[str]:
         whose = f"the scale of {section.frame_from}" if section.frame_from else "their own least and most"
         notes.append(f"TPME compares {len(names)} rows ({', '.join(names)}) on {whose}.")
         notes.append(_interval_note(section))
-        notes.append(f"Rows that noise may have put in this order share a rank (=): {section.noise.text}.")
+        notes.append(f"Ties in rank (=): {section.noise.text}.")
     if section.reference is not None:
         weights = str(section.weights).replace(",", ", ")
         notes.append(

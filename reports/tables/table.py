@@ -90,7 +90,7 @@ class Table:
     def facts(self) -> str:
         """A sentence with what is the same in every row; empty without such a column."""
         told = [f"{self.columns[index].header} {self.rows[0][index].text}" for index in self._constant]
-        return f"In every row: {', '.join(told)}." if told else ""
+        return f"In every row: {'; '.join(told)}." if told else ""
 
     @property
     def visible(self) -> list[int]:

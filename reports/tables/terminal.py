@@ -28,8 +28,8 @@ def to_terminal(table: Table, width: int = 120, printed: Container[str] = ()) ->
     if _room(table, table.visible, width, False, _good_width) < 0:
         parts = [narrow]
         if _room(table, narrow, width, False, _good_width) < 0:
-            short = _room(table, narrow, width, True, _least_width) >= 0
-            parts = [narrow] if short else _parts(table, width)
+            short = True
+            parts = [narrow] if _room(table, narrow, width, True, _least_width) >= 0 else _parts(table, width)
     below = [text for text in table.warnings if text not in printed]
     below += [f"{mark}  {text}" for mark, text in table.used_footnotes if text not in printed]
     grids = (_grid(table, part, width, short) for part in parts)
@@ -65,11 +65,11 @@ def _widths(table: Table, columns: Sequence[int], width: int, short: bool) -> di
 
 
 def _parts(table: Table, width: int) -> list[list[int]]:
-    """The columns in as many parts as needed, the first column in each."""
+    """The columns in as many parts as their shorter texts need, the first column in each."""
     first, *rest = table.visible
     parts = [[first]]
     for index in rest:
-        if len(parts[-1]) > 1 and _room(table, [*parts[-1], index], width, False, _good_width) < 0:
+        if len(parts[-1]) > 1 and _room(table, [*parts[-1], index], width, True, _good_width) < 0:
             parts.append([first])
         parts[-1].append(index)
     return parts
