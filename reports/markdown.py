@@ -31,7 +31,7 @@ MEASURED_M = {
 
 
 @dataclass(frozen=True)
-class Part:
+class Chapter:
     """One section of a report with its tables, the results first, and its figures."""
 
     section: Section
@@ -57,43 +57,43 @@ def sentences(section: Section) -> tuple[str, str, str]:
     return said.best, said.cheapest, f"Trust: {said.trust[0].lower()}{said.trust[1:]}"
 
 
-def report_md(title: str, parts: Sequence[Part], formats: Sequence[str]) -> str:
+def report_md(title: str, chapters: Sequence[Chapter], formats: Sequence[str]) -> str:
     """The answer of every section, its results, and the first figures."""
     lines = [f"# {escape_markdown(title)}", ""]
-    if parts[1:]:
-        lines += [f"{len(parts)} groups of records. Costs and quality are comparable within a group alone.", ""]
-    for part in parts:
-        if part.number:
-            lines += [f"**Group {part.number}: {escape_markdown(part.section.name)}**", ""]
-        *said, trust = (_bold_start(escape_markdown(text)) for text in sentences(part.section))
+    if chapters[1:]:
+        lines += [f"{len(chapters)} groups of records. Costs and quality are comparable within a group alone.", ""]
+    for chapter in chapters:
+        if chapter.number:
+            lines += [f"**Group {chapter.number}: {escape_markdown(chapter.section.name)}**", ""]
+        *said, trust = (_bold_start(escape_markdown(text)) for text in sentences(chapter.section))
         lines += [*(f"- {text}" for text in said), f"- {trust} [Details](details.md)", ""]
-        lines += [f"Measured: {escape_markdown(measured(part.section))}", ""]
+        lines += [f"Measured: {escape_markdown(measured(chapter.section))}", ""]
     page = "To sort, filter and weigh the rows: [index.html](index.html). " if "html" in formats else ""
     lines += [f"{page}Everything else, and how to repeat it: [details.md](details.md).", ""]
-    for part in parts:
-        lines += [part.heading("Results"), "", to_markdown(replace(part.tables[0], warnings=()))]
-        lines += _figures(part, formats, [plot for plot in part.plots if plot.name in FIRST_FIGURES])
+    for chapter in chapters:
+        lines += [chapter.heading("Results"), "", to_markdown(replace(chapter.tables[0], warnings=()))]
+        lines += _figures(chapter, formats, [plot for plot in chapter.plots if plot.name in FIRST_FIGURES])
     return "\n".join(lines).rstrip() + "\n"
 
 
-def details_md(title: str, parts: Sequence[Part], formats: Sequence[str], command: str) -> str:
+def details_md(title: str, chapters: Sequence[Chapter], formats: Sequence[str], command: str) -> str:
     """What the columns mean, what to know of all rows and of single ones, the other figures and tables."""
     page = ", the page is [index.html](index.html)" if "html" in formats else ""
     lines = [f"# Details: {escape_markdown(title)}", "", f"The answer is in [report.md](report.md){page}.", ""]
-    lines += ["## How to read the columns", "", *reading_guide([part.section for part in parts]), ""]
-    for part in parts:
-        section = part.section
-        lines += [part.heading("Notes"), ""]
+    lines += ["## How to read the columns", "", *reading_guide([chapter.section for chapter in chapters]), ""]
+    for chapter in chapters:
+        section = chapter.section
+        lines += [chapter.heading("Notes"), ""]
         lines += [f"- All rows: {escape_markdown(text)}" for text in (*section.notes.shared, section.instruments)]
         footnotes = enumerate(section.notes.footnotes, start=1)
         lines += [*(f"- <sup>{mark}</sup> {escape_markdown(text)}" for mark, text in footnotes), ""]
-    for part in parts:
-        plots = [plot for plot in part.plots if plot.name not in FIRST_FIGURES]
+    for chapter in chapters:
+        plots = [plot for plot in chapter.plots if plot.name not in FIRST_FIGURES]
         if plots and "png" in formats:
-            lines += [part.heading("Figures"), "", *_figures(part, formats, plots)]
-    for part in parts:
-        lines += [part.heading("Tables"), ""]
-        for table in part.tables[1:]:
+            lines += [chapter.heading("Figures"), "", *_figures(chapter, formats, plots)]
+    for chapter in chapters:
+        lines += [chapter.heading("Tables"), ""]
+        for table in chapter.tables[1:]:
             if not table.long:
                 lines += [f"### {escape_markdown(table.title)}", "", to_markdown(table, footnotes=False)]
     return "\n".join([*lines, *_repeat(command, formats)]).rstrip() + "\n"
@@ -105,11 +105,11 @@ def _bold_start(text: str) -> str:
     return f"**{start}{colon}**{rest}"
 
 
-def _figures(part: Part, formats: Sequence[str], plots: Iterable[Drawn]) -> list[str]:
+def _figures(chapter: Chapter, formats: Sequence[str], plots: Iterable[Drawn]) -> list[str]:
     """The PNG of each figure with its title and caption, and links to the other formats."""
     lines: list[str] = []
     for plot in plots if "png" in formats else ():
-        file, title = part.file(plot.name), escape_markdown(plot.title)
+        file, title = chapter.file(plot.name), escape_markdown(plot.title)
         others = [ending for ending in ("svg", "pdf") if ending in formats]
         links = "".join(f" [{ending.upper()}](plots/{file}.{ending})" for ending in others)
         lines += [

@@ -21,7 +21,7 @@ from tpme.reports.data.load import read, to_frame
 from tpme.reports.data.section import Section, check_rows, make_section
 from tpme.reports.data.tpme import DEFAULT, Weights, read_frames, write_frames
 from tpme.reports.data.trials import names, split
-from tpme.reports.markdown import Part, details_md, report_md, sentences
+from tpme.reports.markdown import Chapter, details_md, report_md, sentences
 from tpme.reports.page import page
 from tpme.reports.tables.compact import compact
 from tpme.reports.tables.results import TABLES, all_tables
@@ -138,37 +138,37 @@ def write_report(
         formats = _default_formats(report, console)
     plots = _draw(report, formats, workers, console)
     several = len(report.sections) > 1
-    parts = [
-        Part(section, all_tables(section), of_section, number if several else 0)
+    chapters = [
+        Chapter(section, all_tables(section), of_section, number if several else 0)
         for number, (section, of_section) in enumerate(zip(report.sections, plots, strict=True), start=1)
     ]
     weights = choices.get("weights", DEFAULT)
     html = page(report.title, report.sections, weights) if "html" in formats else None  # reads samples, which may fail
-    for part in parts:
-        _write_part(part, out, formats)
+    for chapter in chapters:
+        _write_chapter(chapter, out, formats)
     if html is not None:
         write_atomically(out / "index.html", html.encode())
-    write_atomically(out / "details.md", details_md(report.title, parts, formats, report.command).encode())
-    write_atomically(out / "report.md", report_md(report.title, parts, formats).encode())
-    _print(parts, show, console)
+    write_atomically(out / "details.md", details_md(report.title, chapters, formats, report.command).encode())
+    write_atomically(out / "report.md", report_md(report.title, chapters, formats).encode())
+    _print(chapters, show, console)
     console.print(f"Written to {out / 'report.md'}", markup=False, soft_wrap=True)
     return report
 
 
-def _write_part(part: Part, out: Path, formats: Sequence[str]) -> None:
+def _write_chapter(chapter: Chapter, out: Path, formats: Sequence[str]) -> None:
     """Tables and figures of a section."""
-    for table in part.tables:
-        file = part.file(table.name)
+    for table in chapter.tables:
+        file = chapter.file(table.name)
         for ending, render in TABLE_FORMATS.items():
             if ending in formats and not (table.long and ending == "tex"):
                 text = render(replace(table, name=file))  # LaTeX labels are unique over all groups
                 write_atomically(out / "tables" / f"{file}.{ending}", text.encode())
     if "tex" in formats:
-        small = replace(compact(part.section), name=part.file("results-compact"))
+        small = replace(compact(chapter.section), name=chapter.file("results-compact"))
         write_atomically(out / "tables" / f"{small.name}.tex", to_latex(small, compact=True).encode())
-    for plot in part.plots:
+    for plot in chapter.plots:
         for ending, content in plot.files.items():
-            write_atomically(out / "plots" / f"{part.file(plot.name)}.{ending}", content)
+            write_atomically(out / "plots" / f"{chapter.file(plot.name)}.{ending}", content)
 
 
 def freeze(frame: Path, report: Report, console: Console) -> None:
@@ -180,25 +180,25 @@ def freeze(frame: Path, report: Report, console: Console) -> None:
     console.print(f"{frame}: was not there; holds the frame of these records now", markup=False, soft_wrap=True)
 
 
-def _print(parts: Sequence[Part], names: Sequence[str], console: Console) -> None:
+def _print(chapters: Sequence[Chapter], names: Sequence[str], console: Console) -> None:
     """Print the answer of every section and its tables of these names.
 
     What "Trust" sums up is left out, and footnotes that several tables share stand under the first.
     """
-    for part in parts:
-        if part.number:
-            console.print(Text(f"Group {part.number}: {part.section.name}", style="bold"))
-        for text in sentences(part.section):
+    for chapter in chapters:
+        if chapter.number:
+            console.print(Text(f"Group {chapter.number}: {chapter.section.name}", style="bold"))
+        for text in sentences(chapter.section):
             start, colon, rest = text.partition(":")
             console.print(Text.assemble((start + colon, "bold"), rest))
         console.print()
-        printed = {*part.section.notes.shared, part.section.instruments}
-        for table in part.tables:
+        printed = {*chapter.section.notes.shared, chapter.section.instruments}
+        for table in chapter.tables:
             if table.name in names:
                 console.print(to_terminal(table, console.width, printed), "")
                 printed |= {text for _, text in table.used_footnotes}
     for name in names:
-        if not any(table.name == name for part in parts for table in part.tables):
+        if not any(table.name == name for chapter in chapters for table in chapter.tables):
             console.print(f"{name}: nothing in these records")
 
 

@@ -117,24 +117,29 @@ def memory(section: Section, unit: tuple[str, float]) -> list[Field]:
     (column, mean), *spreads = cost(section, "memory_bytes", unit=unit)
 
     def entry(name: str, line: Line) -> Entry:
-        if line["status"] == "oom" and not isnan(line["memory_seen_bytes"]):
-            return Entry(f"≥ {number(line['memory_seen_bytes'] / unit[1])}")
-        return mean(name, line)
+        return _at_least(line, unit) or mean(name, line)
 
     return [(column, entry), *spreads, hidden("memory_seen_bytes"), hidden("memory_source")]
 
 
 def peak(section: Section, unit: tuple[str, float]) -> list[Field]:
-    """The whole-run peak with the kind of phase where it lies, unless that is training."""
+    """The whole-run peak with the kind of phase where it lies, unless that is training; a lower bound as of M."""
     [(column, highest)] = cost(section, "peak_bytes", unit=unit)
 
     def entry(name: str, line: Line) -> Entry:
-        entry = highest(name, line)
-        if entry.value is None or line["peak_phase"] == "train":
-            return entry
-        return replace(entry, text=f"{entry.text} ({line['peak_phase']})")
+        value = _at_least(line, unit) or highest(name, line)
+        if value.value is None or line["peak_phase"] == "train":
+            return value
+        return replace(value, text=f"{value.text} ({line['peak_phase']})")
 
     return [(column, entry), hidden("peak_phase")]
+
+
+def _at_least(line: Line, unit: tuple[str, float]) -> Entry | None:
+    """What a row that ran out of memory needs at least; None for another row."""
+    if line["status"] != "oom" or isnan(line["memory_seen_bytes"]):
+        return None
+    return Entry(f"≥ {number(line['memory_seen_bytes'] / unit[1])}")
 
 
 def ratio(section: Section, key: str) -> list[Field]:
