@@ -11,7 +11,21 @@ from typing import NoReturn
 
 import typer
 
-from tpme.bench.commands import ab, baseline, check, choose, doctor, export, method, plan, prepare, report, run
+from tpme.bench.commands import (
+    ab,
+    baseline,
+    board,
+    check,
+    choose,
+    compare,
+    doctor,
+    export,
+    method,
+    plan,
+    prepare,
+    report,
+    run,
+)
 from tpme.bench.commands import list as listing
 from tpme.bench.commands.gate import GateCommand
 from tpme.bench.errors import UserError
@@ -28,7 +42,7 @@ app = typer.Typer(
     help="Measure the cost and quality of parameter-efficient fine-tuning in multimodal sequential recommendation.",
 )
 app.add_typer(prepare.app, name="prepare")
-for command in (run.run, report.report, choose.choose, export.export, plan.plan):
+for command in (run.run, report.report, choose.choose, compare.compare, board.board, export.export, plan.plan):
     app.command()(command)
 app.add_typer(listing.app, name="list")
 app.add_typer(method.app, name="method")
