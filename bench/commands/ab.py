@@ -88,7 +88,10 @@ def ab(
     as_junit: gate.JunitFile = None,
     as_benchmark: gate.BenchmarkFile = None,
 ) -> None:
-    """Compare two revisions of a repository by interleaved runs on this machine. Exit codes as in 'tpme check'."""
+    """Compare two revisions of a repository by interleaved runs.
+
+    Exit codes as in 'tpme check'.
+    """
     from rich.console import Console
     from rich.markup import escape
 

@@ -22,7 +22,7 @@ _FIELDS = {"trainable_parameters": "trainable", "saved_bytes": "saved_bytes_math
 
 def baseline(
     out: Annotated[Path, typer.Option(help="The baseline file.")],
-    runs: Annotated[list[Path] | None, typer.Argument(metavar="RUNS...", help="Run folders.")] = None,
+    runs: Annotated[list[Path] | None, typer.Argument(metavar="RUNS", help="Run folders.")] = None,
     count: Annotated[str | None, typer.Option(metavar="MATRIX", help="Count this matrix without running it.")] = None,
     update: Annotated[bool, typer.Option("--update", help="Keep the cells that were not measured again.")] = False,
     replace: Annotated[bool, typer.Option("--replace", help="Replace the whole file.")] = False,

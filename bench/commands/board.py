@@ -12,7 +12,10 @@ def board(
     runs: Annotated[list[Path], typer.Argument(metavar="DIR", help="Run folders, or folders of run folders.")],
     out: Annotated[Path, typer.Option(help="Folder for index.html.")] = Path("board"),
 ) -> None:
-    """Write one page over many runs: who leads where, history over versions, every number linked to its record."""
+    """Write one page over many runs.
+
+    Who leads where, history over versions, every number linked to its record.
+    """
     from tpme.reports.board import write_board
 
     print(f"Written to {write_board(runs, out)}")  # noqa: T201

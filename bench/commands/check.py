@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def check(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUNS...", help="Run folders, record files, or one baseline.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUNS", help="Run folders, record files, or one baseline.")],
     baseline: Annotated[Path, typer.Option(help="Baseline file, or a run folder to be used as one.")],
     time_threshold: gate.TimeThreshold = 0.10,
     allocated_bound: Annotated[float, typer.Option(min=0, help="Relative growth of allocated memory.")] = 0.01,

@@ -15,7 +15,10 @@ def compare(
     b: Annotated[Path, typer.Argument(metavar="B", help="Run folder or record file, set against A.")],
     as_json: AsJson = False,
 ) -> None:
-    """Show how two sets of results differ, with intervals; nothing passes or fails. Exit code 0, 2 for bad input."""
+    """Show how two sets of results differ, with intervals.
+
+    Nothing passes or fails. Exit code 0, 2 for bad input.
+    """
     from rich.console import Console
 
     from tpme.reports.compare import compare as logic

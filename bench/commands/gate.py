@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
-from typer.core import TyperCommand
 
-from tpme.bench.commands.options import split_names
+from tpme.bench.commands.options import PlainCommand, split_names
 from tpme.bench.errors import UserError, first_problem
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ Github = Annotated[bool, typer.Option(envvar="GITHUB_ACTIONS", help="Print GitHu
 Everything = Annotated[bool, typer.Option("--all", help="Also show what did not change.")]
 
 
-class GateCommand(TyperCommand):
+class GateCommand(PlainCommand):
     """A command whose errors all exit with ``ERROR``."""
 
     def make_context(self, *args: Any, **kwargs: Any) -> Any:

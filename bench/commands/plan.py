@@ -39,7 +39,10 @@ def plan(
     store: Store = None,
     as_json: AsJson = False,
 ) -> None:
-    """Estimate what a matrix costs without running it: memory, FLOPs and, for a device, time."""
+    """Estimate what a matrix costs without running it.
+
+    Memory, FLOPs and, for a device, time.
+    """
     from tpme.bench.counting.devices import load_profile
     from tpme.bench.run.launch import store_folder
     from tpme.bench.run.matrix import load_matrix

@@ -21,7 +21,7 @@ def run(
     settings: Settings = None,
     methods_path: MethodsPath = None,
     store: Store = None,
-    time_limit: Annotated[float | None, typer.Option(help="Time limit of a cell in seconds.")] = None,
+    time_limit: Annotated[float | None, typer.Option(metavar="SECONDS", help="Time limit of a cell.")] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Short for --set training.compile=true.")] = False,
     cuda_graphs: Annotated[
         bool, typer.Option("--cuda-graphs", help="Short for --set training.cuda_graphs=true.")
@@ -32,7 +32,10 @@ def run(
     log: Annotated[str | None, typer.Option(help="Log every epoch as it ends: tensorboard or mlflow.")] = None,
     report: Annotated[bool, typer.Option(help="Write the report at the end.")] = True,
 ) -> None:
-    """Run the unfinished cells of a matrix, each in its own process, and report."""
+    """Run the unfinished cells of a matrix, and report.
+
+    Each cell runs in its own process.
+    """
     from rich.console import Console
     from rich.markup import escape
 
