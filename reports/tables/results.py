@@ -256,7 +256,8 @@ def _result_notes(section: Section) -> list[str]:
         "Recall@10: share of users whose held-out item is among the first 10; NDCG@10 weighs its place, too. "
         f"±: half the {100 * LEVEL:.0f} % interval over users{spread}.",
         "T: time of a training epoch. To best epoch: all time up to it, building a feature cache included. "
-        "P: trainable parameters. M: peak memory of training. Peak: of the whole run, from loading to export.",
+        "P: trainable parameters. M: peak memory of training. Peak: of the whole run, from loading to ranking and "
+        "export, its phase in brackets.",
     ]
     if section.compared:
         rows = f"the rows of {section.frame_from}" if section.frame_from else f"{len(section.compared)} compared rows"
