@@ -117,29 +117,26 @@ def memory(section: Section, unit: tuple[str, float]) -> list[Field]:
     (column, mean), *spreads = cost(section, "memory_bytes", unit=unit)
 
     def entry(name: str, line: Line) -> Entry:
-        return _at_least(line, unit) or mean(name, line)
+        if line["status"] == "oom" and not isnan(line["memory_seen_bytes"]):
+            return Entry(f"≥ {number(line['memory_seen_bytes'] / unit[1])}")
+        return mean(name, line)
 
     return [(column, entry), *spreads, hidden("memory_seen_bytes"), hidden("memory_source")]
 
 
 def peak(section: Section, unit: tuple[str, float]) -> list[Field]:
-    """The whole-run peak with the kind of phase where it lies, unless that is training; a lower bound as of M."""
+    """The whole-run peak with the kind of phase where it lies, unless in training; of "oom" a lower bound."""
     [(column, highest)] = cost(section, "peak_bytes", unit=unit)
 
     def entry(name: str, line: Line) -> Entry:
-        value = _at_least(line, unit) or highest(name, line)
-        if value.value is None or line["peak_phase"] == "train":
+        value = highest(name, line)
+        if value.value is None:
             return value
-        return replace(value, text=f"{value.text} ({line['peak_phase']})")
+        bound = "≥ " if line["status"] == "oom" else ""
+        phase = "" if line["peak_phase"] == "train" else f" ({line['peak_phase']})"
+        return replace(value, text=f"{bound}{value.text}{phase}", short=f"{bound}{value.text}")
 
     return [(column, entry), hidden("peak_phase")]
-
-
-def _at_least(line: Line, unit: tuple[str, float]) -> Entry | None:
-    """What a row that ran out of memory needs at least; None for another row."""
-    if line["status"] != "oom" or isnan(line["memory_seen_bytes"]):
-        return None
-    return Entry(f"≥ {number(line['memory_seen_bytes'] / unit[1])}")
 
 
 def ratio(section: Section, key: str) -> list[Field]:
