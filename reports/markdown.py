@@ -70,8 +70,12 @@ def report_md(title: str, chapters: Sequence[Chapter], formats: Sequence[str]) -
         lines += [f"Measured: {escape_markdown(measured(chapter.section))}", ""]
     page = "To sort, filter and weigh the rows: [index.html](index.html). " if "html" in formats else ""
     lines += [f"{page}Everything else, and how to repeat it: [details.md](details.md).", ""]
+    told: set[str] = set()
     for chapter in chapters:
-        lines += [chapter.heading("Results"), "", to_markdown(replace(chapter.tables[0], warnings=()))]
+        results = chapter.tables[0]
+        notes = tuple(note for note in results.notes if note not in told)
+        told |= set(notes)
+        lines += [chapter.heading("Results"), "", to_markdown(replace(results, notes=notes, warnings=()))]
         lines += _figures(chapter, formats, [plot for plot in chapter.plots if plot.name in FIRST_FIGURES])
     return "\n".join(lines).rstrip() + "\n"
 

@@ -183,8 +183,9 @@ def freeze(frame: Path, report: Report, console: Console) -> None:
 def _print(chapters: Sequence[Chapter], names: Sequence[str], console: Console) -> None:
     """Print the answer of every section and its tables of these names.
 
-    What "Trust" sums up is left out, and footnotes that several tables share stand under the first.
+    What "Trust" sums up is left out; notes and footnotes that several tables share stand with the first.
     """
+    told: set[str] = set()
     for chapter in chapters:
         if chapter.number:
             console.print(Text(f"Group {chapter.number}: {chapter.section.name}", style="bold"))
@@ -192,11 +193,13 @@ def _print(chapters: Sequence[Chapter], names: Sequence[str], console: Console) 
             start, colon, rest = text.partition(":")
             console.print(Text.assemble((start + colon, "bold"), rest))
         console.print()
-        printed = {*chapter.section.notes.shared, chapter.section.instruments}
+        told |= {*chapter.section.notes.shared, chapter.section.instruments}
+        marked: set[str] = set()
         for table in chapter.tables:
             if table.name in names:
-                console.print(to_terminal(table, console.width, printed), "")
-                printed |= {text for _, text in table.used_footnotes}
+                console.print(to_terminal(table, console.width, told | marked), "")
+                told |= set(table.notes)
+                marked |= {text for _, text in table.used_footnotes}
     for name in names:
         if not any(table.name == name for chapter in chapters for table in chapter.tables):
             console.print(f"{name}: nothing in these records")

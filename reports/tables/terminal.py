@@ -21,7 +21,7 @@ def to_terminal(table: Table, width: int = 120, printed: Container[str] = ()) ->
     """Title, notes, table, warnings and footnotes, no line longer than ``width``.
 
     A narrow terminal first loses the ``wide_only`` columns, then gets shorter texts; a table that still does not fit is
-    continued below, every part with the first column. Warnings and footnotes in ``printed`` are left out.
+    continued below, every part with the first column. Notes, warnings and footnotes in ``printed`` are left out.
     """
     narrow = [index for index in table.visible if not table.columns[index].wide_only]
     parts, short = [table.visible], False
@@ -33,7 +33,8 @@ def to_terminal(table: Table, width: int = 120, printed: Container[str] = ()) ->
     below = [text for text in table.warnings if text not in printed]
     below += [f"{mark}  {text}" for mark, text in table.used_footnotes if text not in printed]
     grids = (_grid(table, part, width, short) for part in parts)
-    return Group(*map(Text, (table.caption, *table.notes)), *grids, *map(Text, below))
+    notes = [note for note in table.notes if note not in printed]
+    return Group(*map(Text, (table.caption, *notes)), *grids, *map(Text, below))
 
 
 def _grid(table: Table, columns: Sequence[int], width: int, short: bool) -> rich.table.Table:

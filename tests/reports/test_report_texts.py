@@ -58,8 +58,11 @@ def test_the_report_of_two_devices_is_short(make_factory, tmp_path: Path) -> Non
             for seed in (1, 2, 3):
                 cost = {"time": factor * (20 - 2 * index) * (1 + 0.01 * seed), "peak": 1e9 * (9 - index)}
                 factory.write(method, seed=seed, device_key=device, cached=method == "iisan", all_in_s=99.0, **cost)
+        factory.write("dyt", status="oom", time=None, device_key=device)
     write_report([tmp_path / "run"], tmp_path / "out", formats=FORMATS)
     text, details = texts(tmp_path / "out")
+    assert text.count("- TPME: mean of T, P and M") == 1
+    assert text.count("1 of 25 cells did not finish") == 2
     assert 1000 < len(text.split()) < 2500
     check_order(text, details)
     assert text.count("**Best Recall@10:**") == text.count("[Details](details.md)") == 2
