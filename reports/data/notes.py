@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 
-from tpme.bench.quantities import quantity
+from tpme.bench.quantities import bytes_text, quantity
 from tpme.reports.data.trials import Group, Line, mixture, settings
 
 MANY = 3
@@ -93,7 +93,7 @@ def _row_notes(
     if line["status"] != "ok":
         yield f"{line['status']} during {seeds[0]['failure_phase']}: {seeds[0]['failure_message']}"
         if line["status"] == "oom":
-            yield "out of memory: M is the most that was seen, TPME the least it can be in the frame of the other rows"
+            yield "out of memory: M is the most that was seen, TPME the least it can be on the scale of the other rows"
     elif line["seeds_ok"] < line["seeds"]:
         ends = sorted({cell["status"] for cell in seeds} - {"ok"})
         yield f"{line['seeds_ok']} of {line['seeds']} seeds finished ({', '.join(ends)}); the row is over those alone"
@@ -106,9 +106,11 @@ def _row_notes(
     if line["search_trials"] > 1:
         yield f"learning rate selected on validation among {line['search_trials']} trials"
     if line["cached"] and not any(code == "cache-build" for code, _ in flags) and not math.isnan(line["cache_build_s"]):
+        peak = line["cache_peak_bytes"]
+        memory = "" if math.isnan(peak) else f" and {bytes_text(peak)} of memory"
         yield (
-            f"trains on a feature cache that took {line['cache_build_s']:.1f} s and "
-            f"{line['cache_bytes'] / 1e6:.1f} MB to build, once; not part of T"
+            f"trains on a feature cache that took {line['cache_build_s']:.1f} s{memory} to build, once, and "
+            f"{line['cache_bytes'] / 1e6:.1f} MB on disk; not part of T and M"
         )
     if superseded := sum(cell["superseded"] for cell in seeds):
         yield f"replaces {superseded} older records of the same cells on the same device"
