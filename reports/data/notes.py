@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
@@ -15,6 +16,8 @@ from itertools import chain, zip_longest
 from tpme.bench.quantities import bytes_text, quantity
 from tpme.reports.data.trials import Group, Line, mixture, settings
 
+INSTRUMENTS = frozenset({"sampler", "cache-placement"})
+"""Flags on how a cell was run or measured, which take nothing from its numbers; they are no footnotes of a row."""
 MANY = 3
 """Number of flags, differing in their numbers alone, from which they become one footnote."""
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
@@ -25,7 +28,7 @@ class Notes:
     """Footnotes of one section."""
 
     shared: tuple[str, ...]
-    """Texts that apply to every finished row."""
+    """Texts that apply to every finished row, and how instruments worked, with the number of rows concerned."""
     footnotes: tuple[str, ...]
     """Footnote 1 first."""
     marks: dict[str, tuple[int, ...]]
@@ -52,7 +55,18 @@ def notes_of(seeds: Mapping[str, Sequence[Line]], lines: Mapping[str, Line]) -> 
     footnotes = list(dict.fromkeys(text for row in single.values() for text in row))
     number = {text: index for index, text in enumerate(footnotes, start=1)}
     marks = {name: tuple(sorted(number[text] for text in row)) for name, row in single.items()}
-    return Notes(tuple(shared), tuple(footnotes), marks)
+    return Notes((*shared, *_on_instruments(seeds, merged)), tuple(footnotes), marks)
+
+
+def _on_instruments(seeds: Mapping[str, Sequence[Line]], merged: Mapping[str, str]) -> Iterator[str]:
+    """The texts of ``INSTRUMENTS``, with the number of rows that they apply to."""
+    rows = Counter(
+        text
+        for cells in seeds.values()
+        for text in {merged[message] for cell in cells for code, message in cell["flags"] if code in INSTRUMENTS}
+    )
+    for text, count in sorted(rows.items()):
+        yield text if count == len(seeds) else f"{text} ({count} of {len(seeds)} rows)"
 
 
 def mixing(group: Group) -> str:
@@ -85,8 +99,9 @@ def _row_notes(
     name: str, seeds: Sequence[Line], line: Line, several_sources: bool, merged: Mapping[str, str]
 ) -> Iterator[str]:
     flags = dict.fromkeys(flag for cell in seeds for flag in cell["flags"])
-    for _, message in flags:
-        yield merged[message]
+    for code, message in flags:
+        if code not in INSTRUMENTS:
+            yield merged[message]
     options = settings(line["options"])
     if options and not name.endswith("]"):
         yield f"with {', '.join(options)}"
