@@ -58,6 +58,13 @@ def test_the_whole_run_peak_lies_where_most_memory_was_held(factory, peaks_of):
     assert tuple(peaks.loc["frozen"])[:2] == (9e9, "rank")
 
 
+def test_the_whole_run_peak_is_never_below_m(factory):
+    """Without its process reading training is read from the whole device, a phase beside it may not be."""
+    factory.write("fft", peak=2e9, device="cuda", process_valid=False)
+    row = load([factory.root]).iloc[0]
+    assert (row["memory_bytes"], row["peak_bytes"], row["peak_phase"]) == (2.5e9, 2.5e9, "train")
+
+
 def test_the_peak_of_a_cache_counts_for_every_cell_that_trains_on_it(factory, peaks_of):
     """The builder alone read 3e8 over its own baseline; the cell that started it held 8e8 with it."""
     build = Phase(kind="cache", start_s=1, wall_s=4, memory=peaks_of(8e8), energy_j=NO_ENERGY)
