@@ -84,7 +84,7 @@ def test_the_time_to_the_best_epoch_holds_all_that_leads_to_it(factory):
     assert dict(to_best) == {"fft": 31.0 - 5.0, "iisan": 4.2 + 15.0}
 
 
-def test_only_the_last_matrix_and_the_newest_version_count(factory):
+def test_only_the_last_matrix_and_the_newest_version_count(factory, monkeypatch):
     """A misspelt encoder, four epochs in the place of three and a changed method leave no row behind."""
     factory.write("fft", text_encoder=EncoderSpec(source="bert-bsae"), status="error", time=None)
     factory.write("fft", training=Training(epochs=4))
@@ -95,12 +95,14 @@ def test_only_the_last_matrix_and_the_newest_version_count(factory):
     (factory.root / "cells.json").write_text(json.dumps({"cells": [path.parent.name for path in kept]}))
     for roots in ([factory.root], [factory.root / "cells"], [factory.root.parent]):
         assert set(load(roots)["path"]) == {str(new), str(kept[2])}
+    monkeypatch.chdir(factory.root / "cells")
+    assert len(load(["."])) == 2
     assert len(load([factory.root], history=True)) == 5
     assert list(load([old])["path"]) == [str(old)], "a record that is named counts"
     assert sum(recorded.latest for recorded in read_every([factory.root])) == 2
     assert len(read_every([factory.root])) == 5
     (factory.root / "cells.json").write_text('{"cells": []}')
-    with pytest.raises(UserError, match="no cell of the last matrix has ended; --all"):
+    with pytest.raises(UserError, match="no cell of the last matrix has ended; 'tpme report --all'"):
         read([factory.root])
     (factory.root / "cells.json").write_text("{")
     with pytest.raises(UserError, match=r"cells\.json: not readable; delete it"):
