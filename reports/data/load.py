@@ -96,9 +96,7 @@ def read(paths: Iterable[Path | str], *, history: bool = False) -> list[Recorded
     if not records:
         where = ", ".join(str(root) for root in roots)
         if found:
-            raise UserError(
-                f"{where}: no cell of the last matrix has ended; 'tpme report --all' shows earlier ones"
-            )
+            raise UserError(f"{where}: no cell of the last matrix has ended; 'tpme report --all' shows earlier ones")
         raise UserError(f"{where}: no records (attempt-*.json) in there; name a folder that 'tpme run' wrote")
     return records
 
