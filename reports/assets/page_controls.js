@@ -6,7 +6,7 @@ function rankingText(chosen, ranked) {
   if (!chosen) return `No row ${group().rows.some((row) => row.usable) ? "is" : "can be"} ticked, so there is no TPME.`;
   if (!ranked.length) return "TPME compares rows, and one row alone has none.";
   const [first, ...tied] = ranked.filter((row) => row.rank === 1).map((row) => row.name);
-  return `${chosen} rows compared; lowest TPME: ${first}${tied.length ? `, tied within noise: ${tied.join(", ")}` : ""}.`;
+  return `${chosen} rows compared; lowest TPME: ${first}${tied.length ? `, ${tiedText()}: ${tied.join(", ")}` : ""}.`;
 }
 
 /* Three sentences of the report; they hold for its own choices. */

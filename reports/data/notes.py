@@ -108,7 +108,8 @@ def _row_notes(
     if line["status"] != "ok":
         yield f"{line['status']} during {seeds[0]['failure_phase']}: {seeds[0]['failure_message']}"
         if line["status"] == "oom":
-            yield "out of memory: M is the most that was seen, TPME the least it can be on the scale of the other rows"
+            bound = ", TPME the least it can be on the scale of the other rows"
+            yield f"out of memory: M is the most that was seen{'' if math.isnan(line['tpme_lower_bound']) else bound}"
     elif line["seeds_ok"] < line["seeds"]:
         ends = sorted({cell["status"] for cell in seeds} - {"ok"})
         yield f"{line['seeds_ok']} of {line['seeds']} seeds finished ({', '.join(ends)}); the row is over those alone"

@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tpme.bench.errors import UserError
 from tpme.bench.record import Reading, read_result
 from tpme.reports.report import make_report
 from tpme.reports.tables.results import results
@@ -106,3 +107,10 @@ def test_the_reference_of_the_ratios_is_chosen(factory):
     assert section_of(factory).reference is None
     assert section_of(factory).summary["cost_ratio"].isna().all()
     assert section_of(factory, reference="bitfit").summary["time_ratio"].to_dict() == {"lora": 0.5, "bitfit": 1.0}
+
+
+def test_a_reference_without_costs_is_refused(factory):
+    factory.write("lora")
+    factory.write("popularity", time=None)
+    with pytest.raises(UserError, match="--reference popularity: its T, P or M is missing"):
+        section_of(factory, reference="popularity")
