@@ -20,8 +20,8 @@ def test_the_best_the_cheapest_and_how_far_to_trust_it(factory):
     assert "id" not in said.best.replace("paired", "")
     assert said.cheapest == (
         "Cheapest at that quality: iisan, with 2.00 s an epoch (6.01 s in all up to the best one), 1.00 M trainable "
-        "parameters, 2.00 GB while training, 2.00 GB at the peak of the whole run (train); 13 % of fft's cost (weighted "
-        "geometric mean of epoch time, parameters and training memory)."
+        "parameters, 2.00 GB while training, 2.00 GB at the peak of the whole run (train); 13 % of fft's cost "
+        "(weighted geometric mean of epoch time, parameters and training memory)."
     )
     assert said.trust == (
         "2 seeds a row; no cell is flagged for sharing its device; two runs of one cell differ by up to 0.2 % in time "
