@@ -278,8 +278,8 @@ def _result_notes(section: Section) -> list[str]:
             "weights; no other row moves it."
         )
     if section.ties:
-        tied = "are tied within noise" if section.noise.source else "have the same TPME"
-        notes.append(f"Rows that share a rank (=) {tied}.")
+        tied = "is tied within noise with the first of them" if section.noise.source else "has the same TPME"
+        notes.append(f"Each of the rows that share a rank (=) {tied}.")
     left_out = summary.index[~summary["compared"] & summary["baseline"]]
     if len(left_out):
         notes.append(f"No TPME, as no encoder is adapted: {', '.join(map(str, left_out))}.")
