@@ -82,18 +82,21 @@ def plan(
 
 def render(plan: MatrixPlan, console: Console) -> None:
     """Print the plan: a table for each setting, plan against measured where there are records, what is assumed."""
-    width = console.width
-    console.width = max(width, NARROWEST)
+
+    def print_whole(table: Table) -> None:
+        width, console.width = console.width, max(console.width, NARROWEST)
+        console.print(table)
+        console.width = width
+
     for setting, group in itertools.groupby(plan.cells, key=lambda planned: _setting(planned.cell)):
         cells = list(group)
         console.print(Text(f"{plan.matrix}: {setting}", "bold"))
-        console.print(_planned(cells, plan.device, _peak(plan)))
+        print_whole(_planned(cells, plan.device, _peak(plan)))
         if any(planned.measured for planned in cells):
             console.print(Text("Plan against measured: memory, a step, an epoch, and how many times the plan", "bold"))
-            console.print(_compared(cells, _peak(plan)))
+            print_whole(_compared(cells, _peak(plan)))
             sources = {planned.measured.memory_source for planned in cells if planned.measured}
             console.print(Text(f"Measured memory: {'; '.join(sorted(filter(None, sources)))}", "dim"))
-    console.width = width
     for note in _notes(plan):
         console.print(Text(note, "dim"))
     if plan.remaining is not None:

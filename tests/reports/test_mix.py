@@ -45,7 +45,7 @@ def test_every_artefact_says_so(factory, tmp_path):
         assert re.search(rf"^## {part}: rows of different devices mixed: ", text + details, re.MULTILINE)
     [trust] = re.findall(r"^- \*\*Trust:\*\* .*", text, re.MULTILINE)
     for told in (trust, details):
-        assert "ixed: rows of different devices share this table and its TPME" in told
+        assert "ows of different devices share this table and its TPME" in told
         assert "M is not one quantity: resident memory over a baseline on a CPU, GPU memory by NVML on a GPU" in told
     assert "--mix" in details.split("## To repeat it")[1]
     table = json.loads((tmp_path / "out" / "tables" / "results.json").read_text())

@@ -264,7 +264,7 @@ def test_groups_are_chosen_and_a_frozen_frame_is_kept(browser, make_factory, tmp
     assert names(opened) == ["lora", "fft"]
     opened.select_option("#group", "1")
     assert opened.is_checked("input[name=frame][value=report]")
-    assert opened.inner_text("#frame-name") == "as the file frame.json keeps them"
+    assert opened.inner_text("#frame-name") == "least and most in the file frame.json"
     expected = (100 * report.sections[1].summary["tpme"]).to_dict()
     assert expected["slow"] > 100
     assert shown(opened, "tpme") == pytest.approx(expected, abs=1e-7)

@@ -14,6 +14,7 @@ from tpme.reports.data.stats import interval
 from tpme.reports.data.tpme import DEFAULT, Frame, Span, Weights
 from tpme.reports.report import make_report
 from tpme.reports.tables.results import costs, results
+from tpme.reports.tables.scales import scales
 
 
 def row(*epochs_s, memory=(1e9,), millions=1.0) -> Repeats:
@@ -205,8 +206,8 @@ def test_the_table_of_results_carries_the_interval(factory):
     assert texts(table, "tpme_low_percent")["lora"] == f"{low:.2f}–{high:.2f}"
     assert texts(table, "tpme_low_percent")["iisan"] == "end of scale"
     assert "95 %" in [column.title for column in table.columns]
-    [note] = [note for note in table.notes if note.startswith("95 %")]
-    assert "every row's epochs, the frame taken anew" in note
+    [note] = [note for note in scales(section).notes if note.startswith("95 %")]
+    assert "every row's epochs, the scale taken anew" in note
     assert "One seed a row" in note
 
 
@@ -219,7 +220,7 @@ def test_what_was_not_repeated_has_no_interval_and_seeds_are_named(factory):
     [section] = make_report([factory.root]).sections
     table = results(section)
     assert texts(table, "tpme_low_percent") == {"lora": "end of scale", "fft": "–"}
-    [note] = [note for note in table.notes if note.startswith("95 %")]
+    [note] = [note for note in scales(section).notes if note.startswith("95 %")]
     assert "every row's seeds and epochs" in note
     assert "Of one seed (fft)" in note
 
