@@ -107,9 +107,10 @@ def _peak_columns(result: CellResult) -> dict[str, Any]:
     peaks = [(value, kind) for value, kind in readings if value is not None]
     value, kind = max(peaks, default=(None, None))
     built = max((value for value, kind in peaks if kind == "cache"), default=None)
+    by_cell = built is not None
     if built is None and result.cache is not None:
         built = result.cache.peak_bytes.value
-    return {"peak_bytes": value, "peak_phase": kind, "cache_peak_bytes": built}
+    return {"peak_bytes": value, "peak_phase": kind, "cache_peak_bytes": built, "cache_built": by_cell}
 
 
 def _sum(values: Sequence[float | None]) -> float | None:

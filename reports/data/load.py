@@ -176,11 +176,12 @@ def _with_builds(frame: pd.DataFrame) -> pd.DataFrame:
     Cells of one device that quote the same build time and size trained on the same cache.
     """
     frame = frame.assign(**{name: frame[name].astype(float) for name in ("peak_bytes", "cache_peak_bytes")})
-    same = frame.groupby(["device_key", "cache_build_s", "cache_bytes"])["cache_peak_bytes"]  # without a cache: NaN
-    built = same.transform("max")
+    same = frame.groupby(["device_key", "cache_build_s", "cache_bytes"])  # without a cache: NaN
+    built = same["cache_peak_bytes"].transform("max")
     higher = built > frame["peak_bytes"].fillna(0)
     return frame.assign(
         cache_peak_bytes=built,
+        cache_built=same["cache_built"].transform("max").fillna(False).astype(bool),
         peak_bytes=frame["peak_bytes"].mask(higher, built),
         peak_phase=frame["peak_phase"].mask(higher, "cache"),
     )

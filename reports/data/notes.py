@@ -129,6 +129,8 @@ def _row_notes(
     if line["cached"] and not any(code == "cache-build" for code, _ in flags) and not math.isnan(line["cache_build_s"]):
         peak = line["cache_peak_bytes"]
         memory = "" if math.isnan(peak) else f" and {bytes_text(peak)} of memory"
+        if memory and not line["cache_built"]:
+            memory += " (of its builder alone, in an earlier run)"
         yield (
             f"trains on a feature cache that took {line['cache_build_s']:.1f} s{memory} to build, once, and "
             f"{line['cache_bytes'] / 1e6:.1f} MB on disk; not part of T and M"

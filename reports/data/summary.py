@@ -66,6 +66,7 @@ def line_of(seeds: Sequence[Line]) -> dict[str, Any]:
         line[name] = float(np.fmax.reduce(_values(cells, name)))
     highest = max(cells, key=lambda cell: np.nan_to_num(cell["peak_bytes"], nan=-1.0))
     line["peak_bytes"], line["peak_phase"] = highest["peak_bytes"], highest["peak_phase"]
+    line["cache_built"] = any(cell["cache_built"] for cell in cells)
     for name in ("epoch_time", "memory"):
         line[f"{name}_valid"] = all(cell[f"{name}_valid"] for cell in cells)
         reasons = (cell[f"{name}_reason"] for cell in cells)

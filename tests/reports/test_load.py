@@ -12,6 +12,7 @@ from tpme.bench.errors import UserError
 from tpme.bench.record import EncoderSpec, Phase, Reading, RecordError, Training, read_result
 from tpme.reports.data.load import load, load_samples, read, read_every
 from tpme.reports.data.ranks import load_ranks
+from tpme.reports.report import make_report
 
 NO_ENERGY = Reading.missing("NVML energy", "no counter")
 
@@ -74,6 +75,16 @@ def test_the_peak_of_a_cache_counts_for_every_cell_that_trains_on_it(factory, pe
     frame = load([factory.root])
     assert set(frame["peak_bytes"]) == set(frame["cache_peak_bytes"]) == {8e8}
     assert set(frame["peak_phase"]) == {"cache"}
+    assert all(frame["cache_built"])
+
+
+def test_a_cache_of_an_earlier_run_has_the_peak_of_its_builder_alone_and_the_row_says_so(factory):
+    rewrite(factory.write("iisan", cached=True, peak=1e8), lambda result: {"cache": with_peak(result.cache, 3e8)})
+    factory.write("fft")
+    [section] = make_report([factory.root]).sections
+    assert section.summary.loc["iisan (cached)", ["peak_bytes", "cache_built"]].tolist() == [3e8, False]
+    [note] = section.notes.footnotes
+    assert "300 MB of memory (of its builder alone, in an earlier run) to build, once" in note
 
 
 def test_the_time_to_the_best_epoch_holds_all_that_leads_to_it(factory):
