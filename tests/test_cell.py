@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tpme.bench.errors import UserError
 from tpme.bench.record import CellResult, read_result
 from tpme.bench.train.ending import TimeLimitReached, bytes_requested, status_of
 from tpme.bench.workers import parse_progress
@@ -177,10 +178,8 @@ def test_data_or_encoders_that_changed_since_the_matrix_was_read(
 def test_images_of_another_size(world: Any, tiny: ModuleType, tmp_path: Path) -> None:
     tiny.encoder("image", image_size=48).save_pretrained(tmp_path / "image")
     matrix = world.matrix(["frozen"], encoders=[{"image": {"source": str(tmp_path / "image")}}], modalities=["image"])
-    status, phase, message = ending(world.tell(matrix, tmp_path / "cell"))
-    assert (status, phase) == ("error", "load encoders")
-    assert message.startswith(f"{world.data}: images are 32 pixels wide, the encoder")
-    assert message.endswith("prepare the data with --image-size 48")
+    with pytest.raises(UserError, match=r"its images are 32 pixels wide, but the encoder .* reads 48"):
+        world.tell(matrix, tmp_path / "cell")
 
 
 def test_random_weights_and_useless_checkpointing_are_flagged(world: Any, tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ def test_lists_are_valid_json() -> None:
     assert {row["name"] for row in encoders} == {"builtin:tiny-text", "builtin:tiny-image"}
 
 
+@pytest.mark.slow
 def test_methods_are_listed_with_their_options_at_80_columns() -> None:
     def shown(*names: str) -> str:
         done = CliRunner(env={"COLUMNS": "80"}).invoke(cli.app, ["list", "methods", *names])

@@ -208,6 +208,7 @@ def test_what_cannot_log_is_one_line_before_anything_runs(
 # --- the real ones --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_mlflow_takes_it(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # mlflow-skinny has no other that needs no server
@@ -235,6 +236,7 @@ def test_mlflow_takes_it(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyP
         log_to(tmp_path / "run", "mlflow")
 
 
+@pytest.mark.slow
 def test_tensorboard_takes_it(world: Any, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -313,7 +313,10 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
 CONFLICTS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown method": ({"methods": [{"name": "lorra"}]}, "unknown method 'lorra'; did you mean 'lora'"),
     "unknown option": ({"methods": [{"name": "lora", "options": {"r": 8}}]}, "'lora', option 'r': .*options are: rank"),
-    "an option of other tools": ({"methods": [{"name": "lora", "lora_alpha": 8}]}, "no such option, .* mean 'alpha'"),
+    "an option of other tools": (
+        {"methods": [{"name": "lora", "lora_alpha": 8}]},
+        "no such option .did you mean 'alpha'",
+    ),
     "a setting among options": (
         {"methods": [{"name": "fft", "epochs": 2}]},
         "'fft', option 'epochs': there is no such",
