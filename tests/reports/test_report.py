@@ -183,8 +183,11 @@ def test_a_feature_cache_has_its_memory_and_its_bytes_on_disk(factory):
     cache = result.cache.model_copy(update={"peak_bytes": Reading(value=4.61e8, source="VmHWM")})
     path.write_text(result.model_copy(update={"cache": cache}).model_dump_json())
     (section,) = make_report([factory.root]).sections
-    told = "trains on a feature cache that took 4.2 s and 461 MB of memory to build, once, and 12.0 MB on disk; "
-    assert section.notes.footnotes == (f"{told}not part of T and M",)
+    told = (
+        "trains on a feature cache that took 4.2 s and 461 MB of memory (of its builder alone, in an earlier run) to "
+        "build, once, and 12.0 MB on disk; not part of T and M"
+    )
+    assert section.notes.footnotes == (told,)
 
 
 def test_the_energy_of_an_epoch_is_that_of_the_last_stage(factory):
