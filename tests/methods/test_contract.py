@@ -57,8 +57,8 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"rank": 6, "target_rank": 2, "alpha": 4, "final": 0.0, "interval": 2, "targets": ("key", "ffn_in", "ffn_out")}
     ],
     "light-peft": [
-        {"rank": 4, "dropout": 0.0, "targets": ("query", "ffn_out"), "modules": 0.0, "unit_scope": "layerwise"},
-        {"heads": 0.0, "units": 0.5, "round_units_to": 8, "estimation": 1.0},
+        {"heads": 0.5, "rank": 4, "dropout": 0.0, "targets": ("query", "ffn_out"), "modules": 0.0},
+        {"heads": 0.5, "units": 0.5, "unit_scope": "layerwise", "round_units_to": 8, "estimation": 1.0},
     ],
     "vera": [{"rank": 20, "scale": 0.5, "matrices_seed": 3, "targets": ("key", "ffn_in", "ffn_out")}],
 }

@@ -151,15 +151,16 @@ def test_a_cut_encoder_trains_all_that_is_left(tiny: ModuleType, name: str) -> N
 
 
 def test_without_cuts_it_is_lora_at_six_projections(tiny: ModuleType) -> None:
-    """Masks of 1 change nothing, nor does a cut of nothing."""
+    """Masks of 1 change nothing, nor does a cut of nothing; and it trains as LoRA does."""
     roles = ("query", "key", "value", "attention_output", "ffn_in", "ffn_out")
-    method, model = tiny.build("light-peft", {"heads": 0, "units": 0, "modules": 0, "ranks": 0})
-    _, lora = tiny.build("lora", {"alpha": 16, "targets": roles})
+    options = {"heads": 0, "units": 0, "modules": 0, "ranks": 0, "dropout": 0.0}
+    method, model = tiny.build("light-peft", options)
+    other, lora = tiny.build("lora", {"alpha": 16, "targets": roles})
     items = tiny.items()
     for modality, view in model.views.items():
         own = (part.inner if isinstance(part, MaskedInput) else part for _, part in parts(view, roles))
         for update, (_, layer) in zip(own, parts(lora.views[modality], roles), strict=True):
-            nn.init.normal_(update.up)
+            nn.init.normal_(update.up, std=0.1)
             layer.lora_A["default"].weight.data.copy_(update.down)
             layer.lora_B["default"].weight.data.copy_(update.up)
     expected = tiny.vectors(lora, items)
@@ -168,6 +169,7 @@ def test_without_cuts_it_is_lora_at_six_projections(tiny: ModuleType) -> None:
     for view in model.views.values():
         method._cut(view, random_structure(method, view))
     assert torch.equal(tiny.vectors(model, items), estimated)
+    assert tiny.train(method, model, 6) == pytest.approx(tiny.train(other, lora, 6), abs=1e-4)
 
 
 def test_a_state_of_another_structure_is_refused(tiny: ModuleType) -> None:
@@ -193,7 +195,17 @@ def test_a_state_of_another_structure_is_refused(tiny: ModuleType) -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "share", "expected"), [(12, 1 / 3, 8), (72, 0.75, 18), (36_864, 1 / 3, 24_576), (2, 0.9, 1), (5, 0.0, 5)]
+    ("count", "share", "expected"),
+    [
+        (12, 1 / 3, 8),
+        (72, 0.75, 18),
+        (36_864, 1 / 3, 24_576),
+        (2, 0.9, 1),
+        (2, 1 / 3, 2),
+        (1, 0.9, 1),
+        (5, 0.0, 5),
+        (10, 0.3, 7),
+    ],
 )
 def test_how_many_are_left(count: int, share: float, expected: int) -> None:
     assert left(count, share) == expected
@@ -307,7 +319,7 @@ def test_the_score_of_an_encoder_with_relative_positions_is_that_of_its_tokens(t
 
 @pytest.fixture(scope="module")
 def subject(contract_world: Any) -> Subject:
-    return Subject(contract_world, "light-peft")
+    return Subject(contract_world, "light-peft", {"heads": 0.5})
 
 
 @pytest.fixture(scope="module")
