@@ -69,6 +69,7 @@ class Size:
     items: int = 20_000
     batch: int = 32
     max_seq_len: int = 10
+    epochs: int = 1
     full: bool = False
     modalities: tuple[Modality, ...] = ("text", "image")
 
@@ -127,7 +128,7 @@ def make_cell(size: Size, folder: Path, device: Literal["cpu", "cuda"]) -> Cell:
         modalities=size.modalities,
         text_encoder=specs.get("text"),
         image_encoder=specs.get("image"),
-        training=Training(epochs=1, users_per_batch=size.batch, title_tokens=TITLE_TOKENS),
+        training=Training(epochs=size.epochs, users_per_batch=size.batch, title_tokens=TITLE_TOKENS),
         device=device,
         seed=SEED,
     )

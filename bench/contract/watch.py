@@ -52,9 +52,13 @@ class Watch:
         self._trainer.model.zero_grad(set_to_none=True)
 
     def moved(self) -> set[str]:
-        """Names of parameters and buffers that the training changed."""
+        """Names of parameters and buffers that the training changed.
+
+        Not of those that it cut to another shape: that their values follow from state(), its round trip shows.
+        """
         now = _tensors(self._trainer.model)
-        return {name for name, value in self._before.items() if name in now and not torch.equal(now[name], value)}
+        kept = {name: value for name, value in self._before.items() if name in now and now[name].shape == value.shape}
+        return {name for name, value in kept.items() if not torch.equal(now[name], value)}
 
     def _note_trainable(self, model: Recommender) -> dict[str, nn.Parameter]:
         training = {name: value for name, value in model.named_parameters() if value.requires_grad}

@@ -56,6 +56,10 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "adalora": [
         {"rank": 6, "target_rank": 2, "alpha": 4, "final": 0.0, "interval": 2, "targets": ("key", "ffn_in", "ffn_out")}
     ],
+    "light-peft": [
+        {"heads": 0.5, "rank": 4, "dropout": 0.0, "targets": ("query", "ffn_out"), "modules": 0.0},
+        {"heads": 0.5, "units": 0.5, "unit_scope": "layerwise", "round_units_to": 8, "estimation": 1.0},
+    ],
     "vera": [{"rank": 20, "scale": 0.5, "matrices_seed": 3, "targets": ("key", "ffn_in", "ffn_out")}],
 }
 

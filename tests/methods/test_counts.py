@@ -54,6 +54,7 @@ PAPER: dict[str, tuple[str, dict[str, Any], int]] = {
     "ln-tuning": ("ln-tuning", {}, 2 * 38_400 + RECOMMENDER),
     "peft": ("peft", {}, 2 * 12 * 2 * 24 * (32 * 31 // 2) + RECOMMENDER),
     "vera": ("vera", {}, 2 * 24_576 + RECOMMENDER),
+    "light-peft": ("light-peft", {}, 2 * (1_327_104 + 12 * (12 + 3_072)) + RECOMMENDER),  # in the estimation
     "dapt": ("dapt", {}, 1_438_476 + 1_440_012 + RECOMMENDER),  # BERT has no final norm
 }
 
@@ -156,6 +157,7 @@ def closed_formula(name: str, options: Mapping[str, Any], tiny: ModuleType) -> i
         "ln-tuning": fused + 2 * (2 * depth + 1) * 2 * width,
         "peft": fused + 2 * depth * 2 * (width * (width - 1) // 2),
         "vera": fused + 2 * depth * 2 * (options.get("rank", 256) + width),
+        "light-peft": fused + 2 * depth * (8 * (8 * width + 2 * (width + ffn)) + tiny.HEADS + ffn),  # in the estimation
         "dapt": fused
         + 2 * depth * (bottleneck + 3 * width + 1 + 2 * (7 * width + ffn))  # norm and gate; seven of D, one of F
         + 2 * 2 * (depth - 1) * width  # prompts

@@ -19,8 +19,8 @@ from tpme.methods.registry import BUILTIN, create
 
 WITHOUT = {"id", "popularity"}
 """They use no encoder."""
-ELSEWHERE = {"context-peft", "pt-peft"}
-"""One needs both modalities, the other trains in stages, the first of which is method ``prefix``."""
+ELSEWHERE = {"context-peft", "pt-peft", "light-peft"}
+"""One needs both modalities, one trains in stages, the first of which is method ``prefix``; one cuts the encoders."""
 METHODS = [name for name in BUILTIN if name not in WITHOUT | ELSEWHERE]
 REFUSED = {
     ("dapt", "modernbert"): "have no bias to fold a shift into",

@@ -72,6 +72,7 @@ def test_the_card_methods() -> None:
         "dyt",
         "pyra",
         "context-peft",
+        "light-peft",
         "iisan",
         "iisan-versa",
         "lst",

@@ -94,6 +94,15 @@ def test_no_step_reads_a_value(make_trainer: MakeTrainer, name: str, cached: boo
     assert len(reads.of_record) > 0
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_no_step_of_an_estimation_reads_a_value(make_trainer: MakeTrainer, precision: str) -> None:
+    """Of light-peft: importances are summed on the device."""
+    trainer = make_trainer("light-peft", modalities=("text", "image"), precision=precision)
+    with Reads() as reads, Copies(reads):
+        trainer.method._estimate(trainer)
+    assert reads.of_step == []
+
+
 @pytest.mark.parametrize(
     "read",
     [
