@@ -7,13 +7,29 @@ starts at once.
 from __future__ import annotations
 
 import sys
-from typing import NoReturn
+from importlib.metadata import version
+from typing import Annotated, NoReturn
 
 import typer
 
-from tpme.bench.commands import ab, baseline, check, choose, doctor, export, method, plan, prepare, report, run
+from tpme.bench.commands import (
+    ab,
+    baseline,
+    board,
+    check,
+    choose,
+    compare,
+    doctor,
+    export,
+    method,
+    plan,
+    prepare,
+    report,
+    run,
+)
 from tpme.bench.commands import list as listing
 from tpme.bench.commands.gate import GateCommand
+from tpme.bench.commands.options import PlainCommand
 from tpme.bench.errors import UserError
 
 INTERRUPTED = (129, 130, 143)
@@ -23,19 +39,34 @@ ON_INTERRUPT = "interrupted; no partial files are left; run the same command to 
 app = typer.Typer(
     name="tpme",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # at 80 columns the tables of rich cut long options off
     help="Measure the cost and quality of parameter-efficient fine-tuning in multimodal sequential recommendation.",
 )
 app.add_typer(prepare.app, name="prepare")
-for command in (run.run, report.report, choose.choose, export.export, plan.plan):
-    app.command()(command)
+for command in (run.run, report.report, choose.choose, compare.compare, board.board, export.export, plan.plan):
+    app.command(cls=PlainCommand)(command)
 app.add_typer(listing.app, name="list")
 app.add_typer(method.app, name="method")
-app.command()(doctor.doctor)
+app.command(cls=PlainCommand)(doctor.doctor)
 app.command(cls=GateCommand)(check.check)
 app.command(cls=GateCommand)(ab.ab)
-app.command()(baseline.baseline)
+app.command(cls=PlainCommand)(baseline.baseline)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"tpme {version('tpme-bench')}")  # noqa: T201
+        raise typer.Exit
+
+
+@app.callback()
+def _before_the_command(
+    show_version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Options that take no command."""
 
 
 def main() -> NoReturn:

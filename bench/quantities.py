@@ -7,10 +7,12 @@ module imports nothing heavy, so that a command may name a quantity before it lo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from tpme.bench.errors import UserError
 from tpme.bench.record import Memory, Reading
 
 Better = Literal["higher", "lower"]
@@ -251,6 +253,26 @@ def amount(value: float | str | None, unit: str) -> str:
             return f"{value / size:.{digits}g} {prefix}"
     whole = f"{value:,.0f}" if float(value).is_integer() else f"{value:.4f}"
     return f"{whole} {unit}".strip()
+
+
+_POWERS = {"K": 1, "M": 2, "G": 3, "T": 4}
+BYTES = {
+    "B": 1.0,
+    **{letter: 1e3**power for letter, power in _POWERS.items()},
+    **{f"{letter}B": 1e3**power for letter, power in _POWERS.items()},
+    **{f"{letter}iB": 1024.0**power for letter, power in _POWERS.items()},
+}
+"""Units of a size as it is typed: ``8G`` is ``8GB``, as tables print it; only ``8GiB`` is binary."""
+
+
+def parse_quantity(option: str, text: str, units: Mapping[str, float], example: str) -> float:
+    """Convert ``"8GB"`` by the factors of ``units``, whose case does not matter. Raises UserError."""
+    factors = {unit.lower(): factor for unit, factor in units.items()}
+    match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)", text.strip().lower())
+    if match is None or match[2] not in factors:
+        names = ", ".join(unit for unit in units if unit)
+        raise UserError(f"{option} '{text}': give a number and a unit ({names}) such as {example}")
+    return float(match[1]) * factors[match[2]]
 
 
 # --- memory --------------------------------------------------------------------------------------------------

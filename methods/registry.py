@@ -8,7 +8,6 @@ which the others import with ``from ._helper import ...``).
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib
 import importlib.util
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from tpme.bench.errors import UserError, first_problem, one_line
+from tpme.bench.errors import UserError, first_problem, nearest, one_line
 
 if TYPE_CHECKING:
     from tpme.methods.base import Method
@@ -83,8 +82,8 @@ def method_class(name: str, methods_path: Sequence[Path] = ()) -> type[Method]:
     """
     known = available(methods_path)
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(sorted(known))}"
+        near = nearest(name, known)
+        hint = f"did you mean '{near}'?" if near else f"known: {', '.join(sorted(known))}"
         raise UserError(f"unknown method '{name}'; {hint}")
     origin = known[name]
     if origin.endswith(".py"):
@@ -110,8 +109,11 @@ def create(name: str, options: Mapping[str, Any], methods_path: Sequence[Path] =
     except ValidationError as error:
         first = first_problem(error)
         fields = ", ".join(definition.Config.model_fields) or "none"
-        where = f", option '{first.field}'" if first.field else ""
-        raise UserError(f"method '{name}'{where}: {first.message}; its options are: {fields}") from None
+        where, message = f", option '{first.field}'" if first.field else "", first.message
+        if first.kind == "extra_forbidden":
+            near = nearest(first.field, definition.Config.model_fields)
+            message = "there is no such option" + (f", did you mean '{near}'?" if near else "")
+        raise UserError(f"method '{name}'{where}: {message}; its options are: {fields}") from None
 
 
 def source_file(name: str, methods_path: Sequence[Path] = ()) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -19,7 +18,6 @@ from tpme.reports.tables import fields
 from tpme.reports.tables.fields import table_of
 from tpme.reports.tables.table import Column, Entry, Table, plain
 
-BYTES = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 SECONDS = {"ms": 1e-3, "s": 1, "min": 60, "h": 3600}
 MILLIONS = {"": 1e-6, "K": 1e-3, "M": 1, "B": 1e3}
 
@@ -77,16 +75,6 @@ class Choice:
     qualifying: tuple[str, ...]
     """Best first: by NDCG@10 as tables print it, then by TPME."""
     rejected: dict[str, tuple[Reason, ...]]
-
-
-def parse_quantity(option: str, text: str, units: Mapping[str, float], example: str) -> float:
-    """Convert ``"8GB"`` by the factors of ``units``, whose case does not matter. Raises UserError."""
-    factors = {unit.lower(): factor for unit, factor in units.items()}
-    match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)", text.strip().lower())
-    if match is None or match[2] not in factors:
-        names = ", ".join(unit for unit in units if unit)
-        raise UserError(f"{option} '{text}': give a number and a unit ({names}) such as {example}")
-    return float(match[1]) * factors[match[2]]
 
 
 def choose(sections: Sequence[Section], limits: Limits) -> list[Choice]:

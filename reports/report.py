@@ -204,7 +204,7 @@ def _draw(report: Report, formats: Sequence[str], workers: int, console: Console
 
     # No refresh thread: the drawing processes are forked meanwhile.
     with Progress(console=console, transient=True, auto_refresh=False) as progress:
-        task = progress.add_task("Figures", total=len(report.sections) * len(makers()))
+        task = progress.add_task("Figures", total=len(report.sections) * len(makers(report.sections)))
         return draw(report.sections, endings, workers, lambda: progress.update(task, advance=1, refresh=True))
 
 

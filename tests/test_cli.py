@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from importlib.metadata import version
+from typing import Any
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
 from tpme.bench import cli
-from tpme.methods.registry import BUILTIN
+from tpme.methods.registry import BUILTIN, method_class
 
 
 def tpme(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -30,6 +35,25 @@ def test_lists_are_valid_json() -> None:
     assert {row["name"] for row in presets} >= {"demo", "iisan-paper", "scientific-text"}
     encoders = json.loads(tpme("list", "encoders", "--json").stdout)
     assert {row["name"] for row in encoders} == {"builtin:tiny-text", "builtin:tiny-image"}
+
+
+def test_methods_are_listed_with_their_options_at_80_columns() -> None:
+    def shown(*names: str) -> str:
+        done = CliRunner(env={"COLUMNS": "80"}).invoke(cli.app, ["list", "methods", *names])
+        assert done.exit_code == 0, done.exception
+        assert max(map(len, done.stdout.splitlines())) <= 80
+        assert "…" not in done.stdout
+        return done.stdout
+
+    overview = re.split(rf"(?m)^(?:{'|'.join(map(re.escape, BUILTIN))}) ", shown())[1:]
+    for name, block in zip(BUILTIN, overview, strict=True):
+        for option in method_class(name).Config.model_fields:
+            assert f" {option}=" in block
+            assert re.search(rf"(?m)^{option} ", shown(name))
+    details = tpme("list", "methods", "lora").stdout
+    assert re.search(r"(?m)^rank +8 +integer > 0 *$", details)
+    assert "Source: Hu et al., LoRA, ICLR 2022." in details
+    assert "did you mean 'lora'?" in tpme("list", "methods", "lroa").stderr
 
 
 @pytest.mark.parametrize(
@@ -83,3 +107,53 @@ def test_what_the_file_system_refuses_is_one_line(
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert (ended.value.code, capsys.readouterr().err) == (2, told)
+
+
+def commands(command: Any = None, words: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every command and group of commands with the words that call it."""
+    command = command or typer.main.get_command(cli.app)
+    yield words, command
+    for name, below in getattr(command, "commands", {}).items():
+        yield from commands(below, (*words, name))
+
+
+@pytest.mark.parametrize("words", [words for words, _ in commands()], ids=" ".join)
+def test_help_fits_80_columns_and_names_every_value(words: tuple[str, ...]) -> None:
+    command = dict(commands())[words]
+    shown = CliRunner(env={"COLUMNS": "80"}).invoke(cli.app, [*words, "--help"], prog_name="tpme").stdout
+    described = shown.partition("\n\n")[2]
+    assert max(map(len, shown.splitlines())) <= 80
+    assert not re.search("<[a-z]", shown), "a Python type in the place of a word"
+    assert "…" not in shown
+    assert not [line for line in described.partition("Commands:")[2].splitlines() if line.endswith("...")]
+    for parameter in command.params:
+        for name in (*parameter.opts, *parameter.secondary_opts):
+            assert name in described or parameter.param_type_name == "argument"
+
+
+def test_the_version_is_that_of_the_installed_package() -> None:
+    assert tpme("--version").stdout == f"tpme {version('tpme-bench')}\n"
+
+
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [
+        ("tpme ex", ["export"]),
+        ("tpme run de", ["demo"]),
+        ("tpme run demo --save", ["--save-adapters"]),
+        ("tpme method check dor", ["dora"]),
+        ("tpme run ./some", []),  # the shell completes file names then
+    ],
+)
+def test_the_shell_completes_commands_presets_and_methods(typed: str, completed: list[str]) -> None:
+    code = "import sys; from tpme.bench import cli; sys.argv[0] = 'tpme'; cli.main()"
+    asked = {"_TPME_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()) - 1)}
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | asked, capture_output=True, text=True)
+    assert done.stdout.split() == completed
+
+
+@pytest.mark.parametrize(("typed", "meant"), [(("chek",), "check"), (("run", "demo", "--devise", "cpu"), "--device")])
+def test_a_misspelt_command_or_option_is_answered_with_the_nearest(typed: tuple[str, ...], meant: str) -> None:
+    done = tpme(*typed)
+    assert done.returncode == 2
+    assert meant in done.stderr

@@ -18,7 +18,7 @@ import pytest
 from rich.console import Console
 
 from tpme.bench import cli
-from tpme.bench.errors import UserError
+from tpme.bench.errors import UserError, missing_extra
 from tpme.bench.measure.phases import PhaseLog
 from tpme.bench.quantities import memory_reading
 from tpme.bench.record import CellResult, Phase
@@ -183,9 +183,9 @@ def test_other_lines_are_no_epochs() -> None:
         (
             "tensorboard",
             "torch.utils.tensorboard",
-            "--log tensorboard needs tensorboard: pip install 'tpme-bench[tensorboard]'",
+            str(missing_extra("--log tensorboard", "tensorboard", "tensorboard")),
         ),
-        ("mlflow", "mlflow", "--log mlflow needs mlflow: pip install 'tpme-bench[mlflow]'"),
+        ("mlflow", "mlflow", str(missing_extra("--log mlflow", "mlflow", "mlflow"))),
     ],
 )
 def test_what_cannot_log_is_one_line_before_anything_runs(

@@ -263,9 +263,27 @@ def test_all_presets_expand() -> None:
 # --- mistakes -------------------------------------------------------------------------------------------------------
 
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
-    "unknown key": ({"trainings": {}}, "trainings: no such setting"),
-    "unknown training key": ({"training": {"epoch": 2}}, "training.epoch: no such setting"),
-    "unknown method key": ({"methods": [{"name": "fft", "epochs": 2}]}, "methods.0.epochs: no such setting"),
+    "unknown key": ({"trainings": {}}, "trainings: no such setting; did you mean training\\?"),
+    "unknown training key": ({"training": {"epoch": 2}}, "training.epoch: .*; did you mean training.epochs\\?"),
+    "a word of other tools": ({"training": {"batch_size": 2}}, "batch_size: .*; did you mean training.users_per_batch"),
+    "a key of another table": ({"training": {"learning_rate": 1e-3}}, "learning_rate: .*; did you mean lr\\?"),
+    "a key that is in a table": ({"epochs": 3}, "epochs: no such setting; did you mean training.epochs\\?"),
+    "a key of an encoder": (
+        {"encoders": [{"text": {"source": "a", "weight": "random"}}]},
+        "encoders.0.text.weight: .*; did you mean encoders.text.weights\\?",
+    ),
+    "a key unlike any other": ({"lr": {"qqq": 1}}, "lr.qqq: no such setting; known: recommender, text, image, method,"),
+    "unknown method key": ({"methods": [{"name": "fft", "cahced": True}]}, "methods.0: 'cahced': did you mean cached"),
+    "an option twice": (
+        {"methods": [{"name": "lora", "rank": 1, "options": {"rank": 2}}]},
+        "option 'rank' is given tw",
+    ),
+    "a seed as a number": ({"seeds": 42}, r"seeds: 42 is a number of seeds, .* write seeds = \[42\]"),
+    "a number for a table": ({"lr": 1e-3}, "lr: this is a table; known: recommender, text, image, method, groups"),
+    "a name for a table": ({"encoders": [{"text": "bert"}]}, "encoders.0.text: this is a table; known: source, revis"),
+    "one name for a list": ({"modalities": "text"}, "modalities: this is a list, in square brackets"),
+    "no number of seeds": ({"seeds": 0}, "seeds: .*at least 1"),
+    "a size without a unit": ({"cache_limit_bytes": "8Q"}, "cache_limit_bytes: '8Q': give a number and a unit"),
     "no methods": ({"methods": []}, "methods: .*at least 1"),
     "no data": ({"datasets": []}, "datasets: .*at least 1"),
     "no encoders": ({"encoders": []}, "encoders: .*at least 1"),
@@ -295,6 +313,12 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
 CONFLICTS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown method": ({"methods": [{"name": "lorra"}]}, "unknown method 'lorra'; did you mean 'lora'"),
     "unknown option": ({"methods": [{"name": "lora", "options": {"r": 8}}]}, "'lora', option 'r': .*options are: rank"),
+    "an option of other tools": ({"methods": [{"name": "lora", "lora_alpha": 8}]}, "no such option, .* mean 'alpha'"),
+    "a setting among options": (
+        {"methods": [{"name": "fft", "epochs": 2}]},
+        "'fft', option 'epochs': there is no such",
+    ),
+    "a batch size on an axis": ({"axes": {"batch_size": [8, 16]}}, "batch_size: .*; did you mean users_per_batch\\?"),
     "bad option": ({"methods": [{"name": "lora", "options": {"rank": 0}}]}, "'lora', option 'rank': .*greater than 0"),
     "cached encoders that train": (
         {"methods": [{"name": "fft", "cached": True}]},
@@ -397,8 +421,10 @@ def test_modalities_that_data_or_method_lack(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_none(toml: Callable[[str], str], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"matrix 'demmo': no such file, and no preset \(.*demo, "):
+    with pytest.raises(UserError, match=r"matrix 'demmo': no such file, and no preset; did you mean 'demo'\?$"):
         load_matrix("demmo")
+    with pytest.raises(UserError, match=r"matrix 'mine': no such file, and no preset \(.*demo, "):
+        load_matrix("mine")
     with pytest.raises(UserError, match=r"m.toml: not a readable TOML file: .*line 1"):
         load_matrix(toml("name = m"))
     with pytest.raises(UserError, match="not a readable TOML file"):
@@ -406,6 +432,34 @@ def test_a_file_that_is_none(toml: Callable[[str], str], tmp_path: Path) -> None
     (tmp_path / "latin.toml").write_bytes('name = "é"'.encode("latin-1"))
     with pytest.raises(UserError, match=r"latin\.toml: not a readable TOML file"):
         load_matrix(str(tmp_path / "latin.toml"))
+
+
+# --- short forms ----------------------------------------------------------------------------------------------------
+
+
+def test_methods_are_names_tables_or_tables_with_their_options(toml: Callable[[str], str]) -> None:
+    long = MatrixFile.model_validate(raw(methods=[{"name": "fft"}, {"name": "lora", "options": {"rank": 4}}]))
+    assert MatrixFile.model_validate(raw(methods=["fft", {"name": "lora", "rank": 4}])).methods == long.methods
+    mixed = {"name": "lora", "rank": 4, "options": {"alpha": 2}, "cached": False}
+    assert MatrixFile.model_validate(raw(methods=[mixed])).methods[0].options == {"rank": 4, "alpha": 2}
+    for setting in ('methods=["fft", "id"]', "methods=[fft, id]", "methods=fft,id"):  # with quotes that a shell removes
+        assert [entry.name for entry in load_matrix(toml(MINIMAL), [setting]).methods] == ["fft", "id"]
+    named = load_matrix(
+        toml(MINIMAL.replace('{ name = "fft" }', '"lora"')), ["methods.0.rank=2", "methods.1.cached=true"]
+    )
+    assert [(entry.options, entry.cached) for entry in named.methods] == [({"rank": 2}, False), ({}, True)]
+
+
+def test_a_number_of_seeds_begins_with_the_default_seed() -> None:
+    assert MatrixFile.model_validate(raw(seeds=3)).seeds == (12345, 12346, 12347)
+    assert MatrixFile.model_validate(raw(seeds=1)).seeds == MatrixFile.model_validate(raw()).seeds
+    assert MatrixFile.model_validate(raw(seeds=[3])).seeds == (3,)
+
+
+@pytest.mark.parametrize(("size", "number"), [("8G", 8 * 10**9), ("8GiB", 8 * 2**30), ("500 MB", 5 * 10**8), (70, 70)])
+def test_sizes_have_units(size: str | int, number: int, toml: Callable[[str], str]) -> None:
+    assert MatrixFile.model_validate(raw(cache_limit_bytes=size)).cache_limit_bytes == number
+    assert load_matrix(toml(MINIMAL), [f"cache_limit_bytes={size}"]).cache_limit_bytes == number
 
 
 # --- --set ----------------------------------------------------------------------------------------------------------
@@ -441,7 +495,9 @@ def test_settings_reach_into_tables_and_lists(toml: Callable[[str], str]) -> Non
     ("setting", "message"),
     [
         ("training.epochs", "--set training.epochs: write it as key=value"),
-        ("training.epoch=2", "training.epoch: no such setting"),
+        ("training.epoch=2", r"^--set training.epoch=2: training.epoch: .*; did you mean training.epochs\?$"),
+        ("batch_size=8", r"^--set batch_size=8: batch_size: .*; did you mean training.users_per_batch\?$"),
+        ("encoders.text.wieghts=random", r"^--set encoders.text.wieghts=random: .* mean encoders.text.weights\?$"),
         ("training.epochs=", "training.epochs: .*valid integer"),
         ("name.first=x", "--set name.first=x: no such setting in the matrix"),
         ("methods.7.name=x", "--set methods.7.name=x: no such setting in the matrix"),

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def check(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUNS...", help="Run folders, record files, or one baseline.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUNS", help="Run folders, record files, or one baseline.")],
     baseline: Annotated[Path, typer.Option(help="Baseline file, or a run folder to be used as one.")],
     time_threshold: gate.TimeThreshold = 0.10,
     allocated_bound: Annotated[float, typer.Option(min=0, help="Relative growth of allocated memory.")] = 0.01,
@@ -30,7 +30,11 @@ def check(
     as_junit: gate.JunitFile = None,
     as_benchmark: gate.BenchmarkFile = None,
 ) -> None:
-    """Compare runs with a baseline. Exit codes: 0 fine, 1 regressed, 2 nothing comparable was measured, 3 error."""
+    """Compare runs with a baseline.
+
+    The first line says what was compared. Exit codes: 0 no regression, 1 regressed, 2 not settled (see --require),
+    3 error.
+    """
     from tpme.reports.gate.baseline import load_baseline, load_runs
     from tpme.reports.gate.check import judge
     from tpme.reports.gate.verdict import conclude

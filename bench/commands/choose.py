@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from tpme.bench.commands.options import AsJson, Records
+from tpme.bench.quantities import BYTES, parse_quantity
 
 Share = Annotated[float | None, typer.Option(min=0, max=1, help="Minimum mean over the test users.")]
 
@@ -15,7 +16,7 @@ Share = Annotated[float | None, typer.Option(min=0, max=1, help="Minimum mean ov
 def choose(
     runs: Records,
     max_memory: Annotated[
-        str | None, typer.Option(help="Maximum memory at any time of a run, cache and validation included: 8GB, 500MB.")
+        str | None, typer.Option(help="Maximum memory at any time of a run, cache and validation included: 8G, 500MB.")
     ] = None,
     max_training_memory: Annotated[str | None, typer.Option(help="Maximum memory M, of training alone.")] = None,
     max_epoch_time: Annotated[str | None, typer.Option(help="Longest epoch T: 500ms, 60s, 2min.")] = None,
@@ -25,7 +26,10 @@ def choose(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, or part of the device's name: H200.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the rows within your limits, best first, and why the others fail. Exit code 0 if any row passes, else 1."""
+    """List the rows within your limits, best first.
+
+    Also says why the others fail. Exit code 0 if any row passes, else 1.
+    """
     from rich.console import Console
 
     from tpme.reports import choose as logic
@@ -33,11 +37,11 @@ def choose(
     from tpme.reports.tables.terminal import to_terminal
 
     def limit(option: str, text: str | None, units: Mapping[str, float], example: str) -> float | None:
-        return None if text is None else logic.parse_quantity(option, text, units, example)
+        return None if text is None else parse_quantity(option, text, units, example)
 
     bounds = {
-        "peak_bytes": limit("--max-memory", max_memory, logic.BYTES, "8GB"),
-        "memory_bytes": limit("--max-training-memory", max_training_memory, logic.BYTES, "8GB"),
+        "peak_bytes": limit("--max-memory", max_memory, BYTES, "8G"),
+        "memory_bytes": limit("--max-training-memory", max_training_memory, BYTES, "8G"),
         "epoch_time_s": limit("--max-epoch-time", max_epoch_time, logic.SECONDS, "60s"),
         "trainable_millions": limit("--max-params", max_params, logic.MILLIONS, "5M"),
         "ndcg_10": min_ndcg10,

@@ -26,7 +26,10 @@ def doctor(
     ] = False,
     store: Store = None,
 ) -> None:
-    """Show versions and devices, and how each quantity is measured on this machine."""
+    """Show versions, devices and instruments of this machine.
+
+    For every quantity: how it is measured here, or why it is not.
+    """
     from tpme.bench.commands.diagnosis import diagnose
     from tpme.bench.run.launch import choose_device, store_folder
 

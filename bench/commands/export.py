@@ -17,7 +17,10 @@ def export(
     mlflow: Annotated[str | None, typer.Option(metavar="URI", help="Push the records to this MLflow server.")] = None,
     experiment: Annotated[str, typer.Option(help="MLflow experiment.")] = "tpme",
 ) -> None:
-    """Write all records, earlier attempts included, to one table with a row per record, or push them to MLflow."""
+    """Write all records to one table, or push them to MLflow.
+
+    The table has a row per record, earlier attempts included.
+    """
     if out is None and mlflow is None:
         raise UserError("nothing to do: give --out FILE.csv (or .parquet, .sqlite), --mlflow URI, or both")
     from tpme.reports.data.export import push, records_frame, write_table

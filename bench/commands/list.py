@@ -2,39 +2,49 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tpme.bench.commands.options import AsJson, MethodsPath
+from tpme.bench.commands.options import AsJson, MethodsPath, PlainCommand, methods_like
+
+if TYPE_CHECKING:
+    from tpme.methods.base import Method
 
 app = typer.Typer(no_args_is_help=True, help="List methods, presets or encoders.")
 
 
-@app.command()
-def methods(as_json: AsJson = False, methods_path: MethodsPath = None) -> None:
+@app.command(cls=PlainCommand)
+def methods(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="NAMES", autocompletion=methods_like, help="Only these, with all that is known of them."
+        ),
+    ] = None,
+    as_json: AsJson = False,
+    methods_path: MethodsPath = None,
+) -> None:
     """List the fine-tuning methods and their options."""
     from tpme.methods.registry import available, method_class
 
-    rows = []
-    for name, origin in available(methods_path or []).items():
-        cls = method_class(name, methods_path or [])
-        rows.append(
-            {
-                "name": name,
-                "what": _summary(sys.modules[cls.__module__].__doc__),
-                "cacheable": bool(cls(cls.Config()).frozen_encoders(("text", "image"))),
-                "baseline": cls.baseline,
-                "options": cls.Config().model_dump(mode="json"),
-                "origin": origin,
-            }
-        )
-    _show(rows, as_json)
+    origins = available(methods_path or [])
+    classes = {name: method_class(name, methods_path or []) for name in names or origins}
+    rows = [_method_row(name, cls, origins[name]) for name, cls in classes.items()]
+    if as_json:
+        print(json.dumps(rows, indent=1))  # noqa: T201
+    elif names:
+        for row in rows:
+            _show_method(row, classes[row["name"]])
+    else:
+        _show_methods(rows)
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def presets(as_json: AsJson = False) -> None:
     """List the matrices that ship with the package."""
     from tpme.bench.run.matrix import load_matrix
@@ -48,9 +58,12 @@ def presets(as_json: AsJson = False) -> None:
     _show(rows, as_json)
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def encoders(as_json: AsJson = False) -> None:
-    """List the built-in encoders; a matrix may also name a hub ID, a folder, or precomputed states (states:FILE)."""
+    """List the built-in encoders.
+
+    A matrix may also name a hub ID, a folder, or precomputed states (states:FILE).
+    """
     from tpme.bench.task.builtin import BUILTIN, builtin_folder
 
     rows = []
@@ -66,6 +79,87 @@ def encoders(as_json: AsJson = False) -> None:
     _show(rows, as_json)
 
 
+def _method_row(name: str, cls: type[Method], origin: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "what": _summary(sys.modules[cls.__module__].__doc__),
+        "cacheable": bool(cls(cls.Config()).frozen_encoders(("text", "image"))),
+        "baseline": cls.baseline,
+        "options": cls.Config().model_dump(mode="json"),
+        "origin": origin,
+    }
+
+
+def _show_methods(rows: list[dict[str, Any]]) -> None:
+    """Print each method with its options as a matrix sets them, and the defaults."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(overflow="fold")
+    for row in rows:
+        table.add_row(row["name"], Text(f"{row['what']}{' (can be cached)' if row['cacheable'] else ''}"))
+        if row["options"]:
+            options = ", ".join(f"{option}={_toml(value)}" for option, value in row["options"].items())
+            table.add_row("", Text(options, "dim"))
+    console = Console(highlight=False, markup=False)
+    console.print(table)
+    console.print(
+        '\nIn a matrix: methods = ["fft", { name = "lora", rank = 4 }]', "\nMore of one:  tpme list methods lora"
+    )
+
+
+def _show_method(row: dict[str, Any], cls: type[Method]) -> None:
+    """Print a method's formula and source, and its options with their defaults and what they take."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False, markup=False)
+    console.print(Text(row["name"], "bold"), f"({row['origin']})")
+    console.print(_paragraphs(cls.__doc__))
+    if row["cacheable"]:
+        console.print("\nCan be cached: it leaves encoders frozen.")
+    if not row["options"]:
+        console.print("\nNo options.\n")
+        return
+    console.print("\nOptions:", _paragraphs(cls.Config.__doc__), "\n")
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("option", "default", "takes"):
+        table.add_column(column, overflow="fold")
+    schema = cls.Config.model_json_schema()["properties"]
+    for option, value in row["options"].items():
+        table.add_row(option, _toml(value), _takes(schema[option]))
+    console.print(table, "")
+
+
+def _toml(value: Any) -> str:
+    """A value as TOML, without spaces, which break lines; TOML has no word for None."""
+    return "none" if value is None else json.dumps(value, separators=(",", ":"))
+
+
+def _takes(schema: dict[str, Any]) -> str:
+    """What an option takes, by its JSON schema: ``integer > 0``, ``"relu" or "gelu"``."""
+    if "anyOf" in schema:
+        return " or ".join(_takes(part) for part in schema["anyOf"])
+    if "enum" in schema:
+        return " or ".join(json.dumps(value) for value in schema["enum"])
+    if "const" in schema:
+        return json.dumps(schema["const"])
+    signs = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
+    bounds = [f"{sign} {schema[key]:g}" for key, sign in signs.items() if key in schema]
+    kind = {"array": "list", "null": "none"}.get(schema.get("type", "any"), schema.get("type", "any"))
+    items = f" of {_takes(schema['items'])}" if kind == "list" and schema.get("items") else ""
+    return f"{kind}{items} {' and '.join(bounds)}".strip()
+
+
+def _paragraphs(docstring: str | None) -> str:
+    """A docstring without its line breaks, those between paragraphs and before ``Source:`` and its like aside."""
+    return re.sub(r"(?<!\n)\n(?!\n|[A-Z][a-z]+: ) *", " ", inspect.cleandoc(docstring or ""))
+
+
 def _show(rows: list[dict[str, Any]], as_json: bool) -> None:
     """Print rows as a table for people or as JSON."""
     from rich.console import Console
@@ -75,7 +169,7 @@ def _show(rows: list[dict[str, Any]], as_json: bool) -> None:
         print(json.dumps(rows, indent=1))  # noqa: T201
         return
     table = Table(box=None, header_style="bold", pad_edge=False)
-    columns = [key for key in rows[0] if key not in ("options", "origin", "baseline")]
+    columns = list(rows[0])
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:

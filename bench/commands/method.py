@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tpme.bench.commands.options import MethodsPath
+from tpme.bench.commands.options import MethodsPath, PlainCommand, methods_like
 
 app = typer.Typer(no_args_is_help=True, help="Check your own fine-tuning method.")
 
@@ -19,9 +19,9 @@ def _group() -> None:
     """Keep ``check`` a subcommand: Typer would drop the name of an only command."""
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def check(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the method.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", autocompletion=methods_like, help="Name of the method.")],
     methods_path: MethodsPath = None,
     options: Annotated[
         list[str] | None, typer.Option("--set", help="Set an option of the method: rank=4.", metavar="OPTION=VALUE")
@@ -30,15 +30,15 @@ def check(
         bool, typer.Option("--slow", help="Also run torch.compile and a second pair of encoders (minutes).")
     ] = False,
 ) -> None:
-    """Check that a method keeps the contract by training it on small encoders.
+    """Check that a method keeps the contract.
 
-    Prints a line per check. Exit codes: 0 keeps the contract, 1 does not, 2 bad input.
+    Trains it on small encoders and prints a line per check. Exit codes: 0 keeps the contract, 1 does not, 2 bad input.
     """
     from rich.console import Console
 
     from tpme.bench.contract.checks import check_method
     from tpme.bench.contract.world import SmallWorld
-    from tpme.bench.run.matrix import apply_setting
+    from tpme.bench.run.settings import apply_setting
 
     values: dict[str, Any] = {}
     for option in options or []:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from tpme.bench.commands.options import PlainCommand, split_names
 from tpme.bench.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Skip and count bad in
 Force = Annotated[bool, typer.Option("--force", help="Replace a different prepared data set at DEST.")]
 
 
-@app.command("iisan")
+@app.command("iisan", cls=PlainCommand)
 def prepare_iisan(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder with items.tsv and users.tsv.")],
     destination: Destination,
@@ -43,7 +44,10 @@ def prepare_iisan(
     skip_bad: SkipBad = False,
     force: Force = False,
 ) -> None:
-    """Prepare data in IISAN's release format: items.tsv, users.tsv and images."""
+    """Prepare a folder in IISAN's release format.
+
+    It holds items.tsv, users.tsv and, in a folder or a zip archive, images.
+    """
     from tpme.bench.task.sources.iisan import read_iisan
 
     chosen = parse_modalities(modalities)
@@ -51,35 +55,60 @@ def prepare_iisan(
     run_prepare(read, destination, max_seq_len, image_size, workers, force, skip_bad)
 
 
-@app.command("tables")
+@app.command("tables", cls=PlainCommand)
 def prepare_tables(
     destination: Destination,
-    interactions: Annotated[Path, typer.Option(help="CSV with the columns user, item and timestamp.")],
-    items: Annotated[Path, typer.Option(help="CSV with the columns item and title.")],
-    images: Images = None,
+    interactions: Annotated[Path, typer.Option(metavar="FILE", help="Table of users, items and timestamps.")],
+    items: Annotated[Path, typer.Option(metavar="FILE", help="Table of items and titles.")],
+    images: Annotated[Path | None, typer.Option(help="Folder or zip archive of images.")] = None,
     modalities: Modalities = None,
-    user_column: Annotated[str, typer.Option(help="Name of the user column.")] = "user",
-    item_column: Annotated[str, typer.Option(help="Name of the item column in both files.")] = "item",
-    time_column: Annotated[str, typer.Option(help="Name of the column that orders interactions.")] = "timestamp",
-    title_column: Annotated[str, typer.Option(help="Name of the title column.")] = "title",
+    user_column: Annotated[str, typer.Option(metavar="NAME", help="Column of users.")] = "user",
+    item_column: Annotated[str, typer.Option(metavar="NAME", help="Column of items, in both tables.")] = "item",
+    time_column: Annotated[str, typer.Option(metavar="NAME", help="Column that orders interactions.")] = "timestamp",
+    title_column: Annotated[str, typer.Option(metavar="NAME", help="Column of titles.")] = "title",
+    image_column: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Column of image paths, below --images; by default named by item."),
+    ] = None,
+    delimiter: Annotated[
+        str | None, typer.Option(metavar="CHARACTER", help="Of CSV; by default a comma, and a tab in .tsv.")
+    ] = None,
+    interactions_header: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="Columns of a CSV file without a header: user,item,timestamp.")
+    ] = None,
+    items_header: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="Columns of a CSV file without a header: item,title.")
+    ] = None,
     image_size: ImageSize = 224,
     max_seq_len: MaxSeqLen = 10,
     workers: Workers = None,
     skip_bad: SkipBad = False,
     force: Force = False,
 ) -> None:
-    """Prepare two CSV files and images named by item, such as MicroLens as published."""
+    """Prepare two tables, and images, such as MicroLens.
+
+    A table is CSV, or JSON Lines (.jsonl) or Parquet (.parquet) as its suffix says.
+    """
+    from tpme.bench.task.sources.table_files import TableFile
     from tpme.bench.task.sources.tables import Columns, read_tables
 
     chosen = parse_modalities(modalities)
-    columns = Columns(user=user_column, item=item_column, timestamp=time_column, title=title_column)
+    sign = parse_delimiter(delimiter)
     read = partial(
-        read_tables, interactions, items, images=images, modalities=chosen, columns=columns, skip_bad=skip_bad
+        read_tables,
+        TableFile(interactions, "interactions", sign, split_names(interactions_header)),
+        TableFile(items, "items", sign, split_names(items_header)),
+        images=images,
+        modalities=chosen,
+        columns=Columns(
+            user=user_column, item=item_column, timestamp=time_column, title=title_column, image=image_column
+        ),
+        skip_bad=skip_bad,
     )
     run_prepare(read, destination, max_seq_len, image_size, workers, force, skip_bad)
 
 
-@app.command("synthetic")
+@app.command("synthetic", cls=PlainCommand)
 def prepare_synthetic(
     destination: Destination,
     users: Annotated[int, typer.Option(min=1, help="Number of users.")] = 1000,
@@ -91,7 +120,10 @@ def prepare_synthetic(
     workers: Workers = None,
     force: Force = False,
 ) -> None:
-    """Prepare the built-in catalogue: synthetic items and users whose interactions can be learned."""
+    """Prepare the built-in synthetic catalogue.
+
+    Its users have tastes, so their interactions can be learned.
+    """
     from tpme.bench.task.sources.synthetic import Synthetic, generate
 
     config = Synthetic(users=users, items=items, seed=seed)
@@ -111,6 +143,14 @@ def parse_modalities(text: str | None) -> tuple[Modality, ...] | None:
         if word not in known:
             raise UserError(f"--modalities {text}: '{word}' is none of {', '.join(known)}")
     return cast("tuple[Modality, ...]", tuple(modality for modality in known if modality in words))
+
+
+def parse_delimiter(text: str | None) -> str | None:
+    """``"tab"`` as a tab; ``None`` stays ``None``. Raises UserError for more than one character."""
+    sign = "\t" if text in ("tab", "\\t") else text
+    if sign is not None and (len(sign) != 1 or sign in '"\r\n'):
+        raise UserError(f"--delimiter {text}: give one character, or the word tab")
+    return sign
 
 
 def run_prepare(

@@ -21,7 +21,7 @@ def run(
     settings: Settings = None,
     methods_path: MethodsPath = None,
     store: Store = None,
-    time_limit: Annotated[float | None, typer.Option(help="Time limit of a cell in seconds.")] = None,
+    time_limit: Annotated[float | None, typer.Option(metavar="SECONDS", help="Time limit of a cell.")] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Short for --set training.compile=true.")] = False,
     cuda_graphs: Annotated[
         bool, typer.Option("--cuda-graphs", help="Short for --set training.cuda_graphs=true.")
@@ -29,10 +29,16 @@ def run(
     save_adapters: Annotated[
         bool, typer.Option("--save-adapters", help="Save the trained delta of each cell beside its record.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and list the cells, but run none.")
+    ] = False,
     log: Annotated[str | None, typer.Option(help="Log every epoch as it ends: tensorboard or mlflow.")] = None,
     report: Annotated[bool, typer.Option(help="Write the report at the end.")] = True,
 ) -> None:
-    """Run the unfinished cells of a matrix, each in its own process, and report."""
+    """Run the unfinished cells of a matrix, and report.
+
+    Each cell runs in its own process.
+    """
     from rich.console import Console
     from rich.markup import escape
 
@@ -65,9 +71,12 @@ def run(
         methods_path=methods_path or [],
         time_limit_s=time_limit,
         save_adapters=save_adapters,
+        dry_run=dry_run,
         live=live,
         console=console,
     )
+    if dry_run:
+        return
     if report:
         from tpme.reports.report import write_report
 

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.markup import escape
 
-from tpme.bench.errors import UserError, one_line
+from tpme.bench.errors import UserError, missing_extra, one_line
 from tpme.bench.record import RecordError, read_result
 from tpme.bench.run.job import Job
 
@@ -116,7 +116,7 @@ def _tensorboard(run: Path) -> tuple[Callable[[Job], LoggedCell], str]:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise UserError("--log tensorboard needs tensorboard: pip install 'tpme-bench[tensorboard]'") from None
+        raise missing_extra("--log tensorboard", "tensorboard", "tensorboard") from None
 
     class Written:
         def __init__(self, job: Job) -> None:
@@ -141,7 +141,7 @@ def _mlflow(_run: Path) -> tuple[Callable[[Job], LoggedCell], str]:
         from mlflow.entities import Metric
         from mlflow.exceptions import MlflowException
     except ImportError:
-        raise UserError("--log mlflow needs mlflow: pip install 'tpme-bench[mlflow]'") from None
+        raise missing_extra("--log mlflow", "mlflow", "mlflow") from None
     experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
     try:
         client = mlflow.MlflowClient()

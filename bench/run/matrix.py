@@ -6,6 +6,7 @@ before anything runs.
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import itertools
 import tomllib
@@ -28,13 +29,18 @@ from pydantic import (
     model_validator,
 )
 
-from tpme.bench.errors import UserError, first_problem
+from tpme.bench.errors import UserError, nearest
+from tpme.bench.quantities import BYTES, parse_quantity
 from tpme.bench.record import Cell, EncoderSpec, Frozen, LearningRates, Modality, Protocol, Training, cell_id
 from tpme.bench.run.cell_checks import check_cached, check_items, pinned
+from tpme.bench.run.settings import apply_setting, culprit, problem
 
 if TYPE_CHECKING:
     from tpme.methods.base import Method
 
+FIRST_SEED = 12345
+MOST_SEEDS = 20
+"""``seeds = 42`` most likely means the seed 42."""
 PAPER_SETTINGS = {"users_per_batch"}
 """What a method's own ``training`` table may set, and only under the ``paper`` protocol (its batch sizes differ)."""
 
@@ -69,11 +75,31 @@ class EncoderEntry(Frozen):
 
 
 def _as_tables(methods: object) -> object:
-    """``"all"`` as the pattern ``"*"``, one name as a list of it, and names in a list as tables."""
-    entries = ["*" if methods == "all" else methods] if isinstance(methods, str) else methods
-    if not isinstance(entries, list | tuple):
-        return entries
-    return [{"name": entry} if isinstance(entry, str) else entry for entry in entries]
+    """``"all"`` as the pattern ``"*"``, names in one text as a list, and names in a list as tables."""
+    if isinstance(methods, str):
+        methods = ["*"] if methods == "all" else [name.strip() for name in methods.split(",")]
+    if not isinstance(methods, list | tuple):
+        return methods
+    return [{"name": entry} if isinstance(entry, str) else entry for entry in methods]
+
+
+def _as_seeds(seeds: object) -> object:
+    """A number n as n seeds, the default one first: ``seeds = 1`` is the default, and more of them keep its records."""
+    if not isinstance(seeds, int) or isinstance(seeds, bool):
+        return seeds
+    if seeds > MOST_SEEDS:
+        raise ValueError(f"{seeds} is a number of seeds, at most {MOST_SEEDS}; for one seed write seeds = [{seeds}]")
+    return [FIRST_SEED + place for place in range(seeds)]
+
+
+def _as_bytes(size: object) -> object:
+    """``"8G"`` as a number of bytes."""
+    if not isinstance(size, str):
+        return size
+    try:
+        return int(parse_quantity("", size, BYTES, "8G"))
+    except UserError as error:
+        raise ValueError(str(error).strip()) from None
 
 
 def _kind_of_trial(value: object) -> str:
@@ -87,7 +113,10 @@ _TRIALS: TypeAdapter[tuple[LearningRates | float, ...]] = TypeAdapter(tuple[Tria
 
 
 class MethodEntry(Frozen):
-    """One method: its options, whether its cells are cached, and its learning-rate trials."""
+    """One method: its options, whether its cells are cached, and its learning-rate trials.
+
+    ``{ name = "lora", rank = 4 }``: any other key is an option of the method, too.
+    """
 
     name: str
     """A name, or a pattern (``lora*``) for all methods that it matches and no entry names."""
@@ -97,6 +126,20 @@ class MethodEntry(Frozen):
     """Trials in place of ``axes.lr``, laid over the matrix's ``lr``; a number stands for all but ``recommender``."""
     training: dict[str, Any] = {}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _further_keys_are_options(cls, entry: Any) -> Any:
+        if not isinstance(entry, dict) or not isinstance(entry.get("options", {}), dict):
+            return entry
+        options = {key: value for key, value in entry.items() if key not in cls.model_fields}
+        for key in options:
+            if near := difflib.get_close_matches(key, cls.model_fields, n=1, cutoff=0.8):
+                raise ValueError(f"'{key}': did you mean {near[0]}? An option of that name goes into options = {{ }}")
+        if twice := set(options) & set(entry.get("options", {})):
+            raise ValueError(f"option '{min(twice)}' is given twice, in options too")
+        others = {key: value for key, value in entry.items() if key in cls.model_fields}
+        return others | {"options": entry.get("options", {}) | options}
+
 
 class MatrixFile(Frozen):
     """A matrix file."""
@@ -104,7 +147,7 @@ class MatrixFile(Frozen):
     name: str
     description: str = ""
     protocol: Protocol = "suite"
-    seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (12345,)
+    seeds: Annotated[tuple[NonNegativeInt, ...], BeforeValidator(_as_seeds), Field(min_length=1)] = (FIRST_SEED,)
     modalities: Annotated[tuple[Modality, ...], Field(min_length=1)] | None = None
     datasets: tuple[DatasetEntry, ...] = Field(min_length=1)
     encoders: tuple[EncoderEntry, ...] = Field(min_length=1)
@@ -116,8 +159,8 @@ class MatrixFile(Frozen):
     methods: Annotated[tuple[MethodEntry, ...], BeforeValidator(_as_tables), Field(min_length=1)]
     time_limit_s: PositiveInt = 6 * 3600
     """Per cell; one that takes longer ends as ``timeout``."""
-    cache_limit_bytes: PositiveInt = 64 * 2**30
-    """A feature cache that would be larger is refused."""
+    cache_limit_bytes: Annotated[PositiveInt, BeforeValidator(_as_bytes)] = 64 * 2**30
+    """A feature cache that would be larger is refused; a number, or a text such as ``"8G"``."""
     probe_items: Annotated[int, Field(ge=2)] | None = None
     """Measure the representation space of every trained model on so many items; changes no cell."""
 
@@ -153,54 +196,21 @@ def load_matrix(source: str, settings: Sequence[str] = ()) -> MatrixFile:
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"matrix '{source}': no such file, and no preset ({', '.join(presets())})") from None
+        near = nearest(source, presets())
+        hint = f"; did you mean '{near}'?" if near else f" ({', '.join(presets())})"
+        raise UserError(f"matrix '{source}': no such file, and no preset{hint}") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{path}: not a readable TOML file: {error}") from None
+    if "methods" in raw:
+        raw["methods"] = _as_tables(raw["methods"])  # so that a setting reaches an entry that is just a name
     for setting in settings:
         apply_setting(raw, setting)
     try:
         return MatrixFile.model_validate(raw)
     except ValidationError as error:
-        raise UserError(f"{path}: {_first(error)}") from None
-
-
-def apply_setting(raw: dict[str, Any], setting: str) -> None:
-    """Lay ``setting`` (``"training.epochs=2"``) over the tables of a TOML file; raises UserError where it cannot."""
-    key, equals, text = setting.partition("=")
-    if not equals:
-        raise UserError(f"--set {setting}: write it as key=value, for example training.epochs=2")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
-    try:
-        _assign(raw, key.strip().split("."), value)
-    except (IndexError, TypeError, ValueError):
-        raise UserError(f"--set {setting}: no such setting in the matrix") from None
-
-
-def _assign(place: Any, keys: list[str], value: Any) -> None:
-    """Set a nested key; a key into a list of tables goes into every one of them, a number into that one.
-
-    Raises IndexError, TypeError or ValueError where there is no such place.
-    """
-    key, rest = keys[0], keys[1:]
-    if isinstance(place, list) and not key.isdigit():
-        for entry in place:
-            _assign(entry, keys, value)
-        return
-    if not isinstance(place, dict | list):
-        raise TypeError(key)
-    index: Any = int(key) if isinstance(place, list) else key
-    if rest:
-        _assign(place[index] if isinstance(place, list) else place.setdefault(index, {}), rest, value)
-    else:
-        place[index] = value
-
-
-def _first(error: ValidationError) -> str:
-    field, message, kind = first_problem(error)
-    return f"{field or 'the matrix'}: {'no such setting' if kind == 'extra_forbidden' else message}"
+        wrong = culprit(error, settings)
+        where = path if wrong is None else f"--set {wrong}"
+        raise UserError(f"{where}: {problem(error, MatrixFile)}") from None
 
 
 def expand(
@@ -311,7 +321,7 @@ def _trainings(matrix: MatrixFile) -> list[Training]:
             for values in itertools.product(*axes.values())
         ]
     except ValidationError as error:
-        raise UserError(f"matrix '{matrix.name}', axes: {_first(error)}") from None
+        raise UserError(f"matrix '{matrix.name}', axes: {problem(error, Training)}") from None
 
 
 def _overridden(training: Training, method: MethodEntry, matrix: MatrixFile) -> Training:
@@ -324,7 +334,7 @@ def _overridden(training: Training, method: MethodEntry, matrix: MatrixFile) -> 
     try:
         return Training.model_validate(training.model_dump() | method.training)
     except ValidationError as error:
-        raise UserError(f"method '{method.name}', training: {_first(error)}") from None
+        raise UserError(f"method '{method.name}', training: {problem(error, Training)}") from None
 
 
 def _learning_rates(matrix: MatrixFile, methods_path: Sequence[Path]) -> dict[int, list[LearningRates]]:
@@ -332,7 +342,7 @@ def _learning_rates(matrix: MatrixFile, methods_path: Sequence[Path]) -> dict[in
     try:
         common = _TRIALS.validate_python(matrix.axes.get("lr", ({},)))
     except ValidationError as error:
-        raise UserError(f"matrix '{matrix.name}', axes.lr: {_first(error)}") from None
+        raise UserError(f"matrix '{matrix.name}', axes.lr: {problem(error, LearningRates)}") from None
     trials = {id(method): [_merged_rates(matrix.lr, lr) for lr in method.lr or common] for method in matrix.methods}
     if len({len(rates) for rates in trials.values()}) > 1:
         numbers = ", ".join(f"{method.name} {len(trials[id(method)])}" for method in matrix.methods)

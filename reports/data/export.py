@@ -21,7 +21,7 @@ from typing import Any
 
 import pandas as pd
 
-from tpme.bench.errors import UserError
+from tpme.bench.errors import UserError, missing_extra
 from tpme.bench.record import CellResult, write_atomically
 from tpme.reports.data.load import Recorded, to_frame, with_quality
 
@@ -101,7 +101,7 @@ def _parquet(frame: pd.DataFrame) -> bytes:
     try:
         frame.to_parquet(file, index=False, engine="pyarrow")
     except ImportError:
-        raise UserError("Parquet needs pyarrow: pip install 'tpme-bench[export]', or choose .csv or .sqlite") from None
+        raise missing_extra("Parquet", "pyarrow", "export") from None
     return file.getvalue()
 
 
@@ -163,7 +163,7 @@ def push(records: Sequence[Recorded], uri: str, experiment: str) -> tuple[int, i
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
     except ImportError:
-        raise UserError("--mlflow needs mlflow: pip install 'tpme-bench[mlflow]'") from None
+        raise missing_extra("--mlflow", "mlflow", "mlflow") from None
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # else two lines for each run
     frame, new = records_frame(records), 0
     try:

@@ -8,8 +8,9 @@ import pytest
 
 from tpme.bench.cli import main
 from tpme.bench.errors import UserError
+from tpme.bench.quantities import BYTES, parse_quantity
 from tpme.bench.record import Flag, Reading
-from tpme.reports.choose import BYTES, MILLIONS, SECONDS, Limits, choose, parse_quantity, qualifying_table
+from tpme.reports.choose import MILLIONS, SECONDS, Limits, choose, qualifying_table
 from tpme.reports.report import make_report
 
 
@@ -34,6 +35,7 @@ def told(choice) -> dict[str, list[tuple[str, str]]]:
     ("text", "units", "value"),
     [
         ("8GB", BYTES, 8e9),
+        ("8G", BYTES, 8e9),
         ("8GiB", BYTES, 8 * 2**30),
         ("500MB", BYTES, 5e8),
         (" 1.5 gb ", BYTES, 1.5e9),

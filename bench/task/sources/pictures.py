@@ -7,7 +7,7 @@ import os
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -131,6 +131,21 @@ def find_pictures(path: Path, errors: InputErrors) -> dict[str, Picture]:
             continue
         pictures[name.stem], origin[name.stem] = picture, name
     return pictures
+
+
+def pictures_at(paths: Mapping[str, str], root: Path, errors: InputErrors) -> dict[str, Picture]:
+    """The images that are there, by item. ``paths``: item -> path of its image, relative to a folder or zip archive.
+
+    Raises:
+        UserError: there is no such folder or archive, or it cannot be read.
+    """
+    if root.is_dir():
+        return {item: FilePicture(root / path) for item, path in paths.items() if path and (root / path).is_file()}
+    if not root.is_file():
+        raise UserError(f"{root}: no such image folder or zip archive")
+    entries = dict(_in_archive(root, errors))
+    places = {item: PurePosixPath(path) for item, path in paths.items()}
+    return {item: entries[place] for item, place in places.items() if place in entries}
 
 
 def _in_folder(folder: Path) -> Iterator[tuple[PurePosixPath, Picture]]:

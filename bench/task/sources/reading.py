@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -54,12 +54,15 @@ class SourceItems:
             self.titles.append(title or "")
             self._where.append(where)
 
-    def pictures(self, by_name: dict[str, Picture], images: Path) -> list[Picture]:
-        """The picture of every item. Items without one are reported and removed."""
+    def pictures(
+        self, by_name: Mapping[str, Picture], images: Path, paths: Mapping[str, str] | None = None
+    ) -> list[Picture]:
+        """The picture of every item. Items without one are reported and removed. ``paths``: what their rows name."""
         for item, where in zip(self.items, self._where, strict=True):
             if item not in by_name:
                 self._refused.add(item)
-                self._errors.report("missing image", f"{where}: item '{item}' has no image in {images}")
+                named = f" '{paths[item]}'" if paths else ""
+                self._errors.report("missing image", f"{where}: item '{item}' has no image{named} in {images}")
         kept = [i for i, item in enumerate(self.items) if item in by_name]
         self.items, self.titles = [self.items[i] for i in kept], [self.titles[i] for i in kept]
         self._where = [self._where[i] for i in kept]
@@ -109,7 +112,7 @@ def decoded_lines(path: Path, errors: InputErrors) -> Iterator[tuple[int, str]]:
             yield number, text
 
 
-def csv_rows(path: Path, errors: InputErrors) -> Iterator[tuple[str, list[str]]]:
+def csv_rows(path: Path, errors: InputErrors, delimiter: str = ",") -> Iterator[tuple[str, list[str]]]:
     """Yield location (file and line) and fields of every row of a CSV file, header included; skips empty lines."""
     first = last = 0
 
@@ -119,7 +122,7 @@ def csv_rows(path: Path, errors: InputErrors) -> Iterator[tuple[str, list[str]]]
             last = number
             yield text
 
-    reader = csv.reader(lines(), strict=True)
+    reader = csv.reader(lines(), delimiter=delimiter, strict=True)
     while True:
         first = last + 1
         try:
