@@ -166,7 +166,11 @@ class ProjectedAdam(torch.optim.AdamW):
         """The moving tensors by shape, stacked anew if they are not those of the last step; states of new ones."""
         moving, fresh = self.moving(), {}
         if {*map(id, moving)} != {id(tensor) for ball in self.balls for tensor in ball.tensors}:
-            fresh = {tensor: unmoved(tensor, self.first_radius) for tensor in moving if tensor not in self.state}
+            fresh = {
+                tensor: unmoved(tensor, self.first_radius)
+                for tensor in moving
+                if "anchor" not in self.state.get(tensor, {})
+            }
             alike: dict[Any, list[Tensor]] = {}
             for tensor in moving:
                 alike.setdefault((tensor.shape, tensor.dtype, tensor.device), []).append(tensor)
