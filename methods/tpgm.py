@@ -43,12 +43,16 @@ class TrainableProjection(ProjectedAdam):
         ball.set(radius=ball.bounded(torch.where(ball.radius.isinf(), first, ball.radius)))
 
     def learn(self, loss: Tensor) -> None:
-        """Update the radii by the gradient of a loss at the projected weights, and project with the new ones."""
+        """Update the radii by the gradient of a loss at the projected weights, and project with the new ones.
+
+        Tensors whose gradient overflows keep their radii.
+        """
         gradients = torch.autograd.grad(loss * SCALE, [tensor for ball in self.balls for tensor in ball.tensors])
         rest = iter(gradients)
         with torch.no_grad():
             for ball in self.balls:
                 slopes = ball.slopes([next(rest) for _ in ball.tensors]) / SCALE
+                ball.skipped = ~slopes.isfinite().all()
                 # Rows within the ball do not depend on its radius.
                 ball.learn((slopes * (ball.radius < ball.norm)).sum(1, keepdim=True), self.defaults["radius_lr"])
                 ball.project()
