@@ -182,7 +182,12 @@ def test_a_skipped_step_has_no_second_pass(monkeypatch: pytest.MonkeyPatch, worl
     optimizer = trainer.optimizer()
     overflow, calls = iter((True, False, False)), []
     weight = next(trainer.model.encoders.parameters())
-    weight.register_post_accumulate_grad_hook(lambda p: p.grad.fill_(torch.inf) if next(overflow) else None)
+
+    def overflows(of: nn.Parameter) -> None:
+        if next(overflow):
+            of.grad.fill_(torch.inf)
+
+    weight.register_post_accumulate_grad_hook(overflows)
     learn = TrainableProjection.learn
     monkeypatch.setattr(TrainableProjection, "learn", lambda self, loss: (calls.append(1), learn(self, loss)))
     trainer.train_epoch(optimizer, "epoch 1")
