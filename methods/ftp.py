@@ -68,4 +68,4 @@ class FTP(ProjectedMethod):
     def run(self, context: Context) -> None:
         """Train, then let the optimiser go."""
         context.train()
-        self.end_training()
+        self.projection = None

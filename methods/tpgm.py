@@ -86,6 +86,7 @@ class TPGM(ProjectedMethod):
     def __init__(self, config: TPGMConfig) -> None:
         super().__init__(config)
         self._batches: Iterator[Batch] | None = None
+        self._held = 0
         self._autocast: dict[str, Any] = {}
 
     def optimizer(self, groups: list[dict[str, Any]], *, fused: bool) -> torch.optim.Optimizer:
@@ -97,9 +98,12 @@ class TPGM(ProjectedMethod):
         """Train on the users that are not in the projection split, then let its batches and the optimiser go."""
         held = self.projection_users(context)
         context.train(users=np.setdiff1d(context.users, held))
-        self.end_training()
-        self._batches = None
-        self._counters["projection_users"] = len(held)
+        self.projection = self._batches = None
+        self._held = len(held)
+
+    def report(self, model: Recommender) -> dict[str, float]:
+        """As of every projected method, and the users of the projection split."""
+        return super().report(model) | {"projection_users": float(self._held)}
 
     def projection_users(self, context: Context) -> NDArray[np.int64]:
         """The training users of the projection split, at least one and never all; the same for a seed."""

@@ -19,12 +19,15 @@ from tpme.bench.errors import UserError
 from tpme.bench.record import LearningRates, Modality
 from tpme.bench.task.recommender import Recommender
 from tpme.bench.task.view import EncoderView
-from tpme.methods.base import Method, MethodConfig, Schedule, TaskShape, fusion_parameters
+from tpme.methods.base import Method, MethodConfig, Schedule, StepState, TaskShape, fusion_parameters
 
 FLOOR = 1e-8
 """Smallest radius; also added to every norm."""
 BETAS, EPS = (0.9, 0.999), 1e-8
 """Of the Adam that updates the radii."""
+STATE = ("anchor", "direction", "norm", "radius", "radius_mean", "radius_square", "radius_step")
+QUANTILES = (0.1, 0.5, 0.9)
+"""Of the radii of an encoder's tensors, for the report."""
 State = dict[str, Tensor]
 
 
@@ -33,14 +36,14 @@ def unmoved(tensor: Tensor, radius: float) -> State:
 
     anchor, direction: of the tensor's shape. norm: (R,). radius and its Adam's moments and step: (1,).
     """
-    rows = len(tensor) if tensor.ndim > 1 else 1
-    return {
-        "anchor": tensor.detach(),
-        "direction": tensor.new_zeros(()).expand_as(tensor),
-        "norm": tensor.new_zeros(rows),
-        "radius": tensor.new_full((1,), radius),
-        **{name: tensor.new_zeros(1) for name in ("radius_mean", "radius_square", "radius_step")},
-    }
+    values = (
+        tensor.detach(),
+        tensor.new_zeros(()).expand_as(tensor),
+        tensor.new_zeros(len(tensor) if tensor.ndim > 1 else 1),
+        tensor.new_full((1,), radius),
+        *(tensor.new_zeros(1) for _ in range(3)),
+    )
+    return dict(zip(STATE, values, strict=True))
 
 
 class Balls:
@@ -57,7 +60,7 @@ class Balls:
     def __init__(self, tensors: Sequence[Tensor], states: Sequence[State]) -> None:
         self.tensors = list(tensors)
         self.skipped: Tensor | None = None
-        self._state = {name: torch.stack([state[name] for state in states]) for name in unmoved(tensors[0], FLOOR)}
+        self._state = {name: torch.stack([state[name] for state in states]) for name in STATE}
         for name, stacked in self._state.items():
             for state, own in zip(states, stacked.unbind(), strict=True):
                 state[name] = own
@@ -178,20 +181,24 @@ class ProjectedAdam(torch.optim.AdamW):
         return self.balls, fresh
 
     @torch.no_grad()
-    def counters(self) -> dict[str, float]:
-        """By group: distance ``||W - W0|| / ||W0||``, median radius, and the share of the rows at their radius."""
+    def measures(self) -> dict[str, Tensor]:
+        """By projected group, not read: distance ``||W - W0|| / ||W0||``, radii, share of the rows at their radius."""
         found = {}
         for group in self.param_groups:
-            tensors = [tensor for tensor in group["params"] if "anchor" in self.state.get(tensor, {})]
-            if tensors:
-                anchor, norm, radius = ([self.state[t][key] for t in tensors] for key in ("anchor", "norm", "radius"))
-                moved, size = (
-                    torch.stack(torch._foreach_norm(of)).norm() for of in (torch._foreach_sub(tensors, anchor), anchor)
-                )
-                at_radius = torch.cat([n > r for n, r in zip(norm, radius, strict=True)]).float().mean()
-                found[f"{group['name']}_distance"] = float(moved / size)
-                found[f"{group['name']}_radius"] = float(torch.cat(radius).median())
-                found[f"{group['name']}_rows_at_radius"] = float(at_radius)
+            states = [self.state[tensor] for tensor in group["params"] if "anchor" in self.state.get(tensor, {})]
+            if states:
+                anchor, direction, norm, radius = ([s[key] for s in states] for key in STATE[:4])
+                lengths = [torch.minimum(n, r) for n, r in zip(norm, radius, strict=True)]
+                sizes = [
+                    torch.linalg.vector_norm(u.view(len(n), -1), dim=1) for u, n in zip(direction, norm, strict=True)
+                ]
+                moved = torch.stack([(n * u).norm() for n, u in zip(lengths, sizes, strict=True)]).norm()
+                quantiles = torch.quantile(torch.cat(radius), torch.tensor(QUANTILES, device=radius[0].device))
+                bound = torch.cat([n > r for n, r in zip(norm, radius, strict=True)])
+                measured = {"distance": moved / torch.stack(torch._foreach_norm(anchor)).norm()}
+                measured |= {f"radius_p{100 * q:.0f}": value for q, value in zip(QUANTILES, quantiles, strict=True)}
+                measured["rows_at_radius"] = bound.float().mean()
+                found |= {f"{group['name']}_{key}": value for key, value in measured.items()}
         return found
 
 
@@ -212,8 +219,9 @@ class ProjectedMethod(Method):
     def __init__(self, config: ProjectedConfig) -> None:
         super().__init__(config)
         self.projection: ProjectedAdam | None = None
-        """The optimiser of the training; it is let go at the end of it, because it holds the anchors."""
-        self._counters: dict[str, float] = {}
+        """The optimiser of the training; let go after it, because it holds the anchors."""
+        self._measured: dict[int, dict[str, Tensor]] = {}
+        """What the optimiser measures, after every epoch."""
 
     def adapt(self, model: Recommender, schedule: Schedule) -> None:
         """Let what is projected train. Raises UserError for more layers than an encoder has."""
@@ -234,14 +242,25 @@ class ProjectedMethod(Method):
             for group in super().param_groups(model, lr)
         ]
 
-    def end_training(self) -> None:
-        """Keep the counters of the optimiser, and let it go."""
+    def on_epoch_end(self, state: StepState) -> None:
+        """Measure how far the encoders are from their anchors, without waiting for the device."""
         if self.projection is not None:
-            self._counters, self.projection = self.projection.counters(), None
+            self._measured[state.epoch] = self.projection.measures()
 
     def report(self, model: Recommender) -> dict[str, float]:
-        """Of each encoder: the distance from its anchor, the median radius, the share of rows at their radius."""
-        return dict(self._counters)
+        """Of each encoder after the last epoch: relative distance from the anchor, radii, share of rows at theirs.
+
+        And the distance after every epoch.
+        """
+        measured = self._measured
+        last = measured[max(measured)] if measured else {}
+        by_epoch = {
+            f"{name}_epoch_{epoch}": values[name]
+            for epoch, values in measured.items()
+            for name in values
+            if name.endswith("_distance")
+        }
+        return {name: float(value) for name, value in (last | by_epoch).items()}
 
     def _parameters(self, view: EncoderView) -> Iterator[nn.Parameter]:
         """What trains of an encoder."""

@@ -219,9 +219,11 @@ def test_a_cell_reports_distances_and_keeps_no_anchor_after_training(
     trainer.run()
     assert {value.dtype for value in held.values()} == {torch.float32}
     report = trainer.method.report(trainer.model)
-    assert set(report) == {f"{m}_{key}" for m in ("text", "image") for key in ("distance", "radius", "rows_at_radius")}
-    assert 0 < report["text_distance"] < 0.1
-    assert FLOOR < report["text_radius"] < 8 * RATE
+    last = ("distance", "radius_p10", "radius_p50", "radius_p90", "rows_at_radius")
+    keys = (*last, "distance_epoch_1", "distance_epoch_2")
+    assert set(report) == {f"{modality}_{key}" for modality in ("text", "image") for key in keys}
+    assert 0 < report["text_distance_epoch_1"] < report["text_distance"] == report["text_distance_epoch_2"] < 0.1
+    assert FLOOR < report["text_radius_p50"] < 8 * RATE
     assert isinstance(trainer.method, FTP)
     assert trainer.method.projection is None
 

@@ -143,8 +143,21 @@ def test_rows_stay_within_their_radius_and_the_head_is_free(make: Make) -> None:
             assert float(rows(p.detach() - anchor).max()) <= float(state["radius"]) * (1 + 1e-5) + rounding
     assert torch.equal(weights.head, plain.head)
     assert not torch.allclose(weights.body[1], plain.body[1], atol=1e-2)
-    assert 0 < optimizer.counters()["text_rows_at_radius"] <= 1
-    assert "recommender_distance" not in optimizer.counters()
+    moved = torch.cat([(p - a).detach().flatten() for p, a in zip(weights.body, anchors, strict=True)]).norm()
+    radii = torch.cat([optimizer.state[p]["radius"] for p in weights.body]).sort().values
+    measured = {key: float(value) for key, value in optimizer.measures().items()}
+    assert measured["text_distance"] == pytest.approx(
+        float(moved / torch.cat([a.flatten() for a in anchors]).norm()), rel=1e-4
+    )
+    assert (
+        float(radii[0])
+        <= measured["text_radius_p10"]
+        < measured["text_radius_p50"]
+        < measured["text_radius_p90"]
+        <= radii[-1]
+    )
+    assert 0 < measured["text_rows_at_radius"] <= 1
+    assert not any(key.startswith("recommender") for key in measured)
 
 
 @KINDS
