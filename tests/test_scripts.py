@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from tpme.bench.errors import UserError
+
 ROOT = Path(__file__).resolve().parents[1]
 PERFORMANCE = ROOT / "docs" / "lab" / "performance.md"
 
@@ -145,3 +147,28 @@ def test_the_table_of_methods_is_that_of_the_docstrings(script: Any) -> None:
     document = (ROOT / "docs" / "methods.md").read_text()
     shown = document.split("<!-- methods -->\n")[1].split("\n<!-- /methods -->")[0]
     assert shown == script("method_table").table()
+
+
+def test_distances_from_the_anchor_are_drawn_from_records(script: Any, world: Any, tmp_path: Path) -> None:
+    rows = [{"name": "ftp"}, {"name": "ftp", "options": {"radius_lr": 1000.0}}, {"name": "tpgm"}]
+    results = [
+        world.tell(world.matrix([row], training={"epochs": 2}), tmp_path / f"run/cells/{place}")
+        for place, row in enumerate(reversed(rows))
+    ]
+    for place, result in enumerate(results):
+        (tmp_path / f"run/cells/{place}/attempt-1.json").write_text(result.model_dump_json())
+    figures = script("procedure_figures")
+    figure = figures.projection(tmp_path / "run")
+    text, image, radii = figure.axes
+    assert [line.get_label() for line in text.lines] == ["ftp", "no radius (fft)", "tpgm"]
+    for axes, modality in ((text, "text"), (image, "image")):
+        for line, result in zip(axes.lines, reversed(results), strict=True):
+            reached = [result.counters[f"{modality}_distance_epoch_{epoch}"].value for epoch in (1, 2)]
+            assert list(line.get_ydata()) == [0.0, *reached]
+    assert text.lines[0].get_ydata()[-1] < text.lines[1].get_ydata()[-1], "the radii hold the weights back"
+    assert len(radii.get_yticklabels()) == 4, "both encoders of two rows"
+    assert figures.main(["ftp", str(tmp_path / "run"), "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "ftp.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no finished cell of 'ftp' or 'tpgm'"):
+        figures.projection(tmp_path / "empty")

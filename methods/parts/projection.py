@@ -54,12 +54,12 @@ class Balls:
 
     Args:
         tensors: the G weights. states: of each; their values become views of what is stacked here, (G, ...).
-        skipped: a scalar, whether this step is to be ignored (a gradient overflowed); never read by the host.
     """
 
     def __init__(self, tensors: Sequence[Tensor], states: Sequence[State]) -> None:
         self.tensors = list(tensors)
         self.skipped: Tensor | None = None
+        """Whether this step is to be ignored, because a gradient overflowed: a scalar that the host never reads."""
         self._state = {name: torch.stack([state[name] for state in states]) for name in STATE}
         for name, stacked in self._state.items():
             for state, own in zip(states, stacked.unbind(), strict=True):
@@ -183,7 +183,7 @@ class ProjectedAdam(torch.optim.AdamW):
     @torch.no_grad()
     def measures(self) -> dict[str, Tensor]:
         """By projected group, not read: distance ``||W - W0|| / ||W0||``, radii, share of the rows at their radius."""
-        found = {}
+        found: dict[str, Tensor] = {}
         for group in self.param_groups:
             states = [self.state[tensor] for tensor in group["params"] if "anchor" in self.state.get(tensor, {})]
             if states:
