@@ -73,9 +73,7 @@ def plan(
     if as_json:
         print(planned.model_dump_json(indent=1))  # noqa: T201
     else:
-        console = Console()
-        console.width = max(console.width, NARROWEST)
-        render(planned, console)
+        render(planned, Console())
     raise typer.Exit(1 if any(cell.problem for cell in planned.cells) else 0)
 
 
@@ -84,6 +82,8 @@ def plan(
 
 def render(plan: MatrixPlan, console: Console) -> None:
     """Print the plan: a table for each setting, plan against measured where there are records, what is assumed."""
+    width = console.width
+    console.width = max(width, NARROWEST)
     for setting, group in itertools.groupby(plan.cells, key=lambda planned: _setting(planned.cell)):
         cells = list(group)
         console.print(Text(f"{plan.matrix}: {setting}", "bold"))
@@ -93,6 +93,7 @@ def render(plan: MatrixPlan, console: Console) -> None:
             console.print(_compared(cells, _peak(plan)))
             sources = {planned.measured.memory_source for planned in cells if planned.measured}
             console.print(Text(f"Measured memory: {'; '.join(sorted(filter(None, sources)))}", "dim"))
+    console.width = width
     for note in _notes(plan):
         console.print(Text(note, "dim"))
     if plan.remaining is not None:
@@ -121,7 +122,8 @@ def _planned(cells: list[PlannedCell], device: DeviceProfile | None, peak: str) 
     size, size_unit = _scale((work.peak_bytes for work in works), "B")
     step, step_unit = _scale((work.forward_flops + work.backward_flops for work in works), "FLOP")
     epoch, epoch_unit = _scale((work.epoch_flops for work in works), "FLOP")
-    table = _table("Method", "Users\n/step", "Trains\nM")
+    users = sorted({planned.cell.training.users_per_batch for planned in cells})
+    table = _table("Method", *(["Users\n/step"] if len(users) > 1 else []), "Trains\nM")
     for name in ("Weights", "Grads", "Optim.", "Saved", peak):
         table.add_column(f"{name}\n{size_unit}", justify="right", no_wrap=True)
     for name, unit in (("Forward", step_unit), ("Backw.", step_unit), ("Epoch", epoch_unit)):
@@ -133,7 +135,8 @@ def _planned(cells: list[PlannedCell], device: DeviceProfile | None, peak: str) 
         if planned.work is None:
             table.add_row(_label(planned, cells), *[Text("?", "red")] * (len(table.columns) - 1))
             continue
-        row = _cells(planned.work, planned.cell, size, step, epoch)
+        row: list[str | Text] = [str(planned.cell.training.users_per_batch)] if len(users) > 1 else []
+        row += _cells(planned.work, size, step, epoch)
         if planned.expected is not None:
             trains = planned.work.trainable > 0
             row += [_time(planned.expected.epoch_s) if trains else MISSING, _FITS[planned.expected.fits]]
@@ -141,10 +144,9 @@ def _planned(cells: list[PlannedCell], device: DeviceProfile | None, peak: str) 
     return table
 
 
-def _cells(work: Work, cell: Cell, size: float, step: float, epoch: float) -> list[str | Text]:
+def _cells(work: Work, size: float, step: float, epoch: float) -> list[str | Text]:
     sizes = (work.weight_bytes, work.gradient_bytes, work.optimizer_bytes, work.saved_bytes, work.peak_bytes)
     return [
-        str(cell.training.users_per_batch),
         f"{work.trainable / 1e6:.3f}",
         *(_number(value / size) for value in sizes),
         *(_number(value / step) for value in (work.forward_flops, work.backward_flops)),

@@ -192,8 +192,7 @@ def run_matrix(
 
     With ``save_adapters`` what each method has trained is kept beside its record; a cell without that is not finished,
     and neither is one whose record lacks the representation space that the matrix asks for. A ``dry_run`` checks
-    everything, lists what would run, and returns what there is. ``live``
-    logs the epochs.
+    everything, lists what would run, and returns what there is. ``live`` logs the epochs.
 
     Ctrl-C stops the running cell, leaves no record of it, and raises KeyboardInterrupt; a second call resumes.
     SIGTERM and SIGHUP do the same and raise SystemExit.
@@ -208,15 +207,14 @@ def run_matrix(
         save_adapters=save_adapters,
         console=console,
     )
-    with contextlib.nullcontext() if dry_run else locked_run(run):
-        latest = [latest_attempt(job.folder) for job in jobs]
-        screen = Screen(console, len(jobs))
-        _announce(jobs, [result for _, result in latest], run, screen, rows=dry_run)
-        if dry_run:
-            return [result for _, result in latest if result is not None]
+    latest = [latest_attempt(job.folder)[1] for job in jobs]
+    screen = Screen(console, len(jobs))
+    _announce(jobs, latest, run, screen, rows=dry_run)
+    if dry_run:
+        return [result for result in latest if result is not None]
+    with locked_run(run), screen:
         _write_matrix(run, matrix, jobs)
-        with screen:
-            return [_finished(job, *attempt, screen, live) for job, attempt in zip(jobs, latest, strict=True)]
+        return [_finished(job, *latest_attempt(job.folder), screen, live) for job in jobs]
 
 
 def _announce(
