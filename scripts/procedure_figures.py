@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from tpme.bench.errors import UserError
 from tpme.bench.record import CellResult, read_result
-from tpme.reports.figures.style import INK, PAGE_INCHES, margins, new_figure, row_looks, save, style, text_width
+from tpme.reports.figures.style import PAGE_INCHES, margins, new_figure, row_looks, save, style
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "procedures"
 MODALITIES = ("text", "image")
@@ -46,7 +46,7 @@ UNBOUND = 1.0
 
 
 def projection(run: Path) -> Figure:
-    """Distance of the encoders from their anchors after every epoch, and the radii at the end, of every row.
+    """Distance of the encoders from their anchors after every epoch, and the share of rows at their radius at the end.
 
     Raises UserError where ``run`` has no finished cell of ftp or tpgm.
     """
@@ -67,30 +67,29 @@ def projection(run: Path) -> Figure:
         axes.set_xlabel("epoch")
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
         axes.set_ylim(bottom=0)
-    bound = {label: result for label, result in results.items() if not _unbound(result)}
-    _draw_radii(panels[2], bound, {label: looks[label].colour for label in bound})
+    _draw_shares(panels[2], results, {label: look.colour for label, look in looks.items()})
     panels[0].legend(frameon=False, fontsize=6, handlelength=2.6)
-    margins(figure, 0.42, 0.1, 0.36, 0.2, across=0.4 + text_width(figure, bound, 6) / 2)
+    margins(figure, 0.42, 0.2, 0.36, 0.2, across=0.45)
     return figure
 
 
-def _draw_radii(axes: Any, results: Mapping[str, CellResult], colours: Mapping[str, str]) -> None:
-    """Median radius, with the 10th and 90th percentile, and the share of rows at theirs, by row and encoder."""
-    rows = [(label, modality) for label in results for modality in MODALITIES]
-    for place, (label, modality) in enumerate(rows):
-        low, middle, high = (_counter(results[label], f"{modality}_radius_p{q}") for q in (10, 50, 90))
-        share = _counter(results[label], f"{modality}_rows_at_radius")
-        axes.plot((low, high), (place, place), color=colours[label], lw=1.2)
-        axes.plot(middle, place, color=colours[label], marker="o", ms=4)
-        axes.annotate(
-            f"{share:.0%}", (high, place), (3, 0), textcoords="offset points", va="center", color=INK, fontsize=6
-        )
-    axes.set_yticks(range(len(rows)), [f"{label}, {modality}" for label, modality in rows], fontsize=6)
+def _draw_shares(axes: Any, results: Mapping[str, CellResult], colours: Mapping[str, str]) -> None:
+    """Bars by encoder and row: the share of an encoder's rows that are at their radius in the last step."""
+    places = []
+    for group, modality in enumerate(MODALITIES):
+        for place, (label, result) in enumerate(results.items(), start=group * (len(results) + 1)):
+            share = _counter(result, f"{modality}_rows_at_radius")
+            axes.barh(place, share, color=colours[label], height=0.75)
+            axes.annotate(f"{share:.0%}", (share, place), (3, 0), textcoords="offset points", va="center", fontsize=6)
+        places.append(group * (len(results) + 1) + (len(results) - 1) / 2)
+    axes.set_yticks(places, MODALITIES)
+    axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
-    axes.set_xscale("log")
-    axes.margins(x=0.25)
-    axes.set_title("radii at the end; rows at theirs", pad=4)
-    axes.set_xlabel("radius (L1 norm of a row)")
+    axes.grid(visible=False, axis="y")
+    axes.set_xlim(0, 1)
+    axes.set_xticks((0, 0.5, 1), ("0", "50 %", "100 %"))
+    axes.set_title("rows at their radius, at the end", pad=4)
+    axes.set_xlabel("share of the rows of weights")
 
 
 def _distances(result: CellResult, modality: str) -> list[float]:

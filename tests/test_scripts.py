@@ -159,14 +159,15 @@ def test_distances_from_the_anchor_are_drawn_from_records(script: Any, world: An
         (tmp_path / f"run/cells/{place}/attempt-1.json").write_text(result.model_dump_json())
     figures = script("procedure_figures")
     figure = figures.projection(tmp_path / "run")
-    text, image, radii = figure.axes
+    text, image, shares = figure.axes
     assert [line.get_label() for line in text.lines] == ["ftp", "no radius (fft)", "tpgm"]
     for axes, modality in ((text, "text"), (image, "image")):
         for line, result in zip(axes.lines, reversed(results), strict=True):
             reached = [result.counters[f"{modality}_distance_epoch_{epoch}"].value for epoch in (1, 2)]
             assert list(line.get_ydata()) == [0.0, *reached]
     assert text.lines[0].get_ydata()[-1] < text.lines[1].get_ydata()[-1], "the radii hold the weights back"
-    assert len(radii.get_yticklabels()) == 4, "both encoders of two rows"
+    held = [result.counters[f"{m}_rows_at_radius"].value for m in ("text", "image") for result in reversed(results)]
+    assert [bar.get_width() for bar in shares.patches] == held
     assert figures.main(["ftp", str(tmp_path / "run"), "--out", str(tmp_path)]) == 0
     assert (tmp_path / "ftp.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "empty").mkdir()
