@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 # --- FTP and TPGM -----------------------------------------------------------------------------------------------------
 
 UNBOUND = 1.0
-"""A radius that may change by this much a step does not hold a row back."""
+"""A radius that grows by this much a step, and never shrinks, holds no row back."""
 
 
 def projection(run: Path) -> Figure:
@@ -106,7 +106,8 @@ def _counter(result: CellResult, name: str) -> float:
 
 
 def _unbound(result: CellResult) -> bool:
-    return float(result.cell.options.get("radius_lr", 0)) >= UNBOUND
+    options = result.cell.options
+    return options.get("annealing") == 0 and float(options.get("radius_lr", 0)) >= UNBOUND
 
 
 def _projected_label(result: CellResult) -> str:

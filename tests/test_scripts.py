@@ -150,7 +150,7 @@ def test_the_table_of_methods_is_that_of_the_docstrings(script: Any) -> None:
 
 
 def test_distances_from_the_anchor_are_drawn_from_records(script: Any, world: Any, tmp_path: Path) -> None:
-    rows = [{"name": "ftp"}, {"name": "ftp", "options": {"radius_lr": 1000.0}}, {"name": "tpgm"}]
+    rows = [{"name": "ftp"}, {"name": "ftp", "options": {"annealing": 0.0, "radius_lr": 1000.0}}, {"name": "tpgm"}]
     results = [
         world.tell(world.matrix([row], training={"epochs": 2}), tmp_path / f"run/cells/{place}")
         for place, row in enumerate(reversed(rows))
