@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 ENTRY_POINT_GROUP = "tpme.methods"
 BUILTIN: dict[str, str] = {
     "fft": "tpme.methods.fft:FullFineTuning",
+    "ftp": "tpme.methods.ftp:FTP",
+    "tpgm": "tpme.methods.tpgm:TPGM",
     "adapter": "tpme.methods.adapter:HoulsbyAdapter",
     "pfeiffer-adapter": "tpme.methods.pfeiffer_adapter:PfeifferAdapter",
     "parallel-adapter": "tpme.methods.parallel_adapter:ParallelAdapter",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import signal
@@ -49,6 +50,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``script(name)``: one of ``scripts/``, which import each other as files of one folder."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    return importlib.import_module
 
 
 @pytest.fixture(scope="session", autouse=True)

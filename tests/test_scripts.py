@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 import subprocess
@@ -16,13 +15,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PERFORMANCE = ROOT / "docs" / "lab" / "performance.md"
-
-
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """``script(name)``: one of ``scripts/``, which import each other as files of one folder."""
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    return importlib.import_module
 
 
 @pytest.fixture
@@ -145,32 +137,3 @@ def test_the_table_of_methods_is_that_of_the_docstrings(script: Any) -> None:
     document = (ROOT / "docs" / "methods.md").read_text()
     shown = document.split("<!-- methods -->\n")[1].split("\n<!-- /methods -->")[0]
     assert shown == script("method_table").table()
-
-
-def test_when_an_estimation_has_paid_for_itself(script: Any) -> None:
-    payoff = script("light_peft_payoff")
-
-    def run(epoch_s: float, estimation_s: float = 0.0) -> Any:
-        return payoff.Run(epoch_s, estimation_s, 2.0**21, 2.0**20, 2.0**20, 3e9, 1e3)
-
-    shape = {"encoders": "mini"}
-    text = payoff.report({"lora": [run(6.0), run(4.0)], "light-peft": [run(2.0, 9.0), run(4.0, 9.0)]}, shape)
-    assert "| T, s an epoch | 5 | 3 | 1.67 |" in text
-    assert "T of every pair: 3.00, 1.00 times faster" in text
-    assert "has paid for itself after 4.5 epochs" in text
-    assert "does not pay for itself" in payoff.report({"lora": [run(2.0)], "light-peft": [run(2.0, 9.0)]}, shape)
-
-
-@pytest.mark.slow
-def test_what_light_peft_cut_is_drawn_from_a_run(script: Any, world: Any, tmp_path: Path) -> None:
-    matrix = world.matrix([{"name": "light-peft", "options": {"heads": 0.5}}])
-    world.run(matrix, tmp_path / "run", save_adapters=True)
-    figures = script("procedure_figures")
-    titles = [axes.get_title() for axes in figures.light_peft(tmp_path / "run").axes]
-    assert titles[0] == "heads: 2 of 4 kept"
-    assert titles[1] == "feed-forward units: 43 of 64 kept"
-    assert len(titles) == 6
-    assert figures.main(["light-peft", str(tmp_path / "run"), "--out", str(tmp_path)]) == 0
-    assert (tmp_path / "light-peft.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(figures.UserError, match="with an adapter; run its matrix with --save-adapters"):
-        figures.light_peft(tmp_path / "empty")

@@ -22,6 +22,9 @@ RECOMMENDER = 206_912
 """Sequential encoder 100,224, fusion 8,256, two heads of 49,216."""
 PAPER: dict[str, tuple[str, dict[str, Any], int]] = {
     "fft": ("fft", {}, 194_897_216),
+    "ftp": ("ftp", {}, 194_897_216),
+    "ftp, last 4 layers": ("ftp", {"last": 4}, 2 * 4 * 7_087_872 + 2 * 768 + RECOMMENDER),  # norm of the ViT
+    "tpgm": ("tpgm", {}, 194_897_216),
     "adapter": ("adapter", {}, 4_965_440),
     "lora": ("lora", {}, 796_736),
     "bitfit": ("bitfit", {}, 411_968),
@@ -125,7 +128,7 @@ def closed_formula(name: str, options: Mapping[str, Any], tiny: ModuleType) -> i
     levels = depth // 2 + 1
     tower = levels * bottleneck + levels + (width * width + width) + (width * dim + dim)
     return {
-        "fft": fused + bert + vit,
+        **dict.fromkeys(("fft", "ftp", "tpgm"), fused + bert + vit),
         "adapter": fused + 2 * depth * 2 * bottleneck,
         "lora": fused + 2 * depth * 2 * options.get("rank", 8) * 2 * width,
         "bitfit": fused + depth * 2 * (7 * width + ffn) + width + 2 * width,

@@ -54,6 +54,8 @@ def one_line(match: str, call: Callable[[], object]) -> None:
 def test_the_card_methods() -> None:
     assert list(registry.BUILTIN) == [
         "fft",
+        "ftp",
+        "tpgm",
         "adapter",
         "pfeiffer-adapter",
         "parallel-adapter",

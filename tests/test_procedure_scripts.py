@@ -1,0 +1,133 @@
+"""Methods that own the procedure: their figures, and the comparisons that docs/procedures.md quotes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tpme.bench.errors import UserError
+from tpme.methods.base import Validation
+from tpme.methods.parts.federation import Round
+
+
+def test_when_an_estimation_has_paid_for_itself(script: Any) -> None:
+    payoff = script("light_peft_payoff")
+
+    def run(epoch_s: float, estimation_s: float = 0.0) -> Any:
+        return payoff.Run(epoch_s, estimation_s, 2.0**21, 2.0**20, 2.0**20, 3e9, 1e3)
+
+    shape = {"encoders": "mini"}
+    text = payoff.report({"lora": [run(6.0), run(4.0)], "light-peft": [run(2.0, 9.0), run(4.0, 9.0)]}, shape)
+    assert "| T, s an epoch | 5 | 3 | 1.67 |" in text
+    assert "T of every pair: 3.00, 1.00 times faster" in text
+    assert "has paid for itself after 4.5 epochs" in text
+    assert "does not pay for itself" in payoff.report({"lora": [run(2.0)], "light-peft": [run(2.0, 9.0)]}, shape)
+
+
+@pytest.mark.slow
+def test_what_light_peft_cut_is_drawn_from_a_run(script: Any, world: Any, tmp_path: Path) -> None:
+    matrix = world.matrix([{"name": "light-peft", "options": {"heads": 0.5}}])
+    world.run(matrix, tmp_path / "run", save_adapters=True)
+    figures = script("procedure_figures")
+    titles = [axes.get_title() for axes in figures.light_peft(tmp_path / "run").axes]
+    assert titles[0] == "heads: 2 of 4 kept"
+    assert titles[1] == "feed-forward units: 43 of 64 kept"
+    assert len(titles) == 6
+    assert figures.main(["light-peft", str(tmp_path / "run"), "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "light-peft.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(figures.UserError, match="with an adapter; run its matrix with --save-adapters"):
+        figures.light_peft(tmp_path / "empty")
+
+
+def test_distances_from_the_anchor_are_drawn_from_records(script: Any, world: Any, tmp_path: Path) -> None:
+    rows = [{"name": "ftp"}, {"name": "ftp", "options": {"annealing": 0.0, "radius_lr": 1000.0}}, {"name": "tpgm"}]
+    results = [
+        world.tell(world.matrix([row], training={"epochs": 2}), tmp_path / f"run/cells/{place}")
+        for place, row in enumerate(reversed(rows))
+    ]
+    for place, result in enumerate(results):
+        (tmp_path / f"run/cells/{place}/attempt-1.json").write_text(result.model_dump_json())
+    figures = script("procedure_figures")
+    figure = figures.projection(tmp_path / "run")
+    text, image, shares = figure.axes
+    assert [line.get_label() for line in text.lines] == ["ftp", "no radius (fft)", "tpgm"]
+    for axes, modality in ((text, "text"), (image, "image")):
+        for line, result in zip(axes.lines, reversed(results), strict=True):
+            reached = [result.counters[f"{modality}_distance_epoch_{epoch}"].value for epoch in (1, 2)]
+            assert list(line.get_ydata()) == [0.0, *reached]
+    assert text.lines[0].get_ydata()[-1] < text.lines[1].get_ydata()[-1], "the radii hold the weights back"
+    held = [result.counters[f"{m}_rows_at_radius"].value for m in ("text", "image") for result in reversed(results)]
+    assert [bar.get_width() for bar in shares.patches] == held
+    assert figures.main(["ftp", str(tmp_path / "run"), "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "ftp.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no finished cell of 'ftp' or 'tpgm'"):
+        figures.projection(tmp_path / "empty")
+
+
+def test_the_figure_of_a_federation_shows_bytes_by_round_and_what_they_buy(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = script("procedure_figures")
+    monkeypatch.setattr(script("federation_figure"), "_federated", lambda _folder, _options: (rounds, 0.25))
+
+    found = [None, Validation(0.1, 0.05), None, Validation(0.3, 0.1)]
+    rounds = [Round(20, 10**6, 10**6, 2.0, 1.0, one) for one in found]
+    sent, quality = figures.fedpeptao(tmp_path).axes
+    assert [line.get_ydata().tolist() for line in sent.lines[:2]] == [[2, 4, 6, 8], [0.5, 1, 1.5, 2]]
+    assert [list(axis) for axis in quality.lines[0].get_data()] == [[4, 8], [0.1, 0.3]]
+    assert figures.main(["fedpeptao", str(tmp_path), "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "fedpeptao.png").stat().st_size > 10_000
+
+
+# --- searches ---------------------------------------------------------------------------------------------------------
+
+
+TRIALS = {("gp", 1): [(1000, 0.1), (100, 0.2), (10, 0.3)], ("random", 1): [(1000, 0.1), (100, 0.2), (500, None)]}
+
+
+def searched(engine: str, seed: int) -> Any:
+    """What the comparison of searches reads of a record."""
+    values = {"procedure_search_s": 60.0, "procedure_trials": 3.0, "procedure_winner": 2.0}
+    for number, (parameters, ndcg) in enumerate(TRIALS[engine, seed], start=1):
+        values |= {f"trial_{number:03}_parameters": parameters, f"trial_{number:03}_ndcg_10": ndcg}
+    return SimpleNamespace(counters={name: SimpleNamespace(value=value) for name, value in values.items()})
+
+
+def test_a_search_is_judged_by_the_area_that_its_trials_dominate(script: Any) -> None:
+    module = script("search_comparison")
+    found = {key: searched(*key) for key in TRIALS}
+    areas = module.shares({key: module.trials_of(result) for key, result in found.items()})
+    # A box of two decades by 0.2: the first trial is its worst corner, the second its middle, the third the best.
+    assert areas["gp", 1].tolist() == pytest.approx([0, 0.25, 1])
+    assert areas["random", 1].tolist() == pytest.approx([0, 0.25, 0.25])
+    text = module.comparison(found)
+    assert "| 1 | 3 | 1.000 | 0.250 | 0.3000 | 0.2000 | 60 | 60 |" in text
+    assert text.splitlines()[-1].startswith("Not shown to be better than random search of the same budget: `gp`")
+
+
+@pytest.mark.parametrize(
+    ("differences", "words"),
+    [
+        ([0.1] * 6, "Better than random search of the same budget: `gp` dominates more in 6 of 6 seeds, mean diff"),
+        ([-0.1] * 6, "Worse than random search of the same budget: `gp` dominates more in 0 of 6 seeds"),
+        ([0.1, 0.2, -0.1, 0.0], "Not shown to be better than random search of the same budget"),
+    ],
+)
+def test_chance_is_not_called_better(script: Any, differences: list[float], words: str) -> None:
+    assert script("search_comparison").verdict(differences, "gp").startswith(words)
+
+
+def test_the_figure_of_a_search_draws_its_records(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = script("procedure_figures")
+    monkeypatch.setattr(script("search_figure"), "searches", lambda _run: {key: searched(*key) for key in TRIALS})
+    assert module.main(["autopeft", str(tmp_path), "--out", str(tmp_path / "figures")]) == 0
+    assert (tmp_path / "figures" / "autopeft.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_without_a_search_is_refused(script: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no finished cell with a search; run scripts"):
+        script("search_comparison").searches(tmp_path)
