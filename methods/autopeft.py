@@ -84,7 +84,7 @@ class AutoPEFT(Method):
     the paper does not define. Reconstructions: keys and values train directly, without an MLP; parameters are compared
     by their exact number, without noise; search and choice see the validation targets alone.
 
-    Trains: what was found; before the search, and in a plan, middle sizes in all layers (24, 24 and 24): 1,347,840
+    Trains: what was found; before the search, and in a plan, middle sizes in all layers (24, 24 and 24): 1,346,112
     each in BERT-base and ViT-B/16.
     Saves: weight gradients, optimiser state and stored size, and the backward pass below the lowest layer that gets a
     module; the search costs many short trainings, which T leaves out and all-in time does not; inference costs the
@@ -130,13 +130,14 @@ class AutoPEFT(Method):
             layers = given.get(modality, EncoderModules()).layers or ()
             if max(layers, default=0) >= view.shape.depth:
                 raise UserError(
-                    f"autopeft: configuration.{modality}.layers names layer {max(layers)}, but "
+                    f"method 'autopeft': configuration.{modality}.layers names layer {max(layers)}, but "
                     f"{type(view.module).__name__} has layers 0 to {view.shape.depth - 1}"
                 )
         found = {modality: given.get(modality, EncoderModules()) for modality in views}
         if all(modules.empty for modules in found.values()):
             raise UserError(
-                "autopeft: the configuration gives no encoder a module; name layers and a size above 0 for at least one"
+                "method 'autopeft': the configuration gives no encoder a module; name layers and a size above 0 for at "
+                "least one"
             )
         return found
 
@@ -257,8 +258,8 @@ def chosen_trial(trials: Sequence[Trial], tolerance: float) -> int:
     front = front_of(trials)
     if not front:
         raise UserError(
-            f"autopeft: none of the {len(trials)} trials finished, the last one by {trials[-1].failed}; lower the "
-            "learning rates, or search fewer kinds"
+            f"method 'autopeft': none of {len(trials)} trials finished, the last one because of {trials[-1].failed}; "
+            "lower the learning rates, or search fewer kinds"
         )
     quality = {place: trials[place].ndcg_10 or 0.0 for place in front}
     least = (1 - tolerance) * max(quality.values())

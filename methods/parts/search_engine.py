@@ -29,10 +29,11 @@ def chosen_engine(engine: Engine) -> Engine:
     """
     saas = all(find_spec(package) is not None for package in ("jax", "numpyro"))
     if engine != "random" and find_spec("botorch") is None:
-        error = missing_extra(f"autopeft with engine = '{engine}'", "botorch", "search")
+        extra = "saas" if engine == "saas" else "search"
+        error = missing_extra(f"method 'autopeft' with engine = '{engine}'", "botorch", extra)
         raise UserError(f"{error}; or search with engine = 'random'")
     if engine == "saas" and not saas:
-        raise missing_extra("autopeft with engine = 'saas'", "jax and numpyro", "saas")
+        raise missing_extra("method 'autopeft' with engine = 'saas'", "jax and numpyro", "saas")
     return ("saas" if saas else "gp") if engine == "auto" else engine
 
 

@@ -94,7 +94,9 @@ class SearchSpace:
         depths = {modality: size.depth for modality, size in encoders.items()}
         if shared and len(set(depths.values())) > 1:
             found = ", ".join(f"{modality} {depth}" for modality, depth in depths.items())
-            raise UserError(f"autopeft: shared = true needs encoders of the same depth, these have {found} layers")
+            raise UserError(
+                f"method 'autopeft': shared = true needs encoders of the same depth, these have {found} layers"
+            )
         self.groups: list[tuple[Modality, ...]] = (
             [tuple(encoders)] if shared else [(modality,) for modality in encoders]
         )

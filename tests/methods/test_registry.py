@@ -72,6 +72,7 @@ def test_the_card_methods() -> None:
         "dyt",
         "pyra",
         "context-peft",
+        "autopeft",
         "iisan",
         "iisan-versa",
         "lst",
@@ -105,7 +106,9 @@ def test_an_unknown_name_gets_a_suggestion() -> None:
 
 
 def test_a_name_like_no_other_gets_the_list() -> None:
-    one_line("unknown method 'xyz'; known: adalora, adapter, bitfit, .*vera", lambda: registry.create("xyz", {}))
+    one_line(
+        "unknown method 'xyz'; known: adalora, adapter, autopeft, bitfit, .*vera", lambda: registry.create("xyz", {})
+    )
 
 
 @pytest.mark.parametrize(
