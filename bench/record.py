@@ -563,6 +563,19 @@ class CellResult(Frozen):
     ``sample_bytes``.
     """
 
+    @property
+    def untrained(self) -> Flag | None:
+        """A flag on a method that trained nothing but the recommender and does not say that it is a baseline."""
+        if self.status != "ok" or self.cell.baseline or self.source is not None or self.parameters is None:
+            return None
+        if self.parameters.trainable_max > self.parameters.by_group.get("recommender", 0):
+            return None
+        return Flag(
+            code="trains-nothing",
+            message=f"{self.cell.method} trains no parameter of its own, at most the recommender: either it leaves "
+            "everything frozen by mistake, or it is a reference row and should set baseline = True",
+        )
+
     @model_validator(mode="after")
     def _require_failure(self) -> CellResult:
         if self.status != "ok" and self.failure is None:

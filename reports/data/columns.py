@@ -28,7 +28,7 @@ def row_of(result: CellResult, device_key: str) -> dict[str, Any]:
         **_cell_columns(result.cell, device_key),
         **_cost_columns(result),
         **_epoch_columns(result),
-        "flags": tuple((flag.code, flag.message) for flag in result.flags),
+        "flags": tuple((flag.code, flag.message) for flag in (*result.flags, result.untrained) if flag is not None),
     }
 
 
