@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from search_comparison import searches, shares, trials_of
 
 from tpme.methods.parts.search_front import Points, non_dominated
@@ -53,7 +54,7 @@ def autopeft(run: Path) -> Figure:
     _draw_trials(figure, left, trials_of(found[first]), int(found[first].counters["procedure_winner"].value or 0) - 1)
     left.set_title(f"trials of one search ({first[0]}, seed {first[1]}) in their order")
     _draw_areas(right, shares({key: trials_of(result) for key, result in found.items()}))
-    margins(figure, 0.5, 0.1, 0.4, 0.25, across=0.75)
+    margins(figure, 0.65, 0.1, 0.4, 0.25, across=0.75)
     return figure
 
 
@@ -71,6 +72,9 @@ def _draw_trials(figure: Figure, axes: Any, trials: Points, winner: int) -> None
     axes.scatter(*trials[winner], s=45, facecolors="none", edgecolors=COLOURS[0], lw=1, zorder=3)
     axes.annotate("winner", trials[winner], (-4, -9), textcoords="offset points", color=COLOURS[0], ha="right")
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.set_xlabel("parameters of the modules")
     axes.set_ylabel("NDCG@10 on validation")
 
@@ -87,9 +91,10 @@ def _draw_areas(axes: Any, areas: Mapping[tuple[str, int], Points]) -> None:
         axes.plot(
             range(1, length + 1), mean, color=colour, lw=1.6, ls="--" if engine == "random" else "-", label=engine
         )
-    axes.set_title(f"what the trials dominate, {len(lines)} seed(s) an engine")
+    seeds = f"{len(lines)} seeds" if len(lines) > 1 else "one seed"
+    axes.set_title(f"what the trials dominate, {seeds}")
     axes.set_xlabel("trials")
-    axes.set_ylabel("share of the box")
+    axes.set_ylabel("share of the area up to the best")
     axes.legend(frameon=False, loc="lower right")
 
 
