@@ -9,7 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -145,3 +145,54 @@ def test_the_table_of_methods_is_that_of_the_docstrings(script: Any) -> None:
     document = (ROOT / "docs" / "methods.md").read_text()
     shown = document.split("<!-- methods -->\n")[1].split("\n<!-- /methods -->")[0]
     assert shown == script("method_table").table()
+
+
+# --- searches ---------------------------------------------------------------------------------------------------------
+
+TRIALS = {("gp", 1): [(1000, 0.1), (100, 0.2), (10, 0.3)], ("random", 1): [(1000, 0.1), (100, 0.2), (500, None)]}
+
+
+def searched(engine: str, seed: int) -> Any:
+    """What the comparison of searches reads of a record."""
+    values = {"procedure_search_s": 60.0, "procedure_trials": 3.0, "procedure_winner": 2.0}
+    for number, (parameters, ndcg) in enumerate(TRIALS[engine, seed], start=1):
+        values |= {f"trial_{number:03}_parameters": parameters, f"trial_{number:03}_ndcg_10": ndcg}
+    return SimpleNamespace(counters={name: SimpleNamespace(value=value) for name, value in values.items()})
+
+
+def test_a_search_is_judged_by_the_area_that_its_trials_dominate(script: Any) -> None:
+    module = script("search_comparison")
+    found = {key: searched(*key) for key in TRIALS}
+    areas = module.shares({key: module.trials_of(result) for key, result in found.items()})
+    # A box of two decades by 0.2: the first trial is its worst corner, the second its middle, the third the best.
+    assert areas["gp", 1].tolist() == pytest.approx([0, 0.25, 1])
+    assert areas["random", 1].tolist() == pytest.approx([0, 0.25, 0.25])
+    text = module.comparison(found)
+    assert "| 1 | 3 | 1.000 | 0.250 | 0.3000 | 0.2000 | 60 | 60 |" in text
+    assert text.splitlines()[-1].startswith("Not shown to be better than random search of the same budget: `gp`")
+
+
+@pytest.mark.parametrize(
+    ("differences", "words"),
+    [
+        ([0.1] * 6, "Better than random search of the same budget: `gp` dominates more in 6 of 6 seeds, mean diff"),
+        ([-0.1] * 6, "Worse than random search of the same budget: `gp` dominates more in 0 of 6 seeds"),
+        ([0.1, 0.2, -0.1, 0.0], "Not shown to be better than random search of the same budget"),
+    ],
+)
+def test_chance_is_not_called_better(script: Any, differences: list[float], words: str) -> None:
+    assert script("search_comparison").verdict(differences, "gp").startswith(words)
+
+
+def test_the_figure_of_a_search_draws_its_records(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = script("procedure_figures")
+    monkeypatch.setattr(module, "searches", lambda _run: {key: searched(*key) for key in TRIALS})
+    assert module.main(["autopeft", str(tmp_path), "--out", str(tmp_path / "figures")]) == 0
+    assert (tmp_path / "figures" / "autopeft.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_without_a_search_is_refused(script: Any, tmp_path: Path) -> None:
+    from tpme.bench.errors import UserError
+
+    with pytest.raises(UserError, match="no finished cell with a search; run scripts"):
+        script("search_comparison").searches(tmp_path)
