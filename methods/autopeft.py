@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -163,6 +164,7 @@ class AutoPEFT(Method):
         if self.config.configuration is None:
             self._search(context)
             self.winner = chosen_trial(self.trials, self.config.tolerance)
+            _forget_compiled_code()
             context.adopt(context.fork(self._fixed(self.trials[self.winner].vector), context.seed))
         context.train()
 
@@ -190,6 +192,7 @@ class AutoPEFT(Method):
         started, users = time.perf_counter(), np.random.default_rng(context.seed).permutation(context.users)
         trial: dict[str, Any] = {"vector": list(vector), "parameters": self.space.parameters(vector)}
         try:
+            _forget_compiled_code()
             fork = context.fork(self._fixed(vector), context.seed)
             epochs = min(self.config.trial_epochs, context.state.schedule.epochs)
             fork.train(epochs, users[: math.ceil(self.config.trial_users * len(users))], kind="search")
@@ -264,6 +267,12 @@ def chosen_trial(trials: Sequence[Trial], tolerance: float) -> int:
     quality = {place: trials[place].ndcg_10 or 0.0 for place in front}
     least = (1 - tolerance) * max(quality.values())
     return min((place for place in front if quality[place] >= least), key=lambda place: trials[place].parameters)
+
+
+def _forget_compiled_code() -> None:
+    """Forget what torch.compile made of the trial before: beyond some structures it would compile no further one."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def _numbers(modules: EncoderModules, depth: int) -> dict[str, float]:
