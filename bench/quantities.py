@@ -135,6 +135,11 @@ QUANTITIES: dict[str, Quantity] = {
         Quantity("cache_build_s", "Cache build", unit="s"),
         Quantity("cache_peak_bytes", "Cache build peak", "peak memory of building the cache", "bytes", memory="held"),
         Quantity("training_energy_j", "Training energy", unit="J", units=(("J", 1.0, 0.0),)),
+        Quantity("procedure_trials", "Trials", better=None),
+        Quantity("procedure_trials_failed", "Failed", better=None),
+        Quantity("procedure_search_s", "Search", "the method's own search", unit="s"),
+        Quantity("procedure_proposing_s", "of it proposing", unit="s"),
+        Quantity("procedure_search_runs", "In FFT runs"),
         Quantity("search_wall_s", "lr search", unit="s"),
         # serving the adapted model
         Quantity("inference_items_per_s_1", "One by one", "items encoded one by one", "items/s", "higher"),

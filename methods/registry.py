@@ -49,6 +49,7 @@ BUILTIN: dict[str, str] = {
     "pyra": "tpme.methods.pyra:PYRA",
     "context-peft": "tpme.methods.context_peft:ContextPEFT",
     "light-peft": "tpme.methods.light_peft:LightPEFT",
+    "autopeft": "tpme.methods.autopeft:AutoPEFT",
     "iisan": "tpme.methods.iisan:IISAN",
     "iisan-versa": "tpme.methods.iisan_versa:IISANVersa",
     "lst": "tpme.methods.lst:LST",

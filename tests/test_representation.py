@@ -182,9 +182,12 @@ def test_adapted_encoders_are_compared_with_unadapted_ones(world: Any, tmp_path:
 @pytest.mark.parametrize("name", [name for name in BUILTIN if method_class(name).modalities is None])
 def test_every_method_can_be_measured(world: Any, tmp_path: Path, name: str) -> None:
     """Merged and inserted tokens, gathered ones, weights that are merged for inference ..."""
-    method = create(name, {})
+    options = {"autopeft": {"configuration": {"text": {"serial": 2}, "image": {"prefix": 2}}}}.get(name, {})
+    method = create(name, options)
     frozen = method.frozen_encoders(("text", "image"))
-    found = spaces(probed(world, tmp_path, {"name": name}, training={"epochs": len(method.stages())}))
+    found = spaces(
+        probed(world, tmp_path, {"name": name, "options": options}, training={"epochs": len(method.stages())})
+    )
     assert list(found) == ["text", "text-mean", "image", "image-mean", "items"]
     for modality in ("text", "image"):
         same = found[modality].centred == found[modality].unadapted_centred

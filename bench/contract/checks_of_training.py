@@ -100,22 +100,22 @@ def encoders_learn_unless_frozen(subject: Subject) -> None:
     method, model = trainer.method, trainer.model
     if not subject.used:
         raise NotApplicable("the method uses no encoder")
-    items = subject.items(trainer)
+    items, frozen = subject.items(trainer), method.frozen_encoders(subject.used)  # a search may leave more frozen
     with torch.no_grad():
         model.eval()
         for modality, reads in model.item_encoder.reads.items():
-            if modality not in subject.frozen and overrides(method, "encode"):
+            if modality not in frozen and overrides(method, "encode"):
                 continue
             given = {"tokens": items.tokens, "token_mask": items.token_mask, "image": items.image}
             fresh = named_tensors(subject.fresh_views[modality].encode(reads, **given))["states"]
             after = named_tensors(model.states(modality, items))["states"]
-            if modality in subject.frozen and not torch.equal(after, fresh):
+            if modality in frozen and not torch.equal(after, fresh):
                 raise ContractError(f"the {modality} encoder is frozen, but training changes its hidden states")
             if method.baseline and not torch.equal(after, fresh):
                 raise ContractError(
                     f"it says baseline, which adapts no encoder, but changes the {modality} encoder's states"
                 )
-            adapted = modality not in subject.frozen and not method.baseline
+            adapted = modality not in frozen and not method.baseline
             if adapted and torch.allclose(after, fresh):
                 raise ContractError(
                     f"the {modality} encoder gives the same hidden states after training as before; if it is not "

@@ -17,7 +17,7 @@ class Watch:
     """Watches one training, that of forks included; a context manager around ``trainer.run()``.
 
     Attributes:
-        trained: names of the parameters that trained at any time.
+        trained: names of the parameters that trained at any time. The first model of a search may never train.
         reached: those of them with a gradient that was not zero. broken: those with one that was not finite.
         ungrouped: those that were not in one group of an optimiser, with the number of groups that they were in.
     """
@@ -39,7 +39,6 @@ class Watch:
             self._watch_gradients(loop.model, built)
             return built
 
-        self._note_trainable(self._trainer.model)
         # Every trainer's, because a method's procedure may fork its own.
         EpochLoop.optimizer = optimizer  # type: ignore[method-assign, assignment]
         return self

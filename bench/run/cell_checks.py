@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from tpme.bench.errors import UserError
 from tpme.bench.record import Cell, EncoderSpec, Modality
@@ -13,6 +13,14 @@ from tpme.bench.record import Cell, EncoderSpec, Modality
 if TYPE_CHECKING:
     from tpme.bench.counting.meta import MetaEncoders
     from tpme.methods.base import Method
+
+
+@runtime_checkable
+class ChecksItsRun(Protocol):
+    """A method whose procedure needs more than its model does, such as a package that is not always installed."""
+
+    def check_run(self, cell: Cell) -> None:
+        """Raise UserError where the procedure cannot run."""
 
 
 def pinned(spec: EncoderSpec | None) -> EncoderSpec | None:
@@ -73,6 +81,8 @@ def check_cells(
     encoders = encoders or MetaEncoders()
     for cell in {cost_key(cell): cell for cell in cells}.values():
         method = create(cell.method, cell.options, methods_path)
+        if isinstance(method, ChecksItsRun):
+            method.check_run(cell)
         _check_dtypes(cell, method)
         _check_states(cell, method, encoders)
         try:

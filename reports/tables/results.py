@@ -24,6 +24,7 @@ from tpme.reports.tables.paper import paper
 from tpme.reports.tables.planned import planned
 from tpme.reports.tables.representation_space import representation_space
 from tpme.reports.tables.scales import scales
+from tpme.reports.tables.searches import searches
 from tpme.reports.tables.serving_costs import inference
 from tpme.reports.tables.table import Column, Entry, Table
 
@@ -228,6 +229,7 @@ TABLES: dict[str, Callable[[Section], Table]] = {
     "representation": representation_space,
     "phases": phases,
     "paper": paper,
+    "searches": searches,
     "lr": learning_rates,
     "failures": failures,
     "environment": machines,

@@ -21,6 +21,10 @@ from tpme.methods import registry
 
 CORRECT = Path(__file__).with_name("correct")
 BOTH = ("text", "image")
+DEFAULTS: dict[str, dict[str, Any]] = {"autopeft": {"budget": "smoke", "engine": "random"}}
+"""What stands for the defaults, which need a package that may be missing."""
+COMPILED = {"autopeft": {"configuration": {"text": {"serial": 3, "parallel": 2, "prefix": 2}}}}
+"""Without its search, which would compile every trial."""
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "adapter": [{"bottleneck": 4, "activation": "gelu"}],
     "lora": [{"rank": 2, "alpha": 4, "targets": ("query", "key", "value", "attention_output", "ffn_in", "ffn_out")}],
@@ -42,6 +46,11 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"experts": 2, "mixing": "mix", "bottleneck": 4, "dispatch_encoders": "image", "distill": False},
     ],
     "iisan": [{"inter": False, "activation": "gelu"}, {"intra": False}],
+    "autopeft": [
+        {"budget": "smoke", "engine": "random", "kinds": ("prefix", "serial"), "shared": True, "tolerance": 0.5},
+        {"configuration": {"text": {"serial": 3, "prefix": 2, "layers": (1,)}, "image": {"parallel": 2}}},
+        {"configuration": {"image": {"serial": 3, "layers": (0,)}}},
+    ],
     "pfeiffer-adapter": [{"bottleneck": 4, "activation": "gelu"}],
     "parallel-adapter": [{"bottleneck": 4, "scale": 1.0, "dropout": 0.1}],
     "dapt": [
@@ -88,10 +97,11 @@ def tried() -> list[Tried]:
     """Every method with its defaults, every variant, and every built-in method on each modality alone."""
     results = []
     for name in NAMES:
-        results += [Tried(name, options) for options in ({}, *VARIANTS.get(name, []))]
+        usual = DEFAULTS.get(name, {})
+        results += [Tried(name, options) for options in (usual, *VARIANTS.get(name, []))]
         method = registry.method_class(name, [CORRECT])
         if name in registry.BUILTIN and method.modalities is None:
-            results += [Tried(name, {}, (m,)) for m in BOTH if set(method.needs) <= {m}]
+            results += [Tried(name, usual, (m,)) for m in BOTH if set(method.needs) <= {m}]
     return results
 
 
@@ -114,7 +124,11 @@ def conclude(contract_world: Any) -> Callable[[Check, Tried], None]:
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize(
-    "of", [pytest.param(of, id=str(of), marks=() if of == Tried(of.name) else pytest.mark.slow) for of in tried()]
+    "of",
+    [
+        pytest.param(of, id=str(of), marks=() if of == Tried(of.name, DEFAULTS.get(of.name, {})) else pytest.mark.slow)
+        for of in tried()
+    ],
 )
 def test_contract(conclude: Callable[[Check, Tried], None], check: Check, of: Tried) -> None:
     conclude(check, of)
@@ -125,7 +139,7 @@ def test_contract(conclude: Callable[[Check, Tried], None], check: Check, of: Tr
 @pytest.mark.parametrize("name", NAMES)
 def test_contract_of_compiled_models(conclude: Callable[[Check, Tried], None], check: Check, name: str) -> None:
     """With the text encoder alone, where the method can do without images: compiling takes a minute."""
-    conclude(check, Tried(name, {}, registry.method_class(name, [CORRECT]).needs or ("text",)))
+    conclude(check, Tried(name, COMPILED.get(name, {}), registry.method_class(name, [CORRECT]).needs or ("text",)))
 
 
 @pytest.mark.slow
@@ -135,7 +149,7 @@ def test_contract_of_compiled_models(conclude: Callable[[Check, Tried], None], c
 def test_contract_on_other_encoders(
     conclude: Callable[[Check, Tried], None], check: Check, name: str, pair: tuple[str, str]
 ) -> None:
-    conclude(check, Tried(name, pair=pair))
+    conclude(check, Tried(name, DEFAULTS.get(name, {}), pair=pair))
 
 
 @pytest.mark.slow

@@ -58,6 +58,7 @@ PAPER: dict[str, tuple[str, dict[str, Any], int]] = {
     "peft": ("peft", {}, 2 * 12 * 2 * 24 * (32 * 31 // 2) + RECOMMENDER),
     "vera": ("vera", {}, 2 * 24_576 + RECOMMENDER),
     "light-peft": ("light-peft", {}, 2 * (1_327_104 + 12 * (12 + 3_072)) + RECOMMENDER),  # in the estimation
+    "autopeft": ("autopeft", {}, 2 * 1_346_112 + RECOMMENDER),  # before its search
     "dapt": ("dapt", {}, 1_438_476 + 1_440_012 + RECOMMENDER),  # BERT has no final norm
 }
 
@@ -111,6 +112,12 @@ def test_an_adapted_model_runs_on_the_meta_device(encoders: MetaEncoders, name: 
     assert (vectors.device.type, vectors.shape[0]) == ("meta", 2)
 
 
+def middle(width: int) -> int:
+    """A layer with two adapters and a prefix of AutoPEFT's middle size: ``floor(D / 2^k)``, 5 halvings of 768."""
+    size = width >> (width.bit_length() + 1) // 2
+    return 2 * (2 * width * size + size + width) + size * 2 * width
+
+
 # --- closed formulas, at another shape ------------------------------------------------------------------------------
 
 
@@ -161,6 +168,7 @@ def closed_formula(name: str, options: Mapping[str, Any], tiny: ModuleType) -> i
         "peft": fused + 2 * depth * 2 * (width * (width - 1) // 2),
         "vera": fused + 2 * depth * 2 * (options.get("rank", 256) + width),
         "light-peft": fused + 2 * depth * (8 * (8 * width + 2 * (width + ffn)) + tiny.HEADS + ffn),  # in the estimation
+        "autopeft": fused + 2 * depth * middle(width),
         "dapt": fused
         + 2 * depth * (bottleneck + 3 * width + 1 + 2 * (7 * width + ffn))  # norm and gate; seven of D, one of F
         + 2 * 2 * (depth - 1) * width  # prompts

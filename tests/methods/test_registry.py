@@ -75,6 +75,7 @@ def test_the_card_methods() -> None:
         "pyra",
         "context-peft",
         "light-peft",
+        "autopeft",
         "iisan",
         "iisan-versa",
         "lst",
@@ -108,7 +109,9 @@ def test_an_unknown_name_gets_a_suggestion() -> None:
 
 
 def test_a_name_like_no_other_gets_the_list() -> None:
-    one_line("unknown method 'xyz'; known: adalora, adapter, bitfit, .*vera", lambda: registry.create("xyz", {}))
+    one_line(
+        "unknown method 'xyz'; known: adalora, adapter, autopeft, bitfit, .*vera", lambda: registry.create("xyz", {})
+    )
 
 
 @pytest.mark.parametrize(

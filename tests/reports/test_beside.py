@@ -11,6 +11,7 @@ from tpme.reports.report import make_report, write_report
 from tpme.reports.tables.paper import paper
 from tpme.reports.tables.planned import planned
 from tpme.reports.tables.results import all_tables, costs, results
+from tpme.reports.tables.searches import searches
 from tpme.reports.tables.table import to_json
 
 
@@ -177,3 +178,35 @@ def test_records_without_a_planned_peak_show_their_counters_alone(factory):
 def test_no_counters_no_table(factory):
     factory.write("fft")
     assert "plan" not in [table.name for table in all_tables(section_of(factory))]
+
+
+# --- searches --------------------------------------------------------------------------------------------------
+
+
+def test_the_cost_of_a_search_stands_beside_its_winner_in_seconds_and_in_runs_of_full_fine_tuning(factory):
+    factory.write("fft", seed=1, all_in_s=40.0)
+    factory.write("fft", seed=2, all_in_s=60.0)
+    for seed, seconds in ((1, 90.0), (2, 110.0)):
+        path = factory.write("autopeft", seed=seed, all_in_s=seconds + 30)
+        values = {"trials": 8, "trials_failed": seed - 1, "search_s": seconds, "proposing_s": 7.0}
+        count(path, **{f"procedure_{name}": value for name, value in values.items()})
+    table = searches(section_of(factory))
+    assert [row[0].value for row in table.rows] == ["autopeft"]
+    row = line(table, "autopeft")
+    assert row["procedure_trials"].startswith("8")
+    assert row["procedure_search_s"].startswith("100")
+    assert row["procedure_search_runs"] == "2.00"
+    assert "over the 50.0 s of everything that leads to the model of 'fft'" in table.notes[0]
+
+
+def test_without_full_fine_tuning_a_search_is_in_seconds_alone(factory):
+    factory.write("lora", all_in_s=10.0)
+    count(factory.write("autopeft", all_in_s=60.0), procedure_trials=8, procedure_search_s=30.0)
+    table = searches(section_of(factory))
+    assert "procedure_search_runs" not in [column.key for column in table.columns]
+    assert "A matrix with a row 'fft' also says" in table.notes[0]
+
+
+def test_no_search_no_table_of_searches(factory):
+    factory.write("fft", all_in_s=10.0)
+    assert "searches" not in [table.name for table in all_tables(section_of(factory))]

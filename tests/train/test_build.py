@@ -20,6 +20,9 @@ from tpme.methods.registry import BUILTIN, create
 
 CACHED = [name for name in sorted(BUILTIN) if (method := create(name, {})).decoupled and method.modalities is None]
 
+OPTIONS = {"autopeft": {"engine": "random"}}
+"""Its default needs a package that may be missing."""
+
 
 def parameters(model: Recommender) -> dict[str, tuple[torch.Size, bool]]:
     """Shape of every parameter, and whether it trains."""
@@ -40,7 +43,7 @@ def test_the_counters_see_the_model_that_is_trained(world: Any, tmp_path: Path, 
     recomputed = len(create(method, {}).passes()) == 1  # two passes would be mixed up, and are refused
     training |= {"activation_checkpointing": recomputed, "max_steps_per_epoch": 5 if cached else None}
     training["epochs"] = len(create(method, {}).stages())
-    matrix = world.matrix([{"name": method, "cached": cached}], training=training)
+    matrix = world.matrix([{"name": method, "options": OPTIONS.get(method, {}), "cached": cached}], training=training)
     job = world.job(matrix, tmp_path)
     trainer = CellRun(job, PhaseLog("cpu", None, None), lambda _what, _share: None).prepare()
     meta = MetaCell(job.cell, DataShape.of(trainer.dataset))
