@@ -46,6 +46,7 @@ BUILTIN: dict[str, str] = {
     "dyt": "tpme.methods.dyt:DyT",
     "pyra": "tpme.methods.pyra:PYRA",
     "context-peft": "tpme.methods.context_peft:ContextPEFT",
+    "fedpeptao": "tpme.methods.fedpeptao:FedPepTAO",
     "iisan": "tpme.methods.iisan:IISAN",
     "iisan-versa": "tpme.methods.iisan_versa:IISANVersa",
     "lst": "tpme.methods.lst:LST",
