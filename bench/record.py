@@ -507,6 +507,10 @@ class ImportSource(Frozen):
     """Its address, DOI or file."""
 
 
+PASS_S = "pass_s"
+"""Counter of a method that trains in rounds alone: seconds of as many rounds as process each user once."""
+
+
 class CellResult(Frozen):
     """One finished attempt at one cell, however it ended."""
 
@@ -562,6 +566,31 @@ class CellResult(Frozen):
     ``samples`` holds ``step_s`` (training steps), ``step_epoch``, and the memory curve ``sample_t_s``,
     ``sample_bytes``.
     """
+
+    @property
+    def in_rounds(self) -> bool:
+        """Nothing was trained but in rounds, of a method that reports the time of one pass over the users in them."""
+        return not self.epochs and PASS_S in self.counters
+
+    @property
+    def pass_time_s(self) -> Reading:
+        """T of TPME: ``epoch_time_s``; in rounds, the time of as many as process each user once."""
+        return self.counters[PASS_S] if self.in_rounds else self.epoch_time_s
+
+    @property
+    def pass_memory(self) -> Memory | None:
+        """The source of M of TPME: ``training_memory``; in rounds, the peaks over them, instrument by instrument."""
+        rounds = [phase.memory for phase in self.phases if phase.kind == "round"]
+        if not (self.in_rounds and rounds):
+            return self.training_memory
+        # A reading that is not valid may hide the true peak, so it stands for all.
+        largest = {
+            name: max(
+                (getattr(one, name) for one in rounds), key=lambda reading: (not reading.valid, reading.value or 0)
+            )
+            for name in Memory.model_fields
+        }
+        return Memory(**largest)
 
     @model_validator(mode="after")
     def _require_failure(self) -> CellResult:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -16,16 +15,16 @@ from tpme.bench.errors import UserError
 from tpme.bench.record import Modality
 from tpme.bench.task.batches import Batch
 from tpme.bench.task.loss import in_batch_loss
-from tpme.bench.task.recommender import Recommender, group
+from tpme.bench.task.recommender import Recommender
 from tpme.bench.task.view import EncoderView
 from tpme.methods.base import Context, Method, MethodConfig, Result, Schedule, StepState, TaskShape, fusion_parameters
-from tpme.methods.parts.attention import Attended, extend_attention
+from tpme.methods.parts.attention import extend_attention
 from tpme.methods.parts.federation import Federation, Round, pass_seconds, put, trained
 from tpme.methods.parts.federation_clients import dirichlet_clients, iid_clients, user_clusters
 from tpme.methods.parts.federation_estimate import federated_scores, final_states
 from tpme.methods.parts.federation_layers import best_layers, hessian_ratios, kept
 from tpme.methods.parts.federation_server import FedAvg, FedPepTAOServer, nbytes
-from tpme.methods.prefix import Prefix, PrefixConfig, _prepend
+from tpme.methods.parts.partial_prefix import PartialPrefix, partial_prefixes, prepend_chosen, without_prompts
 
 PROMPT = ".prefix.layers."
 """In the names of all prompts."""
@@ -67,31 +66,6 @@ class FedPepTAOConfig(MethodConfig):
     weight_decay: NonNegativeFloat = 0.1
     clip_norm: PositiveFloat | None = 1.0
     client_optimizer: Literal["reset", "persist"] = "reset"
-
-
-class PartialPrefix(Prefix):
-    """The keys and values of some layers of an encoder, (2, H_kv, P, d_h) each; table j belongs to ``chosen[j]``.
-
-    Which layers these are is found when the data are there, after the tables were made: until then the first ones.
-    """
-
-    def __init__(self, view: EncoderView, length: int, number: int, dropout: float) -> None:
-        super().__init__(view, PrefixConfig(length=length))
-        self.dropout = dropout
-        self.choose(range(number))
-
-    def choose(self, layers: Any) -> None:
-        """Let the tables belong to ``layers``; drop those that are too many. Raises ValueError for too few tables."""
-        chosen = tuple(int(layer) for layer in layers)
-        if len(chosen) > len(self.layers):
-            raise ValueError(f"state of another structure: prompts in {len(chosen)} layers, {len(self.layers)} here")
-        self.chosen, self.layers = chosen, nn.ParameterList(list(self.layers)[: len(chosen)])
-        group(self, "prompt")
-
-    def vectors(self, layer: int) -> Tensor:
-        """Keys and values of a chosen layer, (2, H_kv, P, d_h), with dropout in training."""
-        table = super().vectors(self.chosen.index(layer))
-        return nn.functional.dropout(table, self.dropout, self.training)
 
 
 class FedPepTAO(Method):
@@ -140,7 +114,7 @@ class FedPepTAO(Method):
             view.module.add_module("prefix", prefix)
             for layer in range(view.shape.depth):
                 # A partial, not a closure: a deep copy of the model then runs its own copy of the prefix.
-                extend_attention(view, layer, partial(_prepend_chosen, prefix, layer))
+                extend_attention(view, layer, partial(prepend_chosen, prefix, layer))
 
     def _kept(self, view: EncoderView) -> int:
         spectrum = self.config.ratio_from == "spectrum"
@@ -169,7 +143,7 @@ class FedPepTAO(Method):
     def after_backward(self, state: StepState) -> None:
         """Clip the norm of the prompts' gradients."""
         if self.config.clip_norm is not None:
-            prompts = [value for prefix in _prefixes(state.model).values() for value in prefix.parameters()]
+            prompts = [value for prefix in partial_prefixes(state.model).values() for value in prefix.parameters()]
             nn.utils.clip_grad_norm_(prompts, self.config.clip_norm)
 
     # --- the procedure ------------------------------------------------------------------------------------------
@@ -195,7 +169,7 @@ class FedPepTAO(Method):
             persist=self.config.client_optimizer == "persist",
         )
         self._estimated = context.once("estimate", "layers", partial(self._choose_layers, context, self._federation))
-        for modality, prefix in _prefixes(context.state.model).items():
+        for modality, prefix in partial_prefixes(context.state.model).items():
             prefix.choose(self._estimated["layers"][modality])
 
     def run(self, context: Context) -> None:
@@ -240,14 +214,14 @@ class FedPepTAO(Method):
             return iid_clients(users, clients, rng)
         model = context.state.model.eval()
         modality: Modality = "text" if "text" in model.views else "image"
-        with _without_prompts(model):
+        with without_prompts(model):
             clusters = user_clusters(context, partial(final_states, model, modality), self.config.clusters, rng)
         return dirichlet_clients(clusters, clients, self.config.alpha, rng)
 
     def _choose_layers(self, context: Context, federation: Federation) -> dict[str, Any]:
         """The layers that carry prompts, by modality; the ratio that was used, and the bytes that all this took."""
         model = context.state.model
-        with _without_prompts(model):
+        with without_prompts(model):
             scores, sent = federated_scores(context, federation)
         ratios: dict[Modality, float] = dict.fromkeys(scores, self.config.layer_ratio)
         if self.config.ratio_from == "spectrum":
@@ -268,13 +242,13 @@ class FedPepTAO(Method):
         federation.forget()
         put(model, server.model)
         model.eval()
-        prompts = [list(prefix.parameters()) for prefix in _prefixes(model).values()]
+        prompts = [list(prefix.parameters()) for prefix in partial_prefixes(model).values()]
         found = []
         for client in federation.sample(context.seed, number):
             batch = next(iter(context.batches(federation.clients[client])))
             found.append(hessian_ratios(partial(_loss, self, model, batch), prompts))
         put(model, start)
-        ratios = dict(zip(_prefixes(model), np.mean(found, axis=0).tolist(), strict=True))
+        ratios = dict(zip(partial_prefixes(model), np.mean(found, axis=0).tolist(), strict=True))
         return ratios, sent + 4 * sum(map(len, found))
 
     # --- result -------------------------------------------------------------------------------------------------
@@ -283,14 +257,14 @@ class FedPepTAO(Method):
         """What trains, and the layers that the prompts belong to."""
         chosen = {
             f"encoders.{modality}.prefix.chosen": torch.tensor(prefix.chosen)
-            for modality, prefix in _prefixes(model).items()
+            for modality, prefix in partial_prefixes(model).items()
         }
         return super().state(model) | chosen
 
     def load_state(self, model: Recommender, state: Mapping[str, Tensor]) -> None:
         """Load a ``state``, which says in which layers the prompts are."""
         left = dict(state)
-        for modality, prefix in _prefixes(model).items():
+        for modality, prefix in partial_prefixes(model).items():
             chosen = left.pop(f"encoders.{modality}.prefix.chosen")
             if chosen.ndim != 1 or not set(chosen.tolist()) <= set(range(len(model.views[modality].layers))):
                 raise ValueError(f"state of another structure: prompts in layers {chosen.tolist()} of {modality}")
@@ -319,26 +293,11 @@ class FedPepTAO(Method):
             "prompt_message_bytes": prompts,
             "head_message_bytes": nbytes(sizes) - prompts,
             "estimate_bytes": self._estimated["bytes"],
-            **{f"{modality}_prompted_layers": len(prefix.chosen) for modality, prefix in _prefixes(model).items()},
+            **{
+                f"{modality}_prompted_layers": len(prefix.chosen)
+                for modality, prefix in partial_prefixes(model).items()
+            },
         }
-
-
-def _prefixes(model: Recommender) -> dict[Modality, PartialPrefix]:
-    """The prompts of every encoder."""
-    return {modality: view.module.get_submodule("prefix") for modality, view in model.views.items()}  # type: ignore[misc]
-
-
-@contextmanager
-def _without_prompts(model: Recommender) -> Iterator[None]:
-    """Attend to no prompts within the block."""
-    before = {prefix: prefix.chosen for prefix in _prefixes(model).values()}
-    try:
-        for prefix in before:
-            prefix.chosen = ()
-        yield
-    finally:
-        for prefix, chosen in before.items():
-            prefix.chosen = chosen
 
 
 def _loss(method: Method, model: Recommender, batch: Batch) -> Tensor:
@@ -346,12 +305,3 @@ def _loss(method: Method, model: Recommender, batch: Batch) -> Tensor:
     vectors = method.encode(model, batch.items)
     users = model.user_vectors(vectors[batch.slot[:, :-1]], batch.mask)
     return in_batch_loss(users, vectors, batch.candidates)
-
-
-def _prepend_chosen(
-    prefix: PartialPrefix, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
-) -> Attended:
-    """Prepend the prompts in the chosen layers."""
-    if layer not in prefix.chosen:
-        return query, key, value, mask
-    return _prepend(prefix, layer, query, key, value, mask)

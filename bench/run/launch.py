@@ -139,8 +139,9 @@ def make_jobs(
 
     datasets = prepare_datasets(matrix, store, console)
     cells = expand(matrix, datasets, device=device, methods_path=methods_path)
-    items = {name: read_manifest(data.path).items for name, data in datasets.items()}
-    check_cells(cells, items, matrix.cache_limit_bytes, methods_path)
+    manifests = {name: read_manifest(data.path) for name, data in datasets.items()}
+    items, users = ({name: getattr(manifests[name], size) for name in manifests} for size in ("items", "users"))
+    check_cells(cells, items, matrix.cache_limit_bytes, methods_path, users=users)
     versions = {name: code_version(source_file(name, methods_path)) for name in {cell.method for cell in cells}}
     return [
         Job(

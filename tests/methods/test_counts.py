@@ -43,6 +43,8 @@ PAPER: dict[str, tuple[str, dict[str, Any], int]] = {
     "prefix": ("prefix", {}, 2 * 294_912 + RECOMMENDER),
     "prefix, through an MLP": ("prefix", {"length": 20, "reparameterised": True}, 2 * 9_864_704 + RECOMMENDER),
     "pt-peft": ("pt-peft", {"length": 20}, 2 * 368_640 + RECOMMENDER),  # in stage 1
+    "fedpeptao": ("fedpeptao", {}, 2 * 184_320 + RECOMMENDER),
+    "fedpeptao, all layers": ("fedpeptao", {"layer_ratio": 1.0}, 2 * 368_640 + RECOMMENDER),
     "dyt": ("dyt", {}, 2 * 1_198_860 + RECOMMENDER),
     "id": ("id", {}, 100_224 + (ITEMS + 1) * 64),
     "popularity": ("popularity", {}, 0),
