@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -12,7 +14,7 @@ from pydantic import ValidationError
 
 from tpme.bench.contract.subject import Subject, vectors
 from tpme.bench.errors import UserError
-from tpme.bench.run.cell_checks import check_cells
+from tpme.bench.record import CellResult
 from tpme.bench.train.loop import Trainer
 from tpme.methods.fedpeptao import FedPepTAO, FedPepTAOConfig
 from tpme.methods.parts.federation import put, trained
@@ -110,14 +112,9 @@ def test_prompts_are_in_the_layers_with_the_highest_scores(contract_world: Any) 
             items = subject.items(trainer, ids[:fewest])
             mask = items.token_mask if modality == "text" else None
             outputs: list[torch.Tensor] = []
-            hooks = [
-                layer.register_forward_hook(
-                    lambda _m, _a, out: outputs.append(out[0] if isinstance(out, tuple) else out)
-                )
-                for layer in view.layers
-            ]
+            hooks = [layer.register_forward_hook(partial(_keep, outputs)) for layer in view.layers]
             with torch.no_grad():
-                _ = view.encode(
+                view.encode(
                     trainer.model.item_encoder.reads[modality],
                     tokens=items.tokens,
                     token_mask=items.token_mask,
@@ -132,6 +129,10 @@ def test_prompts_are_in_the_layers_with_the_highest_scores(contract_world: Any) 
         assert found == pytest.approx(scores.tolist(), rel=1e-3)
         best = np.argsort(-scores, kind="stable")[: round(0.5 * view.shape.depth)]
         assert partial_prefixes(trainer.model)[modality].chosen == tuple(sorted(best.tolist()))
+
+
+def _keep(outputs: list[torch.Tensor], _module: Any, _args: Any, output: Any) -> None:
+    outputs.append(output[0] if isinstance(output, tuple) else output)
 
 
 def test_without_prompts_an_encoder_is_the_frozen_one(contract_world: Any) -> None:
@@ -221,7 +222,7 @@ def test_without_options_rounds_process_the_users_as_often_as_the_task_has_epoch
     assert phases == [("estimate", ""), *(("round", f"round {number}") for number in (1, 2, 3))]
 
 
-def test_a_record_of_rounds_has_t_m_and_a_flag_that_says_which(world: Any, harness: ModuleType, tmp_path: Any) -> None:
+def test_a_record_of_rounds_has_t_m_and_a_flag_that_says_which(world: Any, harness: ModuleType, tmp_path: Path) -> None:
     matrix = world.matrix([{"name": "fedpeptao", "options": {"length": 2, "rounds": 2}}])
     result = world.tell(matrix, tmp_path)
     assert (result.failure, result.epochs) == (None, ())
@@ -236,6 +237,65 @@ def test_a_record_of_rounds_has_t_m_and_a_flag_that_says_which(world: Any, harne
     assert row["valid_recall_10"] == result.counters["valid_recall_10"].value
     assert "in-rounds" in {code for code, _ in row["flags"]}
     assert row["all_in_s"] > result.counters["serial_s"].value
+
+
+KILLED = """
+import os, signal
+from tpme.methods.fedpeptao import FedPepTAO
+
+class Killed(FedPepTAO):
+    def before_step(self, state):
+        if os.environ.get("KILL") == str(state.step):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+METHOD = Killed
+"""
+
+
+def test_after_kill_9_a_federation_goes_on_at_its_last_finished_round(
+    world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in its third round of four; then ranks and counters of a federation that nobody killed."""
+    (tmp_path / "methods").mkdir()
+    (tmp_path / "methods" / "killed.py").write_text(KILLED)
+    options = {"length": 2, "clients": 4, "sample": 0.5, "local_epochs": 1, "rounds": 4, "client_optimizer": "persist"}
+    matrix = world.matrix([{"name": "killed", "options": options}], training={"users_per_batch": 8})
+
+    def attempt(folder: str) -> CellResult:
+        [result] = world.run(matrix, tmp_path / folder, methods_path=[tmp_path / "methods"])
+        return result
+
+    monkeypatch.setenv("KILL", "9")  # rounds of two clients with one or two steps each
+    killed = attempt("run")
+    [cell] = (tmp_path / "run" / "cells").iterdir()
+    done = sorted(path.name.rsplit("-", 1)[0] for path in (cell / "procedure").iterdir())
+    assert killed.status == "killed"
+    assert done[:2] == ["clients", "layers"]
+    assert done[2:] in (["round-1", "round-2"], ["round-1", "round-2", "round-3"])
+    monkeypatch.delenv("KILL")
+    resumed, whole = attempt("run"), attempt("other")
+    assert (resumed.status, resumed.attempt, whole.status) == ("ok", 2, "ok")
+    assert [phase.name for phase in resumed.phases if phase.kind == "round"] == [
+        f"round {number}" for number in range(len(done) - 1, 5)
+    ]
+    ranks = [
+        np.load(next((tmp_path / folder).glob(f"cells/*/{result.files['ranks']}")))["rank"]
+        for folder, result in (("run", resumed), ("other", whole))
+    ]
+    assert np.array_equal(*ranks)
+    timed = {"serial_s", "parallel_s", "pass_s", "pass_parallel_s"}
+    own = [name for name, reading in whole.counters.items() if reading.source.startswith("report()")]
+    assert len(own) > 10
+    for name in own:
+        assert (resumed.counters[name].value == whole.counters[name].value) or name in timed
+    spent = sum(phase.wall_s for phase in resumed.phases if phase.kind in ("estimate", "round"))
+    assert resumed.all_in_s is not None
+    assert resumed.all_in_s.value is not None
+    assert resumed.all_in_s.value > spent
+    assert "s of it in earlier attempts" in resumed.all_in_s.source
+    serial = resumed.counters["serial_s"].value
+    assert serial is not None
+    assert serial > sum(phase.wall_s for phase in resumed.phases if phase.kind == "round") > 0
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------
@@ -262,7 +322,7 @@ def test_bad_options_are_refused_in_one_line(options: dict[str, Any], message: s
 
 @pytest.mark.parametrize("command", ["run", "plan"])
 def test_more_clients_than_users_are_refused_before_anything_runs(
-    world: Any, harness: ModuleType, tmp_path: Any, command: str
+    world: Any, harness: ModuleType, tmp_path: Path, command: str
 ) -> None:
     matrix = world.write(tmp_path / "m.toml", world.matrix([{"name": "fedpeptao", "options": {"clients": 61}}]))
     ended = harness.tpme(command, str(matrix), "--store", str(world.store), cwd=tmp_path)
@@ -270,10 +330,3 @@ def test_more_clients_than_users_are_refused_before_anything_runs(
     assert ended.returncode == 2
     assert ended.stderr.strip().endswith(line)
     assert not (tmp_path / "runs").exists()
-
-
-def test_the_users_of_each_data_set_are_checked(world: Any, tmp_path: Any) -> None:
-    matrix = world.matrix([{"name": "fedpeptao", "options": {"clients": 61}}])
-    cells = [world.jobs(world.matrix(["frozen"]), tmp_path)[0].cell.model_copy(update={"method": "fedpeptao"})]
-    assert matrix
-    check_cells(cells, {"world": 60}, 10**12, users={"world": 1})
