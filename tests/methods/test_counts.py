@@ -133,6 +133,7 @@ def closed_formula(name: str, options: Mapping[str, Any], tiny: ModuleType) -> i
         "prompt": fused + 2 * depth * options.get("length", 10) * width,
         "prefix": fused + 2 * depth * options.get("length", 16) * 2 * width,
         "pt-peft": fused + 2 * depth * options.get("length", 16) * 2 * width,  # in stage 1
+        "fedpeptao": fused + 2 * (depth // 2) * options.get("length", 20) * 2 * width,
         "dyt": fused + 2 * depth * (bottleneck + width + 1),
         "iisan": sequence + 3 * tower + 3 * dim * dim + dim,
         "pyra": fused + 2 * depth * options.get("rank", 8) * 4 * width + (depth - 1) * (3 * width + 2),

@@ -252,10 +252,14 @@ METHOD = Killed
 """
 
 
+@pytest.mark.slow
 def test_after_kill_9_a_federation_goes_on_at_its_last_finished_round(
     world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed in its third round of four; then ranks and counters of a federation that nobody killed."""
+    """Killed in its third round of four; then ranks and counters of a federation that nobody killed.
+
+    Without processes the contract suite checks the same (``resuming_changes_nothing``).
+    """
     (tmp_path / "methods").mkdir()
     (tmp_path / "methods" / "killed.py").write_text(KILLED)
     options = {"length": 2, "clients": 4, "sample": 0.5, "local_epochs": 1, "rounds": 4, "client_optimizer": "persist"}
@@ -293,9 +297,6 @@ def test_after_kill_9_a_federation_goes_on_at_its_last_finished_round(
     assert resumed.all_in_s.value is not None
     assert resumed.all_in_s.value > spent
     assert "s of it in earlier attempts" in resumed.all_in_s.source
-    serial = resumed.counters["serial_s"].value
-    assert serial is not None
-    assert serial > sum(phase.wall_s for phase in resumed.phases if phase.kind == "round") > 0
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------

@@ -72,6 +72,7 @@ def test_the_card_methods() -> None:
         "dyt",
         "pyra",
         "context-peft",
+        "fedpeptao",
         "iisan",
         "iisan-versa",
         "lst",
