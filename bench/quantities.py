@@ -133,6 +133,7 @@ QUANTITIES: dict[str, Quantity] = {
         Quantity("wall_s", "Whole cell", unit="s"),
         Quantity("total_millions", "All parameters", unit="M", digits=4),
         Quantity("cache_build_s", "Cache build", unit="s"),
+        Quantity("cache_peak_bytes", "Cache build peak", "peak memory of building the cache", "bytes", memory="held"),
         Quantity("training_energy_j", "Training energy", unit="J", units=(("J", 1.0, 0.0),)),
         Quantity("search_wall_s", "lr search", unit="s"),
         # serving the adapted model

@@ -592,6 +592,30 @@ class CellResult(Frozen):
         }
         return Memory(**largest)
 
+    @property
+    def untrained(self) -> Flag | None:
+        """A flag on a method that trained nothing but the recommender and does not say that it is a baseline."""
+        if self.status != "ok" or self.cell.baseline or self.source is not None or self.parameters is None:
+            return None
+        if self.parameters.trainable_max > self.parameters.by_group.get("recommender", 0):
+            return None
+        return Flag(
+            code="trains-nothing",
+            message=f"{self.cell.method} trains no parameter of its own, at most the recommender: either it leaves "
+            "everything frozen by mistake, or it is a reference row and should set baseline = True",
+        )
+
+    @property
+    def rounds_flag(self) -> Flag | None:
+        """Which costs T and M are, where nothing was trained but in rounds."""
+        if not self.in_rounds:
+            return None
+        message = (
+            "T is the time of as many rounds as process each user once, one client after the other on one device "
+            "(its counter pass_parallel_s: with a device for each client); M is the peak of the rounds"
+        )
+        return Flag(code="in-rounds", message=message)
+
     @model_validator(mode="after")
     def _require_failure(self) -> CellResult:
         if self.status != "ok" and self.failure is None:

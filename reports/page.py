@@ -11,7 +11,7 @@ import base64
 import hashlib
 import html
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from string import Template
 from typing import Any
@@ -19,27 +19,32 @@ from typing import Any
 import tomli_w
 
 from tpme.bench.record import Cell, CellResult, DatasetFacts
+from tpme.reports.data.answer import answer
 from tpme.reports.data.load import Recorded, load_samples, stretches, thin
+from tpme.reports.data.phase_colours import PHASE_COLOURS
 from tpme.reports.data.section import Section
 from tpme.reports.data.tpme import COLUMNS, Weights, members
 from tpme.reports.data.trials import Line, shorten_path
+from tpme.reports.page_axes import Axes, learning
 from tpme.reports.tables.fields import value_of
 from tpme.reports.tables.serving_costs import inference
 from tpme.reports.tables.table import Table
 
-SHORT = dict(zip(COLUMNS, ("t", "p", "m"), strict=True))
-QUALITY = tuple(f"{metric}_10{end}" for metric in ("recall", "ndcg") for end in ("", "_low", "_high"))
-SPREADS = {"t_sd": "epoch_time_s_sd", "m_sd": "memory_bytes_sd", "e": "energy_epoch_j", "seen": "memory_seen_bytes"}
+SCRIPTS = ("page", "page_table", "page_chart", "page_curves", "page_cell", "page_controls")
+"""Parts of the script, in the order in which they run."""
+SPREADS = ("epoch_time_s_sd", "memory_bytes_sd", "memory_seen_bytes", "peak_phase")
 CURVE_POINTS = 160
 
 
 def page(title: str, sections: Sequence[Section], weights: Weights) -> str:
     """The whole page as HTML. Machine paths in texts are cut to their last two parts."""
     assets = files("tpme.reports").joinpath("assets")
-    style, script, frame = (
-        assets.joinpath(f"page.{ending}").read_text(encoding="utf-8") for ending in ("css", "js", "html")
+    style, frame, *parts = (
+        assets.joinpath(name).read_text(encoding="utf-8")
+        for name in ("page.css", "page.html", *(f"{part}.js" for part in SCRIPTS))
     )
-    data = {"weights": weights.values, "groups": [_group(section) for section in sections]}
+    script = "\n".join(parts)
+    data = {"weights": weights.values, "phases": PHASE_COLOURS, "groups": [_group(section) for section in sections]}
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return Template(frame).substitute(
         title=html.escape(title),
@@ -56,40 +61,49 @@ def _hash(text: str) -> str:
 
 
 def _group(section: Section) -> dict[str, Any]:
-    frame = section.frame
+    frame, axes = section.frame, Axes(section)
     usable = members(section.summary)
     firsts = section.firsts()
+    common = _common(_environment(first.result) for first in firsts.values())
     return {
         "name": section.name,
+        "answer": [shorten_path(text) for text in vars(answer(section)).values()],
+        "reference": section.reference,
+        "noise": vars(section.noise) | {"text": section.noise.text},
         "frame": None
         if frame is None
-        else {short: [getattr(frame, name).min, getattr(frame, name).max] for name, short in SHORT.items()},
+        else {name: [getattr(frame, name).min, getattr(frame, name).max] for name in COLUMNS},
         "frozen": section.frame_from,
+        "axes": axes.as_json(),
         "shared": [shorten_path(text) for text in (*section.notes.shared, section.instruments)],
         "footnotes": [shorten_path(text) for text in section.notes.footnotes],
+        "environment": common,
         "inference": _table(inference(section)),
         "rows": [
-            _row(section, index, name, line, bool(usable[name]), firsts[name])
+            {
+                **_row(section, index, name, line, bool(usable[name])),
+                "values": axes.values(name),
+                "learning": learning(firsts[name].result),
+                "cell": _cell(firsts[name], common),
+            }
             for index, (name, line) in enumerate(section.lines.items())
         ],
     }
 
 
-def _row(section: Section, index: int, name: str, line: Line, usable: bool, first: Recorded) -> dict[str, Any]:
+def _row(section: Section, index: int, name: str, line: Line, usable: bool) -> dict[str, Any]:
     return {
         "index": index,
         "name": name,
         "status": line["status"],
         "compared": bool(line["compared"]),
+        "baseline": bool(line["baseline"]),
         "usable": usable,
-        **{short: value_of(line[column]) for column, short in SHORT.items()},
-        **({"m": None} if line["status"] == "oom" else {}),  # the largest reading is a lower bound
-        **{key: value_of(line[column]) for key, column in SPREADS.items()},
-        **{key: value_of(line[key]) for key in (*QUALITY, "tpme_low", "tpme_high")},
+        **{key: value_of(line[key]) for key in (*SPREADS, "tpme_low", "tpme_high")},
+        "tpme_end": bool(line["tpme_end"]),
         "source": line["memory_source"],
         "seeds": int(line["seeds_ok"]),
         "notes": section.notes.marks[name],
-        "cell": _cell(first),
     }
 
 
@@ -108,8 +122,8 @@ def _table(table: Table) -> dict[str, Any] | None:
 # --- the cell behind a row -----------------------------------------------------------------------------------
 
 
-def _cell(recorded: Recorded) -> dict[str, Any]:
-    result = recorded.result
+def _cell(recorded: Recorded, common: Mapping[str, str]) -> dict[str, Any]:
+    result, environment = recorded.result, _environment(recorded.result)
     failure = result.failure
     return {
         "id": result.cell_id,
@@ -120,7 +134,7 @@ def _cell(recorded: Recorded) -> dict[str, Any]:
         "phases": _phases(result),
         "curve": _curve(recorded),
         "configuration": matrix_of(result.cell, result.dataset),
-        "environment": _environment(result),
+        "environment": _differing(environment, common),
         "command": f"tpme run cell.toml --device {result.cell.device}",
     }
 
@@ -141,10 +155,25 @@ def _curve(recorded: Recorded) -> list[tuple[float, int]]:
     return [(round(t, 2), int(float(f"{b:.4g}"))) for t, b in zip(time_s.tolist(), used.tolist(), strict=True)]
 
 
-def _environment(result: CellResult) -> dict[str, str]:
+def _common(environments: Iterable[Mapping[str, str] | None]) -> dict[str, str]:
+    """What is the same for every cell whose environment is known."""
+    known = [values for values in environments if values is not None]
+    first = known[0] if known else {}
+    return {key: value for key, value in first.items() if all(other.get(key) == value for other in known)}
+
+
+def _differing(environment: Mapping[str, str] | None, common: Mapping[str, str]) -> dict[str, str] | None:
+    """What a cell does not share with all others; None where its environment is not known."""
+    if environment is None:
+        return None
+    return {key: value for key, value in environment.items() if common.get(key) != value}
+
+
+def _environment(result: CellResult) -> dict[str, str] | None:
+    """None where the attempt ended before it was known."""
     environment = result.environment
     if environment is None:
-        return {"device": "the attempt ended before it was known"}
+        return None
     values = {
         "device": environment.device_name,
         "driver": environment.driver,

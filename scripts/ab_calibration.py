@@ -30,7 +30,7 @@ from tpme.bench.quantities import QUANTITIES
 from tpme.bench.record import find_results, read_result
 from tpme.bench.run.trees import Tree, trees
 from tpme.reports.gate.readings import memory
-from tpme.reports.gate.verdict import GateReport, Policy
+from tpme.reports.gate.verdict import BETTER, WORSE, GateReport, Policy
 
 MARK = "calibration"
 MATRIX = """\
@@ -191,8 +191,8 @@ def _line(kind: Kind, report: GateReport, folder: Path) -> dict[str, Any]:
     ratios = {name: compared.ratio for name, compared in comparisons.items() if compared.kind in ("time", "memory")}
     return {
         "kind": kind.name,
-        "regressed": sorted(name for name, compared in comparisons.items() if compared.verdict == "regressed"),
-        "improved": sorted(name for name, compared in comparisons.items() if compared.verdict == "improved"),
+        "regressed": sorted(name for name, compared in comparisons.items() if compared.verdict in WORSE),
+        "improved": sorted(name for name, compared in comparisons.items() if compared.verdict in BETTER),
         "ratios": {name: round(ratio, 4) for name, ratio in ratios.items() if ratio is not None},
         "measured_again": bool(report.notes),
         "comparison_s": round(report.duration_s, 1),

@@ -221,9 +221,12 @@ def test_a_slower_and_larger_method_is_found_and_measured_twice(
     repository.commit({"mine/mine.py": changed}, "two")
     done, report = ab("one", "two", ["mine"], "--rounds", "1")
     assert done.returncode == 1, done.stdout + done.stderr
+    assert "base and head in turn: 2 runs, mine" in done.stdout
+    assert "again, what looks changed or is not settled: 2 runs, mine" in done.stdout
     (cell,) = report["cells"]
     found = {one["metric"]: one for one in cell["comparisons"]}
-    assert found["trainable_parameters"]["verdict"] == found["step_s"]["verdict"] == "regressed"
+    assert found["trainable_parameters"]["verdict"] == "regressed"
+    assert found["step_s"]["verdict"] == "slower"
     assert found["step_s"]["head"] > 0.2
     assert found["step_s"]["low"] <= found["step_s"]["ratio"] <= found["step_s"]["high"]
     assert found["host_rss_bytes"]["base"] > 0

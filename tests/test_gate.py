@@ -130,7 +130,12 @@ def test_the_exit_codes_and_all_files(check: Tpme, counted: Path, tmp_path: Path
     done = check("rest.json", "--baseline", "other.json")
     assert done.returncode == 2
     assert "nothing was compared" in done.stdout
-    assert check(counted, "--baseline", counted, "--require", "time").returncode == 2
+    for require in (["--require", "time"], ["--require", "counter", "--require", "quality,time"]):
+        done = check(counted, "--baseline", counted, *require)
+        assert done.returncode == 2
+        assert re.match(r"Compared: counters of \d+ cells\. Not compared: time, memory and quality", done.stdout)
+        assert "tpme check: what is required was not settled" in done.stdout
+    assert check(counted, "--baseline", counted, "--require", "counter").returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -238,7 +243,7 @@ def gate_step(world: Any, tmp_path: Path) -> Callable[[], tuple[int, str]]:
         "methods-path": "my-methods",
         "baseline": "baseline.json",
         "runs": "2",
-        "check-arguments": "--time-threshold 3 --resident-bound 1",
+        "check-arguments": "--time-threshold 9 --resident-bound 1",
     }
     given = {name: inputs[re.findall(r"inputs\.([a-z-]+)", text)[0]] for name, text in step["env"].items()}
     (tmp_path / "bin").mkdir()
@@ -305,8 +310,8 @@ def test_as_a_new_user(gate_step: Callable[..., tuple[int, str]], world: Any, tm
     assert code == 1, told
     assert "🔴 regressed | tower | trainable parameters" in told
 
-    commit("sleep in the step", METHOD.replace("        pass", "        time.sleep(0.3)"))
+    commit("sleep in the step", METHOD.replace("        pass", "        time.sleep(1.0)"))
     code, told = gate_step()
     assert code == 1, told
-    assert "🔴 regressed | tower | training step" in told
+    assert "🔴 slower | tower | training step" in told
     assert "trainable parameters" not in told

@@ -142,7 +142,12 @@ def test_states_stand_in_for_what_the_data_set_lacks(world: Any, tmp_path: Path,
     assert plans["iisan"]["cache_bytes"] is None
     done = tpme("run", str(path), *store, "--device", "cpu", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    report = (tmp_path / "runs" / "small" / "report" / "report.md").read_text().replace("\\_", "_")
+    said = [
+        done.stdout.index(start) for start in ("\nBest Recall@10: ", "\nTrust: one seed a row", "\nQuality and cost of")
+    ]
+    assert said == sorted(said)
+    folder = tmp_path / "runs" / "small" / "report"
+    report = "".join((folder / name).read_text() for name in ("report.md", "details.md")).replace("\\_", "_")
     assert f"states:{tmp_path.name}/audio.npy@" in report
     assert re.search(r"audio.npy@\w+: 3 hidden states of width 16", report)
     assert str(tmp_path) not in report

@@ -21,6 +21,7 @@ from tpme.bench.record import CellResult, Reading, Status, find_results, read_re
 from tpme.bench.run import launch
 from tpme.bench.run.launch import run_matrix, store_folder
 from tpme.bench.run.matrix import MatrixFile
+from tpme.bench.run.progress import outcome_line
 
 STUB = """
 import json, os, signal, sys, time
@@ -213,6 +214,28 @@ def test_a_cell_that_takes_too_long(stubbed: Stubbed, monkeypatch: pytest.Monkey
     assert late.wall_s >= 3.0
 
 
+def test_a_failed_cell_names_its_log(stubbed: Stubbed) -> None:
+    stubbed.run("ok", "error")
+    told = stubbed.said.splitlines()
+    assert told[-1].strip() == f"log: {stubbed.folder(1) / 'attempt-1.log'}"
+    assert (stubbed.folder(1) / "attempt-1.log").is_file()
+    assert stubbed.said.count("log: ") == 1
+
+
+def test_a_second_run_says_that_all_is_finished(stubbed: Stubbed) -> None:
+    stubbed.run("ok", "oom")
+    assert stubbed.said.startswith("0 of 2 cells finished, 2 to run; ")
+    stubbed.run("ok", "ok")
+    assert stubbed.said == "2 of 2 cells finished (1 oom), nothing to run.\n"
+
+
+def test_without_a_terminal_there_is_a_line_now_and_then(stubbed: Stubbed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tpme.bench.run.progress.LINE_S", 0.5)
+    stubbed.run("sleep", time_limit_s=2.0)
+    lines = [line for line in stubbed.said.splitlines() if line.startswith("popularity (cell 1 of 1): start, 0%; ")]
+    assert 2 <= len(lines) <= 5
+
+
 def test_what_a_cell_says_is_printed_as_it_is(stubbed: Stubbed) -> None:
     stubbed.run("error", "ok")
     assert "popularity         error  no [tag], [/red] or [bold]" in stubbed.said
@@ -222,7 +245,7 @@ def test_what_a_cell_says_is_printed_as_it_is(stubbed: Stubbed) -> None:
 def test_rounds_alone_are_not_nothing_to_train(stubbed: Stubbed) -> None:
     (good,) = stubbed.run("ok")
     federated = good.model_copy(update={"all_in_s": Reading(value=2.0, source="rounds")})
-    assert launch._outcome_line(federated).endswith("0.5 s, 2.00 s all in")
+    assert outcome_line(federated).endswith("0.5 s, 2.00 s all in")
 
 
 def test_a_record_that_a_cell_wrote_badly_stops_nothing(stubbed: Stubbed) -> None:

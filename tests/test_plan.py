@@ -6,7 +6,7 @@ import io
 import json
 import socket
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +14,12 @@ from rich.console import Console
 
 from tpme.bench.commands.plan import render
 from tpme.bench.counting.devices import PROFILES, DeviceProfile
+from tpme.bench.errors import UserError
+from tpme.bench.record import find_results, read_result
 from tpme.bench.run.matrix import MatrixFile, load_matrix
 from tpme.bench.run.plan import MatrixPlan, plan_matrix
 
+ROOT = Path(__file__).resolve().parents[1]
 EXACT = ("forward_flops", "backward_flops", "gradient_bytes", "weight_bytes", "optimizer_bytes", "stored_bytes")
 
 
@@ -55,7 +58,7 @@ def test_the_plan_is_what_the_records_say(card_run: Any, world: Any, harness: Mo
     assert any(line.startswith("Plan against measured") for line in lines)
     assert max(map(len, lines)) <= 100
     names = [line[: max(map(len, results))].strip() for line in lines]
-    assert {label: names.count(label) for label in results} == dict.fromkeys(results, 2), "one line in each table"
+    assert {label: names.count(label) for label in results} == dict.fromkeys(results, 3), "one line in each table"
 
 
 def test_seeds_and_learning_rates_are_planned_once(planned: Any, world: Any, harness: ModuleType) -> None:
@@ -92,11 +95,46 @@ def test_a_device_bounds_time_and_memory(planned: Any) -> None:
     assert memory.expected.step_s * 1e9 * device.efficiency > 2 * cell.work.saved_bytes, "written once, read once"
     [bound] = planned(["fft"], device=device.model_copy(update={"operator_s": 1.0})).cells
     assert bound.expected.step_s > 100, "a step of many operators is bound by starting them"
+
+
+def test_what_fits_on_a_gpu(planned: Any) -> None:
+    device = PROFILES["rtx4090"].model_copy(update={"workspace_bytes": 1})
+    [cell] = planned(["fft"], device=device).cells
     assert cell.expected.fits == "yes"
     peak = cell.work.peak_bytes
     for size, fits in ((int(peak * 1.2), "yes"), (int(peak * 1.05), "tight"), (int(peak * 0.9), "no")):
         [sized] = planned(["fft"], device=device.model_copy(update={"memory_bytes": size})).cells
         assert sized.expected.fits == fits
+
+
+def test_on_a_cpu_nothing_is_said_to_fit(card_run: Any, planned: Any) -> None:
+    record = card_run[2]["fft"]
+    measured = record.training_memory.host_rss_bytes.value
+    [cell] = planned(["fft"], training={"epochs": 2}).cells
+    between = int((cell.work.peak_bytes + measured) / 2)
+    assert cell.work.peak_bytes < between < measured, "the tensors fit, the process does not"
+    device = PROFILES["cpu-generic"].model_copy(update={"memory_bytes": between})
+    plan = planned(["fft"], training={"epochs": 2}, device=device)
+    assert plan.cells[0].expected.fits == "unknown"
+    text = " ".join(" ".join(shown(plan)).split())
+    assert "Tensors" in text
+    assert "Peak" not in text
+    assert "On a CPU only tensors are planned." in text
+    assert "not known until a cell of it has run" in text
+    too_small = device.model_copy(update={"memory_bytes": cell.work.peak_bytes - 1})
+    assert planned(["fft"], device=too_small).cells[0].expected.fits == "no"
+
+
+def test_the_docs_say_how_far_tensors_are_from_the_process_on_a_cpu() -> None:
+    ratios = [
+        memory.value / plan.value
+        for result in map(read_result, find_results([ROOT / "results"]))
+        if result.status == "ok" and result.cell.device == "cpu" and result.training_memory is not None
+        if (plan := result.counters.get("planned_peak_bytes")) and plan.value
+        if (memory := result.training_memory.host_rss_bytes).value
+    ]
+    assert min(ratios) > 1, "tensors are a lower bound"
+    assert f"{min(ratios):.1f} to {max(ratios):.0f} times" in (ROOT / "docs" / "measuring.md").read_text()
 
 
 def test_what_does_not_fit_beside_the_cache_stays_on_the_host(planned: Any) -> None:
@@ -158,6 +196,21 @@ def test_the_papers_matrix_needs_neither_data_nor_network(
     assert any("Amazon Scientific" in line for line in lines)
 
 
+def test_released_encoders_need_no_network_where_the_data_is_prepared(
+    world: Any, harness: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(socket, "create_connection", no_network)
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_names: None)
+    pair = {"text": {"source": "bert-base-uncased"}, "image": {"source": str(world.image)}}
+    matrix = world.matrix([{"name": "frozen", "cached": True}], encoders=[pair])
+    plan = plan_matrix(matrix, store=tmp_path, runs=tmp_path, console=harness.quiet())
+    assert (len(plan.cells), plan.warnings) == (1, ())
+    pair["image"] = {"source": "google/vit-base-patch16-224"}
+    with pytest.raises(UserError, match=r"its images are 32 pixels wide, but the encoder 'google/vit.*' reads 224"):
+        plan_matrix(world.matrix(["lora"], encoders=[pair]), store=tmp_path, console=harness.quiet())
+
+
 def test_a_data_set_of_another_size(harness: ModuleType, tmp_path: Path) -> None:
     settings = {"store": tmp_path, "console": harness.quiet()}
     small, large = (
@@ -204,3 +257,32 @@ def test_wrong_arguments_are_one_line(world: Any, harness: ModuleType, tmp_path:
         assert ran.stderr.startswith("tpme: ")
         assert told in ran.stderr
         assert len(ran.stderr.splitlines()) == 1
+
+
+def test_the_plan_lists_what_is_finished(world: Any, harness: ModuleType, tmp_path: Path) -> None:
+    matrix = world.matrix(["id", "popularity"], seeds=[1, 2])
+    world.run(matrix.model_copy(update={"seeds": (1,)}), tmp_path / "run")
+    plan = plan_matrix(matrix, store=world.store, runs=tmp_path / "run", console=harness.quiet())
+    assert plan.remaining is not None
+    assert [(row.cell.label, row.cells, row.missing) for row in plan.remaining.rows] == [
+        ("id", 2, 1),
+        ("popularity", 2, 1),
+    ]
+    assert plan.remaining.text.startswith("2 of 4 cells finished, 2 to run; expected time ")
+    assert plan.remaining.text in " ".join(" ".join(shown(plan)).split())
+    assert plan_matrix(matrix, store=world.store, users=10, console=harness.quiet()).remaining is None
+
+
+def test_the_plan_says_what_this_machine_has_no_room_for(
+    world: Any, harness: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matrix = world.matrix([{"name": "frozen", "cached": True}])
+    monkeypatch.setattr("tpme.bench.run.plan.device_memory", lambda _kind: (1000, "a small machine"))
+    monkeypatch.setattr("shutil.disk_usage", lambda _path: SimpleNamespace(free=10))
+    plan = plan_matrix(matrix, store=tmp_path, runs=tmp_path, console=harness.quiet())
+    disk, memory = plan.warnings
+    assert "the feature caches to be built need" in disk
+    assert memory.startswith("frozen (cached) will probably run out of memory")
+    assert disk in " ".join(" ".join(shown(plan)).split())
+    elsewhere = plan_matrix(matrix, store=tmp_path, device=PROFILES["h200"], console=harness.quiet())
+    assert elsewhere.warnings == (disk,), "the memory of this machine does not matter there"

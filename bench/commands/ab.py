@@ -24,14 +24,13 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from tpme.bench.record import Cell
+    from tpme.bench.run.countdown import Countdown
     from tpme.bench.run.job import Job
     from tpme.bench.run.trees import Tree
     from tpme.reports.data.load import Recorded
     from tpme.reports.gate.verdict import CellVerdict, GateReport, Policy
 
 SIDES = ("base", "head")
-MOST_TIMES = 4
-"""Most measurements of a cell: two where it looks changed, more where noise hides by how much."""
 _SIDE_SCRIPT = Path(__file__).parents[1] / "run" / "side.py"
 
 
@@ -90,7 +89,7 @@ def ab(
 ) -> None:
     """Compare two revisions of a repository by interleaved runs.
 
-    Exit codes as in 'tpme check'.
+    Exit codes: 0 no regression, 1 regressed, 2 not settled (see --require), 3 error.
     """
     from rich.console import Console
     from rich.markup import escape
@@ -120,25 +119,29 @@ def compare(
     started: float,
     console: Console,
 ) -> GateReport:
-    """Run all cells on both sides, what looks changed once more, what noise hides up to ``MOST_TIMES``, and judge.
+    """Run all cells on both sides, what looks changed once more, what is open up to ``MOST_TIMES``, and judge.
 
     Args:
         pairs: from ``pair_cells``. sides: base and head. folder: for the records. rounds: pairs of runs of each
             cell before it is judged. started: ``time.perf_counter`` of when the command began.
     """
-    from rich.markup import escape
-
-    from tpme.reports.gate.interleaved import judge_runs, suspicious, undecided
+    from tpme.bench.run.countdown import Countdown
+    from tpme.reports.gate.interleaved import MOST_TIMES, judge_runs, suspicious, undecided
     from tpme.reports.gate.verdict import conclude
 
     commands = {side: tree.command for side, tree in zip(SIDES, sides, strict=True)}
     both = [pair for pair in pairs if len(pair.jobs) == len(SIDES)]
     names = (sides[0].name, sides[1].name)
+    countdown = Countdown(0, console)
 
     def measure(some: Sequence[Pair], why: str) -> None:
-        for pair in some:
-            with console.status(escape(f"{pair.cell.label}: {why}")):
-                _interleave(pair, commands, folder, rounds)
+        runs = len(SIDES) * rounds * len(some)
+        countdown.total += runs
+        line = f"{why}: {runs} runs, {', '.join(pair.cell.label for pair in some)}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        with countdown.shown():
+            for pair in some:
+                _interleave(pair, commands, folder, rounds, countdown)
 
     def judge(confirmed: dict[str, int]) -> list[CellVerdict]:
         base, head = ({pair.key: pair.runs[side] for pair in both} for side in SIDES)
@@ -146,16 +149,16 @@ def compare(
 
     measure(both, "base and head in turn")
     verdicts = judge({})
-    doubtful = {cell.key for cell in verdicts if suspicious(cell, policy)}
+    doubtful = {cell.key for cell in verdicts if suspicious(cell)}
     times: dict[str, int] = {}
     for number in range(2, MOST_TIMES + 1):
         again = [pair for pair in both if pair.key in doubtful]
         if not again:
             break
-        measure(again, "repeated to confirm")
+        measure(again, "again, what looks changed or is not settled")
         times |= {pair.key: number for pair in again}
         verdicts = judge(dict.fromkeys(times, rounds))
-        doubtful = {cell.key for cell in verdicts if undecided(cell, policy)}
+        doubtful = {cell.key for cell in verdicts if undecided(cell)}
     devices = tuple(sorted({run.device_key for pair in both for runs in pair.runs.values() for run in runs}))
     return conclude(
         [*verdicts, *(_one_sided(pair) for pair in pairs if pair not in both)],
@@ -257,14 +260,15 @@ def _in_checkout(path: Path, tree: Tree, repository: Path) -> Path:
 # --- running -------------------------------------------------------------------------------------------------
 
 
-def _interleave(pair: Pair, commands: dict[str, list[str]], folder: Path, rounds: int) -> None:
+def _interleave(pair: Pair, commands: dict[str, list[str]], folder: Path, rounds: int, countdown: Countdown) -> None:
     """Run a cell ``rounds`` times on each side: A B, B A, A B ..."""
     for number in range(rounds):
         for side in SIDES if number % 2 == 0 else SIDES[::-1]:
-            pair.runs[side].append(_run(pair, side, commands[side], folder))
+            pair.runs[side].append(_run(pair, side, commands[side], folder, countdown))
+            countdown.step()
 
 
-def _run(pair: Pair, side: str, python: list[str], folder: Path) -> Recorded:
+def _run(pair: Pair, side: str, python: list[str], folder: Path, countdown: Countdown) -> Recorded:
     """One run of a cell in the environment of its side; one that leaves no record gets one."""
     from tpme.bench.run.launch import run_job, slug
     from tpme.reports.data.load import Recorded
@@ -272,7 +276,11 @@ def _run(pair: Pair, side: str, python: list[str], folder: Path) -> Recorded:
     home = folder / side / f"{slug(pair.cell)}-{pair.key}" / f"run-{len(pair.runs[side]) + 1}"
     content = pair.jobs[side] | {"folder": str(home.resolve()), "attempt": 1}
     job = _parse_job(content, side)
-    result = run_job(job, python, json.dumps(content, indent=1).encode())
+
+    def show(what: str, share: float) -> None:
+        countdown.show(f"{pair.cell.label}, {side}: {what}", share)
+
+    result = run_job(job, python, json.dumps(content, indent=1).encode(), show)
     device_key = result.environment.device_key if result.environment else "unknown device"
     return Recorded(job.file(".json"), result, device_key)
 

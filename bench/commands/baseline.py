@@ -14,7 +14,7 @@ from tpme.bench.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tpme.reports.gate.baseline import Baseline
+    from tpme.reports.gate.baseline import Baseline, Noise
 
 _FIELDS = {"trainable_parameters": "trainable", "saved_bytes": "saved_bytes_math"}
 """Fields of the planner that are not named like the counter of a record."""
@@ -54,9 +54,21 @@ def baseline(
         soft_wrap=True,
     )
     for name, device in new.devices.items():
-        floor = "unknown" if device.noise.time is None else f"{device.noise.time:.1%}"
-        line = f"time noise {floor} on {name} ({device.noise.source})"
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(_noise_line(name, device.noise), markup=False, highlight=False, soft_wrap=True)
+
+
+def _noise_line(name: str, noise: Noise) -> str:
+    """The noise of the times of a device, and what it lets 'tpme check' see."""
+    from tpme.reports.gate.check import MEASURE_AGAIN
+    from tpme.reports.gate.verdict import MOST_NOISE, Policy
+
+    if noise.time is None:
+        return f"time noise unknown on {name} ({noise.source})"
+    usual = Policy().time_threshold
+    seen = f"'tpme check' sees changes of time above {max(usual, noise.time):.0%}"
+    if noise.time > MOST_NOISE * usual:
+        seen = f"too much for 'tpme check' to compare times: {MEASURE_AGAIN}"
+    return f"time noise {noise.time:.1%} on {name} ({noise.source}): {seen}"
 
 
 def _replaced(out: Path, update: bool, console: Console) -> Baseline | None:
@@ -78,7 +90,7 @@ def _show_changes(old: Baseline, new: Baseline, out: Path, console: Console) -> 
     from tpme.reports.gate.formats import show
     from tpme.reports.gate.verdict import Policy, conclude
 
-    before, after = (Side(str(out), {cell.key: cell for cell in side.cells}) for side in (old, new))
+    before, after = (Side(str(out), {cell.key: cell for cell in side.cells}, side.devices) for side in (old, new))
     policy = Policy()
     cells = judge(before, after, policy)
     show(conclude(cells, policy, command="check", base=f"{out} before", head="now", duration_s=0.0), console)

@@ -30,7 +30,11 @@ def check(
     as_junit: gate.JunitFile = None,
     as_benchmark: gate.BenchmarkFile = None,
 ) -> None:
-    """Compare runs with a baseline. Exit codes: 0 fine, 1 regressed, 2 nothing comparable was measured, 3 error."""
+    """Compare runs with a baseline.
+
+    The first line says what was compared. Exit codes: 0 no regression, 1 regressed, 2 not settled (see --require),
+    3 error.
+    """
     from tpme.reports.gate.baseline import load_baseline, load_runs
     from tpme.reports.gate.check import judge
     from tpme.reports.gate.verdict import conclude

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
 ERROR = 3
 """Exit code of bad usage and of every error: 1 and 2, as elsewhere, would read as results of the comparison."""
 
-Require = Annotated[str | None, typer.Option(help="Kinds that must have been compared: counter,time,memory,quality.")]
+Require = Annotated[
+    list[str] | None,
+    typer.Option(metavar="KIND", help="Exit with 2 unless settled in every cell: counter, time, memory, quality."),
+]
 TimeThreshold = Annotated[float, typer.Option(min=0, help="Relative change of time that counts.")]
 ResidentBound = Annotated[float, typer.Option(min=0, help="Relative growth of a CPU's resident peak that counts.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the whole report as JSON.")]
@@ -59,19 +63,23 @@ class GateCommand(PlainCommand):
         raise typer.Exit(ERROR)
 
 
-def policy_of(require: str | None, **bounds: Any) -> Policy:
-    """A policy from the options of a command; raises UserError for a value that makes no sense."""
+def policy_of(require: Sequence[str] | None, **bounds: Any) -> Policy:
+    """A policy from the options of a command; raises UserError for a value that makes no sense.
+
+    ``require`` holds the values of a repeated option, each a comma-separated list of kinds.
+    """
     from pydantic import ValidationError
 
     from tpme.bench.quantities import Kind
     from tpme.reports.gate.verdict import Policy
 
+    kinds = tuple(kind for given in require or () for kind in split_names(given))
     try:
-        return Policy.model_validate({"require": tuple(split_names(require)), **bounds})
+        return Policy.model_validate({"require": kinds, **bounds})
     except ValidationError as error:
         first = first_problem(error)
         if first.field.startswith("require"):
-            raise UserError(f"--require {require}: choose from {', '.join(get_args(Kind))}") from None
+            raise UserError(f"--require {','.join(kinds)}: choose from {', '.join(get_args(Kind))}") from None
         raise UserError(f"{first.field}: {first.message}") from None
 
 

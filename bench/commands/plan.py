@@ -15,6 +15,7 @@ from rich.text import Text
 from tpme.bench.commands.options import AsJson, Matrix, MethodsPath, Settings, Store
 from tpme.bench.errors import UserError
 from tpme.bench.quantities import MISSING
+from tpme.bench.run.progress import remaining_table
 
 if TYPE_CHECKING:
     from tpme.bench.counting.devices import DeviceProfile
@@ -23,7 +24,12 @@ if TYPE_CHECKING:
 
 NARROWEST = 110
 """Columns: a number that is cut to fit a narrow screen, or a pipe, would be a wrong number."""
-_FITS = {"yes": Text("yes", "green"), "tight": Text("tight", "yellow"), "no": Text("no", "red")}
+_FITS = {
+    "yes": Text("yes", "green"),
+    "tight": Text("tight", "yellow"),
+    "no": Text("no", "red"),
+    "unknown": Text("not known"),
+}
 
 
 def plan(
@@ -67,9 +73,7 @@ def plan(
     if as_json:
         print(planned.model_dump_json(indent=1))  # noqa: T201
     else:
-        console = Console()
-        console.width = max(console.width, NARROWEST)
-        render(planned, console)
+        render(planned, Console())
     raise typer.Exit(1 if any(cell.problem for cell in planned.cells) else 0)
 
 
@@ -78,17 +82,25 @@ def plan(
 
 def render(plan: MatrixPlan, console: Console) -> None:
     """Print the plan: a table for each setting, plan against measured where there are records, what is assumed."""
+    width = console.width
+    console.width = max(width, NARROWEST)
     for setting, group in itertools.groupby(plan.cells, key=lambda planned: _setting(planned.cell)):
         cells = list(group)
         console.print(Text(f"{plan.matrix}: {setting}", "bold"))
-        console.print(_planned(cells, plan.device))
+        console.print(_planned(cells, plan.device, _peak(plan)))
         if any(planned.measured for planned in cells):
             console.print(Text("Plan against measured", "bold"))
-            console.print(_compared(cells))
+            console.print(_compared(cells, _peak(plan)))
             sources = {planned.measured.memory_source for planned in cells if planned.measured}
             console.print(Text(f"Measured memory: {'; '.join(sorted(filter(None, sources)))}", "dim"))
+    console.width = width
     for note in _notes(plan):
         console.print(Text(note, "dim"))
+    if plan.remaining is not None:
+        console.print(remaining_table(plan.remaining))
+        console.print(Text(plan.remaining.text))
+    for warning in plan.warnings:
+        console.print(Text(warning, "yellow"))
 
 
 def _setting(cell: Cell) -> str:
@@ -100,13 +112,19 @@ def _setting(cell: Cell) -> str:
     return ", ".join(words)
 
 
-def _planned(cells: list[PlannedCell], device: DeviceProfile | None) -> Table:
+def _peak(plan: MatrixPlan) -> str:
+    """Header of the planned peak, which elsewhere than on a GPU is not that of the process."""
+    return "Peak" if plan.on_gpu else "Tensors"
+
+
+def _planned(cells: list[PlannedCell], device: DeviceProfile | None, peak: str) -> Table:
     works = [planned.work for planned in cells if planned.work]
     size, size_unit = _scale((work.peak_bytes for work in works), "B")
     step, step_unit = _scale((work.forward_flops + work.backward_flops for work in works), "FLOP")
     epoch, epoch_unit = _scale((work.epoch_flops for work in works), "FLOP")
-    table = _table("Method", "Users\n/step", "Trains\nM")
-    for name in ("Weights", "Grads", "Optim.", "Saved", "Peak"):
+    users = sorted({planned.cell.training.users_per_batch for planned in cells})
+    table = _table("Method", *(["Users\n/step"] if len(users) > 1 else []), "Trains\nM")
+    for name in ("Weights", "Grads", "Optim.", "Saved", peak):
         table.add_column(f"{name}\n{size_unit}", justify="right", no_wrap=True)
     for name, unit in (("Forward", step_unit), ("Backw.", step_unit), ("Epoch", epoch_unit)):
         table.add_column(f"{name}\n{unit}", justify="right", no_wrap=True)
@@ -117,7 +135,8 @@ def _planned(cells: list[PlannedCell], device: DeviceProfile | None) -> Table:
         if planned.work is None:
             table.add_row(_label(planned, cells), *[Text("?", "red")] * (len(table.columns) - 1))
             continue
-        row = _cells(planned.work, planned.cell, size, step, epoch)
+        row: list[str | Text] = [str(planned.cell.training.users_per_batch)] if len(users) > 1 else []
+        row += _cells(planned.work, size, step, epoch)
         if planned.expected is not None:
             trains = planned.work.trainable > 0
             row += [_time(planned.expected.epoch_s) if trains else MISSING, _FITS[planned.expected.fits]]
@@ -125,10 +144,9 @@ def _planned(cells: list[PlannedCell], device: DeviceProfile | None) -> Table:
     return table
 
 
-def _cells(work: Work, cell: Cell, size: float, step: float, epoch: float) -> list[str | Text]:
+def _cells(work: Work, size: float, step: float, epoch: float) -> list[str | Text]:
     sizes = (work.weight_bytes, work.gradient_bytes, work.optimizer_bytes, work.saved_bytes, work.peak_bytes)
     return [
-        str(cell.training.users_per_batch),
         f"{work.trainable / 1e6:.3f}",
         *(_number(value / size) for value in sizes),
         *(_number(value / step) for value in (work.forward_flops, work.backward_flops)),
@@ -136,13 +154,13 @@ def _cells(work: Work, cell: Cell, size: float, step: float, epoch: float) -> li
     ]
 
 
-def _compared(cells: list[PlannedCell]) -> Table:
+def _compared(cells: list[PlannedCell], peak: str) -> Table:
     pairs = [(planned, planned.work, planned.measured) for planned in cells if planned.work and planned.measured]
     table = _table("Method")
     memories = [work.peak_bytes for _, work, _ in pairs]
     size, size_unit = _scale(memories, "B")
     flop, flop_unit = _scale((work.forward_flops + work.backward_flops for _, work, _ in pairs), "FLOP")
-    for name in (f"Peak, plan\n{size_unit}", f"measured\n{size_unit}", "ratio", f"Step, plan\n{flop_unit}"):
+    for name in (f"{peak}, plan\n{size_unit}", f"measured\n{size_unit}", "ratio", f"Step, plan\n{flop_unit}"):
         table.add_column(name, justify="right", no_wrap=True)
     for name in (f"recorded\n{flop_unit}", "ratio", "Epoch, plan", "measured", "ratio"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -177,8 +195,14 @@ def _notes(plan: MatrixPlan) -> list[str]:
         *plan.assumptions,
         *dict.fromkeys(f"Step of {work.batch.partition(';')[0]}." for cell in plan.cells if (work := cell.work)),
         "Exact: parameters and FLOPs of matrix products (1 multiply-add = 2). Saved: for the backward pass, with fused "
-        "attention. Peak: memory peak of a simulated step, optimiser and cache included.",
+        f"attention. {_peak(plan)}: most memory that tensors take at one time in a simulated step, "
+        "optimiser and cache included.",
     ]
+    if not plan.on_gpu:
+        notes.append(
+            "On a CPU only tensors are planned. The process takes several times as much, for its allocator and the "
+            "scratch space of its kernels, so whether a row fits is not known until a cell of it has run."
+        )
     if (device := plan.device) is not None:
         notes.append(
             f"Device '{device.name}' ({device.source}): {device.memory_bytes / 1e9:.0f} GB; time by the roofline of "

@@ -40,11 +40,9 @@ def report(
     from tpme.reports.tables.results import TABLES
 
     single = runs[0] if len(runs) == 1 and runs[0].is_dir() else Path()
-    folder = out or single / "report"
-    console = Console()
     write_report(
         runs,
-        folder,
+        out or single / "report",
         weights=Weights.parse(weights),
         frame=frame,
         rows=None if rows is None else parse_rows(rows),
@@ -55,6 +53,5 @@ def report(
         formats=None if formats is None else FORMATS if formats == "all" else split_names(formats),
         workers=workers or available_cores(),
         show=[name for name in TABLES if name != "pairs"] if show == "all" else split_names(show),  # too long
-        console=console,
+        console=Console(),
     )
-    console.print(f"Written to {folder / 'report.md'}", markup=False)

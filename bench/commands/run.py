@@ -29,6 +29,9 @@ def run(
     save_adapters: Annotated[
         bool, typer.Option("--save-adapters", help="Save the trained delta of each cell beside its record.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and list the cells, but run none.")
+    ] = False,
     log: Annotated[str | None, typer.Option(help="Log every epoch as it ends: tensorboard or mlflow.")] = None,
     report: Annotated[bool, typer.Option(help="Write the report at the end.")] = True,
 ) -> None:
@@ -68,9 +71,12 @@ def run(
         methods_path=methods_path or [],
         time_limit_s=time_limit,
         save_adapters=save_adapters,
+        dry_run=dry_run,
         live=live,
         console=console,
     )
+    if dry_run:
+        return
     if report:
         from tpme.reports.report import write_report
 

@@ -16,22 +16,14 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress
 
 from tpme.bench.errors import LONGEST_MESSAGE, UserError, first_problem
 from tpme.bench.record import (
@@ -41,7 +33,6 @@ from tpme.bench.record import (
     Reading,
     RecordError,
     Status,
-    attempt_number,
     cell_id,
     read_result,
     write_atomically,
@@ -52,10 +43,10 @@ from tpme.bench.run.job import Job, time_limit_message
 from tpme.bench.run.live import LiveLog
 from tpme.bench.run.matrix import DatasetEntry, MatrixFile, PreparedDataset, expand
 from tpme.bench.run.process import Ending, run_process
+from tpme.bench.run.progress import Screen, remaining_table
+from tpme.bench.run.remaining import is_finished, latest_attempt, remaining
 from tpme.bench.run.version import code_version
 
-FINISHED: frozenset[Status] = frozenset({"ok", "oom", "diverged", "timeout", "skipped"})
-"""Statuses that another attempt would repeat; ``timeout`` only if the limit is not raised."""
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 """Error codes of a file system without locks."""
 
@@ -134,14 +125,34 @@ def make_jobs(
     console: Console,
 ) -> list[Job]:
     """The first attempt at every cell of a matrix, in the order they run."""
+    from tpme.bench.counting.meta import MetaEncoders
+    from tpme.bench.run.preflight import check_inputs
     from tpme.bench.task.dataset import read_manifest
-    from tpme.methods.registry import source_file
 
     datasets = prepare_datasets(matrix, store, console)
     cells = expand(matrix, datasets, device=device, methods_path=methods_path)
     manifests = {name: read_manifest(data.path) for name, data in datasets.items()}
     items, users = ({name: getattr(manifests[name], size) for name in manifests} for size in ("items", "users"))
-    check_cells(cells, items, matrix.cache_limit_bytes, methods_path, users=users)
+    encoders = MetaEncoders()
+    check_cells(cells, items, matrix.cache_limit_bytes, methods_path, encoders, users)
+    check_inputs(cells, {name: data.path for name, data in datasets.items()}, methods_path, encoders)
+    jobs = jobs_of(cells, matrix, datasets, run, store, methods_path)
+    changes = {"save_adapters": save_adapters} | ({} if time_limit_s is None else {"time_limit_s": time_limit_s})
+    return [job.model_copy(update=changes) for job in jobs]
+
+
+def jobs_of(
+    cells: Iterable[Cell],
+    matrix: MatrixFile,
+    datasets: Mapping[str, PreparedDataset],
+    run: Path,
+    store: Path,
+    methods_path: Sequence[Path] = (),
+) -> list[Job]:
+    """The first attempt at each of ``cells``, unchecked."""
+    from tpme.methods.registry import source_file
+
+    cells = list(cells)
     versions = {name: code_version(source_file(name, methods_path)) for name in {cell.method for cell in cells}}
     return [
         Job(
@@ -153,8 +164,7 @@ def make_jobs(
             folder=run / "cells" / f"{slug(cell)}-{identity}",
             methods_path=tuple(path.resolve() for path in methods_path),
             cache_limit_bytes=matrix.cache_limit_bytes,
-            time_limit_s=matrix.time_limit_s if time_limit_s is None else time_limit_s,
-            save_adapters=save_adapters,
+            time_limit_s=matrix.time_limit_s,
             probe_items=matrix.probe_items,
         )
         for cell in cells
@@ -166,15 +176,6 @@ def slug(cell: Cell) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "-", cell.label).strip("-") or "method"
 
 
-def latest_attempt(folder: Path) -> tuple[int, CellResult | None]:
-    """Number of attempts at a cell, and the latest record; a record that cannot be read counts as ``None``."""
-    latest = max(folder.glob("attempt-*.json"), key=attempt_number, default=Path())
-    try:
-        return attempt_number(latest), read_result(latest) if attempt_number(latest) else None
-    except RecordError:
-        return attempt_number(latest), None
-
-
 def run_matrix(
     matrix: MatrixFile,
     run: Path,
@@ -184,13 +185,15 @@ def run_matrix(
     methods_path: Sequence[Path] = (),
     time_limit_s: float | None = None,
     save_adapters: bool = False,
+    dry_run: bool = False,
     live: LiveLog | None = None,
     console: Console,
 ) -> list[CellResult]:
-    """Run every cell of ``matrix`` that is not done; returns the latest records of all its cells, in order.
+    """Run every cell of ``matrix`` that is not finished; returns the latest records of all its cells, in order.
 
-    With ``save_adapters`` what each method has trained is kept beside its record; a cell without that is not done, and
-    neither is one whose record lacks the representation space that the matrix asks for. ``live`` logs the epochs.
+    With ``save_adapters`` what each method has trained is kept beside its record; a cell without that is not finished,
+    and neither is one whose record lacks the representation space that the matrix asks for. A ``dry_run`` checks
+    everything, lists what would run, and returns what there is. ``live`` logs the epochs.
 
     Ctrl-C stops the running cell, leaves no record of it, and raises KeyboardInterrupt; a second call resumes.
     SIGTERM and SIGHUP do the same and raise SystemExit.
@@ -205,18 +208,40 @@ def run_matrix(
         save_adapters=save_adapters,
         console=console,
     )
-    results = []
-    with locked_run(run), _progress(console) as bars:
+    latest = [latest_attempt(job.folder)[1] for job in jobs]
+    screen = Screen(console, len(jobs))
+    _announce(jobs, latest, run, screen, rows=dry_run)
+    if dry_run:
+        return [result for result in latest if result is not None]
+    with locked_run(run), screen:
         _write_matrix(run, matrix, jobs)
-        overall = bars.add_task("matrix", total=len(jobs), detail="")
-        for job in jobs:
-            attempts, result = latest_attempt(job.folder)
-            if result is None or not _is_done(result, job):
-                result = _run_with_bar(job.model_copy(update={"attempt": attempts + 1}), bars, live)
-                bars.console.print(_outcome_line(result))
-            results.append(result)
-            bars.advance(overall)
-    return results
+        return [_finished(job, *latest_attempt(job.folder), screen, live) for job in jobs]
+
+
+def _announce(
+    jobs: Sequence[Job], latest: Sequence[CellResult | None], run: Path, screen: Screen, *, rows: bool
+) -> None:
+    """Print what is to run, and what of it will probably fail; raises UserError where the disk has no room for it."""
+    from tpme.bench.run.preflight import check_disk, memory_warnings
+
+    missing = [job for job, result in zip(jobs, latest, strict=True) if not is_finished(result, job)]
+    check_disk(missing)
+    state = remaining(jobs, latest, run)
+    if rows:
+        screen.console.print(remaining_table(state))
+    for sentence in (state.text, *memory_warnings(missing)):
+        screen.print(sentence)
+
+
+def _finished(job: Job, attempts: int, result: CellResult | None, screen: Screen, live: LiveLog | None) -> CellResult:
+    """The record of a cell: the latest, or that of another attempt where it is not finished."""
+    if not is_finished(result, job):
+        attempt = job.model_copy(update={"attempt": attempts + 1})
+        with screen.cell(job.cell.label) as show:
+            result = run_job(attempt, show=show, live=live)
+        screen.print_outcome(result, attempt.file(".log"))
+    screen.advance()
+    return result
 
 
 def _write_matrix(run: Path, matrix: MatrixFile, jobs: Sequence[Job]) -> None:
@@ -245,40 +270,6 @@ def locked_run(run: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _is_done(result: CellResult, job: Job) -> bool:
-    if result.status == "timeout" and result.time_limit_s is not None and job.time_limit_s > result.time_limit_s:
-        return False
-    if job.save_adapters and result.status == "ok" and "adapter" not in result.files:
-        return False
-    probed = result.representation.probe_items if result.representation else None
-    if job.probe_items not in (None, probed) and result.status == "ok":
-        return False
-    return result.status in FINISHED
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description:<18}", markup=False),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[detail]}", markup=False),
-        console=console,
-        transient=True,
-    )
-
-
-def _run_with_bar(job: Job, bars: Progress, live: LiveLog | None) -> CellResult:
-    bar = bars.add_task(job.cell.label, total=100, detail="start")
-    try:
-        return run_job(
-            job, show=lambda what, share: bars.update(bar, completed=round(100 * share), detail=what), live=live
-        )
-    finally:
-        bars.remove_task(bar)
 
 
 def run_job(
@@ -370,20 +361,3 @@ def _last_line(log: Path) -> str:
         file.seek(max(0, log.stat().st_size - 4096))
         lines = file.read().decode(errors="replace").strip().splitlines()
     return lines[-1][-LONGEST_MESSAGE:] if lines else "no output"
-
-
-def _outcome_line(result: CellResult) -> str:
-    """The outcome of a cell in one line."""
-    label, mark = result.cell.label, "[green]ok[/]" if result.status == "ok" else f"[red]{result.status}[/]"
-    if result.failure:
-        return f"{escape(f'{label:<18}')} {mark}  {escape(result.failure.message)}"
-    best = max((epoch.valid_recall_10 for epoch in result.epochs), default=None)
-    epoch_s, all_in_s = result.epoch_time_s.value, result.all_in_s.value if result.all_in_s else None
-    details = [f"{result.wall_s:.1f} s"]
-    if epoch_s is not None:
-        details.append(f"{epoch_s:.2f} s an epoch")
-    else:  # rounds alone are no epochs
-        details.append(f"{all_in_s:.2f} s all in" if all_in_s is not None else "nothing to train")
-    if best is not None:
-        details.append(f"validation Recall@10 {best:.4f}")
-    return f"{escape(f'{label:<18}')} {mark}  {', '.join(details)}"

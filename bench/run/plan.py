@@ -18,18 +18,23 @@ from rich.console import Console
 from tpme.bench.counting.batch import DataShape
 from tpme.bench.counting.devices import DeviceProfile
 from tpme.bench.counting.exact import Counts, Step, count, planned_peak, run_step
-from tpme.bench.counting.meta import MetaCell, MetaEncoders
+from tpme.bench.counting.meta import RELEASED, MetaCell, MetaEncoders
 from tpme.bench.errors import UserError, one_line
 from tpme.bench.quantities import memory_reading
 from tpme.bench.record import Cell, CellResult, Frozen, Modality, Precision, find_results, read_result
 from tpme.bench.run.cell_checks import check_cells, cost_key
-from tpme.bench.run.launch import prepare_datasets
+from tpme.bench.run.job import Job
+from tpme.bench.run.launch import choose_device, jobs_of, prepare_datasets
 from tpme.bench.run.matrix import DatasetEntry, MatrixFile, PreparedDataset, expand
+from tpme.bench.run.preflight import check_disk, check_inputs, device_memory, memory_warning
+from tpme.bench.run.remaining import Remaining, is_finished, latest_attempt, remaining
 
 FULL, TIGHT = 1.0, 0.9
 """Shares of a device's memory: above the first a cell does not fit, above the second it may not (fragmentation)."""
 ADAM_BYTES = 28
 """Traffic of an update per trained parameter: weight and two moments read and written, gradient read, 4 bytes each."""
+NOT_PREPARED = "not prepared"
+"""In place of the fingerprint of a data set that is not here."""
 _PRECISIONS: dict[torch.dtype, Precision] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -38,7 +43,9 @@ class Expected(Frozen):
 
     step_s: float
     epoch_s: float
-    fits: Literal["yes", "tight", "no"]
+    fits: Literal["yes", "tight", "no", "unknown"]
+    """Whether the planned peak fits. It covers tensors alone, and a process on a CPU takes several times as much, so
+    there only ``no`` is known."""
 
 
 class MeasuredCost(Frozen):
@@ -69,6 +76,7 @@ class Work(Frozen):
     saved_bytes_math: int
     """The same with math attention: what a record keeps."""
     peak_bytes: int
+    """Of all tensors alive at one time; see ``Expected.fits``."""
     forward_flops: int
     backward_flops: int
     epoch_steps: float
@@ -98,6 +106,20 @@ class MatrixPlan(Frozen):
     device: DeviceProfile | None
     assumptions: tuple[str, ...]
     cells: tuple[PlannedCell, ...]
+    remaining: Remaining | None = None
+    """What of the matrix is finished; ``None`` where it is planned for data of another size."""
+    warnings: tuple[str, ...] = ()
+    """What of it this machine has no room for."""
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it is planned for a GPU; elsewhere the peak is that of tensors alone."""
+        return self.device is not None and is_gpu(self.device)
+
+
+def is_gpu(device: DeviceProfile) -> bool:
+    """Whether a profile is of a GPU: its matrix library takes a workspace from torch's allocator."""
+    return device.workspace_bytes > 0
 
 
 def plan_matrix(
@@ -130,6 +152,9 @@ def plan_matrix(
     people = {name: shape.users for name, shape in shapes.items()}
     encoders = MetaEncoders()
     check_cells(expanded, sizes, matrix.cache_limit_bytes, methods_path, encoders, people)
+    prepared = {name: data.path for name, data in datasets.items() if data.fingerprint != NOT_PREPARED}
+    unread = _unread()
+    check_inputs(expanded, prepared, methods_path, encoders, without=unread)
     for cell in expanded:
         distinct.setdefault(cost_key(cell), cell)
     results = map(read_result, find_results([runs] if runs else []))
@@ -141,7 +166,45 @@ def plan_matrix(
         measured = _measured_cost([result for result in recorded if cost_key(result.cell) == key])
         cells[-1] = cells[-1].model_copy(update={"measured": measured})
     sources = [f"Data set '{name}': {shape.describe()}." for name, shape in shapes.items()]
-    return MatrixPlan(matrix=matrix.name, device=device, assumptions=tuple(sources), cells=tuple(cells))
+    plan = MatrixPlan(matrix=matrix.name, device=device, assumptions=tuple(sources), cells=tuple(cells))
+    if users or items:
+        return plan
+    kind = choose_device("auto")
+    here = [cell.model_copy(update={"device": kind}) for cell in expanded]
+    run = runs or Path("runs") / matrix.name
+    jobs = jobs_of(here, matrix, datasets, run, store, methods_path)
+    latest = [latest_attempt(job.folder)[1] for job in jobs]
+    missing = [job for job, result in zip(jobs, latest, strict=True) if not is_finished(result, job)]
+    known = [job for job in missing if job.cell.dataset in prepared and not unread & _sources(job.cell)]
+    warnings = [*_disk_warnings(known), *(_memory_warnings(cells, kind) if device is None else ())]
+    return plan.model_copy(update={"remaining": remaining(jobs, latest, run), "warnings": tuple(warnings)})
+
+
+def _unread() -> set[str]:
+    """Encoders that can be planned although their files are not in the local cache: a plan asks no hub for them."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return {name for name in RELEASED if not isinstance(try_to_load_from_cache(name, "config.json"), str)}
+
+
+def _sources(cell: Cell) -> set[str]:
+    return {spec.source for spec in (cell.text_encoder, cell.image_encoder) if spec is not None}
+
+
+def _memory_warnings(cells: Sequence[PlannedCell], kind: str) -> list[str]:
+    """The rows that this machine's device, ``cpu`` or ``cuda``, has no room for."""
+    memory, name = device_memory(kind)
+    sizes = [(cell.label, cell.work.peak_bytes) for cell in cells if cell.work]
+    return [memory_warning(label, size, memory, name) for label, size in sizes if memory and size > memory]
+
+
+def _disk_warnings(missing: Sequence[Job]) -> list[str]:
+    """What the store of this machine has no room for."""
+    try:
+        check_disk(missing)
+    except UserError as error:
+        return [str(error)]
+    return []
 
 
 def _data(
@@ -156,7 +219,7 @@ def _data(
         return data, DataShape.of(Dataset.open(data.path))
     both: tuple[Modality, ...] = ("text", "image")
     modalities = tuple(modality for modality in both if any(getattr(pair, modality) for pair in matrix.encoders))
-    return PreparedDataset(entry.path or store, "not prepared", modalities), DataShape.assumed(users, items)
+    return PreparedDataset(entry.path or store, NOT_PREPARED, modalities), DataShape.assumed(users, items)
 
 
 # --- one cell --------------------------------------------------------------------------------------------------------
@@ -214,7 +277,7 @@ def _expect(meta: MetaCell, work: Work, step: Step, device: DeviceProfile) -> Ex
     return Expected(
         step_s=step_s,
         epoch_s=step_s * work.epoch_steps,
-        fits="no" if share > FULL else "tight" if share > TIGHT else "yes",
+        fits="no" if share > FULL else "unknown" if not is_gpu(device) else "tight" if share > TIGHT else "yes",
     )
 
 

@@ -54,7 +54,7 @@ def run_process(
         command: writes progress events to its standard output (``workers.progress_line``).
         log: takes its standard error.
         limit_s: then it gets SIGTERM, and is killed after ``GRACE_S``.
-        show: called with its progress.
+        show: called with its progress, and again with the last of it while there is nothing new.
         hear: called with every other line of its standard output.
 
     Raises:
@@ -121,7 +121,7 @@ def _watch(
     """
     assert process.stdout is not None
     os.set_blocking(process.stdout.fileno(), False)
-    buffered = b""
+    buffered, last = b"", ("start", 0.0)
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
         while process.poll() is None and not caught:
@@ -138,9 +138,12 @@ def _watch(
                 *lines, buffered = (buffered + read).split(b"\n")
                 for line in (line.decode(errors="replace") for line in lines):
                     if (event := parse_progress(line)) is not None:
+                        last = event
                         show(*event)
                     elif hear is not None:
                         hear(line)
+            else:
+                show(*last)
     return False
 
 

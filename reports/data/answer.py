@@ -99,7 +99,7 @@ def _costs(section: Section, line: Line) -> str:
     text = ", ".join(parts) or "no cost measured"
     ratio = line["cost_ratio"]
     if section.reference is not None and ratio == ratio and line is not section.lines[section.reference]:
-        text += f"; {100 * ratio:.2g} % of {section.reference}'s cost (weighted geometric mean of T, P and M)"
+        text += f"; {100 * ratio:.2g} % of {section.reference}'s cost (weighted mean of time, parameters and memory)"
     return text
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from tpme.bench.quantities import memory_reading
@@ -28,7 +28,11 @@ def row_of(result: CellResult, device_key: str) -> dict[str, Any]:
         **_cell_columns(result.cell, device_key),
         **_cost_columns(result),
         **_epoch_columns(result),
-        "flags": (*((flag.code, flag.message) for flag in result.flags), *_round_flags(result)),
+        "flags": tuple(
+            (flag.code, flag.message)
+            for flag in (*result.flags, result.untrained, result.rounds_flag)
+            if flag is not None
+        ),
     }
 
 
@@ -89,16 +93,6 @@ def _cost_columns(result: CellResult) -> dict[str, Any]:
         "energy_epoch_j": of_last / last if of_last is not None and last else None,
         **cell_costs(result),
     }
-
-
-def _round_flags(result: CellResult) -> Iterator[tuple[str, str]]:
-    """Which costs T and M are of a method that trains in rounds alone."""
-    if result.in_rounds:
-        yield (
-            "in-rounds",
-            "T is the time of as many rounds as process each user once, one client after the other on one device "
-            "(its counter pass_parallel_s: with a device for each client); M is the peak of the rounds",
-        )
 
 
 def _peak_columns(result: CellResult) -> dict[str, Any]:

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 
-from tpme.bench.quantities import quantity
+from tpme.bench.quantities import bytes_text, quantity
 from tpme.reports.data.trials import Group, Line, mixture, settings
 
+INSTRUMENTS = frozenset({"sampler", "cache-placement"})
+"""Flags on how a cell was run or measured, which take nothing from its numbers; they are no footnotes of a row."""
 MANY = 3
 """Number of flags, differing in their numbers alone, from which they become one footnote."""
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
@@ -25,7 +28,7 @@ class Notes:
     """Footnotes of one section."""
 
     shared: tuple[str, ...]
-    """Texts that apply to every finished row."""
+    """Texts that apply to every finished row, and how instruments worked, with the number of rows concerned."""
     footnotes: tuple[str, ...]
     """Footnote 1 first."""
     marks: dict[str, tuple[int, ...]]
@@ -52,7 +55,18 @@ def notes_of(seeds: Mapping[str, Sequence[Line]], lines: Mapping[str, Line]) -> 
     footnotes = list(dict.fromkeys(text for row in single.values() for text in row))
     number = {text: index for index, text in enumerate(footnotes, start=1)}
     marks = {name: tuple(sorted(number[text] for text in row)) for name, row in single.items()}
-    return Notes(tuple(shared), tuple(footnotes), marks)
+    return Notes((*shared, *_on_instruments(seeds, merged)), tuple(footnotes), marks)
+
+
+def _on_instruments(seeds: Mapping[str, Sequence[Line]], merged: Mapping[str, str]) -> Iterator[str]:
+    """The texts of ``INSTRUMENTS``, with the number of rows that they apply to."""
+    rows = Counter(
+        text
+        for cells in seeds.values()
+        for text in {merged[message] for cell in cells for code, message in cell["flags"] if code in INSTRUMENTS}
+    )
+    for text, count in sorted(rows.items()):
+        yield text if count == len(seeds) else f"{text} ({count} of {len(seeds)} rows)"
 
 
 def mixing(group: Group) -> str:
@@ -85,15 +99,16 @@ def _row_notes(
     name: str, seeds: Sequence[Line], line: Line, several_sources: bool, merged: Mapping[str, str]
 ) -> Iterator[str]:
     flags = dict.fromkeys(flag for cell in seeds for flag in cell["flags"])
-    for _, message in flags:
-        yield merged[message]
+    for code, message in flags:
+        if code not in INSTRUMENTS:
+            yield merged[message]
     options = settings(line["options"])
     if options and not name.endswith("]"):
         yield f"with {', '.join(options)}"
     if line["status"] != "ok":
         yield f"{line['status']} during {seeds[0]['failure_phase']}: {seeds[0]['failure_message']}"
         if line["status"] == "oom":
-            yield "out of memory: M is the most that was seen, TPME the least it can be in the frame of the other rows"
+            yield "out of memory: M is the most that was seen, TPME the least it can be on the scale of the other rows"
     elif line["seeds_ok"] < line["seeds"]:
         ends = sorted({cell["status"] for cell in seeds} - {"ok"})
         yield f"{line['seeds_ok']} of {line['seeds']} seeds finished ({', '.join(ends)}); the row is over those alone"
@@ -106,9 +121,11 @@ def _row_notes(
     if line["search_trials"] > 1:
         yield f"learning rate selected on validation among {line['search_trials']} trials"
     if line["cached"] and not any(code == "cache-build" for code, _ in flags) and not math.isnan(line["cache_build_s"]):
+        peak = line["cache_peak_bytes"]
+        memory = "" if math.isnan(peak) else f" and {bytes_text(peak)} of memory"
         yield (
-            f"trains on a feature cache that took {line['cache_build_s']:.1f} s and "
-            f"{line['cache_bytes'] / 1e6:.1f} MB to build, once; not part of T"
+            f"trains on a feature cache that took {line['cache_build_s']:.1f} s{memory} to build, once, and "
+            f"{line['cache_bytes'] / 1e6:.1f} MB on disk; not part of T and M"
         )
     if superseded := sum(cell["superseded"] for cell in seeds):
         yield f"replaces {superseded} older records of the same cells on the same device"

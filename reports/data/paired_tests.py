@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
 
-from tpme.reports.data.stats import Floats, holm, paired
+import numpy as np
+
+from tpme.reports.data.stats import Floats, holm, paired_each
 
 P_LEVEL = 0.05
 
@@ -34,9 +36,13 @@ def differences_of(values: Mapping[str, Floats]) -> list[Difference]:
     Args:
         values: the metric of every user, mean over the seeds of a row; shape ``(users,)`` each, the same users.
     """
-    pairs = list(combinations(values, 2))
-    adjusted = holm([paired(values[first] - values[second]) for first, second in pairs])
+    gains = np.array(list(values.values()))
+    means, p_values = list[float](), list[float]()
+    for place in range(len(values) - 1):
+        apart = gains[place] - gains[place + 1 :]
+        means += apart.mean(axis=1).tolist()
+        p_values += paired_each(apart).tolist()
     return [
-        Difference(first, second, float((values[first] - values[second]).mean()), p)
-        for (first, second), p in zip(pairs, adjusted, strict=True)
+        Difference(first, second, mean, p)
+        for (first, second), mean, p in zip(combinations(values, 2), means, holm(p_values), strict=True)
     ]

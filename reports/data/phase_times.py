@@ -34,12 +34,3 @@ def phase_times(section: Section) -> pd.DataFrame:
                 peaks.setdefault(f"{kind}_peak_bytes", {}).update({row: max(known)} if known else {})
     rows = [row for row in section.lines if any(row == key[0] for key in seconds)]
     return over_seeds(rows, seconds).join(pd.DataFrame(peaks, index=rows, dtype=float))
-
-
-def phase_shares(section: Section) -> pd.DataFrame:
-    """Percent of the wall time of every row (lines) in every kind of phase (columns), the longest phase first."""
-    times = phase_times(section)
-    seconds = pd.DataFrame({kind: times[f"{kind}_s"] for kind in get_args(PhaseKind) if f"{kind}_s" in times})
-    total = seconds.sum(axis=1)
-    share = 100 * seconds.div(total.where(total > 0), axis=0).fillna(0.0)
-    return share[share.sum().sort_values(ascending=False, kind="stable").index]

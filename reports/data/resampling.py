@@ -72,10 +72,6 @@ class Resampled:
         low, high = interval(self.tpme[:, self.rows.index(row)])
         return min(low, value), max(high, value)
 
-    def rank_shares(self) -> Floats:
-        """Share of the draws in which each row holds each rank; shape ``(rows, ranks)``, every row adds up to 1."""
-        return np.stack([(self.ranks == rank).mean(axis=0) for rank in range(1, len(self.rows) + 1)], axis=1)
-
     def rank_interval(self, row: str) -> tuple[int, int]:
         """The 95 % interval of the rank of ``row``."""
         ranks = np.sort(self.ranks[:, self.rows.index(row)])

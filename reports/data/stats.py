@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
@@ -52,19 +53,36 @@ def smallest_p(n: int, m: int) -> float:
 
 
 def paired(differences: Floats) -> float:
-    """Two-sided p-value of the paired randomisation test: is the sign of every user's difference a coin's?
+    """The p-value of ``paired_each`` for one test, shape ``(users,)``."""
+    return float(paired_each(differences[None])[0])
+
+
+def paired_each(differences: Floats) -> Floats:
+    """Two-sided p-values of the paired randomisation test: is the sign of every user's difference a coin's?
 
     Exact up to ``EXACT_SIGNS`` users who differ, else by the normal approximation of the sum of signed differences
     (Smucker, Allan and Carterette, CIKM 2007, compare it with the other paired tests of retrieval).
+
+    Args:
+        differences: one test a line, shape ``(tests, users)``; the result has shape ``(tests,)``.
     """
+    moved = np.count_nonzero(differences, axis=1)
+    sums, squares = np.abs(differences.sum(axis=1)), np.square(differences).sum(axis=1)
+    z = np.divide(sums, np.sqrt(squares), out=np.zeros_like(sums), where=squares > 0)
+    return np.array(
+        [
+            _two_sided(float(z[test])) if count > EXACT_SIGNS else _exact_signs(differences[test], float(sums[test]))
+            for test, count in enumerate(moved)
+        ]
+    )
+
+
+def _exact_signs(differences: Floats, observed: float) -> float:
+    """Share of the sign patterns of the differences that are not 0 whose sum is as far from 0 as the observed one."""
     moved = differences[differences != 0]
-    if not len(moved):
-        return 1.0
-    if len(moved) > EXACT_SIGNS:
-        return _two_sided(abs(float(moved.sum())) / math.sqrt(float((moved**2).sum())))
     patterns = np.arange(2 ** len(moved))[:, None] >> np.arange(len(moved)) & 1
     sums = np.abs((2 * patterns - 1) @ moved)
-    return float((sums >= abs(moved.sum()) - 1e-12).mean())
+    return float((sums >= observed - 1e-12).mean())
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -91,6 +109,39 @@ def interval(draws: Floats | Sequence[float]) -> tuple[float, float]:
     """The percentile interval of resampled values, shape ``(draws,)``."""
     low, high = np.quantile(np.asarray(draws, dtype=np.float64), TAILS)
     return float(low), float(high)
+
+
+def median_ratio_interval(old: Floats, new: Floats) -> tuple[float, float]:
+    """95 % interval of ``median(new) / median(old)`` of positive values, shapes ``(n,)`` and ``(m,)``.
+
+    It assumes no distribution: the standard error of the logarithm of each median is that between two order statistics
+    around it (Price and Bonett, Distribution-free confidence intervals for difference and ratio of medians, 2002).
+    """
+    centre = math.log(float(np.median(new)) / float(np.median(old)))
+    width = NormalDist().inv_cdf(TAILS[1]) * math.hypot(_log_median_error(old), _log_median_error(new))
+    return math.exp(centre - width), math.exp(centre + width)
+
+
+def paired_ratio_interval(old: Floats, new: Floats) -> tuple[float, float] | None:
+    """95 % interval of ``mean(new) / mean(old)`` over the same users, shape ``(users,)``, by the delta method.
+
+    ``None`` where a mean is not positive.
+    """
+    means = float(old.mean()), float(new.mean())
+    if min(means) <= 0:
+        return None
+    error = float((new / means[1] - old / means[0]).std()) / math.sqrt(len(old))
+    centre, width = math.log(means[1] / means[0]), NormalDist().inv_cdf(TAILS[1]) * error
+    return math.exp(centre - width), math.exp(centre + width)
+
+
+def _log_median_error(values: Floats) -> float:
+    """Standard error of the logarithm of a median; 0 for a single value, which does not show it."""
+    n = len(values)
+    place = max(1, round((n + 1) / 2 - math.sqrt(n)))
+    below, above = np.log(np.partition(values, (place - 1, n - place))[[place - 1, n - place]])
+    z = (n + 1 - 2 * place) / math.sqrt(n)  # of the number of values below the median, as a normal variable
+    return float(above - below) / (2 * z) if z > 0 else 0.0
 
 
 def quantiles(values: Floats, most: int) -> Floats:

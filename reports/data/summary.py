@@ -62,14 +62,7 @@ def line_of(seeds: Sequence[Line]) -> dict[str, Any]:
         line[f"{name}_sd"] = _spread(_values(cells, name))
     energy = _values(finished, "energy_epoch_j")
     line["energy_epoch_j"], line["energy_epoch_j_sd"] = _mean(energy), _spread(energy)
-    for name in (
-        "trainable_millions",
-        "total_millions",
-        "stored_bytes",
-        "memory_seen_bytes",
-        "cache_bytes",
-        "cache_peak_bytes",
-    ):
+    for name in LARGEST:
         line[name] = float(np.fmax.reduce(_values(cells, name)))
     highest = max(cells, key=lambda cell: np.nan_to_num(cell["peak_bytes"], nan=-1.0))
     line["peak_bytes"], line["peak_phase"] = highest["peak_bytes"], highest["peak_phase"]

@@ -1,4 +1,4 @@
-"""Horizontal bars with their values written behind them."""
+"""Horizontal bars, or dots where the axis is logarithmic, with their values written behind them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ import pandas as pd
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from tpme.reports.data.load import Array
-from tpme.reports.figures.style import LOG_FROM, log_axis
+from tpme.reports.figures.style import INK, log_axis
+
+LOG_FROM = 100
+"""The axis is logarithmic where the longest bar would be more than this many times the shortest; values are written."""
 
 
 def bars(
@@ -18,44 +21,52 @@ def bars(
     position: Array,
     values: pd.Series[float],
     texts: Sequence[str],
-    colour: str,
     *,
     lower_bound: Array | None = None,
-    quartiles: Array | None = None,
+    reach: Array | None = None,
+    room: float = 1.55,
 ) -> bool:
-    """Draw a bar for each value, with its text behind it. Returns whether the axis is logarithmic.
+    """Draw each value with its text behind it. Returns whether the axis is logarithmic.
+
+    A logarithmic axis has no 0 at which bars could begin, and their lengths would say nothing: it has dots.
 
     Args:
         axes: of the panel.
         position: of the bars, from the top down.
         values: their lengths; NaN for none.
         texts: one for each bar.
-        colour: of all bars.
-        lower_bound: whether the value is at least this much, for each bar: hatched.
-        quartiles: shape ``(2, bars)``, a thin line on each bar.
+        lower_bound: whether the value is at least this much, for each bar: hatched, or an arrow to the right.
+        reach: lower and upper end of an error bar on each bar, shape ``(2, bars)``; NaN for none.
+        room: length of the axis as a multiple of the longest bar, for the texts.
     """
+    low, high = np.full((2, len(values)), np.nan) if reach is None else reach
+    ends = np.fmax(values.to_numpy(dtype=np.float64), high)
     positive = values[values > 0]
     logarithmic = len(positive) > 1 and positive.max() > LOG_FROM * positive.min()
-    top = positive.max() if len(positive) else 1.0
-    start = 0.6 * positive.min() if logarithmic else 0.0
+    least = np.zeros(len(values), dtype=bool) if lower_bound is None else lower_bound
+    start = 0.0
     if logarithmic:
-        log_axis(axes, start, start * (top / start) ** 1.55)
+        start = 0.6 * positive.min()
+        log_axis(axes, start, start * (np.nanmax(ends) / start) ** room)
+        for marker, chosen in (("o", ~least), (">", least)):
+            axes.plot(values[chosen], position[chosen], marker, ms=3.2, color=INK, mew=0)
+        axes.grid(True, axis="y")
     else:
-        axes.set_xlim(0, 1.55 * top)
+        axes.set_xlim(0, room * (np.nanmax(ends) if len(positive) else 1.0))
         axes.xaxis.set_major_locator(MaxNLocator(2, steps=[1, 2, 5, 10]))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    ends = values.where(values > 0, start).to_numpy(dtype=np.float64)
-    drawn = axes.barh(position, ends - start, left=start, height=0.68, color=colour, lw=0)
-    for index in np.flatnonzero(lower_bound) if lower_bound is not None else ():
-        drawn[index].set(hatch="/////", fill=False, edgecolor=colour, linewidth=0.5)
-    if quartiles is not None:
-        axes.hlines(position, *quartiles, color="black", lw=0.6, zorder=4)
-        ends = np.fmax(ends, quartiles[1])
-    for y, end, text in zip(position, ends, texts, strict=True):
+        drawn = axes.barh(position, values.fillna(0), height=0.62, color=INK, alpha=0.75, lw=0)
+        for index in np.flatnonzero(least):
+            drawn[index].set(hatch="/////", fill=False, edgecolor=INK, linewidth=0.5)
+        axes.grid(False, axis="y")
+    low = np.where(low < start, start, low)
+    axes.hlines(position, low, high, color="black", lw=1.0, zorder=1.5 if logarithmic else 4)
+    for end in () if logarithmic else (low, high):  # a short interval would be all caps beside its dot
+        axes.plot(end, position, "|", color="black", ms=4, mew=0.7, zorder=4)
+    for y, end, text in zip(position, np.where(ends > start, ends, start), texts, strict=True):
         axes.annotate(
-            text, (end, y), xytext=(1.8, 0), textcoords="offset points", fontsize=5.5, va="center",
+            text, (end, y), xytext=(3, 0), textcoords="offset points", fontsize=5.5, va="center",
             bbox={"facecolor": "white", "linewidth": 0, "pad": 0.4},
         )  # fmt: skip
-    axes.grid(False, axis="y")
     axes.tick_params(axis="y", length=0)
     return logarithmic

@@ -32,12 +32,12 @@ def draw(
         sections: of one report.
         endings: of ``png``, ``svg`` and ``pdf``.
         workers: number of processes; with 1 this process draws. They are forked: no other thread should run.
-        advance: called after each figure; there are ``len(sections) * len(makers())`` at most.
+        advance: called after each figure; there are ``len(sections) * len(makers(sections))`` at most.
 
     Raises:
         UserError: a process died.
     """
-    jobs = [(index, make) for index in range(len(sections)) for make in makers()]
+    jobs = [(index, make) for index in range(len(sections)) for make in makers(sections)]
     figures: list[list[Drawn]] = [[] for _ in sections]
     for (index, _), drawn in zip(jobs, _results(sections, endings, jobs, workers), strict=True):
         figures[index] += [] if drawn is None else [drawn]

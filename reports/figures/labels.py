@@ -1,11 +1,12 @@
-"""Names beside points, placed by the rule of the report's page (``placeNames`` in ``assets/page.js``).
+"""Names beside points, with lines to those that are far off: none covers or crosses another.
 
-Positions are pixels, boxes are arrays ``(x0, y0, x1, y1)``.
+Positions are pixels, boxes are arrays ``(x0, y0, x1, y1)``, lines ``(x, y)`` to ``(x, y)`` are arrays ``(2 ends, 2)``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ import numpy.typing as npt
 from matplotlib.patheffects import withStroke
 
 from tpme.reports.data.stats import Floats
+
+Mask = npt.NDArray[np.bool_]
 
 RING_PT, RINGS, NEAR = 4.5, 40, 4
 """Distance between rings, their number, and how many of them a name tries before it may cover a bar."""
@@ -37,9 +40,9 @@ def place_labels(
 ) -> list[str]:
     """Write a name beside every point and return the names for which there is no room.
 
-    Greedy: each name takes the nearest free place on rings around its point, with a line to it if that is far away
-    or nearer to another point.
-    Measures the axes as they are: call it last.
+    Each name takes the nearest free place on rings around its point, with a line to it if that is far away or nearer to
+    another point; no line crosses another or runs through a name. Of several orders in which the names choose, the best
+    by ``_badness`` wins. Measures the axes as they are: call it last.
 
     Args:
         axes: the axes with the points.
@@ -50,36 +53,117 @@ def place_labels(
         bars: like ``lines``, but a name may cover one if it finds no other place near its point.
     """
     renderer, pt = axes.figure.canvas.get_renderer(), axes.figure.dpi / 72
-    window = np.asarray(axes.get_window_extent(renderer).extents)
     spots: Floats = axes.transData.transform(points)
-    taken = [*_boxes(spots[:, None], 3 * pt), *_boxes(_pixels(axes, lines), pt)]
-    soft = _boxes(_pixels(axes, bars), pt)
-    unplaced = []
-    for point, spot, name in zip(np.asarray(points), spots, names, strict=True):
-        text = axes.annotate(
+    texts = [
+        axes.annotate(
             name, point, xytext=(0, 0), textcoords="offset points", fontsize=size, ha="center", va="center",
             annotation_clip=False, path_effects=halo(), zorder=5,
-        )  # fmt: skip
-        places = _places(spot, np.asarray(text.get_window_extent(renderer).size), RING_PT * pt)
-        inside = (places[:, :2] >= window[:2]).all(axis=1) & (places[:, 2:] <= window[2:]).all(axis=1)
-        free = inside & ~_overlap(places, taken)
-        clear = free[: NEAR * len(DIRECTIONS)] & ~_overlap(places[: NEAR * len(DIRECTIONS)], soft)
-        if not free.any():
+        )
+        for point, name in zip(np.asarray(points), names, strict=True)
+    ]  # fmt: skip
+    candidates = _candidates(
+        spots,
+        np.array([text.get_window_extent(renderer).size for text in texts]).reshape(-1, 2),
+        np.asarray(axes.get_window_extent(renderer).extents),
+        _boxes(_pixels(axes, lines), pt),
+        _boxes(_pixels(axes, bars), pt),
+        pt,
+    )
+    attempts = (_place(candidates, order) for order in _orders(spots))
+    best = min(attempts, key=lambda chosen: _badness(candidates, chosen))
+    for index, (text, point) in enumerate(zip(texts, np.asarray(points), strict=True)):
+        if index not in best:
             text.remove()
-            unplaced.append(name)
             continue
-        place = int(clear.argmax() if clear.any() else free.argmax())
-        box = places[place]
-        taken.append(box + pt * np.array([-1, -1, 1, 1]))
-        text.set_position((box.reshape(2, 2).mean(axis=0) - spot) / pt)
-        lead = spot.clip(box[:2], box[2:]) - spot
-        nearest = np.linalg.norm(spots.clip(box[:2], box[2:]) - spots, axis=1).min()
-        if np.linalg.norm(lead) > min(LEAD_PT * pt, 1.001 * nearest):
+        own, place = candidates[index], best[index]
+        text.set_position((own.boxes[place].reshape(2, 2).mean(axis=0) - spots[index]) / pt)
+        if own.drawn[place]:
+            lead = own.leads[place]
             axes.annotate(
-                "", point, xytext=lead / pt, textcoords="offset points", annotation_clip=False, zorder=2.5,
-                arrowprops={"arrowstyle": "-", "lw": 0.35, "color": "black", "shrinkA": 0, "shrinkB": 0},
+                "", point, xytext=(lead[1] - lead[0]) / pt, textcoords="offset points", annotation_clip=False,
+                arrowprops={"arrowstyle": "-", "lw": 0.35, "color": "black", "shrinkA": 0, "shrinkB": 0}, zorder=2.5,
             )  # fmt: skip
-    return unplaced
+    return [name for index, name in enumerate(names) if index not in best]
+
+
+@dataclass(frozen=True)
+class _Candidates:
+    """Places for the name of one point, nearest first, with what is known before other names are placed."""
+
+    boxes: Floats
+    """Shape ``(places, 4)``."""
+    leads: Floats
+    """Lines from the point to the boxes, shape ``(places, 2 ends, 2)``."""
+    far: Floats
+    """Length of these lines."""
+    drawn: Mask
+    """Whether the name is so far from its point, or so near to another, that it needs the line."""
+    free: Mask
+    """In the axes, and on neither a point nor a line."""
+    through: Mask
+    """Its line is needed, and runs through another point."""
+    clear: Mask
+    """Near and free, on no bar, and not through another point."""
+
+
+def _candidates(
+    spots: Floats, sizes: Floats, window: Floats, lines: Floats, bars: Floats, pt: float
+) -> list[_Candidates]:
+    """The candidates of every point; sizes of names, window, lines and bars in pixels, ``pt`` pixels to a point."""
+    points = _boxes(spots[:, None], 3 * pt)
+    found = []
+    for spot, size in zip(spots, sizes, strict=True):
+        boxes = _places(spot, size, RING_PT * pt)
+        ends = spot.clip(boxes[:, :2], boxes[:, 2:])
+        leads = np.stack([np.broadcast_to(spot, ends.shape), ends], axis=1)
+        far = np.linalg.norm(ends - spot, axis=1)
+        nearest = np.linalg.norm(spots.clip(boxes[:, None, :2], boxes[:, None, 2:]) - spots, axis=2).min(axis=1)
+        drawn = far > np.minimum(LEAD_PT * pt, 1.001 * nearest)
+        inside = (boxes[:, :2] >= window[:2]).all(axis=1) & (boxes[:, 2:] <= window[2:]).all(axis=1)
+        free = inside & ~_overlap(boxes, np.vstack([points, lines]))
+        away = points[~_overlap(points, np.hstack([spot, spot]))]
+        through = drawn & _enter(leads, away).any(axis=1)
+        clear = free & ~_overlap(boxes, bars) & ~through
+        clear[NEAR * len(DIRECTIONS) :] = False
+        margin = pt * np.array([-1, -1, 1, 1])
+        found.append(_Candidates(boxes + margin, leads, far, drawn, free, through, clear))
+    return found
+
+
+def _orders(spots: Floats) -> Iterator[npt.NDArray[np.int64]]:
+    """Orders in which names choose: as given, from the left, right, bottom and top, the most crowded first, last."""
+    apart = np.linalg.norm(spots[:, None] - spots, axis=2)
+    lonely = np.sort(apart, axis=1)[:, :4].sum(axis=1)
+    yield np.arange(len(spots))
+    for key in (*spots.T, *-spots.T, lonely, -lonely):
+        yield np.argsort(key, kind="stable")
+
+
+def _badness(candidates: Sequence[_Candidates], chosen: Mapping[int, int]) -> tuple[int, int, float]:
+    """Names without a place, lines through other points, and how far all names are from their points."""
+    own = [(candidates[index], place) for index, place in chosen.items()]
+    through = sum(int(one.through[place]) for one, place in own)
+    return len(candidates) - len(own), through, sum(float(one.far[place]) for one, place in own)
+
+
+def _place(candidates: Sequence[_Candidates], order: npt.NDArray[np.int64]) -> dict[int, int]:
+    """The place of each point's name, chosen in this order; without those for which none is free."""
+    chosen: dict[int, int] = {}
+    names, others = np.empty((0, 4)), np.empty((0, 2, 2))
+    for index in map(int, order):
+        own = candidates[index]
+        free = own.free.copy()
+        at = np.flatnonzero(free)
+        boxes, leads = own.boxes[at], own.leads[at]
+        crossed = _enter(leads, names).any(axis=1) | _cross(leads, others).any(axis=1)
+        free[at] = ~(_overlap(boxes, names) | _enter(others, boxes).any(axis=0) | (own.drawn[at] & crossed))
+        mask = next((mask for mask in (free & own.clear, free & ~own.through, free) if mask.any()), None)
+        if mask is not None:
+            place = int(mask.argmax())
+            chosen[index] = place
+            names = np.vstack([names, own.boxes[place]])
+            others = np.vstack([others, own.leads[place][None]]) if own.drawn[place] else others
+    return chosen
 
 
 def _places(spot: Floats, size: Floats, gap: float) -> Floats:
@@ -100,8 +184,32 @@ def _boxes(ends: Floats, margin: float) -> Floats:
     return np.hstack([ends.min(axis=1) - margin, ends.max(axis=1) + margin])
 
 
-def _overlap(places: Floats, others: npt.ArrayLike) -> npt.NDArray[np.bool_]:
+def _overlap(places: Floats, others: npt.ArrayLike) -> Mask:
     """Which of ``places`` overlap any of the other boxes, shape ``(places,)``."""
     a, b = places[:, None], np.asarray(others).reshape(1, -1, 4)
-    both: npt.NDArray[np.bool_] = (a[..., :2] < b[..., 2:]) & (b[..., :2] < a[..., 2:])
+    both: Mask = (a[..., :2] < b[..., 2:]) & (b[..., :2] < a[..., 2:])
     return np.asarray(np.any(np.all(both, axis=2), axis=1))
+
+
+def _enter(lines: Floats, boxes: Floats) -> Mask:
+    """Which lines, shape ``(lines, 2 ends, 2)``, run through which boxes; shape ``(lines, boxes)``.
+
+    A line is inside a box from the largest entry to the smallest exit of the two axes (the slab method).
+    """
+    start, along = lines[:, None, 0], lines[:, None, 1] - lines[:, None, 0]
+    along = np.where(np.abs(along) < 1e-9, 1e-9, along)
+    one, other = (boxes[None, :, :2] - start) / along, (boxes[None, :, 2:] - start) / along
+    enters, leaves = np.minimum(one, other).max(axis=2), np.maximum(one, other).min(axis=2)
+    return np.asarray(np.maximum(enters, 0) < np.minimum(leaves, 1) - 1e-9)
+
+
+def _cross(lines: Floats, others: Floats) -> Mask:
+    """Which lines cross which others, shape ``(lines, others)``; lines that meet at an end do not cross."""
+
+    def side(line: Floats, point: Floats) -> Floats:
+        along, toward = line[..., 1, :] - line[..., 0, :], point - line[..., 0, :]
+        return np.asarray(along[..., 0] * toward[..., 1] - along[..., 1] * toward[..., 0])
+
+    a, b = lines[:, None], others[None]
+    apart = side(a, b[..., 0, :]) * side(a, b[..., 1, :]) < 0
+    return np.asarray(apart & (side(b, a[..., 0, :]) * side(b, a[..., 1, :]) < 0))

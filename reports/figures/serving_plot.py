@@ -14,11 +14,9 @@ from tpme.reports.data.section import Section
 from tpme.reports.data.serving import facts_of, inference_costs, served
 from tpme.reports.figures.bars import bars
 from tpme.reports.figures.style import (
-    BLUE,
-    COLUMN_INCHES,
     GREY,
-    ORANGE,
-    VERMILION,
+    INK,
+    PAGE_INCHES,
     Plot,
     name_rows,
     new_figure,
@@ -34,31 +32,30 @@ def inference(section: Section) -> Plot | None:
     if not rows:
         return None
     frame = inference_costs(section.behind)
-    figure = new_figure(COLUMN_INCHES, 0.6 + 0.17 * len(frame))
-    quality, flops, rate = figure.subplots(1, 3, sharey=True, width_ratios=(0.8, 1, 1))
+    figure = new_figure(PAGE_INCHES, 0.45 + 0.17 * len(frame))
+    quality, flops, rate = figure.subplots(1, 3, sharey=True, width_ratios=(0.9, 1, 1))
     names = [row_label(section, str(name)) for name in frame.index]
-    position = name_rows(figure, quality, names, right=0.12, across=0.14)
+    position = name_rows(figure, quality, names, right=0.12, across=0.3, bottom=0.22)
     _dots(quality, position, section.summary.loc[frame.index])
     logarithmic = []
-    for axes, key, colour in ((flops, FLOPS, ORANGE), (rate, RATE, BLUE)):
+    for axes, key in ((flops, FLOPS), (rate, RATE)):
         what = quantity(key)
         unit, scale = what.scale(frame[key])
         quartiles = frame[[f"{RATE}_low", f"{RATE}_high"]].to_numpy().T / scale if key == RATE else None
         title = f"{unit}/item" if key == FLOPS else "items/s"
         texts = [_short(value / scale) for value in frame[key]]
-        logarithmic += [title] if bars(axes, position, frame[key] / scale, texts, colour, quartiles=quartiles) else []
+        logarithmic += [title] if bars(axes, position, frame[key] / scale, texts, reach=quartiles) else []
         axes.set_title(f"{title} {'↓' if what.better == 'lower' else '↑'}", pad=3)
     size = max(facts_of(seed).batch.size for seeds in rows.values() for seed in seeds)
     caption = (
         "Recall@10 with 95 % intervals over users, FLOPs of encoding an item, and items encoded a second, "
-        f"{size} at a time: median with quartiles of the runs. Cheap to serve: a short bar of FLOPs, a long one of "
-        "items."
+        f"{size} at a time: median with quartiles of the runs. Cheap to serve: few FLOPs, many items."
     )
     given = [name for name, seeds in rows.items() if any(facts_of(seed).looked_up for seed in seeds)]
     if given:
         caption += f" Without encoders, from a table of hidden states: {', '.join(given)}."
     if logarithmic:
-        caption += f" Logarithmic: {', '.join(logarithmic)}; compare where bars end, not their lengths."
+        caption += f" Dots in place of bars: the axis is logarithmic ({', '.join(logarithmic)})."
     return Plot("inference", "Quality and cost of inference", caption, figure)
 
 
@@ -72,8 +69,8 @@ def _dots(axes: Any, position: Array, summary: pd.DataFrame) -> None:
     """Recall@10 of every row with its interval."""
     value, low, high = (summary[f"recall_10{end}"].to_numpy(dtype=np.float64) for end in ("", "_low", "_high"))
     axes.hlines(position, low, high, color=GREY, lw=0.8)
-    axes.plot(value, position, "o", ms=3, color=VERMILION, clip_on=False)
+    axes.plot(value, position, "o", ms=3, color=INK, clip_on=False)
     axes.set_title("Recall@10 ↑", pad=3)
     axes.margins(x=0.1)
-    axes.xaxis.set_major_locator(MaxNLocator(2, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
     axes.grid(False, axis="y")

@@ -1,7 +1,9 @@
 """What all figures share: their look, axes, row labels, and how they are saved. The same records give the same bytes.
 
-Figures are made without pyplot, so nothing global is left behind. Widths are those of a paper's column; colours
-are those of Okabe and Ito, which colour-blind readers can tell apart. Texts are never read as mathematics.
+Figures are made without pyplot, so nothing global is left behind. Widths are those of a paper's column or page. A
+colour of ``PHASE_COLOURS`` always means that phase, one of ``COLOURS`` a row; everything else is grey or ``INK``.
+Colour is never the only cue: phases and rows also differ in hatches, dashes, markers or written names. Texts are never
+read as mathematics.
 """
 
 from __future__ import annotations
@@ -16,20 +18,30 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from tpme.reports.data.load import Array
+from tpme.reports.data.phase_colours import PHASE_COLOURS
 from tpme.reports.data.section import Section
 
-COLUMN_INCHES = 3.5
+COLUMN_INCHES, PAGE_INCHES = 3.5, 7.0
 LOG_FROM = 20
 """An axis is logarithmic where the largest value is more than this many times the smallest."""
 
-BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
-COLOURS = (BLUE, ORANGE, GREEN, VERMILION, "#CC79A7", "#56B4E9", "#F0E442")
-"""Colours of the parts of a whole, in this order."""
-GREY, SILVER, PALE = "#666666", "#AAAAAA", "#DDDDDD"
+COLOURS = ("#CC6677", "#332288", "#AA9933", "#117733", "#3FA7C4", "#882255")
+"""Colours of rows: those of Tol's "muted" scheme, two of them darkened to be seen on white."""
+INK, GREY, SILVER, PALE = "#3D4A5C", "#666666", "#AAAAAA", "#DDDDDD"
+DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (2.5, 1)), (0, (7, 2)))
+MARKERS = ("o", "s", "^", "D", "v", "P")
+HATCHES = (None, "/////", ".....", "xxxxx", "-----", "|||||", "+++++", "\\\\\\\\\\", "ooo", "***")
+PHASE_HATCHES = {
+    "adapt": "/////", "prepare": ".....", "estimate": "xxxxx", "search": "-----", "round": "|||||", "warmup": "+++++",
+    "probe": "\\\\\\\\\\",
+}  # fmt: skip
+"""Of the rarer kinds of phases; the others are plain."""
 
 SETTINGS = {
     "figure.dpi": 300,
@@ -67,6 +79,32 @@ class Plot:
     title: str
     caption: str
     figure: Figure
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a row looks wherever it is not a line of its own: lines, markers and areas."""
+
+    colour: str
+    dashes: Any
+    marker: str
+    hatch: str | None
+
+
+def row_looks(names: Iterable[str]) -> dict[str, Look]:
+    """The look of every row, by its place in ``names``; repeated names count once.
+
+    Of six rows in a line no two share a colour, dashes or a marker; up to sixty differ in colour or hatching.
+    """
+    unique = dict.fromkeys(names)
+    several = len(COLOURS)
+    return {
+        name: Look(
+            COLOURS[place % several], DASHES[place % several], MARKERS[place % several],
+            HATCHES[place // several % len(HATCHES)],
+        )
+        for place, name in enumerate(unique)
+    }  # fmt: skip
 
 
 @contextmanager
@@ -186,3 +224,26 @@ def row_label(section: Section, name: str, limit: int = 24) -> str:
     mark = "*" if section.notes.marks[name] else ""
     short = name if len(name) <= limit else f"{name[: limit // 2]}…{name[limit // 2 + 1 - limit :]}"
     return short + mark + ("" if status == "ok" else f" ({status})")
+
+
+def phase_look(kind: str) -> dict[str, Any]:
+    """Fill of a kind of phase, as keywords of a patch."""
+    return {"facecolor": PHASE_COLOURS[kind], "hatch": PHASE_HATCHES.get(kind), "edgecolor": "white", "linewidth": 0.3}
+
+
+def phase_letters(kind: str) -> str:
+    """The colour of letters on that of a phase: white on a dark one (by its relative luminance)."""
+    red, green, blue = to_rgb(PHASE_COLOURS[kind])
+    return "white" if 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2 < 0.27 else "black"
+
+
+def phase_legend(figure: Figure, kinds: Iterable[str], across: int) -> float:
+    """The legend of these kinds of phases at the top, ``across`` in a line. Returns its height in inches."""
+    present = set(kinds)
+    entries = [Patch(label=kind, **phase_look(kind)) for kind in PHASE_COLOURS if kind in present]
+    by_line = [entry for column in range(across) for entry in entries[column::across]]  # filled column by column
+    figure.legend(
+        handles=by_line, loc="upper center", ncols=across, frameon=False, fontsize=6, handlelength=1.3,
+        handleheight=0.9, columnspacing=1, borderaxespad=0.2,
+    )  # fmt: skip
+    return 0.08 + 0.13 * math.ceil(len(entries) / across)

@@ -1,4 +1,4 @@
-"""Compare runs with a baseline: counters exactly, memory by bounds, time by a rank test, quality by a paired test."""
+"""Compare runs with a baseline: counters exactly, memory by bounds, time and quality by an interval and a test."""
 
 from __future__ import annotations
 
@@ -11,15 +11,28 @@ import numpy as np
 from tpme.bench.errors import UserError
 from tpme.bench.quantities import QUANTITIES
 from tpme.bench.record import Cell, Status
-from tpme.reports.data.stats import Floats, holm, mann_whitney, paired, smallest_p
+from tpme.reports.data.stats import (
+    Floats,
+    holm,
+    mann_whitney,
+    median_ratio_interval,
+    paired,
+    paired_ratio_interval,
+    smallest_p,
+)
+from tpme.reports.gate.band import settled_by_values, verdict_of
 from tpme.reports.gate.baseline import Noise, Side
 from tpme.reports.gate.measures import GateCell, Timing, cell_key, sort_cells
 from tpme.reports.gate.readings import TIMES
-from tpme.reports.gate.verdict import CellVerdict, Comparison, Policy, Verdict, differing, names
+from tpme.reports.gate.verdict import MOST_NOISE, CellVerdict, Comparison, Policy, Verdict, differing, names
 
 QUALITIES = ("recall_10", "ndcg_10")
 BROKEN: frozenset[Status] = frozenset({"error", "killed", "timeout", "skipped"})
 """Ends that say nothing about a cell's cost: if both sides end in one of them, nothing is compared."""
+MEASURE_HERE = "measure the baseline on this device ('tpme baseline RUNS --out FILE --update'), or use 'tpme ab'"
+MEASURE_AGAIN = "repeat the runs of the baseline on an idle machine, three times or more, or use 'tpme ab'"
+VALUES = {"step_s": "steps", "epoch_s": "epochs"}
+"""What there are many of, by time; passes of inference otherwise."""
 
 
 def judge(base: Side, head: Side, policy: Policy) -> list[CellVerdict]:
@@ -72,16 +85,28 @@ def _cell(old: GateCell, new: GateCell, base: Side, head: Side, policy: Policy) 
         return
     yield from counters(old, new)
     shared = sorted(old.devices.keys() & new.devices.keys())
-    if not shared and old.devices and new.devices:
-        note = f"measured on {_listed(new.devices)}, the baseline on {_listed(old.devices)}"
-        yield Comparison.of("step_s", None, None, verdict="not compared", note=note)
-        name = next((name for on_device in new.devices.values() for name in on_device.memory), "host_rss_bytes")
-        yield Comparison.of(name, None, None, verdict="not compared", note=note)
+    if not shared:
+        yield from _elsewhere(old, new)
     for device in shared:
         # The noise of the base alone: variation of the head's runs may be the regression.
         noise = base.devices[device].noise if device in base.devices else Noise()
         yield from _times(old.devices[device].timing, new.devices[device].timing, noise, policy)
         yield from _memory(old.devices[device].memory, new.devices[device].memory, noise, policy)
+
+
+def _elsewhere(old: GateCell, new: GateCell) -> Iterator[Comparison]:
+    """Time and memory of a cell that the two sides did not measure on one device."""
+    if old.devices and new.devices:
+        note, advice = f"measured on {_listed(new.devices)}, the baseline on {_listed(old.devices)}", MEASURE_HERE
+    else:
+        note = "not measured by the runs" if old.devices else "the baseline was counted, not measured"
+        advice = "run the matrix" if old.devices else MEASURE_HERE
+    measured = list((new.devices or old.devices).values())
+    times = (name for name in TIMES if any(getattr(one.timing, name) for one in measured))
+    peaks = (name for one in measured for name in one.memory)
+    for name in (next(times, None), next(peaks, None)):
+        if name is not None:
+            yield Comparison.of(name, None, None, verdict="not compared", note=note, advice=advice)
 
 
 def _listed(devices: Iterable[str]) -> str:
@@ -125,11 +150,12 @@ def _counter(name: str, old: float | None, new: float | None, *, judged: bool) -
 
 
 def _times(old: Timing, new: Timing, noise: Noise, policy: Policy) -> Iterator[Comparison]:
+    most = MOST_NOISE * policy.time_threshold
     for name in TIMES:
         a, b = (np.array(getattr(side, name), dtype=np.float64) for side in (old, new))
         if len(a) and len(b):
             bound = max(policy.time_bound(name), noise.time or 0.0, _spread(a) if name.startswith("inference") else 0.0)
-            yield time(name, a, b, bound, policy.alpha)
+            yield _hidden(time(name, a, b, bound, policy.alpha), noise.time, most)
         elif len(a) or len(b):
             yield one_sided(name, *(float(np.median(values)) if len(values) else None for values in (a, b)))
 
@@ -141,12 +167,32 @@ def _spread(times: Floats) -> float:
 
 
 def time(name: str, old: Floats, new: Floats, bound: float, alpha: float) -> Comparison:
-    """Time has changed if the effect exceeds ``bound`` and the rank test rejects at ``alpha``."""
+    """Compare medians by the interval of their ratio; a change also needs a rank test that rejects at ``alpha``."""
     medians = float(np.median(old)), float(np.median(new))
     p = rank_test(old, new, alpha)
-    verdict = time_verdict(medians[1] / medians[0], bound, p, alpha)
-    few = f"{len(old)} and {len(new)} values: no test of so few can reject at p < {alpha:g}"
-    return Comparison.of(name, *medians, bound=bound, p=p, verdict=verdict, note=few if p is None else None)
+    if p is None:
+        note = f"{len(old)} and {len(new)} values: no test of so few can reject at p < {alpha:g}"
+        advice = "run more steps, or repeat the runs"
+        return Comparison.of(name, *medians, bound=bound, verdict="not compared", note=note, advice=advice)
+    low, high = median_ratio_interval(old, new)
+    verdict = verdict_of("time", low, high, bound, proven=p < alpha)
+    item = Comparison.of(name, *medians, low=low, high=high, bound=bound, p=p, verdict=verdict)
+    return _advised(item, VALUES.get(name, "passes"), "compare with 'tpme ab' on an idle machine")
+
+
+def _advised(item: Comparison, values: str, cure: str) -> Comparison:
+    """``item`` and, where it is inconclusive, how many times as many ``values`` would settle it, or a ``cure``."""
+    if item.verdict != "inconclusive":
+        return item
+    return item.model_copy(update={"advice": settled_by_values(item, values, cure)})
+
+
+def _hidden(item: Comparison, noise: float | None, most: float) -> Comparison:
+    """``item``, or ``not compared`` where it claims no change and noise above ``most`` would hide any usual one."""
+    if noise is None or noise <= most or item.verdict not in ("same", "inconclusive"):
+        return item
+    note = f"the baseline's noise of {noise:.0%} hides anything smaller"
+    return item.model_copy(update={"verdict": "not compared", "note": note, "advice": MEASURE_AGAIN})
 
 
 def rank_test(old: Floats, new: Floats, alpha: float) -> float | None:
@@ -154,31 +200,19 @@ def rank_test(old: Floats, new: Floats, alpha: float) -> float | None:
     return mann_whitney(old, new) if smallest_p(len(old), len(new)) < alpha else None
 
 
-def time_verdict(ratio: float, bound: float, p: float | None, alpha: float) -> Verdict:
-    """Verdict on a time from head / base and the p-value of its test."""
-    if p is None:
-        return "not compared"
-    return direction(ratio, bound) if p < alpha else "same"
-
-
-def direction(ratio: float, bound: float) -> Verdict:
-    """Verdict on a cost from head / base: regressed above ``1 + bound``, improved below its inverse."""
-    if ratio > 1 + bound:
-        return "regressed"
-    return "improved" if ratio < 1 / (1 + bound) else "same"
-
-
 def _memory(old: dict[str, float], new: dict[str, float], noise: Noise, policy: Policy) -> Iterator[Comparison]:
-    for name in sorted(old.keys() | new.keys()):
+    for name in dict.fromkeys([*old, *new]):  # training before inference
         if name not in old or name not in new:
             yield one_sided(name, old.get(name), new.get(name))
             continue
-        bound = max(policy.memory_bound(name), noise.memory.get(name, 0.0))
+        usual, varied = policy.memory_bound(name), noise.memory.get(name)
+        bound = max(usual, varied or 0.0)
         comparison = partial(Comparison.of, name, old[name], new[name], bound=bound)
         if old[name] <= 0:
             yield comparison(verdict="not compared", note="the baseline holds no positive peak")
         else:
-            yield comparison(verdict=direction(new[name] / old[name], bound))
+            ratio = new[name] / old[name]
+            yield _hidden(comparison(verdict=verdict_of("memory", ratio, ratio, bound)), varied, MOST_NOISE * usual)
 
 
 # --- quality -------------------------------------------------------------------------------------------------
@@ -245,8 +279,12 @@ def _pairing(keys: Sequence[str], name: str, base: Side, head: Side, policy: Pol
 
 def _judged_quality(pairing: _Pairing, p: float, policy: Policy) -> Comparison:
     old, new = float(pairing.base.mean()), float(pairing.head.mean())
-    verdict: Verdict = "same"
-    if p < policy.quality_alpha and abs(new - old) > pairing.bound * old:
-        verdict = "improved" if new > old else "regressed"
+    interval, proven = paired_ratio_interval(pairing.base, pairing.head), p < policy.quality_alpha
     note = f"mean over seeds {', '.join(map(str, pairing.seeds))}" if len(pairing.seeds) > 1 else None
-    return Comparison.of(pairing.name, old, new, bound=pairing.bound, p=p, verdict=verdict, note=note)
+    comparison = partial(Comparison.of, pairing.name, old, new, bound=pairing.bound, p=p, note=note)
+    if interval is None:  # one side hits nothing
+        moved: Verdict = "improved" if new > old else "regressed"
+        return comparison(verdict="same" if old == new else moved if proven else "inconclusive")
+    low, high = interval
+    verdict = verdict_of("quality", low, high, pairing.bound, proven=proven)
+    return _advised(comparison(low=low, high=high, verdict=verdict), "users", "add seeds to the matrix")

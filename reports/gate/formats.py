@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from xml.etree import ElementTree
 
 from rich.console import Console
@@ -18,35 +18,70 @@ from rich.table import Table
 
 from tpme.bench.quantities import amount, quantity
 from tpme.bench.record import write_atomically
-from tpme.reports.gate.verdict import CellVerdict, Comparison, GateReport, Verdict
+from tpme.reports.gate.scope import join, kinds_settled, kinds_with, scope
+from tpme.reports.gate.verdict import BETTER, WORSE, CellVerdict, Comparison, GateReport, Verdict
 from tpme.reports.tables.table import escape_markdown, markdown_row
 
-_COLOURS: dict[Verdict, str] = {"regressed": "red", "improved": "green", "changed": "yellow"}
-_MARKS: dict[Verdict, str] = {"regressed": "🔴", "improved": "🟢", "changed": "🟡", "same": "⚪"}
+_COLOURS: dict[Verdict, str] = {
+    "slower": "red",
+    "regressed": "red",
+    "faster": "green",
+    "improved": "green",
+    "changed": "yellow",
+    "inconclusive": "magenta",
+}
+_MARKS: dict[Verdict, str] = {
+    "slower": "🔴",
+    "regressed": "🔴",
+    "faster": "🟢",
+    "improved": "🟢",
+    "changed": "🟡",
+    "inconclusive": "❔",
+    "same": "⚪",
+}
 _HEADLINES = {
-    "fine": "no regression",
     "regressed": "regressed",
     "baseline out of date": "the baseline is out of date: update it with 'tpme baseline'",
+    "inconclusive": "inconclusive: it may have regressed",
+    "requirement not met": "what is required was not settled",
     "nothing compared": "nothing was compared",
 }
 _COLUMNS = ("", "Cell", "Metric", "Base", "Head", "Change", "Evidence")
+WIDE = 110
+"""Width of a terminal from which the evidence stands in its table; the files always have it."""
 
 
 def headline(report: GateReport) -> str:
     """The outcome in one line: the verdict and how many numbers were compared."""
-    regressed, improved = len(report.with_verdict("regressed")), len(report.with_verdict("improved"))
-    numbers = sum(report.compared.values())
-    cells = len(report.state("compared"))
+    counts = [("regressed", WORSE), ("improved", BETTER), ("inconclusive", ("inconclusive",))]
+    told = ", ".join(f"{len(report.with_verdict(*verdicts))} {word}" for word, verdicts in counts)
+    numbers, cells = sum(report.compared.values()), len(report.state("compared"))
     return (
-        f"tpme {report.command}: {_HEADLINES[report.overall]} "
-        f"({regressed} regressed, {improved} improved, {numbers} numbers of {cells} cell{'s' * (cells != 1)} compared)"
+        f"tpme {report.command}: {_outcome(report)} "
+        f"({told}, {numbers} numbers of {cells} cell{'s' * (cells != 1)} compared)"
     )
 
 
+def _outcome(report: GateReport) -> str:
+    if report.overall != "fine":
+        return _HEADLINES[report.overall]
+    gaps: tuple[Verdict, ...] = ("inconclusive", "not compared")
+    unsettled = [f"; {verdict}: {join(kinds)}" for verdict in gaps if (kinds := kinds_with(report, verdict))]
+    settled = join(kinds_settled(report)) or "nothing"
+    return f"no regression in {settled}{''.join(unsettled)}" if unsettled else "no regression"
+
+
+def passed_in_part(report: GateReport) -> bool:
+    """Whether the gate passes although something could not be compared or is inconclusive."""
+    return report.exit_code == 0 and bool(kinds_with(report, "not compared") or report.with_verdict("inconclusive"))
+
+
 def remarks(report: GateReport) -> Iterator[str]:
-    """The lines below the table: what was not compared and why, cells of one side, notes, the gate's own time."""
+    """The lines below the table: what would settle what is open, what was not compared and why, cells of one side."""
+    for cell, item in report.with_verdict("inconclusive"):
+        yield f"inconclusive: {item.title} of {cell.name}{f': {item.advice}' if item.advice else ''}"
     kinds = ", ".join(f"{count} {kind}" for kind, count in report.compared.items() if count)
-    yield f"compared: {kinds or 'nothing'}"
+    yield f"numbers compared: {kinds or 'none'}"
     reasons: dict[tuple[str, str], list[str]] = {}
     for cell, item in report.with_verdict("not compared"):
         reasons.setdefault((item.title, item.note or "no reason"), []).append(cell.name)
@@ -72,8 +107,14 @@ def change(item: Comparison) -> str:
     """The relative change for people, with the interval of its ratio if there is one."""
     if item.ratio is None:
         return "-"
-    interval = f" [{item.low - 1:+.1%}, {item.high - 1:+.1%}]" if item.low is not None and item.high is not None else ""
+    interval = (
+        f" [{_percent(item.low)}, {_percent(item.high)}]" if item.low is not None and item.high is not None else ""
+    )
     return f"{item.ratio - 1:+.2%}{interval}"
+
+
+def _percent(ratio: float) -> str:
+    return f"{ratio - 1:+.{1 if abs(ratio - 1) < 0.1 else 0}%}"
 
 
 def describe(item: Comparison) -> str:
@@ -85,37 +126,42 @@ def describe(item: Comparison) -> str:
 
 def evidence(item: Comparison) -> str:
     """Bound, p-value and note of a comparison."""
-    parts = [] if item.bound is None else ["exact" if item.bound == 0 else f"bound {item.bound:.1%}"]
-    parts += [f"p = {item.p:.1e}"] if item.p is not None else []
+    parts = [] if item.bound is None else ["exact" if item.bound == 0 else f"bound {100 * item.bound:.3g}%"]
+    parts += [f"p = {item.p:.1g}"] if item.p is not None else []
     return ", ".join([*parts, *([item.note] if item.note else [])])
 
 
 def changed(report: GateReport) -> list[tuple[CellVerdict, Comparison]]:
-    """Regressions, then improvements, then changes that are neither."""
-    return [*report.with_verdict("regressed"), *report.with_verdict("improved"), *report.with_verdict("changed")]
+    """Regressions, then what is open, improvements, and changes that are neither."""
+    order: tuple[tuple[Verdict, ...], ...] = (WORSE, ("inconclusive",), BETTER, ("changed",))
+    return [row for verdicts in order for row in report.with_verdict(*verdicts)]
 
 
 def listed(report: GateReport, *, everything: bool = False) -> list[tuple[CellVerdict, Comparison]]:
-    """The rows of a table: changes, and unchanged numbers that have an interval, or all if ``everything``."""
-    same = [(cell, item) for cell, item in report.with_verdict("same") if everything or item.low is not None]
+    """The rows of a table: changes, of ``ab`` also unchanged numbers with an interval, or all if ``everything``."""
+    shown = report.with_verdict("same")
+    same = [row for row in shown if everything or (report.command == "ab" and row[1].low is not None)]
     return [*changed(report), *same]
 
 
 def show(report: GateReport, console: Console, *, everything: bool = False) -> None:
-    """Print the report: the table, the remarks, and the verdict last."""
+    """Print the report: what was compared first, the table, the remarks, and the verdict last."""
+    console.print(_line(scope(report)), markup=False, highlight=False, soft_wrap=True)
     rows = listed(report, everything=everything)
     if rows:
         title = escape(_line(f"{report.base} -> {report.head}"))
         table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="dim")
-        for name in ("Verdict", *_COLUMNS[1:]):
-            table.add_column(name, justify="right" if name in ("Base", "Head", "Change") else "left")
+        columns = _COLUMNS[1:] if console.width >= WIDE else _COLUMNS[1:-1]
+        for name in ("Verdict", *columns):
+            justify: Literal["left", "right"] = "right" if name in ("Base", "Head", "Change") else "left"
+            table.add_column(name, justify=justify, no_wrap=name in ("Verdict", "Change"))
         for cell, item in rows:
-            texts = (escape(_line(text)) for text in _row(cell, item))
-            table.add_row(item.verdict, *texts, style=_COLOURS.get(item.verdict, ""))
+            texts = [escape(_line(text)) for text in _row(cell, item)]
+            table.add_row(item.verdict, *texts[: len(columns)], style=_COLOURS.get(item.verdict, ""))
         console.print(table)
     for remark in remarks(report):
         console.print(_line(remark), markup=False, highlight=False)
-    colour = "red" if report.exit_code else "green"
+    colour = "red" if report.exit_code else "yellow" if passed_in_part(report) else "green"
     console.print(f"[bold {colour}]{escape(headline(report))}[/]", highlight=False)
 
 
@@ -126,7 +172,8 @@ def _line(text: str) -> str:
 
 def markdown(report: GateReport) -> str:
     """Markdown for a pull request: the verdict, a table of changes, and folded remarks."""
-    lines = [f"### {'❌' if report.exit_code else '✅'} {headline(report)}", ""]
+    mark = "❌" if report.exit_code else "⚠️" if passed_in_part(report) else "✅"
+    lines = [f"### {mark} {headline(report)}", "", escape_markdown(scope(report)), ""]
     lines += [f"{escape_markdown(report.base)} → {escape_markdown(report.head)}", ""]
     rows = listed(report)
     if rows:
@@ -135,14 +182,14 @@ def markdown(report: GateReport) -> str:
             texts = (f"{_MARKS[item.verdict]} {item.verdict}", *_row(cell, item))
             lines.append(markdown_row(map(escape_markdown, texts)))
         lines += [""]
-    lines += ["<details><summary>What was compared, and what was not</summary>", ""]
+    lines += ["<details><summary>Details</summary>", ""]
     lines += [f"- {escape_markdown(remark)}" for remark in remarks(report)]
     lines += ["", "</details>", ""]
     return "\n".join(lines)
 
 
 def junit(report: GateReport) -> str:
-    """JUnit XML: one test case per comparison, failed if it regressed, skipped if nothing could be compared."""
+    """JUnit XML: one test case per comparison: failed if it regressed, skipped if open or not compared."""
     suite = ElementTree.Element("testsuite", name=f"tpme {report.command}", time=f"{report.duration_s:.3f}")
     properties = ElementTree.SubElement(suite, "properties")
     for name, value in (("base", report.base), ("head", report.head), ("overall", report.overall)):
@@ -151,9 +198,9 @@ def junit(report: GateReport) -> str:
     for cell in report.cells:
         for item in cell.comparisons:
             case = ElementTree.SubElement(suite, "testcase", classname=_xml(cell.name), name=_xml(item.metric))
-            failures += item.verdict == "regressed"
-            skipped += item.verdict == "not compared"
-            _outcome(case, item)
+            failures += item.verdict in WORSE
+            skipped += item.verdict in ("inconclusive", "not compared")
+            _judged(case, item)
         if cell.state != "compared":
             skipped += 1
             case = ElementTree.SubElement(suite, "testcase", classname=_xml(cell.name), name="cell")
@@ -170,9 +217,12 @@ def junit(report: GateReport) -> str:
     return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
 
 
-def _outcome(case: ElementTree.Element, item: Comparison) -> None:
-    if item.verdict == "regressed":
-        ElementTree.SubElement(case, "failure", message=_xml(f"{item.title} regressed: {describe(item)}"))
+def _judged(case: ElementTree.Element, item: Comparison) -> None:
+    if item.verdict in WORSE:
+        ElementTree.SubElement(case, "failure", message=_xml(f"{item.title} {item.verdict}: {describe(item)}"))
+    elif item.verdict == "inconclusive":
+        message = f"inconclusive: {describe(item)}; {item.advice}"
+        ElementTree.SubElement(case, "skipped", message=_xml(message))
     elif item.verdict == "not compared":
         ElementTree.SubElement(case, "skipped", message=_xml(item.note or "not compared"))
     else:
@@ -188,11 +238,15 @@ def _xml(text: str) -> str:
 
 
 def github_annotations(report: GateReport) -> list[str]:
-    """GitHub workflow commands: errors for regressions, notices for other changes, warnings for missing cells."""
-    levels = {"regressed": "error", "improved": "notice", "changed": "notice"}
+    """GitHub workflow commands: errors for regressions, warnings for what is open or missing, notices for the rest."""
+    levels = {"slower": "error", "regressed": "error", "inconclusive": "warning"}
     lines = []
     for cell, item in changed(report):
-        lines.append(_command(levels[item.verdict], f"{cell.name}: {item.title} {item.verdict}", describe(item)))
+        message = f"{describe(item)}{f'; {item.advice}' if item.advice else ''}"
+        level = levels.get(item.verdict, "notice")
+        lines.append(_command(level, f"{cell.name}: {item.title} {item.verdict}", message))
+    if kinds := kinds_with(report, "not compared"):
+        lines.append(_command("warning", f"not compared: {join(kinds)}", scope(report)))
     for cell in report.state("missing"):
         lines.append(_command("warning", f"{cell.name}: missing", "in the base, but not in the runs"))
     for cell in report.state("new"):

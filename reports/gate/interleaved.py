@@ -1,29 +1,32 @@
 """Judge interleaved runs of two code versions on one device, as ``tpme ab`` makes them.
 
 Noise on a shared machine is one-sided: other load only makes a step slower. All runs of a side take the same steps over
-the same batches, so each step counts with its fastest run. The noise of a side is how much slower it would look without
-one of its runs. The mean over steps, unlike a quantile, also detects a slowdown of few steps.
+the same batches, so each step counts with its fastest run. The mean over steps, unlike a quantile, also detects a
+slowdown of few steps. Runs and steps are resampled for the interval of the ratio, and the verdict follows from where it
+lies: see ``band``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
 from tpme.reports.data.load import Recorded
 from tpme.reports.data.stats import Floats, interval, mann_whitney, smallest_p
+from tpme.reports.gate.band import settled_by_runs, verdict_of
 from tpme.reports.gate.baseline import Side
-from tpme.reports.gate.check import direction, judge, one_sided, rank_test, time_verdict
+from tpme.reports.gate.check import judge, one_sided, rank_test
 from tpme.reports.gate.measures import finished, measure
 from tpme.reports.gate.readings import TIMES, memory
-from tpme.reports.gate.verdict import CellVerdict, Comparison, Policy
+from tpme.reports.gate.verdict import BETTER, WORSE, CellVerdict, Comparison, Policy
 
 RESAMPLES = 1000
 SUSPICIOUS = 0.5
 """Share of a bound from which a change of time or memory is measured again before it is judged."""
-NEAR = 0.75
-"""Share of the bound from which a change of memory needs more runs."""
+MOST_TIMES = 4
+"""Most measurements of a cell: two where it looks changed, more where its interval does not tell."""
 REPEATABLE = ("time", "memory")
 """Kinds of metrics that more runs measure more precisely."""
 
@@ -55,34 +58,24 @@ def judge_runs(
     return verdicts
 
 
-def suspicious(cell: CellVerdict, policy: Policy) -> bool:
+def suspicious(cell: CellVerdict) -> bool:
     """Whether a cell must be measured again before it is judged.
 
-    True if its end changed, if time or memory moved by half of the bound, and if the noise of its times exceeds the
-    threshold.
+    True if its end changed, if time or memory moved by half of the bound, and where more runs may settle a number.
     """
     for item in cell.comparisons:
         if item.kind == "status" and item.verdict not in ("same", "not compared"):
             return True
         if item.kind not in REPEATABLE or item.ratio is None or item.bound is None:
             continue
-        threshold = policy.time_bound(item.metric) if item.kind == "time" else item.bound
-        if max(item.ratio, 1 / item.ratio) > 1 + SUSPICIOUS * threshold or item.bound > threshold:
+        if max(item.ratio, 1 / item.ratio) > 1 + SUSPICIOUS * item.bound:
             return True
-    return False
+    return undecided(cell)
 
 
-def undecided(cell: CellVerdict, policy: Policy) -> bool:
-    """Whether more runs are needed: time beyond the threshold but within the noise, or memory near its bound."""
-    for item in cell.comparisons:
-        if item.kind not in REPEATABLE or item.ratio is None or item.bound is None or item.verdict != "same":
-            continue
-        threshold = policy.time_bound(item.metric) if item.kind == "time" else NEAR * item.bound
-        proven = item.kind == "time" and item.p is not None and item.p < policy.alpha
-        withdrawn = proven and direction(item.ratio, item.bound) != "same"  # the later runs did not confirm it
-        if direction(item.ratio, threshold) != "same" and not withdrawn:
-            return True
-    return False
+def undecided(cell: CellVerdict) -> bool:
+    """Whether more runs may settle a number."""
+    return any(item.kind in REPEATABLE and item.verdict == "inconclusive" for item in cell.comparisons)
 
 
 def _side(name: str, runs: Runs) -> Side:
@@ -111,7 +104,7 @@ def _compare_runs(base: Sequence[Recorded], head: Sequence[Recorded], policy: Po
             means = (float(_fastest(runs).mean()) if runs else None for runs in (old, new))
             comparisons.append(one_sided(name, *means))
     peaks = [[memory(recorded.result) for recorded in runs] for runs in sides]
-    for name in sorted({name for runs in peaks for run in runs for name in run}):
+    for name in dict.fromkeys(name for runs in peaks for run in runs for name in run):  # training before inference
         before, after = ([run[name] for run in runs if name in run] for runs in peaks)
         lowest = min(before, default=None), min(after, default=None)
         both = before and after
@@ -120,7 +113,7 @@ def _compare_runs(base: Sequence[Recorded], head: Sequence[Recorded], policy: Po
 
 
 def compare_times(name: str, base: Sequence[Floats], head: Sequence[Floats], policy: Policy) -> Comparison:
-    """Compare the mean over steps of each step's fastest run by threshold, noise and a rank test.
+    """Compare the mean over steps of each step's fastest run by the interval of the ratio and a rank test.
 
     If there are too few steps (or epochs) for the test to reject, it uses those of all runs.
 
@@ -132,47 +125,54 @@ def compare_times(name: str, base: Sequence[Floats], head: Sequence[Floats], pol
     """
     best = [_fastest(runs) for runs in (base, head)]
     means = [float(values.mean()) for values in best]
-    ratio, bound = means[1] / means[0], max(policy.time_bound(name), _noise(base), _noise(head))
-    low, high = _interval(base, head)
+    bound, (low, high) = policy.time_bound(name), _interval(base, head)
     p = rank_test(best[0], best[1], policy.alpha)
     p = rank_test(np.concatenate(base), np.concatenate(head), policy.alpha) if p is None else p
-    note = f"fastest of {len(base)} and {len(head)} runs"
+    compared = partial(Comparison.of, name, *means, low=low, high=high, bound=bound, p=p)
+    note = f"{len(base)} and {len(head)} runs"
     if p is None:
-        note = f"too few steps for a test, {note}"
-    elif direction(ratio, policy.time_bound(name)) != direction(ratio, bound):
-        note = f"within the noise of these runs ({bound:.0%}), {note}"
-    verdict = time_verdict(ratio, bound, p, policy.alpha)
-    return Comparison.of(name, *means, low=low, high=high, bound=bound, p=p, verdict=verdict, note=note)
+        return compared(verdict="not compared", note=f"too few steps for a test, {note}", advice="run more steps")
+    verdict = verdict_of("time", low, high, bound, proven=p < policy.alpha)
+    return _settled(compared(verdict=verdict, note=note), base, head)
+
+
+def _settled(compared: Comparison, base: Sequence[object], head: Sequence[object]) -> Comparison:
+    """``compared``; ``inconclusive`` where a single run shows no noise, and with the runs that would settle that."""
+    runs = min(len(base), len(head))
+    if runs > 1 and compared.verdict != "inconclusive":
+        return compared
+    advice = settled_by_runs(compared, runs, MOST_TIMES)
+    return compared.model_copy(update={"verdict": "inconclusive", "advice": advice})
 
 
 def compare_peaks(name: str, base: Sequence[float], head: Sequence[float], policy: Policy) -> Comparison:
-    """Compare memory peaks (bytes): their medians differ beyond the bound and the two sides separate.
+    """Compare memory peaks (bytes): the interval of their medians' ratio leaves the band and the two sides separate.
 
     They separate if they do not overlap, or if a rank test rejects as clearly as for four runs apart from four.
     """
     if min(base) <= 0:
         return Comparison.of(name, None, None, verdict="not compared", note="the base holds no positive peak")
     medians = float(np.median(base)), float(np.median(head))
-    ratio, bound = medians[1] / medians[0], policy.memory_bound(name)
     p = mann_whitney(np.array(base), np.array(head))
     apart = min(head) > max(base) or max(head) < min(base) or p <= smallest_p(4, 4)
-    verdict = direction(ratio, bound) if apart else "same"
-    low, high = _interval_of_medians(base, head)
-    note = f"median of {len(base)} and {len(head)} runs"
-    return Comparison.of(name, *medians, low=low, high=high, bound=bound, p=p, verdict=verdict, note=note)
+    bound, (low, high) = policy.memory_bound(name), _interval_of_medians(base, head)
+    verdict = verdict_of("memory", low, high, bound, proven=apart)
+    note = f"{len(base)} and {len(head)} runs"
+    compared = Comparison.of(name, *medians, low=low, high=high, bound=bound, p=p, verdict=verdict, note=note)
+    return _settled(compared, base, head)
 
 
 def _confirmed(compared: Comparison, base: Sequence[Floats], head: Sequence[Floats], policy: Policy) -> Comparison:
-    """``compared``, or ``same`` if the later runs alone do not show half of the threshold in the same direction."""
-    if compared.verdict not in ("regressed", "improved") or not base or not head:
+    """``compared``; ``inconclusive`` if the later runs alone do not show half of the threshold in its direction."""
+    if compared.verdict not in (*WORSE, *BETTER) or not base or not head:
         return compared
     old, new = (float(_fastest(runs).mean()) for runs in (base, head))
-    change = new / old if compared.verdict == "regressed" else old / new
+    change = new / old if compared.verdict in WORSE else old / new
     if change > 1 + SUSPICIOUS * policy.time_bound(compared.metric):
         return compared
-    return compared.model_copy(
-        update={"verdict": "same", "note": f"not confirmed: {new / old - 1:+.1%} when run again"}
-    )
+    note = f"not confirmed: {new / old - 1:+.1%} when run again"
+    advice = "something else slowed the machine for a while: compare again when it is idle"
+    return compared.model_copy(update={"verdict": "inconclusive", "note": note, "advice": advice})
 
 
 def _fastest(runs: Sequence[Floats]) -> Floats:
@@ -180,14 +180,6 @@ def _fastest(runs: Sequence[Floats]) -> Floats:
     steps = min(map(len, runs))
     fastest: Floats = np.min([times[:steps] for times in runs], axis=0)
     return fastest
-
-
-def _noise(runs: Sequence[Floats]) -> float:
-    """How much slower a side would look without one of its runs, relative; 0 for a single run."""
-    if len(runs) < 2:
-        return 0.0
-    without = [float(_fastest([*runs[:left], *runs[left + 1 :]]).mean()) for left in range(len(runs))]
-    return max(0.0, max(without) / float(_fastest(runs).mean()) - 1)
 
 
 def _interval(base: Sequence[Floats], head: Sequence[Floats]) -> tuple[float, float]:

@@ -13,12 +13,22 @@ from typing import Any, Literal
 from tpme.bench.quantities import KINDS, Kind, quantity
 from tpme.bench.record import Cell, Frozen
 
-SCHEMA_VERSION: Literal[1] = 1
-Verdict = Literal["same", "improved", "regressed", "changed", "not compared"]
-Overall = Literal["fine", "regressed", "baseline out of date", "nothing compared"]
+SCHEMA_VERSION: Literal[2] = 2
+Verdict = Literal["same", "faster", "slower", "improved", "regressed", "changed", "inconclusive", "not compared"]
+"""Times are faster or slower, everything else has improved or regressed; a change without a direction is ``changed``.
 
-FINE, REGRESSED, NOTHING_COMPARED, ERROR = 0, 1, 2, 3
+``inconclusive``: compared, and neither ``same`` nor a change is proven. ``not compared``: nothing can be said.
+"""
+WORSE: tuple[Verdict, ...] = ("slower", "regressed")
+BETTER: tuple[Verdict, ...] = ("faster", "improved")
+Overall = Literal[
+    "fine", "regressed", "baseline out of date", "inconclusive", "requirement not met", "nothing compared"
+]
+
+FINE, REGRESSED, UNSETTLED, ERROR = 0, 1, 2, 3
 """Exit codes of ``tpme check`` and ``tpme ab``."""
+MOST_NOISE = 5
+"""Noise of a baseline above so many times the threshold hides any change of a usual size: 50 % for times."""
 
 
 class Policy(Frozen):
@@ -37,7 +47,7 @@ class Policy(Frozen):
     strict: bool = False
     """Fail for any changed or lost exact counter and any missing or new cell: update the baseline explicitly."""
     require: tuple[Kind, ...] = ()
-    """Kinds of metrics of which at least one must have been compared."""
+    """Kinds of metrics that must be compared and settled in every cell that has them."""
 
     def time_bound(self, name: str) -> float:
         """Relative change of a time that counts; passes of inference are short and differ more between processes."""
@@ -64,11 +74,13 @@ class Comparison(Frozen):
     high: float | None = None
     """95 % interval of the ratio, if there is one."""
     bound: float | None = None
-    """The relative change that had to be exceeded."""
+    """The relative change that still counts as equal."""
     p: float | None = None
     """p-value of the test, if there is one; for quality after Holm's correction."""
     verdict: Verdict
     note: str | None = None
+    advice: str | None = None
+    """What would settle it where it is inconclusive, or let it be compared where it was not."""
 
     @classmethod
     def of(cls, metric: str, base: float | str | None, head: float | str | None, **fields: Any) -> Comparison:
@@ -88,6 +100,13 @@ class Comparison(Frozen):
         """Unit of ``base`` and ``head``, empty for a count or a share."""
         return quantity(self.metric).unit
 
+    @property
+    def suspect(self) -> bool:
+        """Whether it is inconclusive and looks worse by more than the bound."""
+        if self.verdict != "inconclusive" or self.ratio is None or self.bound is None:
+            return False
+        return self.ratio < 1 / (1 + self.bound) if self.kind == "quality" else self.ratio > 1 + self.bound
+
 
 class CellVerdict(Frozen):
     """One cell: on both sides, only in the base (``missing``) or only in the head (``new``)."""
@@ -100,12 +119,16 @@ class CellVerdict(Frozen):
     comparisons: tuple[Comparison, ...] = ()
     note: str | None = None
 
+    def leading(self, kind: Kind) -> Comparison | None:
+        """The comparison that stands for all of a kind: steps for time, the peak of training for memory."""
+        return next((item for item in self.comparisons if item.kind == kind), None)
+
 
 class GateReport(Frozen):
     """The outcome of ``tpme check`` or ``tpme ab``."""
 
     format: Literal["tpme-gate"] = "tpme-gate"
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     command: Literal["check", "ab"]
     base: str
     """Source of the base: a file or a git revision."""
@@ -135,30 +158,42 @@ def conclude(cells: Sequence[CellVerdict], policy: Policy, **fields: Any) -> Gat
     """The report over judged cells, with its exit code."""
     comparisons = [item for cell in cells for item in cell.comparisons]
     judged = Counter(item.kind for item in comparisons if item.verdict != "not compared")
-    compared = {kind: judged[kind] for kind in KINDS}
+    lacking = [kind for kind in policy.require if not _met(kind, cells)]
     notes = list(fields.pop("notes", ()))
-    lacking = [kind for kind in policy.require if not compared[kind]]
     overall: Overall = "fine"
-    if any(item.verdict == "regressed" for item in comparisons):
+    if any(item.verdict in WORSE for item in comparisons):
         overall = "regressed"
-    elif policy.strict and (
-        any(cell.state != "compared" for cell in cells)
-        or any(i.kind == "counter" and (i.verdict not in ("same", "not compared") or _lost(i)) for i in comparisons)
-    ):
+    elif policy.strict and _out_of_date(cells):
         overall = "baseline out of date"
-    elif lacking or not any(compared[kind] for kind in KINDS if kind != "status"):
+    elif lacking:
+        overall = "requirement not met"
+        notes.append(f"required, but not settled for every cell that has it: {', '.join(lacking)}")
+    elif any(item.suspect for item in comparisons):
+        overall = "inconclusive"
+    elif not any(judged[kind] for kind in KINDS if kind != "status"):
         overall = "nothing compared"
-        notes += [f"required, but nothing of it could be compared: {', '.join(lacking)}"] if lacking else []
-    exits = {"fine": FINE, "nothing compared": NOTHING_COMPARED}
     return GateReport(
         policy=policy,
         overall=overall,
-        exit_code=exits.get(overall, REGRESSED),
+        exit_code={"fine": FINE, "regressed": REGRESSED, "baseline out of date": REGRESSED}.get(overall, UNSETTLED),
         cells=tuple(cells),
-        compared=compared,
+        compared={kind: judged[kind] for kind in KINDS},
         notes=tuple(notes),
         **fields,
     )
+
+
+def _met(kind: Kind, cells: Sequence[CellVerdict]) -> bool:
+    """Whether a kind was settled in every cell that has it, and in at least one."""
+    leading = [item for cell in cells if (item := cell.leading(kind)) is not None]
+    return bool(leading) and all(item.verdict not in ("not compared", "inconclusive") for item in leading)
+
+
+def _out_of_date(cells: Sequence[CellVerdict]) -> bool:
+    """Whether a counter changed or was lost, or one side has further cells."""
+    counters = [item for cell in cells for item in cell.comparisons if item.kind == "counter"]
+    moved = any(item.verdict not in ("same", "not compared") or _lost(item) for item in counters)
+    return moved or any(cell.state != "compared" for cell in cells)
 
 
 def _lost(item: Comparison) -> bool:

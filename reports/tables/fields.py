@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from math import isnan, nan
 from typing import Any
 
@@ -47,7 +48,7 @@ def seeds() -> Field:
         finished, seeds = int(line["seeds_ok"]), int(line["seeds"])
         return Entry(str(seeds) if finished == seeds else f"{finished} of {seeds}", finished)
 
-    return Column("seeds_finished", "Seeds", wide_only=True), entry
+    return Column("seeds_finished", "Seeds", fact=True), entry
 
 
 def quality(section: Section, key: str, seeds: bool = False) -> list[Field]:
@@ -123,18 +124,29 @@ def memory(section: Section, unit: tuple[str, float]) -> list[Field]:
     return [(column, entry), *spreads, hidden("memory_seen_bytes"), hidden("memory_source")]
 
 
-def all_in(section: Section) -> list[Field]:
-    """The time of everything that leads to the trained model; no column where no record holds it."""
-    return cost(section, "all_in_s") if section.summary["all_in_s"].notna().any() else []
+def peak(section: Section, unit: tuple[str, float]) -> list[Field]:
+    """The whole-run peak with the kind of phase where it lies, unless in training; of "oom" a lower bound."""
+    [(column, highest)] = cost(section, "peak_bytes", unit=unit)
+
+    def entry(name: str, line: Line) -> Entry:
+        value = highest(name, line)
+        if value.value is None:
+            return value
+        bound = "≥ " if line["status"] == "oom" else ""
+        phase = "" if line["peak_phase"] == "train" else f" ({line['peak_phase']})"
+        return replace(value, text=f"{bound}{value.text}{phase}", short=f"{bound}{value.text}")
+
+    return [(column, entry), hidden("peak_phase")]
 
 
-def energy(section: Section) -> list[Field]:
-    """E, the energy of a training epoch; no column where it was not measured."""
-    return cost(section, "energy_epoch_j") if section.summary["energy_epoch_j"].notna().any() else []
+def ratio(section: Section, key: str) -> list[Field]:
+    """A cost over that of the reference row; no column without one."""
+    symbol = quantity(key).header.removesuffix(" ratio")
+    return [] if section.reference is None else cost(section, key, header=f"{symbol} / {section.reference}")
 
 
-def tpme(section: Section) -> list[Field]:
-    """TPME in percent with its interval and rank; for a row that ran out of memory its lower bound."""
+def tpme(section: Section, *, bounds: bool = False) -> list[Field]:
+    """TPME in percent and rank, for people with its ``bounds`` if asked; a row out of memory has its lower bound."""
     best, ties = best_rows(section.summary["tpme"], "lower"), set(section.ties)
 
     def percent(name: str, line: Line) -> Entry:
@@ -158,7 +170,7 @@ def tpme(section: Section) -> list[Field]:
 
     return [
         (Column("tpme_percent", quantity("tpme_percent").label("%"), "lower"), percent),
-        (Column("tpme_low_percent", f"{100 * LEVEL:.0f} %", wide_only=True), interval),
+        (Column("tpme_low_percent", f"{100 * LEVEL:.0f} %", machine_only=not bounds), interval),
         (Column("tpme_high_percent", machine_only=True), lambda name, line: Entry("", 100 * line["tpme_high"])),
         (
             Column("tpme_lower_bound_percent", machine_only=True),
@@ -187,12 +199,12 @@ def count(key: str) -> Field:
         text = MISSING if isnan(line[key]) else f"{line[key]:.1f}".removesuffix(".0")
         return Entry(text, value_of(line[key]))
 
-    return Column(key, quantity(key).header), entry
+    return Column(key, quantity(key).header, fact=True), entry
 
 
 def percent(key: str) -> Field:
     """A share, in percent."""
-    return Column(key, quantity(key).label("%")), lambda name, line: Entry(
+    return Column(key, quantity(key).label("%"), fact=True), lambda name, line: Entry(
         f"{100 * line[key]:.2f}", value_of(line[key])
     )
 

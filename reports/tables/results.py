@@ -8,11 +8,10 @@ from typing import get_args
 
 import pandas as pd
 
-from tpme.bench.quantities import MISSING, byte_unit, bytes_text, number, quantity
+from tpme.bench.quantities import CUTOFFS, MISSING, byte_unit, bytes_text, number, quantity
 from tpme.bench.record import LearningRates, PhaseKind
 from tpme.reports.data.phase_times import phase_times
 from tpme.reports.data.ranks import METRICS
-from tpme.reports.data.resampling import DRAWS
 from tpme.reports.data.section import Section
 from tpme.reports.data.serving import served
 from tpme.reports.data.stats import LEVEL
@@ -24,6 +23,7 @@ from tpme.reports.tables.machines import machines
 from tpme.reports.tables.paper import paper
 from tpme.reports.tables.planned import planned
 from tpme.reports.tables.representation_space import representation_space
+from tpme.reports.tables.scales import scales
 from tpme.reports.tables.serving_costs import inference
 from tpme.reports.tables.table import Column, Entry, Table
 
@@ -38,30 +38,35 @@ def all_tables(section: Section) -> list[Table]:
 
 
 def results(section: Section) -> Table:
-    """The main table: quality, T, P, M and TPME of every row."""
+    """The main table: quality, time, memory and cost of every row; the other tables hold the rest."""
+    unit = byte_unit(section.summary[["memory_seen_bytes", "peak_bytes"]].max())
     columns = [
         fields.method(section),
         fields.hidden("status"),  # people read it in place of the quality
         fields.seeds(),
-        *fields.quality(section, "recall_10", seeds=True),
-        *fields.quality(section, "ndcg_10", seeds=True),
+        *fields.quality(section, "recall_10"),
+        *fields.quality(section, "ndcg_10"),
         *fields.cost(section, "epoch_time_s"),
-        *fields.all_in(section),
+        *fields.cost(section, "time_to_best_s"),
         *fields.cost(section, "trainable_millions"),
-        *fields.memory(section, byte_unit(section.summary["memory_seen_bytes"])),
-        *fields.energy(section),
+        *fields.memory(section, unit),
+        *fields.peak(section, unit),
+        *fields.ratio(section, "cost_ratio"),
         *fields.tpme(section),
     ]
     return table_of(section, "results", "Quality and cost of every method", columns, notes=_result_notes(section))
 
 
 def cutoffs(section: Section) -> Table:
-    """Recall and NDCG at the other cut-offs."""
+    """Recall and NDCG at every cut-off, with their spread over seeds."""
     columns = [fields.method(section)]
-    for k in (5, 20):
+    for k in CUTOFFS:
         for metric in METRICS:
             columns += fields.quality(section, f"{metric}_{k}", seeds=True)
-    return table_of(section, "cutoffs", "Quality at other cut-offs", columns, _ranked(section))
+    note = f"Mean over seeds ± half the {100 * LEVEL:.0f} % bootstrap interval over users."
+    if (section.summary["seeds_ok"] > 1).any():
+        note += " ± seeds: standard deviation over seeds, which is not in that interval."
+    return table_of(section, "cutoffs", "Quality at all cut-offs", columns, _ranked(section), [note])
 
 
 def warm_and_cold(section: Section) -> Table:
@@ -81,25 +86,28 @@ def costs(section: Section) -> Table:
     columns = [
         fields.method(section),
         *fields.interval("epoch_time_s"),
-        *cost("time_to_best_s"),
         fields.count("best_epoch"),
         fields.count("epochs_run"),
         *cost("wall_s"),
         *cost("total_millions"),
         *cost("stored_bytes"),
     ]
-    rare = ["cache_build_s", "cache_bytes", "training_energy_j"]
+    rare = ["all_in_s", "energy_epoch_j", "training_energy_j", "cache_build_s", "cache_peak_bytes", "cache_bytes"]
     rare += [] if served(section.behind) else ["inference_items_per_s"]  # of records from before it had its own table
     for key in rare:
         columns += cost(key) if summary[key].notna().any() else []
     if (summary["search_trials"] > 1).any():
         columns += [fields.count("search_trials"), *cost("search_wall_s")]
-    note = (
+    notes = [
         f"{OVER_SEEDS} T with a percentage: where it lies in so many resamplings of seeds and of epochs after "
-        "warm-up. To best epoch: training time up to the best validation Recall@10. Whole cell: loading, "
-        "validation and ranking included. Stored: what must be kept beside the untouched encoders."
-    )
-    return table_of(section, "costs", "Costs in full", columns, notes=[note])
+        "warm-up. Whole cell: loading, validation and ranking included. Stored: what must be kept beside the untouched "
+        "encoders."
+    ]
+    if summary["all_in_s"].notna().any():
+        notes.append("All in: feature cache, a method's estimation, search and rounds, training epochs of all stages.")
+    if summary["energy_epoch_j"].notna().any():
+        notes.append("E: energy of a training epoch by the GPU's counter, mean of all epochs; the host's is not in it.")
+    return table_of(section, "costs", "Costs in full", columns, notes=notes)
 
 
 def steps(section: Section) -> Table:
@@ -158,7 +166,7 @@ def learning_rates(section: Section) -> Table:
             Column(f"lr_{group}", f"lr {group}", machine_only=len({rate.of(group) for rate in rates}) == 1)
             for group in groups
         ),
-        Column("cells_finished", "Finished"),
+        Column("cells_finished", "Finished", fact=True),
         Column("valid_recall_10", "Validation Recall@10", "higher"),
         Column("wall_s", "Cost (s)"),
         Column("selected", "Selected", numeric=False),
@@ -208,6 +216,7 @@ def failures(section: Section) -> Table:
 
 TABLES: dict[str, Callable[[Section], Table]] = {
     "results": results,
+    "tpme": scales,
     "differences": differences,
     "pairs": pairs,
     "cutoffs": cutoffs,
@@ -240,15 +249,22 @@ def _in_order(section: Section, cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def _result_notes(section: Section) -> list[str]:
-    summary, names = section.summary, section.compared
-    notes = [f"Recall and NDCG: mean over seeds ± half the {100 * LEVEL:.0f} % bootstrap interval over users."]
-    if (summary["seeds_ok"] > 1).any():
-        notes[0] += " ± seeds, and ± behind costs: standard deviation over seeds, which is not in that interval."
-    if names:
-        whose = f"the frame of {section.frame_from}" if section.frame_from else "their own min and max"
-        weights = str(section.weights).replace(",", ", ")
-        notes.append(f"TPME over K = {len(names)} rows ({', '.join(names)}), weights of T, P, M {weights}, {whose}.")
-        notes.append(_interval_note(section))
+    """The columns explained, TPME before it appears, and why rows have none."""
+    summary = section.summary
+    spread = ", of costs the standard deviation over seeds" if (summary["seeds_ok"] > 1).any() else ""
+    notes = [
+        "Recall@10: share of users whose held-out item is among the first 10; NDCG@10 weighs its place, too. "
+        f"±: half the {100 * LEVEL:.0f} % interval over users{spread}.",
+        "T: time of a training epoch. To best epoch: all time up to it, building a feature cache included. "
+        "P: trainable parameters. M: peak memory of training. Peak: of the whole run, from loading to ranking and "
+        "export, its phase in brackets.",
+    ]
+    if section.compared:
+        rows = f"the rows of {section.frame_from}" if section.frame_from else f"{len(section.compared)} compared rows"
+        notes.append(
+            f"TPME: mean of T, P and M (weights {str(section.weights).replace(',', ', ')}), each from 0 % for the "
+            f"least of {rows} to 100 % for the most."
+        )
     else:
         alone = summary["compared"] & (summary["status"] == "ok")
         notes.append(
@@ -256,38 +272,14 @@ def _result_notes(section: Section) -> list[str]:
             if alone.sum() == 1 and section.frame is not None
             else "No row has a TPME: none that adapts an encoder finished with a trusted T, P and M."
         )
+    if section.reference is not None:
+        notes.append(
+            f"Cost / {section.reference}: geometric mean of the ratios of T, P and M to {section.reference}'s, same "
+            "weights; no other row moves it."
+        )
     if section.ties:
-        notes.append(f"Rows that share a rank (=) are tied within noise: {section.noise.text}.")
+        notes.append("Rows that share a rank (=) are tied within noise.")
     left_out = summary.index[~summary["compared"] & summary["baseline"]]
     if len(left_out):
-        notes.append(f"No encoder is adapted, so no TPME unless named with --rows: {', '.join(map(str, left_out))}.")
-    sources = sorted(set(summary.loc[summary["tpme"].notna(), "memory_source"]))
-    if len(sources) == 1:
-        notes.append(f"M measured as: {sources[0]}.")
-    if summary["all_in_s"].notna().any():
-        notes.append("All in: feature cache, a method's estimation, search and rounds, training epochs of all stages.")
-    if summary["energy_epoch_j"].notna().any():
-        notes.append("E: energy of a training epoch by the GPU's counter, mean of all epochs; the host's is not in it.")
+        notes.append(f"No TPME, as no encoder is adapted: {', '.join(map(str, left_out))}.")
     return notes
-
-
-def _interval_note(section: Section) -> str:
-    """The note on the interval of TPME: what was resampled and what was not."""
-    seeds = section.summary.loc[section.compared, "seeds_ok"]
-    what = "epochs" if (seeds == 1).all() else "seeds and epochs"
-    frame = "within the frozen frame" if section.frame_from else "the frame taken anew each time"
-    note = (
-        f"{100 * LEVEL:.0f} %: interval of TPME over {DRAWS:,} resamplings of every row's {what}, {frame}; P is exact."
-    )
-    alone = [str(name) for name in seeds.index[seeds == 1]]
-    summary = section.summary.loc[section.compared]
-    still = summary.index[summary["tpme_end"]]
-    if len(still) and section.frame_from is None and len(summary) > 1:
-        varied = section.weights.time > 0 or len(alone) < len(seeds)
-        row = "this row is" if len(still) == 1 else "each of these rows is"
-        why = f"{row} the minimum or maximum in every resample" if varied else "no cost that counts was measured twice"
-        note += f" No interval for {' and '.join(map(str, still))}: {why}."
-    if alone:
-        whose = "One seed a row" if len(alone) == len(seeds) else f"Of one seed ({', '.join(alone)})"
-        note += f" {whose}: what another one would change is not in it."
-    return note

@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 from tpme.bench.quantities import Better
 
@@ -47,6 +47,8 @@ class Column:
     """Left out of the formats for people, such as the bounds of an interval."""
     wide_only: bool = False
     """Left out of a terminal too narrow for all columns."""
+    fact: bool = False
+    """Moves into the caption where it is the same in every row, such as the number of seeds."""
 
     @property
     def title(self) -> str:
@@ -63,6 +65,7 @@ class Table:
     columns: tuple[Column, ...]
     rows: tuple[tuple[Entry, ...], ...]
     notes: tuple[str, ...] = ()
+    """What its columns mean; people read them before the table."""
     warnings: tuple[str, ...] = ()
     """Flags that apply to all rows."""
     footnotes: tuple[str, ...] = ()
@@ -79,13 +82,27 @@ class Table:
 
     @property
     def caption(self) -> str:
-        """Title and subject."""
-        return f"{self.title}: {self.subject}" if self.subject else self.title
+        """Title, subject and facts."""
+        title = f"{self.title}: {self.subject}" if self.subject else self.title
+        return f"{title}. {self.facts}" if self.facts else title
+
+    @property
+    def facts(self) -> str:
+        """A sentence with what is the same in every row; empty without such a column."""
+        told = [f"{self.columns[index].header} {self.rows[0][index].text}" for index in self._constant]
+        return f"In every row: {'; '.join(told)}." if told else ""
 
     @property
     def visible(self) -> list[int]:
         """Indices of the columns for people."""
-        return [index for index, column in enumerate(self.columns) if not column.machine_only]
+        known = self._constant
+        return [index for index, column in enumerate(self.columns) if not column.machine_only and index not in known]
+
+    @cached_property
+    def _constant(self) -> list[int]:
+        """Indices of the facts that are the same in several rows."""
+        facts = [index for index, column in enumerate(self.columns) if column.fact and not column.machine_only]
+        return [index for index in facts if self.rows[1:] and len({row[index].text for row in self.rows}) == 1]
 
     @property
     def used_footnotes(self) -> list[tuple[int, str]]:
@@ -98,18 +115,18 @@ class Table:
 
 
 def to_markdown(table: Table, footnotes: bool = True) -> str:
-    """A pipe table, then a list of its notes and, unless ``footnotes`` is off, of warnings and footnotes."""
+    """A list of notes, the pipe table and, unless ``footnotes`` is off, a list of warnings and footnotes."""
     columns = [table.columns[index] for index in table.visible]
+    above = [f"- {escape_markdown(note)}" for note in (*table.notes, table.facts) if note]
     lines = [
+        *([*above, ""] if above else []),
         markdown_row([escape_markdown(column.title) for column in columns]),
         markdown_row(["---:" if column.numeric else "---" for column in columns]),
         *(markdown_row([_markdown_entry(row[index]) for index in table.visible]) for row in table.rows),
     ]
-    notes = [f"- {escape_markdown(note)}" for note in table.notes]
-    if footnotes:
-        notes += [f"- {escape_markdown(text)}" for text in table.warnings]
-        notes += [f"- <sup>{mark}</sup> {escape_markdown(text)}" for mark, text in table.used_footnotes]
-    return "\n".join([*lines, *([""] if notes else []), *notes]) + "\n"
+    below = [f"- {escape_markdown(text)}" for text in table.warnings]
+    below += [f"- <sup>{mark}</sup> {escape_markdown(text)}" for mark, text in table.used_footnotes]
+    return "\n".join([*lines, *(["", *below] if below and footnotes else [])]) + "\n"
 
 
 def markdown_row(fields: Iterable[str]) -> str:

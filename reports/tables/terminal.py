@@ -18,22 +18,23 @@ SHORTEST_LINE = 40
 
 
 def to_terminal(table: Table, width: int = 120, printed: Container[str] = ()) -> Group:
-    """Title, table and notes, no line longer than ``width``.
+    """Title, notes, table, warnings and footnotes, no line longer than ``width``.
 
     A narrow terminal first loses the ``wide_only`` columns, then gets shorter texts; a table that still does not fit is
-    continued below, every part with the first column. Warnings and footnotes in ``printed`` are left out.
+    continued below, every part with the first column. Notes, warnings and footnotes in ``printed`` are left out.
     """
     narrow = [index for index in table.visible if not table.columns[index].wide_only]
     parts, short = [table.visible], False
     if _room(table, table.visible, width, False, _good_width) < 0:
         parts = [narrow]
         if _room(table, narrow, width, False, _good_width) < 0:
-            short = _room(table, narrow, width, True, _least_width) >= 0
-            parts = [narrow] if short else _parts(table, width)
-    notes = [*table.notes, *(text for text in table.warnings if text not in printed)]
-    notes += [f"{mark}  {text}" for mark, text in table.used_footnotes if text not in printed]
+            short = True
+            parts = [narrow] if _room(table, narrow, width, True, _least_width) >= 0 else _parts(table, width)
+    below = [text for text in table.warnings if text not in printed]
+    below += [f"{mark}  {text}" for mark, text in table.used_footnotes if text not in printed]
     grids = (_grid(table, part, width, short) for part in parts)
-    return Group(Text(table.caption), *grids, *([Text("\n".join(notes))] if notes else []))
+    notes = [note for note in table.notes if note not in printed]
+    return Group(*map(Text, (table.caption, *notes)), *grids, *map(Text, below))
 
 
 def _grid(table: Table, columns: Sequence[int], width: int, short: bool) -> rich.table.Table:
@@ -65,11 +66,11 @@ def _widths(table: Table, columns: Sequence[int], width: int, short: bool) -> di
 
 
 def _parts(table: Table, width: int) -> list[list[int]]:
-    """The columns in as many parts as needed, the first column in each."""
+    """The columns in as many parts as their shorter texts need, the first column in each."""
     first, *rest = table.visible
     parts = [[first]]
     for index in rest:
-        if len(parts[-1]) > 1 and _room(table, [*parts[-1], index], width, False, _good_width) < 0:
+        if len(parts[-1]) > 1 and _room(table, [*parts[-1], index], width, True, _good_width) < 0:
             parts.append([first])
         parts[-1].append(index)
     return parts

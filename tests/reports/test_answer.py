@@ -20,7 +20,8 @@ def test_the_best_the_cheapest_and_how_far_to_trust_it(factory):
     assert "id" not in said.best.replace("paired", "")
     assert said.cheapest == (
         "Cheapest at that quality: iisan, with 2.00 s an epoch, 1.00 M trainable parameters, 2.00 GB while training, "
-        "2.00 GB at the peak of the whole run (train); 13 % of fft's cost (weighted geometric mean of T, P and M)."
+        "2.00 GB at the peak of the whole run (train); 13 % of fft's cost (weighted mean of time, parameters and "
+        "memory)."
     )
     assert said.trust == (
         "2 seeds a row; no cell is flagged for sharing its device; two runs of one cell differ by up to 0.2 % in time "
@@ -79,3 +80,16 @@ def test_nothing_finished(factory):
     said = answers(factory)
     assert said.best == "No quality to compare: no row finished with ranks."
     assert said.cheapest == "No row can be called the cheapest: none has a TPME."
+
+
+def test_how_the_instruments_worked_is_no_footnote_of_a_row(factory):
+    """It takes nothing from a number; said of nine rows in ten it would hide what does."""
+    slow = [
+        Flag(code="sampler", message=f"sampled every {pause} ms at times instead of 20 ms") for pause in (25, 30, 35)
+    ]
+    for method, flag in zip(("fft", "lora", "adapter"), slow, strict=True):
+        factory.write(method, flags=(flag,))
+    factory.write("id")
+    [section] = make_report([factory.root]).sections
+    assert set(section.notes.marks.values()) == {()}
+    assert section.notes.shared == ("sampled every 25 to 35 ms at times instead of 20 ms (3 of 4 rows)",)

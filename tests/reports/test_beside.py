@@ -10,7 +10,7 @@ from tpme.bench.record import DatasetFacts, EncoderSpec, Reading, Training, read
 from tpme.reports.report import make_report, write_report
 from tpme.reports.tables.paper import paper
 from tpme.reports.tables.planned import planned
-from tpme.reports.tables.results import all_tables, results
+from tpme.reports.tables.results import all_tables, costs, results
 from tpme.reports.tables.table import to_json
 
 
@@ -49,7 +49,7 @@ def test_the_noise_floor_stands_under_the_results_and_on_the_page(factory, tmp_p
     write_report([factory.root], tmp_path / "out", formats=("html", "tex"))
     escaped = told.split(";")[0].replace("%", r"\%").split("±")[0]
     assert escaped in (tmp_path / "out" / "tables" / "costs.tex").read_text()
-    assert (tmp_path / "out" / "report.md").read_text().count(told.split(";")[0]) == 1
+    assert (tmp_path / "out" / "details.md").read_text().count(told.split(";")[0]) == 1
     assert (tmp_path / "out" / "index.html").read_text().count(told) == 1
 
 
@@ -68,7 +68,7 @@ def test_a_noise_floor_that_was_not_measured_says_so(factory):
 def test_energy_is_a_column_where_there_is_any(factory):
     path = factory.write("fft")
     factory.write("lora", time=5.0)
-    assert "energy_epoch_j" not in [column.key for column in results(section_of(factory)).columns]
+    assert "energy_epoch_j" not in [column.key for column in costs(section_of(factory)).columns]
     phases = [
         phase.model_copy(update={"energy_j": Reading(value=24_000.0, source="NVML energy counter")})
         if phase.kind == "train"
@@ -76,7 +76,7 @@ def test_energy_is_a_column_where_there_is_any(factory):
         for phase in read_result(path).phases
     ]
     change(path, phases=tuple(phases))
-    table = results(section_of(factory))
+    table = costs(section_of(factory))
     [column] = [column for column in table.columns if column.key == "energy_epoch_j"]
     assert column.title == "E (J) ↓"
     assert line(table, "fft")["energy_epoch_j"] == "6000"  # 24 kJ over four epochs

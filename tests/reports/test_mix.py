@@ -40,12 +40,14 @@ def test_all_rows_share_one_frame_and_their_names_carry_the_device(factory):
 
 def test_every_artefact_says_so(factory, tmp_path):
     write_report([two_devices(factory)], tmp_path / "out", mix=True, formats=("tex", "json", "html", "png"))
-    text = (tmp_path / "out" / "report.md").read_text()
-    for part in ("Results", "Figures", "More tables"):
-        assert re.search(rf"^## {part}: rows of different devices mixed: ", text, re.MULTILINE)
-    assert "- Mixed: rows of different devices share this table and its TPME" in text
-    assert "M is not one quantity: resident memory over a baseline on a CPU, GPU memory by NVML on a GPU." in text
-    assert "--mix" in text.split("## To repeat it")[1]
+    text, details = ((tmp_path / "out" / name).read_text() for name in ("report.md", "details.md"))
+    for part in ("Results", "Notes", "Figures", "Tables"):
+        assert re.search(rf"^## {part}: rows of different devices mixed: ", text + details, re.MULTILINE)
+    [trust] = re.findall(r"^- \*\*Trust:\*\* .*", text, re.MULTILINE)
+    for told in (trust, details):
+        assert "ixed: rows of different devices share this table and its TPME" in told
+        assert "M is not one quantity: resident memory over a baseline on a CPU, GPU memory by NVML on a GPU" in told
+    assert "--mix" in details.split("## To repeat it")[1]
     table = json.loads((tmp_path / "out" / "tables" / "results.json").read_text())
     assert table["warnings"][0].startswith("Mixed: rows of different devices")
     latex = (tmp_path / "out" / "tables" / "results.tex").read_text()

@@ -53,10 +53,24 @@ def test_the_tab_key_reaches_every_control_once_and_leaves(tab: Any) -> None:
         if stops[-1] == "BODY":
             break
     assert stops[-1] == "BODY"
-    order = ["weight-t", "weight-p", "weight-m", "frame", "quality", "reset", "point", "filter", "status", "csv"]
+    order = ["A", "point", "x", "y", "weight-t", "weight-p", "weight-m", "frame", "reset", "filter", "status", "csv"]
     assert stops[: len(order)] == order
-    heads = ["name", "rank", "tpme", "low", "recall_10", "ndcg_10", "t", "p", "m", "seeds", "status"]
-    assert stops[len(order) : len(order) + 12] == ["Table of every method", *heads]
+    heads = [
+        "name",
+        "rank",
+        "tpme",
+        "low",
+        "cost_ratio",
+        "recall_10",
+        "ndcg_10",
+        "t",
+        "p",
+        "m",
+        "peak_bytes",
+        "seeds",
+        "status",
+    ]
+    assert stops[len(order) : len(order) + 14] == ["Table of every method", *heads]
     assert stops.count("open") == 15
     assert stops.count("choose") == 10  # rows with a T, P and M
 
@@ -92,11 +106,11 @@ def test_everything_has_a_name_for_a_screen_reader(tab: Any) -> None:
         if not node.get("ignored") and role in CONTROLS:
             found.setdefault(role, []).append(node.get("name", {}).get("value", ""))
     assert [role for role, names in found.items() if not all(names)] == []
-    assert found["slider"] == ["Training time T", "Trainable parameters P", "Peak memory M"]
-    assert "lora is one of the K rows" in found["checkbox"]
+    assert found["slider"] == ["Epoch time T", "Trainable parameters P", "Training memory M"]
+    assert "compare lora in TPME" in found["checkbox"]
     assert any(re.match("Memory rises to .* Phases: load 0.500 s, train ", name) for name in found["image"])
     assert {"Table of every method", "Table of inference", "Configuration", "Command"} <= set(found["region"])
-    told = ["Every method, with its costs and quality; a column head sorts", "Numbers of the row", "Measured on"]
+    told = ["Every method, with its costs and quality; a column head sorts", "Costs", "Quality", "Measured on"]
     assert sorted(found["table"]) == sorted([*told, "Inference: what serving every method costs"])
 
 
@@ -104,7 +118,7 @@ def test_a_row_head_tells_its_marks_and_the_live_regions_what_changed(tab: Any) 
     assert tab.text_content("tr[data-row='iisan (cached)'] th").endswith(", on the Pareto front")
     assert ", footnote " in tab.text_content("tr[data-row=id] th")
     before = tab.text_content("#said")
-    tab.uncheck('input[aria-label="iisan (cached) is one of the K rows"]')
+    tab.uncheck('input[aria-label="compare iisan (cached) in TPME"]')
     assert tab.text_content("#said") != before
     tab.fill("#filter", "lo")
     assert tab.text_content("#count") == "1 of 15 rows shown"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from tpme.bench.record import read_result
 from tpme.reports.data.load import Recorded
 from tpme.reports.gate.interleaved import compare_peaks, compare_times, judge_runs, suspicious, undecided
 from tpme.reports.gate.measures import cell_key
-from tpme.reports.gate.verdict import CellVerdict, Comparison, Policy
+from tpme.reports.gate.verdict import CellVerdict, Comparison, Policy, conclude
 
 Floats = npt.NDArray[np.float64]
 Make = Callable[..., Any]
@@ -35,21 +36,50 @@ def runs(rng: np.random.Generator, number: int, *, slower: float = 1.0, steps: i
 
 def test_bursts_of_other_work_are_no_regression() -> None:
     rng = np.random.default_rng(0)
-    verdicts = [compare_times("step_s", runs(rng, 4), runs(rng, 4), POLICY).verdict for _ in range(40)]
-    assert verdicts.count("same") == 40
+    found = [compare_times("step_s", runs(rng, 8), runs(rng, 8), POLICY).verdict for _ in range(40)]
+    assert set(found) <= {"same", "inconclusive"}
+    assert found.count("same") >= 36
 
 
 def test_a_slowdown_is_found_through_bursts() -> None:
     rng = np.random.default_rng(1)
-    found = [compare_times("step_s", runs(rng, 4), runs(rng, 4, slower=1.2), POLICY) for _ in range(40)]
-    assert [one.verdict for one in found].count("regressed") >= 38
-    (first, *_) = found
+    found = [compare_times("step_s", runs(rng, 8), runs(rng, 8, slower=1.2), POLICY) for _ in range(40)]
+    assert {one.verdict for one in found} <= {"slower", "inconclusive"}
+    assert [one.verdict for one in found].count("slower") >= 34
+    first = next(one for one in found if one.verdict == "slower")
     assert first.ratio == pytest.approx(1.2, abs=0.05)
     assert first.low is not None
     assert first.high is not None
-    assert 1.0 < first.low < 1.2 < first.high
-    improved = compare_times("step_s", runs(rng, 4, slower=1.3), runs(rng, 4), POLICY)
-    assert improved.verdict == "improved"
+    assert 1.1 < first.low < 1.2 < first.high
+    faster = compare_times("step_s", runs(rng, 8, slower=1.4), runs(rng, 8), POLICY)
+    assert faster.verdict == "faster"
+
+
+def test_runs_that_vary_much_are_not_the_same() -> None:
+    """As on a shared machine: +61 % [-18 %, +160 %] was called the same, for the noise was larger."""
+    base = [np.full(20, taken) for taken in (1.0, 1.963)]
+    head = [np.full(20, taken) for taken in (1.61, 2.6)]
+    compared = compare_times("step_s", base, head, POLICY)
+    assert (compared.ratio, compared.low, compared.high) == pytest.approx((1.61, 0.82, 2.6), abs=0.01)
+    assert compared.verdict == "inconclusive"
+    assert compared.suspect
+    cell = CellVerdict(key="k", name="n", dataset="d", state="compared", comparisons=(compared,))
+    assert undecided(cell)
+    assert conclude([cell], POLICY, command="ab", base="a", head="b", duration_s=0.0).exit_code == 2
+    assert compared.advice is not None
+    assert re.fullmatch(r"about \d+ more runs of each side would settle it \(--rounds \d+\)", compared.advice)
+    more = compare_times("step_s", [*base, *base[:1] * 6], [*head, *head[:1] * 6], POLICY)
+    assert more.verdict == "slower"
+
+
+def test_a_single_run_settles_nothing() -> None:
+    """Its interval shows how steps differ, not how runs do."""
+    one = [np.full(20, 1.0)]
+    for head in (1.0, 1.5):
+        compared = compare_times("step_s", one, [np.full(20, head)], POLICY)
+        assert (compared.verdict, compared.low) == ("inconclusive", head)
+        assert compared.advice == "about 1 more run of each side would settle it (--rounds 1)"
+    assert compare_peaks("host_rss_bytes", [100.0], [100.0], POLICY).verdict == "inconclusive"
 
 
 def test_what_slows_only_few_steps_counts_by_its_share() -> None:
@@ -61,37 +91,22 @@ def test_what_slows_only_few_steps_counts_by_its_share() -> None:
     assert compare_times("step_s", runs(rng, 4), head, POLICY).ratio == pytest.approx(1.2, abs=0.05)
 
 
-def test_noise_raises_the_bar() -> None:
-    base, head = [np.full(20, 1.0), np.full(20, 1.5)], [np.full(20, 1.3), np.full(20, 1.3)]
-    compared = compare_times("step_s", base, head, POLICY)
-    assert compared.bound == pytest.approx(0.5)  # without its first run the base would look 50 % slower
-    assert compared.verdict == "same"
-    cell = CellVerdict(key="k", name="n", dataset="d", state="compared", comparisons=(compared,))
-    assert suspicious(cell, POLICY)
-    assert undecided(cell, POLICY)
-    assert compared.note is not None
-    assert "within the noise of these runs (50%)" in compared.note
-    more = compare_times("step_s", [*base, base[0]], head, POLICY)  # a second quick run settles it
-    assert more.verdict == "regressed"
-    assert not undecided(cell.model_copy(update={"comparisons": (more,)}), POLICY)
-
-
 def test_epochs_of_all_runs_are_tested_together_where_one_run_has_few() -> None:
     two = [np.array([1.0, 1.01])] * 3
     assert compare_times("epoch_s", two, [taken * 1.3 for taken in two], POLICY).verdict == "not compared"
     four = [np.array([1.0, 1.01])] * 4
-    assert compare_times("epoch_s", four, [taken * 1.3 for taken in four], POLICY).verdict == "regressed"
+    assert compare_times("epoch_s", four, [taken * 1.3 for taken in four], POLICY).verdict == "slower"
 
 
 @pytest.mark.parametrize(
     ("head", "verdict"),
     [
         ([110.0, 111.0], "regressed"),
-        ([110.0, 100.5], "same"),
+        ([110.0, 100.5], "inconclusive"),
         ([104.0, 104.0], "same"),
         ([90.0, 91.0], "improved"),
-        ([90.0, 100.5], "same"),  # the smallest alone proves nothing
-        ([110.0, 100.5, 110.0, 111.0, 112.0, 110.5], "same"),  # nor do six runs against two
+        ([90.0, 100.5], "inconclusive"),  # the smallest alone proves nothing
+        ([110.0, 100.5, 110.0, 111.0, 112.0, 110.5], "inconclusive"),  # nor do six runs against two
     ],
 )
 def test_memory_needs_runs_apart(head: Sequence[float], verdict: str) -> None:
@@ -111,26 +126,12 @@ def test_one_low_peak_of_many_hides_no_growth() -> None:
 
 
 @pytest.mark.parametrize(
-    ("peaks", "more"), [([104.5, 99.0], False), ([106.0, 102.5], True), ([90.0, 102.0], True), ([110.0, 111.0], False)]
+    ("peaks", "more"), [([104.5, 104.0], False), ([106.0, 102.5], True), ([90.0, 102.0], True), ([110.0, 111.0], False)]
 )
-def test_memory_at_its_bound_needs_more_runs(peaks: Sequence[float], more: bool) -> None:
+def test_memory_across_its_bound_needs_more_runs(peaks: Sequence[float], more: bool) -> None:
     compared = compare_peaks("host_rss_bytes", [100.0, 100.0], peaks, POLICY)
     cell = CellVerdict(key="k", name="n", dataset="d", state="compared", comparisons=(compared,))
-    assert undecided(cell, POLICY) is more
-
-
-@pytest.mark.parametrize(
-    ("bound", "p", "more"),
-    [
-        (0.5, 1e-6, True),  # within the noise
-        (0.1, 0.5, True),  # beyond it, but the test does not believe it
-        (0.1, 1e-6, False),  # beyond both and yet the same: it did not come back when run again
-    ],
-)
-def test_time_is_undecided_unless_more_runs_have_told(bound: float, p: float, more: bool) -> None:
-    one = Comparison(metric="step_s", kind="time", ratio=1.3, bound=bound, p=p, verdict="same")
-    cell = CellVerdict(key="k", name="n", dataset="d", state="compared", comparisons=(one,))
-    assert undecided(cell, POLICY) is more
+    assert undecided(cell) is more
 
 
 @pytest.mark.parametrize(
@@ -139,7 +140,7 @@ def test_time_is_undecided_unless_more_runs_have_told(bound: float, p: float, mo
         (Comparison(metric="step_s", kind="time", ratio=1.06, bound=0.1, verdict="same"), True),
         (Comparison(metric="step_s", kind="time", ratio=1 / 1.06, bound=0.1, verdict="same"), True),
         (Comparison(metric="step_s", kind="time", ratio=1.04, bound=0.1, verdict="same"), False),
-        (Comparison(metric="step_s", kind="time", ratio=1.0, bound=0.2, verdict="same"), True),
+        (Comparison(metric="step_s", kind="time", ratio=1.0, bound=0.1, verdict="inconclusive"), True),
         (Comparison(metric="host_rss_bytes", kind="memory", ratio=1.03, bound=0.05, verdict="same"), True),
         (Comparison(metric="status", kind="status", base="ok", head="killed", verdict="regressed"), True),
         (Comparison(metric="saved_bytes", kind="counter", ratio=2.0, bound=0.0, verdict="regressed"), False),
@@ -147,7 +148,7 @@ def test_time_is_undecided_unless_more_runs_have_told(bound: float, p: float, mo
 )
 def test_what_looks_changed_is_measured_again(one: Comparison, again: bool) -> None:
     cell = CellVerdict(key="k", name="n", dataset="d", state="compared", comparisons=(one,))
-    assert suspicious(cell, POLICY) is again
+    assert suspicious(cell) is again
 
 
 # --- whole cells -------------------------------------------------------------------------------------------------
@@ -176,7 +177,8 @@ def test_cells_are_judged_by_all_their_numbers(sides: Callable[..., Any]) -> Non
     base = sides("base", [{}, {}])
     head = sides("head", [{"millions": 2.0, "time": 13.0, "peak": 2.4e9, "code": "n"}] * 2)
     found = verdicts(judge_runs(base, head, POLICY, ("a", "b")))
-    assert found["trainable_parameters"] == found["step_s"] == found["host_rss_bytes"] == "regressed"
+    assert found["trainable_parameters"] == found["host_rss_bytes"] == "regressed"
+    assert found["step_s"] == "slower"
     assert found["status"] == found["recall_10"] == "same"
     assert "epoch_s" in found
 
@@ -185,16 +187,18 @@ def test_a_slowdown_that_does_not_come_back_is_withdrawn(sides: Callable[..., An
     base = sides("base", [{"time": 10.0}] * 4)
     head = sides("head", [{"time": 13.0}] * 4)
     (key,) = base
-    assert verdicts(judge_runs(base, head, POLICY, ("a", "b"), {key: 2}))["step_s"] == "regressed"
+    assert verdicts(judge_runs(base, head, POLICY, ("a", "b"), {key: 2}))["step_s"] == "slower"
     once = sides("once", [{"time": 13.0}, {"time": 13.0}, {"time": 10.0}, {"time": 10.0}])
-    assert verdicts(judge_runs(base, once, POLICY, ("a", "b"), {key: 2}))["step_s"] == "same"
+    assert verdicts(judge_runs(base, once, POLICY, ("a", "b"), {key: 2}))["step_s"] == "inconclusive"
+    again = sides("again", [{"time": 13.0}] * 2 + [{"time": 10.0}] * 6)
+    assert verdicts(judge_runs(sides("more", [{}] * 8), again, POLICY, ("a", "b"), {key: 2}))["step_s"] == "same"
 
 
 def test_a_cell_that_fails_on_both_sides_is_no_pass_and_not_run_again(sides: Callable[..., Any]) -> None:
     base, head = (sides(name, [{"status": "error", "time": None}] * 2) for name in ("base", "head"))
     found = judge_runs(base, head, POLICY, ("a", "b"))
     assert verdicts(found) == {"status": "not compared"}
-    assert not suspicious(found[0], POLICY)
+    assert not suspicious(found[0])
 
 
 def test_what_only_one_side_could_measure_is_told(sides: Callable[..., Any]) -> None:

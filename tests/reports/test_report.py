@@ -20,10 +20,12 @@ from tpme.reports.data.ranks import load_ranks
 from tpme.reports.data.tpme import Weights
 from tpme.reports.figures import draw as drawing
 from tpme.reports.report import make_report, write_report
-from tpme.reports.tables.results import all_tables, cutoffs, failures, learning_rates, results
+from tpme.reports.tables.results import all_tables, costs, cutoffs, failures, learning_rates, results
+from tpme.reports.tables.scales import scales
 
 TABLES = (
     "results",
+    "tpme",
     "differences",
     "cutoffs",
     "warm-cold",
@@ -34,7 +36,7 @@ TABLES = (
     "failures",
     "environment",
 )
-PLOTS = ("quality-tpme", "ranks", "weights", "costs", "inference", "phases", "memory-time", "step-times")
+PLOTS = ("quality-tpme", "tpme", "costs", "inference", "phases", "memory-time", "learning", "step-times")
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -58,22 +60,25 @@ def written(demo_run, tmp_path_factory):
     return out
 
 
-def test_the_folder_holds_every_table_and_plot_and_report_md_shows_them(written):
+def test_the_folder_holds_every_table_and_plot_and_the_two_texts_show_them(written):
     found = set(files(written))
     assert found == {
         "report.md",
+        "details.md",
         "index.html",
         *(f"tables/{name}.{ending}" for name in TABLES for ending in ("csv", "json", "tex")),
         *(f"tables/pairs.{ending}" for ending in ("csv", "json")),
+        "tables/results-compact.tex",
         *(f"plots/{name}.{ending}" for name in PLOTS for ending in ("png", "svg", "pdf")),
     }
-    text = (written / "report.md").read_text()
-    links = re.findall(r"\]\(((?:plots|tables)/[^)]+)\)", text)
+    text, details = ((written / name).read_text() for name in ("report.md", "details.md"))
+    links = re.findall(r"\]\(((?:plots|tables)/[^)]+)\)", text + details)
     assert set(links) == {name for name in found if name.startswith("plots/")}
+    assert {Path(link).stem for link in links if f"({link})" in text} == {"quality-tpme", "memory-time"}
     for name in TABLES:
         title = json.loads((written / "tables" / f"{name}.json").read_text())["title"]
-        assert name == "results" or f"### {title}" in text
-    parts = [text.index(f"## {part}") for part in ("Results", "How to read", "Figures", "More tables", "To repeat")]
+        assert name == "results" or f"### {title}" in details
+    parts = [details.index(f"## {part}") for part in ("How to read", "Notes", "Figures", "Tables", "To repeat")]
     assert parts == sorted(parts)
 
 
@@ -119,19 +124,67 @@ def test_equal_seeds_have_no_spread(factory):
     assert texts(results(section), "epoch_time_s")["lora"] == "0.100 ± 0"
 
 
-def test_all_in_stands_beside_the_time_of_an_epoch_where_any_record_has_it(factory):
+def test_all_in_is_a_cost_where_any_record_has_it(factory):
     factory.write("lora", seed=1)
     (section,) = make_report([factory.root]).sections
-    assert "all_in_s" not in {one.key for one in results(section).columns}
+    assert "all_in_s" not in {one.key for one in costs(section).columns}
     for seed, seconds in ((1, 100.0), (2, 120.0)):
         factory.write("iisan", seed=seed, all_in_s=seconds)
     (section,) = make_report([factory.root]).sections
-    table = results(section)
-    keys = [one.key for one in table.columns if not one.machine_only]
-    assert keys[keys.index("epoch_time_s") + 1] == "all_in_s"
+    table = costs(section)
     assert texts(table, "all_in_s") == {"iisan": "110 ± 14", "lora": "–"}
     assert column(table, "all_in_s")["iisan"] == 110.0
     assert any(note.startswith("All in: feature cache") for note in table.notes)
+
+
+def test_the_time_to_the_best_epoch_stands_beside_that_of_an_epoch(factory):
+    """Four epochs of 10 s, of which the third is the best, and 60 s before the first."""
+    factory.write("iisan", all_in_s=100.0)
+    (section,) = make_report([factory.root]).sections
+    table = results(section)
+    keys = [one.key for one in table.columns if not one.machine_only]
+    assert keys[keys.index("epoch_time_s") + 1] == "time_to_best_s"
+    assert texts(table, "time_to_best_s") == {"iisan": "90.0"}
+
+
+def test_the_peak_of_the_whole_run_stands_beside_m_with_its_phase(factory, peaks_of):
+    """Training takes 2 GB, ranking 3; a row that ran out of memory needs at least what was seen."""
+    path = factory.write("lora", peak=2e9)
+    result = read_result(path)
+    ranked = [phase.model_copy(update={"memory": peaks_of(3e9)}) if phase.kind == "rank" else phase
+              for phase in result.phases]  # fmt: skip
+    path.write_text(result.model_copy(update={"phases": tuple(ranked)}).model_dump_json())
+    factory.write("fft", peak=2.5e9)
+    factory.write("dyt", status="oom", time=None, peak=4e9)
+    (section,) = make_report([factory.root]).sections
+    table = results(section)
+    keys = [one.key for one in table.columns if not one.machine_only]
+    assert keys[keys.index("memory_bytes") + 1] == "peak_bytes"
+    assert texts(table, "peak_bytes") == {"lora": "3.00 (rank)", "fft": "2.50", "dyt": "≥ 4.00"}
+    assert column(table, "peak_bytes") == {"lora": 3e9, "fft": 2.5e9, "dyt": 4e9}
+    assert column(table, "peak_phase")["lora"] == "rank"
+
+
+def test_costs_stand_as_a_ratio_to_the_reference_where_there_is_one(factory):
+    factory.write("lora", time=5.0, millions=0.5, peak=4e9)
+    factory.write("bitfit", time=10.0)
+    keys = {one.key for one in results(make_report([factory.root]).sections[0]).columns}
+    assert "cost_ratio" not in keys
+    (section,) = make_report([factory.root], reference="bitfit").sections
+    table = results(section)
+    assert "Cost / bitfit ↓" in [one.title for one in table.columns]
+    assert texts(table, "cost_ratio") == {"lora": f"{0.5**0.45 * 0.5**0.1 * 2**0.45:.3f}", "bitfit": "1.00"}
+    assert {one.title for one in scales(section).columns} >= {"T / bitfit ↓", "P / bitfit ↓", "M / bitfit ↓"}
+
+
+def test_a_feature_cache_has_its_memory_and_its_bytes_on_disk(factory):
+    path = factory.write("iisan", cached=True)
+    result = read_result(path)
+    cache = result.cache.model_copy(update={"peak_bytes": Reading(value=4.61e8, source="VmHWM")})
+    path.write_text(result.model_copy(update={"cache": cache}).model_dump_json())
+    (section,) = make_report([factory.root]).sections
+    told = "trains on a feature cache that took 4.2 s and 461 MB of memory to build, once, and 12.0 MB on disk; "
+    assert section.notes.footnotes == (f"{told}not part of T and M",)
 
 
 def test_the_energy_of_an_epoch_is_that_of_the_last_stage(factory):
@@ -144,9 +197,8 @@ def test_the_energy_of_an_epoch_is_that_of_the_last_stage(factory):
     assert len(epochs) == len(phases)
     path.write_text(result.model_copy(update={"phases": tuple(phases), "epochs": tuple(epochs)}).model_dump_json())
     (section,) = make_report([factory.root]).sections
-    assert column(results(section), "energy_epoch_j")["lora"] == 20.0
-    tables = {table.name: table for table in all_tables(section)}
-    assert column(tables["costs"], "training_energy_j")["lora"] == 150.0
+    assert column(costs(section), "energy_epoch_j")["lora"] == 20.0
+    assert column(costs(section), "training_energy_j")["lora"] == 150.0
 
 
 def test_the_cache_that_one_seed_built_for_all_is_counted_once(factory):
@@ -172,22 +224,22 @@ def test_a_row_whose_parameters_were_not_counted_has_a_time_and_no_tpme(factory)
 
 def test_spread_over_seeds_and_interval_over_users_are_told_apart(demo_run, factory):
     (section,) = make_report([demo_run]).sections
-    for table, key in ((results(section), "recall_10"), (cutoffs(section), "ndcg_20")):
+    for table, key in ((cutoffs(section), "recall_10"), (cutoffs(section), "ndcg_20")):
         (spread,) = [one for one in table.columns if one.key == f"{key}_sd"]
         assert (spread.header, spread.machine_only) == ("± seeds", False)
         assert texts(table, f"{key}_sd")["lora"] == f"{section.summary[f'{key}_sd']['lora']:.4f}"
         assert texts(table, f"{key}_sd")["frozen"] == "–"
-    assert "± seeds" in results(section).notes[0]
+    assert "± seeds" in cutoffs(section).notes[0]
     factory.write("lora")
     (alone,) = make_report([factory.root]).sections
-    assert "± seeds" not in [results(alone).columns[index].header for index in results(alone).visible]
-    assert "± seeds" not in results(alone).notes[0]
+    assert "± seeds" not in [cutoffs(alone).columns[index].header for index in cutoffs(alone).visible]
+    assert "± seeds" not in cutoffs(alone).notes[0]
 
 
 def test_rows_that_set_the_frame_say_why_they_have_no_interval(demo_run):
     (section,) = make_report([demo_run]).sections
-    assert texts(results(section), "tpme_low_percent")["fft"] == "end of scale"
-    notes = " ".join(results(section).notes)
+    assert texts(scales(section), "tpme_low_percent")["fft"] == "end of scale"
+    notes = " ".join(scales(section).notes)
     assert "No interval for iisan (cached) and fft: each of these rows is the minimum or maximum in every" in notes
 
 
@@ -196,7 +248,7 @@ def test_intervals_without_time_and_a_second_seed_say_that_nothing_was_repeated(
         factory.write(method, time=10.0 - index, peak=1e9 * (3 - index))
     (section,) = make_report([factory.root], weights=Weights.parse("0,0.5,0.5")).sections
     note = "No interval for iisan and lora and fft: no cost that counts was measured twice."
-    assert note in " ".join(results(section).notes)
+    assert note in " ".join(scales(section).notes)
 
 
 def test_every_row_is_in_the_results_whatever_its_end(demo_run, written):
@@ -243,7 +295,7 @@ def test_rows_without_adaptation_get_no_tpme_unless_named(demo_run):
     (named,) = make_report([demo_run], rows=["fft", "frozen", "iisan"]).sections
     assert sorted(named.compared) == ["fft", "frozen", "iisan"]
     assert len(results(named).rows) == 15
-    assert "K = 3 rows" in " ".join(results(named).notes)
+    assert "TPME compares 3 rows (" in " ".join(scales(named).notes)
 
 
 def test_a_plug_ins_baseline_gets_no_tpme_and_does_not_move_the_frame(factory):
@@ -258,7 +310,7 @@ def test_a_plug_ins_baseline_gets_no_tpme_and_does_not_move_the_frame(factory):
     shown = column(results(section), "tpme_percent")
     assert shown["nearest"] is None
     assert {name: shown[name] for name in ("fft", "lora")} == pytest.approx({"fft": 100, "lora": 0})
-    assert "No encoder is adapted, so no TPME unless named with --rows: nearest." in results(section).notes
+    assert "No TPME, as no encoder is adapted: nearest." in results(section).notes
     (named,) = make_report([factory.root], rows=["nearest", "fft"]).sections
     assert sorted(named.compared) == ["fft", "nearest"]
 
@@ -355,8 +407,10 @@ def test_random_weights_stand_under_tables_and_the_quality_figure(factory, tmp_p
     for method in ("fft", "lora"):
         factory.write(method, flags=(flag,), time=float(len(method)))
     write_report([factory.root], tmp_path / "out")
-    text = (tmp_path / "out" / "report.md").read_text()
-    assert text.count("quality is meaningless") == 2
+    text, details = ((tmp_path / "out" / name).read_text() for name in ("report.md", "details.md"))
+    assert "**No quality to compare:** the encoders have random weights." in text
+    assert text.count("quality is meaningless") == 2  # in "Trust" and under the figure
+    assert "- All rows: text encoder with random weights: quality is meaningless" in details
 
 
 def test_memory_sources_that_differ_are_told(factory):
@@ -380,7 +434,14 @@ def test_groups_never_share_a_frame(factory, tmp_path):
         for label in re.findall(r"\\label{(.*?)}", path.read_text())
     ]
     assert len(labels) == len(set(labels)) >= 4
-    assert "## Results, group 2: demo, suite protocol, fp32, two" in (tmp_path / "out" / "report.md").read_text()
+    text, details = ((tmp_path / "out" / name).read_text() for name in ("report.md", "details.md"))
+    assert "## Results, group 2: demo, suite protocol, fp32, two" in text
+    assert "## Tables, group 2: demo, suite protocol, fp32, two" in details
+    answers = [text.index(f"**Group {number}: demo, suite protocol, fp32, {name}**") for number, name in
+               ((1, "one"), (2, "two"))]  # fmt: skip
+    assert answers == sorted(answers)
+    assert text.count("**Trust:**") == 2
+    assert text.rindex("**Trust:**") < text.index("## Results")
 
 
 def test_the_same_records_give_the_same_bytes(make_factory, tmp_path):
@@ -428,7 +489,7 @@ def test_there_are_no_more_processes_than_figures(factory, monkeypatch, tmp_path
     )
     factory.write("lora")
     write_report([factory.root], tmp_path, formats=("png",), workers=64)
-    assert asked == [len(PLOTS)]
+    assert asked == [len(PLOTS) + 1], "that of weights has nothing to draw"
 
 
 def test_the_encoders_behind_a_feature_cache_are_told(factory, tmp_path):
@@ -517,20 +578,20 @@ def test_nothing_is_frozen_where_no_row_has_a_tpme(factory, tmp_path):
 
 
 def test_a_thousand_records(make_factory, tmp_path):
-    """25 methods x 5 seeds x 8 data sets: every one is read, and all land in their group."""
+    """25 methods x 5 seeds x 8 data sets: all but the figures takes less than 5 s, and all land in their group."""
     factory = make_factory(tmp_path / "run", users=60)
     for data in range(8):
         for method in range(25):
             for seed in range(5):
                 factory.write(f"method{method}", seed=seed, time=5.0 + method, dataset_fingerprint=f"{data:02d}" * 32)
     started = time.process_time()
-    report = make_report([tmp_path / "run"])
-    for section in report.sections:
-        assert all_tables(section)
+    report = write_report([tmp_path / "run"], tmp_path / "out")
     spent = time.process_time() - started
     assert [len(section.cells) for section in report.sections] == [125] * 8
     assert all(len(section.compared) == 25 for section in report.sections)
-    print(f"1,000 records read and tabulated in {spent:.1f} s of processor time")
+    assert not (tmp_path / "out" / "plots").exists()
+    assert (tmp_path / "out" / "index.html").is_file()
+    assert spent < 5, "seconds of processor time"
 
 
 def test_a_failure_message_cannot_break_the_table(factory, tmp_path):
@@ -538,10 +599,11 @@ def test_a_failure_message_cannot_break_the_table(factory, tmp_path):
     factory.write("fft", status="error", failure=Failure(phase="train", message=message), time=None)
     factory.write("lora")
     write_report([factory.root], tmp_path / "out", formats=("tex",))
-    text = (tmp_path / "out" / "report.md").read_text()
-    assert "<img" not in text
-    assert all(line.endswith("|") for line in text.splitlines() if line.startswith("|"))
-    assert text.count(r"a \| b &lt;img") == 2
+    text, details = ((tmp_path / "out" / name).read_text() for name in ("report.md", "details.md"))
+    assert "<img" not in text + details
+    assert all(line.endswith("|") for line in (text + details).splitlines() if line.startswith("|"))
+    assert text.count(r"a \| b &lt;img") == 1  # its footnote
+    assert details.count(r"a \| b &lt;img") == 2  # and the table of failures
     latex = (tmp_path / "out" / "tables" / "failures.tex").read_text()
     assert latex.count(r"\end{tabular}") == 1
 

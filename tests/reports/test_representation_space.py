@@ -103,4 +103,4 @@ def test_it_is_written_with_the_others(factory: Any, tmp_path: Path) -> None:
     write_report([factory.root], tmp_path / "report", formats=["json"])
     [found] = (tmp_path / "report").rglob("representation.json")
     assert "0.75" in json.dumps(json.loads(found.read_text()))
-    assert "Representation space" in (tmp_path / "report" / "report.md").read_text()
+    assert "### Representation space" in (tmp_path / "report" / "details.md").read_text()

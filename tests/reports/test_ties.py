@@ -6,6 +6,7 @@ import pytest
 from tpme.bench.record import Reading, read_result
 from tpme.reports.report import make_report
 from tpme.reports.tables.results import results
+from tpme.reports.tables.scales import scales
 
 
 def section_of(factory, **options):
@@ -32,7 +33,8 @@ def test_rows_nearer_than_the_noise_floor_share_a_rank(factory):
     ranks = {str(row[0].text): row[-1] for row in results(section).rows}
     places = [column.key for column in results(section).columns].index("tpme_rank")
     assert {row[places].text for row in results(section).rows} == {"1="}, ranks
-    assert any("tied within noise: two runs of one cell differ by up to 5 %" in note for note in results(section).notes)
+    assert "Rows that share a rank (=) are tied within noise." in results(section).notes
+    assert any("(=): two runs of one cell differ by up to 5 %" in note for note in scales(section).notes)
 
 
 def test_what_noise_cannot_explain_is_no_tie(factory):
@@ -80,7 +82,7 @@ def test_an_end_of_the_scale_is_said_in_place_of_an_interval_of_no_width(factory
         factory.write(method, time=time, peak=1e8 * time)
     section = section_of(factory)
     assert section.summary["tpme_end"].to_dict() == {"iisan": True, "lora": True, "fft": True}
-    texts = {row[0].text: {entry.text for entry in row} for row in results(section).rows}
+    texts = {row[0].text: {entry.text for entry in row} for row in scales(section).rows}
     assert "end of scale" in texts["iisan"] & texts["fft"]
 
 

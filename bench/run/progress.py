@@ -1,0 +1,157 @@
+"""What the console shows of a matrix: bars on a terminal, elsewhere a line a minute, and how every cell ended."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from tpme.bench.quantities import MISSING
+from tpme.bench.record import CellResult
+from tpme.bench.run.remaining import Remaining, ended_badly, in_words
+
+LINE_S = 60.0
+"""Time between two lines where there is no terminal to draw bars on."""
+
+
+class Screen:
+    """The progress of a matrix on a console.
+
+    Args:
+        console: where to print. cells: number of cells of the matrix.
+    """
+
+    def __init__(self, console: Console, cells: int) -> None:
+        self.console, self.cells, self.done = console, cells, 0
+        self.bars = Progress(
+            TextColumn("{task.description:<18}", markup=False),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[detail]}", markup=False),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._overall = self.bars.add_task("matrix", total=cells, detail="")
+        self._started = self._last_line = time.monotonic()
+
+    def __enter__(self) -> Self:
+        self.bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bars.stop()
+
+    def print(self, text: str) -> None:
+        """Print one sentence above the bars, as it is."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    @contextlib.contextmanager
+    def cell(self, label: str) -> Iterator[Callable[[str, float], None]]:
+        """The progress of one cell; gives the function that takes it."""
+        bar = self.bars.add_task(label, total=100, detail="start")
+
+        def show(what: str, share: float) -> None:
+            self.bars.update(bar, completed=round(100 * share), detail=what)
+            self._line(label, what, share)
+
+        try:
+            yield show
+        finally:
+            self.bars.remove_task(bar)
+
+    def advance(self) -> None:
+        """One more cell is finished."""
+        self.done += 1
+        self.bars.advance(self._overall)
+
+    def _line(self, label: str, what: str, share: float) -> None:
+        """Without a terminal: one line, unless the last one is less than a minute old."""
+        now = time.monotonic()
+        if self.console.is_terminal or now - self._last_line < LINE_S:
+            return
+        self._last_line = now
+        place, running = f"{self.done + 1} of {self.cells}", in_words(now - self._started)
+        self.print(f"{label} (cell {place}): {what}, {share:.0%}; running for {running}")
+
+    def print_outcome(self, result: CellResult, log: Path) -> None:
+        """Print how a cell ended in one line; of one that failed where its log is, of one that is odd why."""
+        self.console.print(outcome_line(result), soft_wrap=True)
+        if result.untrained is not None:
+            self.print(f"{'':<18} {result.untrained.message}")
+        if result.status != "ok":
+            self.print(f"{'':<18} log: {log}")
+
+
+def outcome_line(result: CellResult) -> str:
+    """The outcome of a cell in one line, with markup."""
+    label, mark = result.cell.label, "[green]ok[/]" if result.status == "ok" else f"[red]{result.status}[/]"
+    if result.failure:
+        return f"{escape(f'{label:<18}')} {mark}  {escape(result.failure.message)}"
+    best = max((epoch.valid_recall_10 for epoch in result.epochs), default=None)
+    epoch_s, all_in_s = result.epoch_time_s.value, result.all_in_s.value if result.all_in_s else None
+    details = [f"{result.wall_s:.1f} s"]
+    if epoch_s is not None:
+        details.append(f"{epoch_s:.2f} s an epoch")
+    else:  # rounds alone are no epochs
+        details.append(f"{all_in_s:.2f} s all in" if all_in_s is not None else "nothing to train")
+    if best is not None:
+        details.append(f"validation Recall@10 {best:.4f}")
+    return f"{escape(f'{label:<18}')} {mark}  {', '.join(details)}"
+
+
+def remaining_table(state: Remaining) -> Table:
+    """The rows of a matrix: how many of their cells are finished, and how long the others should take."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for title in ("Row", "Finished", "To run", "Expected time"):
+        table.add_column(title, overflow="fold")
+    for name, row in zip(row_names(state), state.rows, strict=True):
+        finished = f"{sum(row.ended.values())} of {row.cells}"
+        if badly := ended_badly([row]):
+            finished += f" ({badly})"
+        expected = "not known" if row.missing_s is None else in_words(row.missing_s)
+        table.add_row(escape(name), finished, str(row.missing or MISSING), expected if row.missing else MISSING)
+    return table
+
+
+def row_names(state: Remaining) -> list[str]:
+    """A name for each row: its method, and whatever tells it from the others."""
+    cells = [row.cell for row in state.rows]
+    texts = [
+        {
+            "data": cell.dataset,
+            "encoders": " + ".join(spec.source for spec in (cell.text_encoder, cell.image_encoder) if spec),
+            "training": ", ".join(
+                f"{key}={value}"
+                for key, value in cell.training.model_dump().items()
+                if any(getattr(other.training, key) != value for other in cells)
+            ),
+            "options": ", ".join(f"{key}={value}" for key, value in cell.options.items()),
+        }
+        for cell in cells
+    ]
+    names = []
+    for cell, text in zip(cells, texts, strict=True):
+        twins = [other for twin, other in zip(cells, texts, strict=True) if twin.label == cell.label]
+        differing = [words for key, words in text.items() if words and any(twin[key] != words for twin in twins)]
+        names.append(", ".join([cell.label, *differing]))
+    return names
