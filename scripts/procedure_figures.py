@@ -93,8 +93,9 @@ def fedpeptao(run: Path) -> Figure:
 def _federated(folder: Path, options: dict[str, Any]) -> tuple[Sequence[Round], float]:
     """The rounds of one federation on the data of ``all-methods``, and the share of the prompts in their bytes."""
     matrix = load_matrix("all-methods")
-    entry = MethodEntry.model_validate({"name": "fedpeptao", "options": options, "lr": [PROMPT_RATE]})
-    only = matrix.model_copy(update={"methods": (entry,), "seeds": (1,)})
+    entry = MethodEntry.model_validate({"name": "fedpeptao", "options": options})
+    rates = matrix.lr.model_copy(update={"groups": {"prompt": PROMPT_RATE}})
+    only = matrix.model_copy(update={"methods": (entry,), "lr": rates})
     [job] = make_jobs(only, folder, store_folder(None), device="cpu", console=Console(stderr=True))
     trainer = CellRun(job, PhaseLog("cpu", None, None), lambda _what, _share: None).prepare()
     trainer.run()
