@@ -612,7 +612,8 @@ class CellResult(Frozen):
             return None
         message = (
             "T is the time of as many rounds as process each user once, one client after the other on one device "
-            "(its counter pass_parallel_s: with a device for each client); M is the peak of the rounds"
+            "(its counter pass_parallel_s: with a device for each client); M is the peak of the rounds; what "
+            "came before them counts in the all-in time alone"
         )
         return Flag(code="in-rounds", message=message)
 

@@ -145,3 +145,20 @@ def test_the_table_of_methods_is_that_of_the_docstrings(script: Any) -> None:
     document = (ROOT / "docs" / "methods.md").read_text()
     shown = document.split("<!-- methods -->\n")[1].split("\n<!-- /methods -->")[0]
     assert shown == script("method_table").table()
+
+
+def test_the_figure_of_a_federation_shows_bytes_by_round_and_what_they_buy(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = script("procedure_figures")
+    monkeypatch.setattr(figures, "_federated", lambda _folder, _options: (rounds, 0.25))
+    from tpme.methods.base import Validation
+    from tpme.methods.parts.federation import Round
+
+    found = [None, Validation(0.1, 0.05), None, Validation(0.3, 0.1)]
+    rounds = [Round(20, 10**6, 10**6, 2.0, 1.0, one) for one in found]
+    sent, quality = figures.fedpeptao(tmp_path).axes
+    assert [line.get_ydata().tolist() for line in sent.lines[:2]] == [[2, 4, 6, 8], [0.5, 1, 1.5, 2]]
+    assert [list(axis) for axis in quality.lines[0].get_data()] == [[4, 8], [0.1, 0.3]]
+    assert figures.main(["fedpeptao", str(tmp_path), "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "fedpeptao.png").stat().st_size > 10_000
