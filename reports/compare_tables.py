@@ -41,13 +41,13 @@ def word(change: Change) -> str:
     return WORDS.get(change.key, {}).get(change.outcome, change.outcome)
 
 
-def effect(change: Change, bounds: bool = True) -> str:
+def effect(change: Change) -> str:
     """``-12 % [-19, -4]``, ``×4.2 [×3.9, ×4.6]`` for a ratio beyond 2, ``+0.0123 [+0.001, +0.02]`` for a quality."""
     if change.effect is None or change.outcome == "equal":
         return MISSING
     form, unit = _form(change)
     text = form(change.effect) + unit
-    if not bounds or change.low is None or change.high is None:
+    if change.low is None or change.high is None:
         return text
     return f"{text} [{form(change.low)}, {form(change.high)}]"
 
@@ -203,7 +203,7 @@ def _table(what: Quantity, rows: Rows) -> Table:
             Entry(row.a),
             Entry(", ".join(map(str, row.seeds))),
             *(Entry(what.format(None if value is None else value / scale)) for value in (change.a, change.b)),
-            Entry(effect(change), short=effect(change, bounds=False)),
+            Entry(effect(change)),
             Entry(word(change), best=change.outcome in ("lower", "higher")),
         )
         for row, change in rows

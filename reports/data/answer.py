@@ -74,15 +74,19 @@ def _best(section: Section, good: Sequence[str]) -> str:
 def _cheapest(section: Section, good: Sequence[str]) -> str:
     """Among the rows of the best quality, or all where none is known, those of the best rank by TPME."""
     of_these = "Cheapest at that quality" if good else "Cheapest"
-    ranks = section.summary["tpme_rank"].dropna()
-    ranks = ranks[ranks.index.isin(good)] if good else ranks
+    finished = section.summary[section.summary["status"] == "ok"]
+    candidates = finished[finished.index.isin(good)] if good else finished
+    ranks = candidates["tpme_rank"].dropna()
+    if len(ranks) < len(candidates):  # a reference row may cost less, and has no rank
+        of_these += ", of the rows with a TPME"
     if ranks.empty:
         if len(good) == 1 or (good and not len(section.compared)):
             return f"What that costs: {_costs(section, section.lines[good[0]])}."
         return "No row can be called the cheapest: none has a TPME."
     cheapest = [str(name) for name in ranks.index[ranks == ranks.min()]]
     text = f"{of_these}: {cheapest[0]}"
-    text += f" (tied within noise: {_listed(cheapest[1:])})" if len(cheapest) > 1 else ""
+    tied = "tied within noise" if section.noise.source else "at the same cost"
+    text += f" ({tied}: {_listed(cheapest[1:])})" if len(cheapest) > 1 else ""
     return f"{text}, with {_costs(section, section.lines[cheapest[0]])}."
 
 
@@ -110,10 +114,10 @@ def _trust(section: Section) -> str:
     if seeds:
         counted = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else "one" if seeds == [1] else str(seeds[0])
         parts.append(f"{counted} seed{'' if seeds == [1] else 's'} a row")
-    flags = _flags(section)
     cells = section.cells[section.cells["selected"]]
-    finished = int((cells["status"] == "ok").sum())
-    shared = max((flags[code] for code in SHARED_DEVICE & flags.keys()), default=0)
+    of_finished = cells.loc[cells["status"] == "ok", "flags"]
+    finished = len(of_finished)
+    shared = sum(any(code in SHARED_DEVICE for code, _ in marks) for marks in of_finished)
     parts.append(
         f"other programs competed for the device in {shared} of {finished} cells"
         if shared
@@ -122,21 +126,17 @@ def _trust(section: Section) -> str:
     parts.append(section.noise.text)
     if failed := len(cells) - finished:
         parts.append(f"{failed} of {len(cells)} cells did not finish")
-    if "random-weights" in flags:
+    if "random-weights" in _flags(section):
         parts.append("with random weights costs are real and quality is meaningless")
     if section.group.mixed:
-        parts.append(mixing(section.group).rstrip("."))
+        parts.append(mixing(section.group).removeprefix("Mixed: ").rstrip("."))
     text = "; ".join(parts)
     return f"{text[0].upper()}{text[1:]}."
 
 
-def _flags(section: Section) -> dict[str, int]:
-    """Number of selected cells that carry each flag."""
-    counts: dict[str, int] = {}
-    for flags in section.cells.loc[section.cells["selected"], "flags"]:
-        for code in {code for code, _ in flags}:
-            counts[code] = counts.get(code, 0) + 1
-    return counts
+def _flags(section: Section) -> set[str]:
+    """The codes of the flags of the selected cells."""
+    return {code for flags in section.cells.loc[section.cells["selected"], "flags"] for code, _ in flags}
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -98,13 +98,15 @@ def _cost_columns(result: CellResult) -> dict[str, Any]:
 def _peak_columns(result: CellResult) -> dict[str, Any]:
     """The whole-run peak by the reading of M, the kind of phase where it lies, and the peak of building a cache.
 
-    Phases in which the suite measures for itself (``OWN_PHASES``) do not count. Where an earlier cell built the cache,
+    M counts with them: a device may lose the reading that M takes in one phase and not in another. Phases in which
+    the suite measures for itself (``OWN_PHASES``) do not count. Where an earlier cell built the cache,
     the last is that of the builder's process alone (``load`` takes that cell's, where it is among the records).
     """
+    windows = [("train", result.training_memory), *((phase.kind, phase.memory) for phase in result.phases)]
     readings = (
-        (memory_reading("memory_bytes", phase.memory, result.cell.device).value, phase.kind)
-        for phase in result.phases
-        if phase.kind not in OWN_PHASES
+        (memory_reading("memory_bytes", memory, result.cell.device).value, kind)
+        for kind, memory in windows
+        if kind not in OWN_PHASES
     )
     peaks = [(value, kind) for value, kind in readings if value is not None]
     value, kind = max(peaks, default=(None, None))

@@ -92,11 +92,11 @@ def read(paths: Iterable[Path | str], *, history: bool = False) -> list[Recorded
     """
     roots = [Path(path) for path in paths]
     found = find_results(roots)
-    records = _latest(found if history else _of_last_matrix(found, roots), history)
+    records = _latest(found if history else of_last_matrix(found, roots), history)
     if not records:
         where = ", ".join(str(root) for root in roots)
         if found:
-            raise UserError(f"{where}: no cell of the last matrix has ended; --all shows those of earlier ones")
+            raise UserError(f"{where}: no cell of the last matrix has ended; 'tpme report --all' shows earlier ones")
         raise UserError(f"{where}: no records (attempt-*.json) in there; name a folder that 'tpme run' wrote")
     return records
 
@@ -104,7 +104,7 @@ def read(paths: Iterable[Path | str], *, history: bool = False) -> list[Recorded
 def read_every(paths: Iterable[Path | str]) -> list[Recorded]:
     """The records of ``read``, followed by all others below ``paths``, which are not ``latest``."""
     roots = [Path(path) for path in paths]
-    latest = _latest(_of_last_matrix(find_results(roots), roots), history=False)
+    latest = _latest(of_last_matrix(find_results(roots), roots), history=False)
     known = {recorded.path.resolve() for recorded in latest}
     files = {path.resolve(): path for path in find_attempts(roots)}
     if not files:
@@ -199,13 +199,15 @@ def _row(recorded: Recorded) -> dict[str, Any]:
 # --- which records ------------------------------------------------------------------------------------------
 
 
-def _of_last_matrix(paths: Iterable[Path], roots: Sequence[Path]) -> list[Path]:
+def of_last_matrix(paths: Iterable[Path], roots: Sequence[Path]) -> list[Path]:
     """The records that are of the last matrix of their run folder, or were named themselves."""
     last: dict[Path, frozenset[str] | None] = {}
+    named = {root.absolute() for root in roots}
 
     def is_current(path: Path) -> bool:
+        path = path.absolute()  # from within "cells" the path would not say where it lies
         folder = path.parent
-        if folder.parent.name != "cells" or not {path, folder}.isdisjoint(roots):
+        if folder.parent.name != "cells" or not {path, folder}.isdisjoint(named):
             return True
         run = folder.parent.parent
         if run not in last:

@@ -25,7 +25,7 @@ from tpme.bench.record import (
     find_results,
     read_result,
 )
-from tpme.reports.data.load import Recorded
+from tpme.reports.data.load import Recorded, of_last_matrix
 from tpme.reports.data.ranks import Ranks, gains, load_ranks
 from tpme.reports.data.stats import Floats, quantiles
 from tpme.reports.gate.readings import TIMES, memory
@@ -135,12 +135,15 @@ def cell_key(cell: Cell) -> str:
 
 
 def read_records(paths: Iterable[Path]) -> list[Recorded]:
-    """All records below ``paths``: the latest attempt of each cell folder; a cell in two runs counts twice.
+    """The records below ``paths``: the latest attempt of each cell folder; a cell in two runs counts twice.
+
+    Of a run folder the cells of its last matrix count, as in a report.
 
     Raises UserError if there are none or one cannot be read.
     """
     roots = list(paths)
-    records = {path.resolve(): path for path in find_results(roots) if attempt_number(path) or path in roots}
+    found = of_last_matrix(find_results(roots), roots)
+    records = {path.resolve(): path for path in found if attempt_number(path) or path in roots}
     if not records:
         where = ", ".join(map(str, roots))
         raise UserError(f"{where}: an empty run without records (attempt-*.json); run its matrix first")

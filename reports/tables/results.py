@@ -278,7 +278,8 @@ def _result_notes(section: Section) -> list[str]:
             "weights; no other row moves it."
         )
     if section.ties:
-        notes.append("Rows that share a rank (=) are tied within noise.")
+        tied = "are tied within noise" if section.noise.source else "have the same TPME"
+        notes.append(f"Rows that share a rank (=) {tied}.")
     left_out = summary.index[~summary["compared"] & summary["baseline"]]
     if len(left_out):
         notes.append(f"No TPME, as no encoder is adapted: {', '.join(map(str, left_out))}.")

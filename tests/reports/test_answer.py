@@ -66,6 +66,32 @@ def test_shared_devices_and_failures_are_counted(factory):
     assert "One seed a row" in trust
 
 
+def test_a_failed_cell_that_shared_its_device_is_not_among_the_finished(factory):
+    crowded = Flag(code="crowded", message="its threads waited for a core for 17% of the training time")
+    factory.write("lora", flags=(crowded,))
+    factory.write("fft", status="diverged", flags=(crowded,))
+    factory.write("dyt", status="oom", time=None, flags=(crowded,))
+    assert "other programs competed for the device in 1 of 1 cells" in answers(factory).trust
+
+
+def test_a_row_without_tpme_may_cost_less_and_the_sentence_does_not_deny_it(factory):
+    """A reference row of the same quality has no TPME, whatever it costs."""
+    factory.write("frozen", time=1.0, peak=1e8, skill=0.5)
+    factory.write("lora", time=10.0, skill=0.49)
+    factory.write("fft", time=20.0, skill=0.1)
+    said = answers(factory)
+    assert "frozen" in said.best
+    assert said.cheapest.startswith("Cheapest at that quality, of the rows with a TPME: lora, with 10.0 s an epoch")
+
+
+def test_equal_rows_are_no_tie_within_noise_where_none_was_measured(factory):
+    for method, time in (("fft", 20.0), ("lora", 2.0), ("bitfit", 2.0)):
+        factory.write(method, time=time, skill=0.5)
+    said = answers(factory)
+    assert "bitfit (at the same cost: lora), with" in said.cheapest
+    assert "so no tie is claimed" in said.trust
+
+
 def test_learning_rates_that_lost_do_not_count(factory):
     """Of two trials the flag of the one that was not selected says nothing of the row."""
     flag = Flag(code="crowded", message="its threads waited")

@@ -244,6 +244,19 @@ def test_a_difference_is_no_failure(two, monkeypatch, capsys):
     assert max(map(len, out.splitlines()[2:])) <= 80  # after the paths
 
 
+def test_every_difference_of_quality_has_its_interval_in_80_columns(two, monkeypatch, capsys):
+    for factory, skill in zip(two, (0.2, 0.6), strict=True):
+        for method, quality in (("lora", skill), ("iisan-versa", 0.3 + skill / 20)):
+            factory.write(method, skill=quality, cached=method != "lora")
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run(monkeypatch, two[0].root, two[1].root) == 0
+    table = capsys.readouterr().out.split("\nRecall@10\n")[1].split("NDCG@10")[0]
+    rows = [line for line in table.splitlines() if line.startswith((" lora", " iisan"))]
+    assert len(rows) == 2
+    assert all("[" in row for row in rows)
+    assert "not told apart" in table
+
+
 def test_json(two, monkeypatch, capsys):
     two[0].write("lora", time=10)
     two[1].write("lora", time=12)

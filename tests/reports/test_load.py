@@ -58,6 +58,13 @@ def test_the_whole_run_peak_lies_where_most_memory_was_held(factory, peaks_of):
     assert tuple(peaks.loc["frozen"])[:2] == (9e9, "rank")
 
 
+def test_the_whole_run_peak_is_never_below_m(factory):
+    """Without its process reading training is read from the whole device, a phase beside it may not be."""
+    factory.write("fft", peak=2e9, device="cuda", process_valid=False)
+    row = load([factory.root]).iloc[0]
+    assert (row["memory_bytes"], row["peak_bytes"], row["peak_phase"]) == (2.5e9, 2.5e9, "train")
+
+
 def test_the_peak_of_a_cache_counts_for_every_cell_that_trains_on_it(factory, peaks_of):
     """The builder alone read 3e8 over its own baseline; the cell that started it held 8e8 with it."""
     build = Phase(kind="cache", start_s=1, wall_s=4, memory=peaks_of(8e8), energy_j=NO_ENERGY)
@@ -77,7 +84,7 @@ def test_the_time_to_the_best_epoch_holds_all_that_leads_to_it(factory):
     assert dict(to_best) == {"fft": 31.0 - 5.0, "iisan": 4.2 + 15.0}
 
 
-def test_only_the_last_matrix_and_the_newest_version_count(factory):
+def test_only_the_last_matrix_and_the_newest_version_count(factory, monkeypatch):
     """A misspelt encoder, four epochs in the place of three and a changed method leave no row behind."""
     factory.write("fft", text_encoder=EncoderSpec(source="bert-bsae"), status="error", time=None)
     factory.write("fft", training=Training(epochs=4))
@@ -88,12 +95,14 @@ def test_only_the_last_matrix_and_the_newest_version_count(factory):
     (factory.root / "cells.json").write_text(json.dumps({"cells": [path.parent.name for path in kept]}))
     for roots in ([factory.root], [factory.root / "cells"], [factory.root.parent]):
         assert set(load(roots)["path"]) == {str(new), str(kept[2])}
+    monkeypatch.chdir(factory.root / "cells")
+    assert len(load(["."])) == 2
     assert len(load([factory.root], history=True)) == 5
     assert list(load([old])["path"]) == [str(old)], "a record that is named counts"
     assert sum(recorded.latest for recorded in read_every([factory.root])) == 2
     assert len(read_every([factory.root])) == 5
     (factory.root / "cells.json").write_text('{"cells": []}')
-    with pytest.raises(UserError, match="no cell of the last matrix has ended; --all"):
+    with pytest.raises(UserError, match="no cell of the last matrix has ended; 'tpme report --all'"):
         read([factory.root])
     (factory.root / "cells.json").write_text("{")
     with pytest.raises(UserError, match=r"cells\.json: not readable; delete it"):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tpme.bench.errors import UserError
-from tpme.bench.record import Reading, read_result, write_result
+from tpme.bench.record import EncoderSpec, Reading, read_result, write_result
 from tpme.reports.data.stats import student_t
 from tpme.reports.gate.baseline import (
     Baseline,
@@ -24,7 +24,7 @@ from tpme.reports.gate.baseline import (
     write_baseline,
 )
 from tpme.reports.gate.check import judge
-from tpme.reports.gate.measures import SAMPLE, cell_key
+from tpme.reports.gate.measures import SAMPLE, cell_key, read_records
 from tpme.reports.gate.verdict import WORSE, CellVerdict, Comparison, GateReport, Policy, conclude
 
 Make = Callable[..., Any]
@@ -400,6 +400,14 @@ def test_only_the_latest_code_of_a_run_folder_counts(sides: tuple[Any, Any]) -> 
     head.write("lora", code="new", started_at="2026-01-02T00:00:00+00:00")
     assert verdicts(report_of(base.root, head.root))["step_s"] == "same"
     assert load_runs([head.root]).notes == (f"1 records of older code in {head.root} were left out",)
+
+
+def test_cells_of_an_earlier_matrix_of_a_run_folder_do_not_count(factory: Any) -> None:
+    """A misspelt encoder that ran there once is neither in a baseline nor missing from the next run."""
+    factory.write("fft", status="error", time=None, text_encoder=EncoderSpec(source="bert-bsae"))
+    kept = factory.write("lora")
+    (factory.root / "cells.json").write_text(json.dumps({"cells": [kept.parent.name]}))
+    assert [recorded.path for recorded in read_records([factory.root])] == [kept]
 
 
 def test_names_tell_cells_of_one_label_apart(sides: tuple[Any, Any]) -> None:
