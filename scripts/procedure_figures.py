@@ -78,6 +78,7 @@ def fedpeptao(run: Path) -> Figure:
                 text = f" {part}: {total[-1] * share:.0f} MB"
                 sent.annotate(text, (x[-1], total[-1] * share), color=colour, fontsize=6, va="center")
     sent.set_xlim(0, 1.35 * x[-1])
+    sent.set_xticks(np.linspace(0, x[-1], 5))
     sent.set_xlabel("round")
     sent.set_ylabel("sent so far, both ways, MB")
     quality.set_xlabel("sent so far, both ways, MB")
