@@ -111,7 +111,7 @@ def create(name: str, options: Mapping[str, Any], methods_path: Sequence[Path] =
         where, message = f", option '{first.field}'" if first.field else "", first.message
         if first.kind == "extra_forbidden":
             near = nearest(first.field, definition.Config.model_fields)
-            message = "there is no such option" + (f", did you mean '{near}'?" if near else "")
+            message = f"there is no such option{f' (nearest: {near})' if near else ''}"
         raise UserError(f"method '{name}'{where}: {message}; its options are: {fields}") from None
 
 

@@ -122,14 +122,14 @@ def group_html(group: BoardGroup) -> str:
     """Heading, the answer in sentences, table of the newest rows, charts of their history and lists of records."""
     parts = [f'<h2 id="{group.anchor}">{html.escape(group.name)}</h2>']
     if group.section is None:
-        parts.append("<p>In none of the last matrices: history alone.</p>")
+        parts.append("<p>No longer part of a matrix: only its history is shown.</p>")
     else:
         said = answer(group.section)
         parts += [f"<p>{html.escape(text)}</p>" for text in (said.best, said.cheapest, said.trust)]
         parts.append(_rows(group, group.section))
     parts.append(_history(group))
     parts.append("<h3>Records</h3>")
-    parts.append('<p class="soft">Of a search over learning rates the selected trial alone, in each version.</p>')
+    parts.append('<p class="soft">Of a learning-rate search only the selected trial is listed, for each version.</p>')
     parts += [_records(row) for row in group.rows]
     return "\n".join(parts)
 

@@ -26,8 +26,11 @@ LIMITED = {
     for key in ("peak_bytes", "memory_bytes", "epoch_time_s", "trainable_millions", "ndcg_10", "recall_10")
 }
 """The columns of a summary that can be limited: a quality from below, a cost from above."""
-TRUST = {"memory_bytes": "memory", "epoch_time_s": "epoch_time"}
-"""Columns whose readings may be doubtful: ``<name>_valid`` and ``<name>_reason`` belong to them."""
+TRUST = {"peak_bytes": "memory", "memory_bytes": "memory", "epoch_time_s": "epoch_time"}
+"""Columns whose readings may be doubtful: ``<name>_valid`` and ``<name>_reason`` belong to them.
+
+What makes M doubtful, such as other processes on the device, makes the peak doubtful, too.
+"""
 
 
 @dataclass(frozen=True)

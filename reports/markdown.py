@@ -88,7 +88,7 @@ def details_md(title: str, chapters: Sequence[Chapter], formats: Sequence[str], 
     for chapter in chapters:
         section = chapter.section
         lines += [chapter.heading("Notes"), ""]
-        lines += [f"- All rows: {escape_markdown(text)}" for text in (*section.notes.shared, section.instruments)]
+        lines += [f"- {escape_markdown(text)}" for text in (*section.notes.shared, section.instruments)]
         footnotes = enumerate(section.notes.footnotes, start=1)
         lines += [*(f"- <sup>{mark}</sup> {escape_markdown(text)}" for mark, text in footnotes), ""]
     for chapter in chapters:
@@ -161,7 +161,7 @@ def reading_guide(sections: Sequence[Section]) -> list[str]:
         "**To best epoch**: everything that leads to the epoch with the best validation: feature cache, a method's "
         "estimation, search and rounds, training epochs of all stages.",
         "**P**: trainable parameters in millions, the recommender's own included.",
-        f"**M**: {memory}." + (f" Here by: {escape_markdown('; '.join(sources))}." if sources else ""),
+        f"**M**: {memory}." + (f" Read as: {escape_markdown('; '.join(sources))}." if sources else ""),
         "**Peak**: whole-run peak by the same instrument: the largest of loading, building the feature cache, "
         "training, validation, ranking and export, and of all seeds; in brackets where it lies, unless in training.",
         "**TPME**: T, P and M, each scaled to 0..1 between the smallest and the largest of the compared rows, weighted "

@@ -52,11 +52,13 @@ CUTS = {f"{k}": f"@{k}" for k in sorted(CUTOFFS, key=lambda k: k != SPLIT_CUTOFF
     f"{SPLIT_CUTOFF}_cold": f"@{SPLIT_CUTOFF}, targets never seen in training",
 }
 MEANS = {
-    "recall": "share of users whose next item is among the first so many",
+    "recall": "share of users whose held-out item is among the first {k}",
     "ndcg": "as Recall, and a higher place counts more",
 }
 METRICS = {
-    f"{key}_{cut}": (name + words, MEANS[key], USERS) for cut, words in CUTS.items() for key, name in RANKING.items()
+    f"{key}_{cut}": (name + words, MEANS[key].format(k=cut.partition("_")[0]), USERS)
+    for cut, words in CUTS.items()
+    for key, name in RANKING.items()
 } | {"valid_recall_10": ("Recall@10 in validation", "of the best epoch, on the users' last item but one", "")}
 
 

@@ -94,6 +94,8 @@ def make_report(paths: Iterable[Path | str], **choices: Unpack[Choices]) -> Repo
         used = (stored, frame.name) if frame is not None and stored is not None else None
         members = [by_path[path] for path in group.cells["path"]]
         sections.append(make_section(name, group, members, weights, rows, used, reference))
+    if reference is not None and not any(section.reference for section in sections):
+        raise UserError(f"--reference {reference}: its T, P or M is missing, so nothing can be compared with it")
     title = choices.get("title") or "What adaptation costs and what it buys"
     return Report(title, tuple(sections), _command(roots, choices))
 

@@ -18,9 +18,13 @@ def check(
     runs: Annotated[list[Path], typer.Argument(metavar="RUNS", help="Run folders, record files, or one baseline.")],
     baseline: Annotated[Path, typer.Option(help="Baseline file, or a run folder to be used as one.")],
     time_threshold: gate.TimeThreshold = 0.10,
-    allocated_bound: Annotated[float, typer.Option(min=0, help="Relative growth of allocated memory.")] = 0.01,
+    allocated_bound: Annotated[
+        float, typer.Option(min=0, help="Relative growth of memory allocated on a GPU that counts.")
+    ] = 0.01,
     resident_bound: gate.ResidentBound = 0.05,
-    quality_threshold: Annotated[float, typer.Option(min=0, help="Relative loss of Recall or NDCG.")] = 0.05,
+    quality_threshold: Annotated[
+        float, typer.Option(min=0, help="Relative loss of Recall or NDCG that counts.")
+    ] = 0.05,
     strict: Annotated[bool, typer.Option(help="Fail on any changed counter and any missing or new cell.")] = False,
     require: gate.Require = None,
     everything: gate.Everything = False,

@@ -89,7 +89,7 @@ def render(plan: MatrixPlan, console: Console) -> None:
         console.print(Text(f"{plan.matrix}: {setting}", "bold"))
         console.print(_planned(cells, plan.device, _peak(plan)))
         if any(planned.measured for planned in cells):
-            console.print(Text("Plan against measured", "bold"))
+            console.print(Text("Plan against measured: memory, a step, an epoch, and how many times the plan", "bold"))
             console.print(_compared(cells, _peak(plan)))
             sources = {planned.measured.memory_source for planned in cells if planned.measured}
             console.print(Text(f"Measured memory: {'; '.join(sorted(filter(None, sources)))}", "dim"))
@@ -160,9 +160,9 @@ def _compared(cells: list[PlannedCell], peak: str) -> Table:
     memories = [work.peak_bytes for _, work, _ in pairs]
     size, size_unit = _scale(memories, "B")
     flop, flop_unit = _scale((work.forward_flops + work.backward_flops for _, work, _ in pairs), "FLOP")
-    for name in (f"{peak}, plan\n{size_unit}", f"measured\n{size_unit}", "ratio", f"Step, plan\n{flop_unit}"):
+    for name in (f"{peak}\n{size_unit}", f"measured\n{size_unit}", "ratio", f"Step\n{flop_unit}"):
         table.add_column(name, justify="right", no_wrap=True)
-    for name in (f"recorded\n{flop_unit}", "ratio", "Epoch, plan", "measured", "ratio"):
+    for name in (f"record\n{flop_unit}", "ratio", "Epoch", "measured", "ratio"):
         table.add_column(name, justify="right", no_wrap=True)
     for planned, work, measured in pairs:
         flops = work.forward_flops + work.backward_flops
@@ -190,10 +190,11 @@ def _label(planned: PlannedCell, cells: list[PlannedCell]) -> str:
 
 
 def _notes(plan: MatrixPlan) -> list[str]:
-    """What was counted and what was assumed."""
+    """What was counted and what was assumed; a step without encoders is part of one with them."""
+    steps = dict.fromkeys(work.batch.partition(";")[0] for cell in plan.cells if (work := cell.work))
     notes = [
         *plan.assumptions,
-        *dict.fromkeys(f"Step of {work.batch.partition(';')[0]}." for cell in plan.cells if (work := cell.work)),
+        *(f"Step of {step}." for step in steps if not any(other.startswith(f"{step},") for other in steps)),
         "Exact: parameters and FLOPs of matrix products (1 multiply-add = 2). Saved: for the backward pass, with fused "
         f"attention. {_peak(plan)}: most memory that tensors take at one time in a simulated step, "
         "optimiser and cache included.",

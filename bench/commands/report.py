@@ -15,7 +15,7 @@ def report(
     out: Annotated[Path | None, typer.Option(help="By default RUN/report, or ./report for several runs.")] = None,
     weights: Annotated[str, typer.Option(help="Weights of T, P and M in TPME; they add up to 1.")] = "0.45,0.10,0.45",
     frame: Annotated[
-        Path | None, typer.Option(help="Compute TPME in the frame of this file, created if missing.")
+        Path | None, typer.Option(help="Take the 0 % and 100 % of TPME from this file, created if missing.")
     ] = None,
     rows: Annotated[str | None, typer.Option(help="Rows that get a TPME: fft,lora,...")] = None,
     mix: Annotated[bool, typer.Option("--mix", help="One TPME across different devices, protocols or data.")] = False,

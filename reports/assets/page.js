@@ -156,6 +156,7 @@ const energy = (row, digits) => scaled(row.energy_epoch_j, [["kJ", 1e3], ["J", 1
 const usedMemory = (row, digits) => (row.status === "oom" && known(row.memory_seen_bytes) ? `≥ ${bytes(row.memory_seen_bytes, null, digits)}` : bytes(row.memory_bytes, row.memory_bytes_sd, digits));
 const quality = (row, key) => (known(row[key]) ? row[key].toFixed(4) : "–");
 const percent = (row) => (known(row.tpme) ? (100 * row.tpme).toFixed(2) : known(row.bound) ? `≥ ${(100 * row.bound).toFixed(2)}` : "–");
+const tiedText = () => (group().noise.source ? "tied within noise" : "equal");
 const rankText = (row) => (known(row.rank) ? `${row.rank}${row.tied.length ? "=" : ""}` : "–");
 const peak = (row, digits) => (known(row.peak_bytes) ? `${bytes(row.peak_bytes, null, digits)} (${row.peak_phase})` : "–");
 const interval = (row, digits) => (row.tpme_end && row.inside && ownChoices() ? "end of scale" : known(row.low) ? `${(100 * row.low).toFixed(digits)}–${(100 * row.high).toFixed(digits)}` : "");

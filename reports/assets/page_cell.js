@@ -23,7 +23,7 @@ const pairs = (what, entries) => make("table", { class: "pairs", "aria-label": w
 /* Every known number of a row, with its unit and its spread; an axis says what the spread is. */
 function rowNumbers(row) {
   const { x, y } = group().axes;
-  const rank = known(row.rank) ? [["Rank by TPME", row.tied.length ? `${row.rank}, tied within noise with ${row.tied.join(", ")}` : row.rank]] : [];
+  const rank = known(row.rank) ? [["Rank by TPME", row.tied.length ? `${row.rank}, ${tiedText()} with ${row.tied.join(", ")}` : row.rank]] : [];
   if (known(row.bound)) rank.push(["TPME", `${percent(row)} %`]);
   if (row.status === "oom") rank.push(["Training peak memory M", usedMemory(row, 4)]);
   const values = (axes) => axes.filter(({ key }) => known(row[key])).map((axis) => [titleOf(axis), amountOf(axis, row)]);

@@ -6,13 +6,14 @@ function rankingText(chosen, ranked) {
   if (!chosen) return `No row ${group().rows.some((row) => row.usable) ? "is" : "can be"} ticked, so there is no TPME.`;
   if (!ranked.length) return "TPME compares rows, and one row alone has none.";
   const [first, ...tied] = ranked.filter((row) => row.rank === 1).map((row) => row.name);
-  return `${chosen} rows compared; lowest TPME: ${first}${tied.length ? `, tied within noise: ${tied.join(", ")}` : ""}.`;
+  return `${chosen} rows compared; lowest TPME: ${first}${tied.length ? `, ${tiedText()}: ${tied.join(", ")}` : ""}.`;
 }
 
-/* Three sentences of the report; they hold for its own choices. */
+/* Three sentences of the report, bold up to the colon; they hold for its own choices. */
 function drawAnswer([best, cheapest, trust]) {
+  const lead = (text) => { const end = text.indexOf(":") + 1; return make("p", {}, make("b", {}, text.slice(0, end)), text.slice(end)); };
   const details = make("a", { href: "#trust", onclick: (event) => { event.preventDefault(); byId("trust").scrollIntoView(); byId("trust").focus({ preventScroll: true }); } }, "Details");
-  byId("answer").replaceChildren(make("p", {}, best), make("p", {}, cheapest), make("p", {}, make("b", {}, "Trust: "), `${trust} `, details));
+  byId("answer").replaceChildren(lead(best), lead(cheapest), make("p", {}, make("b", {}, "Trust: "), `${trust} `, details));
 }
 
 /* Axes that no row has are not offered. */
@@ -61,7 +62,7 @@ function draw() {
     output.dataset.value = String(weight);
   });
   document.querySelectorAll("input[name=frame]").forEach((input) => { input.checked = input.value === state.frame; input.disabled = input.value === "report" && !current.frame; });
-  byId("frame-name").textContent = current.frozen ? `as the file ${current.frozen} keeps them` : "of the rows this report compares";
+  byId("frame-name").textContent = current.frozen ? `least and most in the file ${current.frozen}` : "least and most of the rows this report compares";
   drawAxes(rows);
   if (byId("filter").value !== state.filter) byId("filter").value = state.filter;
   byId("status").value = state.status;

@@ -14,7 +14,7 @@ function record(row) {
 /* A column that is the same for all rows says so under the table instead. */
 const COLUMNS = [
   { key: "name", title: "Method", help: "Open a method to see its cell" },
-  { key: "rank", title: "Rank", num: true, help: "Place by TPME, 1 is the cheapest", text: rankText, hint: (row) => (row.tied.length ? `tied within noise with ${row.tied.join(", ")}` : null) },
+  { key: "rank", title: "Rank", num: true, help: "Place by TPME, 1 is the cheapest", text: rankText, hint: (row) => (row.tied.length ? `${tiedText()} with ${row.tied.join(", ")}` : null) },
   { key: "tpme", title: "TPME (%)\u00a0↓", num: true, better: -1, help: "Time, parameters and memory as one number", text: percent, value: (row) => (known(row.tpme) ? 100 * row.tpme : null) },
   { key: "low", title: "95\u00a0%", num: true, help: "Interval of TPME over resamplings of seeds and epochs", text: (row) => interval(row, 1), needs: (row) => known(row.tpme_low) || row.tpme_end },
   { key: "cost_ratio", title: "Cost ratio\u00a0↓", num: true, better: -1, help: () => `T, P and M over those of ${group().reference}, weighted geometric mean`, text: (row) => number(row.cost_ratio), needs: () => group().reference },

@@ -38,7 +38,7 @@ def answer(section: Section) -> Answer:
 
 
 def best_rows(section: Section) -> list[str]:
-    """The row of the best quality, followed by those that are not worse by the paired test, best first."""
+    """The row of the best quality, followed by those that the paired test does not tell apart from it, best first."""
     if "random-weights" in _flags(section):
         return []
     known = section.summary[f"{METRIC}_10"].where(section.summary["status"] == "ok").dropna()
@@ -68,7 +68,7 @@ def _best(section: Section, good: Sequence[str]) -> str:
         return f"{text}, better than every other row by the paired test over users."
     if len(good) > others:
         return f"{text}; no other row is told apart from it by the paired test over users."
-    return f"{text}; not worse by the paired test over users: {_listed(good[1:])}."
+    return f"{text}; not told apart from it by the paired test over users: {_listed(good[1:])}."
 
 
 def _cheapest(section: Section, good: Sequence[str]) -> str:
@@ -93,7 +93,9 @@ def _cheapest(section: Section, good: Sequence[str]) -> str:
 def _costs(section: Section, line: Line) -> str:
     parts = []
     if line["epoch_time_s"] == line["epoch_time_s"]:
-        parts.append(f"{number(line['epoch_time_s'])} s an epoch")
+        best = line["time_to_best_s"]
+        in_all = f" ({number(best)} s in all up to the best one)" if best == best else ""
+        parts.append(f"{number(line['epoch_time_s'])} s an epoch{in_all}")
     if line["trainable_millions"] == line["trainable_millions"]:
         parts.append(f"{number(line['trainable_millions'])} M trainable parameters")
     if line["memory_bytes"] == line["memory_bytes"]:
@@ -103,7 +105,10 @@ def _costs(section: Section, line: Line) -> str:
     text = ", ".join(parts) or "no cost measured"
     ratio = line["cost_ratio"]
     if section.reference is not None and ratio == ratio and line is not section.lines[section.reference]:
-        text += f"; {100 * ratio:.2g} % of {section.reference}'s cost (weighted mean of time, parameters and memory)"
+        text += (
+            f"; {100 * ratio:.2g} % of {section.reference}'s cost (weighted geometric mean of epoch time, parameters "
+        )
+        text += "and training memory)"
     return text
 
 

@@ -33,6 +33,8 @@ class Notes:
     """Footnote 1 first."""
     marks: dict[str, tuple[int, ...]]
     """Numbers of the footnotes of each row."""
+    doubts: tuple[str, ...] = ()
+    """Those of ``shared`` that say what the numbers mean, without how instruments worked."""
 
 
 def notes_of(seeds: Mapping[str, Sequence[Line]], lines: Mapping[str, Line]) -> Notes:
@@ -55,7 +57,10 @@ def notes_of(seeds: Mapping[str, Sequence[Line]], lines: Mapping[str, Line]) -> 
     footnotes = list(dict.fromkeys(text for row in single.values() for text in row))
     number = {text: index for index, text in enumerate(footnotes, start=1)}
     marks = {name: tuple(sorted(number[text] for text in row)) for name, row in single.items()}
-    return Notes((*shared, *_on_instruments(seeds, merged)), tuple(footnotes), marks)
+    doubts, instruments = (
+        tuple(f"{text[0].upper()}{text[1:]}" for text in texts) for texts in (shared, _on_instruments(seeds, merged))
+    )
+    return Notes((*doubts, *instruments), tuple(footnotes), marks, doubts)
 
 
 def _on_instruments(seeds: Mapping[str, Sequence[Line]], merged: Mapping[str, str]) -> Iterator[str]:
@@ -108,7 +113,8 @@ def _row_notes(
     if line["status"] != "ok":
         yield f"{line['status']} during {seeds[0]['failure_phase']}: {seeds[0]['failure_message']}"
         if line["status"] == "oom":
-            yield "out of memory: M is the most that was seen, TPME the least it can be on the scale of the other rows"
+            bound = ", TPME the least it can be on the scale of the other rows"
+            yield f"out of memory: M is the most that was seen{'' if math.isnan(line['tpme_lower_bound']) else bound}"
     elif line["seeds_ok"] < line["seeds"]:
         ends = sorted({cell["status"] for cell in seeds} - {"ok"})
         yield f"{line['seeds_ok']} of {line['seeds']} seeds finished ({', '.join(ends)}); the row is over those alone"

@@ -186,7 +186,8 @@ def make_section(
     resampled = _resample(summary, behind, weights, frozen[0] if frozen else None)
     notes = notes_of(seeds, _lines(summary))
     if group.mixed:
-        notes = replace(notes, shared=(mixing(group), *notes.shared))
+        mixed = mixing(group)
+        notes = replace(notes, shared=(mixed, *notes.shared), doubts=(mixed, *notes.doubts))
     frame_from = frozen[1] if frozen else None
     return Section(
         name,

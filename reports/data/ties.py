@@ -35,7 +35,7 @@ class RunNoise:
             return "how much two runs of one cell differ was not measured (tpme doctor --noise), so no tie is claimed"
         how = "noise floor of the device" if self.source == "doctor" else "spread over seeds"
         time, memory = (f"{100 * share:.2g} %" for share in (self.time, self.memory))
-        return f"two runs of one cell differ by up to {time} in time and {memory} in memory ({how})"
+        return f"two runs of one cell differ by up to {time} in time and {memory} in memory in 95 % of cases ({how})"
 
 
 def noise_of(summary: pd.DataFrame, time: float | None, memory: float | None) -> RunNoise:

@@ -85,8 +85,8 @@ def quality_tpme(section: Section) -> Plot | None:
         caption += " Those far from the others are named at the foot."
     if unplaced:
         caption += f" No room for {', '.join(unplaced)}."
-    shared = (text if text.endswith(".") else f"{text}." for text in section.notes.shared)
-    return Plot("quality-tpme", "Quality against TPME", " ".join([caption, *shared]), figure)
+    doubts = (text if text.endswith(".") else f"{text}." for text in section.notes.doubts)
+    return Plot("quality-tpme", "Quality against TPME", " ".join([caption, *doubts]), figure)
 
 
 # --- parts ---------------------------------------------------------------------------------------------------

@@ -80,7 +80,8 @@ def _caption(section: Section, ratios: bool) -> str:
         f"TPME places every row between the cheapest (0 %) and the dearest (100 %) of {scale} in epoch time, trainable "
         f"parameters and training memory, weighted {100 * weights.time:g}, {100 * weights.parameters:g} and "
         f"{100 * weights.memory:g} %" + ("." if section.frame_from else "; other rows would move it."),
-        f"Bars: {100 * LEVEL:.0f} % intervals over seeds and epochs; beside the rank the ranks of as many resamplings.",
+        f"Bars: {100 * LEVEL:.0f} % intervals over resamplings of seeds and epochs; on the right each row's rank, and "
+        "the ranks it has in as many of the resamplings.",
     ]
     if rows["tpme_end"].any():
         parts.append("Open dots have none: the row is an end of the scale in every resampling.")

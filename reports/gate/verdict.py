@@ -184,9 +184,10 @@ def conclude(cells: Sequence[CellVerdict], policy: Policy, **fields: Any) -> Gat
 
 
 def _met(kind: Kind, cells: Sequence[CellVerdict]) -> bool:
-    """Whether a kind was settled in every cell that has it, and in at least one."""
+    """Whether the leading metric of a kind was settled in every cell that has it, in at least one, and none is lost."""
     leading = [item for cell in cells if (item := cell.leading(kind)) is not None]
-    return bool(leading) and all(item.verdict not in ("not compared", "inconclusive") for item in leading)
+    settled = bool(leading) and all(item.verdict not in ("not compared", "inconclusive") for item in leading)
+    return settled and not any(cell.state == "missing" for cell in cells)
 
 
 def _out_of_date(cells: Sequence[CellVerdict]) -> bool:

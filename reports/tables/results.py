@@ -254,10 +254,10 @@ def _result_notes(section: Section) -> list[str]:
     spread = ", of costs the standard deviation over seeds" if (summary["seeds_ok"] > 1).any() else ""
     notes = [
         "Recall@10: share of users whose held-out item is among the first 10; NDCG@10 weighs its place, too. "
-        f"±: half the {100 * LEVEL:.0f} % interval over users{spread}.",
+        f"±, where shown: half the {100 * LEVEL:.0f} % interval over users{spread}.",
         "T: time of a training epoch. To best epoch: all time up to it, building a feature cache included. "
         "P: trainable parameters. M: peak memory of training. Peak: of the whole run, from loading to ranking and "
-        "export, its phase in brackets.",
+        "export, with its phase where that is shown.",
     ]
     if section.compared:
         rows = f"the rows of {section.frame_from}" if section.frame_from else f"{len(section.compared)} compared rows"
@@ -278,8 +278,8 @@ def _result_notes(section: Section) -> list[str]:
             "weights; no other row moves it."
         )
     if section.ties:
-        tied = "are tied within noise" if section.noise.source else "have the same TPME"
-        notes.append(f"Rows that share a rank (=) {tied}.")
+        tied = "is tied within noise with the first of them" if section.noise.source else "has the same TPME"
+        notes.append(f"Each of the rows that share a rank (=) {tied}.")
     left_out = summary.index[~summary["compared"] & summary["baseline"]]
     if len(left_out):
         notes.append(f"No TPME, as no encoder is adapted: {', '.join(map(str, left_out))}.")

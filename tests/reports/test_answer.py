@@ -16,16 +16,16 @@ def test_the_best_the_cheapest_and_how_far_to_trust_it(factory):
             factory.write(method, time=time * (1 + 0.001 * seed), peak=1e9 * time, skill=skill, seed=seed)
     said = answers(factory)
     assert said.best.startswith("Best Recall@10: ")
-    assert "not worse by the paired test over users: " in said.best
+    assert "not told apart from it by the paired test over users: " in said.best
     assert "id" not in said.best.replace("paired", "")
     assert said.cheapest == (
-        "Cheapest at that quality: iisan, with 2.00 s an epoch, 1.00 M trainable parameters, 2.00 GB while training, "
-        "2.00 GB at the peak of the whole run (train); 13 % of fft's cost (weighted mean of time, parameters and "
-        "memory)."
+        "Cheapest at that quality: iisan, with 2.00 s an epoch (6.01 s in all up to the best one), 1.00 M trainable "
+        "parameters, 2.00 GB while training, 2.00 GB at the peak of the whole run (train); 13 % of fft's cost "
+        "(weighted geometric mean of epoch time, parameters and training memory)."
     )
     assert said.trust == (
         "2 seeds a row; no cell is flagged for sharing its device; two runs of one cell differ by up to 0.2 % in time "
-        "and 0 % in memory (spread over seeds)."
+        "and 0 % in memory in 95 % of cases (spread over seeds)."
     )
 
 
@@ -118,4 +118,4 @@ def test_how_the_instruments_worked_is_no_footnote_of_a_row(factory):
     factory.write("id")
     [section] = make_report([factory.root]).sections
     assert set(section.notes.marks.values()) == {()}
-    assert section.notes.shared == ("sampled every 25 to 35 ms at times instead of 20 ms (3 of 4 rows)",)
+    assert section.notes.shared == ("Sampled every 25 to 35 ms at times instead of 20 ms (3 of 4 rows)",)

@@ -262,6 +262,15 @@ def test_time_and_memory_are_never_compared_between_devices(sides: tuple[Any, An
     assert (required.overall, required.exit_code) == ("requirement not met", 2)
 
 
+def test_a_lost_cell_leaves_a_requirement_unmet(sides: tuple[Any, Any]) -> None:
+    base, head = sides
+    for method in ("lora", "fft"):
+        base.write(method)
+    head.write("lora", code="n")
+    assert report_of(base.root, head.root).exit_code == 0
+    assert report_of(base.root, head.root, require=("counter",)).exit_code == 2
+
+
 # --- quality -----------------------------------------------------------------------------------------------------
 
 

@@ -410,7 +410,7 @@ def test_random_weights_stand_under_tables_and_the_quality_figure(factory, tmp_p
     text, details = ((tmp_path / "out" / name).read_text() for name in ("report.md", "details.md"))
     assert "**No quality to compare:** the encoders have random weights." in text
     assert text.count("quality is meaningless") == 2  # in "Trust" and under the figure
-    assert "- All rows: text encoder with random weights: quality is meaningless" in details
+    assert "- Text encoder with random weights: quality is meaningless" in details
 
 
 def test_memory_sources_that_differ_are_told(factory):

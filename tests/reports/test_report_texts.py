@@ -44,7 +44,7 @@ def test_the_report_of_the_demo_is_short_and_answers_first(tmp_path: Path) -> No
     check_order(text, details)
     assert "444 MB at the peak of the whole run" in text
     assert "- In every row: Seeds 3." in text.splitlines()
-    assert "All rows: Noise floor" in details
+    assert "- Noise floor" in details
     assert "Noise floor" not in text
     table = [line for line in text.splitlines() if line.startswith("| ")]
     assert len({line.count("|") for line in table}) == 1

@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tpme.bench.errors import UserError
 from tpme.bench.record import Reading, read_result
 from tpme.reports.report import make_report
 from tpme.reports.tables.results import results
@@ -33,7 +34,8 @@ def test_rows_nearer_than_the_noise_floor_share_a_rank(factory):
     ranks = {str(row[0].text): row[-1] for row in results(section).rows}
     places = [column.key for column in results(section).columns].index("tpme_rank")
     assert {row[places].text for row in results(section).rows} == {"1="}, ranks
-    assert "Rows that share a rank (=) are tied within noise." in results(section).notes
+    note = "Each of the rows that share a rank (=) is tied within noise with the first of them."
+    assert note in results(section).notes
     assert any("(=): two runs of one cell differ by up to 5 %" in note for note in scales(section).notes)
 
 
@@ -106,3 +108,10 @@ def test_the_reference_of_the_ratios_is_chosen(factory):
     assert section_of(factory).reference is None
     assert section_of(factory).summary["cost_ratio"].isna().all()
     assert section_of(factory, reference="bitfit").summary["time_ratio"].to_dict() == {"lora": 0.5, "bitfit": 1.0}
+
+
+def test_a_reference_without_costs_is_refused(factory):
+    factory.write("lora")
+    factory.write("popularity", time=None)
+    with pytest.raises(UserError, match="--reference popularity: its T, P or M is missing"):
+        section_of(factory, reference="popularity")
