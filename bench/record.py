@@ -507,6 +507,10 @@ class ImportSource(Frozen):
     """Its address, DOI or file."""
 
 
+PASS_S = "pass_s"
+"""Counter of a method that trains in rounds alone: seconds of as many rounds as process each user once."""
+
+
 class CellResult(Frozen):
     """One finished attempt at one cell, however it ended."""
 
@@ -564,6 +568,31 @@ class CellResult(Frozen):
     """
 
     @property
+    def in_rounds(self) -> bool:
+        """Nothing was trained but in rounds, of a method that reports the time of one pass over the users in them."""
+        return not self.epochs and PASS_S in self.counters
+
+    @property
+    def pass_time_s(self) -> Reading:
+        """T of TPME: ``epoch_time_s``; in rounds, the time of as many as process each user once."""
+        return self.counters[PASS_S] if self.in_rounds else self.epoch_time_s
+
+    @property
+    def pass_memory(self) -> Memory | None:
+        """The source of M of TPME: ``training_memory``; in rounds, the peaks over them, instrument by instrument."""
+        rounds = [phase.memory for phase in self.phases if phase.kind == "round"]
+        if not (self.in_rounds and rounds):
+            return self.training_memory
+        # A reading that is not valid may hide the true peak, so it stands for all.
+        largest = {
+            name: max(
+                (getattr(one, name) for one in rounds), key=lambda reading: (not reading.valid, reading.value or 0)
+            )
+            for name in Memory.model_fields
+        }
+        return Memory(**largest)
+
+    @property
     def untrained(self) -> Flag | None:
         """A flag on a method that trained nothing but the recommender and does not say that it is a baseline."""
         if self.status != "ok" or self.cell.baseline or self.source is not None or self.parameters is None:
@@ -575,6 +604,18 @@ class CellResult(Frozen):
             message=f"{self.cell.method} trains no parameter of its own, at most the recommender: either it leaves "
             "everything frozen by mistake, or it is a reference row and should set baseline = True",
         )
+
+    @property
+    def rounds_flag(self) -> Flag | None:
+        """Which costs T and M are, where nothing was trained but in rounds."""
+        if not self.in_rounds:
+            return None
+        message = (
+            "T is the time of as many rounds as process each user once, one client after the other on one device "
+            "(its counter pass_parallel_s: with a device for each client); M is the peak of the rounds; what "
+            "came before them counts in the all-in time alone"
+        )
+        return Flag(code="in-rounds", message=message)
 
     @model_validator(mode="after")
     def _require_failure(self) -> CellResult:

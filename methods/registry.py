@@ -50,6 +50,7 @@ BUILTIN: dict[str, str] = {
     "context-peft": "tpme.methods.context_peft:ContextPEFT",
     "light-peft": "tpme.methods.light_peft:LightPEFT",
     "autopeft": "tpme.methods.autopeft:AutoPEFT",
+    "fedpeptao": "tpme.methods.fedpeptao:FedPepTAO",
     "iisan": "tpme.methods.iisan:IISAN",
     "iisan-versa": "tpme.methods.iisan_versa:IISANVersa",
     "lst": "tpme.methods.lst:LST",

@@ -61,6 +61,7 @@ def check_cells(
     cache_limit_bytes: int,
     methods_path: Sequence[Path] = (),
     encoders: MetaEncoders | None = None,
+    users: Mapping[str, int] | None = None,
 ) -> None:
     """Build the model of every cell on ``meta``, to find options and encoders that do not fit before anything runs.
 
@@ -69,6 +70,7 @@ def check_cells(
     Args:
         cells: of a matrix. items: of each data set, by name. cache_limit_bytes: of the matrix.
         methods_path: folders with further methods. encoders: where encoders come from; by default new ones.
+        users: of each data set, by name, for methods that divide them (``check_users``).
 
     Raises:
         UserError: also for an encoder whose configuration cannot be read, and for a feature cache above the limit;
@@ -85,6 +87,8 @@ def check_cells(
             method.check_run(cell)
         _check_dtypes(cell, method)
         _check_states(cell, method, encoders)
+        if users is not None and hasattr(method, "check_users"):
+            method.check_users(users[cell.dataset])
         try:
             meta = MetaCell(cell, DataShape.assumed(items=items[cell.dataset]), encoders, methods_path)
         except UserError:

@@ -131,9 +131,10 @@ def make_jobs(
 
     datasets = prepare_datasets(matrix, store, console)
     cells = expand(matrix, datasets, device=device, methods_path=methods_path)
-    items = {name: read_manifest(data.path).items for name, data in datasets.items()}
+    manifests = {name: read_manifest(data.path) for name, data in datasets.items()}
+    items, users = ({name: getattr(manifests[name], size) for name in manifests} for size in ("items", "users"))
     encoders = MetaEncoders()
-    check_cells(cells, items, matrix.cache_limit_bytes, methods_path, encoders)
+    check_cells(cells, items, matrix.cache_limit_bytes, methods_path, encoders, users)
     check_inputs(cells, {name: data.path for name, data in datasets.items()}, methods_path, encoders)
     jobs = jobs_of(cells, matrix, datasets, run, store, methods_path)
     changes = {"save_adapters": save_adapters} | ({} if time_limit_s is None else {"time_limit_s": time_limit_s})

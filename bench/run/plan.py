@@ -149,8 +149,9 @@ def plan_matrix(
     distinct: dict[str, Cell] = {}
     expanded = expand(matrix, datasets, device="cuda", methods_path=methods_path)
     sizes = {name: shape.items for name, shape in shapes.items()}
+    people = {name: shape.users for name, shape in shapes.items()}
     encoders = MetaEncoders()
-    check_cells(expanded, sizes, matrix.cache_limit_bytes, methods_path, encoders)
+    check_cells(expanded, sizes, matrix.cache_limit_bytes, methods_path, encoders, people)
     prepared = {name: data.path for name, data in datasets.items() if data.fingerprint != NOT_PREPARED}
     unread = _unread()
     check_inputs(expanded, prepared, methods_path, encoders, without=unread)
@@ -286,11 +287,11 @@ def _expect(meta: MetaCell, work: Work, step: Step, device: DeviceProfile) -> Ex
 def _measured_cost(results: list[CellResult]) -> MeasuredCost | None:
     if not results:
         return None
-    peaks = [memory_reading("measured_peak_bytes", result.training_memory, result.cell.device) for result in results]
+    peaks = [memory_reading("measured_peak_bytes", result.pass_memory, result.cell.device) for result in results]
     most = max(peaks, key=lambda peak: peak.value or 0.0)
     return MeasuredCost(
         records=len(results),
-        epoch_s=_median([result.epoch_time_s.value for result in results]),
+        epoch_s=_median([result.pass_time_s.value for result in results]),
         memory_bytes=most.value,
         memory_source=None if most.value is None else most.source,
         step_flops=_median(map(_step_flops, results)),

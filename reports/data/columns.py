@@ -28,7 +28,11 @@ def row_of(result: CellResult, device_key: str) -> dict[str, Any]:
         **_cell_columns(result.cell, device_key),
         **_cost_columns(result),
         **_epoch_columns(result),
-        "flags": tuple((flag.code, flag.message) for flag in (*result.flags, result.untrained) if flag is not None),
+        "flags": tuple(
+            (flag.code, flag.message)
+            for flag in (*result.flags, result.untrained, result.rounds_flag)
+            if flag is not None
+        ),
     }
 
 
@@ -62,7 +66,7 @@ def _cell_columns(cell: Cell, device_key: str) -> dict[str, Any]:
 
 
 def _cost_columns(result: CellResult) -> dict[str, Any]:
-    memory = memory_reading("memory_bytes", result.training_memory, result.cell.device)
+    memory, time_s = memory_reading("memory_bytes", result.pass_memory, result.cell.device), result.pass_time_s
     any_phase = [memory_reading("memory_seen_bytes", phase.memory, result.cell.device).value for phase in result.phases]
     seen = [value for value in (memory.value, *any_phase) if value is not None]
     parameters, cache = result.parameters, result.cache
@@ -70,9 +74,9 @@ def _cost_columns(result: CellResult) -> dict[str, Any]:
     last = len(result.epochs) - earlier_epochs(result.epochs)
     of_last = _sum(energy[-last:])
     return {
-        "epoch_time_s": result.epoch_time_s.value,
-        "epoch_time_valid": result.epoch_time_s.valid,
-        "epoch_time_reason": result.epoch_time_s.reason,
+        "epoch_time_s": time_s.value,
+        "epoch_time_valid": time_s.valid,
+        "epoch_time_reason": time_s.reason,
         "all_in_s": result.all_in_s.value if result.all_in_s else None,
         "memory_bytes": memory.value,
         "memory_source": memory.source,
@@ -129,9 +133,14 @@ def _epoch_columns(result: CellResult) -> dict[str, Any]:
         "warmup_epochs": result.warmup_epochs,
         "best_epoch": best.index if best else None,
         "time_to_best_s": _time_to_best(result, best) if best else None,
-        "valid_recall_10": best.valid_recall_10 if best else None,
-        "valid_ndcg_10": best.valid_ndcg_10 if best else None,
+        "valid_recall_10": best.valid_recall_10 if best else _counter(result, "valid_recall_10"),
+        "valid_ndcg_10": best.valid_ndcg_10 if best else _counter(result, "valid_ndcg_10"),
     }
+
+
+def _counter(result: CellResult, name: str) -> float | None:
+    """A counter of a method that trains in rounds alone."""
+    return result.counters[name].value if result.in_rounds and name in result.counters else None
 
 
 def _time_to_best(result: CellResult, best: Epoch) -> float:

@@ -65,7 +65,7 @@ def _cells(records: Sequence[Recorded]) -> pd.DataFrame:
 
 
 def _more(result: CellResult) -> dict[str, Any]:
-    memory = result.training_memory
+    memory = result.pass_memory
     readings = {f"counter_{name}": reading for name, reading in sorted(result.counters.items())}
     if memory is not None:
         readings |= {f"peak_{name}": getattr(memory, name) for name in type(memory).model_fields}

@@ -92,10 +92,10 @@ def _spread(values: Floats) -> float:
 def repeats_of(seeds: Sequence[CellResult]) -> Repeats:
     """Repeated measurements of a row that trained; M is NaN where it is unknown."""
     times: list[list[float | None]] = [
-        [epoch.train_s for epoch in result.epochs[result.warmup_epochs :]] or [result.epoch_time_s.value]
+        [epoch.train_s for epoch in result.epochs[result.warmup_epochs :]] or [result.pass_time_s.value]
         for result in seeds
     ]
-    memory = [memory_reading("memory_bytes", result.training_memory, result.cell.device).value for result in seeds]
+    memory = [memory_reading("memory_bytes", result.pass_memory, result.cell.device).value for result in seeds]
     return Repeats(
         epochs_s=tuple(np.array(seconds, dtype=np.float64) for seconds in times),
         memory_bytes=np.array(memory, dtype=np.float64),

@@ -51,7 +51,7 @@ TIMES: dict[str, Callable[[Recorded], Floats]] = {
 
 def memory(result: CellResult) -> dict[str, float]:
     """The gated peaks of training and of inference: torch's allocated bytes, or the resident bytes on a CPU."""
-    windows = {"": result.training_memory, "inference_": result.inference.memory if result.inference else None}
+    windows = {"": result.pass_memory, "inference_": result.inference.memory if result.inference else None}
     gated: dict[str, float] = {}
     for window, peaks in windows.items():
         if peaks is not None:

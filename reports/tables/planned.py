@@ -59,5 +59,5 @@ def _notes(frame: pd.DataFrame, peaks: dict[str, Reading | None]) -> list[str]:
 
 def _measured(results: tuple[CellResult, ...]) -> Reading | None:
     """The largest training peak of the seeds that can be compared with a plan."""
-    readings = [memory_reading("measured_peak_bytes", result.training_memory, result.cell.device) for result in results]
+    readings = [memory_reading("measured_peak_bytes", result.pass_memory, result.cell.device) for result in results]
     return max((peak for peak in readings if peak.value is not None), key=lambda peak: peak.value or 0.0, default=None)

@@ -40,6 +40,10 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"length": 3, "reparameterised": True, "hidden": 5, "then": "adapter", "bottleneck": 4},
         {"length": 4, "then": "all", "share": 0.4},
     ],
+    "fedpeptao": [
+        {"length": 3, "clients": 4, "sample": 0.5, "local_epochs": 1, "ratio_from": "spectrum", "partition": "iid"},
+        {"clients": 3, "sample": 1.0, "rounds": 3, "algorithm": "fedavg", "client_optimizer": "persist"},
+    ],
     "lst": [{"reduction": 2, "dropped": (1,), "temperature": 0.5, "dropout": 0.0, "init": "random"}],
     "dyt": [
         {"rate": 0.8, "bottleneck": 4, "scale": 1.0, "experts": 3, "complete_loss": False},

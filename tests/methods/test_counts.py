@@ -46,6 +46,8 @@ PAPER: dict[str, tuple[str, dict[str, Any], int]] = {
     "prefix": ("prefix", {}, 2 * 294_912 + RECOMMENDER),
     "prefix, through an MLP": ("prefix", {"length": 20, "reparameterised": True}, 2 * 9_864_704 + RECOMMENDER),
     "pt-peft": ("pt-peft", {"length": 20}, 2 * 368_640 + RECOMMENDER),  # in stage 1
+    "fedpeptao": ("fedpeptao", {}, 2 * 184_320 + RECOMMENDER),
+    "fedpeptao, all layers": ("fedpeptao", {"layer_ratio": 1.0}, 2 * 368_640 + RECOMMENDER),
     "dyt": ("dyt", {}, 2 * 1_198_860 + RECOMMENDER),
     "id": ("id", {}, 100_224 + (ITEMS + 1) * 64),
     "popularity": ("popularity", {}, 0),
@@ -142,6 +144,7 @@ def closed_formula(name: str, options: Mapping[str, Any], tiny: ModuleType) -> i
         "prompt": fused + 2 * depth * options.get("length", 10) * width,
         "prefix": fused + 2 * depth * options.get("length", 16) * 2 * width,
         "pt-peft": fused + 2 * depth * options.get("length", 16) * 2 * width,  # in stage 1
+        "fedpeptao": fused + 2 * (depth // 2) * options.get("length", 20) * 2 * width,
         "dyt": fused + 2 * depth * (bottleneck + width + 1),
         "iisan": sequence + 3 * tower + 3 * dim * dim + dim,
         "pyra": fused + 2 * depth * options.get("rank", 8) * 4 * width + (depth - 1) * (3 * width + 2),

@@ -30,6 +30,7 @@ REFUSED = {
     ("prompt", "modernbert"): "counts positions from the token ids",
     ("prefix", "mpnet"): "computes its attention itself",
     ("autopeft", "mpnet"): "computes its attention itself",
+    ("fedpeptao", "mpnet"): "computes its attention itself",
 }
 EVERY_ROLE = ("query", "key", "value", "attention_output", "ffn_in", "ffn_out")
 OPTIONS: dict[str, dict[str, Any]] = {"lora": {"targets": EVERY_ROLE}, "adalora": {"rank": 8}}

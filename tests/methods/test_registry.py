@@ -76,6 +76,7 @@ def test_the_card_methods() -> None:
         "context-peft",
         "light-peft",
         "autopeft",
+        "fedpeptao",
         "iisan",
         "iisan-versa",
         "lst",
