@@ -16,7 +16,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from tpme.bench.errors import UserError, one_line
-from tpme.bench.record import Cell, Modality
+from tpme.bench.record import Modality
 from tpme.bench.task.recommender import Recommender
 from tpme.bench.task.view import EncoderView
 from tpme.methods.base import Context, Method, MethodConfig, Schedule, TaskShape, fusion_parameters
@@ -106,7 +106,7 @@ class AutoPEFT(Method):
 
     # --- the model of one configuration -----------------------------------------------------------------------------
 
-    def check_run(self, cell: Cell) -> None:
+    def check_run(self, users: int) -> None:
         """Raise UserError where the search needs a package that is not installed."""
         if self.config.configuration is None:
             chosen_engine(self.config.engine)

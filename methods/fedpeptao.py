@@ -148,7 +148,7 @@ class FedPepTAO(Method):
 
     # --- the procedure ------------------------------------------------------------------------------------------
 
-    def check_users(self, users: int) -> None:
+    def check_run(self, users: int) -> None:
         """Raise UserError where there are more clients than training users."""
         if (self.config.clients or 1) > users:
             raise UserError(
@@ -158,7 +158,7 @@ class FedPepTAO(Method):
 
     def before_training(self, context: Context) -> None:
         """Divide the users among the clients, and choose the layers."""
-        self.check_users(len(context.users))
+        self.check_run(len(context.users))
         self._users = len(context.users)
         found = context.once("estimate", "clients", lambda: {"of_user": torch.from_numpy(self._partition(context))})
         of_user = found["of_user"].numpy()

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import tomli_w
 
+from tpme.bench.counting.batch import DataShape
 from tpme.bench.errors import UserError
 from tpme.bench.record import Cell, EncoderSpec, cell_id
 from tpme.bench.run.cell_checks import check_cells
@@ -22,7 +23,7 @@ from tpme.methods.registry import available
 
 TEXT = PreparedDataset(Path("/nowhere/text"), "f" * 64, ("text",))
 BOTH = PreparedDataset(Path("/nowhere/both"), "e" * 64, ("text", "image"))
-ITEMS = {"d": 100}
+SHAPES = {"d": DataShape.assumed(users=50, items=100)}
 HUB = {"text": {"source": "somebody/text"}, "image": {"source": "somebody/image"}}
 
 
@@ -392,7 +393,7 @@ def test_a_mistake_in_the_file_is_one_line_that_says_where(name: str, tmp_path: 
 def test_what_does_not_fit_together_is_refused_before_anything_runs(name: str) -> None:
     changes, message = CONFLICTS[name]
     with pytest.raises(UserError, match=message) as error:
-        check_cells(cells(**changes), ITEMS, 10**12)
+        check_cells(cells(**changes), SHAPES, 10**12)
     assert "\n" not in str(error.value)
 
 
@@ -407,8 +408,8 @@ def test_what_a_method_cannot_do_with_these_encoders_is_refused_before_anything_
     matrix = MatrixFile.model_validate(raw(methods=["frozen", "shallow"], encoders=[tiny], seeds=[1, 2]))
     found = expand(matrix, {"d": BOTH}, device="cpu", methods_path=[tmp_path])
     with pytest.raises(UserError, match=r"^method 'shallow': one layer at most$"):
-        check_cells(found, ITEMS, 10**12, [tmp_path])
-    check_cells([cell for cell in found if cell.method == "frozen"], ITEMS, 10**12)
+        check_cells(found, SHAPES, 10**12, [tmp_path])
+    check_cells([cell for cell in found if cell.method == "frozen"], SHAPES, 10**12)
 
 
 def test_modalities_that_data_or_method_lack(tmp_path: Path) -> None:

@@ -11,16 +11,17 @@ from tpme.bench.errors import UserError
 from tpme.bench.record import Cell, EncoderSpec, Modality
 
 if TYPE_CHECKING:
+    from tpme.bench.counting.batch import DataShape
     from tpme.bench.counting.meta import MetaEncoders
     from tpme.methods.base import Method
 
 
 @runtime_checkable
 class ChecksItsRun(Protocol):
-    """A method whose procedure needs more than its model does, such as a package that is not always installed."""
+    """A method whose procedure needs more than its model does, such as a package or a number of users."""
 
-    def check_run(self, cell: Cell) -> None:
-        """Raise UserError where the procedure cannot run."""
+    def check_run(self, users: int) -> None:
+        """Raise UserError where the procedure cannot run with so many training users."""
 
 
 def pinned(spec: EncoderSpec | None) -> EncoderSpec | None:
@@ -57,26 +58,23 @@ def check_cached(name: str, method: Method, modalities: tuple[Modality, ...]) ->
 
 def check_cells(
     cells: Iterable[Cell],
-    items: Mapping[str, int],
+    shapes: Mapping[str, DataShape],
     cache_limit_bytes: int,
     methods_path: Sequence[Path] = (),
     encoders: MetaEncoders | None = None,
-    users: Mapping[str, int] | None = None,
 ) -> None:
     """Build the model of every cell on ``meta``, to find options and encoders that do not fit before anything runs.
 
     Cells that differ in their seed or learning rates alone are built once.
 
     Args:
-        cells: of a matrix. items: of each data set, by name. cache_limit_bytes: of the matrix.
+        cells: of a matrix. shapes: of the data sets, by name. cache_limit_bytes: of the matrix.
         methods_path: folders with further methods. encoders: where encoders come from; by default new ones.
-        users: of each data set, by name, for methods that divide them (``check_users``).
 
     Raises:
         UserError: also for an encoder whose configuration cannot be read, and for a feature cache above the limit;
             other errors are left to the cell, because a method may need values.
     """
-    from tpme.bench.counting.batch import DataShape
     from tpme.bench.counting.meta import MetaCell, MetaEncoders
     from tpme.methods.registry import create
 
@@ -84,13 +82,11 @@ def check_cells(
     for cell in {cost_key(cell): cell for cell in cells}.values():
         method = create(cell.method, cell.options, methods_path)
         if isinstance(method, ChecksItsRun):
-            method.check_run(cell)
+            method.check_run(shapes[cell.dataset].users)
         _check_dtypes(cell, method)
         _check_states(cell, method, encoders)
-        if users is not None and hasattr(method, "check_users"):
-            method.check_users(users[cell.dataset])
         try:
-            meta = MetaCell(cell, DataShape.assumed(items=items[cell.dataset]), encoders, methods_path)
+            meta = MetaCell(cell, shapes[cell.dataset], encoders, methods_path)
         except UserError:
             raise
         except Exception:

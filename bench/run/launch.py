@@ -125,6 +125,7 @@ def make_jobs(
     console: Console,
 ) -> list[Job]:
     """The first attempt at every cell of a matrix, in the order they run."""
+    from tpme.bench.counting.batch import DataShape
     from tpme.bench.counting.meta import MetaEncoders
     from tpme.bench.run.preflight import check_inputs
     from tpme.bench.task.dataset import read_manifest
@@ -132,9 +133,9 @@ def make_jobs(
     datasets = prepare_datasets(matrix, store, console)
     cells = expand(matrix, datasets, device=device, methods_path=methods_path)
     manifests = {name: read_manifest(data.path) for name, data in datasets.items()}
-    items, users = ({name: getattr(manifests[name], size) for name in manifests} for size in ("items", "users"))
+    shapes = {name: DataShape.assumed(data.users, data.items) for name, data in manifests.items()}
     encoders = MetaEncoders()
-    check_cells(cells, items, matrix.cache_limit_bytes, methods_path, encoders, users)
+    check_cells(cells, shapes, matrix.cache_limit_bytes, methods_path, encoders)
     check_inputs(cells, {name: data.path for name, data in datasets.items()}, methods_path, encoders)
     jobs = jobs_of(cells, matrix, datasets, run, store, methods_path)
     changes = {"save_adapters": save_adapters} | ({} if time_limit_s is None else {"time_limit_s": time_limit_s})

@@ -148,10 +148,8 @@ def plan_matrix(
         datasets[entry.name], shapes[entry.name] = _data(matrix, entry, store, users, items, console)
     distinct: dict[str, Cell] = {}
     expanded = expand(matrix, datasets, device="cuda", methods_path=methods_path)
-    sizes = {name: shape.items for name, shape in shapes.items()}
-    people = {name: shape.users for name, shape in shapes.items()}
     encoders = MetaEncoders()
-    check_cells(expanded, sizes, matrix.cache_limit_bytes, methods_path, encoders, people)
+    check_cells(expanded, shapes, matrix.cache_limit_bytes, methods_path, encoders)
     prepared = {name: data.path for name, data in datasets.items() if data.fingerprint != NOT_PREPARED}
     unread = _unread()
     check_inputs(expanded, prepared, methods_path, encoders, without=unread)
