@@ -34,6 +34,7 @@ class Budget(NamedTuple):
     batch: int = 4
 
 
+OUT_OF_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "out of memory")
 BUDGETS = {"smoke": Budget(4, 8), "small": Budget(16, 32), "paper": Budget(100, 200)}
 
 
@@ -107,9 +108,16 @@ class AutoPEFT(Method):
     # --- the model of one configuration -----------------------------------------------------------------------------
 
     def check_run(self, users: int) -> None:
-        """Raise UserError where the search needs a package that is not installed."""
+        """Raise UserError where the search lacks a package, and for options of a search beside a configuration."""
         if self.config.configuration is None:
             chosen_engine(self.config.engine)
+            return
+        of_search = sorted(self.config.model_fields_set - {"configuration", "scale"})
+        if of_search:
+            raise UserError(
+                f"method 'autopeft': option '{of_search[0]}' belongs to a search, but a configuration is trained without "
+                "one; remove either"
+            )
 
     def frozen_encoders(self, modalities: Sequence[Modality]) -> tuple[Modality, ...]:
         """The encoders that the configuration leaves as they are; none before a search."""
@@ -197,7 +205,9 @@ class AutoPEFT(Method):
             epochs = min(self.config.trial_epochs, context.state.schedule.epochs)
             fork.train(epochs, users[: math.ceil(self.config.trial_users * len(users))], kind="search")
             trial["ndcg_10"] = fork.validate().ndcg_10
-        except (ArithmeticError, torch.OutOfMemoryError) as error:
+        except (ArithmeticError, MemoryError, RuntimeError) as error:
+            if not diverged_or_out_of_memory(error):
+                raise
             trial["failed"] = one_line(error)
         return trial | {"seconds": time.perf_counter() - started}
 
@@ -212,7 +222,7 @@ class AutoPEFT(Method):
     def _fixed(self, vector: Vector) -> AutoPEFT:
         """The method with one configuration."""
         assert self.space is not None
-        return AutoPEFT(self.config.model_copy(update={"configuration": self.space.decode(vector)}))
+        return type(self)(self.config.model_copy(update={"configuration": self.space.decode(vector)}))
 
     def report(self, model: Recommender) -> dict[str, float]:
         """Modules of the model, parameters and NDCG@10 of all trials, the modules of the front, and what it cost."""
@@ -242,15 +252,13 @@ class AutoPEFT(Method):
 
 
 def objectives(trials: Sequence[Trial]) -> Points:
-    """What is maximised, of trials that finished: minus the number of parameters, and NDCG@10; (n, 2)."""
+    """What is maximised: minus the number of parameters, and NDCG@10, NaN of a trial that failed; (n, 2)."""
     return np.array([(-trial.parameters, trial.ndcg_10) for trial in trials], dtype=np.float64).reshape(-1, 2)
 
 
 def front_of(trials: Sequence[Trial]) -> list[int]:
     """The Pareto set: places of the trials that no other one dominates."""
-    done = [place for place, trial in enumerate(trials) if trial.ndcg_10 is not None]
-    kept = non_dominated(objectives([trials[place] for place in done]))
-    return [place for place, stays in zip(done, kept, strict=True) if stays]
+    return np.flatnonzero(non_dominated(objectives(trials))).tolist()
 
 
 def chosen_trial(trials: Sequence[Trial], tolerance: float) -> int:
@@ -267,6 +275,12 @@ def chosen_trial(trials: Sequence[Trial], tolerance: float) -> int:
     quality = {place: trials[place].ndcg_10 or 0.0 for place in front}
     least = (1 - tolerance) * max(quality.values())
     return min((place for place in front if quality[place] >= least), key=lambda place: trials[place].parameters)
+
+
+def diverged_or_out_of_memory(error: Exception) -> bool:
+    """Whether another configuration may do better; the CPU's allocator and cuBLAS raise a plain RuntimeError."""
+    known = isinstance(error, (ArithmeticError, MemoryError, torch.OutOfMemoryError))
+    return known or any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def _forget_compiled_code() -> None:

@@ -31,7 +31,7 @@ def chosen_engine(engine: Engine) -> Engine:
     if engine != "random" and find_spec("botorch") is None:
         extra = "saas" if engine == "saas" else "search"
         error = missing_extra(f"method 'autopeft' with engine = '{engine}'", "botorch", extra)
-        raise UserError(f"{error}; or search with engine = 'random'")
+        raise UserError(f"{error}; or search at random, with options = {{ engine = \"random\" }}")
     if engine == "saas" and not saas:
         raise missing_extra("method 'autopeft' with engine = 'saas'", "jax and numpyro", "saas")
     return ("saas" if saas else "gp") if engine == "auto" else engine
@@ -40,7 +40,7 @@ def chosen_engine(engine: Engine) -> Engine:
 def propose(
     engine: Engine, space: SearchSpace, vectors: Sequence[Vector], points: Points, tried: Sequence[Vector], q: int
 ) -> list[Vector]:
-    """The next ``q`` configurations, none of which was tried.
+    """The next ``q`` configurations, none of which was tried; fewer where the space is used up.
 
     Args:
         engine: as ``chosen_engine`` returns it. vectors, points: those with a result, and their objectives (n, 2),
@@ -48,7 +48,8 @@ def propose(
     """
     random = np.random.default_rng(int(torch.randint(2**31, ())))
     found: list[Vector] = []
-    if engine != "random" and len(vectors) > 1:
+    nearly_used_up = 2 * len(tried) > len(space)  # botorch needs untried configurations to start from
+    if engine != "random" and len(vectors) > 1 and not nearly_used_up:
         found = _acquired(engine, space, vectors, points, q, random)
     new = (vector for vector in itertools.chain(found, space.draw(random)) if space.valid(vector))
     return _distinct(new, tried, q)
