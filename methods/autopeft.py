@@ -1,4 +1,4 @@
-"""AutoPEFT (Zhou et al., TACL 2024): searches which modules, how wide, and in which layers, then trains the best."""
+"""AutoPEFT (Zhou et al., TACL 2024): searches kinds, sizes and layers of modules, then trains the best."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ BUDGETS = {"smoke": Budget(4, 8), "small": Budget(16, 32), "paper": Budget(100, 
 
 
 class AutoPEFTConfig(MethodConfig):
-    """The search: how many trials, of what, and how the winner is chosen; or a configuration, without a search.
+    """How to search and how to choose the winner; or a configuration to train without a search.
 
-    budget: trials: 8 (``smoke``), 32 (``small``) or 200 (``paper``), half of them random. engine: of the other half;
-    ``saas`` and ``gp`` need the extra ``search``, ``auto`` is ``saas`` where jax and numpyro are installed, else
-    ``gp``. kinds: the modules that are searched. shared: one configuration for all encoders. trial_users,
-    trial_epochs: share of the training users and epochs of a trial, at most those of the cell. tolerance: of the
-    configurations on the front whose NDCG@10 is at least (1 - tolerance) of the best, the smallest wins. scale: of the
-    parallel adapter. configuration: modules by encoder, which are trained without a search.
+    budget: number of trials, 8 (``smoke``), 32 (``small``) or 200 (``paper``), half of them random. engine: proposes
+    the other half; ``gp`` needs the extra ``search``, ``saas`` the extra ``saas``, ``auto`` is ``saas`` where that is
+    installed, else ``gp``. kinds: the modules to search. shared: one configuration for all encoders. trial_users:
+    share of the training users that a trial trains on. trial_epochs: its epochs, at most those of the cell. tolerance:
+    the smallest configuration wins whose NDCG@10 is at least (1 - tolerance) of the best. scale: s, of the parallel
+    adapters. configuration: modules by encoder, to train without a search.
     """
 
     budget: Literal["small", "smoke", "paper"] = "small"
@@ -62,7 +62,7 @@ class AutoPEFTConfig(MethodConfig):
 
 @dataclass(frozen=True)
 class Trial:
-    """A configuration and how it did: NDCG@10 on validation, or why it did not finish. seconds: building included."""
+    """A configuration and its NDCG@10 on validation, or why it failed. seconds: of building, training, validating."""
 
     vector: Vector
     parameters: int
@@ -74,17 +74,19 @@ class Trial:
 class AutoPEFT(Method):
     """Searches sizes and layers of serial adapters, parallel adapters and prefixes, and trains the best it finds.
 
-    ``f <- f + SA(x + f) + s PA(x); K, V <- [P_K; K], [P_V; V] in the layers whose bit is 1``: f is the output of the
-    feed-forward sub-layer, x its input. Every encoder has one size for each kind of module, ``floor(D / 2^k)`` or 0,
-    and one bit for each layer, which all kinds share: 11^3 2^12 = 5,451,776 configurations of BERT-base, its square of
-    both encoders. A trial trains one from the start on a share of the users, and validates it. Half of the trials are
-    random; then batches of 4 maximise the expected improvement of the hypervolume of two objectives, few parameters
-    and a high NDCG@10, under Gaussian processes with a SAAS prior (section 4). The best of the configurations that no
-    other one dominates is trained anew, as the cell says, on all users.
+    ``f <- f + SA(LN(x + f)) + s PA(x); K, V <- [P_K; K], [P_V; V]`` in the layers whose bit is 1: f is the output of
+    the feed-forward sub-layer, x what f is added to, LN the norm behind it. Every encoder has one size for each kind
+    of module, ``floor(D / 2^k)`` or 0, and one bit for each layer, which all kinds share: 11^3 2^12 = 5,451,776
+    configurations of BERT-base, and the square of that for two such encoders. A trial trains one configuration from
+    the start on a share of the users, and validates it. Half of the trials are random. Then batches of 4 maximise the
+    expected improvement of the hypervolume of two objectives, few parameters and a high NDCG@10, under Gaussian
+    processes with a SAAS prior (section 4). Of the configurations that no other one dominates, the best is trained
+    anew, as the cell says, on all users.
 
-    The adapters are those of the methods pfeiffer-adapter and parallel-adapter here, also in pre-norm encoders, which
-    the paper does not define. Reconstructions: keys and values train directly, without an MLP; parameters are compared
-    by their exact number, without noise; search and choice see the validation targets alone.
+    The adapters are those of the methods pfeiffer-adapter and parallel-adapter, also in pre-norm encoders, which the
+    paper does not define: there x is the residual stream, and SA reads x + f without LN. Reconstructions: keys and
+    values train directly, without an MLP; parameters are compared by their exact number, without noise; search and
+    choice see the validation targets alone.
 
     Trains: what was found; before the search, and in a plan, middle sizes in all layers (24, 24 and 24): 1,346,112
     each in BERT-base and ViT-B/16.
@@ -177,7 +179,7 @@ class AutoPEFT(Method):
         context.train()
 
     def _search(self, context: Context) -> None:
-        """Do all trials; those that an earlier attempt finished are read."""
+        """Do all trials, or read those that an earlier attempt finished."""
         engine, budget = chosen_engine(self.config.engine), BUDGETS[self.config.budget]
         self.space = space = self._space(context.state.model.views)
         vectors = distinct_draws(space, np.random.default_rng(context.seed), budget.random)
@@ -195,7 +197,7 @@ class AutoPEFT(Method):
             self.proposing_s += proposal["seconds"]
 
     def _trial(self, context: Context, vector: Vector) -> dict[str, Any]:
-        """Train a configuration for a short time and validate it; a loss or memory that explodes is a result, too."""
+        """Train a configuration for a short time and validate it; one that diverges or runs out of memory has failed."""
         assert self.space is not None
         started, users = time.perf_counter(), np.random.default_rng(context.seed).permutation(context.users)
         trial: dict[str, Any] = {"vector": list(vector), "parameters": self.space.parameters(vector)}
@@ -269,8 +271,8 @@ def chosen_trial(trials: Sequence[Trial], tolerance: float) -> int:
     front = front_of(trials)
     if not front:
         raise UserError(
-            f"method 'autopeft': none of {len(trials)} trials finished, the last one because of {trials[-1].failed}; "
-            "lower the learning rates, or search fewer kinds"
+            f"method 'autopeft': none of {len(trials)} trials finished (the last: {trials[-1].failed}); lower the learning "
+            "rates, search fewer kinds, or delete the folder 'procedure' of this cell to search anew"
         )
     quality = {place: trials[place].ndcg_10 or 0.0 for place in front}
     least = (1 - tolerance) * max(quality.values())
@@ -278,13 +280,13 @@ def chosen_trial(trials: Sequence[Trial], tolerance: float) -> int:
 
 
 def diverged_or_out_of_memory(error: Exception) -> bool:
-    """Whether another configuration may do better; the CPU's allocator and cuBLAS raise a plain RuntimeError."""
+    """Whether a smaller or other configuration may train; the CPU's allocator and cuBLAS raise plain RuntimeErrors."""
     known = isinstance(error, (ArithmeticError, MemoryError, torch.OutOfMemoryError))
     return known or any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def _forget_compiled_code() -> None:
-    """Forget what torch.compile made of the trial before: beyond some structures it would compile no further one."""
+    """Drop the compiled code of earlier trials: torch.compile stops compiling after a number of different models."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
 

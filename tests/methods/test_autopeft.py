@@ -280,7 +280,7 @@ def test_memory_that_runs_out_fails_a_trial_and_a_bug_ends_the_search(
         raise error
 
     monkeypatch.setattr(Trainer, "fork", failing)
-    message = f"none of 4 trials finished, the last one because of {type(error).__name__}" if expected else "mat1"
+    message = rf"none of 4 trials finished \(the last: {type(error).__name__}" if expected else "mat1"
     with pytest.raises(UserError if expected else RuntimeError, match=message) as raised:
         make_trainer().run()
     assert "\n" not in str(raised.value)

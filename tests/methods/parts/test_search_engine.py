@@ -59,6 +59,23 @@ def test_a_space_that_is_used_up_gives_fewer() -> None:
     assert distinct_draws(space, np.random.default_rng(0), 4) == [(0, 1)]
 
 
+def test_the_rest_of_a_space_that_is_nearly_used_up_is_drawn_at_random() -> None:
+    """Where botorch would find too few configurations to start from."""
+    space = SearchSpace({"text": EncoderSize(width=4, depth=1, key_value=8)}, ["serial"])
+    every = list(filter(space.valid, itertools.product(*map(range, space.choices))))
+    tried = every[: len(every) - 1]
+    assert propose("gp", space, tried, np.zeros((len(tried), 2)), tried, 4) == [every[-1]]
+    assert propose("gp", space, every, np.zeros((len(every), 2)), every, 4) == []
+
+
+def test_what_no_encoder_gets_a_module_of_is_never_proposed(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes_off = tuple(choices - 1 for choices in SPACE.choices)
+    layers_off = tuple(0 for _ in SPACE.choices)
+    good = distinct_draws(SPACE, np.random.default_rng(0), 3)
+    monkeypatch.setattr(search_engine, "_acquired", lambda *_: [sizes_off, layers_off, good[0], good[2]])
+    assert propose("gp", SPACE, good[:2], objectives(good[:2]), good[:2], 1) == [good[2]]
+
+
 @pytest.mark.parametrize(
     ("installed", "engine", "expected"),
     [
@@ -81,7 +98,7 @@ def test_auto_is_the_best_that_is_installed(
         (
             (),
             "auto",
-            r"'autopeft' with engine = 'auto' needs botorch: pip install .*\[search\]'; or search with engine",
+            r"'auto' needs botorch: pip install .*\[search\]'; or search at random, with options = { engine = \"random\" }",
         ),
         ((), "saas", r"'autopeft' with engine = 'saas' needs botorch: pip install .*\[saas\]'"),
         (("botorch",), "saas", r"'autopeft' with engine = 'saas' needs jax and numpyro: pip install .*\[saas\]'"),
