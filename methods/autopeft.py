@@ -117,8 +117,8 @@ class AutoPEFT(Method):
         of_search = sorted(self.config.model_fields_set - {"configuration", "scale"})
         if of_search:
             raise UserError(
-                f"method 'autopeft': option '{of_search[0]}' belongs to a search, but a configuration is trained without "
-                "one; remove either"
+                f"method 'autopeft': option '{of_search[0]}' belongs to a search, but a configuration is trained "
+                "without one; remove either"
             )
 
     def frozen_encoders(self, modalities: Sequence[Modality]) -> tuple[Modality, ...]:
@@ -197,7 +197,7 @@ class AutoPEFT(Method):
             self.proposing_s += proposal["seconds"]
 
     def _trial(self, context: Context, vector: Vector) -> dict[str, Any]:
-        """Train a configuration for a short time and validate it; one that diverges or runs out of memory has failed."""
+        """Train a configuration for a short time and validate it; it fails if it diverges or runs out of memory."""
         assert self.space is not None
         started, users = time.perf_counter(), np.random.default_rng(context.seed).permutation(context.users)
         trial: dict[str, Any] = {"vector": list(vector), "parameters": self.space.parameters(vector)}
@@ -271,8 +271,8 @@ def chosen_trial(trials: Sequence[Trial], tolerance: float) -> int:
     front = front_of(trials)
     if not front:
         raise UserError(
-            f"method 'autopeft': none of {len(trials)} trials finished (the last: {trials[-1].failed}); lower the learning "
-            "rates, search fewer kinds, or delete the folder 'procedure' of this cell to search anew"
+            f"method 'autopeft': none of {len(trials)} trials finished (the last: {trials[-1].failed}); lower the "
+            "learning rates, search fewer kinds, or delete the folder 'procedure' of this cell to search anew"
         )
     quality = {place: trials[place].ndcg_10 or 0.0 for place in front}
     least = (1 - tolerance) * max(quality.values())
