@@ -194,9 +194,10 @@ def interval(key: str) -> list[Field]:
 
 def count(key: str, frame: pd.DataFrame | None = None) -> Field:
     """A count, or the mean of one over seeds; of ``frame`` by row, by default of the summary."""
+    values = None if frame is None else frame[key].astype(float).to_dict()
 
     def entry(name: str, line: Line) -> Entry:
-        value = line[key] if frame is None else float(frame.at[name, key])
+        value = line[key] if values is None else values[name]
         text = MISSING if isnan(value) else f"{value:.1f}".removesuffix(".0")
         return Entry(text, value_of(value))
 
