@@ -45,7 +45,8 @@ class LightPEFTConfig(MethodConfig):
     estimation: share of the training's epochs, at least one; it comes on top of them. sparsity: weight of the masks'
     L1 norm. heads, units, modules: shares that are cut of the attention heads of every layer, of all feed-forward
     units, and of all updates. ranks: of those of the updates that are left. unit_scope: units of all layers compete, or
-    those of each layer. round_units_to: every layer's units are a multiple of it, which suits tensor cores.
+    those of each layer. round_units_to: every layer's units are rounded to a multiple of it; matrix products of odd
+    widths take longer, on a CPU as on tensor cores. The published cut is that of 1.
     """
 
     rank: PositiveInt = 8
@@ -59,7 +60,7 @@ class LightPEFTConfig(MethodConfig):
     modules: Share = 0.75
     ranks: Share = 0.5
     unit_scope: Literal["global", "layerwise"] = "global"
-    round_units_to: Literal[1, 8, 64] = 1
+    round_units_to: Literal[1, 8, 64] = 8
 
     def unit_counts(self, scores: Tensor) -> list[int]:
         """How many units each of L layers keeps, by their scores (L, F); at least one, or ``round_units_to``."""

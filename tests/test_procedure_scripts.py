@@ -6,30 +6,51 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tpme.bench.errors import UserError
 from tpme.methods.base import Validation
 from tpme.methods.parts.federation import Round
 
+SHAPE = {"encoders": "wide", "users": 2}
+
 
 def test_when_an_estimation_has_paid_for_itself(script: Any) -> None:
     payoff = script("light_peft_payoff")
+    steps = {
+        "lora": [6.0, 4.0],
+        "lora, six projections": [7.0, 7.0],
+        "estimation": [9.0, 9.0],
+        "light-peft": [2.0, 4.0],
+    }
+    seconds = {row: np.array(values) for row, values in steps.items()}
+    facts = dict.fromkeys(steps, payoff.Facts(2.0**21, 3e9, 2.0**20, 2.0**20, 1e3))
+    text = payoff.report(seconds, facts | {"light-peft": payoff.Facts(2.0**20, 2e9, 2.0**20, 2.0**20, 1e3)}, SHAPE)
+    assert "| T, s a step | 5 | 7 | 3 | 1.67 | 2.33 |" in text
+    assert "| M, MiB | 2 | 2 | 1 | 2.00 | 2.00 |" in text
+    assert "| GFLOP a step | 3 | 3 | 2 | 1.50 | 1.50 |" in text
+    first, second, third = text.splitlines()[-3:]
+    assert "`lora` takes 1.67 (" in first
+    assert "paid for itself after 4.5 epochs" in first
+    assert "paid for itself after 2.2 epochs" in second
+    assert "estimation takes 1.80 (" in third
+    slower = payoff.report(seconds | {"light-peft": np.array([6.0, 6.0])}, facts, SHAPE)
+    assert "does not pay for itself" in slower
 
-    def run(epoch_s: float, estimation_s: float = 0.0) -> Any:
-        return payoff.Run(epoch_s, estimation_s, 2.0**21, 2.0**20, 2.0**20, 3e9, 1e3)
 
-    shape = {"encoders": "mini"}
-    text = payoff.report({"lora": [run(6.0), run(4.0)], "light-peft": [run(2.0, 9.0), run(4.0, 9.0)]}, shape)
-    assert "| T, s an epoch | 5 | 3 | 1.67 |" in text
-    assert "T of every pair: 3.00, 1.00 times faster" in text
-    assert "has paid for itself after 4.5 epochs" in text
-    assert "does not pay for itself" in payoff.report({"lora": [run(2.0)], "light-peft": [run(2.0, 9.0)]}, shape)
+@pytest.mark.slow
+def test_rows_take_turns_in_processes_of_their_own(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert script("light_peft_payoff").main(["--encoders", "built-in", "--turns", "1"]) == 0
+    table = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    values = {row[0].strip(): [float(cell.replace(",", "")) for cell in row[1:]] for row in table[2:]}
+    assert all(ratio > 1 for name in ("GFLOP a step", "weights, MiB") for ratio in values[name][3:])
+    assert all(second > 0 for second in values["T, s a step"])
 
 
 @pytest.mark.slow
 def test_what_light_peft_cut_is_drawn_from_a_run(script: Any, world: Any, tmp_path: Path) -> None:
-    matrix = world.matrix([{"name": "light-peft", "options": {"heads": 0.5}}])
+    matrix = world.matrix([{"name": "light-peft", "options": {"heads": 0.5, "round_units_to": 1}}])
     world.run(matrix, tmp_path / "run", save_adapters=True)
     figures = script("procedure_figures")
     titles = [axes.get_title() for axes in figures.light_peft(tmp_path / "run").axes]
