@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,12 +18,13 @@ from tpme.bench.counting.batch import DataShape
 from tpme.bench.counting.exact import count
 from tpme.bench.counting.meta import MetaCell
 from tpme.bench.errors import UserError
-from tpme.bench.record import Training
+from tpme.bench.record import CellResult, Training
 from tpme.bench.task.families import FAMILIES as TABLE
 from tpme.bench.task.items import Reads
 from tpme.bench.task.recommender import Recommender
 from tpme.bench.task.view import EncoderView
 from tpme.bench.train.build import ModelBuilder
+from tpme.bench.train.delta import read_delta
 from tpme.methods.base import PassOutput, StepState, TaskShape
 from tpme.methods.light_peft import LightPEFT, LightPEFTConfig, left, top
 from tpme.methods.parts.cutting import Structure, parts
@@ -429,3 +432,54 @@ def test_what_does_not_fit_the_encoder_is_refused(tiny: ModuleType) -> None:
         tiny.build("light-peft", {"rank": tiny.WIDTH + 1})
     with pytest.raises(UserError, match="it has no 'ffn_gate'"):
         tiny.build("light-peft", {"targets": ("ffn_gate",)})
+
+
+# --- kill -9 ----------------------------------------------------------------------------------------------------------
+
+KILLED = """
+import os, signal
+from tpme.methods.light_peft import LightPEFT
+
+class Killed(LightPEFT):
+    def before_step(self, state):
+        super().before_step(state)
+        if os.environ.get("KILL") == ("estimation" if self._estimating else "training") and state.step % 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+METHOD = Killed
+"""
+
+
+@pytest.mark.slow
+def test_kill_9_changes_neither_the_cut_nor_the_ranks(
+    world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the estimation, then after the cut; then as if nobody had killed it."""
+    (tmp_path / "methods").mkdir()
+    (tmp_path / "methods" / "killed.py").write_text(KILLED)
+    methods = [tmp_path / "methods"]
+    matrix = world.matrix([{"name": "killed", "options": {"heads": 0.5}}], training={"users_per_batch": 8})
+
+    def attempt(folder: str) -> CellResult:
+        [result] = world.run(matrix, tmp_path / folder, methods_path=methods, save_adapters=True)
+        return result
+
+    for part in ("estimation", "training"):
+        monkeypatch.setenv("KILL", part)
+        assert attempt("run").status == "killed"
+    monkeypatch.delenv("KILL")
+    resumed, whole = attempt("run"), attempt("other")
+    assert (resumed.failure, resumed.attempt, whole.failure) == (None, 3, None)
+    assert [phase.name for phase in resumed.phases if phase.kind == "estimate"] == ["cut"]
+    assert "s of it in earlier attempts" in resumed.all_in_s.source
+
+    def files(folder: str, result: CellResult, kind: str) -> Path:
+        [path] = (tmp_path / folder).glob(f"cells/*/{result.files[kind]}")
+        return path
+
+    first, second = (read_delta(files(*of, "adapter"))[1] for of in (("run", resumed), ("other", whole)))
+    assert first.keys() == second.keys()
+    assert {"encoders.text.light_peft.units", "encoders.image.light_peft.ranks"} < first.keys()
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    ranks, again = (np.load(files(*of, "ranks"))["rank"] for of in (("run", resumed), ("other", whole)))
+    assert np.array_equal(ranks, again)
