@@ -8,7 +8,7 @@ from functools import partial
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveInt, field_validator
 from torch import Tensor, nn
 
 from tpme.bench.record import Modality
@@ -61,6 +61,13 @@ class LightPEFTConfig(MethodConfig):
     ranks: Share = 0.5
     unit_scope: Literal["global", "layerwise"] = "global"
     round_units_to: Literal[1, 8, 64] = 8
+
+    @field_validator("targets")
+    @classmethod
+    def _each_once(cls, targets: tuple[Role, ...]) -> tuple[Role, ...]:
+        if len(set(targets)) < len(targets):
+            raise ValueError("name every projection once")
+        return targets
 
     def unit_counts(self, scores: Tensor) -> list[int]:
         """How many units each of L layers keeps, by their scores (L, F); at least one, or ``round_units_to``."""

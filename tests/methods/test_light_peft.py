@@ -419,6 +419,7 @@ def test_shares_outside_their_range_are_refused(option: str, value: float) -> No
         ({"estimation": 1.5}, "option 'estimation'"),
         ({"round_units_to": 3}, "option 'round_units_to'"),
         ({"targets": ()}, "option 'targets'"),
+        ({"targets": ("query", "query")}, "option 'targets': .*name every projection once"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], words: str) -> None:
