@@ -111,8 +111,9 @@ class LightPEFT(Method):
 
     Rank, alpha, dropout, sparsity and shares are the released script's; its learning rate is 3e-4, and what suits LoRA
     at two projections with alpha = r may be too high. A share is the most that is cut: of two heads a third is none.
-    The script estimates for 800 steps, about 4 % of its epochs; here it is 5 %, at least one epoch. Reconstruction: units are rounded to multiples of 8; gated
-    encoders lose the rows of a unit in both projections, and the gate has no update unless ``targets`` names it.
+    The script estimates for 800 steps, about 4 % of its epochs; here it is 5 %, at least one epoch. Reconstruction:
+    units are rounded to multiples of 8; gated encoders lose the rows of a unit in both projections, and the gate has no
+    update unless ``targets`` names it.
 
     Trains: what is left of A and B (r = 8): 129,024 each in BERT-base and ViT-B/16 when cut evenly.
     Saves: weight gradients, optimiser state and stored size, to which the structure adds a byte for every head, unit

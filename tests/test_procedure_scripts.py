@@ -59,7 +59,7 @@ def test_what_light_peft_cut_is_drawn_from_a_run(script: Any, world: Any, tmp_pa
     assert len(titles) == 6
     assert figures.main(["light-peft", str(tmp_path / "run"), "--out", str(tmp_path)]) == 0
     assert (tmp_path / "light-peft.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(figures.UserError, match="with an adapter; run its matrix with --save-adapters"):
+    with pytest.raises(UserError, match="with an adapter; run its matrix with --save-adapters"):
         figures.light_peft(tmp_path / "empty")
 
 
