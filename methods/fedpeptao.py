@@ -20,7 +20,7 @@ from tpme.bench.task.view import EncoderView
 from tpme.methods.base import Context, Method, MethodConfig, Result, Schedule, StepState, TaskShape, fusion_parameters
 from tpme.methods.parts.attention import extend_attention
 from tpme.methods.parts.federation import Federation, Round, pass_seconds, put, trained
-from tpme.methods.parts.federation_clients import dirichlet_clients, iid_clients, user_clusters
+from tpme.methods.parts.federation_clients import FEWEST, dirichlet_clients, iid_clients, user_clusters
 from tpme.methods.parts.federation_estimate import federated_scores, final_states
 from tpme.methods.parts.federation_layers import best_layers, hessian_ratios, kept
 from tpme.methods.parts.federation_server import FedAvg, FedPepTAOServer, nbytes
@@ -149,11 +149,11 @@ class FedPepTAO(Method):
     # --- the procedure ------------------------------------------------------------------------------------------
 
     def check_run(self, users: int) -> None:
-        """Raise UserError where there are more clients than training users."""
-        if (self.config.clients or 1) > users:
+        """Raise UserError where there are too few training users for so many clients."""
+        if FEWEST * (self.config.clients or 1) > users:
             raise UserError(
-                f"method 'fedpeptao': clients = {self.config.clients}, but there are only {users} training users; "
-                f"choose at most {users}"
+                f"method 'fedpeptao': clients = {self.config.clients or 1}, but there are only {users} training users, "
+                f"and a client needs {FEWEST} (one alone has no negatives); choose at most {users // FEWEST} clients"
             )
 
     def before_training(self, context: Context) -> None:
@@ -279,10 +279,12 @@ class FedPepTAO(Method):
         prompts = nbytes({name: value for name, value in sizes.items() if PROMPT in name})
         best = max((one for one in self.rounds if one.found), key=lambda one: one.found.recall_10)  # type: ignore[union-attr]
         assert best.found is not None
+        place = self.rounds.index(best)
         totals = {name: sum(getattr(one, name) for one in self.rounds) for name in ("bytes_up", "bytes_down")}
         return {
             "rounds": len(self.rounds),
-            "best_round": 1 + self.rounds.index(best),
+            "best_round": place + 1,
+            "after_best_s": sum(one.serial_s for one in self.rounds[place + 1 :]),
             "valid_recall_10": best.found.recall_10,
             "valid_ndcg_10": best.found.ndcg_10,
             "passes": sum(one.users for one in self.rounds) / self._users,
