@@ -583,8 +583,13 @@ class CellResult(Frozen):
     def pass_memory(self) -> Memory | None:
         """The source of M of TPME: ``training_memory``; in rounds, the peaks over them, instrument by instrument."""
         rounds = [phase.memory for phase in self.phases if phase.kind == "round"]
-        if not (self.in_rounds and rounds):
+        if not self.in_rounds:
             return self.training_memory
+        if not rounds:
+            reason = (
+                "all rounds were finished in earlier attempts; to measure M, remove its records and run the cell again"
+            )
+            return Memory(**dict.fromkeys(Memory.model_fields, Reading.missing("none", reason)))
         # A reading that is not valid may hide the true peak, so it stands for all.
         largest = {
             name: max(

@@ -102,9 +102,9 @@ class TPGM(ProjectedMethod):
         held = self._number(users)
         if min(held, users - held) < FEWEST:
             raise UserError(
-                f"method 'tpgm': projection_users = {self.config.projection_users:g} divides the {users} training users "
-                f"into {held} for the radii and {users - held} for the weights; each needs {FEWEST} (one alone has no "
-                "negatives)"
+                f"method 'tpgm': projection_users = {self.config.projection_users:g} divides the {users} training "
+                f"users into {held} for the radii and {users - held} for the weights; each part needs {FEWEST} (one "
+                "user alone has no negatives)"
             )
 
     def run(self, context: Context) -> None:
