@@ -509,6 +509,8 @@ class ImportSource(Frozen):
 
 PASS_S = "pass_s"
 """Counter of a method that trains in rounds alone: seconds of as many rounds as process each user once."""
+HELD_OUT = "projection_users"
+"""Counter of a method that keeps training users apart: how many."""
 
 
 class CellResult(Frozen):
@@ -581,8 +583,13 @@ class CellResult(Frozen):
     def pass_memory(self) -> Memory | None:
         """The source of M of TPME: ``training_memory``; in rounds, the peaks over them, instrument by instrument."""
         rounds = [phase.memory for phase in self.phases if phase.kind == "round"]
-        if not (self.in_rounds and rounds):
+        if not self.in_rounds:
             return self.training_memory
+        if not rounds:
+            reason = (
+                "all rounds were finished in earlier attempts; to measure M, remove its records and run the cell again"
+            )
+            return Memory(**dict.fromkeys(Memory.model_fields, Reading.missing("none", reason)))
         # A reading that is not valid may hide the true peak, so it stands for all.
         largest = {
             name: max(
@@ -611,11 +618,22 @@ class CellResult(Frozen):
         if not self.in_rounds:
             return None
         message = (
-            "T is the time of as many rounds as process each user once, one client after the other on one device "
-            "(its counter pass_parallel_s: with a device for each client); M is the peak of the rounds; what "
-            "came before them counts in the all-in time alone"
+            "trained in rounds, without epochs: T is the time of as many rounds as process each user once, one client "
+            "after the other on one device (its counter pass_parallel_s: with a device for each client); M is the peak "
+            "of the rounds; what came before them counts in the all-in time alone"
         )
         return Flag(code="in-rounds", message=message)
+
+    @property
+    def held_out_flag(self) -> Flag | None:
+        """Says that epochs are shorter than those of other rows, where a method keeps training users apart."""
+        held = self.counters.get(HELD_OUT)
+        if held is None or not held.value:
+            return None
+        message = (
+            f"an epoch trains on all users but {held.value:.0f} (its counter {HELD_OUT}), so T is that of fewer steps"
+        )
+        return Flag(code="held-out-users", message=message)
 
     @model_validator(mode="after")
     def _require_failure(self) -> CellResult:

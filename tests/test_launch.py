@@ -246,6 +246,10 @@ def test_rounds_alone_are_not_nothing_to_train(stubbed: Stubbed) -> None:
     (good,) = stubbed.run("ok")
     federated = good.model_copy(update={"all_in_s": Reading(value=2.0, source="rounds")})
     assert outcome_line(federated).endswith("0.5 s, 2.00 s all in")
+    values = {"pass_s": 3.0, "valid_recall_10": 0.25}
+    counters = {name: Reading(value=value, source="report()") for name, value in values.items()}
+    measured = federated.model_copy(update={"counters": counters})
+    assert outcome_line(measured).endswith("0.5 s, 3.00 s a pass, validation Recall@10 0.2500")
 
 
 def test_a_record_that_a_cell_wrote_badly_stops_nothing(stubbed: Stubbed) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tpme.bench.errors import UserError
+from tpme.bench.record import Cell, CellResult, Reading
 from tpme.methods.base import Validation
 from tpme.methods.parts.federation import Round
 
@@ -63,27 +64,47 @@ def test_what_light_peft_cut_is_drawn_from_a_run(script: Any, world: Any, tmp_pa
         figures.light_peft(tmp_path / "empty")
 
 
-def test_distances_from_the_anchor_are_drawn_from_records(script: Any, world: Any, tmp_path: Path) -> None:
-    rows = [{"name": "ftp"}, {"name": "ftp", "options": {"annealing": 0.0, "radius_lr": 1000.0}}, {"name": "tpgm"}]
+def projected(method: str, options: dict[str, Any], reached: float, held: float) -> CellResult:
+    """A record whose encoders are ``reached`` / 2 and ``reached`` from the anchor after two epochs."""
+    counters = {
+        f"{modality}_{name}": Reading(value=value, source="report()")
+        for modality in ("text", "image")
+        for name, value in (("distance_epoch_1", reached / 2), ("distance_epoch_2", reached), ("rows_at_radius", held))
+    }
+    return CellResult(
+        cell_id="0123456789ab",
+        attempt=1,
+        cell=Cell(method=method, options=options, dataset="d", dataset_fingerprint="f", modalities=("text", "image")),
+        code_version="v",
+        status="ok",
+        started_at="2026-01-01T00:00:00+00:00",
+        wall_s=1.0,
+        epoch_time_s=Reading(value=1.0, source="clock"),
+        counters=counters,
+    )
+
+
+def test_distances_from_the_anchor_are_drawn_from_records(script: Any, tmp_path: Path) -> None:
     results = [
-        world.tell(world.matrix([row], training={"epochs": 2}), tmp_path / f"run/cells/{place}")
-        for place, row in enumerate(reversed(rows))
+        projected("tpgm", {}, 0.02, 0.7),
+        projected("ftp", {"annealing": 0.0, "radius_lr": 1000.0}, 0.2, 0.0),
+        projected("ftp", {}, 0.04, 0.5),
+        projected("fft", {}, 0.3, 0.0),
     ]
     for place, result in enumerate(results):
+        (tmp_path / f"run/cells/{place}").mkdir(parents=True)
         (tmp_path / f"run/cells/{place}/attempt-1.json").write_text(result.model_dump_json())
     figures = script("procedure_figures")
-    figure = figures.projection(tmp_path / "run")
-    text, image, shares = figure.axes
-    assert [line.get_label() for line in text.lines] == ["ftp", "no radius (fft)", "tpgm"]
-    for axes, modality in ((text, "text"), (image, "image")):
-        for line, result in zip(axes.lines, reversed(results), strict=True):
-            reached = [result.counters[f"{modality}_distance_epoch_{epoch}"].value for epoch in (1, 2)]
-            assert list(line.get_ydata()) == [0.0, *reached]
-    assert text.lines[0].get_ydata()[-1] < text.lines[1].get_ydata()[-1], "the radii hold the weights back"
-    held = [result.counters[f"{m}_rows_at_radius"].value for m in ("text", "image") for result in reversed(results)]
-    assert [bar.get_width() for bar in shares.patches] == held
     assert figures.main(["ftp", str(tmp_path / "run"), "--out", str(tmp_path)]) == 0
     assert (tmp_path / "ftp.png").read_bytes().startswith(b"\x89PNG")
+    text, image, shares = figures.projection(tmp_path / "run").axes
+    for axes in (text, image):
+        assert {line.get_label(): list(line.get_ydata()) for line in axes.lines} == {
+            "ftp": [0.0, 0.02, 0.04],
+            "no radius (fft)": [0.0, 0.1, 0.2],
+            "tpgm": [0.0, 0.01, 0.02],
+        }
+    assert [bar.get_width() for bar in shares.patches] == [0.5, 0.0, 0.7] * 2
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no finished cell of 'ftp' or 'tpgm'"):
         figures.projection(tmp_path / "empty")
