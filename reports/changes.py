@@ -20,7 +20,7 @@ from tpme.reports.data.ranks import METRICS, load_ranks
 from tpme.reports.data.resampling import DRAWS, draw
 from tpme.reports.data.section import Section
 from tpme.reports.data.stats import Floats, holm, interval, paired
-from tpme.reports.data.summary import repeats_of
+from tpme.reports.data.summary import doubt, repeats_of
 from tpme.reports.data.ties import RunNoise
 from tpme.reports.data.trials import Line
 from tpme.reports.gate.measures import counters
@@ -39,8 +39,6 @@ OF_MODEL = (
 """Exact counters that depend on the model alone, so also other data leave them comparable."""
 TASK = {"dataset_fingerprint": "data", "protocol": "protocol"}
 """What must agree for quality, and for counters of the data, to be compared; costs need the same device, too."""
-TRUST = {"epoch_time_s": "epoch_time", "memory_bytes": "memory"}
-"""Quantities whose readings may be doubtful: ``<name>_valid`` and ``<name>_reason`` belong to them."""
 
 
 @dataclass(frozen=True)
@@ -146,9 +144,9 @@ def _or_none(value: float) -> float | None:
 def _doubt(lines: tuple[Line, Line], key: str) -> str | None:
     """Why a quantity of either side is missing or not to be trusted."""
     for side, line in zip("AB", lines, strict=True):
-        if np.isnan(line[key]) or (key in TRUST and not line[f"{TRUST[key]}_valid"]):
-            why = line[f"{TRUST[key]}_reason"] if key in TRUST else "older records do not hold it"
-            return f"missing or not to be trusted in {side}: {why}"
+        why = doubt(line, key)
+        if why or np.isnan(line[key]):
+            return f"missing or not to be trusted in {side}: {why or 'older records do not hold it'}"
     return None
 
 
