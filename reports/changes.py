@@ -16,6 +16,7 @@ import numpy as np
 from tpme.bench.quantities import COSTS
 from tpme.reports.data.load import Recorded
 from tpme.reports.data.metrics import bootstrap_means
+from tpme.reports.data.paired_tests import P_LEVEL
 from tpme.reports.data.ranks import METRICS, load_ranks
 from tpme.reports.data.resampling import DRAWS, draw
 from tpme.reports.data.section import Section
@@ -28,8 +29,6 @@ from tpme.reports.gate.measures import counters
 Outcome = Literal["equal", "lower", "higher", "not told apart", "unclear", "not compared"]
 """B against A. ``unclear``: nothing says how far two runs of the same code would differ."""
 
-LEVEL = 0.05
-"""Of the paired tests, after Holm's correction over the rows of a group."""
 MEASURED = ("epoch_time_s", "memory_bytes", "peak_bytes")
 """Costs that depend on the device; P, the third cost of TPME, is exact."""
 QUALITIES = tuple(f"{metric}_10" for metric in METRICS)
@@ -230,7 +229,7 @@ def with_quality(pair: SectionPair, rows: tuple[RowPair, ...]) -> tuple[RowPair,
         adjusted = holm([paired(difference) for difference in apart])
         for row, difference, p, bounds in zip(tested, apart, adjusted, _intervals(apart), strict=True):
             a, b = float(gains[0][row.a].mean()), float(gains[1][row.b].mean())
-            outcome: Outcome = "not told apart" if p >= LEVEL else "higher" if b > a else "lower"
+            outcome: Outcome = "not told apart" if p >= P_LEVEL else "higher" if b > a else "lower"
             outcome = outcome if difference.any() else "equal"
             changes[row.a].append(Change(key, a, b, outcome, float(difference.mean()), *bounds, p))
         for row in both:
