@@ -27,6 +27,7 @@ from rich.progress import Progress
 
 from tpme.bench.errors import LONGEST_MESSAGE, UserError, first_problem
 from tpme.bench.record import (
+    CELLS_FILE,
     Cell,
     CellResult,
     Failure,
@@ -251,7 +252,7 @@ def _write_matrix(run: Path, matrix: MatrixFile, jobs: Sequence[Job]) -> None:
     Reports show these cells; the folders of earlier matrices and versions stay where they are.
     """
     names = list(dict.fromkeys(job.folder.name for job in jobs))
-    write_atomically(run / "cells.json", (json.dumps({"cells": names}, indent=1) + "\n").encode())
+    write_atomically(run / CELLS_FILE, (json.dumps({"cells": names}, indent=1) + "\n").encode())
     write_atomically(run / "matrix.json", (matrix.model_dump_json(indent=1) + "\n").encode())
 
 
