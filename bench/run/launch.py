@@ -217,7 +217,7 @@ def run_matrix(
         return [result for result in latest if result is not None]
     with locked_run(run), screen:
         _write_matrix(run, matrix, jobs)
-        return [_finished(job, *latest_attempt(job.folder), screen, live) for job in jobs]
+        return [_finished(job, result, screen, live) for job, result in zip(jobs, latest, strict=True)]
 
 
 def _announce(
@@ -235,8 +235,14 @@ def _announce(
         screen.print(sentence)
 
 
-def _finished(job: Job, attempts: int, result: CellResult | None, screen: Screen, live: LiveLog | None) -> CellResult:
-    """The record of a cell: the latest, or that of another attempt where it is not finished."""
+def _finished(job: Job, result: CellResult | None, screen: Screen, live: LiveLog | None) -> CellResult:
+    """The record of a cell: the latest, or that of another attempt where it is not finished.
+
+    ``result`` is what was there before the run folder was locked; another launcher may have finished the cell since.
+    """
+    attempts = 0
+    if not is_finished(result, job):
+        attempts, result = latest_attempt(job.folder)
     if not is_finished(result, job):
         attempt = job.model_copy(update={"attempt": attempts + 1})
         with screen.cell(job.cell.label) as show:
