@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import isnan, nan
 
 from tpme.bench.quantities import MISSING, quantity
-from tpme.reports.data.answer import answer, best_rows
+from tpme.reports.data.answer import answer, best_rows, cheapest_rows
 from tpme.reports.data.section import Section
 from tpme.reports.data.trials import Line
 from tpme.reports.history import CHARTED, chart, places
@@ -74,11 +74,9 @@ def leaders(groups: Sequence[BoardGroup]) -> str:
 
 
 def _leads(group: BoardGroup, section: Section) -> Iterator[str]:
-    good, ranks = best_rows(section), section.summary["tpme_rank"]
+    good = best_rows(section)
     yield _lead(group, section, "recall_10", good, "not told apart")
-    among = ranks[ranks.index.isin(good)].dropna()
-    cheapest = [str(name) for name in among.index[among == among.min()]]
-    yield _lead(group, section, "tpme", cheapest, "tied")
+    yield _lead(group, section, "tpme", cheapest_rows(section, good), "tied")
     for key, noise in (("epoch_time_s", section.noise.time), ("peak_bytes", section.noise.memory)):
         costs = section.summary.loc[section.compared, key].dropna().sort_values(kind="stable")
         tied = costs.index[costs <= costs.min() * (1 + noise)]
