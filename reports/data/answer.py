@@ -97,25 +97,23 @@ def _cheapest(section: Section, good: Sequence[str]) -> str:
 
 
 def _costs(section: Section, line: Line) -> str:
+    """The costs of a row that were measured, and their ratio to those of the reference row, unless it is that."""
     parts = []
-    if line["epoch_time_s"] == line["epoch_time_s"]:
+    if not isnan(line["epoch_time_s"]):
         best = line["time_to_best_s"]
-        in_all = f" ({number(best)} s in all up to the best one)" if best == best else ""
+        in_all = "" if isnan(best) else f" ({number(best)} s in all up to the best one)"
         parts.append(f"{number(line['epoch_time_s'])} s an epoch{in_all}")
-    if line["trainable_millions"] == line["trainable_millions"]:
+    if not isnan(line["trainable_millions"]):
         parts.append(f"{number(line['trainable_millions'])} M trainable parameters")
-    if line["memory_bytes"] == line["memory_bytes"]:
+    if not isnan(line["memory_bytes"]):
         parts.append(f"{bytes_text(line['memory_bytes'])} while training")
-    if line["peak_bytes"] == line["peak_bytes"]:
+    if not isnan(line["peak_bytes"]):
         parts.append(f"{bytes_text(line['peak_bytes'])} at the peak of the whole run ({line['peak_phase']})")
     text = ", ".join(parts) or "no cost measured"
-    ratio = line["cost_ratio"]
-    if section.reference is not None and ratio == ratio and line is not section.lines[section.reference]:
-        text += (
-            f"; {100 * ratio:.2g} % of {section.reference}'s cost (weighted geometric mean of epoch time, parameters "
-        )
-        text += "and training memory)"
-    return text
+    if section.reference is None or isnan(line["cost_ratio"]) or line is section.lines[section.reference]:
+        return text
+    share = f"{100 * line['cost_ratio']:.2g} % of {section.reference}'s cost"
+    return f"{text}; {share} (weighted geometric mean of epoch time, parameters and training memory)"
 
 
 def _trust(section: Section) -> str:
