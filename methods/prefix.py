@@ -107,7 +107,7 @@ class PrefixTuning(Method):
             view.module.add_module("prefix", prefix)
             for layer in range(view.shape.depth):
                 # A partial, not a closure: a deep copy of the model then runs its own copy of the prefix.
-                extend_attention(view, layer, partial(_prepend, prefix, layer))
+                extend_attention(view, layer, partial(prepend, prefix, layer))
 
     def trainable_parameters(self, task: TaskShape, views: Mapping[Modality, EncoderView]) -> int:
         """With K = 2 H_kv d_h: L P K, or P D + (D h + h) + L (h K + K) through the MLP."""
@@ -154,7 +154,7 @@ def _width(heads: Heads) -> int:
     return 2 * heads.key_value * heads.width
 
 
-def _prepend(prefix: Prefix, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Attended:
+def prepend(prefix: Prefix, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Attended:
     """Prepend the prefix to the keys and values of every item; every query attends to it."""
     own_key, own_value = prefix.vectors(layer).to(key.dtype)[:, None].expand(-1, len(key), -1, -1, -1)
     if mask is not None:

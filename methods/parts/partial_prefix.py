@@ -11,7 +11,7 @@ from tpme.bench.record import Modality
 from tpme.bench.task.recommender import Recommender, group
 from tpme.bench.task.view import EncoderView
 from tpme.methods.parts.attention import Attended
-from tpme.methods.prefix import Prefix, PrefixConfig, _prepend
+from tpme.methods.prefix import Prefix, PrefixConfig, prepend
 
 
 class PartialPrefix(Prefix):
@@ -63,4 +63,4 @@ def prepend_chosen(
     """Prepend the prompts in the chosen layers."""
     if layer not in prefix.chosen:
         return query, key, value, mask
-    return _prepend(prefix, layer, query, key, value, mask)
+    return prepend(prefix, layer, query, key, value, mask)

@@ -11,7 +11,7 @@ from tpme.methods.parts.attention import extend_attention
 from tpme.methods.parts.bottleneck import Bottleneck
 from tpme.methods.parts.parallel import ParallelBottleneck, add_parallel
 from tpme.methods.parts.search_space import EncoderModules
-from tpme.methods.prefix import Prefix, PrefixConfig, _prepend
+from tpme.methods.prefix import Prefix, PrefixConfig, prepend
 
 
 def add_modules(view: EncoderView, modules: EncoderModules, scale: float) -> None:
@@ -32,7 +32,7 @@ def add_modules(view: EncoderView, modules: EncoderModules, scale: float) -> Non
             parts[f"parallel_{layer}"] = parallel = ParallelBottleneck(width, modules.parallel, scale)
             add_parallel(view, layer, partial(_add_parallel, parallel))
         if prefix is not None:
-            extend_attention(view, layer, partial(_prepend, prefix, place))
+            extend_attention(view, layer, partial(prepend, prefix, place))
     view.module.add_module("found_modules", parts)
 
 
