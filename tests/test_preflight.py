@@ -76,7 +76,7 @@ def test_an_encoder_without_tokenizer_or_weights_stops_the_run(world: Any, tmp_p
 def test_a_misspelt_encoder_ends_with_2_before_the_first_cell(world: Any, harness: ModuleType, tmp_path: Path) -> None:
     file = world.write(tmp_path / "m.toml", world.matrix(["lora", "popularity"]))
     for command in ("run", "plan"):
-        ran = harness.tpme(
+        ran = harness.tpme_here(
             command, str(file), "--store", str(world.store), "--set", "encoders.text.source=builtin:tiny-txt",
             cwd=tmp_path,
         )  # fmt: skip
