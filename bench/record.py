@@ -36,6 +36,8 @@ from tpme.bench.errors import UserError, first_problem
 SCHEMA_VERSION = 2
 BASELINES_OF_VERSION_1 = ("frozen", "id", "popularity")
 """The baselines among the methods of that time; records of version 1 do not say."""
+CELLS_FILE = "cells.json"
+"""In a run folder: the names of the folders of its last matrix's cells, under ``cells``."""
 
 Modality = Literal["text", "image"]
 Pool = Literal["first", "mean", "last"]
