@@ -615,16 +615,30 @@ class CellResult(Frozen):
         )
 
     @property
-    def rounds_flag(self) -> Flag | None:
-        """Which costs T and M are, where nothing was trained but in rounds."""
-        if not self.in_rounds:
+    def costs_flag(self) -> Flag | None:
+        """Which costs T and M are, where more led to the model than the training that they measure."""
+        if self.in_rounds:
+            message = (
+                "trained in rounds, without epochs: T is the time of as many rounds as process each user once, one "
+                "client after the other on one device (its counter pass_parallel_s: with a device for each client); M "
+                "is the peak of the rounds; what came before them counts in the all-in time alone"
+            )
+            return Flag(code="in-rounds", message=message)
+        if not self.epochs or self.earlier_s < 1e-3:  # sums of the same times differ in their last bits
             return None
         message = (
-            "trained in rounds, without epochs: T is the time of as many rounds as process each user once, one client "
-            "after the other on one device (its counter pass_parallel_s: with a device for each client); M is the peak "
-            "of the rounds; what came before them counts in the all-in time alone"
+            "T and M, and so TPME, are those of the last training alone; the search, estimation or stages before it "
+            "count in the all-in time and in the time to the best epoch"
         )
-        return Flag(code="in-rounds", message=message)
+        return Flag(code="last-stage", message=message)
+
+    @property
+    def earlier_s(self) -> float:
+        """Seconds that led to the model, besides the feature cache and the epochs of the last stage."""
+        if self.all_in_s is None or self.all_in_s.value is None:
+            return 0.0
+        last = self.epochs[earlier_epochs(self.epochs) :]
+        return self.all_in_s.value - (self.cache.build_s if self.cache else 0.0) - sum(epoch.train_s for epoch in last)
 
     @property
     def held_out_flag(self) -> Flag | None:

@@ -1,4 +1,4 @@
-"""AutoPEFT (Zhou et al., TACL 2024): searches which modules, how wide, and in which layers, then trains the best."""
+"""AutoPEFT (Zhou et al., TACL 2024): searches kinds, sizes and layers of modules, then trains the best."""
 
 from __future__ import annotations
 
@@ -34,18 +34,19 @@ class Budget(NamedTuple):
     batch: int = 4
 
 
+OUT_OF_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "out of memory")
 BUDGETS = {"smoke": Budget(4, 8), "small": Budget(16, 32), "paper": Budget(100, 200)}
 
 
 class AutoPEFTConfig(MethodConfig):
-    """The search: how many trials, of what, and how the winner is chosen; or a configuration, without a search.
+    """How to search and how to choose the winner; or a configuration to train without a search.
 
-    budget: trials: 8 (``smoke``), 32 (``small``) or 200 (``paper``), half of them random. engine: of the other half;
-    ``saas`` and ``gp`` need the extra ``search``, ``auto`` is ``saas`` where jax and numpyro are installed, else
-    ``gp``. kinds: the modules that are searched. shared: one configuration for all encoders. trial_users,
-    trial_epochs: share of the training users and epochs of a trial, at most those of the cell. tolerance: of the
-    configurations on the front whose NDCG@10 is at least (1 - tolerance) of the best, the smallest wins. scale: of the
-    parallel adapter. configuration: modules by encoder, which are trained without a search.
+    budget: number of trials, 8 (``smoke``), 32 (``small``) or 200 (``paper``), half of them random. engine: proposes
+    the other half; ``gp`` needs the extra ``search``, ``saas`` the extra ``saas``, ``auto`` is ``saas`` where that is
+    installed, else ``gp``. kinds: the modules to search. shared: one configuration for all encoders. trial_users:
+    share of the training users that a trial trains on. trial_epochs: its epochs, at most those of the cell. tolerance:
+    the smallest configuration wins whose NDCG@10 is at least (1 - tolerance) of the best. scale: s, of the parallel
+    adapters. configuration: modules by encoder, to train without a search.
     """
 
     budget: Literal["small", "smoke", "paper"] = "small"
@@ -61,7 +62,7 @@ class AutoPEFTConfig(MethodConfig):
 
 @dataclass(frozen=True)
 class Trial:
-    """A configuration and how it did: NDCG@10 on validation, or why it did not finish. seconds: building included."""
+    """A configuration and its NDCG@10 on validation, or why it failed. seconds: of building, training, validating."""
 
     vector: Vector
     parameters: int
@@ -73,17 +74,19 @@ class Trial:
 class AutoPEFT(Method):
     """Searches sizes and layers of serial adapters, parallel adapters and prefixes, and trains the best it finds.
 
-    ``f <- f + SA(x + f) + s PA(x); K, V <- [P_K; K], [P_V; V] in the layers whose bit is 1``: f is the output of the
-    feed-forward sub-layer, x its input. Every encoder has one size for each kind of module, ``floor(D / 2^k)`` or 0,
-    and one bit for each layer, which all kinds share: 11^3 2^12 = 5,451,776 configurations of BERT-base, its square of
-    both encoders. A trial trains one from the start on a share of the users, and validates it. Half of the trials are
-    random; then batches of 4 maximise the expected improvement of the hypervolume of two objectives, few parameters
-    and a high NDCG@10, under Gaussian processes with a SAAS prior (section 4). The best of the configurations that no
-    other one dominates is trained anew, as the cell says, on all users.
+    ``f <- f + SA(LN(x + f)) + s PA(x); K, V <- [P_K; K], [P_V; V]`` in the layers whose bit is 1: f is the output of
+    the feed-forward sub-layer, x what f is added to, LN the norm behind it. Every encoder has one size for each kind
+    of module, ``floor(D / 2^k)`` or 0, and one bit for each layer, which all kinds share: 11^3 2^12 = 5,451,776
+    configurations of BERT-base, and the square of that for two such encoders. A trial trains one configuration from
+    the start on a share of the users, and validates it. Half of the trials are random. Then batches of 4 maximise the
+    expected improvement of the hypervolume of two objectives, few parameters and a high NDCG@10, under Gaussian
+    processes with a SAAS prior (section 4). Of the configurations that no other one dominates, the best is trained
+    anew, as the cell says, on all users.
 
-    The adapters are those of the methods pfeiffer-adapter and parallel-adapter here, also in pre-norm encoders, which
-    the paper does not define. Reconstructions: keys and values train directly, without an MLP; parameters are compared
-    by their exact number, without noise; search and choice see the validation targets alone.
+    The adapters are those of the methods pfeiffer-adapter and parallel-adapter, also in pre-norm encoders, which the
+    paper does not define: there x is the residual stream, and SA reads x + f without LN. Reconstructions: keys and
+    values train directly, without an MLP; parameters are compared by their exact number, without noise; search and
+    choice see the validation targets alone.
 
     Trains: what was found; before the search, and in a plan, middle sizes in all layers (24, 24 and 24): 1,346,112
     each in BERT-base and ViT-B/16.
@@ -107,9 +110,16 @@ class AutoPEFT(Method):
     # --- the model of one configuration -----------------------------------------------------------------------------
 
     def check_run(self, users: int) -> None:
-        """Raise UserError where the search needs a package that is not installed."""
+        """Raise UserError where the search lacks a package, and for options of a search beside a configuration."""
         if self.config.configuration is None:
             chosen_engine(self.config.engine)
+            return
+        of_search = sorted(self.config.model_fields_set - {"configuration", "scale"})
+        if of_search:
+            raise UserError(
+                f"method 'autopeft': option '{of_search[0]}' belongs to a search, but a configuration is trained "
+                "without one; remove either"
+            )
 
     def frozen_encoders(self, modalities: Sequence[Modality]) -> tuple[Modality, ...]:
         """The encoders that the configuration leaves as they are; none before a search."""
@@ -169,7 +179,7 @@ class AutoPEFT(Method):
         context.train()
 
     def _search(self, context: Context) -> None:
-        """Do all trials; those that an earlier attempt finished are read."""
+        """Do all trials, or read those that an earlier attempt finished."""
         engine, budget = chosen_engine(self.config.engine), BUDGETS[self.config.budget]
         self.space = space = self._space(context.state.model.views)
         vectors = distinct_draws(space, np.random.default_rng(context.seed), budget.random)
@@ -187,7 +197,7 @@ class AutoPEFT(Method):
             self.proposing_s += proposal["seconds"]
 
     def _trial(self, context: Context, vector: Vector) -> dict[str, Any]:
-        """Train a configuration for a short time and validate it; a loss or memory that explodes is a result, too."""
+        """Train a configuration for a short time and validate it; it fails if it diverges or runs out of memory."""
         assert self.space is not None
         started, users = time.perf_counter(), np.random.default_rng(context.seed).permutation(context.users)
         trial: dict[str, Any] = {"vector": list(vector), "parameters": self.space.parameters(vector)}
@@ -197,7 +207,9 @@ class AutoPEFT(Method):
             epochs = min(self.config.trial_epochs, context.state.schedule.epochs)
             fork.train(epochs, users[: math.ceil(self.config.trial_users * len(users))], kind="search")
             trial["ndcg_10"] = fork.validate().ndcg_10
-        except (ArithmeticError, torch.OutOfMemoryError) as error:
+        except (ArithmeticError, MemoryError, RuntimeError) as error:
+            if not diverged_or_out_of_memory(error):
+                raise
             trial["failed"] = one_line(error)
         return trial | {"seconds": time.perf_counter() - started}
 
@@ -212,7 +224,7 @@ class AutoPEFT(Method):
     def _fixed(self, vector: Vector) -> AutoPEFT:
         """The method with one configuration."""
         assert self.space is not None
-        return AutoPEFT(self.config.model_copy(update={"configuration": self.space.decode(vector)}))
+        return type(self)(self.config.model_copy(update={"configuration": self.space.decode(vector)}))
 
     def report(self, model: Recommender) -> dict[str, float]:
         """Modules of the model, parameters and NDCG@10 of all trials, the modules of the front, and what it cost."""
@@ -242,15 +254,13 @@ class AutoPEFT(Method):
 
 
 def objectives(trials: Sequence[Trial]) -> Points:
-    """What is maximised, of trials that finished: minus the number of parameters, and NDCG@10; (n, 2)."""
+    """What is maximised: minus the number of parameters, and NDCG@10, NaN of a trial that failed; (n, 2)."""
     return np.array([(-trial.parameters, trial.ndcg_10) for trial in trials], dtype=np.float64).reshape(-1, 2)
 
 
 def front_of(trials: Sequence[Trial]) -> list[int]:
     """The Pareto set: places of the trials that no other one dominates."""
-    done = [place for place, trial in enumerate(trials) if trial.ndcg_10 is not None]
-    kept = non_dominated(objectives([trials[place] for place in done]))
-    return [place for place, stays in zip(done, kept, strict=True) if stays]
+    return np.flatnonzero(non_dominated(objectives(trials))).tolist()
 
 
 def chosen_trial(trials: Sequence[Trial], tolerance: float) -> int:
@@ -261,16 +271,22 @@ def chosen_trial(trials: Sequence[Trial], tolerance: float) -> int:
     front = front_of(trials)
     if not front:
         raise UserError(
-            f"method 'autopeft': none of {len(trials)} trials finished, the last one because of {trials[-1].failed}; "
-            "lower the learning rates, or search fewer kinds"
+            f"method 'autopeft': none of {len(trials)} trials finished (the last: {trials[-1].failed}); lower the "
+            "learning rates, search fewer kinds, or delete the folder 'procedure' of this cell to search anew"
         )
     quality = {place: trials[place].ndcg_10 or 0.0 for place in front}
     least = (1 - tolerance) * max(quality.values())
     return min((place for place in front if quality[place] >= least), key=lambda place: trials[place].parameters)
 
 
+def diverged_or_out_of_memory(error: Exception) -> bool:
+    """Whether a smaller or other configuration may train; the CPU's allocator and cuBLAS raise plain RuntimeErrors."""
+    known = isinstance(error, (ArithmeticError, MemoryError, torch.OutOfMemoryError))
+    return known or any(words in str(error) for words in OUT_OF_MEMORY)
+
+
 def _forget_compiled_code() -> None:
-    """Forget what torch.compile made of the trial before: beyond some structures it would compile no further one."""
+    """Drop the compiled code of earlier trials: torch.compile stops compiling after a number of different models."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
 

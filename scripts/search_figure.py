@@ -33,12 +33,11 @@ def autopeft(run: Path) -> Figure:
 
 def _draw_trials(figure: Figure, axes: Any, trials: Points, winner: int) -> None:
     """Points (parameters, NDCG@10), numbered and shaded by their order; a step line through the Pareto set."""
-    done = np.flatnonzero(np.isfinite(trials[:, 1]))
-    parameters, quality = trials[done].T
-    front = done[non_dominated(np.stack([-parameters, quality], axis=1))]
+    parameters, quality = trials.T
+    front = np.flatnonzero(non_dominated(np.stack([-parameters, quality], axis=1)))
     front = front[np.argsort(trials[front, 0])]
     axes.step(trials[front, 0], trials[front, 1], where="post", color=INK, lw=0.8, zorder=1)
-    points = axes.scatter(parameters, quality, c=done + 1, cmap="viridis_r", s=12, zorder=2, lw=0)
+    points = axes.scatter(parameters, quality, c=np.arange(len(trials)) + 1, cmap="viridis_r", s=12, zorder=2, lw=0)
     figure.colorbar(points, ax=axes, label="trial", pad=0.02)
     for place in front:
         axes.annotate(str(place + 1), trials[place], (2, 3), textcoords="offset points", fontsize=5.5, color=INK)

@@ -18,6 +18,8 @@ from tpme.methods.parts.search_space import SearchSpace, Vector
 Engine = Literal["auto", "random", "gp", "saas"]
 STARTS = 5
 """Starts of the local search; a start is one step away from a configuration that no other one dominates."""
+LEFT = 16
+"""A space with fewer vectors than these beyond twice the tried ones is drawn from: botorch starts at untried ones."""
 SAMPLES = 32
 """Quasi-Monte-Carlo samples of the acquisition function."""
 
@@ -31,7 +33,7 @@ def chosen_engine(engine: Engine) -> Engine:
     if engine != "random" and find_spec("botorch") is None:
         extra = "saas" if engine == "saas" else "search"
         error = missing_extra(f"method 'autopeft' with engine = '{engine}'", "botorch", extra)
-        raise UserError(f"{error}; or search with engine = 'random'")
+        raise UserError(f'{error}; or search at random, with options = {{ engine = "random" }}')
     if engine == "saas" and not saas:
         raise missing_extra("method 'autopeft' with engine = 'saas'", "jax and numpyro", "saas")
     return ("saas" if saas else "gp") if engine == "auto" else engine
@@ -40,7 +42,7 @@ def chosen_engine(engine: Engine) -> Engine:
 def propose(
     engine: Engine, space: SearchSpace, vectors: Sequence[Vector], points: Points, tried: Sequence[Vector], q: int
 ) -> list[Vector]:
-    """The next ``q`` configurations, none of which was tried.
+    """The next ``q`` configurations, none of which was tried; fewer where the space is used up.
 
     Args:
         engine: as ``chosen_engine`` returns it. vectors, points: those with a result, and their objectives (n, 2),
@@ -48,7 +50,8 @@ def propose(
     """
     random = np.random.default_rng(int(torch.randint(2**31, ())))
     found: list[Vector] = []
-    if engine != "random" and len(vectors) > 1:
+    nearly_used_up = len(space) < 2 * len(tried) + LEFT
+    if engine != "random" and len(vectors) > 1 and not nearly_used_up:
         found = _acquired(engine, space, vectors, points, q, random)
     new = (vector for vector in itertools.chain(found, space.draw(random)) if space.valid(vector))
     return _distinct(new, tried, q)

@@ -12,11 +12,14 @@ CLAMP = 1e-4
 
 
 def non_dominated(points: Points) -> NDArray[np.bool_]:
-    """Whether no other point is as good in both objectives and better in one: (n, 2) to (n,). Equal points all stay."""
+    """Whether no other point is as good in both objectives and better in one: (n, 2) to (n,).
+
+    Equal points all stay; one with a NaN never does.
+    """
     as_good = np.all(points[None] >= points[:, None], axis=2)
     better = np.any(points[None] > points[:, None], axis=2)
     dominated: NDArray[np.bool_] = np.any(as_good & better, axis=1)
-    return ~dominated
+    return ~dominated & ~np.isnan(points).any(axis=1)
 
 
 def hypervolume(points: Points, reference: Points) -> float:

@@ -90,7 +90,7 @@ class SearchSpace:
     def __init__(
         self, encoders: Mapping[Modality, EncoderSize], kinds: Sequence[Kind] = KINDS, *, shared: bool = False
     ) -> None:
-        self.encoders, self.kinds = dict(encoders), tuple(kinds)
+        self.encoders, self.kinds = dict(encoders), tuple(dict.fromkeys(kinds))
         depths = {modality: size.depth for modality, size in encoders.items()}
         if shared and len(set(depths.values())) > 1:
             found = ", ".join(f"{modality} {depth}" for modality, depth in depths.items())

@@ -30,7 +30,7 @@ def row_of(result: CellResult, device_key: str) -> dict[str, Any]:
         **_epoch_columns(result),
         "flags": tuple(
             (flag.code, flag.message)
-            for flag in (*result.flags, result.untrained, result.rounds_flag, result.held_out_flag)
+            for flag in (*result.flags, result.untrained, result.costs_flag, result.held_out_flag)
             if flag is not None
         ),
     }

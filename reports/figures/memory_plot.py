@@ -109,9 +109,9 @@ def _curves(section: Section) -> dict[str, Curve]:
         if len(used):
             above = (used - _held_before(recorded.result, samples)).clip(min=0)
             cell = cells[str(recorded.path)]
-            curves[name] = Curve(
-                recorded.result, time_s, above, cell["memory_bytes"], cell["peak_bytes"], cell["peak_phase"]
-            )
+            # None, not NaN, where no cell of the section has one
+            memory, peak = (math.nan if cell[key] is None else cell[key] for key in ("memory_bytes", "peak_bytes"))
+            curves[name] = Curve(recorded.result, time_s, above, memory, peak, cell["peak_phase"])
     return curves
 
 

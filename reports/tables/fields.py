@@ -199,12 +199,14 @@ def interval(key: str) -> list[Field]:
     return [(column, entry), hidden(f"{key}_high")]
 
 
-def count(key: str) -> Field:
-    """A count, or the mean of one over seeds."""
+def count(key: str, frame: pd.DataFrame | None = None) -> Field:
+    """A count, or the mean of one over seeds; of ``frame`` by row, by default of the summary."""
+    values = None if frame is None else frame[key].astype(float).to_dict()
 
     def entry(name: str, line: Line) -> Entry:
-        text = MISSING if isnan(line[key]) else f"{line[key]:.1f}".removesuffix(".0")
-        return Entry(text, value_of(line[key]))
+        value = line[key] if values is None else values[name]
+        text = MISSING if isnan(value) else f"{value:.1f}".removesuffix(".0")
+        return Entry(text, value_of(value))
 
     return Column(key, quantity(key).header, fact=True), entry
 

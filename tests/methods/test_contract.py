@@ -6,10 +6,11 @@ The correct methods in ``correct`` go through it as well: what they do must not 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -18,6 +19,7 @@ from tpme.bench.contract.small_encoders import FAMILIES, modality_of
 from tpme.bench.contract.subject import Subject
 from tpme.bench.contract.world import PAIRS
 from tpme.methods import registry
+from tpme.methods.autopeft import BUDGETS, Budget
 
 CORRECT = Path(__file__).with_name("correct")
 BOTH = ("text", "image")
@@ -107,6 +109,13 @@ def tried() -> list[Tried]:
         if name in registry.BUILTIN and method.modalities is None:
             results += [Tried(name, usual, (m,)) for m in BOTH if set(method.needs) <= {m}]
     return results
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short_searches() -> Iterator[None]:
+    """Three trials show what eight do."""
+    with patch.dict(BUDGETS, smoke=Budget(random=2, trials=3)):
+        yield
 
 
 @pytest.fixture(scope="module")

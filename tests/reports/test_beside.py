@@ -193,7 +193,7 @@ def test_the_cost_of_a_search_stands_beside_its_winner_in_seconds_and_in_runs_of
     table = searches(section_of(factory))
     assert [row[0].value for row in table.rows] == ["autopeft"]
     row = line(table, "autopeft")
-    assert row["procedure_trials"].startswith("8")
+    assert (row["procedure_trials"], row["procedure_trials_failed"]) == ("8", "0.5")
     assert row["procedure_search_s"].startswith("100")
     assert row["procedure_search_runs"] == "2.00"
     assert "over the 50.0 s of everything that leads to the model of 'fft'" in table.notes[0]
@@ -205,6 +205,21 @@ def test_without_full_fine_tuning_a_search_is_in_seconds_alone(factory):
     table = searches(section_of(factory))
     assert "procedure_search_runs" not in [column.key for column in table.columns]
     assert "A matrix with a row 'fft' also says" in table.notes[0]
+
+
+def test_a_row_says_that_its_time_and_memory_leave_out_what_came_before_the_last_training(factory):
+    """Searches, estimations and earlier stages; a feature cache has a footnote of its own."""
+    told = "T and M, and so TPME, are those of the last training alone"
+    factory.write("lora", all_in_s=40.0)  # four epochs of 10 s
+    factory.write("autopeft", all_in_s=80.0)
+    path = factory.write("pt-peft", all_in_s=40.0)
+    epochs = [epoch.model_copy(update={"stage": str(epoch.index > 2)}) for epoch in read_result(path).epochs]
+    change(path, epochs=tuple(epochs))
+    cached = factory.write("iisan", cached=True, all_in_s=40.0)
+    change(cached, all_in_s=Reading(value=40 + read_result(cached).cache.build_s, source="test"))
+    notes = section_of(factory).notes
+    [number] = [place for place, text in enumerate(notes.footnotes, start=1) if text.startswith(told)]
+    assert {name for name, marks in notes.marks.items() if number in marks} == {"autopeft", "pt-peft"}
 
 
 def test_no_search_no_table_of_searches(factory):

@@ -65,6 +65,13 @@ def test_a_colour_means_one_phase_in_every_figure_of_every_report(factory, make_
     assert joined[1][2:] == pytest.approx((0.5, 42.5))
 
 
+def test_a_section_in_which_nothing_trained_has_curves_without_m(factory):
+    """Such as a search all of whose trials fail."""
+    factory.write("autopeft", status="error", time=None, peak=None)
+    figure = plot_of(factory, "memory-time").figure
+    assert [text.get_text().split()[0] for text in figure.axes[0].texts if "M" in text.get_text()] == []
+
+
 def test_the_curve_is_on_the_scale_of_m_and_of_the_peak(factory):
     """Samples include 331 MB held before data were loaded; M and the peak do not."""
     path = factory.write("lora", time=10.0, peak=200e6).parent / "samples-1.npz"

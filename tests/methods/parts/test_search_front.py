@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import NormalDist
+
 import numpy as np
 import pytest
 
@@ -21,6 +23,13 @@ def test_the_pareto_set_equals_brute_force(seed: int) -> None:
 def test_fewer_parameters_and_a_higher_ndcg_dominate() -> None:
     trials = [(-100, 0.3), (-50, 0.3), (-100, 0.4), (-200, 0.2)]
     assert non_dominated(np.array(trials)).tolist() == [False, True, True, False]
+
+
+def test_one_point_and_equal_points_stay_and_a_failed_trial_never_does() -> None:
+    assert non_dominated(np.array([[1.0, 2.0]])).tolist() == [True]
+    assert non_dominated(np.array([[1.0, 2.0]] * 2)).tolist() == [True, True]
+    assert non_dominated(np.array([[9.0, np.nan], [1.0, 2.0], [np.nan, np.nan]])).tolist() == [False, True, False]
+    assert non_dominated(np.empty((0, 2))).tolist() == []
 
 
 def test_hypervolume_equals_counted_cells() -> None:
@@ -48,4 +57,7 @@ def test_the_copula_is_monotone_and_keeps_what_dominates() -> None:
     assert non_dominated(transformed).tolist() == non_dominated(points).tolist()
     worst = copula(points, points.min(axis=0)[None])[0]
     assert (transformed >= worst).all()
+    for value, quantile in zip(points.ravel(), transformed.ravel(), strict=True):
+        share = (points[:, int(value >= 0)] <= value).mean()
+        assert quantile == pytest.approx(NormalDist().inv_cdf(min(share, 1 - 1e-4)))
     assert np.abs(copula(points, np.array([[-np.inf, np.inf]]))) == pytest.approx(3.719, abs=1e-3)

@@ -38,6 +38,12 @@ def test_vectors_and_configurations_are_one_to_one() -> None:
     assert [space.nearest(point) for point in space.unit(vectors)] == vectors
 
 
+def test_a_kind_that_is_named_twice_counts_once() -> None:
+    assert (
+        SearchSpace({"text": SMALL}, ["serial", "serial"]).choices == SearchSpace({"text": SMALL}, ["serial"]).choices
+    )
+
+
 def test_configurations_without_a_module_are_not_valid() -> None:
     space = SearchSpace({"text": SMALL, "image": SMALL}, ["serial"])
     sizes_off = space.encode({"text": EncoderModules(layers=(0, 1)), "image": EncoderModules(layers=(1,))})
