@@ -36,6 +36,8 @@ from tpme.bench.errors import UserError, first_problem
 SCHEMA_VERSION = 2
 BASELINES_OF_VERSION_1 = ("frozen", "id", "popularity")
 """The baselines among the methods of that time; records of version 1 do not say."""
+CELLS_FILE = "cells.json"
+"""In a run folder: the names of the folders of its last matrix's cells, under ``cells``."""
 
 Modality = Literal["text", "image"]
 Pool = Literal["first", "mean", "last"]
@@ -509,6 +511,8 @@ class ImportSource(Frozen):
 
 PASS_S = "pass_s"
 """Counter of a method that trains in rounds alone: seconds of as many rounds as process each user once."""
+HELD_OUT = "projection_users"
+"""Counter of a method that keeps training users apart: how many."""
 
 
 class CellResult(Frozen):
@@ -581,8 +585,13 @@ class CellResult(Frozen):
     def pass_memory(self) -> Memory | None:
         """The source of M of TPME: ``training_memory``; in rounds, the peaks over them, instrument by instrument."""
         rounds = [phase.memory for phase in self.phases if phase.kind == "round"]
-        if not (self.in_rounds and rounds):
+        if not self.in_rounds:
             return self.training_memory
+        if not rounds:
+            reason = (
+                "all rounds were finished in earlier attempts; to measure M, remove its records and run the cell again"
+            )
+            return Memory(**dict.fromkeys(Memory.model_fields, Reading.missing("none", reason)))
         # A reading that is not valid may hide the true peak, so it stands for all.
         largest = {
             name: max(
@@ -610,9 +619,9 @@ class CellResult(Frozen):
         """Which costs T and M are, where more led to the model than the training that they measure."""
         if self.in_rounds:
             message = (
-                "T is the time of as many rounds as process each user once, one client after the other on one device "
-                "(its counter pass_parallel_s: with a device for each client); M is the peak of the rounds; what "
-                "came before them counts in the all-in time alone"
+                "trained in rounds, without epochs: T is the time of as many rounds as process each user once, one "
+                "client after the other on one device (its counter pass_parallel_s: with a device for each client); M "
+                "is the peak of the rounds; what came before them counts in the all-in time alone"
             )
             return Flag(code="in-rounds", message=message)
         if not self.epochs or self.earlier_s < 1e-3:  # sums of the same times differ in their last bits
@@ -630,6 +639,17 @@ class CellResult(Frozen):
             return 0.0
         last = self.epochs[earlier_epochs(self.epochs) :]
         return self.all_in_s.value - (self.cache.build_s if self.cache else 0.0) - sum(epoch.train_s for epoch in last)
+
+    @property
+    def held_out_flag(self) -> Flag | None:
+        """Says that epochs are shorter than those of other rows, where a method keeps training users apart."""
+        held = self.counters.get(HELD_OUT)
+        if held is None or not held.value:
+            return None
+        message = (
+            f"an epoch trains on all users but {held.value:.0f} (its counter {HELD_OUT}), so T is that of fewer steps"
+        )
+        return Flag(code="held-out-users", message=message)
 
     @model_validator(mode="after")
     def _require_failure(self) -> CellResult:

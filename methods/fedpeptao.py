@@ -20,7 +20,7 @@ from tpme.bench.task.view import EncoderView
 from tpme.methods.base import Context, Method, MethodConfig, Result, Schedule, StepState, TaskShape, fusion_parameters
 from tpme.methods.parts.attention import extend_attention
 from tpme.methods.parts.federation import Federation, Round, pass_seconds, put, trained
-from tpme.methods.parts.federation_clients import dirichlet_clients, iid_clients, user_clusters
+from tpme.methods.parts.federation_clients import FEWEST, dirichlet_clients, iid_clients, user_clusters
 from tpme.methods.parts.federation_estimate import federated_scores, final_states
 from tpme.methods.parts.federation_layers import best_layers, hessian_ratios, kept
 from tpme.methods.parts.federation_server import FedAvg, FedPepTAOServer, nbytes
@@ -40,13 +40,14 @@ class FedPepTAOConfig(MethodConfig):
 
     length: keys and values a layer, P. dropout: of them. layer_ratio: share of the layers that carry prompts, in each
     encoder. ratio_from: that option, or the spectrum of the prompts' Hessian, found before training. clients: by
-    default 100, or as many as have ten users each. sample: share of the clients in a round. local_epochs: passes of a
-    client over its users in a round. rounds: by default as many as process the users as often as the task has epochs.
-    partition: clients that prefer different clusters of items, or equal ones. alpha: of the Dirichlet prior; small
-    values give one-sided clients. clusters: of the items. algorithm: of the server; ``fedavg`` averages and does no
-    more. server_rate: eta_s as a multiple of the prompts' learning rate (published: 0.05 and 0.04). momentum: of the
-    server. weight_decay, clip_norm: of the prompts; no clipping where it is null. client_optimizer: AdamW begins anew
-    in every round (paper), or goes on with the client's moments (published code).
+    default 100, or as many as have ten users each. sample: share of the clients in a round, at least one. local_epochs:
+    passes of a client over its users in a round. rounds: by default as many as process the users as often as the task
+    has epochs. partition: clients that prefer different clusters of items, or equal ones. alpha: of the Dirichlet
+    prior; small values give one-sided clients. clusters: of the items. algorithm: of the server; ``fedavg`` averages
+    and does no more. server_rate: the server's step, as a share of what a client's local steps move (published: 0.05 at
+    a learning rate of 0.04, which is this share of 25 steps). momentum: of the server. weight_decay, clip_norm: of the
+    prompts; no clipping where it is null. client_optimizer: AdamW begins anew in every round (paper), or goes on with
+    the client's moments (published code).
     """
 
     length: PositiveInt = 20
@@ -61,7 +62,7 @@ class FedPepTAOConfig(MethodConfig):
     alpha: PositiveFloat = 1.0
     clusters: PositiveInt = 8
     algorithm: Literal["fedpeptao", "fedavg"] = "fedpeptao"
-    server_rate: NonNegativeFloat = 1.25
+    server_rate: NonNegativeFloat = 0.05
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: NonNegativeFloat = 0.1
     clip_norm: PositiveFloat | None = 1.0
@@ -82,9 +83,10 @@ class FedPepTAO(Method):
 
     Clients of ``dirichlet`` prefer different clusters (k-means) of the items, by the frozen text states. With
     ``algorithm = "fedavg"`` or ``server_rate = 0`` the server averages alone. Reconstruction: eta_s scales with the
-    learning rate, because the published 0.05 belongs to 4e-2; momentum starts from the same v for every client (the
-    published code lets it compound); the loss's popularity correction counts all users, as the task does; prompts are
-    global, so the catalogue is encoded once; there is no early stopping, and validation comes once a pass.
+    learning rate and the local steps, else the server undoes the work of clients of few steps; momentum starts from the
+    same v for every client (the published code lets it compound); the loss's popularity correction counts all users, as
+    the task does; prompts are global, so the catalogue is encoded once; there is no early stopping, and validation
+    comes once a pass.
 
     Trains: keys and values of half the layers (P = 20): 184,320 each in BERT-base and ViT-B/16.
     Saves: weight gradients, optimiser state, stored size, and the bytes that clients and server exchange; every
@@ -149,11 +151,11 @@ class FedPepTAO(Method):
     # --- the procedure ------------------------------------------------------------------------------------------
 
     def check_run(self, users: int) -> None:
-        """Raise UserError where there are more clients than training users."""
-        if (self.config.clients or 1) > users:
+        """Raise UserError where there are too few training users for so many clients."""
+        if FEWEST * (self.config.clients or 1) > users:
             raise UserError(
-                f"method 'fedpeptao': clients = {self.config.clients}, but there are only {users} training users; "
-                f"choose at most {users}"
+                f"method 'fedpeptao': clients = {self.config.clients or 1}, but there are only {users} training users, "
+                f"and a client needs {FEWEST} (one alone has no negatives); choose at most {users // FEWEST} clients"
             )
 
     def before_training(self, context: Context) -> None:
@@ -279,10 +281,12 @@ class FedPepTAO(Method):
         prompts = nbytes({name: value for name, value in sizes.items() if PROMPT in name})
         best = max((one for one in self.rounds if one.found), key=lambda one: one.found.recall_10)  # type: ignore[union-attr]
         assert best.found is not None
+        place = self.rounds.index(best)
         totals = {name: sum(getattr(one, name) for one in self.rounds) for name in ("bytes_up", "bytes_down")}
         return {
             "rounds": len(self.rounds),
-            "best_round": 1 + self.rounds.index(best),
+            "best_round": place + 1,
+            "after_best_s": sum(one.serial_s for one in self.rounds[place + 1 :]),
             "valid_recall_10": best.found.recall_10,
             "valid_ndcg_10": best.found.ndcg_10,
             "passes": sum(one.users for one in self.rounds) / self._users,

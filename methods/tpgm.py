@@ -11,12 +11,15 @@ from numpy.typing import NDArray
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
+from tpme.bench.errors import UserError
 from tpme.bench.task.batches import Batch
 from tpme.bench.task.loss import in_batch_loss
 from tpme.bench.task.recommender import Recommender
 from tpme.methods.base import Context, StepState
 from tpme.methods.parts.projection import Balls, ProjectedAdam, ProjectedConfig, ProjectedMethod
 
+FEWEST = 2
+"""Users of each part of the split: the loss of one user alone is 0, because other users' items are its negatives."""
 SCALE = 2.0**10
 """Of the loss of a projection batch, so that half-precision gradients do not underflow; exact, and divided out."""
 
@@ -94,8 +97,19 @@ class TPGM(ProjectedMethod):
         self.projection = TrainableProjection(groups, radius_lr=self.config.radius_lr, fused=fused)
         return self.projection
 
+    def check_run(self, users: int) -> None:
+        """Raise UserError where radii or weights would learn from less than two users."""
+        held = self._number(users)
+        if min(held, users - held) < FEWEST:
+            raise UserError(
+                f"method 'tpgm': projection_users = {self.config.projection_users:g} divides the {users} training "
+                f"users into {held} for the radii and {users - held} for the weights; each part needs {FEWEST} (one "
+                "user alone has no negatives)"
+            )
+
     def run(self, context: Context) -> None:
         """Train on the users that are not in the projection split, then let its batches and the optimiser go."""
+        self.check_run(len(context.users))
         held = self.projection_users(context)
         context.train(users=np.setdiff1d(context.users, held))
         self.projection = self._batches = None
@@ -106,10 +120,12 @@ class TPGM(ProjectedMethod):
         return super().report(model) | {"projection_users": float(self._held)}
 
     def projection_users(self, context: Context) -> NDArray[np.int64]:
-        """The training users of the projection split, at least one and never all; the same for a seed."""
+        """The training users of the projection split, the same for a seed."""
         users = np.random.default_rng([context.seed, 1]).permutation(context.users)
-        number = round(self.config.projection_users * len(users))
-        return np.sort(users[: min(max(number, 1), len(users) - 1)])
+        return np.sort(users[: self._number(len(users))])
+
+    def _number(self, users: int) -> int:
+        return round(self.config.projection_users * users)
 
     def begin_pass(self, name: str, model: Recommender) -> None:
         """Note the precision of the step; a projection batch has the same."""

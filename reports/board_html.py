@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from math import isnan, nan
 
 from tpme.bench.quantities import MISSING, quantity
-from tpme.reports.data.answer import answer, best_rows
+from tpme.reports.data.answer import answer, best_rows, cheapest_rows
 from tpme.reports.data.section import Section
 from tpme.reports.data.trials import Line
 from tpme.reports.history import CHARTED, chart, places
+from tpme.reports.tables.fields import rank
 
 SHOWN = {
     "recall_10": "recall_10",
@@ -74,11 +75,9 @@ def leaders(groups: Sequence[BoardGroup]) -> str:
 
 
 def _leads(group: BoardGroup, section: Section) -> Iterator[str]:
-    good, ranks = best_rows(section), section.summary["tpme_rank"]
+    good = best_rows(section)
     yield _lead(group, section, "recall_10", good, "not told apart")
-    among = ranks[ranks.index.isin(good)].dropna()
-    cheapest = [str(name) for name in among.index[among == among.min()]]
-    yield _lead(group, section, "tpme", cheapest, "tied")
+    yield _lead(group, section, "tpme", cheapest_rows(section, good), "tied")
     for key, noise in (("epoch_time_s", section.noise.time), ("peak_bytes", section.noise.memory)):
         costs = section.summary.loc[section.compared, key].dropna().sort_values(kind="stable")
         tied = costs.index[costs <= costs.min() * (1 + noise)]
@@ -165,11 +164,12 @@ def _rows(group: BoardGroup, section: Section) -> str:
         '<th scope="col" class="num">Seeds</th>',
         '<th scope="col">Newest</th>',
     ]
+    _, place = rank(section)
     lines = []
     for name, line in section.lines.items():
         cells = [_value(group, section, name, key, scale) for key, (_, scale) in scales.items()]
-        rank = MISSING if isnan(line["tpme_rank"]) else f"{line['tpme_rank']:.0f}"
-        cells += [rank if line["status"] == "ok" else html.escape(line["status"]), str(line["seeds_ok"])]
+        cells.append(place(name, line).text if line["status"] == "ok" else html.escape(line["status"]))
+        cells.append(str(line["seeds_ok"]))
         newest = max(item["started_at"] for item in group.row_of[name].records)[:10]
         fields = "".join(f'<td class="num">{cell}</td>' for cell in cells)
         head = f'<th scope="row"><a href="#{group.row_of[name].anchor}">{html.escape(name)}</a></th>'

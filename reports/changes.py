@@ -16,11 +16,12 @@ import numpy as np
 from tpme.bench.quantities import COSTS
 from tpme.reports.data.load import Recorded
 from tpme.reports.data.metrics import bootstrap_means
+from tpme.reports.data.paired_tests import P_LEVEL
 from tpme.reports.data.ranks import METRICS, load_ranks
 from tpme.reports.data.resampling import DRAWS, draw
 from tpme.reports.data.section import Section
 from tpme.reports.data.stats import Floats, holm, interval, paired
-from tpme.reports.data.summary import repeats_of
+from tpme.reports.data.summary import doubt, repeats_of
 from tpme.reports.data.ties import RunNoise
 from tpme.reports.data.trials import Line
 from tpme.reports.gate.measures import counters
@@ -28,8 +29,6 @@ from tpme.reports.gate.measures import counters
 Outcome = Literal["equal", "lower", "higher", "not told apart", "unclear", "not compared"]
 """B against A. ``unclear``: nothing says how far two runs of the same code would differ."""
 
-LEVEL = 0.05
-"""Of the paired tests, after Holm's correction over the rows of a group."""
 MEASURED = ("epoch_time_s", "memory_bytes", "peak_bytes")
 """Costs that depend on the device; P, the third cost of TPME, is exact."""
 QUALITIES = tuple(f"{metric}_10" for metric in METRICS)
@@ -39,8 +38,6 @@ OF_MODEL = (
 """Exact counters that depend on the model alone, so also other data leave them comparable."""
 TASK = {"dataset_fingerprint": "data", "protocol": "protocol"}
 """What must agree for quality, and for counters of the data, to be compared; costs need the same device, too."""
-TRUST = {"epoch_time_s": "epoch_time", "memory_bytes": "memory"}
-"""Quantities whose readings may be doubtful: ``<name>_valid`` and ``<name>_reason`` belong to them."""
 
 
 @dataclass(frozen=True)
@@ -146,9 +143,9 @@ def _or_none(value: float) -> float | None:
 def _doubt(lines: tuple[Line, Line], key: str) -> str | None:
     """Why a quantity of either side is missing or not to be trusted."""
     for side, line in zip("AB", lines, strict=True):
-        if np.isnan(line[key]) or (key in TRUST and not line[f"{TRUST[key]}_valid"]):
-            why = line[f"{TRUST[key]}_reason"] if key in TRUST else "older records do not hold it"
-            return f"missing or not to be trusted in {side}: {why}"
+        why = doubt(line, key)
+        if why or np.isnan(line[key]):
+            return f"missing or not to be trusted in {side}: {why or 'older records do not hold it'}"
     return None
 
 
@@ -232,7 +229,7 @@ def with_quality(pair: SectionPair, rows: tuple[RowPair, ...]) -> tuple[RowPair,
         adjusted = holm([paired(difference) for difference in apart])
         for row, difference, p, bounds in zip(tested, apart, adjusted, _intervals(apart), strict=True):
             a, b = float(gains[0][row.a].mean()), float(gains[1][row.b].mean())
-            outcome: Outcome = "not told apart" if p >= LEVEL else "higher" if b > a else "lower"
+            outcome: Outcome = "not told apart" if p >= P_LEVEL else "higher" if b > a else "lower"
             outcome = outcome if difference.any() else "equal"
             changes[row.a].append(Change(key, a, b, outcome, float(difference.mean()), *bounds, p))
         for row in both:

@@ -6,13 +6,11 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
-
-import pandas as pd
 
 from tpme.bench.errors import UserError
 from tpme.bench.quantities import QUALITY_DIGITS, byte_unit, bytes_text, number, quantity
 from tpme.reports.data.section import Section
+from tpme.reports.data.summary import doubt
 from tpme.reports.data.trials import Line
 from tpme.reports.tables import fields
 from tpme.reports.tables.fields import table_of
@@ -26,11 +24,6 @@ LIMITED = {
     for key in ("peak_bytes", "memory_bytes", "epoch_time_s", "trainable_millions", "ndcg_10", "recall_10")
 }
 """The columns of a summary that can be limited: a quality from below, a cost from above."""
-TRUST = {"peak_bytes": "memory", "memory_bytes": "memory", "epoch_time_s": "epoch_time"}
-"""Columns whose readings may be doubtful: ``<name>_valid`` and ``<name>_reason`` belong to them.
-
-What makes M doubtful, such as other processes on the device, makes the peak doubtful, too.
-"""
 
 
 @dataclass(frozen=True)
@@ -105,9 +98,7 @@ def _judge(section: Section, limits: Limits) -> Choice:
     quality = [name for name in summary.columns if name.startswith(("recall_", "ndcg_"))]
     summary.loc[summary.index.isin(random), quality] = math.nan
     section = replace(section, summary=summary)
-    reasons = {
-        str(name): tuple(_reasons(section, line, limits, str(name) in random)) for name, line in summary.iterrows()
-    }
+    reasons = {name: tuple(_reasons(section, line, limits, name in random)) for name, line in section.lines.items()}
 
     def order(name: str) -> tuple[float, float, str]:
         ndcg, tpme = (float(summary[key][name]) for key in ("ndcg_10", "tpme"))
@@ -121,7 +112,7 @@ def _judge(section: Section, limits: Limits) -> Choice:
     return Choice(section, tuple(qualifying), {name: against for name, against in reasons.items() if against})
 
 
-def _reasons(section: Section, line: pd.Series[Any], limits: Limits, random: bool) -> Iterator[Reason]:
+def _reasons(section: Section, line: Line, limits: Limits, random: bool) -> Iterator[Reason]:
     if limits.device is not None and not _on(section, limits.device):
         yield Reason("device", f"measured on {section.group.key['device_key']}")
     elif line["status"] == "oom":
@@ -135,26 +126,25 @@ def _reasons(section: Section, line: pd.Series[Any], limits: Limits, random: boo
                 yield reason
 
 
-def _out_of_memory(line: pd.Series[Any], limit: float | None) -> Reason:
-    seen = None if pd.isna(line["memory_seen_bytes"]) else float(line["memory_seen_bytes"])
+def _out_of_memory(line: Line, limit: float | None) -> Reason:
+    seen = None if math.isnan(line["memory_seen_bytes"]) else float(line["memory_seen_bytes"])
     text = "out of memory"
     text += "" if seen is None else f", at least {bytes_text(seen)}"
     text += "" if limit is None else f" (limit {_amount('peak_bytes', limit)})"
     return Reason("oom", text, "peak_bytes", seen, limit)
 
 
-def _violation(key: str, limit: float, line: pd.Series[Any], random: bool) -> Reason | None:
+def _violation(key: str, limit: float, line: Line, random: bool) -> Reason | None:
     """The reason why a finished row breaks one limit; None where it keeps it."""
-    name, value = LIMITED[key].header, None if pd.isna(line[key]) else float(line[key])
+    name, value = LIMITED[key].header, None if math.isnan(line[key]) else float(line[key])
     least = LIMITED[key].better == "higher"
-    bound = f"(limit {_amount(key, limit)})"
+    bound, why = f"(limit {_amount(key, limit)})", doubt(line, key)
     if random and least:
         return Reason("random-weights", f"{name} means nothing with random weights {bound}", key, None, limit)
     if value is None:
-        why = f": {line[f'{TRUST[key]}_reason']}" if key in TRUST else ""
-        return Reason("missing", f"no {name} {bound}{why}", key, None, limit)
-    if key in TRUST and not line[f"{TRUST[key]}_valid"]:
-        text = f"{name} {_amount(key, value)} is not to be trusted {bound}: {line[f'{TRUST[key]}_reason']}"
+        return Reason("missing", f"no {name} {bound}{f': {why}' if why else ''}", key, None, limit)
+    if why:
+        text = f"{name} {_amount(key, value)} is not to be trusted {bound}: {why}"
         return Reason("untrusted", text, key, value, limit)
     if value >= limit if least else value <= limit:
         return None

@@ -2,11 +2,13 @@
 
     python scripts/light_peft_payoff.py --docs docs/procedures.md
 
-Both methods take turns (A B A B), each run in a process of its own, with the real trainer and its instruments, on
-synthetic data and random weights: only time and memory are looked at. T is the median training time of an epoch after
-the first, M the peak resident memory of the training epochs over the memory before data and model are loaded. The
-estimation has paid for itself after ``estimation / (T of LoRA - T after the cut)`` epochs; the cut is part of it.
-About ten minutes on two idle cores.
+Four rows: LoRA with its default options, LoRA at the six projections that Light-PEFT adapts, Light-PEFT's estimation,
+and Light-PEFT after its cut. Each has a process of its own, with the real model, trainer and instruments, on synthetic
+data and random weights: only time and memory are looked at. After a first step the rows take turns, a step each, all on
+the same batch (A B C D A B C D), so that what else the machine does hits all of them; ratios of times come from these
+turns. T is the mean training time of a step, M the peak resident memory of the steps over that before data and model
+are loaded. Counters are exact. An estimation of one epoch has paid for itself after ``T of the estimation / (T of LoRA
+- T after the cut)`` epochs. About five minutes on two idle cores.
 """
 
 from __future__ import annotations
@@ -17,70 +19,73 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
+from typing import Any
 
+import numpy as np
 import torch
-from workload import ENCODERS, Size, make_trainer, put
+from numpy.typing import NDArray
+from workload import ENCODERS, TITLE_TOKENS, Size, make_trainer, put
 
 from tpme.bench.counting.batch import DataShape
 from tpme.bench.counting.exact import count
 from tpme.bench.counting.meta import MetaCell
 from tpme.bench.measure.phases import measuring
 from tpme.bench.run.cell import load_libraries
-from tpme.bench.train.facts import epoch_time
+from tpme.methods.light_peft import SIX
+from tpme.reports.data.stats import paired_ratio_interval
 
-METHODS = ("lora", "light-peft")
+ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": ("lora", {}),
+    "lora, six projections": ("lora", {"targets": SIX, "alpha": 16, "dropout": 0.05}),
+    "estimation": ("light-peft", {}),
+    "light-peft": ("light-peft", {}),
+}
+"""Row -> method and options."""
+BEFORE, AFTER, ESTIMATION = ("lora", "lora, six projections"), "light-peft", "estimation"
 MARK = "light-peft-payoff"
 
 
 @dataclass(frozen=True)
-class Run:
-    """One training: measured seconds of an epoch and of the estimation, measured bytes of M, and exact counters."""
+class Facts:
+    """What is known of a row when its turns are over: measured bytes of M, and exact counters."""
 
-    epoch_s: float
-    estimation_s: float
     peak_bytes: float
+    flops: float
     weight_bytes: float
     saved_bytes: float
-    flops: float
     trained: float
 
 
-ROWS = {
-    "epoch_s": ("T, s an epoch", 1),
+UNITS = {
     "peak_bytes": ("M, MiB", 2**20),
     "flops": ("GFLOP a step", 1e9),
     "weight_bytes": ("weights, MiB", 2**20),
     "saved_bytes": ("kept for the backward pass, MiB", 2**20),
     "trained": ("parameters that train, thousands", 1e3),
-    "estimation_s": ("estimation and cut, s", 1),
 }
-"""Field -> its name in the table, and its unit."""
+"""Field of ``Facts`` -> its name in the table, and its unit."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run both methods in turn, and print or document the comparison."""
+    """Let the rows take turns, and print or document the comparison."""
     parser = argparse.ArgumentParser(description="Light-PEFT after its cut against LoRA, and its estimation's cost.")
-    parser.add_argument("--encoders", choices=list(ENCODERS), default="mini")
-    parser.add_argument("--rounds", type=int, default=2, help="runs of each method")
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--users", type=int, default=48)
-    parser.add_argument("--items", type=int, default=150, help="of the catalogue, which every validation encodes")
+    parser.add_argument("--encoders", choices=list(ENCODERS), default="wide")
+    parser.add_argument("--turns", type=int, default=12, help="measured steps of each row")
+    parser.add_argument("--users", type=int, default=2, help="of the batch")
+    parser.add_argument("--items", type=int, default=32, help="of the catalogue")
     parser.add_argument("--docs", type=Path, help="document in which to replace the marked part")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--row", choices=list(ROWS), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    shape = {"encoders": options.encoders, "epochs": options.epochs, "users": options.users, "items": options.items}
-    if options.one:
-        sys.stdout.write(f"{json.dumps(asdict(measured(Size(options.one, batch=8, **shape))))}\n")
+    shape = {"encoders": options.encoders, "users": options.users, "items": options.items}
+    if options.row:
+        method, given = ROWS[options.row]
+        take_turns(options.row, Size(method, options=given, batch=options.users, **shape))
         return 0
-    runs: dict[str, list[Run]] = {name: [] for name in METHODS}
-    for number in range(1, options.rounds + 1):
-        for name in METHODS:
-            runs[name].append(_in_own_process(name, shape))
-            sys.stderr.write(f"{number}/{options.rounds} {name}: {runs[name][-1].epoch_s:.2f} s an epoch\n")
-    text = report(runs, shape)
+    seconds, facts = _measured(shape, options.turns)
+    text = report(seconds, facts, shape)
     if options.docs is None:
         sys.stdout.write(f"{text}\n")
     else:
@@ -88,62 +93,125 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def measured(size: Size) -> Run:
-    """Train by the method's whole procedure in this process."""
+def take_turns(row: str, size: Size) -> None:
+    """Train a first step, then one for every line on stdin, and answer with its seconds; print ``Facts`` at the end."""
     with tempfile.TemporaryDirectory(prefix="tpme-payoff-") as folder, measuring("cpu") as phases:
         with phases.phase("load", "libraries"):
             load_libraries(torch.device("cpu"))
         phases.baseline()
         with phases.phase("load"):
             trainer = make_trainer(size, Path(folder), phases)
-        trainer.run()
+        estimating = row == ESTIMATION
+        if not estimating:
+            trainer.run()  # a light-peft row estimates and is cut here
+        optimizer, first = trainer.optimizer(), len(phases.phases)
+        _say("ready")
+        while True:
+            with phases.phase("load", "wait"):
+                if not sys.stdin.readline():
+                    break
+            if estimating:
+                trainer.method._estimate(trainer)
+            else:
+                trainer.train_epoch(optimizer, "turn")
+            _say(phases.phases[-1].wall_s)
         counts = count(MetaCell.trained(trainer, DataShape.of(trainer.dataset)))
-        memory = phases.training_memory(trainer.outcome.first_phase).host_rss_bytes
-        return Run(
-            epoch_s=epoch_time(trainer.outcome).value or 0.0,
-            estimation_s=sum(phase.wall_s for phase in phases.phases if phase.kind == "estimate"),
-            peak_bytes=memory.value or 0.0,
+        facts = Facts(
+            peak_bytes=phases.training_memory(first).host_rss_bytes.value or 0.0,
+            flops=counts.step.forward_flops + counts.step.backward_flops,
             weight_bytes=counts.weight_bytes,
             saved_bytes=counts.step.saved_bytes,
-            flops=counts.step.forward_flops + counts.step.backward_flops,
             trained=counts.trainable,
         )
+        _say(asdict(facts))
 
 
-def _in_own_process(name: str, shape: Mapping[str, str | int]) -> Run:
+def _say(value: object) -> None:
+    sys.stdout.write(f"{json.dumps(value)}\n")
+    sys.stdout.flush()
+
+
+def _measured(shape: Mapping[str, str | int], turns: int) -> tuple[dict[str, NDArray[np.float64]], dict[str, Facts]]:
+    """The seconds of every turn, (turns,), and the facts of every row."""
     given = [part for key, value in shape.items() for part in (f"--{key}", str(value))]
-    command = [sys.executable, __file__, "--one", name, *given]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return Run(**json.loads(done.stdout.splitlines()[-1]))
+    with ExitStack() as stack:
+        rows = {}
+        for name in ROWS:
+            command = [sys.executable, __file__, "--row", name, *given]
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+            rows[name] = stack.enter_context(process)
+            _read(rows[name])
+        seconds: dict[str, list[float]] = {name: [] for name in ROWS}
+        for turn in range(turns + 1):
+            for name, process in rows.items():
+                process.stdin.write("\n")
+                step_s = _read(process)
+                if turn:  # the first, which allocates, is left out
+                    seconds[name].append(step_s)
+            sys.stderr.write(f"turn {turn}/{turns}: {', '.join(f'{name} {s[-1:]} s' for name, s in seconds.items())}\n")
+        facts = {}
+        for name, process in rows.items():
+            process.stdin.close()
+            facts[name] = Facts(**_read(process))
+    return {name: np.array(values) for name, values in seconds.items()}, facts
 
 
-def report(runs: Mapping[str, Sequence[Run]], shape: Mapping[str, str | int]) -> str:
-    """The comparison as a Markdown table of medians, and the epochs after which the estimation has paid off."""
-    before, after = (_medians(runs[name]) for name in METHODS)
+def _read(process: Any) -> Any:
+    """The next line of a row, as JSON. Raises RuntimeError where it has ended."""
+    line = process.stdout.readline()
+    if not line:
+        raise RuntimeError(f"a row has failed: {' '.join(process.args)}")
+    return json.loads(line)
+
+
+def report(
+    seconds: Mapping[str, NDArray[np.float64]], facts: Mapping[str, Facts], shape: Mapping[str, str | int]
+) -> str:
+    """The comparison as a Markdown table, the ratios' intervals, and when the estimation has paid for itself."""
     encoders = ENCODERS[str(shape["encoders"])]
-    count_of = len(runs[METHODS[0]])
+    columns = (*BEFORE, AFTER)
     lines = [
-        f"Medians of {count_of} runs of each method in turn, {torch.get_num_threads()} CPU threads; text and image "
-        f"encoder of {encoders.depth} layers, {encoders.width} wide, {encoders.tokens} image tokens, batch 8.",
+        f"Text and image encoder of {encoders.depth} layers, {encoders.width} wide, {encoders.heads} heads; "
+        f"{TITLE_TOKENS} tokens a title, {encoders.tokens} an image; {shape['users']} users a batch; "
+        f"{torch.get_num_threads()} CPU threads.",
         "",
-        f"| | {METHODS[0]} | {METHODS[1]} | ratio |",
-        "|---|---:|---:|---:|",
+        f"| | {' | '.join(columns)} | {' | '.join(f'{name} / {AFTER}' for name in BEFORE)} |",
+        f"|---|{'---:|' * (len(columns) + len(BEFORE))}",
+        _line("T, s a step", [float(seconds[name].mean()) for name in columns]),
     ]
-    for name, (label, unit) in ROWS.items():
-        a, b = before[name] / unit, after[name] / unit
-        lines.append(f"| {label} | {a:,.4g} | {b:,.4g} | {f'{a / b:.2f}' if a else ''} |")
-    paired = [a.epoch_s / b.epoch_s for a, b in zip(*(runs[name] for name in METHODS), strict=True)]
-    lines += ["", f"T of every pair: {', '.join(f'{ratio:.2f}' for ratio in paired)} times faster after the cut."]
-    gain = before["epoch_s"] - after["epoch_s"]
-    if gain > 0:
-        lines.append(f"The estimation has paid for itself after {after['estimation_s'] / gain:.1f} epochs.")
-    else:
-        lines.append("An epoch after the cut is not faster here, so the estimation does not pay for itself.")
+    for name, (label, unit) in UNITS.items():
+        lines.append(_line(label, [getattr(facts[column], name) / unit for column in columns]))
+    lines += ["", f"Over {len(seconds[AFTER])} turns, with 95 % intervals:", ""]
+    for name in BEFORE:
+        faster = (
+            f"- A step of `{name}` takes {_ratio(seconds[AFTER], seconds[name])} times as long as one after the cut."
+        )
+        lines.append(f"{faster} {_payoff(seconds, name)}")
+    slower = _ratio(seconds["lora"], seconds[ESTIMATION])
+    lines.append(f"- A step of the estimation takes {slower} times as long as one of `lora`.")
     return "\n".join(lines)
 
 
-def _medians(runs: Sequence[Run]) -> dict[str, float]:
-    return {entry.name: median(getattr(run, entry.name) for run in runs) for entry in fields(Run)}
+def _line(label: str, values: Sequence[float]) -> str:
+    *before, after = values
+    cells = [*(f"{value:,.4g}" for value in values), *(f"{value / after:.2f}" for value in before)]
+    return f"| {label} | {' | '.join(cells)} |"
+
+
+def _ratio(old: NDArray[np.float64], new: NDArray[np.float64]) -> str:
+    bounds = paired_ratio_interval(old, new)
+    assert bounds is not None
+    return f"{new.mean() / old.mean():.2f} ({bounds[0]:.2f} to {bounds[1]:.2f})"
+
+
+def _payoff(seconds: Mapping[str, NDArray[np.float64]], before: str) -> str:
+    """After how many epochs an estimation of one epoch has paid for itself."""
+    gain = seconds[before] - seconds[AFTER]
+    if gain.mean() <= 0:
+        return "An epoch after the cut is not faster here, so the estimation does not pay for itself."
+    return (
+        f"An estimation of one epoch has paid for itself after {seconds[ESTIMATION].mean() / gain.mean():.1f} epochs."
+    )
 
 
 if __name__ == "__main__":

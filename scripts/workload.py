@@ -6,9 +6,10 @@ of BERT and ViT, and the model is the one that ``tpme run`` trains. Nothing is d
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -46,6 +47,11 @@ class Encoders:
         """Tokens of an image, the class token included."""
         return (self.side // self.patch) ** 2 + 1
 
+    @property
+    def heads(self) -> int:
+        """Attention heads of a layer, 64 wide, but at least two."""
+        return max(2, self.width // 64)
+
 
 ENCODERS = {
     "built-in": Encoders(64, 4, side=32, patch=8),
@@ -53,14 +59,19 @@ ENCODERS = {
     "mini": Encoders(256, 4),
     "small": Encoders(512, 4),
     "medium": Encoders(512, 8),
+    "wide": Encoders(768, 4),
     "base": Encoders(768, 12),
 }
-"""The shape of the shipped encoders, and those of the BERT miniatures (Turc et al., 2019) with a ViT/16 alike."""
+"""The shape of the shipped encoders, those of the BERT miniatures (Turc et al., 2019) with a ViT/16 alike, and
+``wide``: the first third of BERT-base and ViT-B/16."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """What is trained, and how large it is. ``full``: every user fills all slots, else lengths are Scientific's."""
+    """What is trained, and how large it is.
+
+    full: every user fills all slots, else lengths are Scientific's. options: of the method.
+    """
 
     method: str
     cached: bool = False
@@ -72,6 +83,7 @@ class Size:
     epochs: int = 1
     full: bool = False
     modalities: tuple[Modality, ...] = ("text", "image")
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def synthetic_data(size: Size, folder: Path) -> Dataset:
@@ -109,7 +121,7 @@ def make_cell(size: Size, folder: Path, device: Literal["cpu", "cuda"]) -> Cell:
     common = {
         "hidden_size": shape.width,
         "num_hidden_layers": shape.depth,
-        "num_attention_heads": max(2, shape.width // 64),
+        "num_attention_heads": shape.heads,
         "intermediate_size": 4 * shape.width,
     }
     specs: dict[Modality, EncoderSpec] = {}
@@ -138,7 +150,7 @@ def make_trainer(size: Size, folder: Path, phases: PhaseLog, device: Literal["cp
     """The trainer of a cell of that size, on synthetic data and weights; its files go to ``folder``."""
     torch.manual_seed(SEED)
     cell, dataset = make_cell(size, folder, device), synthetic_data(size, folder)
-    method = create(size.method, {})
+    method = create(size.method, size.options)
     specs = encoder_specs(cell, method)
     shape = EncoderShape(ENCODERS[size.encoders].width, ENCODERS[size.encoders].depth)
     builder = ModelBuilder(method, cell.training, DataSize.of(dataset), dict.fromkeys(specs, shape))

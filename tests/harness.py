@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
 import textwrap
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
 import tomli_w
 from rich.console import Console
 
+from tpme.bench import cli
 from tpme.bench.measure.phases import measuring
 from tpme.bench.record import CellResult
 from tpme.bench.run.cell import CellRun
@@ -86,6 +90,24 @@ def tpme(*arguments: str, **settings: Any) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"} | settings.pop("env", {})
     command = [sys.executable, "-m", "tpme.bench.cli", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, **settings)
+
+
+def tpme_here(
+    *arguments: str, cwd: Path | None = None, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run the command line in this process, where torch is imported already."""
+    out, error, code = io.StringIO(), io.StringIO(), None
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(error):
+        patch.setattr(sys, "argv", ["tpme", *arguments])
+        patch.chdir(cwd or Path.cwd())
+        for name, value in ({"COLUMNS": "200"} | dict(env or {})).items():
+            patch.setenv(name, value)
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code
+    assert isinstance(code, int)
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), error.getvalue())
 
 
 def wait_for(path: Path) -> str:

@@ -34,7 +34,7 @@ def counted(tmp_path_factory: pytest.TempPathFactory, harness: ModuleType) -> Pa
     matrix = (ROOT / "baselines" / "base-shape.toml").read_text()
     few = re.sub(r"methods = \[.*?\n\]", 'methods = [{ name = "bitfit" }, { name = "popularity" }]', matrix, flags=re.S)
     (folder / "few.toml").write_text(few)
-    done = harness.tpme("baseline", "--count", str(folder / "few.toml"), "--out", str(folder / "few.json"))
+    done = harness.tpme_here("baseline", "--count", str(folder / "few.toml"), "--out", str(folder / "few.json"))
     assert done.returncode == 0, done.stdout + done.stderr
     return folder / "few.json"
 
@@ -50,15 +50,15 @@ def test_every_method_stands_in_the_committed_baseline() -> None:
 
 def test_the_committed_counters_are_those_of_this_code(counted: Path, harness: ModuleType, tmp_path: Path) -> None:
     baseline = ROOT / "baselines" / "base-shape.json"
-    done = harness.tpme("check", str(counted), "--baseline", str(baseline))
+    done = harness.tpme_here("check", str(counted), "--baseline", str(baseline))
     assert done.returncode == 0, done.stdout
-    strict = harness.tpme("check", str(counted), "--baseline", str(baseline), "--strict")
+    strict = harness.tpme_here("check", str(counted), "--baseline", str(baseline), "--strict")
     assert strict.returncode == 1  # only two of the methods were counted
     changed = tmp_path / "changed.json"
     trainable = '"trainable_parameters": 411968'  # BitFit, as the reference counts it without the pooler
     assert trainable in counted.read_text()
     changed.write_text(counted.read_text().replace(trainable, '"trainable_parameters": 411969'))
-    done = harness.tpme("check", str(changed), "--baseline", str(baseline))
+    done = harness.tpme_here("check", str(changed), "--baseline", str(baseline))
     assert done.returncode == 1
     assert "regressed  bitfit  trainable parameters" in done.stdout
     assert "tpme baseline --count" in (ROOT / "baselines" / "base-shape.toml").read_text()
@@ -69,17 +69,17 @@ def test_a_baseline_is_not_replaced_by_accident(counted: Path, harness: ModuleTy
     edited = kept.read_text().replace('"trainable_parameters": 411968', '"trainable_parameters": 500000')
     kept.write_text(edited)
     command = ["baseline", "--count", str(counted.with_suffix(".toml")), "--out", str(kept)]
-    done = harness.tpme(*command)
+    done = harness.tpme_here(*command)
     assert (done.returncode, kept.read_text()) == (2, edited)
     assert "--update keeps" in done.stderr
-    done = harness.tpme(*command, "--update")
+    done = harness.tpme_here(*command, "--update")
     assert done.returncode == 0
     assert "improved  bitfit  trainable parameters" in done.stdout  # an update says what it accepts
     assert '"trainable_parameters": 411968' in kept.read_text()
     kept.write_text(edited.replace('"schema_version": 1', '"schema_version": 0'))
-    done = harness.tpme(*command, "--update")
+    done = harness.tpme_here(*command, "--update")
     assert (done.returncode, done.stderr.count("schema version 0")) == (2, 1)
-    done = harness.tpme(*command, "--replace")  # what the message above tells to do
+    done = harness.tpme_here(*command, "--replace")  # what the message above tells to do
     assert done.returncode == 0, done.stderr
     assert '"trainable_parameters": 411968' in kept.read_text()
 
@@ -99,7 +99,7 @@ def check(harness: ModuleType, tmp_path: Path) -> Tpme:
     """``tpme check`` with its arguments, in an empty folder."""
 
     def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-        done: subprocess.CompletedProcess[str] = harness.tpme(
+        done: subprocess.CompletedProcess[str] = harness.tpme_here(
             "check", *map(str, arguments), cwd=tmp_path, env={"GITHUB_ACTIONS": "", **environment}
         )
         return done

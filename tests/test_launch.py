@@ -22,6 +22,7 @@ from tpme.bench.run import launch
 from tpme.bench.run.launch import run_matrix, store_folder
 from tpme.bench.run.matrix import MatrixFile
 from tpme.bench.run.progress import outcome_line
+from tpme.bench.run.remaining import latest_attempt
 
 STUB = """
 import json, os, signal, sys, time
@@ -246,6 +247,10 @@ def test_rounds_alone_are_not_nothing_to_train(stubbed: Stubbed) -> None:
     (good,) = stubbed.run("ok")
     federated = good.model_copy(update={"all_in_s": Reading(value=2.0, source="rounds")})
     assert outcome_line(federated).endswith("0.5 s, 2.00 s all in")
+    values = {"pass_s": 3.0, "valid_recall_10": 0.25}
+    counters = {name: Reading(value=value, source="report()") for name, value in values.items()}
+    measured = federated.model_copy(update={"counters": counters})
+    assert outcome_line(measured).endswith("0.5 s, 3.00 s a pass, validation Recall@10 0.2500")
 
 
 def test_a_record_that_a_cell_wrote_badly_stops_nothing(stubbed: Stubbed) -> None:
@@ -271,6 +276,34 @@ def test_a_run_folder_names_the_cells_of_its_last_matrix(stubbed: Stubbed) -> No
     stubbed.run("ok")
     assert len(names(stubbed.run_folder / "cells")) == 2
     assert json.loads((stubbed.run_folder / "cells.json").read_bytes()) == {"cells": [stubbed.folder(0).name]}
+
+
+def test_a_finished_record_is_read_once(stubbed: Stubbed, monkeypatch: pytest.MonkeyPatch) -> None:
+    stubbed.run("ok", "error", "oom")
+    read: list[str] = []
+
+    def counted(folder: Path) -> tuple[int, CellResult | None]:
+        read.append(folder.name)
+        return latest_attempt(folder)
+
+    monkeypatch.setattr(launch, "latest_attempt", counted)
+    stubbed.run("ok", "ok", "ok")
+    assert [read.count(stubbed.folder(seed).name) for seed in range(3)] == [1, 2, 1]
+
+
+def test_a_cell_that_another_launcher_finished_before_the_lock_does_not_run_again(
+    stubbed: Stubbed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    announce = launch._announce
+
+    def announce_after_another_run(*arguments: Any, **settings: Any) -> None:
+        monkeypatch.setattr(launch, "_announce", announce)
+        announce(*arguments, **settings)
+        stubbed.run("ok")
+
+    monkeypatch.setattr(launch, "_announce", announce_after_another_run)
+    assert statuses(stubbed.run("error")) == ["ok"]
+    assert stubbed.ran == [0]
 
 
 def test_one_launcher_at_a_time(stubbed: Stubbed, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import tomli_w
 from tpme.bench.counting.batch import DataShape
 from tpme.bench.errors import UserError
 from tpme.bench.record import Cell, EncoderSpec, cell_id
-from tpme.bench.run.cell_checks import check_cells
+from tpme.bench.run.cell_checks import MetaCells, check_cells
 from tpme.bench.run.matrix import MatrixFile, PreparedDataset, expand, load_matrix, presets
 from tpme.bench.task.encoders import pin_revision
 from tpme.methods.registry import available
@@ -393,7 +393,7 @@ def test_a_mistake_in_the_file_is_one_line_that_says_where(name: str, tmp_path: 
 def test_what_does_not_fit_together_is_refused_before_anything_runs(name: str) -> None:
     changes, message = CONFLICTS[name]
     with pytest.raises(UserError, match=message) as error:
-        check_cells(cells(**changes), SHAPES, 10**12)
+        check_cells(cells(**changes), SHAPES, 10**12, MetaCells())
     assert "\n" not in str(error.value)
 
 
@@ -408,8 +408,8 @@ def test_what_a_method_cannot_do_with_these_encoders_is_refused_before_anything_
     matrix = MatrixFile.model_validate(raw(methods=["frozen", "shallow"], encoders=[tiny], seeds=[1, 2]))
     found = expand(matrix, {"d": BOTH}, device="cpu", methods_path=[tmp_path])
     with pytest.raises(UserError, match=r"^method 'shallow': one layer at most$"):
-        check_cells(found, SHAPES, 10**12, [tmp_path])
-    check_cells([cell for cell in found if cell.method == "frozen"], SHAPES, 10**12)
+        check_cells(found, SHAPES, 10**12, MetaCells([tmp_path]))
+    check_cells([cell for cell in found if cell.method == "frozen"], SHAPES, 10**12, MetaCells())
 
 
 def test_modalities_that_data_or_method_lack(tmp_path: Path) -> None:

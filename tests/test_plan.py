@@ -227,14 +227,14 @@ def test_a_data_set_of_another_size(harness: ModuleType, tmp_path: Path) -> None
 
 def test_no_number_is_cut_on_a_narrow_screen(world: Any, harness: ModuleType, tmp_path: Path) -> None:
     file = world.write(tmp_path / "matrix.toml", world.matrix(["fft"]))
-    told = harness.tpme("plan", str(file), "--store", str(world.store), env={"COLUMNS": "40"}, cwd=tmp_path)
+    told = harness.tpme_here("plan", str(file), "--store", str(world.store), env={"COLUMNS": "40"}, cwd=tmp_path)
     assert "fft" in told.stdout
     assert "…" not in told.stdout
 
 
 def test_json_from_the_command_line(world: Any, harness: ModuleType, tmp_path: Path) -> None:
     matrix = world.write(tmp_path / "small.toml", world.matrix(["frozen", "popularity"]))
-    ran = harness.tpme(
+    ran = harness.tpme_here(
         "plan", str(matrix), "--json", "--device-profile", "h100", "--store", str(world.store),
         "--set", "training.precision=bf16", cwd=tmp_path,
     )  # fmt: skip
@@ -252,7 +252,7 @@ def test_wrong_arguments_are_one_line(world: Any, harness: ModuleType, tmp_path:
         (("--runs", "nowhere"), "nowhere"),
         (("--set", "training.precision=fp8"), "precision"),
     ):
-        ran = harness.tpme("plan", matrix, *arguments, cwd=tmp_path)
+        ran = harness.tpme_here("plan", matrix, *arguments, cwd=tmp_path)
         assert ran.returncode == 2
         assert ran.stderr.startswith("tpme: ")
         assert told in ran.stderr

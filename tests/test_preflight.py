@@ -12,12 +12,16 @@ import pytest
 from fake_nvml import GIB, FakeGpu, fake_nvml
 from rich.console import Console
 
+from tpme.bench.counting import meta
+from tpme.bench.counting.meta import MetaCell
 from tpme.bench.errors import UserError
 from tpme.bench.measure.nvml import Nvml
+from tpme.bench.record import Cell
 from tpme.bench.run import preflight
 from tpme.bench.run.launch import run_matrix
 from tpme.bench.run.matrix import MatrixFile
-from tpme.bench.run.preflight import check_disk, device_memory
+from tpme.bench.run.plan import plan_matrix
+from tpme.bench.run.preflight import device_memory
 
 
 def refused(world: Any, run: Path, **changes: Any) -> str:
@@ -72,7 +76,7 @@ def test_an_encoder_without_tokenizer_or_weights_stops_the_run(world: Any, tmp_p
 def test_a_misspelt_encoder_ends_with_2_before_the_first_cell(world: Any, harness: ModuleType, tmp_path: Path) -> None:
     file = world.write(tmp_path / "m.toml", world.matrix(["lora", "popularity"]))
     for command in ("run", "plan"):
-        ran = harness.tpme(
+        ran = harness.tpme_here(
             command, str(file), "--store", str(world.store), "--set", "encoders.text.source=builtin:tiny-txt",
             cwd=tmp_path,
         )  # fmt: skip
@@ -108,8 +112,24 @@ def test_caches_that_do_not_fit_on_the_disk_stop_the_run(
     free -= 1
     with pytest.raises(UserError, match="feature caches"):
         world.run(matrix, tmp_path / "run")
-    lora = [job for job in world.jobs(matrix, tmp_path / "run") if job.cell.method == "lora"]
-    check_disk(lora)
+    assert "1 to run" in dry(world, world.matrix(["lora"]), tmp_path / "run")
+
+
+def test_every_cell_is_built_once_for_all_checks(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[str] = []
+
+    class Counted(MetaCell):
+        def __init__(self, cell: Cell, *arguments: Any, **settings: Any) -> None:
+            built.append(cell.label)
+            super().__init__(cell, *arguments, **settings)
+
+    monkeypatch.setattr(meta, "MetaCell", Counted)
+    matrix = world.matrix(["lora", {"name": "frozen", "cached": True}], seeds=[1, 2])
+    assert "4 to run" in dry(world, matrix, tmp_path / "run")
+    assert built == ["lora", "frozen (cached)"]
+    built.clear()
+    plan_matrix(matrix, store=world.store, console=Console(quiet=True))
+    assert built == ["lora", "frozen (cached)"]
 
 
 def test_a_row_that_does_not_fit_into_memory_is_announced(

@@ -6,30 +6,52 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tpme.bench.errors import UserError
+from tpme.bench.record import Cell, CellResult, Reading
 from tpme.methods.base import Validation
 from tpme.methods.parts.federation import Round
+
+SHAPE = {"encoders": "wide", "users": 2}
 
 
 def test_when_an_estimation_has_paid_for_itself(script: Any) -> None:
     payoff = script("light_peft_payoff")
+    steps = {
+        "lora": [6.0, 4.0],
+        "lora, six projections": [7.0, 7.0],
+        "estimation": [9.0, 9.0],
+        "light-peft": [2.0, 4.0],
+    }
+    seconds = {row: np.array(values) for row, values in steps.items()}
+    facts = dict.fromkeys(steps, payoff.Facts(2.0**21, 3e9, 2.0**20, 2.0**20, 1e3))
+    text = payoff.report(seconds, facts | {"light-peft": payoff.Facts(2.0**20, 2e9, 2.0**20, 2.0**20, 1e3)}, SHAPE)
+    assert "| T, s a step | 5 | 7 | 3 | 1.67 | 2.33 |" in text
+    assert "| M, MiB | 2 | 2 | 1 | 2.00 | 2.00 |" in text
+    assert "| GFLOP a step | 3 | 3 | 2 | 1.50 | 1.50 |" in text
+    first, second, third = text.splitlines()[-3:]
+    assert "`lora` takes 1.67 (" in first
+    assert "paid for itself after 4.5 epochs" in first
+    assert "paid for itself after 2.2 epochs" in second
+    assert "estimation takes 1.80 (" in third
+    slower = payoff.report(seconds | {"light-peft": np.array([6.0, 6.0])}, facts, SHAPE)
+    assert "does not pay for itself" in slower
 
-    def run(epoch_s: float, estimation_s: float = 0.0) -> Any:
-        return payoff.Run(epoch_s, estimation_s, 2.0**21, 2.0**20, 2.0**20, 3e9, 1e3)
 
-    shape = {"encoders": "mini"}
-    text = payoff.report({"lora": [run(6.0), run(4.0)], "light-peft": [run(2.0, 9.0), run(4.0, 9.0)]}, shape)
-    assert "| T, s an epoch | 5 | 3 | 1.67 |" in text
-    assert "T of every pair: 3.00, 1.00 times faster" in text
-    assert "has paid for itself after 4.5 epochs" in text
-    assert "does not pay for itself" in payoff.report({"lora": [run(2.0)], "light-peft": [run(2.0, 9.0)]}, shape)
+@pytest.mark.slow
+def test_rows_take_turns_in_processes_of_their_own(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert script("light_peft_payoff").main(["--encoders", "built-in", "--turns", "1"]) == 0
+    table = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    values = {row[0].strip(): [float(cell.replace(",", "")) for cell in row[1:]] for row in table[2:]}
+    assert all(ratio > 1 for name in ("GFLOP a step", "weights, MiB") for ratio in values[name][3:])
+    assert all(second > 0 for second in values["T, s a step"])
 
 
 @pytest.mark.slow
 def test_what_light_peft_cut_is_drawn_from_a_run(script: Any, world: Any, tmp_path: Path) -> None:
-    matrix = world.matrix([{"name": "light-peft", "options": {"heads": 0.5}}])
+    matrix = world.matrix([{"name": "light-peft", "options": {"heads": 0.5, "round_units_to": 1}}])
     world.run(matrix, tmp_path / "run", save_adapters=True)
     figures = script("procedure_figures")
     titles = [axes.get_title() for axes in figures.light_peft(tmp_path / "run").axes]
@@ -42,27 +64,47 @@ def test_what_light_peft_cut_is_drawn_from_a_run(script: Any, world: Any, tmp_pa
         figures.light_peft(tmp_path / "empty")
 
 
-def test_distances_from_the_anchor_are_drawn_from_records(script: Any, world: Any, tmp_path: Path) -> None:
-    rows = [{"name": "ftp"}, {"name": "ftp", "options": {"annealing": 0.0, "radius_lr": 1000.0}}, {"name": "tpgm"}]
+def projected(method: str, options: dict[str, Any], reached: float, held: float) -> CellResult:
+    """A record whose encoders are ``reached`` / 2 and ``reached`` from the anchor after two epochs."""
+    counters = {
+        f"{modality}_{name}": Reading(value=value, source="report()")
+        for modality in ("text", "image")
+        for name, value in (("distance_epoch_1", reached / 2), ("distance_epoch_2", reached), ("rows_at_radius", held))
+    }
+    return CellResult(
+        cell_id="0123456789ab",
+        attempt=1,
+        cell=Cell(method=method, options=options, dataset="d", dataset_fingerprint="f", modalities=("text", "image")),
+        code_version="v",
+        status="ok",
+        started_at="2026-01-01T00:00:00+00:00",
+        wall_s=1.0,
+        epoch_time_s=Reading(value=1.0, source="clock"),
+        counters=counters,
+    )
+
+
+def test_distances_from_the_anchor_are_drawn_from_records(script: Any, tmp_path: Path) -> None:
     results = [
-        world.tell(world.matrix([row], training={"epochs": 2}), tmp_path / f"run/cells/{place}")
-        for place, row in enumerate(reversed(rows))
+        projected("tpgm", {}, 0.02, 0.7),
+        projected("ftp", {"annealing": 0.0, "radius_lr": 1000.0}, 0.2, 0.0),
+        projected("ftp", {}, 0.04, 0.5),
+        projected("fft", {}, 0.3, 0.0),
     ]
     for place, result in enumerate(results):
+        (tmp_path / f"run/cells/{place}").mkdir(parents=True)
         (tmp_path / f"run/cells/{place}/attempt-1.json").write_text(result.model_dump_json())
     figures = script("procedure_figures")
-    figure = figures.projection(tmp_path / "run")
-    text, image, shares = figure.axes
-    assert [line.get_label() for line in text.lines] == ["ftp", "no radius (fft)", "tpgm"]
-    for axes, modality in ((text, "text"), (image, "image")):
-        for line, result in zip(axes.lines, reversed(results), strict=True):
-            reached = [result.counters[f"{modality}_distance_epoch_{epoch}"].value for epoch in (1, 2)]
-            assert list(line.get_ydata()) == [0.0, *reached]
-    assert text.lines[0].get_ydata()[-1] < text.lines[1].get_ydata()[-1], "the radii hold the weights back"
-    held = [result.counters[f"{m}_rows_at_radius"].value for m in ("text", "image") for result in reversed(results)]
-    assert [bar.get_width() for bar in shares.patches] == held
     assert figures.main(["ftp", str(tmp_path / "run"), "--out", str(tmp_path)]) == 0
     assert (tmp_path / "ftp.png").read_bytes().startswith(b"\x89PNG")
+    text, image, shares = figures.projection(tmp_path / "run").axes
+    for axes in (text, image):
+        assert {line.get_label(): list(line.get_ydata()) for line in axes.lines} == {
+            "ftp": [0.0, 0.02, 0.04],
+            "no radius (fft)": [0.0, 0.1, 0.2],
+            "tpgm": [0.0, 0.01, 0.02],
+        }
+    assert [bar.get_width() for bar in shares.patches] == [0.5, 0.0, 0.7] * 2
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no finished cell of 'ftp' or 'tpgm'"):
         figures.projection(tmp_path / "empty")

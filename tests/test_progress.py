@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from tpme.bench.run.progress import Screen
+from tpme.bench.run.progress import Screen, without_total
 from tpme.reports.data.columns import row_of
 
 UNFREEZES = """
@@ -22,6 +22,12 @@ def said(result: Any) -> str:
     console = Console(file=io.StringIO(), width=300)
     Screen(console, 1).print_outcome(result, Path("attempt-1.log"))
     return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
+
+
+def test_epochs_of_a_part_of_a_procedure_are_counted_without_a_total() -> None:
+    assert without_total("epoch 31/2") == "epoch 31"
+    assert without_total("epoch 2/2") == "epoch 2/2"
+    assert without_total("validate") == "validate"
 
 
 def test_a_method_that_trains_nothing_is_flagged_unless_it_is_a_baseline(run_cell: Callable[..., Any]) -> None:

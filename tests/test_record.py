@@ -17,6 +17,8 @@ from pydantic import ValidationError
 from tpme.bench import record
 from tpme.bench.errors import UserError
 from tpme.bench.record import (
+    HELD_OUT,
+    PASS_S,
     Cell,
     CellResult,
     EncoderSpec,
@@ -65,6 +67,26 @@ def test_a_value_that_json_cannot_hold_is_refused(value: float) -> None:
         Reading(value=value, source="clock")
     with pytest.raises(ValidationError, match="finite"):
         result(wall_s=value)
+
+
+def test_memory_of_rounds_that_an_earlier_attempt_finished_says_why_it_is_missing() -> None:
+    in_rounds = result(counters={PASS_S: Reading(value=2.0, source="report()")})
+    assert in_rounds.pass_memory is not None
+    reading = in_rounds.pass_memory.host_rss_bytes
+    assert (reading.value, reading.valid) == (None, False)
+    assert reading.reason is not None
+    assert reading.reason.startswith("all rounds were finished in earlier attempts")
+    assert result().pass_memory is None
+
+
+def test_an_epoch_without_all_users_is_flagged() -> None:
+    kept = result(counters={HELD_OUT: Reading(value=100.0, source="report()")}).held_out_flag
+    assert kept is not None
+    assert (
+        kept.message
+        == "an epoch trains on all users but 100 (its counter projection_users), so T is that of fewer steps"
+    )
+    assert result().held_out_flag is None
 
 
 @pytest.mark.parametrize("status", ["oom", "diverged", "timeout", "killed", "error", "skipped"])

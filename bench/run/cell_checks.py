@@ -12,7 +12,7 @@ from tpme.bench.record import Cell, EncoderSpec, Modality
 
 if TYPE_CHECKING:
     from tpme.bench.counting.batch import DataShape
-    from tpme.bench.counting.meta import MetaEncoders
+    from tpme.bench.counting.meta import MetaCell, MetaEncoders
     from tpme.methods.base import Method
 
 
@@ -56,37 +56,54 @@ def check_cached(name: str, method: Method, modalities: tuple[Modality, ...]) ->
         raise UserError(f"method '{name}' cannot be cached: it leaves no encoder frozen; remove cached = true")
 
 
+class MetaCells:
+    """The cells of a matrix on ``meta``, each built once for all that is checked and counted before it runs.
+
+    Cells that differ in their seed or learning rates alone are one. ``methods_path``: folders with further methods.
+    """
+
+    def __init__(self, methods_path: Sequence[Path] = ()) -> None:
+        from tpme.bench.counting.meta import MetaEncoders
+
+        self.methods_path, self.encoders = methods_path, MetaEncoders()
+        self._built: dict[str, MetaCell] = {}
+
+    def build(self, cell: Cell, data: DataShape) -> MetaCell:
+        """The cell on a data set of this shape. Raises as ``MetaCell``, and what a method raises that needs values."""
+        from tpme.bench.counting.meta import MetaCell
+
+        key = cost_key(cell)
+        if key not in self._built:
+            self._built[key] = MetaCell(cell, data, self.encoders, self.methods_path)
+        return self._built[key]
+
+    def built(self, cell: Cell) -> MetaCell | None:
+        """The cell as it was built; ``None`` for a method that needs values, of which nothing is known before."""
+        return self._built.get(cost_key(cell))
+
+
 def check_cells(
-    cells: Iterable[Cell],
-    shapes: Mapping[str, DataShape],
-    cache_limit_bytes: int,
-    methods_path: Sequence[Path] = (),
-    encoders: MetaEncoders | None = None,
+    cells: Iterable[Cell], shapes: Mapping[str, DataShape], cache_limit_bytes: int, metas: MetaCells
 ) -> None:
     """Build the model of every cell on ``meta``, to find options and encoders that do not fit before anything runs.
 
-    Cells that differ in their seed or learning rates alone are built once.
-
     Args:
-        cells: of a matrix. shapes: of the data sets, by name. cache_limit_bytes: of the matrix.
-        methods_path: folders with further methods. encoders: where encoders come from; by default new ones.
+        cells: of a matrix. shapes: of the data sets, by name. cache_limit_bytes: of the matrix. metas: builds them.
 
     Raises:
         UserError: also for an encoder whose configuration cannot be read, and for a feature cache above the limit;
             other errors are left to the cell, because a method may need values.
     """
-    from tpme.bench.counting.meta import MetaCell, MetaEncoders
     from tpme.methods.registry import create
 
-    encoders = encoders or MetaEncoders()
     for cell in {cost_key(cell): cell for cell in cells}.values():
-        method = create(cell.method, cell.options, methods_path)
+        method = create(cell.method, cell.options, metas.methods_path)
         if isinstance(method, ChecksItsRun):
             method.check_run(shapes[cell.dataset].users)
         _check_dtypes(cell, method)
-        _check_states(cell, method, encoders)
+        _check_states(cell, method, metas.encoders)
         try:
-            meta = MetaCell(cell, shapes[cell.dataset], encoders, methods_path)
+            meta = metas.build(cell, shapes[cell.dataset])
         except UserError:
             raise
         except Exception:

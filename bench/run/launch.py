@@ -27,6 +27,7 @@ from rich.progress import Progress
 
 from tpme.bench.errors import LONGEST_MESSAGE, UserError, first_problem
 from tpme.bench.record import (
+    CELLS_FILE,
     Cell,
     CellResult,
     Failure,
@@ -38,7 +39,7 @@ from tpme.bench.record import (
     write_atomically,
     write_result,
 )
-from tpme.bench.run.cell_checks import check_cells
+from tpme.bench.run.cell_checks import MetaCells, check_cells
 from tpme.bench.run.job import Job, time_limit_message
 from tpme.bench.run.live import LiveLog
 from tpme.bench.run.matrix import DatasetEntry, MatrixFile, PreparedDataset, expand
@@ -122,21 +123,20 @@ def make_jobs(
     methods_path: Sequence[Path] = (),
     time_limit_s: float | None = None,
     save_adapters: bool = False,
+    metas: MetaCells | None = None,
     console: Console,
 ) -> list[Job]:
-    """The first attempt at every cell of a matrix, in the order they run."""
+    """The first attempt at every cell of a matrix, in the order they run; ``metas`` keeps its cells on ``meta``."""
     from tpme.bench.counting.batch import DataShape
-    from tpme.bench.counting.meta import MetaEncoders
     from tpme.bench.run.preflight import check_inputs
-    from tpme.bench.task.dataset import read_manifest
+    from tpme.bench.task.dataset import Dataset
 
     datasets = prepare_datasets(matrix, store, console)
     cells = expand(matrix, datasets, device=device, methods_path=methods_path)
-    manifests = {name: read_manifest(data.path) for name, data in datasets.items()}
-    shapes = {name: DataShape.assumed(data.users, data.items) for name, data in manifests.items()}
-    encoders = MetaEncoders()
-    check_cells(cells, shapes, matrix.cache_limit_bytes, methods_path, encoders)
-    check_inputs(cells, {name: data.path for name, data in datasets.items()}, methods_path, encoders)
+    shapes = {name: DataShape.of(Dataset.open(data.path)) for name, data in datasets.items()}
+    metas = metas or MetaCells(methods_path)
+    check_cells(cells, shapes, matrix.cache_limit_bytes, metas)
+    check_inputs(cells, {name: data.path for name, data in datasets.items()}, metas)
     jobs = jobs_of(cells, matrix, datasets, run, store, methods_path)
     changes = {"save_adapters": save_adapters} | ({} if time_limit_s is None else {"time_limit_s": time_limit_s})
     return [job.model_copy(update=changes) for job in jobs]
@@ -199,6 +199,7 @@ def run_matrix(
     Ctrl-C stops the running cell, leaves no record of it, and raises KeyboardInterrupt; a second call resumes.
     SIGTERM and SIGHUP do the same and raise SystemExit.
     """
+    metas = MetaCells(methods_path)
     jobs = make_jobs(
         matrix,
         run,
@@ -207,35 +208,48 @@ def run_matrix(
         methods_path=methods_path,
         time_limit_s=time_limit_s,
         save_adapters=save_adapters,
+        metas=metas,
         console=console,
     )
     latest = [latest_attempt(job.folder)[1] for job in jobs]
     screen = Screen(console, len(jobs))
-    _announce(jobs, latest, run, screen, rows=dry_run)
+    _announce(jobs, latest, run, metas, screen, rows=dry_run)
     if dry_run:
         return [result for result in latest if result is not None]
     with locked_run(run), screen:
         _write_matrix(run, matrix, jobs)
-        return [_finished(job, *latest_attempt(job.folder), screen, live) for job in jobs]
+        return [_finished(job, result, screen, live) for job, result in zip(jobs, latest, strict=True)]
 
 
 def _announce(
-    jobs: Sequence[Job], latest: Sequence[CellResult | None], run: Path, screen: Screen, *, rows: bool
+    jobs: Sequence[Job],
+    latest: Sequence[CellResult | None],
+    run: Path,
+    metas: MetaCells,
+    screen: Screen,
+    *,
+    rows: bool,
 ) -> None:
     """Print what is to run, and what of it will probably fail; raises UserError where the disk has no room for it."""
     from tpme.bench.run.preflight import check_disk, memory_warnings
 
     missing = [job for job, result in zip(jobs, latest, strict=True) if not is_finished(result, job)]
-    check_disk(missing)
+    check_disk(missing, metas)
     state = remaining(jobs, latest, run)
     if rows:
         screen.console.print(remaining_table(state))
-    for sentence in (state.text, *memory_warnings(missing)):
+    for sentence in (state.text, *memory_warnings(missing, metas)):
         screen.print(sentence)
 
 
-def _finished(job: Job, attempts: int, result: CellResult | None, screen: Screen, live: LiveLog | None) -> CellResult:
-    """The record of a cell: the latest, or that of another attempt where it is not finished."""
+def _finished(job: Job, result: CellResult | None, screen: Screen, live: LiveLog | None) -> CellResult:
+    """The record of a cell: the latest, or that of another attempt where it is not finished.
+
+    ``result`` is what was there before the run folder was locked; another launcher may have finished the cell since.
+    """
+    attempts = 0
+    if not is_finished(result, job):
+        attempts, result = latest_attempt(job.folder)
     if not is_finished(result, job):
         attempt = job.model_copy(update={"attempt": attempts + 1})
         with screen.cell(job.cell.label) as show:
@@ -251,7 +265,7 @@ def _write_matrix(run: Path, matrix: MatrixFile, jobs: Sequence[Job]) -> None:
     Reports show these cells; the folders of earlier matrices and versions stay where they are.
     """
     names = list(dict.fromkeys(job.folder.name for job in jobs))
-    write_atomically(run / "cells.json", (json.dumps({"cells": names}, indent=1) + "\n").encode())
+    write_atomically(run / CELLS_FILE, (json.dumps({"cells": names}, indent=1) + "\n").encode())
     write_atomically(run / "matrix.json", (matrix.model_dump_json(indent=1) + "\n").encode())
 
 

@@ -18,11 +18,11 @@ from rich.console import Console
 from tpme.bench.counting.batch import DataShape
 from tpme.bench.counting.devices import DeviceProfile
 from tpme.bench.counting.exact import Counts, Step, count, planned_peak, run_step
-from tpme.bench.counting.meta import RELEASED, MetaCell, MetaEncoders
+from tpme.bench.counting.meta import RELEASED, MetaCell
 from tpme.bench.errors import UserError, one_line
 from tpme.bench.quantities import memory_reading
 from tpme.bench.record import Cell, CellResult, Frozen, Modality, Precision, find_results, read_result
-from tpme.bench.run.cell_checks import check_cells, cost_key
+from tpme.bench.run.cell_checks import MetaCells, check_cells, cost_key
 from tpme.bench.run.job import Job
 from tpme.bench.run.launch import choose_device, jobs_of, prepare_datasets
 from tpme.bench.run.matrix import DatasetEntry, MatrixFile, PreparedDataset, expand
@@ -148,11 +148,11 @@ def plan_matrix(
         datasets[entry.name], shapes[entry.name] = _data(matrix, entry, store, users, items, console)
     distinct: dict[str, Cell] = {}
     expanded = expand(matrix, datasets, device="cuda", methods_path=methods_path)
-    encoders = MetaEncoders()
-    check_cells(expanded, shapes, matrix.cache_limit_bytes, methods_path, encoders)
+    metas = MetaCells(methods_path)
+    check_cells(expanded, shapes, matrix.cache_limit_bytes, metas)
     prepared = {name: data.path for name, data in datasets.items() if data.fingerprint != NOT_PREPARED}
     unread = _unread()
-    check_inputs(expanded, prepared, methods_path, encoders, without=unread)
+    check_inputs(expanded, prepared, metas, without=unread)
     for cell in expanded:
         distinct.setdefault(cost_key(cell), cell)
     results = map(read_result, find_results([runs] if runs else []))
@@ -160,7 +160,7 @@ def plan_matrix(
     cells = []
     for key, cell in distinct.items():
         with console.status(f"Counting {cell.label} ..."):
-            cells.append(_plan_cell(cell, shapes[cell.dataset], encoders, methods_path, device))
+            cells.append(_plan_cell(cell, shapes[cell.dataset], metas, device))
         measured = _measured_cost([result for result in recorded if cost_key(result.cell) == key])
         cells[-1] = cells[-1].model_copy(update={"measured": measured})
     sources = [f"Data set '{name}': {shape.describe()}." for name, shape in shapes.items()]
@@ -174,7 +174,7 @@ def plan_matrix(
     latest = [latest_attempt(job.folder)[1] for job in jobs]
     missing = [job for job, result in zip(jobs, latest, strict=True) if not is_finished(result, job)]
     known = [job for job in missing if job.cell.dataset in prepared and not unread & _sources(job.cell)]
-    warnings = [*_disk_warnings(known), *(_memory_warnings(cells, kind) if device is None else ())]
+    warnings = [*_disk_warnings(known, metas), *(_memory_warnings(cells, kind) if device is None else ())]
     return plan.model_copy(update={"remaining": remaining(jobs, latest, run), "warnings": tuple(warnings)})
 
 
@@ -196,10 +196,10 @@ def _memory_warnings(cells: Sequence[PlannedCell], kind: str) -> list[str]:
     return [memory_warning(label, size, memory, name) for label, size in sizes if memory and size > memory]
 
 
-def _disk_warnings(missing: Sequence[Job]) -> list[str]:
+def _disk_warnings(missing: Sequence[Job], metas: MetaCells) -> list[str]:
     """What the store of this machine has no room for."""
     try:
-        check_disk(missing)
+        check_disk(missing, metas)
     except UserError as error:
         return [str(error)]
     return []
@@ -223,11 +223,9 @@ def _data(
 # --- one cell --------------------------------------------------------------------------------------------------------
 
 
-def _plan_cell(
-    cell: Cell, data: DataShape, encoders: MetaEncoders, methods_path: Sequence[Path], device: DeviceProfile | None
-) -> PlannedCell:
+def _plan_cell(cell: Cell, data: DataShape, metas: MetaCells, device: DeviceProfile | None) -> PlannedCell:
     try:
-        meta = MetaCell(cell, data, encoders, methods_path)
+        meta = metas.build(cell, data)
         counts, step = count(meta), run_step(meta, fused_attention=True)
     except UserError:
         raise

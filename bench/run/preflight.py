@@ -14,13 +14,12 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from tpme.bench.counting.batch import DataShape
 from tpme.bench.counting.exact import count, planned_peak, run_step
 from tpme.bench.counting.meta import MetaCell, MetaEncoders
 from tpme.bench.errors import UserError
 from tpme.bench.measure.nvml import Nvml, NvmlError
 from tpme.bench.record import Cell, EncoderSpec
-from tpme.bench.run.cell_checks import cost_key
+from tpme.bench.run.cell_checks import MetaCells, cost_key
 from tpme.bench.run.inputs import feature_job
 from tpme.bench.run.job import Job
 from tpme.bench.task.checkpoints import checkpoint_folder
@@ -37,24 +36,21 @@ WORTH_PLANNING = 1e-3
 def check_inputs(
     cells: Iterable[Cell],
     folders: Mapping[str, Path],
-    methods_path: Sequence[Path] = (),
-    encoders: MetaEncoders | None = None,
+    metas: MetaCells,
     *,
     without: Collection[str] = (),
 ) -> None:
     """Check that every encoder that is to run can be read, and reads the images and titles of its data set.
 
     Args:
-        cells: of a matrix. folders: of each prepared data set, by name. methods_path: folders with further methods.
-        encoders: where configurations come from; by default new ones.
+        cells: of a matrix. folders: of each prepared data set, by name. metas: where configurations come from.
         without: sources of encoders of which only the configuration is known, not the files.
 
     Raises UserError where one cannot be read, or does not fit.
     """
-    encoders = encoders or MetaEncoders()
     seen = set()
     for cell in {cost_key(cell): cell for cell in cells}.values():
-        use = EncoderUse.of(cell, create(cell.method, cell.options, methods_path))
+        use = EncoderUse.of(cell, create(cell.method, cell.options, metas.methods_path))
         for modality, spec in {**use.run, **use.cached}.items():
             key = (cell.dataset, modality, spec.model_dump_json(), cell.training.title_tokens)
             if key in seen or cell.dataset not in folders:
@@ -64,7 +60,7 @@ def check_inputs(
             if known:
                 _check_weights(spec)
             if modality == "image":
-                _check_images(cell.dataset, dataset, spec, encoders)
+                _check_images(cell.dataset, dataset, spec, metas.encoders)
             elif known:
                 _check_titles(dataset, spec, cell.training.title_tokens)
 
@@ -103,13 +99,11 @@ def _check_titles(dataset: Dataset, spec: EncoderSpec, title_tokens: int) -> Non
 # --- the machine -----------------------------------------------------------------------------------------------------
 
 
-def check_disk(jobs: Sequence[Job]) -> None:
+def check_disk(jobs: Sequence[Job], metas: MetaCells) -> None:
     """Raise UserError where the store has no room for the feature caches that ``jobs``, about to run, build."""
-    encoders = MetaEncoders()
     caches: dict[Path, tuple[str, int]] = {}
     for job in {cost_key(job.cell): job for job in jobs if job.cell.cached}.values():
-        meta = _meta(job, encoders)
-        if meta is not None:
+        if meta := metas.built(job.cell):
             caches |= _missing_caches(job, meta)
     needed = sum(size for _, size in caches.values())
     if not needed:
@@ -125,7 +119,7 @@ def check_disk(jobs: Sequence[Job]) -> None:
         )
 
 
-def memory_warnings(jobs: Sequence[Job]) -> list[str]:
+def memory_warnings(jobs: Sequence[Job], metas: MetaCells) -> list[str]:
     """A sentence for every row of ``jobs``, all of one device, that will probably run out of memory.
 
     Such a row is not refused, because running out of memory is a result, too.
@@ -133,9 +127,8 @@ def memory_warnings(jobs: Sequence[Job]) -> list[str]:
     memory, name = device_memory(jobs[0].cell.device) if jobs else (None, "")
     if memory is None:
         return []
-    encoders = MetaEncoders()
-    metas = (_meta(job, encoders) for job in {cost_key(job.cell): job for job in jobs}.values())
-    needed = [(meta.cell.label, _planned_bytes(meta, memory)) for meta in metas if meta is not None]
+    built = (metas.built(job.cell) for job in {cost_key(job.cell): job for job in jobs}.values())
+    needed = [(meta.cell.label, _planned_bytes(meta, memory)) for meta in built if meta is not None]
     return [memory_warning(label, size, memory, name) for label, size in needed if size > memory]
 
 
@@ -145,16 +138,6 @@ def memory_warning(label: str, needed: int, memory: int, name: str) -> str:
         f"{label} will probably run out of memory: its tensors alone are planned to take {needed / 1e9:.1f} GB, and "
         f"{name} has {memory / 1e9:.1f} GB."
     )
-
-
-def _meta(job: Job, encoders: MetaEncoders) -> MetaCell | None:
-    """The cell of a job on ``meta``; ``None`` for a method that needs values, of which nothing is known before."""
-    try:
-        return MetaCell(job.cell, DataShape.of(Dataset.open(job.dataset_path)), encoders, job.methods_path)
-    except UserError:
-        raise
-    except Exception:
-        return None
 
 
 def device_memory(device: str) -> tuple[int | None, str]:

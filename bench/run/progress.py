@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -71,6 +72,7 @@ class Screen:
         bar = self.bars.add_task(label, total=100, detail="start")
 
         def show(what: str, share: float) -> None:
+            what = without_total(what)
             self.bars.update(bar, completed=round(100 * share), detail=what)
             self._line(label, what, share)
 
@@ -102,17 +104,25 @@ class Screen:
             self.print(f"{'':<18} log: {log}")
 
 
+def without_total(what: str) -> str:
+    """``what``, but "epoch 31" for "epoch 31/2": rounds of two epochs each count their epochs on."""
+    numbers = re.fullmatch(r"epoch (\d+)/(\d+)", what)
+    return f"epoch {numbers[1]}" if numbers and int(numbers[1]) > int(numbers[2]) else what
+
+
 def outcome_line(result: CellResult) -> str:
     """The outcome of a cell in one line, with markup."""
     label, mark = result.cell.label, "[green]ok[/]" if result.status == "ok" else f"[red]{result.status}[/]"
     if result.failure:
         return f"{escape(f'{label:<18}')} {mark}  {escape(result.failure.message)}"
     best = max((epoch.valid_recall_10 for epoch in result.epochs), default=None)
-    epoch_s, all_in_s = result.epoch_time_s.value, result.all_in_s.value if result.all_in_s else None
+    if result.in_rounds and "valid_recall_10" in result.counters:
+        best = result.counters["valid_recall_10"].value
+    pass_s, all_in_s = result.pass_time_s.value, result.all_in_s.value if result.all_in_s else None
     details = [f"{result.wall_s:.1f} s"]
-    if epoch_s is not None:
-        details.append(f"{epoch_s:.2f} s an epoch")
-    else:  # rounds alone are no epochs
+    if pass_s is not None:
+        details.append(f"{pass_s:.2f} s {'a pass' if result.in_rounds else 'an epoch'}")
+    else:
         details.append(f"{all_in_s:.2f} s all in" if all_in_s is not None else "nothing to train")
     if best is not None:
         details.append(f"validation Recall@10 {best:.4f}")

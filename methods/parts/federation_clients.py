@@ -17,6 +17,8 @@ CHUNK = 256
 """Items that are encoded at once."""
 SIZES = 5.0
 """Concentration of the clients' sizes: n_k ~ Dirichlet(5)."""
+FEWEST = 2
+"""Users of a client: the loss of one user alone is 0, because other users' items are its negatives."""
 
 
 def iid_clients(users: int, clients: int, rng: np.random.Generator) -> Ids:
@@ -27,17 +29,18 @@ def iid_clients(users: int, clients: int, rng: np.random.Generator) -> Ids:
 def dirichlet_clients(cluster: Ids, clients: int, alpha: float, rng: np.random.Generator) -> Ids:
     """The client of every user, (users,), where clients prefer different clusters.
 
-    Client k has a prior over the clusters, q_k ~ Dirichlet(alpha), and a size n_k ~ Dirichlet(5), at least 1. Places
-    are filled in random order, each with a user of a cluster drawn from q_k; where all those are taken, with any.
+    Client k has a prior over the clusters, q_k ~ Dirichlet(alpha), and a size n_k ~ Dirichlet(5), at least
+    ``FEWEST``. Places are filled in random order, each with a user of a cluster drawn from q_k; where all those are
+    taken, with any.
 
     Args:
-        cluster: (users,) of every user.
+        cluster: (users,) of every user. clients: at most users / ``FEWEST``.
     """
     names, index = np.unique(cluster, return_inverse=True)
     prior = rng.dirichlet(np.full(len(names), alpha), clients)
     left = [rng.permutation(np.flatnonzero(index == c)).tolist() for c in range(len(names))]
     result = np.empty(len(cluster), dtype=np.int64)
-    sizes = 1 + rng.multinomial(len(cluster) - clients, rng.dirichlet(np.full(clients, SIZES)))
+    sizes = FEWEST + rng.multinomial(len(cluster) - FEWEST * clients, rng.dirichlet(np.full(clients, SIZES)))
     for client in rng.permutation(np.repeat(np.arange(clients), sizes)):
         open_ = np.array([len(users) > 0 for users in left])
         weights = prior[client] * open_

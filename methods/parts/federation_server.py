@@ -14,8 +14,8 @@ from torch import Tensor
 
 State = Mapping[str, Tensor]
 """Float32 tensors by name."""
-DECAY, FLOOR = 0.99, 0.0025
-"""Of the server's step a round: 0.99 eta, at least 0.0025 client rates (published: 1e-4 where the client's is 4e-2)."""
+DECAY, FLOOR = 0.99, 0.002
+"""Of the server's step: its factor a round, and its least share of the first (published: 1e-4 of 0.05)."""
 
 
 @dataclass(frozen=True)
@@ -86,18 +86,22 @@ class FedPepTAOServer(FedAvg):
 
         c_k' = c_k - c + (P - P_k) / (tau_k eta),   c <- c + S sum_k tau_k (c_k' - c_k) / sum_k tau_k
         u_k = m v + (1 - m) (Delta_before - Delta) + (c - c_k'),   v <- sum_k w_k u_k
-        P <- sum_k w_k P_k - eta_s v   from the second round on
+        P <- sum_k w_k P_k - eta_s v,  eta_s = r tau eta   from the second round on
 
     The server derives c and c_k itself, so they cost no traffic. Every client's u_k starts from the v before the round.
 
+    tau is the mean of tau_k: a client moves a prompt by about tau eta, and (c - c_k) is a move by one step. While c
+    and c_k start from 0, their difference does not cancel but points back, and v sums it up ten times (m = 0.9). A
+    fixed eta_s (published: 0.05 where eta is 0.04) then undoes what clients of a few local steps have done.
+
     Args:
-        model: the state at the start. prompts: names of the prompts in it. rate: eta_s as a multiple of eta.
-        momentum: m. share: S, of the clients in a round.
+        model: the state at the start. prompts: names of the prompts in it. rate: r. momentum: m.
+        share: S, of the clients in a round.
     """
 
     def __init__(self, model: State, prompts: Collection[str], *, rate: float, momentum: float, share: float) -> None:
         super().__init__(model)
-        self.prompts, self.keep, self.share, self.floor = list(prompts), momentum, share, min(FLOOR, rate)
+        self.prompts, self.keep, self.share, self.floor = list(prompts), momentum, share, FLOOR * rate
         self.drift = Drift(self._zeros(), self._zeros(), rate)
 
     def _zeros(self) -> dict[str, Tensor]:
@@ -128,7 +132,7 @@ class FedPepTAOServer(FedAvg):
                 turn = (1 - self.keep) * (drift.previous[name].double() - delta)
                 carried = self.keep * drift.momentum[name].double() + turn
                 momentum = sum(w * (carried + control - new[client]) for client, w in weights.items())
-                self.model[name] = (mean[name] - drift.rate * eta * momentum).float()
+                self.model[name] = (mean[name] - drift.rate * steps / len(replies) * eta * momentum).float()
                 drift.momentum[name] = torch.as_tensor(momentum).float()
             drift.control[name] = torch.as_tensor(control).float()
             for client in replies:

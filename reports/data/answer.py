@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isnan
 
 from tpme.bench.quantities import bytes_text, number, quantity
 from tpme.reports.data.notes import mixing
@@ -51,6 +52,13 @@ def best_rows(section: Section) -> list[str]:
     return [order[0], *(name for name in order[1:] if tested and name not in worse)]
 
 
+def cheapest_rows(section: Section, among: Sequence[str]) -> list[str]:
+    """Those of the rows ``among`` that share the best rank by TPME, best first; empty where none has a rank."""
+    ranks = section.summary["tpme_rank"]
+    ranks = ranks[ranks.index.isin(among)].dropna()
+    return [str(name) for name in ranks.index[ranks == ranks.min()]]
+
+
 def _best(section: Section, good: Sequence[str]) -> str:
     header = quantity(f"{METRIC}_10").header
     if not good:
@@ -74,16 +82,14 @@ def _best(section: Section, good: Sequence[str]) -> str:
 def _cheapest(section: Section, good: Sequence[str]) -> str:
     """Among the rows of the best quality, or all where none is known, those of the best rank by TPME."""
     of_these = "Cheapest at that quality" if good else "Cheapest"
-    finished = section.summary[section.summary["status"] == "ok"]
-    candidates = finished[finished.index.isin(good)] if good else finished
-    ranks = candidates["tpme_rank"].dropna()
-    if len(ranks) < len(candidates):  # a reference row may cost less, and has no rank
+    among = good or [name for name, line in section.lines.items() if line["status"] == "ok"]
+    cheapest = cheapest_rows(section, among)
+    if any(isnan(section.lines[name]["tpme_rank"]) for name in among):  # a reference row may cost less, without a rank
         of_these += ", of the rows with a TPME"
-    if ranks.empty:
+    if not cheapest:
         if len(good) == 1 or (good and not len(section.compared)):
             return f"What that costs: {_costs(section, section.lines[good[0]])}."
         return "No row can be called the cheapest: none has a TPME."
-    cheapest = [str(name) for name in ranks.index[ranks == ranks.min()]]
     text = f"{of_these}: {cheapest[0]}"
     tied = "tied within noise" if section.noise.source else "at the same cost"
     text += f" ({tied}: {_listed(cheapest[1:])})" if len(cheapest) > 1 else ""
@@ -91,25 +97,23 @@ def _cheapest(section: Section, good: Sequence[str]) -> str:
 
 
 def _costs(section: Section, line: Line) -> str:
+    """The costs of a row that were measured, and their ratio to those of the reference row, unless it is that."""
     parts = []
-    if line["epoch_time_s"] == line["epoch_time_s"]:
+    if not isnan(line["epoch_time_s"]):
         best = line["time_to_best_s"]
-        in_all = f" ({number(best)} s in all up to the best one)" if best == best else ""
+        in_all = "" if isnan(best) else f" ({number(best)} s in all up to the best one)"
         parts.append(f"{number(line['epoch_time_s'])} s an epoch{in_all}")
-    if line["trainable_millions"] == line["trainable_millions"]:
+    if not isnan(line["trainable_millions"]):
         parts.append(f"{number(line['trainable_millions'])} M trainable parameters")
-    if line["memory_bytes"] == line["memory_bytes"]:
+    if not isnan(line["memory_bytes"]):
         parts.append(f"{bytes_text(line['memory_bytes'])} while training")
-    if line["peak_bytes"] == line["peak_bytes"]:
+    if not isnan(line["peak_bytes"]):
         parts.append(f"{bytes_text(line['peak_bytes'])} at the peak of the whole run ({line['peak_phase']})")
     text = ", ".join(parts) or "no cost measured"
-    ratio = line["cost_ratio"]
-    if section.reference is not None and ratio == ratio and line is not section.lines[section.reference]:
-        text += (
-            f"; {100 * ratio:.2g} % of {section.reference}'s cost (weighted geometric mean of epoch time, parameters "
-        )
-        text += "and training memory)"
-    return text
+    if section.reference is None or isnan(line["cost_ratio"]) or line is section.lines[section.reference]:
+        return text
+    share = f"{100 * line['cost_ratio']:.2g} % of {section.reference}'s cost"
+    return f"{text}; {share} (weighted geometric mean of epoch time, parameters and training memory)"
 
 
 def _trust(section: Section) -> str:

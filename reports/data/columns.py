@@ -30,7 +30,7 @@ def row_of(result: CellResult, device_key: str) -> dict[str, Any]:
         **_epoch_columns(result),
         "flags": tuple(
             (flag.code, flag.message)
-            for flag in (*result.flags, result.untrained, result.costs_flag)
+            for flag in (*result.flags, result.untrained, result.costs_flag, result.held_out_flag)
             if flag is not None
         ),
     }
@@ -132,7 +132,7 @@ def _epoch_columns(result: CellResult) -> dict[str, Any]:
         "epochs_run": len(result.epochs),
         "warmup_epochs": result.warmup_epochs,
         "best_epoch": best.index if best else None,
-        "time_to_best_s": _time_to_best(result, best) if best else None,
+        "time_to_best_s": _time_to_best(result, best) if best else _time_to_best_round(result),
         "valid_recall_10": best.valid_recall_10 if best else _counter(result, "valid_recall_10"),
         "valid_ndcg_10": best.valid_ndcg_10 if best else _counter(result, "valid_ndcg_10"),
     }
@@ -149,6 +149,13 @@ def _time_to_best(result: CellResult, best: Epoch) -> float:
         return result.all_in_s.value - sum(epoch.train_s for epoch in result.epochs if epoch.index > best.index)
     cache_s = result.cache.build_s if result.cache else 0.0  # of a failed attempt, or an old record
     return cache_s + sum(epoch.train_s for epoch in result.epochs if epoch.index <= best.index)
+
+
+def _time_to_best_round(result: CellResult) -> float | None:
+    """The same of a method that trains in rounds alone."""
+    after = _counter(result, "after_best_s")
+    all_in = result.all_in_s.value if result.all_in_s else None
+    return all_in - after if all_in is not None and after is not None else None
 
 
 def _encoder(spec: EncoderSpec, modality: str) -> str:

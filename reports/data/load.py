@@ -22,15 +22,12 @@ import numpy.typing as npt
 import pandas as pd
 
 from tpme.bench.errors import UserError
-from tpme.bench.record import CellResult, Phase, cell_id, find_attempts, find_results, read_result
+from tpme.bench.record import CELLS_FILE, CellResult, Phase, cell_id, find_attempts, find_results, read_result
 from tpme.reports.data.columns import row_of
 from tpme.reports.data.ranks import REPORTED, load_arrays, mean_gains
 from tpme.reports.data.trials import select_trials
 
 Array = npt.NDArray[Any]
-
-CELLS_FILE = "cells.json"
-"""In a run folder: the names of the folders of its last matrix's cells, under ``cells``."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import chain, zip_longest
 
 from tpme.bench.quantities import bytes_text, quantity
+from tpme.reports.data.summary import doubt
 from tpme.reports.data.trials import Group, Line, mixture, settings
 
 INSTRUMENTS = frozenset({"sampler", "cache-placement"})
@@ -119,9 +120,9 @@ def _row_notes(
         ends = sorted({cell["status"] for cell in seeds} - {"ok"})
         yield f"{line['seeds_ok']} of {line['seeds']} seeds finished ({', '.join(ends)}); the row is over those alone"
     if line["status"] == "ok" and line["compared"]:
-        for key, column in (("epoch_time", "epoch_time_s"), ("memory", "memory_bytes")):
-            if not line[f"{key}_valid"]:
-                yield f"no TPME, for {quantity(column).header} is missing or not to be trusted: {line[f'{key}_reason']}"
+        for key in ("epoch_time_s", "memory_bytes"):
+            if why := doubt(line, key):
+                yield f"no TPME, for {quantity(key).header} is missing or not to be trusted: {why}"
     if several_sources and line["compared"] and line["status"] == "ok":
         yield f"M by {line['memory_source']}"
     if line["search_trials"] > 1:

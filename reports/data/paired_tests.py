@@ -11,6 +11,7 @@ import numpy as np
 from tpme.reports.data.stats import Floats, holm, paired_each
 
 P_LEVEL = 0.05
+"""Of a whole family of paired tests, after Holm's correction."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ Tables and figures read everything from a ``Section``.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from tpme.bench.errors import UserError
+from tpme.bench.errors import UserError, nearest
 from tpme.bench.record import CellResult
 from tpme.reports.data.load import Recorded, counter_values
 from tpme.reports.data.metrics import over_seeds, quality
@@ -254,6 +253,6 @@ def check_rows(named: Sequence[str], groups: Sequence[Group]) -> None:
     known = sorted({str(name) for group in groups for column in ("row", "label") for name in group.cells[column]})
     for name in named:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(known)}"
+            near = nearest(name, known)
+            hint = f"did you mean '{near}'?" if near else f"there are {', '.join(known)}"
             raise UserError(f"row '{name}' is in none of these records; {hint}")

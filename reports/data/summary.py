@@ -30,6 +30,8 @@ LARGEST = (
     *("cache_bytes", "cache_peak_bytes"),
 )
 """Values whose largest counts."""
+TRUST = {"peak_bytes": "memory", "memory_bytes": "memory", "epoch_time_s": "epoch_time"}
+"""Columns whose readings may be doubtful: ``<name>_valid`` and ``<name>_reason`` belong to them."""
 
 
 def seeds_of(cells: pd.DataFrame) -> dict[str, list[Line]]:
@@ -73,6 +75,18 @@ def line_of(seeds: Sequence[Line]) -> dict[str, Any]:
         line[f"{name}_reason"] = next((reason for reason in reasons if isinstance(reason, str)), None)
     line["memory_source"] = ", ".join(sorted({cell["memory_source"] for cell in cells}))
     return line
+
+
+def doubt(line: Line, key: str) -> str | None:
+    """Why a column of a row's line is missing or not to be trusted; None where no reading says so.
+
+    What makes M doubtful, such as other processes on the device, makes the whole-run peak doubtful, too. Where there is
+    no M, nothing was trained, which says nothing against the peak.
+    """
+    name = TRUST.get(key)
+    if name is None or line[f"{name}_valid"] or (key == "peak_bytes" and np.isnan(line["memory_bytes"])):
+        return None
+    return str(line[f"{name}_reason"])
 
 
 def _values(cells: Sequence[Line], name: str) -> Floats:

@@ -147,7 +147,7 @@ def ratio(section: Section, key: str) -> list[Field]:
 
 def tpme(section: Section, *, bounds: bool = False) -> list[Field]:
     """TPME in percent and rank, for people with its ``bounds`` if asked; a row out of memory has its lower bound."""
-    best, ties = best_rows(section.summary["tpme"], "lower"), set(section.ties)
+    best = best_rows(section.summary["tpme"], "lower")
 
     def percent(name: str, line: Line) -> Entry:
         if not isnan(line["tpme_lower_bound"]):
@@ -162,12 +162,6 @@ def tpme(section: Section, *, bounds: bool = False) -> list[Field]:
         low, high = 100 * line["tpme_low"], 100 * line["tpme_high"]
         return Entry(f"{low:.2f}–{high:.2f}", low, short=f"{low:.1f}–{high:.1f}")
 
-    def rank(name: str, line: Line) -> Entry:
-        if isnan(line["tpme_rank"]):
-            return Entry(MISSING)
-        place = int(line["tpme_rank"])
-        return Entry(f"{place}=" if name in ties else str(place), place)
-
     return [
         (Column("tpme_percent", quantity("tpme_percent").label("%"), "lower"), percent),
         (Column("tpme_low_percent", f"{100 * LEVEL:.0f} %", machine_only=not bounds), interval),
@@ -176,8 +170,21 @@ def tpme(section: Section, *, bounds: bool = False) -> list[Field]:
             Column("tpme_lower_bound_percent", machine_only=True),
             lambda name, line: Entry("", 100 * line["tpme_lower_bound"]),
         ),
-        (Column("tpme_rank", "Rank"), rank),
+        rank(section),
     ]
+
+
+def rank(section: Section) -> Field:
+    """Rank by TPME, with "=" where several rows share it."""
+    ties = set(section.ties)
+
+    def entry(name: str, line: Line) -> Entry:
+        if isnan(line["tpme_rank"]):
+            return Entry(MISSING)
+        place = int(line["tpme_rank"])
+        return Entry(f"{place}=" if name in ties else str(place), place)
+
+    return Column("tpme_rank", "Rank"), entry
 
 
 def interval(key: str) -> list[Field]:

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
+from typer.testing import CliRunner
 
+from tpme.bench.cli import app
 from tpme.bench.contract.subject import Subject, vectors
 from tpme.bench.errors import UserError
 from tpme.bench.record import CellResult
@@ -204,6 +206,7 @@ def test_bytes_and_times_are_those_of_the_rounds(contract_world: Any) -> None:
     method = trainer.method
     assert isinstance(method, FedPepTAO)
     assert report["passes"] == sum(one.users for one in method.rounds) / 30
+    assert report["after_best_s"] == sum(one.serial_s for one in method.rounds[int(report["best_round"]) :])
     assert report["valid_recall_10"] == max(one.found.recall_10 for one in method.rounds if one.found)
 
 
@@ -237,6 +240,7 @@ def test_a_record_of_rounds_has_t_m_and_a_flag_that_says_which(world: Any, harne
     assert row["valid_recall_10"] == result.counters["valid_recall_10"].value
     assert "in-rounds" in {code for code, _ in row["flags"]}
     assert row["all_in_s"] > result.counters["serial_s"].value
+    assert row["time_to_best_s"] == row["all_in_s"] - result.counters["after_best_s"].value > 0
 
 
 KILLED = """
@@ -287,7 +291,7 @@ def test_after_kill_9_a_federation_goes_on_at_its_last_finished_round(
         for folder, result in (("run", resumed), ("other", whole))
     ]
     assert np.array_equal(*ranks)
-    timed = {"serial_s", "parallel_s", "pass_s", "pass_parallel_s"}
+    timed = {"serial_s", "parallel_s", "after_best_s", "pass_s", "pass_parallel_s"}
     own = [name for name, reading in whole.counters.items() if reading.source.startswith("report()")]
     assert len(own) > 10
     for name in own:
@@ -322,12 +326,16 @@ def test_bad_options_are_refused_in_one_line(options: dict[str, Any], message: s
 
 
 @pytest.mark.parametrize("command", ["run", "plan"])
-def test_more_clients_than_users_are_refused_before_anything_runs(
-    world: Any, harness: ModuleType, tmp_path: Path, command: str
+@pytest.mark.parametrize("clients", [31, 61])
+def test_more_clients_than_pairs_of_users_are_refused_before_anything_runs(
+    world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, clients: int
 ) -> None:
-    matrix = world.write(tmp_path / "m.toml", world.matrix([{"name": "fedpeptao", "options": {"clients": 61}}]))
-    ended = harness.tpme(command, str(matrix), "--store", str(world.store), cwd=tmp_path)
-    line = "method 'fedpeptao': clients = 61, but there are only 60 training users; choose at most 60"
-    assert ended.returncode == 2
-    assert ended.stderr.strip().endswith(line)
+    monkeypatch.chdir(tmp_path)
+    matrix = world.write(tmp_path / "m.toml", world.matrix([{"name": "fedpeptao", "options": {"clients": clients}}]))
+    ended = CliRunner().invoke(app, [command, str(matrix), "--store", str(world.store)])
+    assert isinstance(ended.exception, UserError)
+    assert str(ended.exception) == (
+        f"method 'fedpeptao': clients = {clients}, but there are only 60 training users, and a client needs 2 (one "
+        "alone has no negatives); choose at most 30 clients"
+    )
     assert not (tmp_path / "runs").exists()

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
+from tpme.bench.cli import app
 from tpme.bench.errors import UserError
 from tpme.bench.measure.phases import PhaseLog
 from tpme.bench.run.cell import CellRun
@@ -104,8 +106,8 @@ def test_a_first_radius_is_half_the_least_norm_and_learns_downhill() -> None:
 # --- the split ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("share", [0.1, 0.5])
-def test_radii_learn_on_other_users_than_the_weights(world: Any, tmp_path: Path, share: float) -> None:
+def test_radii_learn_on_other_users_than_the_weights(world: Any, tmp_path: Path) -> None:
+    share = 0.2
     trainer = cell_of(world, tmp_path, {"projection_users": share}, epochs=2, max_steps_per_epoch=None)
     seen: dict[str, list[Any]] = {"train": [], "projection": []}
     batches, epoch_loop, items = trainer.batches, trainer.train_epoch, set()
@@ -138,8 +140,28 @@ def test_the_split_depends_on_the_seed_alone(world: Any, tmp_path: Path) -> None
     assert np.array_equal(found, TPGM(TPGM.Config(interval=3)).projection_users(trainer))
     trainer.seed += 1
     assert not np.array_equal(found, method.projection_users(trainer))
-    for share, number in ((0.001, 1), (0.999, len(trainer.users) - 1)):
-        assert len(TPGM(TPGM.Config(projection_users=share)).projection_users(trainer)) == number
+
+
+@pytest.mark.parametrize(("share", "users", "held"), [(0.001, 60, 0), (0.999, 60, 60), (0.1, 12, 1), (0.5, 2, 1)])
+def test_a_split_needs_two_users_on_both_sides(share: float, users: int, held: int) -> None:
+    """The loss of one user is 0, and its gradient."""
+    line = f"method 'tpgm': projection_users = {share:g} divides the {users} training users into {held} for the radii"
+    with pytest.raises(UserError, match=line) as error:
+        TPGM(TPGM.Config(projection_users=share)).check_run(users)
+    assert "\n" not in str(error.value)
+    TPGM(TPGM.Config(projection_users=0.5)).check_run(4)
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_a_split_that_is_too_small_is_refused_before_anything_runs(
+    world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = world.matrix([{"name": "tpgm", "options": {"projection_users": 0.999}}])
+    ended = CliRunner().invoke(app, [command, str(world.write(tmp_path / "m.toml", rows)), "--store", str(world.store)])
+    assert isinstance(ended.exception, UserError)
+    assert "divides the 60 training users into 60 for the radii and 0 for the weights" in str(ended.exception)
+    assert not (tmp_path / "runs").exists()
 
 
 # --- the second pass ------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from tpme.bench.record import (
     Representation,
     Timings,
     cell_id,
+    read_result,
     write_result,
 )
 
@@ -336,6 +337,20 @@ def write_demo(factory: Factory) -> Path:
 @pytest.fixture
 def peaks_of() -> Callable[..., Memory]:
     return memory
+
+
+@pytest.fixture
+def spoil_memory() -> Callable[[Path, str], None]:
+    """``spoil_memory(record, why)``: M of a CPU record keeps its value, and is not to be trusted."""
+
+    def spoil(path: Path, why: str) -> None:
+        result = read_result(path)
+        assert result.training_memory is not None
+        rss = result.training_memory.host_rss_bytes.model_copy(update={"valid": False, "reason": why})
+        spoilt = result.training_memory.model_copy(update={"host_rss_bytes": rss})
+        path.write_text(result.model_copy(update={"training_memory": spoilt}).model_dump_json())
+
+    return spoil
 
 
 @pytest.fixture

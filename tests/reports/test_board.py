@@ -96,6 +96,13 @@ def test_rows_are_of_the_newest_version_and_the_history_holds_all(versions, tmp_
     ]
 
 
+def test_rows_that_share_a_rank_say_so(factory, tmp_path):
+    for method, time in (("fft", 20.0), ("lora", 2.0), ("bitfit", 2.0)):
+        factory.write(method, time=time)
+    rows = rows_of(write_board([factory.root], tmp_path / "board"), "rows")
+    assert {row[0]: row[-3] for row in rows} == {"bitfit": "1=", "lora": "1=", "fft": "3"}
+
+
 def test_every_link_leads_to_a_record_or_a_place_of_the_page(versions, demo_run, tmp_path):
     page = write_board([versions, demo_run], tmp_path / "some where" / "board")
     parsed = Parsed(page)

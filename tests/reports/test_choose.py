@@ -116,6 +116,21 @@ def test_doubtful_and_missing_values_count_only_where_they_are_asked_for(factory
     assert answer(factory.root, trainable_millions=5).qualifying
 
 
+def test_the_peak_of_a_row_that_trained_nothing_stands(factory):
+    factory.write("popularity", time=None, peak=None)
+    assert answer(factory.root, peak_bytes=2e8).qualifying == ("popularity",)
+    assert told(answer(factory.root, peak_bytes=5e7))["popularity"] == [("limit", "Peak 100 MB > 50 MB")]
+    ((code, text),) = told(answer(factory.root, memory_bytes=2e8))["popularity"]
+    assert (code, text) == ("missing", "no M (limit 200 MB): nothing was trained, or the attempt ended before")
+
+
+def test_what_makes_memory_doubtful_makes_the_peak_doubtful_too(factory, spoil_memory):
+    spoil_memory(factory.write("lora", peak=1e9), "another process used the device")
+    for key, name in (("memory_bytes", "M"), ("peak_bytes", "Peak")):
+        text = f"{name} 1 GB is not to be trusted (limit 2 GB): another process used the device"
+        assert told(answer(factory.root, **{key: 2e9}))["lora"] == [("untrusted", text)]
+
+
 def test_quality_of_random_weights_is_none(factory):
     flag = Flag(code="random-weights", message="text encoder with random weights: quality is meaningless")
     factory.write("lora", flags=(flag,), skill=0.9, time=5.0)

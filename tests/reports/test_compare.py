@@ -108,6 +108,20 @@ def test_a_doubtful_time_is_not_compared_and_says_why(two):
     assert change.reason == "missing or not to be trusted in A: it was throttled"
 
 
+def test_doubtful_memory_is_not_compared_and_neither_is_the_peak(two, spoil_memory):
+    two[0].write("lora")
+    spoil_memory(two[1].write("lora"), "another process used the device")
+    [row] = only_pair(two).rows
+    for key in ("memory_bytes", "peak_bytes"):
+        assert row.change(key).reason == "missing or not to be trusted in B: another process used the device"
+
+
+def test_the_peak_of_a_row_that_trained_nothing_is_compared(two):
+    for side in two:
+        side.write("popularity", time=None, peak=None)
+    assert outcomes(only_pair(two), "peak_bytes") == {"popularity": "equal"}
+
+
 def test_exact_counters_that_differ_are_shown(two):
     count(two[0].write("lora"), forward_flops=1e9, backward_flops=2e9)
     count(two[1].write("lora"), forward_flops=1.5e9, backward_flops=2e9)

@@ -46,16 +46,15 @@ def test_the_whole_run_peak_lies_where_most_memory_was_held(factory, peaks_of):
     factory.write("fft", peak=2e9)
     factory.write("lora", status="oom", time=None, peak=1e9)
     rewrite(factory.write("iisan", cached=True, peak=1e8), lambda result: {"cache": with_peak(result.cache, 8e8)})
-    late = [
-        Phase(kind=kind, start_s=9, wall_s=1, memory=peaks_of(9e9), energy_j=NO_ENERGY) for kind in ("count", "rank")
-    ]
-    rewrite(factory.write("id", peak=1e8), lambda result: {"phases": (*result.phases, late[0])})
+    own = ("count", "inference", "probe")
+    late = [Phase(kind=kind, start_s=9, wall_s=1, memory=peaks_of(9e9), energy_j=NO_ENERGY) for kind in (*own, "rank")]
+    rewrite(factory.write("id", peak=1e8), lambda result: {"phases": (*result.phases, *late[:-1])})
     rewrite(factory.write("frozen", peak=1e8), lambda result: {"phases": (*result.phases, *late)})
     peaks = load([factory.root]).set_index("method")[["peak_bytes", "peak_phase", "memory_bytes"]]
     assert tuple(peaks.loc["fft"]) == (2e9, "train", 2e9)
     assert tuple(peaks.loc["iisan"]) == (8e8, "cache", 1e8)
     assert tuple(peaks.loc["lora"])[:2] == (1e9, "train")
-    assert tuple(peaks.loc["id"])[:2] == (1e8, "train"), "what the suite counts for itself is not the method's"
+    assert tuple(peaks.loc["id"])[:2] == (1e8, "train"), "what the suite measures for itself is not the method's"
     assert tuple(peaks.loc["frozen"])[:2] == (9e9, "rank")
 
 
@@ -97,7 +96,7 @@ def test_the_time_to_the_best_epoch_holds_all_that_leads_to_it(factory):
 
 def test_only_the_last_matrix_and_the_newest_version_count(factory, monkeypatch):
     """A misspelt encoder, four epochs in the place of three and a changed method leave no row behind."""
-    factory.write("fft", text_encoder=EncoderSpec(source="bert-bsae"), status="error", time=None)
+    misspelt = factory.write("fft", text_encoder=EncoderSpec(source="bert-bsae"), status="error", time=None)
     factory.write("fft", training=Training(epochs=4))
     old = factory.write("lora", code="aaaa")
     new = factory.write("lora", code="bbbb", started_at="2026-02-01T00:00:00+00:00")
@@ -110,6 +109,8 @@ def test_only_the_last_matrix_and_the_newest_version_count(factory, monkeypatch)
     assert len(load(["."])) == 2
     assert len(load([factory.root], history=True)) == 5
     assert list(load([old])["path"]) == [str(old)], "a record that is named counts"
+    for named in (misspelt, misspelt.parent):
+        assert list(load([named])["path"]) == [str(misspelt)], "of whatever matrix"
     assert sum(recorded.latest for recorded in read_every([factory.root])) == 2
     assert len(read_every([factory.root])) == 5
     (factory.root / "cells.json").write_text('{"cells": []}')

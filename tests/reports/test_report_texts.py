@@ -9,8 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from tpme.bench.record import EncoderSpec, Failure, Training
-from tpme.reports.data.load import CELLS_FILE
+from tpme.bench.record import CELLS_FILE, EncoderSpec, Failure, Training
 from tpme.reports.report import write_report
 
 ROOT = Path(__file__).resolve().parents[2]

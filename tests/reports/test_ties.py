@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from tpme.bench.errors import UserError
 from tpme.bench.record import Reading, read_result
+from tpme.reports.data.ratios import cost_ratios, reference_row
+from tpme.reports.data.ties import RUNS_APART, RunNoise, noise_of, tied_ranks
+from tpme.reports.data.tpme import Weights, frame_of, tpme
 from tpme.reports.report import make_report
 from tpme.reports.tables.results import results
 from tpme.reports.tables.scales import scales
@@ -47,6 +51,35 @@ def test_what_noise_cannot_explain_is_no_tie(factory):
     with_noise(factory.write("adapter", time=1.45), 0.05, 0.0)
     summary = section_of(factory).summary
     assert summary["tpme_rank"].to_dict() == {"adapter": 1, "bitfit": 1, "lora": 3, "fft": 4}
+
+
+def costs(times, **columns):
+    """The summary of rows a, b, ... that differ in T alone, where ``columns`` do not say otherwise."""
+    fixed = {"status": "ok", "trainable_millions": 1.0, "memory_bytes": 1e9}
+    names = list("abcd"[: len(times)])
+    return pd.DataFrame({"label": names, "epoch_time_s": times, **fixed, **columns}, index=names)
+
+
+@pytest.mark.parametrize(
+    ("times", "ranks"),
+    [
+        ([1.0, 1.04, 1.08, 10.0], [1, 1, 3, 4]),  # within noise of the second, not of the first
+        ([1.0, 1.051, 10.0], [1, 1, 3]),  # noise is a share of the larger cost
+        ([1.0, 1.1, 10.0], [1, 2, 3]),
+    ],
+)
+def test_a_row_ties_with_the_first_of_its_rank(times, ranks):
+    summary = costs(times)
+    frame = frame_of(summary)
+    summary["tpme"] = tpme(summary, Weights(), frame)
+    assert list(tied_ranks(summary, Weights(), frame, RunNoise(0.05, 0.0, "doctor"))) == ranks
+
+
+def test_the_spread_over_seeds_is_pooled_and_both_of_time_and_memory_are_needed():
+    summary = costs([1.0, 2.0], epoch_time_s_sd=[0.1, 0.6], memory_bytes_sd=[1e7, np.nan])
+    noise = noise_of(summary, None, None)
+    assert (noise.time, noise.memory) == pytest.approx((RUNS_APART * 0.05**0.5, RUNS_APART * 0.01))
+    assert noise_of(summary.assign(memory_bytes_sd=np.nan), 0.1, None) == RunNoise(0.0, 0.0, "")
 
 
 def test_without_a_noise_floor_the_spread_over_seeds_decides(factory):
@@ -108,6 +141,22 @@ def test_the_reference_of_the_ratios_is_chosen(factory):
     assert section_of(factory).reference is None
     assert section_of(factory).summary["cost_ratio"].isna().all()
     assert section_of(factory, reference="bitfit").summary["time_ratio"].to_dict() == {"lora": 0.5, "bitfit": 1.0}
+
+
+def test_the_reference_finished_and_is_named_by_row_or_label():
+    summary = costs([1.0, 2.0, 3.0], status=["timeout", "ok", "ok"], label=["fft", "lora", "lora"])
+    summary = summary.set_axis(["fft", "lora [rank=8]", "lora [rank=4]"])
+    assert reference_row(summary, None) is None
+    assert reference_row(summary, "lora") == "lora [rank=8]"
+    assert reference_row(summary, "lora [rank=4]") == "lora [rank=4]"
+
+
+def test_a_cost_without_weight_does_not_count():
+    """A row that trains nothing costs nothing on this scale, unless P has no weight."""
+    summary = costs([4.0, 1.0], trainable_millions=[1.0, 0.0])
+    assert cost_ratios(summary, "a", Weights())["cost_ratio"].to_dict() == {"a": 1.0, "b": 0.0}
+    without = cost_ratios(summary, "a", Weights(time=0.5, parameters=0.0, memory=0.5))
+    assert without["cost_ratio"].to_dict() == pytest.approx({"a": 1.0, "b": 0.5})
 
 
 def test_a_reference_without_costs_is_refused(factory):
