@@ -49,6 +49,7 @@ def phases(section: Section) -> Plot | None:
                 axes.text(
                     start + wide / 2, y, number(spent), fontsize=5.5, ha="center", va="center_baseline",
                     color=phase_letters(kind),
+                    bbox={"boxstyle": "square,pad=0.15", "facecolor": PHASE_COLOURS[kind], "linewidth": 0},
                 )  # fmt: skip
         left += width
     beside: dict[str, Any] = {"xytext": (4, 0), "textcoords": "offset points", "fontsize": 6, "annotation_clip": False}
