@@ -212,6 +212,7 @@ def searched(trainer: Trainer) -> list[Vector]:
 
 @pytest.mark.skipif(find_spec("botorch") is None, reason="botorch is not installed (extra search)")
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 def test_a_bayesian_search_starts_as_a_random_one(make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
     def trial(_self: AutoPEFT, _context: Any, vector: Vector) -> dict[str, Any]:
         return {"vector": list(vector), "parameters": 1 + sum(vector), "seconds": 1.0, "ndcg_10": 1 / sum(vector)}

@@ -27,6 +27,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {"autopeft": {"budget": "smoke", "engine":
 """What stands for the defaults, which need a package that may be missing."""
 COMPILED = {"autopeft": {"configuration": {"text": {"serial": 3, "parallel": 2, "prefix": 2}}}}
 """Without its search, which would compile every trial."""
+SLOW = ("autopeft", "dora", "fedpeptao", "iisan-versa", "light-peft", "parallel-adapter", "tpgm")
+"""Their defaults are as slow as variants are: another method stands for them, or tests of their own do."""
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "adapter": [{"bottleneck": 4, "activation": "gelu"}],
     "lora": [{"rank": 2, "alpha": 4, "targets": ("query", "key", "value", "attention_output", "ffn_in", "ffn_out")}],
@@ -139,7 +141,11 @@ def conclude(contract_world: Any) -> Callable[[Check, Tried], None]:
 @pytest.mark.parametrize(
     "of",
     [
-        pytest.param(of, id=str(of), marks=() if of == Tried(of.name, DEFAULTS.get(of.name, {})) else pytest.mark.slow)
+        pytest.param(
+            of,
+            id=str(of),
+            marks=() if of == Tried(of.name, DEFAULTS.get(of.name, {})) and of.name not in SLOW else pytest.mark.slow,
+        )
         for of in tried()
     ],
 )
