@@ -29,8 +29,9 @@ from tpme.bench.commands import (
 )
 from tpme.bench.commands import list as listing
 from tpme.bench.commands.gate import GateCommand
-from tpme.bench.commands.options import PlainCommand
-from tpme.bench.errors import UserError
+from tpme.bench.commands.options import PlainCommand, PlainGroup
+from tpme.bench.console import complain, replace_unencodable
+from tpme.bench.errors import UserError, one_line
 
 INTERRUPTED = (129, 130, 143)
 """Exit codes of SIGHUP, SIGINT (into which typer turns a KeyboardInterrupt) and SIGTERM: 128 + the signal."""
@@ -38,6 +39,7 @@ ON_INTERRUPT = "interrupted; no partial files are left; run the same command to 
 
 app = typer.Typer(
     name="tpme",
+    cls=PlainGroup,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # at 80 columns the tables of rich cut long options off
@@ -72,24 +74,46 @@ def _before_the_command(
 def main() -> NoReturn:
     """Entry point: a UserError becomes one line on stderr and exit code 2, Ctrl-C one line and exit code 130.
 
-    So do errors of the file system: no permission, a full disk.
+    So do errors of the file system, such as no permission or a full disk, and input too large for the memory.
     """
+    replace_unencodable()
     try:
         app()
     except UserError as error:
-        print(f"tpme: {error}", file=sys.stderr)  # noqa: T201
+        complain(error)
         sys.exit(2)
     except OSError as error:
         if error.strerror is None:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        print(f"tpme: {where}{error.strerror}", file=sys.stderr)  # noqa: T201
+        complain(f"{where}{error.strerror}")
+        sys.exit(2)
+    except MemoryError as error:
+        complain(f"not enough memory for this ({one_line(error)})")
         sys.exit(2)
     except SystemExit as stop:
+        _blame_plugin(stop)
         if stop.code in INTERRUPTED:
-            print(f"tpme: {ON_INTERRUPT}", file=sys.stderr)  # noqa: T201
+            complain(ON_INTERRUPT)
+        raise
+    except Exception as error:
+        _blame_plugin(error)
         raise
     sys.exit(0)
+
+
+def _blame_plugin(error: BaseException) -> None:
+    """End with one line and exit code 2 where the code of a plug-in raised ``error``, or what led to it."""
+    if "tpme.methods.registry" not in sys.modules:  # then none was loaded
+        return
+    from tpme.methods.registry import culprit
+
+    cause: BaseException | None = error
+    while cause is not None:
+        if place := culprit(cause):
+            complain(f"{place}: {one_line(cause)}; correct this method, or leave it out")
+            sys.exit(2)
+        cause = cause.__cause__ or cause.__context__
 
 
 if __name__ == "__main__":

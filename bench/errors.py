@@ -11,12 +11,16 @@ from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+from tpme.bench.redact import without_credentials
+
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
 
 LONGEST_MESSAGE = 400
 """Characters of the message of a failed cell."""
+_MOST_QUOTED = 2000
+"""Characters at the beginning, and at the end, of a message that are looked through for credentials."""
 SYNONYMS = {
     "amp": "precision",
     "batch": "users_per_batch",
@@ -53,7 +57,16 @@ SYNONYMS = {
 
 
 class UserError(Exception):
-    """Bad input. The command line prints the message alone, without a traceback, and exits with code 2."""
+    """Bad input. The command line prints the message alone, without a traceback, and exits with code 2.
+
+    Credentials in what the message quotes are cut out, and the middle of what is longer than any message.
+    """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        if len(text) > 2 * _MOST_QUOTED:
+            text = f"{text[:_MOST_QUOTED]}...{text[-_MOST_QUOTED:]}"
+        return without_credentials(text)
 
 
 class FieldProblem(NamedTuple):
@@ -83,7 +96,11 @@ def first_problem(error: ValidationError) -> FieldProblem:
 
 def one_line(error: BaseException, length: int = 200) -> str:
     """Kind and message of an error, the message cut to ``length``."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:length]}".removesuffix(": ")
+    try:
+        message = without_credentials(" ".join(str(error).split())[:_MOST_QUOTED])
+    except Exception:  # of a plug-in, whose own code says what it is
+        message = ""
+    return f"{type(error).__name__}: {message[:length]}".removesuffix(": ")
 
 
 def nearest(word: str, known: Collection[str]) -> str | None:

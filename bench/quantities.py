@@ -275,10 +275,11 @@ def parse_quantity(option: str, text: str, units: Mapping[str, float], example: 
     """Convert ``"8GB"`` by the factors of ``units``, whose case does not matter. Raises UserError."""
     factors = {unit.lower(): factor for unit, factor in units.items()}
     match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)", text.strip().lower())
-    if match is None or match[2] not in factors:
+    value = math.inf if match is None else float(match[1]) * factors.get(match[2], math.inf)
+    if not math.isfinite(value):
         names = ", ".join(unit for unit in units if unit)
         raise UserError(f"{option} '{text}': give a number and a unit ({names}) such as {example}")
-    return float(match[1]) * factors[match[2]]
+    return value
 
 
 # --- memory --------------------------------------------------------------------------------------------------

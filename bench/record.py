@@ -13,25 +13,33 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
     PositiveFloat,
     PositiveInt,
     SerializerFunctionWrapHandler,
+    Strict,
+    StringConstraints,
     ValidationError,
     model_serializer,
     model_validator,
 )
 
 from tpme.bench.errors import UserError, first_problem
+from tpme.bench.limits import Number, Positive, Size, Switch
+from tpme.bench.names import Line, Name
+from tpme.bench.parsing import parse_json, read_json_bytes
+from tpme.bench.redact import publishable
+from tpme.bench.writing import write_atomically
 
 SCHEMA_VERSION = 2
 BASELINES_OF_VERSION_1 = ("frozen", "id", "popularity")
@@ -53,6 +61,19 @@ PhaseKind = Literal[
 ``probe`` its measure of the representation space."""
 
 
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Seconds = Annotated[float, Field(ge=0, le=1e12)]
+Share = Annotated[float, Field(ge=0, le=1)]
+FileName = Annotated[str, StringConstraints(pattern=r"^[^/\\\x00]{1,255}$")]
+"""Of a file beside the record: no path."""
+Sha256 = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
+
+
+def _as_time(text: str) -> str:
+    datetime.fromisoformat(text)
+    return text
+
+
 class Frozen(BaseModel):
     """Base of everything that crosses a boundary: immutable, and an unknown field is an error."""
 
@@ -68,8 +89,8 @@ class EncoderSpec(Frozen):
     ``states:FILE`` names a file of precomputed hidden states in its place.
     """
 
-    source: str
-    revision: str | None = None
+    source: Line
+    revision: Line | None = None
     weights: Literal["pretrained", "random"] = "pretrained"
     tower: Modality | None = None
     """The half of a two-tower checkpoint (CLIP, SigLIP) that is loaded; ``None``: that of the encoder's modality."""
@@ -77,7 +98,7 @@ class EncoderSpec(Frozen):
     """How its items are read; ``None``: as the encoder was trained to be read."""
     dtype: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
     """Of its weights; ``auto`` is that of the checkpoint. Other than fp32 only where no method trains through it."""
-    attention: str | None = None
+    attention: Line | None = None
     """Attention implementation by its name in transformers (``eager``, ``sdpa``); ``None``: its default."""
 
     @property
@@ -89,11 +110,11 @@ class EncoderSpec(Frozen):
 class LearningRates(Frozen):
     """Adam learning rates: the recommender's own parts, each encoder's parts, and a method's side network."""
 
-    recommender: PositiveFloat = 2e-4
-    text: PositiveFloat = 4e-4
-    image: PositiveFloat = 4e-4
-    method: PositiveFloat = 4e-4
-    groups: dict[str, PositiveFloat] = {}
+    recommender: Positive = 2e-4
+    text: Positive = 4e-4
+    image: Positive = 4e-4
+    method: Positive = 4e-4
+    groups: dict[Name, Positive] = {}
     """Of groups that a method names itself (``Method.groups``); the others use the rate ``method``."""
 
     @model_serializer(mode="wrap")
@@ -117,22 +138,22 @@ LR_PARTS = tuple(name for name in LearningRates.model_fields if name != "groups"
 class Training(Frozen):
     """Training settings. They belong to the task: every method of a matrix gets the same ones."""
 
-    epochs: PositiveInt = 8
-    patience: PositiveInt = 10
+    epochs: Number = 8
+    patience: Number = 10
     """Epochs without a better validation Recall@10 before training stops."""
-    users_per_batch: PositiveInt = 32
+    users_per_batch: Size = 32
     precision: Precision = "fp32"
-    activation_checkpointing: bool = False
-    compile: bool = False
+    activation_checkpointing: Switch = False
+    compile: Switch = False
     """Run encoder layers, item encoder and sequential encoder through torch.compile."""
-    cuda_graphs: bool = False
+    cuda_graphs: Switch = False
     """Replay the steps of rows in which no encoder runs as CUDA graphs."""
-    embedding_dim: PositiveInt = 64
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    blocks: PositiveInt = 2
-    heads: PositiveInt = 2
-    title_tokens: PositiveInt = 30
-    max_steps_per_epoch: PositiveInt | None = None
+    embedding_dim: Size = 64
+    dropout: Annotated[float, Strict(), Field(ge=0, lt=1)] = 0.1
+    blocks: Annotated[int, Strict(), Field(gt=0, le=1000)] = 2
+    heads: Size = 2
+    title_tokens: Size = 30
+    max_steps_per_epoch: Number | None = None
     """Cuts every epoch after this many steps; ``None`` trains on all users."""
 
     @model_validator(mode="after")
@@ -184,18 +205,18 @@ ENCODER_OPTIONS = ("tower", "pool", "dtype", "attention")
 """Fields of an encoder that are newer than the first records: their defaults leave the identity of a cell alone."""
 
 
-def cell_id(cell: Cell, code_version: str) -> str:
+def cell_id(cell: Cell, code_version: str, *, as_written: bool = False) -> str:
     """Identity of a cell: 12 hex digits of SHA-256 over its canonical JSON and the version of the measured code.
 
     Without the fields in ``NO_IDENTITY``, and without the task and the options of an encoder where they are the
-    default ones.
+    default ones; ``as_written``, also without the fields that the record of the cell does not have, for it is older.
     """
-    settings = cell.model_dump(mode="json", exclude=set(NO_IDENTITY))
+    settings = cell.model_dump(mode="json", exclude=set(NO_IDENTITY), exclude_unset=as_written)
     if cell.task == Cell.model_fields["task"].default:
-        del settings["task"]
-    for encoder in filter(None, (settings["text_encoder"], settings["image_encoder"])):
+        settings.pop("task", None)
+    for encoder in filter(None, (settings.get("text_encoder"), settings.get("image_encoder"))):
         for option in ENCODER_OPTIONS:
-            if encoder[option] == EncoderSpec.model_fields[option].default:
+            if option in encoder and encoder[option] == EncoderSpec.model_fields[option].default:
                 del encoder[option]
     canonical = json.dumps(settings, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(f"{code_version}\n{canonical}".encode()).hexdigest()[:12]
@@ -225,6 +246,16 @@ class Reading(Frozen):
         return cls(value=None, source=source, valid=False, reason=reason)
 
 
+def _not_negative(reading: Reading) -> Reading:
+    if reading.value is not None and reading.value < 0:
+        raise ValueError(f"it cannot be negative, and is {reading.value:g}")
+    return reading
+
+
+Amount = Annotated[Reading, AfterValidator(_not_negative)]
+"""A reading of a time, an energy or a number: 0 or more. Memory over a baseline may be less."""
+
+
 class Memory(Frozen):
     """Peak memory over one window, by every instrument there is, side by side (bytes)."""
 
@@ -246,7 +277,7 @@ class GpuFacts(Frozen):
     """Maximum."""
     sm_clock_mhz: float | None
     """Median."""
-    other_processes: int
+    other_processes: Count
     """The most seen at one time."""
     throttled: dict[str, float] = {}
     """What held the clock down, in words -> share of the readings."""
@@ -257,11 +288,11 @@ class Phase(Frozen):
 
     kind: PhaseKind
     name: str = ""
-    start_s: float
+    start_s: Seconds
     """Since the start of the cell."""
-    wall_s: float
+    wall_s: Seconds
     memory: Memory
-    energy_j: Reading
+    energy_j: Amount
     gpu: GpuFacts | None = None
     """None where no GPU was used or it could not be queried."""
 
@@ -288,7 +319,7 @@ class Timings(Frozen):
 class Inference(Frozen):
     """What it costs to serve the adapted model, once it is prepared for inference, in the precision of the cell."""
 
-    flops_per_item: Reading
+    flops_per_item: Amount
     """Of encoding an item, counted on the items of ``batch``."""
     flops_by_data: bool = False
     """The FLOPs differ from item to item, so they depend on the trained weights, too, and are no exact counter."""
@@ -300,7 +331,7 @@ class Inference(Frozen):
     """One user: sequential encoder over the item vectors of the history, scores of the whole catalogue, top 10."""
     memory: Memory
     """Peaks while all this was timed."""
-    loaded_bytes: Reading
+    loaded_bytes: Amount
     """What must be in memory to encode items."""
     looked_up: tuple[Modality, ...] = ()
     """Modalities whose hidden states come from a table: their encoders do not run, and no FLOPs of them are counted."""
@@ -353,7 +384,7 @@ class Representation(Frozen):
 class Epoch(Frozen):
     """One epoch: training only in ``train_s`` (data loading included; validation and bookkeeping excluded)."""
 
-    index: int
+    index: PositiveInt
     """From 1."""
     stage: str = ""
     """Name of the training stage it belongs to; empty where training has one stage."""
@@ -362,8 +393,8 @@ class Epoch(Frozen):
     loss: float
     losses: dict[str, float] = {}
     """Mean of each term of the loss, by the name that the method gives it."""
-    valid_recall_10: float
-    valid_ndcg_10: float
+    valid_recall_10: Share
+    valid_ndcg_10: Share
 
 
 def earlier_epochs(epochs: Sequence[Epoch]) -> int:
@@ -374,13 +405,13 @@ def earlier_epochs(epochs: Sequence[Epoch]) -> int:
 class Parameters(Frozen):
     """Parameter counts, exact and equal on every machine."""
 
-    trainable: int
-    trainable_max: int
+    trainable: Count
+    trainable_max: Count
     """The most that ever trained at one time (a method may change what trains)."""
-    total: int
+    total: Count
     """All parameters the cell holds, the encoders' included when they are loaded."""
-    by_group: dict[str, int]
-    stored_bytes: int
+    by_group: dict[str, Count]
+    stored_bytes: Count
     """What must be kept to use the adapted model later, beside the untouched encoders."""
 
 
@@ -391,22 +422,22 @@ class EncoderFacts(Frozen):
     revision: str | None
     architecture: str
     weights: Literal["pretrained", "random"]
-    width: int
-    depth: int
-    parameters: int
+    width: Count
+    depth: Count
+    parameters: Count
     pool: Pool = "first"
     """How its items are read unless a method says otherwise."""
     dtype: str = "float32"
     """Of its weights as loaded."""
-    attention: str | None = None
+    attention: Line | None = None
     """Attention implementation, by its name in transformers; ``None`` where it is not known."""
 
 
 class CachePart(Frozen):
     """The cached states of one encoder."""
 
-    build_s: float
-    bytes: int
+    build_s: Seconds
+    bytes: Count
     built_by_attempt: bool
 
 
@@ -416,9 +447,9 @@ class CacheFacts(Frozen):
     Times and bytes are those of all encoders together.
     """
 
-    build_s: float
-    bytes: int
-    items: int
+    build_s: Seconds
+    bytes: Count
+    items: Count
     dtype: str
     built_by_attempt: bool
     """False when earlier cells had already built all of it; ``build_s`` is what its builds took, whenever."""
@@ -435,10 +466,10 @@ class DatasetFacts(Frozen):
 
     name: str
     fingerprint: str
-    users: int
-    items: int
-    interactions: int
-    items_never_trained: int
+    users: Count
+    items: Count
+    interactions: Count
+    items_never_trained: Count
     modalities: tuple[Modality, ...]
     source: str | None = None
     """Kind and place it was read from, for people; ``None`` where it is not known."""
@@ -462,7 +493,7 @@ class Environment(Frozen):
     device_key: str
     """Records are comparable in time and memory only where this is equal: model, driver, threads."""
     driver: str | None
-    cpu_threads: int
+    cpu_threads: Count
     allocator: str
     deterministic: bool
     git_revision: str | None
@@ -481,16 +512,20 @@ class Flag(Frozen):
     message: str
 
 
+REBUILT = "rebuilt"
+"""Code of the flag on a cell that found something damaged on disk and made it again; the console shows it, too."""
+
+
 class Failure(Frozen):
     """Where an attempt that is not ``ok`` stopped."""
 
     phase: str
     message: str
     """One line: what, where, and what to do."""
-    epoch: int | None = None
-    step: int | None = None
+    epoch: Count | None = None
+    step: Count | None = None
     """Training step of that epoch, from 1; ``None`` outside the training phases."""
-    bytes_requested: int | None = None
+    bytes_requested: Count | None = None
 
 
 class NamedMetric(Frozen):
@@ -511,6 +546,8 @@ class ImportSource(Frozen):
 
 PASS_S = "pass_s"
 """Counter of a method that trains in rounds alone: seconds of as many rounds as process each user once."""
+VALIDATION = ("valid_recall_10", "valid_ndcg_10")
+"""Counters of such a method in place of those of epochs."""
 HELD_OUT = "projection_users"
 """Counter of a method that keeps training users apart: how many."""
 
@@ -525,10 +562,10 @@ class CellResult(Frozen):
     code_version: str
     status: Status
     failure: Failure | None = None
-    started_at: str
+    started_at: Annotated[str, AfterValidator(_as_time)]
     """ISO 8601, UTC."""
-    wall_s: float
-    time_limit_s: float | None = None
+    wall_s: Seconds
+    time_limit_s: PositiveFloat | None = None
     """Of the attempt; one that ended as ``timeout`` is worth repeating with a higher limit."""
     environment: Environment | None = None
     dataset: DatasetFacts | None = None
@@ -537,20 +574,20 @@ class CellResult(Frozen):
     parameters: Parameters | None = None
     phases: tuple[Phase, ...] = ()
     epochs: tuple[Epoch, ...] = ()
-    warmup_epochs: int = 0
+    warmup_epochs: Count = 0
     """Leading epochs that do not count towards the epoch time: those of earlier stages, and the last one's warm-up."""
-    best_epoch: int | None = None
+    best_epoch: PositiveInt | None = None
     """Of the last stage, as the test ranks."""
-    epoch_time_s: Reading
+    epoch_time_s: Amount
     """T of TPME: median training time of an epoch of the last stage after its warm-up."""
-    all_in_s: Reading | None = None
+    all_in_s: Amount | None = None
     """Everything that leads to the trained model: feature cache, estimation, search, rounds, epochs of all stages."""
     training_memory: Memory | None = None
     """Peaks over the training phases of the last stage: the source of M of TPME."""
     cache: CacheFacts | None = None
     inference: Inference | None = None
     """None where the cell did not get so far, and in records from before it was measured."""
-    inference_items_per_s: Reading | None = None
+    inference_items_per_s: Amount | None = None
     """Of records from before ``inference``."""
     representation: Representation | None = None
     """``None`` unless the matrix asks for it (``probe_items``)."""
@@ -561,7 +598,7 @@ class CellResult(Frozen):
     source: ImportSource | None = None
     """``None`` for what was measured here."""
     flags: tuple[Flag, ...] = ()
-    files: dict[str, str] = {}
+    files: dict[str, FileName] = {}
     """``ranks`` and ``samples``: names of the ``.npz`` files beside this record; ``adapter``: of a safetensors file.
 
     ``ranks`` holds, one entry a user: ``rank`` (int32, from 1, ties against the model), ``target`` (item),
@@ -570,6 +607,8 @@ class CellResult(Frozen):
     ``samples`` holds ``step_s`` (training steps), ``step_epoch``, and the memory curve ``sample_t_s``,
     ``sample_bytes``.
     """
+    digests: Mapping[str, Sha256] = {}
+    """SHA-256 of these files, by the same names; empty in older records."""
 
     @property
     def in_rounds(self) -> bool:
@@ -657,55 +696,87 @@ class CellResult(Frozen):
             raise ValueError(f"a cell that ended as '{self.status}' must say where and why")
         return self
 
+    @model_validator(mode="after")
+    def _require_bounds(self) -> CellResult:
+        if PASS_S in self.counters:
+            _not_negative(self.counters[PASS_S])
+        for name in VALIDATION:
+            value = self.counters[name].value if name in self.counters else None
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"counter '{name}' is in [0, 1], not {value:g}")
+        if unknown := self.digests.keys() - self.files.keys():
+            raise ValueError(f"a digest of '{min(unknown)}', which is none of its files")
+        return self
+
 
 # --- files ---------------------------------------------------------------------------------------------------
+
+
+CHANGED = "the record was changed or truncated"
 
 
 class RecordError(UserError):
     """A record that cannot be read: the message names the file, what is wrong and what to do."""
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write ``data`` under a temporary name beside ``path`` and rename it: readers see all of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        Path(temporary).chmod(0o666 & ~mask)  # mkstemp's 0600 would hide records from everyone else
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
 def write_result(result: CellResult, path: Path) -> None:
-    """Write one record as indented JSON. Raises FileExistsError where one is: records are immutable."""
+    """Write one record as indented JSON, its free text as one may publish it.
+
+    Raises FileExistsError where one is: records are immutable.
+    """
     if path.exists():
         raise FileExistsError(f"{path}: a record is never overwritten; start a new attempt")
-    write_atomically(path, (result.model_dump_json(indent=1) + "\n").encode())
+    content = CellResult.model_validate(published(result.model_dump())).model_dump_json(indent=1)
+    write_atomically(path, f"{content}\n".encode())
+
+
+FREE_TEXT = frozenset(
+    {"message", "reason", "reasons", "source", "reference", "allocator", "platform"}
+    | {"base", "head", "note", "notes", "advice"}  # of a gate's report
+)
+"""Fields with words that the suite does not choose itself: they quote errors, paths and variables."""
+
+
+def published(value: Any, field: str = "") -> Any:
+    """A dumped record or report without credentials, home folders and host name in its free text.
+
+    A cell stays as it is: it is the identity of its record.
+    """
+    if isinstance(value, dict):
+        return {
+            name: below if name == "cell" else published(below, field if field in FREE_TEXT else name)
+            for name, below in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [published(one, field) for one in value]
+    return publishable(value) if isinstance(value, str) and field in FREE_TEXT else value
 
 
 def read_result(path: Path) -> CellResult:
-    """Read one record, of any version so far. Raises RecordError, one line, for what is not a whole, known record."""
+    """Read one record, of any version so far. Raises RecordError, one line, for what is not a whole, known record.
+
+    Numbers are numbers, not words, and the id is that of the cell and the code version: the record of another cell, or
+    one whose settings were changed, is refused.
+    """
     try:
-        data = path.read_bytes()
+        data = read_json_bytes(path)
         try:
-            return CellResult.model_validate_json(data)
+            result = CellResult.model_validate_json(data, strict=True)
         except ValidationError:
-            return CellResult.model_validate(_migrated(json.loads(data)))
+            migrated = _migrated(parse_json(data.decode(), str(path)))
+            result = CellResult.model_validate_json(json.dumps(migrated), strict=True)
     except ValidationError as error:
         first = first_problem(error)
-        reason = f"field '{first.field}': {first.message}; the record was changed or truncated"
+        raise RecordError(f"{path}: field '{first.field}': {first.message}; {CHANGED}") from None
     except RecordError as error:
-        reason = str(error)
-    except (OSError, ValueError, RecursionError) as error:
-        reason = f"not a readable record ({error}); delete it and run its cell again"
-    raise RecordError(f"{path}: {reason}")
+        raise RecordError(f"{path}: {error}") from None
+    except (UserError, OSError, ValueError) as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        raise RecordError(f"{path}: not a readable record ({reason}); delete it and run its cell again") from None
+    cell, code = result.cell, result.code_version
+    if all(cell_id(cell, code, as_written=older) != result.cell_id for older in (False, True)):
+        raise RecordError(f"{path}: field 'cell_id': it is not the id of the cell that it describes; {CHANGED}")
+    return result
 
 
 def _migrated(raw: Any) -> dict[str, Any]:
@@ -743,5 +814,5 @@ def find_results(roots: list[Path]) -> list[Path]:
 
 def attempt_number(path: Path) -> int:
     """The 3 of ``attempt-3.json``; 0 for a record that was renamed."""
-    stem = path.stem.removeprefix("attempt-")
-    return int(stem) if stem.isdigit() else 0
+    found = re.fullmatch(r"attempt-([0-9]{1,9})", path.stem)
+    return int(found[1]) if found else 0

@@ -6,12 +6,17 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+from tpme.bench.lifetimes import die_with_parent
+
+_TRACKER_IS_QUIET = "ignore:resource_tracker:UserWarning"
+"""For the process that clears away semaphores: where this one was killed it does so, and would warn of them."""
 Submit = Callable[..., Future[Any]]
 """``submit(function, *arguments)``: call a function of a module in a worker."""
 
@@ -33,6 +38,8 @@ def worker_processes(
         fork: processes start with this one's memory instead of loading modules and unpickling ``arguments``; only
             safe while no other thread of this process holds a lock that they need.
     """
+    if _TRACKER_IS_QUIET not in sys.warnoptions:
+        sys.warnoptions.append(_TRACKER_IS_QUIET)  # multiprocessing hands them on
     context = multiprocessing.get_context("fork" if fork else "spawn")
     pool = ProcessPoolExecutor(count, mp_context=context, initializer=_start, initargs=(prepare, arguments))
 
@@ -47,11 +54,13 @@ def worker_processes(
 
 
 def _start(prepare: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
-    """Prepare a worker, which exits when its parent dies."""
+    """Prepare a worker, which dies with its parent."""
     parent = multiprocessing.parent_process()
     assert parent is not None
+    assert parent.pid is not None
+    die_with_parent(parent.pid)
 
-    def exit_with_parent() -> None:
+    def exit_with_parent() -> None:  # where the kernel does not do it
         parent.join()
         os._exit(1)
 

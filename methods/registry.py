@@ -11,8 +11,12 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import json
+import os
 import sys
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
@@ -21,11 +25,15 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from tpme.bench.errors import UserError, first_problem, nearest, one_line
+from tpme.bench.limits import resolved
 
 if TYPE_CHECKING:
-    from tpme.methods.base import Method
+    from tpme.methods.base import Method, MethodConfig
 
 ENTRY_POINT_GROUP = "tpme.methods"
+_FOLDER = "tpme_methods_"
+"""Prefix of the packages that folders with methods become."""
+_BROKEN = (Exception, SystemExit, KeyboardInterrupt)
 BUILTIN: dict[str, str] = {
     "fft": "tpme.methods.fft:FullFineTuning",
     "ftp": "tpme.methods.ftp:FTP",
@@ -70,7 +78,7 @@ def available(methods_path: Sequence[Path] = ()) -> dict[str, str]:
     for folder in methods_path:
         if not folder.is_dir():
             raise UserError(f"--methods-path {folder}: no such folder")
-        extra += [(file.stem, str(file.resolve())) for file in sorted(folder.glob("[!_]*.py"))]
+        extra += [(file.stem, str(resolved(file))) for file in sorted(folder.glob("[!_]*.py"))]
     for name, origin in extra:
         if methods.setdefault(name, origin) != origin:
             raise UserError(f"method '{name}' is defined twice: by {methods[name]} and by {origin}; rename one")
@@ -94,29 +102,43 @@ def method_class(name: str, methods_path: Sequence[Path] = ()) -> type[Method]:
     else:
         module, _, attribute = origin.partition(":")
         definition = getattr(_import_module(module), attribute, None)
-    from tpme.methods.base import Method
+    from tpme.methods.base import Method, MethodConfig
 
     if not (isinstance(definition, type) and issubclass(definition, Method)):
         raise UserError(
             f"method '{name}': {origin} defines no Method class (a file needs 'METHOD = YourClass', an entry point "
             "'package.module:Class')"
         )
+    if not (isinstance(definition.Config, type) and issubclass(definition.Config, MethodConfig)):
+        raise UserError(f"method '{name}': {origin}: its Config is not a subclass of MethodConfig")
+    for attribute in ("needs", "groups"):
+        words = getattr(definition, attribute)
+        if not (isinstance(words, tuple) and all(isinstance(word, str) for word in words)):
+            raise UserError(f"method '{name}': {origin}: its {attribute} is not a tuple of words")
     return definition
 
 
 def create(name: str, options: Mapping[str, Any], methods_path: Sequence[Path] = ()) -> Method:
     """Build method ``name`` with ``options``; raises UserError naming the invalid option."""
     definition = method_class(name, methods_path)
-    try:
-        return definition(definition.Config(**options))
-    except ValidationError as error:
-        first = first_problem(error)
-        fields = ", ".join(definition.Config.model_fields) or "none"
-        where, message = f", option '{first.field}'" if first.field else "", first.message
-        if first.kind == "extra_forbidden":
-            near = nearest(first.field, definition.Config.model_fields)
-            message = f"there is no such option{f' (did you mean {near!r}?)' if near else ''}"
-        raise UserError(f"method '{name}'{where}: {message}; its options are: {fields}") from None
+    for option, value in options.items():
+        if not _fits_json(value):
+            raise UserError(f"method '{name}', option '{option}': {value!r} cannot be recorded: JSON has no such value")
+    with blaming(name):
+        try:
+            config = definition.Config.model_validate_json(json.dumps(dict(options)), strict=True)
+        except ValidationError as error:
+            raise _wrong_option(name, definition.Config, error) from None
+        return definition(config)
+
+
+def _wrong_option(name: str, config: type[MethodConfig], error: ValidationError) -> UserError:
+    first, fields = first_problem(error), ", ".join(config.model_fields) or "none"
+    where, message = f", option '{first.field}'" if first.field else "", first.message
+    if first.kind == "extra_forbidden":
+        near = nearest(first.field, config.model_fields)
+        message = f"there is no such option{f' (did you mean {near!r}?)' if near else ''}"
+    return UserError(f"method '{name}'{where}: {message}; its options are: {fields}")
 
 
 def source_file(name: str, methods_path: Sequence[Path] = ()) -> Path:
@@ -126,11 +148,53 @@ def source_file(name: str, methods_path: Sequence[Path] = ()) -> Path:
     return Path(module.__file__)
 
 
+@contextmanager
+def blaming(name: str) -> Iterator[None]:
+    """Turn what the code of a plug-in raises, and what its values break, into a UserError that names method ``name``.
+
+    A plug-in may also end the program, by ``sys.exit`` or as if Ctrl-C had been pressed. Errors of built-in methods
+    stay what they are.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except _BROKEN as error:
+        place = culprit(error)
+        if place is None and (name in BUILTIN or not isinstance(error, Exception)):
+            raise
+        raise UserError(f"method '{name}': {f'{place}: ' if place else ''}{one_line(error)}") from error
+
+
+def culprit(error: BaseException) -> str | None:
+    """File and line of the plug-in in whose code ``error`` was raised; ``None`` where that is no plug-in's.
+
+    Ctrl-C is raised wherever the program is, so there it must be the plug-in's own line.
+    """
+    packages = {point.value.partition(":")[0].partition(".")[0] for point in entry_points(group=ENTRY_POINT_GROUP)}
+    place = None
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        module = str(frame.f_globals.get("__name__"))
+        if module.startswith(_FOLDER) or module.partition(".")[0] in packages - {"tpme"}:
+            place = f"{frame.f_code.co_filename}, line {line}"
+        elif isinstance(error, KeyboardInterrupt):
+            place = None
+    return place
+
+
+def _fits_json(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
+
+
 def _import_module(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
-    except Exception as error:
-        raise UserError(_broken(name, error)) from error
+    except _BROKEN as error:
+        raise _not_imported(name, error) from error
 
 
 def _import_file(path: Path) -> ModuleType:
@@ -139,7 +203,7 @@ def _import_file(path: Path) -> ModuleType:
     ``from _helper import`` at the top of the file works, too.
     """
     folder = str(path.parent)
-    package = f"tpme_methods_{hashlib.sha256(folder.encode()).hexdigest()[:12]}"
+    package = f"{_FOLDER}{hashlib.sha256(os.fsencode(folder)).hexdigest()[:12]}"
     name = f"{package}.{path.stem}"
     if name in sys.modules:
         return sys.modules[name]
@@ -153,9 +217,9 @@ def _import_file(path: Path) -> ModuleType:
     sys.path.append(folder)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except _BROKEN as error:
         del sys.modules[name]
-        raise UserError(_broken(str(path), error)) from error
+        raise _not_imported(str(path), error) from error
     finally:
         sys.path.remove(folder)
         for helper in set(sys.modules) - before:  # a helper of another folder may have the same name
@@ -164,5 +228,8 @@ def _import_file(path: Path) -> ModuleType:
     return module
 
 
-def _broken(origin: str, error: Exception) -> str:
-    return f"{origin}: cannot be imported ({one_line(error)})"
+def _not_imported(origin: str, error: BaseException) -> BaseException:
+    """The error for a module that cannot be imported; Ctrl-C meanwhile stays Ctrl-C."""
+    if isinstance(error, KeyboardInterrupt) and culprit(error) is None:
+        return KeyboardInterrupt()
+    return UserError(f"{origin}: cannot be imported ({one_line(error)})")

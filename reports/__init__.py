@@ -3,8 +3,8 @@
 Importing this imports pandas, so the command line imports it in the commands that need it.
 """
 
-from tpme.reports.data.load import Samples, load, load_samples
-from tpme.reports.data.ranks import Ranks, load_ranks
+from tpme.bench.side_files import Ranks, Samples, load_ranks, load_samples
+from tpme.reports.data.load import load
 from tpme.reports.data.tpme import Frame, Weights, frame_of, pareto, read_frames, tpme, write_frames
 from tpme.reports.data.trials import GROUP
 

@@ -18,7 +18,8 @@ from urllib.parse import quote
 
 import pandas as pd
 
-from tpme.bench.record import write_atomically
+from tpme.bench.text import escaped_lines
+from tpme.bench.writing import write_atomically
 from tpme.reports.board_html import BoardGroup, BoardRow, group_html, leaders
 from tpme.reports.data.load import Recorded, read_every, to_frame, with_quality
 from tpme.reports.data.section import Section, make_section
@@ -43,7 +44,7 @@ def write_board(paths: Iterable[Path | str], out: Path) -> Path:
         leaders=leaders(groups),
         groups="\n".join(group_html(group) for group in groups),
     )
-    write_atomically(page, text.encode())
+    write_atomically(page, escaped_lines(text).encode())
     return page
 
 

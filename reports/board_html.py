@@ -204,7 +204,8 @@ def _records(row: BoardRow) -> str:
 
 def _readings(line: Line, scales: Mapping[str, tuple[str, float]]) -> Iterator[str]:
     for key, (_, scale) in scales.items():
-        yield quantity(key).format((line[key] if line["status"] == "ok" else nan) / scale)
+        value = line[key] if line["status"] == "ok" else None
+        yield quantity(key).format(nan if value is None else value / scale)
 
 
 def _rates(text: str) -> str:

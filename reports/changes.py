@@ -14,10 +14,11 @@ from typing import Literal
 import numpy as np
 
 from tpme.bench.quantities import COSTS
+from tpme.bench.side_files import load_ranks
 from tpme.reports.data.load import Recorded
 from tpme.reports.data.metrics import bootstrap_means
 from tpme.reports.data.paired_tests import P_LEVEL
-from tpme.reports.data.ranks import METRICS, load_ranks
+from tpme.reports.data.ranks import METRICS
 from tpme.reports.data.resampling import DRAWS, draw
 from tpme.reports.data.section import Section
 from tpme.reports.data.stats import Floats, holm, interval, paired

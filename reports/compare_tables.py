@@ -229,16 +229,16 @@ def _counter_table(rows: Rows) -> Table:
 
 def print_sets(sets: TwoSets, console: Console) -> None:
     """Print what the two sides are, and for every group the sentences, then the tables."""
-    console.print(f"A: {sets.a}\nB: {sets.b}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"A: {sets.a}\nB: {sets.b}", soft_wrap=True)
     for pair in sets.pairs:
         name = pair.a.name if pair.a.name == pair.b.name else f"A: {pair.a.name}\nB: {pair.b.name}"
-        console.print("", f"{name}\n", *sentences(pair), sep="\n", markup=False, highlight=False)
+        console.print("", f"{name}\n", *sentences(pair), sep="\n")
         for table in tables(pair):
             console.print("", to_terminal(table, console.width))
     for side, sections in (("A", sets.only_a), ("B", sets.only_b)):
         for section in sections:
             text = f"Only in {side}: {section.name}: {', '.join(section.lines)}"
-            console.print("", text, sep="\n", markup=False, highlight=False)
+            console.print("", text, sep="\n")
 
 
 # --- JSON ----------------------------------------------------------------------------------------------------

@@ -86,7 +86,7 @@ def chart(key: str, row: str, history: Sequence[Place]) -> str:
 
 
 def _known(line: Line, key: str) -> bool:
-    return line["status"] == "ok" and not math.isnan(line[key])
+    return line["status"] == "ok" and line[key] is not None and not math.isnan(line[key])
 
 
 def _turns(history: Sequence[Place], across: Sequence[float], base: float) -> list[str]:

@@ -19,8 +19,10 @@ from typing import Any
 import tomli_w
 
 from tpme.bench.record import Cell, CellResult, DatasetFacts
+from tpme.bench.side_files import load_samples
+from tpme.bench.text import escaped_lines
 from tpme.reports.data.answer import answer
-from tpme.reports.data.load import Recorded, load_samples, stretches, thin
+from tpme.reports.data.load import Recorded, stretches, thin
 from tpme.reports.data.phase_colours import PHASE_COLOURS
 from tpme.reports.data.section import Section
 from tpme.reports.data.tpme import COLUMNS, Weights, members
@@ -45,7 +47,7 @@ def page(title: str, sections: Sequence[Section], weights: Weights) -> str:
     )
     script = "\n".join(parts)
     data = {"weights": weights.values, "phases": PHASE_COLOURS, "groups": [_group(section) for section in sections]}
-    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    text = json.dumps(_shown(data), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return Template(frame).substitute(
         title=html.escape(title),
         style=style,
@@ -54,6 +56,15 @@ def page(title: str, sections: Sequence[Section], weights: Weights) -> str:
         script_hash=_hash(script),
         data=text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"),
     )
+
+
+def _shown(value: Any) -> Any:
+    """``value`` with escapes for what is not seen in every text."""
+    if isinstance(value, str):
+        return escaped_lines(value)
+    if isinstance(value, Mapping):
+        return {_shown(key): _shown(entry) for key, entry in value.items()}
+    return [_shown(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
 def _hash(text: str) -> str:

@@ -16,7 +16,8 @@ from rich.progress import Progress
 from rich.text import Text
 
 from tpme.bench.errors import UserError
-from tpme.bench.record import write_atomically
+from tpme.bench.text import escaped_lines
+from tpme.bench.writing import write_atomically
 from tpme.reports.data.load import read, to_frame
 from tpme.reports.data.section import Section, check_rows, make_section
 from tpme.reports.data.tpme import DEFAULT, Weights, read_frames, write_frames
@@ -149,11 +150,12 @@ def write_report(
     for chapter in chapters:
         _write_chapter(chapter, out, formats)
     if html is not None:
-        write_atomically(out / "index.html", html.encode())
-    write_atomically(out / "details.md", details_md(report.title, chapters, formats, report.command).encode())
-    write_atomically(out / "report.md", report_md(report.title, chapters, formats).encode())
+        write_atomically(out / "index.html", escaped_lines(html).encode())
+    details = details_md(report.title, chapters, formats, report.command)
+    write_atomically(out / "details.md", escaped_lines(details).encode())
+    write_atomically(out / "report.md", escaped_lines(report_md(report.title, chapters, formats)).encode())
     _print(chapters, show, console)
-    console.print(f"Written to {out / 'report.md'}", markup=False, soft_wrap=True)
+    console.print(f"Written to {out / 'report.md'}", soft_wrap=True)
     return report
 
 
@@ -179,7 +181,7 @@ def freeze(frame: Path, report: Report, console: Console) -> None:
     if not frames:
         raise UserError(f"{frame}: not made, for none of these rows has a TPME")
     write_frames(frame, frames)
-    console.print(f"{frame}: was not there; holds the frame of these records now", markup=False, soft_wrap=True)
+    console.print(f"{frame}: was not there; holds the frame of these records now", soft_wrap=True)
 
 
 def _print(chapters: Sequence[Chapter], names: Sequence[str], console: Console) -> None:
@@ -213,7 +215,7 @@ def _default_formats(report: Report, console: Console) -> Sequence[str]:
     if rows <= ROWS_DRAWN:
         return FORMATS
     message = f"{rows} rows in {len(report.sections)} groups: figures are drawn with --formats all"
-    console.print(message, markup=False)
+    console.print(message)
     return [name for name in FORMATS if name not in PLOT_FORMATS]
 
 

@@ -173,7 +173,7 @@ def test_a_path_into_the_repository_leads_into_each_checkout(
     ("base", "files", "words"),
     [
         ("nowhere", {}, "nowhere: no such revision in "),
-        ("one", {"pyproject.toml": "[project\n"}, "pyproject.toml is not readable"),
+        ("one", {"pyproject.toml": "[project\n"}, "pyproject.toml: not a readable TOML"),
         ("one", {"setup.py": "raise SystemExit('broken on purpose')\n"}, "cannot be installed"),
     ],
 )

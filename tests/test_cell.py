@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 
 from tpme.bench.errors import UserError
+from tpme.bench.lifetimes import MARK, Launcher
 from tpme.bench.record import CellResult, read_result
 from tpme.bench.train.ending import TimeLimitReached, bytes_requested, status_of
 from tpme.bench.workers import parse_progress
@@ -193,8 +196,11 @@ def test_random_weights_and_useless_checkpointing_are_flagged(world: Any, tmp_pa
 # --- its process ----------------------------------------------------------------------------------------------------
 
 
-def start(world: Any, harness: ModuleType, folder: Path) -> tuple[subprocess.Popen[str], Path]:
-    """A cell process whose method waits, while it adapts, for the file ``go``; and its record."""
+def start(world: Any, harness: ModuleType, folder: Path, left_s: float = 100.0) -> tuple[subprocess.Popen[str], Path]:
+    """A cell process whose method waits, while it adapts, for the file ``go``; and its record.
+
+    ``left_s``: of its time, as its launcher told it.
+    """
     body = f"""
     def adapt(self, model, schedule):
         import os, time
@@ -213,7 +219,8 @@ def start(world: Any, harness: ModuleType, folder: Path) -> tuple[subprocess.Pop
     job = world.job(world.matrix(["waiting"]), folder, (folder / "methods",), time_limit_s=12.5)
     (folder / "job.json").write_text(job.model_dump_json())
     command = [sys.executable, "-P", "-m", "tpme.bench.run.cell", str(folder / "job.json")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    told = os.environ | {MARK: Launcher.here(time.monotonic() + left_s, None).mark}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=told)
     harness.wait_for(folder / "ready")
     return process, job.file(".json")
 
@@ -221,7 +228,7 @@ def start(world: Any, harness: ModuleType, folder: Path) -> tuple[subprocess.Pop
 @pytest.fixture(scope="module")
 def stopped(world: Any, harness: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, str, str]:
     """Record, exit code and output of a cell that was stopped at its time limit."""
-    process, record = start(world, harness, tmp_path_factory.mktemp("stopped"))
+    process, record = start(world, harness, tmp_path_factory.mktemp("stopped"), left_s=0.0)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     return record, process.returncode, out, err
@@ -239,6 +246,15 @@ def test_a_cell_that_is_out_of_time_writes_its_own_record(stopped: tuple[Path, i
     with np.load(path.parent / result.files["samples"]) as samples:
         assert len(samples["sample_t_s"]) > 5
     assert "Traceback" not in err
+
+
+def test_a_signal_of_somebody_else_is_no_timeout(world: Any, harness: ModuleType, tmp_path: Path) -> None:
+    """It has no record of its own: the launcher's says what ended it, and the cell is repeated."""
+    process, record = start(world, harness, tmp_path)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGTERM
+    assert not record.exists()
 
 
 def test_only_progress_goes_to_the_standard_output(stopped: tuple[Path, int, str, str]) -> None:

@@ -78,6 +78,19 @@ def test_a_mistake_is_one_line_and_code_2(arguments: tuple[str, ...], told: str)
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize("words", [(), ("list",)], ids=" ".join)
+def test_without_a_command_the_help_is_shown(words: tuple[str, ...]) -> None:
+    shown = [CliRunner().invoke(cli.app, [*words, *more], prog_name="tpme").output for more in ((), ("--help",))]
+    assert shown[0] == shown[1]
+    assert shown[0].count("\n") > 5
+
+
+def test_a_wrong_call_shows_no_password() -> None:
+    shown = CliRunner().invoke(cli.app, ["run", "demo", "http://user:PASSWORD@host"], prog_name="tpme").output
+    assert "http://***@host" in shown
+    assert "PASSWORD" not in shown
+
+
 def test_switches_of_run_are_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     laid_over: list[list[str]] = []
 

@@ -19,16 +19,18 @@ from rich.console import Console
 from tpme.bench.errors import UserError
 from tpme.bench.record import CellResult, Reading, Status, find_results, read_result
 from tpme.bench.run import launch
+from tpme.bench.run.job import Job
 from tpme.bench.run.launch import run_matrix, store_folder
 from tpme.bench.run.matrix import MatrixFile
 from tpme.bench.run.progress import outcome_line
-from tpme.bench.run.remaining import latest_attempt
+from tpme.bench.run.remaining import Latest, latest_attempt
 
 STUB = """
 import json, os, signal, sys, time
 from pathlib import Path
 from tpme.bench.run.job import Job
-from tpme.bench.record import CellResult, Failure, Reading, write_atomically, write_result
+from tpme.bench.record import CellResult, Failure, Reading, write_result
+from tpme.bench.writing import write_atomically
 
 job = Job.model_validate_json(Path(sys.argv[1]).read_bytes())
 ending = json.loads(os.environ["STUB"])[str(job.cell.seed)]
@@ -246,11 +248,11 @@ def test_what_a_cell_says_is_printed_as_it_is(stubbed: Stubbed) -> None:
 def test_rounds_alone_are_not_nothing_to_train(stubbed: Stubbed) -> None:
     (good,) = stubbed.run("ok")
     federated = good.model_copy(update={"all_in_s": Reading(value=2.0, source="rounds")})
-    assert outcome_line(federated).endswith("0.5 s, 2.00 s all in")
+    assert outcome_line(federated).plain.endswith("0.5 s, 2.00 s all in")
     values = {"pass_s": 3.0, "valid_recall_10": 0.25}
     counters = {name: Reading(value=value, source="report()") for name, value in values.items()}
     measured = federated.model_copy(update={"counters": counters})
-    assert outcome_line(measured).endswith("0.5 s, 3.00 s a pass, validation Recall@10 0.2500")
+    assert outcome_line(measured).plain.endswith("0.5 s, 3.00 s a pass, validation Recall@10 0.2500")
 
 
 def test_a_record_that_a_cell_wrote_badly_stops_nothing(stubbed: Stubbed) -> None:
@@ -282,9 +284,9 @@ def test_a_finished_record_is_read_once(stubbed: Stubbed, monkeypatch: pytest.Mo
     stubbed.run("ok", "error", "oom")
     read: list[str] = []
 
-    def counted(folder: Path) -> tuple[int, CellResult | None]:
-        read.append(folder.name)
-        return latest_attempt(folder)
+    def counted(job: Job) -> Latest:
+        read.append(job.folder.name)
+        return latest_attempt(job)
 
     monkeypatch.setattr(launch, "latest_attempt", counted)
     stubbed.run("ok", "ok", "ok")

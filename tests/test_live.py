@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from tpme.bench import cli
+from tpme.bench import cli, mlflow_server
 from tpme.bench.errors import UserError, missing_extra
 from tpme.bench.measure.phases import PhaseLog
 from tpme.bench.quantities import memory_reading
@@ -215,7 +215,7 @@ def test_mlflow_takes_it(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
-    for name, value in live.MLFLOW_SETTINGS.items():
+    for name, value in mlflow_server.SETTINGS.items():
         monkeypatch.setenv(name, value)
     logger, said = log_to(tmp_path / "run", "mlflow")
     assert logger.where.endswith("mlruns, experiment mine")
@@ -244,6 +244,7 @@ def test_tensorboard_takes_it(world: Any, tmp_path: Path) -> None:
     logger, said = log_to(tmp_path)
     [result] = world.run(world.matrix(["bitfit"], training={"epochs": 2}), tmp_path, live=logger)
     [folder] = (tmp_path / "tensorboard").glob("*/attempt-1")
+    assert [path.name.split(".")[4] for path in folder.iterdir()] == ["host"], "not the name of this one"
     events = EventAccumulator(str(folder)).Reload()
     losses = [(one.step, one.value) for one in events.Scalars("epoch_loss")]
     assert losses == [(epoch.index, pytest.approx(epoch.loss)) for epoch in result.epochs]

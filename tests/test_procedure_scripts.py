@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tpme.bench.errors import UserError
-from tpme.bench.record import Cell, CellResult, Reading
+from tpme.bench.record import Cell, CellResult, Reading, cell_id
 from tpme.methods.base import Validation
 from tpme.methods.parts.federation import Round
 
@@ -71,10 +71,11 @@ def projected(method: str, options: dict[str, Any], reached: float, held: float)
         for modality in ("text", "image")
         for name, value in (("distance_epoch_1", reached / 2), ("distance_epoch_2", reached), ("rows_at_radius", held))
     }
+    cell = Cell(method=method, options=options, dataset="d", dataset_fingerprint="f", modalities=("text", "image"))
     return CellResult(
-        cell_id="0123456789ab",
+        cell_id=cell_id(cell, "v"),
         attempt=1,
-        cell=Cell(method=method, options=options, dataset="d", dataset_fingerprint="f", modalities=("text", "image")),
+        cell=cell,
         code_version="v",
         status="ok",
         started_at="2026-01-01T00:00:00+00:00",

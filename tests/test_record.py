@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import stat
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from tpme.bench import record
 from tpme.bench.errors import UserError
 from tpme.bench.record import (
     HELD_OUT,
@@ -25,11 +24,11 @@ from tpme.bench.record import (
     Failure,
     Reading,
     RecordError,
+    Training,
     attempt_number,
     cell_id,
     find_results,
     read_result,
-    write_atomically,
     write_result,
 )
 
@@ -38,7 +37,7 @@ CELL = Cell(method="lora", dataset="d", dataset_fingerprint="f", modalities=("te
 
 def result(**changes: Any) -> CellResult:
     plain: dict[str, Any] = {
-        "cell_id": "0123456789ab",
+        "cell_id": cell_id(CELL, "v"),
         "attempt": 1,
         "cell": CELL,
         "code_version": "v",
@@ -133,41 +132,6 @@ def test_a_record_is_never_overwritten(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "x.json"
-    write_atomically(path, b"old")
-
-    def broken(_handle: int) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr(record.os, "fsync", broken)
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert [file.name for file in tmp_path.iterdir()] == ["x.json"]
-
-
-def test_a_reader_sees_all_or_nothing(tmp_path: Path) -> None:
-    path, whole = tmp_path / "x", (b"a" * 300_000, b"b" * 300_000)
-    write_atomically(path, whole[0])
-    done = threading.Event()
-
-    def write() -> None:
-        for number in range(60):
-            write_atomically(path, whole[number % 2])
-        done.set()
-
-    writer = threading.Thread(target=write)
-    writer.start()
-    seen = set()
-    while not done.is_set():
-        seen.add(path.read_bytes())
-    writer.join()
-    assert seen <= set(whole)
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -200,6 +164,84 @@ def test_a_changed_record_is_refused(tmp_path: Path) -> None:
     raw["epoch_time_s"]["value"] = None
     path.write_text(json.dumps(raw))
     with pytest.raises(RecordError, match=r"field 'epoch_time_s': .*needs a reason"):
+        read_result(path)
+
+
+READING = {"value": -0.5, "source": "clock", "valid": True, "reason": None}
+MADE_UP: dict[str, tuple[dict[str, Any], str]] = {
+    "negative wall time": ({"wall_s": -1.0}, "wall_s"),
+    "endless wall time": ({"wall_s": 1e300}, "wall_s"),
+    "time in quotes": ({"wall_s": "1.5"}, "wall_s"),
+    "time that is true": ({"wall_s": True}, "wall_s"),
+    "attempt in quotes": ({"attempt": "1"}, "attempt"),
+    "attempt that is true": ({"attempt": True}, "attempt"),
+    "attempt 1.5": ({"attempt": 1.5}, "attempt"),
+    "attempt 0": ({"attempt": 0}, "attempt"),
+    "negative epoch time": ({"epoch_time_s": READING}, "epoch_time_s"),
+    "reading in quotes": ({"epoch_time_s": READING | {"value": "0.5"}}, "epoch_time_s.value"),
+    "negative all-in time": ({"all_in_s": READING}, "all_in_s"),
+    "negative time of a pass": ({"counters": {"pass_s": READING}}, "cannot be negative"),
+    "validation above 1": ({"counters": {"valid_recall_10": READING | {"value": 2}}}, "valid_recall_10"),
+    "warm-up of -1 epochs": ({"warmup_epochs": -1}, "warmup_epochs"),
+    "best epoch 0": ({"best_epoch": 0}, "best_epoch"),
+    "limit of 0 s": ({"time_limit_s": 0}, "time_limit_s"),
+    "no time": ({"started_at": "yesterday"}, "started_at"),
+    "no status": ({"status": "fine"}, "status"),
+    "no files": ({"files": ["ranks"]}, "files"),
+    "file elsewhere": ({"files": {"ranks": "../../ranks.npz"}}, "files.ranks"),
+    "absolute file": ({"files": {"ranks": "/dev/zero"}}, "files.ranks"),
+    "file without a name": ({"files": {"ranks": ""}}, "files.ranks"),
+    "file with NUL": ({"files": {"ranks": "a\0b"}}, "files.ranks"),
+    "digest that is none": ({"files": {"ranks": "r.npz"}, "digests": {"ranks": "abc"}}, "digests.ranks"),
+    "digest of nothing": ({"digests": {"ranks": "0" * 64}}, "none of its files"),
+    "another cell": ({"cell": CELL.model_dump(mode="json") | {"seed": 7}}, "cell_id"),
+    "another version": ({"code_version": "w"}, "cell_id"),
+    "another id": ({"cell_id": "0123456789ab"}, "cell_id"),
+    "seed in quotes": ({"cell": CELL.model_dump(mode="json") | {"seed": "12345"}}, "cell.seed"),
+    "Recall of 2": ({"epochs": [{"valid_recall_10": 2}]}, "epochs.0.valid_recall_10"),
+    "negative NDCG": ({"epochs": [{"valid_ndcg_10": -0.1}]}, "epochs.0.valid_ndcg_10"),
+    "negative training time": ({"epochs": [{"train_s": -1}]}, "epochs.0.train_s"),
+    "half a step": ({"epochs": [{"steps": 0.5}]}, "epochs.0.steps"),
+    "epoch 0": ({"epochs": [{"index": 0}]}, "epochs.0.index"),
+    "loss without bounds": ({"epochs": [{"loss": float("inf")}]}, "epochs"),
+    "negative users": ({"dataset": {"users": -1}}, "dataset.users"),
+    "items without end": ({"dataset": {"items": 2**80}}, "dataset.items|64 bits"),
+}
+EPOCH = {"index": 1, "train_s": 0.5, "steps": 3, "loss": 2.0, "valid_recall_10": 0.1, "valid_ndcg_10": 0.05}
+DATA = {
+    "name": "d", "fingerprint": "f", "users": 9, "items": 8, "interactions": 45, "items_never_trained": 1,
+    "modalities": ["text"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", MADE_UP)
+def test_an_impossible_record_is_refused_in_one_line(tmp_path: Path, change: str) -> None:
+    path = tmp_path / "attempt-1.json"
+    changes, message = MADE_UP[change]
+    whole = json.loads(result().model_dump_json()) | {"epochs": [EPOCH], "dataset": DATA}
+    path.write_text(json.dumps(whole))
+    assert read_result(path).epochs[0].steps == 3
+    epochs = [EPOCH | epoch for epoch in changes.get("epochs", [{}])]
+    path.write_text(json.dumps(whole | changes | {"epochs": epochs, "dataset": DATA | changes.get("dataset", {})}))
+    with pytest.raises(RecordError, match=message) as error:
+        read_result(path)
+    assert str(error.value).startswith(f"{path}: ")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder", "device"])
+def test_a_record_is_a_regular_file(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "attempt-1.json"
+    {"fifo": os.mkfifo, "folder": Path.mkdir, "device": lambda p: p.symlink_to("/dev/zero")}[kind](path)
+    with pytest.raises(RecordError, match="not a regular file"):
+        read_result(path)
+
+
+@pytest.mark.parametrize("content", [b'{"a":' * 100_000, b'{"attempt": ' + b"9" * 10_000 + b"}", b"\xff", b"\0"])
+def test_what_no_parser_can_take_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "attempt-1.json"
+    path.write_bytes(content)
+    with pytest.raises(RecordError, match="not a readable record"):
         read_result(path)
 
 
@@ -240,10 +282,29 @@ def test_a_record_of_version_1_is_read_as_one_of_version_2(tmp_path: Path) -> No
 @pytest.mark.parametrize(("method", "baseline"), [("frozen", True), ("id", True), ("popularity", True), ("ids", False)])
 def test_version_1_knew_three_baselines(tmp_path: Path, method: str, baseline: bool) -> None:
     path = tmp_path / "attempt-1.json"
-    path.write_text(VERSION_1.replace("frozen", method))
+    raw = json.loads(VERSION_1)
+    raw["cell"]["method"] = method
+    raw["cell_id"] = cell_id(Cell(**raw["cell"]), "v")
+    path.write_text(json.dumps(raw))
     assert read_result(path).cell.baseline is baseline
-    path.write_text(VERSION_1.replace("frozen", method).replace('"schema_version": 1', '"schema_version": 2'))
+    path.write_text(json.dumps(raw | {"schema_version": 2}))
     assert read_result(path).cell.baseline is False
+
+
+def test_a_record_from_before_a_setting_keeps_its_identity(tmp_path: Path) -> None:
+    """The first records know no ``cuda_graphs``; another value of what they do know is another cell."""
+    path, raw = tmp_path / "attempt-1.json", json.loads(VERSION_1)
+    training = Training().model_dump(exclude={"cuda_graphs"})
+    raw["cell"] |= {"training": training}
+    raw["cell_id"] = hashlib.sha256(
+        f"v\n{json.dumps(raw['cell'], sort_keys=True, separators=(',', ':'))}".encode()
+    ).hexdigest()[:12]
+    path.write_text(json.dumps(raw))
+    assert read_result(path).cell.training == Training()
+    training["epochs"] += 1
+    path.write_text(json.dumps(raw))
+    with pytest.raises(RecordError, match="it is not the id of the cell"):
+        read_result(path)
 
 
 def test_a_cells_identity_is_what_runs() -> None:

@@ -13,6 +13,8 @@ from tpme.bench.record import CellResult, Failure, Reading, Status, write_result
 from tpme.bench.run.job import Job
 from tpme.bench.run.progress import remaining_table
 from tpme.bench.run.remaining import Remaining, in_words, is_finished, latest_attempt, remaining
+from tpme.bench.task import fingerprint
+from tpme.bench.task.fingerprint import sha256_of
 
 
 def finish(job: Job, status: Status = "ok", wall_s: float = 10.0) -> None:
@@ -32,7 +34,7 @@ def finish(job: Job, status: Status = "ok", wall_s: float = 10.0) -> None:
 
 
 def state_of(jobs: list[Job], run: Path) -> Remaining:
-    return remaining(jobs, [latest_attempt(job.folder)[1] for job in jobs], run)
+    return remaining(jobs, [latest_attempt(job).result for job in jobs], run)
 
 
 @pytest.fixture
@@ -61,7 +63,7 @@ def test_the_time_of_what_is_missing_is_that_of_what_ended_well(jobs: list[Job],
 
 def test_a_killed_cell_is_still_to_run(jobs: list[Job], tmp_path: Path) -> None:
     finish(jobs[0], "killed")
-    assert not is_finished(latest_attempt(jobs[0].folder)[1], jobs[0])
+    assert not is_finished(latest_attempt(jobs[0]).result, jobs[0])
     assert state_of(jobs, tmp_path).rows[0].missing == 3
 
 
@@ -95,3 +97,21 @@ def test_rows_of_one_method_are_told_apart(world: Any, tmp_path: Path) -> None:
 )
 def test_a_duration_in_words(seconds: float, words: str) -> None:
     assert in_words(seconds) == words
+
+
+def test_a_large_adapter_is_read_once(jobs: list[Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter, read = jobs[0].file(".adapter.safetensors"), []
+    finish(jobs[0])
+    record = CellResult.model_validate_json(jobs[0].file(".json").read_text())
+    adapter.write_bytes(bytes(2**24))
+    digest = sha256_of(adapter)
+    changed = record.model_copy(update={"files": {"adapter": adapter.name}, "digests": {"adapter": digest}})
+    jobs[0].file(".json").write_text(changed.model_dump_json())
+    monkeypatch.setattr(fingerprint, "_TICK_NS", 0)
+    monkeypatch.setattr("tpme.bench.run.remaining.sha256_of", lambda path: read.append(path) or sha256_of(path))
+    job = jobs[0].model_copy(update={"store": tmp_path / "store"})
+    assert [latest_attempt(job).damage for _ in range(3)] == [None, None, None]
+    assert read == [adapter]
+    with adapter.open("r+b") as file:
+        file.write(b"x")
+    assert "SHA-256 differs" in str(latest_attempt(job).damage)

@@ -73,7 +73,7 @@ def ab(
         list[Path] | None, typer.Option(help="Folder with further methods; in the repository, each side uses its own.")
     ] = None,
     repository: Annotated[Path, typer.Option(help="The git repository that is compared.")] = Path(),
-    rounds: Annotated[int, typer.Option(min=1, help="Runs of each cell on each side before judging.")] = 2,
+    rounds: Annotated[int, typer.Option(min=1, max=1000, help="Runs of each cell on each side before judging.")] = 2,
     device: DeviceName = "auto",
     time_limit: Annotated[float | None, typer.Option(min=1, help="Time limit of a run in seconds.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the records; by default runs/ab.")] = None,
@@ -91,21 +91,22 @@ def ab(
 
     Exit codes: 0 no regression, 1 regressed, 2 not settled (see --require), 3 error.
     """
-    from rich.console import Console
-    from rich.markup import escape
-
+    from tpme.bench.claims import claimed
+    from tpme.bench.console import PlainConsole
     from tpme.bench.run.trees import trees
 
     policy = gate.policy_of(require, time_threshold=time_threshold, resident_bound=resident_bound)
     rows, folders = split_names(methods), methods_path or []
     request = Request(matrix, settings or [], rows, folders, rounds, device, time_limit)
-    console = Console()
-    with trees(repository, base, head) as sides:
-        folder = _new_folder(out or Path("runs") / "ab")
-        console.print(escape(f"{sides[0].name} against {sides[1].name}; records go to {folder}"), highlight=False)
+    console = PlainConsole()
+    parent = out or Path("runs") / "ab"
+    with trees(repository, base, head) as sides, claimed(lambda: _new_folder(parent), keep=True) as (folder, lock):
+        console.print(f"{sides[0].name} against {sides[1].name}; records go to {folder}")
         started = time.perf_counter()
         pairs = pair_cells(sides, request, folder, repository)
-        report = compare(pairs, sides, policy, folder, rounds=request.rounds, started=started, console=console)
+        report = compare(
+            pairs, sides, policy, folder, rounds=request.rounds, started=started, console=console, lock=lock
+        )
     gate.publish(report, everything, github, as_json, as_markdown, as_junit, as_benchmark)
 
 
@@ -118,12 +119,14 @@ def compare(
     rounds: int,
     started: float,
     console: Console,
+    lock: int | None = None,
 ) -> GateReport:
     """Run all cells on both sides, what looks changed once more, what is open up to ``MOST_TIMES``, and judge.
 
     Args:
         pairs: from ``pair_cells``. sides: base and head. folder: for the records. rounds: pairs of runs of each
             cell before it is judged. started: ``time.perf_counter`` of when the command began.
+        lock: an open file that this process has locked; each cell holds the lock, too.
     """
     from tpme.bench.run.countdown import Countdown
     from tpme.reports.gate.interleaved import MOST_TIMES, judge_runs, suspicious, undecided
@@ -138,10 +141,10 @@ def compare(
         runs = len(SIDES) * rounds * len(some)
         countdown.total += runs
         line = f"{why}: {runs} runs, {', '.join(pair.cell.label for pair in some)}"
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
         with countdown.shown():
             for pair in some:
-                _interleave(pair, commands, folder, rounds, countdown)
+                _interleave(pair, commands, folder, rounds, countdown, lock)
 
     def judge(confirmed: dict[str, int]) -> list[CellVerdict]:
         base, head = ({pair.key: pair.runs[side] for pair in both} for side in SIDES)
@@ -227,9 +230,9 @@ def _parse_job(content: dict[str, Any], side: str) -> Job:
 
 def _jobs_of_side(side: str, tree: Tree, request: Request, folder: Path, repository: Path) -> Any:
     """The jobs of a side, listed by its own code in its own process."""
-    from tpme.bench.record import write_atomically
     from tpme.bench.run.launch import choose_device
     from tpme.bench.run.matrix import presets
+    from tpme.bench.writing import write_atomically
 
     question, answer = folder / f"{side}.request.json", folder / f"{side}.answer.json"
     source = request.matrix if request.matrix in presets() else str(Path(request.matrix).resolve())
@@ -260,15 +263,17 @@ def _in_checkout(path: Path, tree: Tree, repository: Path) -> Path:
 # --- running -------------------------------------------------------------------------------------------------
 
 
-def _interleave(pair: Pair, commands: dict[str, list[str]], folder: Path, rounds: int, countdown: Countdown) -> None:
+def _interleave(
+    pair: Pair, commands: dict[str, list[str]], folder: Path, rounds: int, countdown: Countdown, lock: int | None
+) -> None:
     """Run a cell ``rounds`` times on each side: A B, B A, A B ..."""
     for number in range(rounds):
         for side in SIDES if number % 2 == 0 else SIDES[::-1]:
-            pair.runs[side].append(_run(pair, side, commands[side], folder, countdown))
+            pair.runs[side].append(_run(pair, side, commands[side], folder, countdown, lock))
             countdown.step()
 
 
-def _run(pair: Pair, side: str, python: list[str], folder: Path, countdown: Countdown) -> Recorded:
+def _run(pair: Pair, side: str, python: list[str], folder: Path, countdown: Countdown, lock: int | None) -> Recorded:
     """One run of a cell in the environment of its side; one that leaves no record gets one."""
     from tpme.bench.run.launch import run_job, slug
     from tpme.reports.data.load import Recorded
@@ -280,13 +285,17 @@ def _run(pair: Pair, side: str, python: list[str], folder: Path, countdown: Coun
     def show(what: str, share: float) -> None:
         countdown.show(f"{pair.cell.label}, {side}: {what}", share)
 
-    result = run_job(job, python, json.dumps(content, indent=1).encode(), show)
+    result = run_job(job, python, json.dumps(content, indent=1).encode(), show, lock=lock)
     device_key = result.environment.device_key if result.environment else "unknown device"
     return Recorded(job.file(".json"), result, device_key)
 
 
 def _new_folder(parent: Path) -> Path:
-    """The first of ``parent/1``, ``parent/2`` ... that does not exist yet, created."""
+    """Make the first of ``parent/1``, ``parent/2`` ... that does not exist yet; those of killed runs are removed."""
+    from tpme.bench.claims import remove_unclaimed
+
+    for folder in parent.glob("[0-9]*"):
+        remove_unclaimed(folder)
     number = 1
     while True:
         try:

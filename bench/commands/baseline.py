@@ -35,11 +35,10 @@ def baseline(
         raise UserError("give either run folders or --count MATRIX")
     if out.exists() and not (update or replace):
         raise UserError(f"{out}: already exists; --update keeps cells not measured again, --replace keeps none")
-    from rich.console import Console
-
+    from tpme.bench.console import PlainConsole
     from tpme.reports.gate.baseline import from_records, updated, write_baseline
 
-    console = Console()
+    console = PlainConsole()
     old = _replaced(out, update and not replace, console) if out.exists() else None
     new = _counted(count, settings or [], methods_path or [], store) if count else from_records(runs or [])
     if old is not None:
@@ -49,12 +48,10 @@ def baseline(
     console.print(
         f"{out}: {len(new.cells)} cell{'s' * (len(new.cells) != 1)}, {out.stat().st_size / 1e3:.1f} kB, "
         f"measured on {', '.join(new.devices) or 'no device: exact counters only'}",
-        markup=False,
-        highlight=False,
         soft_wrap=True,
     )
     for name, device in new.devices.items():
-        console.print(_noise_line(name, device.noise), markup=False, highlight=False, soft_wrap=True)
+        console.print(_noise_line(name, device.noise), soft_wrap=True)
 
 
 def _noise_line(name: str, noise: Noise) -> str:
@@ -80,7 +77,7 @@ def _replaced(out: Path, update: bool, console: Console) -> Baseline | None:
     except UserError as error:
         if update:
             raise
-        console.print(f"replacing a file that is not usable: {error}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"replacing a file that is not usable: {error}", soft_wrap=True)
         return None
 
 
@@ -98,8 +95,7 @@ def _show_changes(old: Baseline, new: Baseline, out: Path, console: Console) -> 
 
 def _counted(source: str, settings: Sequence[str], methods_path: Sequence[Path], store: Path | None) -> Baseline:
     """Exact counters of a matrix, on the meta device: no weights, no data, seconds."""
-    from rich.console import Console
-
+    from tpme.bench.console import PlainConsole
     from tpme.bench.measure.environment import package_versions
     from tpme.bench.quantities import COUNTERS
     from tpme.bench.run.launch import store_folder
@@ -109,7 +105,7 @@ def _counted(source: str, settings: Sequence[str], methods_path: Sequence[Path],
     from tpme.reports.gate.measures import GateCell, cell_key
 
     matrix = load_matrix(source, settings)
-    plan = plan_matrix(matrix, store=store_folder(store), methods_path=methods_path, console=Console(stderr=True))
+    plan = plan_matrix(matrix, store=store_folder(store), methods_path=methods_path, console=PlainConsole(stderr=True))
     cells = []
     for planned in plan.cells:
         values = {name: getattr(planned.work, _FIELDS.get(name, name), None) for name in COUNTERS}

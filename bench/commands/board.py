@@ -16,6 +16,7 @@ def board(
 
     Who leads where, history over versions, every number linked to its record.
     """
+    from tpme.bench.console import PlainConsole
     from tpme.reports.board import write_board
 
-    print(f"Written to {write_board(runs, out)}")  # noqa: T201
+    PlainConsole().print(f"Written to {write_board(runs, out)}", soft_wrap=True)

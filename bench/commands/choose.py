@@ -30,8 +30,7 @@ def choose(
 
     Also says why the others fail. Exit code 0 if any row passes, else 1.
     """
-    from rich.console import Console
-
+    from tpme.bench.console import PlainConsole, print_json
     from tpme.reports import choose as logic
     from tpme.reports.report import make_report
     from tpme.reports.tables.terminal import to_terminal
@@ -50,9 +49,9 @@ def choose(
     limits = logic.Limits({key: bound for key, bound in bounds.items() if bound is not None}, device)
     choices = logic.choose(make_report(runs).sections, limits)
     if as_json:
-        print(logic.to_json(choices, limits))  # noqa: T201
+        print_json(logic.to_json(choices, limits))
     else:
-        console = Console()
+        console = PlainConsole()
         for choice in choices:
             if choice.qualifying:
                 console.print(to_terminal(logic.qualifying_table(choice, limits), console.width), "")

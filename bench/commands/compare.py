@@ -19,13 +19,12 @@ def compare(
 
     Nothing passes or fails. Exit code 0, 2 for bad input.
     """
-    from rich.console import Console
-
+    from tpme.bench.console import PlainConsole, print_json
     from tpme.reports.compare import compare as logic
     from tpme.reports.compare_tables import print_sets, to_json
 
     sets = logic(a, b)
     if as_json:
-        print(to_json(sets))  # noqa: T201
+        print_json(to_json(sets))
     else:
-        print_sets(sets, Console())
+        print_sets(sets, PlainConsole())

@@ -27,6 +27,7 @@ from tpme.bench.measure.nvml import Nvml, NvmlError
 from tpme.bench.measure.phases import measuring
 from tpme.bench.quantities import memory_reading
 from tpme.bench.record import Flag, Frozen, Phase, Reading
+from tpme.bench.redact import without_home
 from tpme.bench.workers import available_cores
 
 TRIAL_S = 0.6
@@ -216,4 +217,4 @@ def _hub() -> Hub:
     names = sorted(path.name for path in folder.glob("models--*") if any((path / "snapshots").glob("*")))
     models = tuple(name.removeprefix("models--").replace("--", "/", 1) for name in names)
     offline = constants.HF_HUB_OFFLINE or os.environ.get("TRANSFORMERS_OFFLINE") in ("1", "true")
-    return Hub(folder=str(folder), models=models, offline=offline)
+    return Hub(folder=without_home(str(folder)), models=models, offline=offline)

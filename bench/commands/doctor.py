@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tpme.bench.commands.options import AsJson, Store
+from tpme.bench.console import PlainConsole, print_json
 
 if TYPE_CHECKING:
     from tpme.bench.commands.diagnosis import Diagnosis
@@ -37,12 +38,12 @@ def doctor(
     if noise:
         from tpme.bench.commands.noise import measure_noise
 
-        measure_noise(choose_device("auto"), folder, Console(stderr=True))
+        measure_noise(choose_device("auto"), folder, PlainConsole(stderr=True))
     diagnosis = diagnose(folder)
     if as_json:
-        print(diagnosis.model_dump_json(indent=1))  # noqa: T201
+        print_json(diagnosis.model_dump_json(indent=1))
     else:
-        render(diagnosis, Console())
+        render(diagnosis, PlainConsole())
 
 
 def render(diagnosis: Diagnosis, console: Console) -> None:

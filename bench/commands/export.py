@@ -9,6 +9,7 @@ import typer
 
 from tpme.bench.commands.options import Records
 from tpme.bench.errors import UserError
+from tpme.bench.redact import without_credentials
 
 
 def export(
@@ -23,6 +24,7 @@ def export(
     """
     if out is None and mlflow is None:
         raise UserError("nothing to do: give --out FILE.csv (or .parquet, .sqlite), --mlflow URI, or both")
+    from tpme.bench.console import PlainConsole
     from tpme.reports.data.export import push, records_frame, write_table
     from tpme.reports.data.load import read_every
 
@@ -30,7 +32,9 @@ def export(
     if out is not None:
         frame = records_frame(records)
         write_table(frame, out)
-        print(f"Written to {out}: {len(frame)} records, {frame.shape[1]} columns")  # noqa: T201
+        PlainConsole().print(f"Written to {out}: {len(frame)} records, {frame.shape[1]} columns", soft_wrap=True)
     if mlflow is not None:
         new, known = push(records, mlflow, experiment)
-        print(f"Pushed to {mlflow}, experiment {experiment}: {new} new runs, {known} existed already")  # noqa: T201
+        server = without_credentials(mlflow)
+        line = f"Pushed to {server}, experiment {experiment}: {new} new runs, {known} existed already"
+        PlainConsole().print(line, soft_wrap=True)

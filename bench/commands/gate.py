@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import typer
 
 from tpme.bench.commands.options import PlainCommand, split_names
+from tpme.bench.console import complain
 from tpme.bench.errors import UserError, first_problem
 
 if TYPE_CHECKING:
@@ -54,10 +54,10 @@ class GateCommand(PlainCommand):
         except typer.Exit:
             raise
         except UserError as error:
-            print(f"tpme: {error}", file=sys.stderr)  # noqa: T201
+            complain(error)
         except OSError as error:  # no permission, a full disk
             message = f"{error.filename}: {error.strerror}" if error.filename else error
-            print(f"tpme: {message}", file=sys.stderr)  # noqa: T201
+            complain(message)
         except Exception:
             traceback.print_exc()
         raise typer.Exit(ERROR)
@@ -93,11 +93,12 @@ def publish(
     as_benchmark: Path | None,
 ) -> None:
     """Print the report, write the files that were asked for, and exit with its code."""
-    from rich.console import Console
-
+    from tpme.bench.console import PlainConsole
+    from tpme.bench.record import published
     from tpme.reports.gate.formats import github_annotations, show, write
 
-    show(report, Console(), everything=everything)
+    report = type(report).model_validate(published(report.model_dump()))
+    show(report, PlainConsole(), everything=everything)
     if github:
         print(*github_annotations(report), sep="\n")  # noqa: T201
     write(report, as_json=as_json, as_markdown=as_markdown, as_junit=as_junit, as_benchmark=as_benchmark)

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tpme.bench.commands.options import AsJson, MethodsPath, PlainCommand, methods_like
+from tpme.bench.console import PlainConsole, print_json
+from tpme.bench.errors import UserError
+from tpme.bench.text import escaped, visible
 
 if TYPE_CHECKING:
     from tpme.methods.base import Method
@@ -33,10 +36,17 @@ def methods(
     from tpme.methods.registry import available, method_class
 
     origins = available(methods_path or [])
-    classes = {name: method_class(name, methods_path or []) for name in names or origins}
-    rows = [_method_row(name, cls, origins[name]) for name, cls in classes.items()]
+    classes, rows = {}, []
+    for name in names or origins:
+        try:
+            classes[name] = method_class(name, methods_path or [])
+            rows.append(_method_row(name, classes[name], origins[name]))
+        except UserError as error:
+            if names:
+                raise
+            rows.append({"name": name, "origin": origins[name], "fault": str(error)})
     if as_json:
-        print(json.dumps(rows, indent=1))  # noqa: T201
+        print_json(json.dumps(rows, indent=1))
     elif names:
         for row in rows:
             _show_method(row, classes[row["name"]])
@@ -80,19 +90,42 @@ def encoders(as_json: AsJson = False) -> None:
 
 
 def _method_row(name: str, cls: type[Method], origin: str) -> dict[str, Any]:
-    return {
-        "name": name,
-        "what": _summary(sys.modules[cls.__module__].__doc__),
-        "cacheable": bool(cls(cls.Config()).frozen_encoders(("text", "image"))),
-        "baseline": cls.baseline,
-        "options": cls.Config().model_dump(mode="json"),
-        "origin": origin,
-    }
+    """What is known of a method; raises UserError where its own code fails.
+
+    Whether it can be cached is not known (``None``) where options have no default.
+    """
+    from tpme.methods.registry import blaming
+
+    with blaming(name):
+        fields = cls.Config.model_fields
+        required = [option for option, field in fields.items() if field.is_required()]
+        method = None if required else cls(cls.Config())
+        defaults = {name: field.get_default() for name, field in fields.items()} if required else dict(cls.Config())
+        return {
+            "name": name,
+            "what": _summary(sys.modules[cls.__module__].__doc__),
+            "cacheable": None if method is None else bool(method.frozen_encoders(("text", "image"))),
+            "baseline": bool(cls.baseline),
+            "options": {option: _as_json(defaults[option]) for option in fields if option not in required},
+            "required": required,
+            "origin": origin,
+        }
+
+
+def _as_json(value: Any) -> Any:
+    """A default of an option; as text where JSON has no such value."""
+    from pydantic_core import to_jsonable_python
+
+    try:
+        plain = to_jsonable_python(value)
+        json.dumps(plain, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        return visible(repr(value))
+    return plain
 
 
 def _show_methods(rows: list[dict[str, Any]]) -> None:
     """Print each method with its options as a matrix sets them, and the defaults."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -100,11 +133,14 @@ def _show_methods(rows: list[dict[str, Any]]) -> None:
     table.add_column(no_wrap=True, style="bold")
     table.add_column(overflow="fold")
     for row in rows:
-        table.add_row(row["name"], Text(f"{row['what']}{' (can be cached)' if row['cacheable'] else ''}"))
-        if row["options"]:
-            options = ", ".join(f"{option}={_toml(value)}" for option, value in row["options"].items())
-            table.add_row("", Text(options, "dim"))
-    console = Console(highlight=False, markup=False)
+        if "fault" in row:
+            table.add_row(row["name"], Text(f"cannot be used: {visible(row['fault'])}", "red"))
+            continue
+        table.add_row(row["name"], f"{row['what']}{' (can be cached)' if row['cacheable'] else ''}")
+        options = [f"{option}={_toml(value)}" for option, value in row["options"].items()]
+        if options or row["required"]:
+            table.add_row("", Text(escaped(", ".join([*row["required"], *options])), "dim"))
+    console = PlainConsole()
     console.print(table)
     console.print(
         '\nIn a matrix: methods = ["fft", { name = "lora", rank = 4 }]', "\nMore of one:  tpme list methods lora"
@@ -113,26 +149,38 @@ def _show_methods(rows: list[dict[str, Any]]) -> None:
 
 def _show_method(row: dict[str, Any], cls: type[Method]) -> None:
     """Print a method's formula and source, and its options with their defaults and what they take."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(highlight=False, markup=False)
+    console = PlainConsole()
     console.print(Text(row["name"], "bold"), f"({row['origin']})")
     console.print(_paragraphs(cls.__doc__))
     if row["cacheable"]:
         console.print("\nCan be cached: it leaves encoders frozen.")
-    if not row["options"]:
+    if not row["options"] and not row["required"]:
         console.print("\nNo options.\n")
         return
     console.print("\nOptions:", _paragraphs(cls.Config.__doc__), "\n")
     table = Table(box=None, pad_edge=False, header_style="dim")
     for column in ("option", "default", "takes"):
         table.add_column(column, overflow="fold")
-    schema = cls.Config.model_json_schema()["properties"]
+    schema = _schema(cls)
+    for option in row["required"]:
+        table.add_row(option, "(required)", _takes(schema.get(option, {})))
     for option, value in row["options"].items():
-        table.add_row(option, _toml(value), _takes(schema[option]))
+        table.add_row(option, _toml(value), _takes(schema.get(option, {})))
     console.print(table, "")
+
+
+def _schema(cls: type[Method]) -> dict[str, Any]:
+    """The JSON schema of each option; empty where JSON cannot describe them."""
+    from pydantic.errors import PydanticUserError
+
+    try:
+        properties: dict[str, Any] = cls.Config.model_json_schema()["properties"]
+    except PydanticUserError:
+        return {}
+    return properties
 
 
 def _toml(value: Any) -> str:
@@ -162,11 +210,10 @@ def _paragraphs(docstring: str | None) -> str:
 
 def _show(rows: list[dict[str, Any]], as_json: bool) -> None:
     """Print rows as a table for people or as JSON."""
-    from rich.console import Console
     from rich.table import Table
 
     if as_json:
-        print(json.dumps(rows, indent=1))  # noqa: T201
+        print_json(json.dumps(rows, indent=1))
         return
     table = Table(box=None, header_style="bold", pad_edge=False)
     columns = list(rows[0])
@@ -174,7 +221,7 @@ def _show(rows: list[dict[str, Any]], as_json: bool) -> None:
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*(_cell(row[column]) for column in columns))
-    Console().print(table)
+    PlainConsole().print(table)
 
 
 def _cell(value: Any) -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -34,8 +32,8 @@ def check(
 
     Trains it on small encoders and prints a line per check. Exit codes: 0 keeps the contract, 1 does not, 2 bad input.
     """
-    from rich.console import Console
-
+    from tpme.bench.claims import scratch_folder
+    from tpme.bench.console import PlainConsole
     from tpme.bench.contract.checks import check_method
     from tpme.bench.contract.world import SmallWorld
     from tpme.bench.run.settings import apply_setting
@@ -43,9 +41,9 @@ def check(
     values: dict[str, Any] = {}
     for option in options or []:
         apply_setting(values, option)
-    console, counts = Console(highlight=False, soft_wrap=True, markup=False), Counter[str]()
-    with tempfile.TemporaryDirectory(prefix="tpme-check-") as folder:
-        for result in check_method(SmallWorld(Path(folder)), name, values, methods_path=methods_path or [], slow=slow):
+    console, counts = PlainConsole(soft_wrap=True), Counter[str]()
+    with scratch_folder("check") as (folder, _):
+        for result in check_method(SmallWorld(folder), name, values, methods_path=methods_path or [], slow=slow):
             console.print(str(result), style={"failed": "red", "skipped": "dim"}.get(result.status))
             counts[result.status] += 1
     passed = counts["passed"] > 0 and not counts["failed"]

@@ -6,13 +6,13 @@ the machine, so no difference of that size between two rows or two revisions say
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 from rich.console import Console
 
+from tpme.bench.claims import scratch_folder
 from tpme.bench.counting.devices import DeviceNoise, calibrate, keep_profile, known_profile
 from tpme.bench.errors import UserError
 from tpme.bench.measure.clock import sync
@@ -45,8 +45,8 @@ def measure_noise(device: str, store: Path, console: Console, matrix: MatrixFile
 
     Raises UserError where that cell does not end well.
     """
-    with tempfile.TemporaryDirectory(prefix="tpme-noise-") as folder:
-        runs = [Path(folder) / str(number) for number in range(RUNS)]
+    with scratch_folder("noise") as (folder, _):
+        runs = [folder / str(number) for number in range(RUNS)]
         for run in runs:
             [result] = run_matrix(matrix, run, store=store, device=device, console=console)
             if result.failure is not None:

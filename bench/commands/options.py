@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
+
+from tpme.bench.console import LONGEST_LINE
+from tpme.bench.redact import without_credentials
+from tpme.bench.text import visible
 
 
 def _presets_like(incomplete: str) -> list[str]:
@@ -50,6 +56,32 @@ Records = Annotated[
 WORDS = {"path": "PATH", "str": "TEXT", "int": "N", "float": "NUMBER"}
 """What an option takes, by its type, where it has no metavar."""
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON, for programs.")]
+
+
+class PlainGroup(TyperGroup):
+    """The program: an error about its arguments quotes them in one visible line, without credentials."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        """Parse the options before the command."""
+        with _visible_errors():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Parse the command and its arguments, and run it."""
+        with _visible_errors():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _visible_errors() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        # A usage error, whichever click it comes from; that of no arguments at all is the help.
+        if hasattr(error, "format_message") and type(error).__name__ != "NoArgsIsHelpError":
+            message = without_credentials(getattr(error, "message", ""))
+            error.message = visible(message, LONGEST_LINE)  # type: ignore[attr-defined]
+        raise
 
 
 class PlainCommand(TyperCommand):

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tpme.bench.commands.options import AsJson, Matrix, MethodsPath, Settings, Store
+from tpme.bench.console import PlainConsole, print_json
 from tpme.bench.errors import UserError
 from tpme.bench.quantities import MISSING
 from tpme.bench.run.progress import remaining_table
@@ -38,8 +39,12 @@ def plan(
         str | None, typer.Option(help="h200, h100, a100-80gb, rtx4090, cpu-generic, here, or a TOML file.")
     ] = None,
     settings: Settings = None,
-    users: Annotated[int | None, typer.Option(min=1, help="Plan for a data set with this many users.")] = None,
-    items: Annotated[int | None, typer.Option(min=1, help="Plan for a data set with this many items.")] = None,
+    users: Annotated[
+        int | None, typer.Option(min=1, max=10**9, help="Plan for a data set with this many users.")
+    ] = None,
+    items: Annotated[
+        int | None, typer.Option(min=1, max=10**8, help="Plan for a data set with this many items.")
+    ] = None,
     runs: Annotated[Path | None, typer.Option(help="Records to compare with; by default runs/NAME.")] = None,
     methods_path: MethodsPath = None,
     store: Store = None,
@@ -68,12 +73,12 @@ def plan(
         items=items,
         runs=runs,
         methods_path=methods_path or [],
-        console=Console(stderr=True),
+        console=PlainConsole(stderr=True),
     )
     if as_json:
-        print(planned.model_dump_json(indent=1))  # noqa: T201
+        print_json(planned.model_dump_json(indent=1))
     else:
-        render(planned, Console())
+        render(planned, PlainConsole())
     raise typer.Exit(1 if any(cell.problem for cell in planned.cells) else 0)
 
 

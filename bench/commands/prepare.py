@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from tpme.bench.commands.options import PlainCommand, split_names
+from tpme.bench.console import PlainConsole
 from tpme.bench.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,9 +25,11 @@ app = typer.Typer(no_args_is_help=True, help="Turn a data set into the prepared 
 Destination = Annotated[Path, typer.Argument(metavar="DEST", help="Folder to write the prepared data set to.")]
 Images = Annotated[Path | None, typer.Option(help="Folder or zip archive of images named by item.")]
 Modalities = Annotated[str | None, typer.Option(help="text, image or text,image; by default all that the source has.")]
-ImageSize = Annotated[int, typer.Option(min=1, help="Side length of the stored images in pixels.")]
-MaxSeqLen = Annotated[int, typer.Option(min=1, help="Longest input of the sequential encoder.")]
-Workers = Annotated[int | None, typer.Option(min=1, help="Processes that decode images; by default one per core.")]
+ImageSize = Annotated[int, typer.Option(min=1, max=4096, help="Side length of the stored images in pixels.")]
+MaxSeqLen = Annotated[int, typer.Option(min=1, max=2**16, help="Longest input of the sequential encoder.")]
+Workers = Annotated[
+    int | None, typer.Option(min=1, max=1024, help="Processes that decode images; by default one per core.")
+]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Skip and count bad input instead of stopping.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace a different prepared data set at DEST.")]
 
@@ -111,9 +113,11 @@ def prepare_tables(
 @app.command("synthetic", cls=PlainCommand)
 def prepare_synthetic(
     destination: Destination,
-    users: Annotated[int, typer.Option(min=1, help="Number of users.")] = 1000,
-    items: Annotated[int, typer.Option(min=40, help="Number of items.")] = 1000,
-    seed: Annotated[int, typer.Option(help="Random seed; equal settings and seed give equal data.")] = 12345,
+    users: Annotated[int, typer.Option(min=1, max=10**6, help="Number of users.")] = 1000,
+    items: Annotated[int, typer.Option(min=40, max=10**6, help="Number of items.")] = 1000,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="Random seed; equal settings and seed give equal data.")
+    ] = 12345,
     modalities: Modalities = None,
     image_size: ImageSize = 32,
     max_seq_len: MaxSeqLen = 10,
@@ -167,7 +171,7 @@ def run_prepare(
     from tpme.bench.task.prepare import prepare
 
     columns = (TextColumn("{task.description:9}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+    with Progress(*columns, TimeRemainingColumn(), console=PlainConsole(stderr=True)) as progress:
         reading = progress.add_task("Reading", total=1)
         raw = read()
         progress.advance(reading)
@@ -182,9 +186,9 @@ def run_prepare(
             force=force,
         )
     dataset = Dataset.open(destination)
-    console = Console()
+    console = PlainConsole()
     console.print(summary(dataset))
-    console.print(f"{destination} is ready", style="green", highlight=False, soft_wrap=True)
+    console.print(f"{destination} is ready", style="green", soft_wrap=True)
 
 
 def summary(dataset: Dataset) -> Table:

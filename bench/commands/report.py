@@ -27,12 +27,13 @@ def report(
     formats: Annotated[
         str | None, typer.Option(help="What to write beside report.md: html,csv,json,tex,png,svg,pdf or all.")
     ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes that draw; by default one per core.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="Processes that draw; by default one per core.")
+    ] = None,
     show: Annotated[str, typer.Option(help="Tables to print: results,inference,steps,phases,... or all.")] = "results",
 ) -> None:
     """Turn records into tables, figures and report.md."""
-    from rich.console import Console
-
+    from tpme.bench.console import PlainConsole
     from tpme.bench.workers import available_cores
     from tpme.reports.data.section import parse_rows
     from tpme.reports.data.tpme import Weights
@@ -53,5 +54,5 @@ def report(
         formats=None if formats is None else FORMATS if formats == "all" else split_names(formats),
         workers=workers or available_cores(),
         show=[name for name in TABLES if name != "pairs"] if show == "all" else split_names(show),  # too long
-        console=Console(),
+        console=PlainConsole(),
     )

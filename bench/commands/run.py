@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 
 from tpme.bench.commands.options import DeviceName, Matrix, MethodsPath, Settings, Store
+from tpme.bench.console import LONGEST_LINE, PlainConsole
 from tpme.bench.errors import UserError
+from tpme.bench.text import visible
 
 UNFINISHED = frozenset({"error", "killed", "timeout"})
 """Statuses that make the exit code 1, because they say nothing about the method."""
@@ -39,30 +41,29 @@ def run(
 
     Each cell runs in its own process.
     """
-    from rich.console import Console
-    from rich.markup import escape
+    from rich.text import Text
 
     from tpme.bench.run.launch import choose_device, run_matrix, store_folder
     from tpme.bench.run.matrix import load_matrix
 
-    if time_limit is not None and not time_limit > 0:
-        raise UserError(f"--time-limit {time_limit:g}: give a number of seconds above 0")
+    if time_limit is not None and not 0 < time_limit <= 1e9:
+        raise UserError(f"--time-limit {time_limit:g}: give a number of seconds above 0 and up to 1e9")
     switched_on = [name for name, on in (("compile", compiled), ("cuda_graphs", cuda_graphs)) if on]
     matrix = load_matrix(source, [*(settings or []), *(f"training.{name}=true" for name in switched_on)])
     folder = out or Path("runs") / matrix.name
     device_name = choose_device(device)
     if matrix.training.cuda_graphs and device_name == "cpu":
         raise UserError("training.cuda_graphs needs a CUDA device, and these cells would run on the CPU; turn it off")
-    console = Console()
+    console = PlainConsole()
     live = None
     if log is not None:
         from tpme.bench.run.live import LiveLog
 
         live = LiveLog(log, folder, console)
-    message = f"{matrix.description or source}\nRecords go to {folder}, device {device_name}."
+    message = f"{visible(matrix.description or source, LONGEST_LINE)}\nRecords go to {folder}, device {device_name}."
     if live is not None:
         message += f"\nEpochs are logged live: {live.where}"
-    console.print(f"[bold]{escape(matrix.name)}[/]: {escape(message)}")
+    console.print(Text.assemble((matrix.name, "bold"), f": {message}"))
     results = run_matrix(
         matrix,
         folder,

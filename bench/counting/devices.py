@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import re
-import tomllib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Annotated, Any, ClassVar, get_args
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import Field, Strict, ValidationError
 
 from tpme.bench.errors import UserError, first_problem
-from tpme.bench.record import Frozen, Precision, Reading, write_atomically
+from tpme.bench.limits import Bytes, Positive
+from tpme.bench.names import Line
+from tpme.bench.parsing import read_toml
+from tpme.bench.record import Frozen, Precision, Reading
+from tpme.bench.writing import write_atomically
 
 EFFICIENCY_OF_DATASHEET, EFFICIENCY_OF_MEASURED = 0.5, 0.75
 """Share of the stated rates that the operators of a training step are expected to reach: a datasheet states a bound
@@ -46,18 +49,18 @@ class DeviceProfile(Frozen):
     Leave out a half precision without hardware units; it then counts as being as fast as fp32.
     """
 
-    name: str
-    source: str
+    name: Line
+    source: Line
     """``vendor datasheet``, or how it was measured."""
-    matmul_flop_per_s: dict[Precision, PositiveFloat]
+    matmul_flop_per_s: dict[Precision, Positive]
     """Dense matrix products, 1 multiply-add = 2 FLOPs, half precision accumulated in fp32, no TF32."""
-    memory_bytes_per_s: PositiveFloat
-    memory_bytes: PositiveInt
-    efficiency: PositiveFloat = Field(default=EFFICIENCY_OF_DATASHEET, le=1)
+    memory_bytes_per_s: Positive
+    memory_bytes: Bytes
+    efficiency: Positive = Field(default=EFFICIENCY_OF_DATASHEET, le=1)
     """Share of both rates that the operators of a training step are expected to reach."""
-    operator_s: PositiveFloat = 6e-6
+    operator_s: Positive = 6e-6
     """Time in which the host starts one operator; it bounds a step of many small ones."""
-    workspace_bytes: NonNegativeInt = 0
+    workspace_bytes: Annotated[int, Strict(), Field(ge=0, lt=2**63)] = 0
     """Memory that the matrix library takes from torch's allocator besides all tensors."""
     noise: DeviceNoise | None = None
 
@@ -112,13 +115,11 @@ def load_profile(name: str, store: Path) -> DeviceProfile:
         return measured_profile("cuda" if torch.cuda.is_available() else "cpu", store)
     path = Path(name)
     try:
-        profile = DeviceProfile.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        profile = DeviceProfile.model_validate(read_toml(path))
     except FileNotFoundError:
         raise UserError(
             f"device profile '{name}': no such file or profile; profiles: {', '.join(PROFILES)}, here"
         ) from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"{path}: not a readable TOML file: {error}") from None
     except ValidationError as error:
         first = first_problem(error)
         raise UserError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tpme.bench.claims import scratch_folder
 from tpme.bench.counting.batch import DataShape, canonical_slots
 from tpme.bench.counting.structure import META, structure_of
 from tpme.bench.errors import UserError
@@ -69,9 +69,9 @@ def _configuration(spec: EncoderSpec) -> Iterator[EncoderSpec]:
         return
     from transformers import AutoConfig
 
-    with tempfile.TemporaryDirectory(prefix="tpme-") as folder:
+    with scratch_folder("encoder") as (folder, _):
         AutoConfig.for_model(released).save_pretrained(folder)
-        yield spec.model_copy(update={"source": folder, "weights": "random"})
+        yield spec.model_copy(update={"source": str(folder), "weights": "random"})
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
+import hmac
 import os
 import platform
 import socket
@@ -11,8 +12,10 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+from tpme.bench.git import run_git
 from tpme.bench.measure.clock import is_cuda
 from tpme.bench.record import Environment
+from tpme.bench.redact import publishable
 from tpme.bench.workers import available_cores
 
 PACKAGES = (
@@ -44,7 +47,7 @@ def environment(device: object) -> Environment:
     return Environment(
         python=platform.python_version(),
         platform=platform.platform(),
-        hostname_hash=hashlib.sha256(socket.gethostname().encode()).hexdigest()[:12],
+        hostname_hash=host_mark(),
         packages=packages,
         device_kind="cuda" if is_cuda(device) else "cpu",
         device_name=name,
@@ -56,6 +59,18 @@ def environment(device: object) -> Environment:
         git_revision=revision,
         git_dirty=dirty,
     )
+
+
+def host_mark() -> str:
+    """12 hex digits that tell hosts apart and from which nobody finds the name, not even by trying names.
+
+    The key of the hash is the machine's own id, which systemd asks to keep secret; without one, that of its boot.
+    """
+    key = b""
+    for path in (Path("/etc/machine-id"), Path("/proc/sys/kernel/random/boot_id")):
+        with contextlib.suppress(OSError):
+            key = key or path.read_bytes().strip()
+    return hmac.new(key, f"tpme {socket.gethostname()}".encode(), "sha256").hexdigest()[:12]
 
 
 def package_versions() -> dict[str, str]:
@@ -93,7 +108,7 @@ def allocator() -> str:
     settings = {name: value for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_")}
     settings |= {name: os.environ[name] for name in ALLOCATOR_SETTINGS if os.environ.get(name)}
     words = [f"{libc or platform.system()} {version}".strip(), *(f"{name}={value}" for name, value in settings.items())]
-    return "; ".join(words)
+    return publishable("; ".join(words))
 
 
 def git_state(source: Path | None = None) -> tuple[str | None, bool | None]:
@@ -116,9 +131,7 @@ def git_state(source: Path | None = None) -> tuple[str | None, bool | None]:
 
 def _git(folder: Path, *arguments: str) -> str | None:
     try:
-        result = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False, timeout=20
-        )
+        result = run_git(folder, *arguments, timeout_s=20)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return result.stdout.strip() if result.returncode == 0 else None

@@ -10,7 +10,6 @@ Imports the standard library and pynvml only, to stay small and start fast.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
 import os
@@ -22,6 +21,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+from tpme.bench.lifetimes import die_with_parent
 from tpme.bench.measure.host import HAS_PROC, descendants, parse_status, resident
 from tpme.bench.measure.nvml import Device, Nvml, NvmlError
 
@@ -32,7 +32,6 @@ SLOW_EVERY = 10
 """Rows between two readings of the process tree and of the slower GPU values."""
 _SETTLE = 25
 _PAGE = os.sysconf("SC_PAGE_SIZE")
-_PR_SET_PDEATHSIG = 1
 
 
 class Row(NamedTuple):
@@ -193,18 +192,12 @@ def calibrate(probe: Probe, pace: Pace) -> None:
     pace.cost((time.process_time() - before) / SLOW_EVERY)
 
 
-def die_with_parent() -> None:
-    """Let the kernel kill this process with its parent, even while it hangs in the driver (Linux)."""
-    if HAS_PROC:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def main(arguments: list[str]) -> None:
     """Run the sampler; see the module docstring."""
     parent, period_s = int(arguments[0]), float(arguments[1])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     if arguments[2] == "bound":
-        die_with_parent()
+        die_with_parent(parent)  # even while it hangs in the driver
     gpu, missing = None, {}
     if len(arguments) > 3:
         try:

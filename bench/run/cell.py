@@ -11,11 +11,17 @@ import gc
 import itertools
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NoReturn
+
+from tpme.bench.lifetimes import die_with_launcher
+
+if __name__ == "__main__":
+    die_with_launcher()  # at once: torch takes seconds to load
 
 import torch
 from torch import Tensor
@@ -24,9 +30,9 @@ from tpme.bench.counting.meta import MetaCell
 from tpme.bench.errors import UserError, one_line
 from tpme.bench.measure.environment import environment
 from tpme.bench.measure.phases import PhaseLog, measuring
-from tpme.bench.record import CellResult, EncoderSpec, Modality, Reading, Status, write_result
+from tpme.bench.record import REBUILT, CellResult, EncoderSpec, Modality, Reading, Status, write_result
 from tpme.bench.run.counters import final_counters, trained_structure
-from tpme.bench.run.events import progress_events
+from tpme.bench.run.events import progress_events, telling
 from tpme.bench.run.inference import measure_inference
 from tpme.bench.run.inputs import check_encoders, feature_job, item_store, open_dataset
 from tpme.bench.run.job import Job, time_limit_message
@@ -34,6 +40,7 @@ from tpme.bench.run.representation import measure_representation
 from tpme.bench.task.batches import ItemStore
 from tpme.bench.task.dataset import Dataset
 from tpme.bench.task.encoders import encoder_shape, load_encoder
+from tpme.bench.task.fingerprint import sha256_of
 from tpme.bench.task.placement import PLACES, Table
 from tpme.bench.task.precomputed import StatesFile
 from tpme.bench.task.recommender import Recommender
@@ -79,7 +86,7 @@ class CellRun:
         self.facts = CellFacts()
         self.initial: dict[str, Tensor] = {}
         """What the item encoder takes from the weights of cached encoders."""
-        self.kept = Kept(job.folder / "procedure")
+        self.kept = Kept(job.procedure)
         self._deltas = itertools.count()
         self.structure: MetaCell | Exception | None = None
         """What was trained, before it is prepared for inference."""
@@ -92,7 +99,7 @@ class CellRun:
                 gc.freeze()  # a million library objects: later collections, also those within a step, skip them
             self.phases.baseline()
             self._train_and_export()
-        except (Exception, TimeLimitReached) as error:
+        except (Exception, SystemExit, TimeLimitReached) as error:  # a method may end the program
             status = self._failed(error)
         else:
             status = "ok"
@@ -227,6 +234,8 @@ class CellRun:
         if stored.cache is not None:
             size = Reading(value=stored.cache.bytes, source="(N+1) x levels x width x 2 bytes")
             self.facts.counters["cache_bytes"] = size
+        for modality in stored.rebuilt:
+            self.facts.flag(REBUILT, f"the feature cache of the {modality} encoder was damaged and was built again")
         origin = "cached" if jobs else "precomputed"
         self.facts.flag("cache-placement", f"{origin} states are kept in {PLACES[stored.placement]}")
         return stored.tables
@@ -272,9 +281,13 @@ class CellRun:
         if facts.setup and outcome.epochs and not warmup:
             message = f"{facts.setup} is part of the epoch time: with fewer than three epochs there is no warm-up epoch"
             facts.flag("setup-in-time", message)
+        for name in self.kept.damaged:
+            facts.flag(REBUILT, f"part '{name}' of the procedure was damaged on disk and was done again")
         arrays = {"samples": samples(outcome, self.phases.samples, self.device)}
         if facts.trainer is not None and outcome.test_ranks is not None and status == "ok":
             arrays["ranks"] = ranks(facts.trainer.dataset, outcome.test_ranks)
+        files = {name: save_arrays(self.job.file(f".{name}.npz"), values) for name, values in arrays.items()}
+        files |= self._adapter(status)
         return CellResult(
             cell_id=self.job.cell_id,
             attempt=self.job.attempt,
@@ -302,8 +315,8 @@ class CellRun:
             representation=facts.representation,
             counters=facts.counters | self.phases.counters(),
             flags=(*facts.flags, *self.phases.flags()),
-            files={name: save_arrays(self.job.file(f".{name}.npz"), values) for name, values in arrays.items()}
-            | self._adapter(status),
+            files=files,
+            digests={name: sha256_of(self.job.folder / file) for name, file in files.items()},
         )
 
     def _adapter(self, status: Status) -> dict[str, str]:
@@ -328,12 +341,16 @@ def load_libraries(device: torch.device) -> None:
 def main() -> None:
     """Run the job whose file is the first argument; the exit code is 0 whenever a record was written."""
     job = Job.model_validate_json(Path(sys.argv[1]).read_bytes())
+    launcher = die_with_launcher()
 
     def stop(_number: int, _frame: object) -> NoReturn:
+        if launcher is None or time.monotonic() < launcher.deadline_s:  # of Slurm, say: the launcher records it
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGTERM)
         raise TimeLimitReached(time_limit_message(job.time_limit_s))
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the launcher ignores it
-    with progress_events() as progress:
+    with progress_events() as progress, telling(progress):
         with measuring(job.cell.device) as phases:
             cell_run = CellRun(job, phases, progress)
             signal.signal(signal.SIGTERM, stop)

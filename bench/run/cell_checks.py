@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from tpme.bench.errors import UserError
 from tpme.bench.record import Cell, EncoderSpec, Modality
+from tpme.bench.redact import without_home
 
 if TYPE_CHECKING:
     from tpme.bench.counting.batch import DataShape
@@ -25,7 +26,10 @@ class ChecksItsRun(Protocol):
 
 
 def pinned(spec: EncoderSpec | None) -> EncoderSpec | None:
-    """``spec`` with its content as revision. Raises UserError for a file of states that cannot be used."""
+    """``spec`` with its content as revision, and ``~`` for the home folder: its source stands in published records.
+
+    Raises UserError for a file of states that cannot be used.
+    """
     if spec is None:
         return None
     from tpme.bench.task.encoders import pin_revision
@@ -33,7 +37,7 @@ def pinned(spec: EncoderSpec | None) -> EncoderSpec | None:
 
     if spec.precomputed:
         StatesFile.open(spec).check_values()
-    return pin_revision(spec)
+    return pin_revision(spec.model_copy(update={"source": without_home(spec.source)}))
 
 
 def check_items(specs: Sequence[EncoderSpec], folder: Path) -> None:
@@ -94,14 +98,15 @@ def check_cells(
         UserError: also for an encoder whose configuration cannot be read, and for a feature cache above the limit;
             other errors are left to the cell, because a method may need values.
     """
-    from tpme.methods.registry import create
+    from tpme.methods.registry import blaming, create
 
     for cell in {cost_key(cell): cell for cell in cells}.values():
         method = create(cell.method, cell.options, metas.methods_path)
-        if isinstance(method, ChecksItsRun):
-            method.check_run(shapes[cell.dataset].users)
-        _check_dtypes(cell, method)
-        _check_states(cell, method, metas.encoders)
+        with blaming(cell.method):
+            if isinstance(method, ChecksItsRun):
+                method.check_run(shapes[cell.dataset].users)
+            _check_dtypes(cell, method)
+            _check_states(cell, method, metas.encoders)
         try:
             meta = metas.build(cell, shapes[cell.dataset])
         except UserError:

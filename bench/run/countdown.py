@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 EVERY_S = 60.0
 """Time between two lines where no terminal shows the progress."""
@@ -39,10 +39,10 @@ class Countdown:
         left = "" if left_s is None else f", about {duration_text(left_s)} left"
         line = f"run {min(self.done + 1, self.total)} of {self.total}{left}: {what}, {share:.0%}"
         if self._console.is_terminal:
-            self._status.update(escape(line))
+            self._status.update(Text(line))
         elif self._clock() - self._printed >= EVERY_S:
             self._printed = self._clock()
-            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self._console.print(line, soft_wrap=True)
 
     def left_s(self) -> float | None:
         """Seconds that the remaining runs will take; ``None`` before the first one has ended."""

@@ -32,3 +32,13 @@ def progress_events() -> Iterator[Callable[[str, float], None]]:
 
     with events:
         yield progress
+
+
+@contextmanager
+def telling(progress: Callable[[str, float], None]) -> Iterator[None]:
+    """Report an error of the file system as the last event, too: on a full disk the log cannot hold it."""
+    try:
+        yield
+    except OSError as error:
+        progress(f"{error.filename or 'a file'}: {error.strerror or error}", 1.0)
+        raise

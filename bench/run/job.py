@@ -26,6 +26,11 @@ class Job(Frozen):
     probe_items: int | None = None
     """Measure the representation space of the trained model on so many items."""
 
+    @property
+    def procedure(self) -> Path:
+        """Folder of the finished parts of its procedure; they are forgotten when an attempt has ended well."""
+        return self.folder / "procedure"
+
     def file(self, suffix: str) -> Path:
         """``attempt-N`` + ``suffix`` in the cell's folder."""
         return self.folder / f"attempt-{self.attempt}{suffix}"

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -21,11 +23,12 @@ from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import Progress
 
 from tpme.bench.errors import LONGEST_MESSAGE, UserError, first_problem
+from tpme.bench.lifetimes import end_orphans
+from tpme.bench.limits import resolved
 from tpme.bench.record import (
     CELLS_FILE,
     Cell,
@@ -36,20 +39,23 @@ from tpme.bench.record import (
     Status,
     cell_id,
     read_result,
-    write_atomically,
     write_result,
 )
+from tpme.bench.redact import redact_file, without_home
 from tpme.bench.run.cell_checks import MetaCells, check_cells
 from tpme.bench.run.job import Job, time_limit_message
 from tpme.bench.run.live import LiveLog
 from tpme.bench.run.matrix import DatasetEntry, MatrixFile, PreparedDataset, expand
 from tpme.bench.run.process import Ending, run_process
 from tpme.bench.run.progress import Screen, remaining_table
-from tpme.bench.run.remaining import is_finished, latest_attempt, remaining
+from tpme.bench.run.remaining import Latest, is_finished, latest_attempt, remaining
 from tpme.bench.run.version import code_version
+from tpme.bench.writing import make_folder, write_atomically
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 """Error codes of a file system without locks."""
+LOCK_PATIENCE_S = 5.0
+"""Longest wait for the lock of a run folder: a killed launcher's cell gives it back as soon as the kernel ends it."""
 
 
 def choose_device(name: str) -> str:
@@ -73,19 +79,20 @@ def choose_device(name: str) -> str:
 def store_folder(path: Path | None) -> Path:
     """Where prepared catalogues, token tables and feature caches are kept between runs."""
     if path is not None:
-        return path.resolve()
+        return resolved(path)
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("TPME_STORE") or Path(cache) / "tpme").resolve()
+    return resolved(Path(os.environ.get("TPME_STORE") or Path(cache) / "tpme"))
 
 
 def prepare_datasets(matrix: MatrixFile, store: Path, console: Console) -> dict[str, PreparedDataset]:
     """Open the matrix's prepared data sets; the built-in catalogue is prepared into the store on first use."""
-    from tpme.bench.task.dataset import read_manifest
+    from tpme.bench.task.dataset import read_manifest, verify
 
     datasets = {}
     for entry in matrix.datasets:
-        path = _synthetic(entry, store, console) if entry.path is None else entry.path.expanduser().resolve()
+        path = _synthetic(entry, store, console) if entry.path is None else resolved(entry.path)
         manifest = read_manifest(path)
+        verify(path, manifest, store)
         datasets[entry.name] = PreparedDataset(path, manifest.fingerprint, manifest.modalities)
     return datasets
 
@@ -93,8 +100,10 @@ def prepare_datasets(matrix: MatrixFile, store: Path, console: Console) -> dict[
 def _synthetic(entry: DatasetEntry, store: Path, console: Console) -> Path:
     from pydantic import ValidationError
 
+    from tpme.bench.task.dataset import damage_of
     from tpme.bench.task.prepare import prepare
     from tpme.bench.task.sources.synthetic import Synthetic, generate
+    from tpme.bench.task.workspace import building_folder, workspace
 
     try:
         settings = Synthetic(**(entry.synthetic or {}))
@@ -107,7 +116,12 @@ def _synthetic(entry: DatasetEntry, store: Path, console: Console) -> Path:
     identity = f"{settings.model_dump_json()} {entry.image_size} {code}"
     name = hashlib.sha256(identity.encode()).hexdigest()[:12]
     path = store / "datasets" / f"synthetic-{name}"
-    if not (path / "dataset.json").is_file():
+    if damage_of(path, store) is not None or building_folder(path).exists():
+        with workspace(path):  # waits for a process that prepares it, or clears away what a killed one left
+            if path.exists() and (damage := damage_of(path, store)) is not None:
+                console.print(f"{damage.partition('; ')[0]}; it is the built-in catalogue, which is made again")
+                shutil.rmtree(path)
+    if not path.exists():
         console.print(f"Preparing the built-in catalogue '{entry.name}' ...")
         progress = Progress(console=console, disable=True)
         prepare(generate(settings), path, image_size=entry.image_size, progress=progress)
@@ -163,7 +177,7 @@ def jobs_of(
             dataset_path=datasets[cell.dataset].path,
             store=store,
             folder=run / "cells" / f"{slug(cell)}-{identity}",
-            methods_path=tuple(path.resolve() for path in methods_path),
+            methods_path=tuple(map(resolved, methods_path)),
             cache_limit_bytes=matrix.cache_limit_bytes,
             time_limit_s=matrix.time_limit_s,
             probe_items=matrix.probe_items,
@@ -211,14 +225,17 @@ def run_matrix(
         metas=metas,
         console=console,
     )
-    latest = [latest_attempt(job.folder)[1] for job in jobs]
+    found = [latest_attempt(job) for job in jobs]
+    latest = [attempt.result for attempt in found]
     screen = Screen(console, len(jobs))
     _announce(jobs, latest, run, metas, screen, rows=dry_run)
     if dry_run:
+        for attempt in found:
+            _tell_damage(attempt, screen)
         return [result for result in latest if result is not None]
-    with locked_run(run), screen:
+    with locked_run(run) as lock, screen:
         _write_matrix(run, matrix, jobs)
-        return [_finished(job, result, screen, live) for job, result in zip(jobs, latest, strict=True)]
+        return [_finished(job, attempt, screen, live, lock) for job, attempt in zip(jobs, found, strict=True)]
 
 
 def _announce(
@@ -242,21 +259,29 @@ def _announce(
         screen.print(sentence)
 
 
-def _finished(job: Job, result: CellResult | None, screen: Screen, live: LiveLog | None) -> CellResult:
+def _finished(job: Job, latest: Latest, screen: Screen, live: LiveLog | None, lock: int) -> CellResult:
     """The record of a cell: the latest, or that of another attempt where it is not finished.
 
-    ``result`` is what was there before the run folder was locked; another launcher may have finished the cell since.
+    ``latest`` is what was there before the run folder was locked; another launcher may have finished the cell since.
     """
-    attempts = 0
+    if not is_finished(latest.result, job):
+        latest = latest_attempt(job)
+    result = latest.result
     if not is_finished(result, job):
-        attempts, result = latest_attempt(job.folder)
-    if not is_finished(result, job):
-        attempt = job.model_copy(update={"attempt": attempts + 1})
+        _tell_damage(latest, screen)
+        attempt = job.model_copy(update={"attempt": latest.number + 1})
         with screen.cell(job.cell.label) as show:
-            result = run_job(attempt, show=show, live=live)
+            result = run_job(attempt, show=show, live=live, lock=lock)
         screen.print_outcome(result, attempt.file(".log"))
+    if result.status == "ok":
+        shutil.rmtree(job.procedure, ignore_errors=True)  # of a cell that was killed before it could
     screen.advance()
     return result
+
+
+def _tell_damage(attempt: Latest, screen: Screen) -> None:
+    if attempt.damage is not None:
+        screen.print(f"{attempt.damage}; its cell is measured again")
 
 
 def _write_matrix(run: Path, matrix: MatrixFile, jobs: Sequence[Job]) -> None:
@@ -266,25 +291,51 @@ def _write_matrix(run: Path, matrix: MatrixFile, jobs: Sequence[Job]) -> None:
     """
     names = list(dict.fromkeys(job.folder.name for job in jobs))
     write_atomically(run / CELLS_FILE, (json.dumps({"cells": names}, indent=1) + "\n").encode())
-    write_atomically(run / "matrix.json", (matrix.model_dump_json(indent=1) + "\n").encode())
+    write_atomically(run / "matrix.json", without_home(matrix.model_dump_json(indent=1) + "\n").encode())
 
 
 @contextlib.contextmanager
-def locked_run(run: Path) -> Iterator[None]:
-    """Lock the run folder: a second launcher would run the same cells. The lock dies with its process."""
-    run.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(run / ".lock", fallback_to_soft=False)
+def locked_run(run: Path) -> Iterator[int]:
+    """Lock the run folder, and clear away what a killed launcher left; yields the open lock file.
+
+    A second launcher would run the same cells. The lock ends with this process and the cell that it runs.
+    """
+    make_folder(run)
+    path = run / ".lock"
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"{run}: another 'tpme run' is using it; wait for it, or choose another folder") from None
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-    try:
-        yield
+        if not _acquire(lock, path):
+            raise UserError(f"{run}: another 'tpme run' is using it; wait for it, or choose another folder")
+        end_orphans(lock)
+        _sweep(run)
+        yield lock
     finally:
-        lock.release()
+        os.close(lock)
+
+
+def _acquire(lock: int, path: Path) -> bool:
+    """Whether this process now holds the lock; that of a cell whose launcher was killed is free in a moment."""
+    until_s = time.monotonic() + LOCK_PATIENCE_S
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until_s:
+                return False
+            time.sleep(0.05)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise OSError(error.errno, f"cannot be locked: {error.strerror}", str(path)) from None
+            return True
+        else:
+            return True
+
+
+def _sweep(run: Path) -> None:
+    """Remove what attempts of a killed launcher left in their folders: hidden files and files of jobs."""
+    for folder in (path for path in run.glob("cells/*") if not path.is_symlink()):
+        for path in (*folder.glob(".*attempt-*"), *folder.glob("attempt-*.job.json")):
+            path.unlink(missing_ok=True)
 
 
 def run_job(
@@ -293,31 +344,39 @@ def run_job(
     content: bytes | None = None,
     show: Callable[[str, float], None] = lambda *_: None,
     live: LiveLog | None = None,
+    lock: int | None = None,
 ) -> CellResult:
     """Run one attempt in its own process; returns the record of the cell or, if it left none, one written here.
 
     Args:
         job: what to run. python: the interpreter; ``-P``: no file of the working directory hides a package.
         content: of the job file, where the cell's code is of another version. show: called with progress.
-        live: logs its epochs, which the cell then reports.
+        live: logs its epochs, which the cell then reports. lock: of ``locked_run``, which the cell holds, too.
     """
     job_file, record = job.file(".job.json"), job.file(".json")
     started, began = time.monotonic(), datetime.now(UTC)
+    _remove_files(job)  # of the same attempt of a launcher that was killed
     try:
         write_atomically(job_file, content or job.model_dump_json(indent=1).encode())
         started_cell = command(job_file, python) if live is None else command(job_file, python, "live_cell")
         with contextlib.nullcontext() if live is None else live.lines_of(job) as hear:
-            ending = run_process(started_cell, log=job.file(".log"), limit_s=job.time_limit_s, show=show, hear=hear)
+            ending = run_process(
+                started_cell, log=job.file(".log"), limit_s=job.time_limit_s, show=show, hear=hear, lock=lock
+            )
     except BaseException:
         if not record.exists():
             _remove_files(job)
         raise
     finally:
         job_file.unlink(missing_ok=True)
-    with contextlib.suppress(RecordError):
-        if record.exists():
+    redact_file(job.file(".log"))
+    unreadable = None
+    if record.exists():
+        try:
             return read_result(record)
-    result = _failed_result(job, ending, time.monotonic() - started, began)
+        except RecordError as error:
+            unreadable = str(error)
+    result = _failed_result(job, ending, time.monotonic() - started, began, unreadable)
     _remove_files(job, but=job.file(".log"))
     write_result(result, record)
     return result
@@ -330,15 +389,15 @@ def command(job_file: Path, python: Sequence[str], module: str = "cell") -> list
 
 def _remove_files(job: Job, but: Path | None = None) -> None:
     """Remove the files of an attempt that left no record, save for ``but``."""
-    for path in (*job.folder.glob(f"attempt-{job.attempt}.*"), *job.folder.glob(f".attempt-{job.attempt}.*")):
+    for path in (*job.folder.glob(f"attempt-{job.attempt}.*"), *job.folder.glob(f".*attempt-{job.attempt}.*")):
         if path != but:
             path.unlink(missing_ok=True)
     if job.folder.is_dir() and not any(job.folder.iterdir()):
         job.folder.rmdir()
 
 
-def _failed_result(job: Job, ending: Ending, wall_s: float, began: datetime) -> CellResult:
-    """The record of a cell whose process ended without writing one, or wrote one that cannot be read."""
+def _failed_result(job: Job, ending: Ending, wall_s: float, began: datetime, unreadable: str | None) -> CellResult:
+    """The record of a cell whose process ended without writing one, or wrote one that cannot be read, and why."""
     log = job.file(".log")
     status: Status = "timeout" if ending.timed_out else "killed" if ending.code < 0 else "error"
     if ending.timed_out:
@@ -346,10 +405,10 @@ def _failed_result(job: Job, ending: Ending, wall_s: float, began: datetime) -> 
     elif ending.code < 0:
         hint = "; the kernel does this when host memory runs out" if -ending.code == signal.SIGKILL else ""
         message = f"its process was ended by {_signal_name(-ending.code)}{hint} (log: {log.name})"
-    elif job.file(".json").exists():
-        message = f"its record cannot be read; did the code change during the run? (log: {log.name})"
+    elif unreadable is not None:
+        message = f"its record cannot be read; did the code change during the run? {unreadable} (log: {log.name})"
     else:
-        message = f"its process ended with code {ending.code}: {_last_line(log)} (log: {log.name})"
+        message = f"its process ended with code {ending.code}: {_last_line(log) or ending.last} (log: {log.name})"
     return CellResult(
         cell_id=job.cell_id,
         attempt=job.attempt,
@@ -375,4 +434,4 @@ def _last_line(log: Path) -> str:
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - 4096))
         lines = file.read().decode(errors="replace").strip().splitlines()
-    return lines[-1][-LONGEST_MESSAGE:] if lines else "no output"
+    return lines[-1][-LONGEST_MESSAGE:] if lines else ""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,20 +19,16 @@ from queue import SimpleQueue
 from typing import Any, Protocol
 
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from tpme.bench.errors import UserError, missing_extra, one_line
+from tpme.bench.mlflow_server import open_experiment
 from tpme.bench.record import RecordError, read_result
+from tpme.bench.redact import without_credentials
 from tpme.bench.run.job import Job
 
 EXPERIMENT = "tpme-live"
 """MLflow experiment, unless MLFLOW_EXPERIMENT_NAME names another; ``tpme export --mlflow`` makes runs of its own."""
-MLFLOW_SETTINGS = {
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # else two lines for each run
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # else minutes until a server that is gone is found to be
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-}
-"""Defaults; the environment may set others."""
 PATIENCE_S = 30.0
 """Longest wait, when a cell has ended, for what is not logged yet."""
 
@@ -91,7 +88,7 @@ class LiveLog:
             self._warn(job, one_line(error))
 
     def _warn(self, job: Job, why: str) -> None:
-        self._console.print(f"{escape(f'{job.cell.label:<18}')} [yellow]not logged to the end[/]  {escape(why)}")
+        self._console.print(Text.assemble(f"{job.cell.label:<18} ", ("not logged to the end", "yellow"), f"  {why}"))
 
 
 def parse_epoch(line: str) -> tuple[int, dict[str, float]] | None:
@@ -120,7 +117,8 @@ def _tensorboard(run: Path) -> tuple[Callable[[Job], LoggedCell], str]:
 
     class Written:
         def __init__(self, job: Job) -> None:
-            self.writer = SummaryWriter(str(run / "tensorboard" / job.folder.name / f"attempt-{job.attempt}"))
+            self.folder = run / "tensorboard" / job.folder.name / f"attempt-{job.attempt}"
+            self.writer = SummaryWriter(str(self.folder))
 
         def log(self, epoch: int, values: dict[str, float]) -> None:
             for name, value in values.items():
@@ -129,27 +127,17 @@ def _tensorboard(run: Path) -> tuple[Callable[[Job], LoggedCell], str]:
 
         def close(self, ok: bool) -> None:
             self.writer.close()
+            for file in self.folder.glob(f"events.*.{socket.gethostname()}.*"):  # nobody else needs to know it
+                file.rename(file.with_name(file.name.replace(f".{socket.gethostname()}.", ".host.")))
 
     return Written, f"tensorboard --logdir {run / 'tensorboard'}"
 
 
 def _mlflow(_run: Path) -> tuple[Callable[[Job], LoggedCell], str]:
-    for name, value in MLFLOW_SETTINGS.items():
-        os.environ.setdefault(name, value)
-    try:
-        import mlflow
-        from mlflow.entities import Metric
-        from mlflow.exceptions import MlflowException
-    except ImportError:
-        raise missing_extra("--log mlflow", "mlflow", "mlflow") from None
     experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
-    try:
-        client = mlflow.MlflowClient()
-        existing = client.get_experiment_by_name(experiment)
-        home = client.create_experiment(experiment) if existing is None else existing.experiment_id
-    except MlflowException as error:
-        why = " ".join(str(error).split())
-        raise UserError(f"--log mlflow: {why}; MLFLOW_TRACKING_URI says which server is used") from None
+    client, home = open_experiment("--log mlflow", None, experiment)
+    import mlflow
+    from mlflow.entities import Metric
 
     class Tracked:
         def __init__(self, job: Job) -> None:
@@ -165,7 +153,7 @@ def _mlflow(_run: Path) -> tuple[Callable[[Job], LoggedCell], str]:
         def close(self, ok: bool) -> None:
             client.set_terminated(self.run_id, status="FINISHED" if ok else "FAILED")
 
-    return Tracked, f"MLflow at {mlflow.get_tracking_uri()}, experiment {experiment}"
+    return Tracked, without_credentials(f"MLflow at {mlflow.get_tracking_uri()}, experiment {experiment}")
 
 
 LOGGERS = {"tensorboard": _tensorboard, "mlflow": _mlflow}

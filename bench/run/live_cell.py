@@ -12,6 +12,11 @@ import contextlib
 import json
 import os
 
+from tpme.bench.lifetimes import die_with_launcher
+
+if __name__ == "__main__":
+    die_with_launcher()  # at once: torch takes seconds to load
+
 import torch
 
 from tpme.bench.quantities import memory_reading

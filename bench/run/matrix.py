@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import itertools
-import tomllib
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -20,9 +20,6 @@ from pydantic import (
     BeforeValidator,
     Discriminator,
     Field,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
     Tag,
     TypeAdapter,
     ValidationError,
@@ -30,6 +27,9 @@ from pydantic import (
 )
 
 from tpme.bench.errors import UserError, nearest
+from tpme.bench.limits import Bytes, ImageSize, LocalPath, Number, Positive, Seed, Switch
+from tpme.bench.names import Name
+from tpme.bench.parsing import read_toml
 from tpme.bench.quantities import BYTES, parse_quantity
 from tpme.bench.record import Cell, EncoderSpec, Frozen, LearningRates, Modality, Protocol, Training, cell_id
 from tpme.bench.run.cell_checks import check_cached, check_items, pinned
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from tpme.methods.base import Method
 
 FIRST_SEED = 12345
+MOST_CELLS = 100_000
 MOST_SEEDS = 20
 """``seeds = 42`` most likely means the seed 42."""
 PAPER_SETTINGS = {"users_per_batch"}
@@ -48,10 +49,10 @@ PAPER_SETTINGS = {"users_per_batch"}
 class DatasetEntry(Frozen):
     """One data set: a prepared folder (``path``) or the settings of the built-in catalogue (``synthetic``)."""
 
-    name: str
-    path: Path | None = None
+    name: Name
+    path: LocalPath | None = None
     synthetic: dict[str, Any] | None = None
-    image_size: PositiveInt = 32
+    image_size: ImageSize = 32
     """Side of the built-in catalogue's images in pixels; a prepared folder has its own."""
 
     @model_validator(mode="after")
@@ -107,7 +108,7 @@ def _kind_of_trial(value: object) -> str:
 
 
 Trial = Annotated[
-    Annotated[PositiveFloat, Tag("number")] | Annotated[LearningRates, Tag("table")], Discriminator(_kind_of_trial)
+    Annotated[Positive, Tag("number")] | Annotated[LearningRates, Tag("table")], Discriminator(_kind_of_trial)
 ]
 _TRIALS: TypeAdapter[tuple[LearningRates | float, ...]] = TypeAdapter(tuple[Trial, ...])
 
@@ -121,7 +122,7 @@ class MethodEntry(Frozen):
     name: str
     """A name, or a pattern (``lora*``) for all methods that it matches and no entry names."""
     options: dict[str, Any] = {}
-    cached: bool | Annotated[tuple[bool, ...], Field(min_length=1)] = False
+    cached: Switch | Annotated[tuple[Switch, ...], Field(min_length=1)] = False
     lr: Annotated[tuple[Trial, ...], Field(min_length=1)] | None = None
     """Trials in place of ``axes.lr``, laid over the matrix's ``lr``; a number stands for all but ``recommender``."""
     training: dict[str, Any] = {}
@@ -144,10 +145,10 @@ class MethodEntry(Frozen):
 class MatrixFile(Frozen):
     """A matrix file."""
 
-    name: str
-    description: str = ""
+    name: Name
+    description: Annotated[str, Field(max_length=10_000)] = ""
     protocol: Protocol = "suite"
-    seeds: Annotated[tuple[NonNegativeInt, ...], BeforeValidator(_as_seeds), Field(min_length=1)] = (FIRST_SEED,)
+    seeds: Annotated[tuple[Seed, ...], BeforeValidator(_as_seeds), Field(min_length=1)] = (FIRST_SEED,)
     modalities: Annotated[tuple[Modality, ...], Field(min_length=1)] | None = None
     datasets: tuple[DatasetEntry, ...] = Field(min_length=1)
     encoders: tuple[EncoderEntry, ...] = Field(min_length=1)
@@ -157,11 +158,11 @@ class MatrixFile(Frozen):
     trials of every method that lists none."""
     lr: LearningRates = LearningRates()
     methods: Annotated[tuple[MethodEntry, ...], BeforeValidator(_as_tables), Field(min_length=1)]
-    time_limit_s: PositiveInt = 6 * 3600
+    time_limit_s: Number = 6 * 3600
     """Per cell; one that takes longer ends as ``timeout``."""
-    cache_limit_bytes: Annotated[PositiveInt, BeforeValidator(_as_bytes)] = 64 * 2**30
+    cache_limit_bytes: Annotated[Bytes, BeforeValidator(_as_bytes)] = 64 * 2**30
     """A feature cache that would be larger is refused; a number, or a text such as ``"8G"``."""
-    probe_items: Annotated[int, Field(ge=2)] | None = None
+    probe_items: Annotated[Number, Field(ge=2)] | None = None
     """Measure the representation space of every trained model on so many items; changes no cell."""
 
     @model_validator(mode="after")
@@ -169,7 +170,17 @@ class MatrixFile(Frozen):
         names = [entry.name for entry in self.datasets]
         if len(set(names)) < len(names):
             raise ValueError(f"two data sets share a name ({', '.join(names)})")
+        self.check_size()
         return self
+
+    def check_size(self) -> None:
+        """Raise ValueError for more than ``MOST_CELLS`` cells, counted without listing them; a pattern counts once."""
+        axes = {name: len(values) for name, values in self.axes.items()}
+        trials = axes.pop("lr", 1)
+        rows = sum(len(_cached(entry)) * (len(entry.lr) if entry.lr else trials) for entry in self.methods)
+        cells = math.prod([len(self.datasets), len(self.encoders), len(self.seeds), *axes.values(), rows])
+        if cells > MOST_CELLS:
+            raise ValueError(f"{cells:,} cells, at most {MOST_CELLS:,}; split the matrix")
 
 
 @dataclass(frozen=True)
@@ -194,13 +205,11 @@ def load_matrix(source: str, settings: Sequence[str] = ()) -> MatrixFile:
     """
     path = presets().get(source, Path(source))
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        raw = read_toml(path)
     except FileNotFoundError:
         near = nearest(source, presets())
         hint = f"; did you mean '{near}'?" if near else f" ({', '.join(presets())})"
         raise UserError(f"matrix '{source}': no such file, and no preset{hint}") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"{path}: not a readable TOML file: {error}") from None
     if "methods" in raw:
         raw["methods"] = _as_tables(raw["methods"])  # so that a setting reaches an entry that is just a name
     for setting in settings:
@@ -227,6 +236,8 @@ def expand(
             frozen, learning-rate trials of different number, a modality that data or encoders lack, precomputed states
             that lack an item.
     """
+    from tpme.methods.registry import blaming
+
     encoders = [EncoderEntry(text=pinned(pair.text), image=pinned(pair.image)) for pair in matrix.encoders]
     groups = itertools.product(matrix.datasets, encoders)
     modalities_there = {m for entry, pair in groups for m in _modalities(matrix, entry, datasets[entry.name], pair)}
@@ -238,7 +249,8 @@ def expand(
         modalities = _modalities(matrix, entry, data, pair)
         check_items([spec for m in modalities if (spec := getattr(pair, m))], data.path)
         for training, method in itertools.product(_trainings(matrix), matrix.methods):
-            instance = _check(method, modalities, training, methods_path)
+            with blaming(method.name):
+                instance = _check(method, modalities, training, methods_path)
             for cached, (trial, lr) in itertools.product(_cached(method), enumerate(trials[id(method)])):
                 cells.append(
                     Cell(
@@ -291,7 +303,12 @@ def _with_names(matrix: MatrixFile, modalities: Collection[Modality], methods_pa
         usable = usable or matching  # refused below, with the reason
         entries += [entry.model_copy(update={"name": name}) for name in usable if name not in named]
         named.update(matching)
-    return matrix.model_copy(update={"methods": tuple(entries)})
+    named_all = matrix.model_copy(update={"methods": tuple(entries)})
+    try:
+        named_all.check_size()
+    except ValueError as error:
+        raise UserError(f"matrix '{matrix.name}': {error}") from None
+    return named_all
 
 
 def _cached(method: MethodEntry) -> tuple[bool, ...]:

@@ -14,20 +14,22 @@ from typing import Literal
 
 import torch
 from rich.console import Console
+from rich.text import Text
 
 from tpme.bench.counting.batch import DataShape
 from tpme.bench.counting.devices import DeviceProfile
 from tpme.bench.counting.exact import Counts, Step, count, planned_peak, run_step
 from tpme.bench.counting.meta import RELEASED, MetaCell
 from tpme.bench.errors import UserError, one_line
+from tpme.bench.limits import resolved
 from tpme.bench.quantities import memory_reading
-from tpme.bench.record import Cell, CellResult, Frozen, Modality, Precision, find_results, read_result
+from tpme.bench.record import Cell, CellResult, Frozen, Modality, Precision
 from tpme.bench.run.cell_checks import MetaCells, check_cells, cost_key
 from tpme.bench.run.job import Job
 from tpme.bench.run.launch import choose_device, jobs_of, prepare_datasets
 from tpme.bench.run.matrix import DatasetEntry, MatrixFile, PreparedDataset, expand
 from tpme.bench.run.preflight import check_disk, check_inputs, device_memory, memory_warning
-from tpme.bench.run.remaining import Remaining, is_finished, latest_attempt, remaining
+from tpme.bench.run.remaining import Remaining, ended_well, is_finished, latest_attempt, remaining
 
 FULL, TIGHT = 1.0, 0.9
 """Shares of a device's memory: above the first a cell does not fit, above the second it may not (fragmentation)."""
@@ -155,11 +157,10 @@ def plan_matrix(
     check_inputs(expanded, prepared, metas, without=unread)
     for cell in expanded:
         distinct.setdefault(cost_key(cell), cell)
-    results = map(read_result, find_results([runs] if runs else []))
-    recorded = [result for result in results if result.status == "ok"]
+    recorded = list(ended_well(runs)) if runs else []
     cells = []
     for key, cell in distinct.items():
-        with console.status(f"Counting {cell.label} ..."):
+        with console.status(Text(f"Counting {cell.label} ...")):
             cells.append(_plan_cell(cell, shapes[cell.dataset], metas, device))
         measured = _measured_cost([result for result in recorded if cost_key(result.cell) == key])
         cells[-1] = cells[-1].model_copy(update={"measured": measured})
@@ -171,7 +172,7 @@ def plan_matrix(
     here = [cell.model_copy(update={"device": kind}) for cell in expanded]
     run = runs or Path("runs") / matrix.name
     jobs = jobs_of(here, matrix, datasets, run, store, methods_path)
-    latest = [latest_attempt(job.folder)[1] for job in jobs]
+    latest = [latest_attempt(job).result for job in jobs]
     missing = [job for job, result in zip(jobs, latest, strict=True) if not is_finished(result, job)]
     known = [job for job in missing if job.cell.dataset in prepared and not unread & _sources(job.cell)]
     warnings = [*_disk_warnings(known, metas), *(_memory_warnings(cells, kind) if device is None else ())]
@@ -211,7 +212,7 @@ def _data(
     """A data set as the matrix and as the counters see it: the prepared one, or an assumed one."""
     from tpme.bench.task.dataset import Dataset
 
-    here = entry.path is None or (entry.path.expanduser() / "dataset.json").is_file()
+    here = entry.path is None or (resolved(entry.path) / "dataset.json").is_file()
     if here and users is None and items is None:
         [data] = prepare_datasets(matrix.model_copy(update={"datasets": (entry,)}), store, console).values()
         return data, DataShape.of(Dataset.open(data.path))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -22,12 +21,12 @@ from tpme.bench.record import Cell, EncoderSpec
 from tpme.bench.run.cell_checks import MetaCells, cost_key
 from tpme.bench.run.inputs import feature_job
 from tpme.bench.run.job import Job
-from tpme.bench.task.checkpoints import checkpoint_folder
+from tpme.bench.task.checkpoints import check_weights, checkpoint_folder
 from tpme.bench.task.dataset import Dataset, Titles
 from tpme.bench.task.features import feature_folder, is_built
 from tpme.bench.task.tokens import tokenise
 from tpme.bench.train.build import EncoderUse
-from tpme.methods.registry import create
+from tpme.methods.registry import blaming, create
 
 WORTH_PLANNING = 1e-3
 """Share of the memory that a cell's weights must take before its step is planned: one of tiny encoders surely fits."""
@@ -50,7 +49,8 @@ def check_inputs(
     """
     seen = set()
     for cell in {cost_key(cell): cell for cell in cells}.values():
-        use = EncoderUse.of(cell, create(cell.method, cell.options, metas.methods_path))
+        with blaming(cell.method):
+            use = EncoderUse.of(cell, create(cell.method, cell.options, metas.methods_path))
         for modality, spec in {**use.run, **use.cached}.items():
             key = (cell.dataset, modality, spec.model_dump_json(), cell.training.title_tokens)
             if key in seen or cell.dataset not in folders:
@@ -66,13 +66,10 @@ def check_inputs(
 
 
 def _check_weights(spec: EncoderSpec) -> None:
-    """Raise UserError where the folder of a pretrained encoder holds no weights, or its repository is not there."""
+    """Raise UserError where a pretrained encoder's folder has no weights to be read, or its repository is not there."""
     folder, commit = checkpoint_folder(spec)
-    if commit is None and spec.weights == "pretrained" and not any(folder.glob("model.safetensors*")):
-        raise UserError(
-            f"encoder '{spec.source}': no model.safetensors there; load it with transformers and save it again with "
-            "save_pretrained, or set weights = 'random'"
-        )
+    if commit is None and spec.weights == "pretrained":
+        check_weights(spec, folder)
 
 
 def _check_images(name: str, dataset: Dataset, spec: EncoderSpec, encoders: MetaEncoders) -> None:
@@ -92,8 +89,7 @@ def _check_titles(dataset: Dataset, spec: EncoderSpec, title_tokens: int) -> Non
     """Tokenise a title as a cell would. Raises UserError where that is not possible."""
     if dataset.titles is not None:  # all of them would take a while
         dataset.titles = Titles(np.frombuffer(b"title", np.uint8), np.array([0, 0, 5]))
-    with tempfile.TemporaryDirectory(prefix="tpme-") as store:
-        tokenise(dataset, spec.source, spec.revision, title_tokens, Path(store))
+    tokenise(dataset, spec.source, spec.revision, title_tokens, store=None)
 
 
 # --- the machine -----------------------------------------------------------------------------------------------------

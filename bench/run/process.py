@@ -1,7 +1,7 @@
 """Run the process of one cell: show its progress, limit its time, and end everything it started.
 
-The process leads its own session: Ctrl-C in a terminal reaches the launcher alone, and everything the process started
-can be ended with it.
+The process leads its own session: Ctrl-C in a terminal reaches the launcher alone. What it started ends with it, also
+in sessions of its own (``tpme.bench.lifetimes``), and it ends with the launcher.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
+from tpme.bench.lifetimes import MARK, Launcher, end_cell
 from tpme.bench.workers import parse_progress
 
 GRACE_S = 10.0
@@ -38,6 +39,8 @@ class Ending:
 
     code: int
     timed_out: bool
+    last: str = field(default="start", compare=False)
+    """What it said last that it was doing."""
 
 
 def run_process(
@@ -47,6 +50,7 @@ def run_process(
     limit_s: float,
     show: Callable[[str, float], None] = lambda *_: None,
     hear: Callable[[str], None] | None = None,
+    lock: int | None = None,
 ) -> Ending:
     """Run ``command`` to its end, at most ``limit_s``.
 
@@ -56,11 +60,14 @@ def run_process(
         limit_s: then it gets SIGTERM, and is killed after ``GRACE_S``.
         show: called with its progress, and again with the last of it while there is nothing new.
         hear: called with every other line of its standard output.
+        lock: an open file that this process has locked. The process holds the lock, too: should it outlive this one,
+            nobody else gets the lock.
 
     Raises:
         KeyboardInterrupt, SystemExit: SIGINT, or SIGTERM or SIGHUP, came meanwhile; the process has been ended.
     """
     deadline = time.monotonic() + limit_s
+    launcher = Launcher.here(deadline, lock)
     with _deferred_signals() as caught:
         with log.open("wb") as errors:
             process = subprocess.Popen(
@@ -69,17 +76,20 @@ def run_process(
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 start_new_session=True,
-                env=PATIENT | os.environ,
+                env=PATIENT | os.environ | {MARK: launcher.mark},
+                pass_fds=() if lock is None else (lock,),
             )
+        watch = _Watch(process, show, hear)
         try:
-            timed_out = _watch(process, deadline, caught, show, hear)
+            timed_out = watch.until(deadline, caught)
             if caught or timed_out:
                 _request_end(process, signal.SIGINT if caught else signal.SIGTERM)
         finally:
             _kill_session(process)
+            end_cell(launcher)
     if caught:
         raise_signal(caught[0])
-    return Ending(process.returncode, timed_out)
+    return Ending(process.returncode, timed_out, watch.last[0])
 
 
 def raise_signal(number: int) -> NoReturn:
@@ -107,44 +117,52 @@ def _deferred_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _watch(
-    process: subprocess.Popen[bytes],
-    deadline: float,
-    caught: list[int],
-    show: Callable[[str, float], None],
-    hear: Callable[[str], None] | None,
-) -> bool:
-    """Show progress until the process ends, its time is up or a signal arrives; returns whether its time is up.
+class _Watch:
+    """Shows the progress of a process.
 
     The end of its output is not its end, nor the other way round: a child may hold the output open, and a process may
     close it and hang.
     """
-    assert process.stdout is not None
-    os.set_blocking(process.stdout.fileno(), False)
-    buffered, last = b"", ("start", 0.0)
-    with selectors.DefaultSelector() as selector:
-        selector.register(process.stdout, selectors.EVENT_READ)
-        while process.poll() is None and not caught:
-            if time.monotonic() >= deadline:
-                return True
-            if not selector.get_map():
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(POLL_S)
-            elif selector.select(POLL_S):
-                read = process.stdout.read()
-                if not read:
-                    selector.unregister(process.stdout)
-                    continue
-                *lines, buffered = (buffered + read).split(b"\n")
-                for line in (line.decode(errors="replace") for line in lines):
-                    if (event := parse_progress(line)) is not None:
-                        last = event
-                        show(*event)
-                    elif hear is not None:
-                        hear(line)
-            else:
-                show(*last)
-    return False
+
+    def __init__(
+        self, process: subprocess.Popen[bytes], show: Callable[[str, float], None], hear: Callable[[str], None] | None
+    ) -> None:
+        assert process.stdout is not None
+        self.process, self.show, self.hear, self.output = process, show, hear, process.stdout
+        self.last, self._buffered = ("start", 0.0), b""
+
+    def until(self, deadline: float, caught: list[int]) -> bool:
+        """Until the process ends, its time is up or a signal arrives; returns whether its time is up."""
+        os.set_blocking(self.output.fileno(), False)
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.output, selectors.EVENT_READ)
+            while self.process.poll() is None and not caught:
+                if time.monotonic() >= deadline:
+                    return True
+                if not selector.get_map():
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        self.process.wait(POLL_S)
+                elif not selector.select(POLL_S):
+                    self.show(*self.last)
+                elif not self._read():
+                    selector.unregister(self.output)
+        if self.process.poll() is not None:
+            self._read()  # its last words
+        return False
+
+    def _read(self) -> bool:
+        """Read what there is; returns whether there may be more."""
+        read = self.output.read()
+        if not read:
+            return read is None
+        *lines, self._buffered = (self._buffered + read).split(b"\n")
+        for line in (line.decode(errors="replace") for line in lines):
+            if (event := parse_progress(line)) is not None:
+                self.last = event
+                self.show(*event)
+            elif self.hear is not None:
+                self.hear(line)
+        return True
 
 
 def _request_end(process: subprocess.Popen[bytes], sign: signal.Signals) -> None:

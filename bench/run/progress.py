@@ -11,7 +11,6 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -21,10 +20,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from tpme.bench.quantities import MISSING
-from tpme.bench.record import CellResult
+from tpme.bench.record import REBUILT, CellResult
 from tpme.bench.run.remaining import Remaining, ended_badly, in_words
+from tpme.bench.text import escaped
 
 LINE_S = 60.0
 """Time between two lines where there is no terminal to draw bars on."""
@@ -63,8 +64,8 @@ class Screen:
         self.bars.stop()
 
     def print(self, text: str) -> None:
-        """Print one sentence above the bars, as it is."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        """Print one sentence above the bars, on one line."""
+        self.console.print(escaped(text), soft_wrap=True)
 
     @contextlib.contextmanager
     def cell(self, label: str) -> Iterator[Callable[[str, float], None]]:
@@ -100,6 +101,9 @@ class Screen:
         self.console.print(outcome_line(result), soft_wrap=True)
         if result.untrained is not None:
             self.print(f"{'':<18} {result.untrained.message}")
+        for flag in result.flags:
+            if flag.code == REBUILT:
+                self.print(f"{'':<18} {flag.message}")
         if result.status != "ok":
             self.print(f"{'':<18} log: {log}")
 
@@ -110,11 +114,11 @@ def without_total(what: str) -> str:
     return f"epoch {numbers[1]}" if numbers and int(numbers[1]) > int(numbers[2]) else what
 
 
-def outcome_line(result: CellResult) -> str:
-    """The outcome of a cell in one line, with markup."""
-    label, mark = result.cell.label, "[green]ok[/]" if result.status == "ok" else f"[red]{result.status}[/]"
+def outcome_line(result: CellResult) -> Text:
+    """The outcome of a cell in one line."""
+    label, mark = f"{result.cell.label:<18} ", (result.status, "green" if result.status == "ok" else "red")
     if result.failure:
-        return f"{escape(f'{label:<18}')} {mark}  {escape(result.failure.message)}"
+        return Text.assemble(label, mark, f"  {result.failure.message}")
     best = max((epoch.valid_recall_10 for epoch in result.epochs), default=None)
     if result.in_rounds and "valid_recall_10" in result.counters:
         best = result.counters["valid_recall_10"].value
@@ -126,7 +130,7 @@ def outcome_line(result: CellResult) -> str:
         details.append(f"{all_in_s:.2f} s all in" if all_in_s is not None else "nothing to train")
     if best is not None:
         details.append(f"validation Recall@10 {best:.4f}")
-    return f"{escape(f'{label:<18}')} {mark}  {', '.join(details)}"
+    return Text.assemble(label, mark, f"  {', '.join(details)}")
 
 
 def remaining_table(state: Remaining) -> Table:
@@ -139,7 +143,7 @@ def remaining_table(state: Remaining) -> Table:
         if badly := ended_badly([row]):
             finished += f" ({badly})"
         expected = "not known" if row.missing_s is None else in_words(row.missing_s)
-        table.add_row(escape(name), finished, str(row.missing or MISSING), expected if row.missing else MISSING)
+        table.add_row(name, finished, str(row.missing or MISSING), expected if row.missing else MISSING)
     return table
 
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import TypeGuard
+from typing import NamedTuple, TypeGuard
 
 from tpme.bench.record import Cell, CellResult, Frozen, RecordError, Status, attempt_number, find_results, read_result
 from tpme.bench.run.cell_checks import cost_key
 from tpme.bench.run.job import Job
+from tpme.bench.side_files import damage, has_digest
+from tpme.bench.task.fingerprint import is_unchanged, sha256_of
 
 FINISHED: frozenset[Status] = frozenset({"ok", "oom", "diverged", "timeout", "skipped"})
 """Statuses that another attempt would repeat; ``timeout`` only if the limit is not raised."""
+_LARGE_BYTES = 2**24
 
 
 class RowProgress(Frozen):
@@ -104,12 +108,17 @@ def _row_progress(jobs: Sequence[Job], ended: Sequence[Status], times: Sequence[
 def _wall_times(runs: Path) -> dict[str, list[float]]:
     """Wall times of the records below ``runs`` that ended well, by row."""
     times: dict[str, list[float]] = {}
+    for result in ended_well(runs):
+        times.setdefault(_row(result.cell), []).append(result.wall_s)
+    return times
+
+
+def ended_well(runs: Path) -> Iterator[CellResult]:
+    """The latest records below ``runs`` that ended as ``ok``, without those that cannot be read."""
     for path in find_results([runs]) if runs.exists() else ():
         with contextlib.suppress(RecordError):
-            result = read_result(path)
-            if result.status == "ok":
-                times.setdefault(_row(result.cell), []).append(result.wall_s)
-    return times
+            if (result := read_result(path)).status == "ok":
+                yield result
 
 
 def _row(cell: Cell) -> str:
@@ -117,13 +126,38 @@ def _row(cell: Cell) -> str:
     return f"{cell.device} {cell.training.epochs} {cost_key(cell)}"
 
 
-def latest_attempt(folder: Path) -> tuple[int, CellResult | None]:
-    """Number of attempts at a cell, and the latest record; a record that cannot be read counts as ``None``."""
-    latest = max(folder.glob("attempt-*.json"), key=attempt_number, default=Path())
+class Latest(NamedTuple):
+    """The latest attempt at a cell."""
+
+    number: int
+    """0 if there is none."""
+    result: CellResult | None
+    """Its record, if that can be used."""
+    damage: str | None = None
+    """Why it cannot be used: the record or a file beside it is damaged, or it is that of another cell."""
+
+
+def latest_attempt(job: Job) -> Latest:
+    """The latest attempt at the cell of ``job``, whose record and the files beside it are checked."""
+    path = max(job.folder.glob("attempt-*.json"), key=attempt_number, default=Path())
+    number = attempt_number(path)
+    if not number:
+        return Latest(0, None)
     try:
-        return attempt_number(latest), read_result(latest) if attempt_number(latest) else None
-    except RecordError:
-        return attempt_number(latest), None
+        result = read_result(path)
+    except RecordError as error:
+        return Latest(number, None, str(error))
+    if result.cell_id != job.cell_id:
+        return Latest(number, None, f"{path}: it is the record of another cell ({result.cell_id})")
+    found = damage(path, result, is_recorded=partial(_is_recorded, job.store))
+    return Latest(number, None if found else result, found)
+
+
+def _is_recorded(store: Path, path: Path, digest: str) -> bool:
+    """Whether a file has this SHA-256; of a large one, such as a saved adapter, the store remembers it."""
+    if path.stat().st_size < _LARGE_BYTES:
+        return has_digest(path, digest)
+    return is_unchanged([path], digest, partial(sha256_of, path), store / "checked" / f"{digest[:16]}.json")
 
 
 def is_finished(result: CellResult | None, job: Job) -> TypeGuard[CellResult]:

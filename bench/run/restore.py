@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tpme.bench.errors import UserError
+from tpme.bench.limits import resolved
 from tpme.bench.measure.phases import PhaseLog
 from tpme.bench.record import read_result
 from tpme.bench.run.cell import CellRun
 from tpme.bench.run.job import Job
 from tpme.bench.run.launch import store_folder
 from tpme.bench.run.matrix import MatrixFile
+from tpme.bench.side_files import side_file
 from tpme.bench.train.delta import DeltaFacts, read_delta
 from tpme.bench.train.loop import Trainer
 from tpme.methods.base import Method
@@ -41,9 +43,10 @@ def restore(
         UserError: the record has no adapter file, or data, encoders or method are not those of the record.
     """
     result = read_result(record)
-    if "adapter" not in result.files:
+    adapter = side_file(record, result, "adapter")
+    if adapter is None:
         raise UserError(f"{record}: it has no adapter file; run its matrix with --save-adapters")
-    facts, state = read_delta(record.parent / result.files["adapter"])
+    facts, state = read_delta(adapter)
     job = Job(
         cell=result.cell.model_copy(update={"device": device or result.cell.device}),
         cell_id=result.cell_id,
@@ -52,7 +55,7 @@ def restore(
         dataset_path=dataset,
         store=store_folder(store),
         folder=record.parent,
-        methods_path=tuple(path.resolve() for path in methods_path),
+        methods_path=tuple(map(resolved, methods_path)),
         cache_limit_bytes=MatrixFile.model_fields["cache_limit_bytes"].default,
         time_limit_s=result.time_limit_s or 0.0,
     )

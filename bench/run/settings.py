@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterator, Sequence
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
 from tpme.bench.errors import UserError, first_problem, nearest
+from tpme.bench.parsing import DEEPEST, TomlSyntaxError, parse_toml
 
 _TAGS = {"table", "number"}
 """Parts of a path in an error that are no keys: the alternatives of a learning rate."""
@@ -19,20 +19,23 @@ def apply_setting(raw: dict[str, Any], setting: str) -> None:
     key, equals, text = setting.partition("=")
     if not equals:
         raise UserError(f"--set {setting}: write it as key=value, for example training.epochs=2")
+    keys = key.strip().split(".")
+    if len(keys) > DEEPEST:
+        raise UserError(f"--set {setting}: a key of more than {DEEPEST} parts")
     try:
-        _assign(raw, key.strip().split("."), _value(text.strip()))
+        _assign(raw, keys, _value(text.strip(), f"--set {key}"))
     except (IndexError, TypeError, ValueError):
         raise UserError(f"--set {setting}: no such setting in the matrix") from None
 
 
-def _value(text: str) -> Any:
+def _value(text: str, where: str) -> Any:
     """A TOML value; text that is none is taken as it is, in a list too, because a shell removes the quotes."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        if text.startswith("[") and text.endswith("]"):
-            return [_value(word.strip()) for word in text[1:-1].split(",")]
-        return text
+        return parse_toml(f"value = {text}", where)["value"]
+    except TomlSyntaxError:
+        if not (text.startswith("[") and text.endswith("]")) or "[" in text[1:]:
+            return text
+        return [_value(word.strip(), where) for word in text[1:-1].split(",")]
 
 
 def _assign(place: Any, keys: list[str], value: Any) -> None:

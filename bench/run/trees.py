@@ -12,15 +12,17 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tempfile
-import tomllib
 import venv
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tpme.bench.claims import scratch_folder
 from tpme.bench.errors import UserError
+from tpme.bench.git import run_git
+from tpme.bench.lifetimes import marked
+from tpme.bench.parsing import read_toml
 
 WORK_TREE = "work tree"
 
@@ -44,7 +46,7 @@ class Tree:
 
 @contextmanager
 def trees(repository: Path, base: str, head: str | None) -> Iterator[tuple[Tree, Tree]]:
-    """Check out and install both sides in a temporary folder, removed at the end.
+    """Check out and install both sides in a temporary folder, removed at the end, or by the next one if it is killed.
 
     Args:
         repository: a folder of it. base, head: revisions; ``None`` is the work tree as it is now, with its untracked
@@ -54,17 +56,26 @@ def trees(repository: Path, base: str, head: str | None) -> Iterator[tuple[Tree,
         UserError: no repository, no such revision, or a package that cannot be installed with what it needs.
     """
     top = Path(_git(repository, "rev-parse", "--show-toplevel", wrong=f"{repository}: not in a git repository"))
-    folder = Path(tempfile.mkdtemp(prefix="tpme-ab-"))
-    try:
-        yield (
-            _tree(top, base, folder / "base"),
-            _tree(top, head, folder / "head"),
-        )
-    finally:
-        for checkout in (folder / "base", folder / "head"):
-            if (checkout / ".git").is_file():
-                _git(top, "worktree", "remove", "--force", str(checkout), wrong=f"{checkout}: cannot be removed")
-        shutil.rmtree(folder, ignore_errors=True)
+    with scratch_folder("ab") as (folder, lock):
+        _forget_removed(top)
+        try:
+            with marked(lock):
+                yield (
+                    _tree(top, base, folder / "base"),
+                    _tree(top, head, folder / "head"),
+                )
+        finally:
+            for checkout in (folder / "base", folder / "head"):
+                if (checkout / ".git").is_file():
+                    _git(top, "worktree", "remove", "--force", str(checkout), wrong=f"{checkout}: cannot be removed")
+
+
+def _forget_removed(top: Path) -> None:
+    """Let git forget the work trees in temporary folders that are gone."""
+    for line in _git(top, "worktree", "list", "--porcelain", wrong=f"{top}: cannot be listed").splitlines():
+        path = Path(line.removeprefix("worktree "))
+        if line.startswith("worktree ") and path.parent.name.startswith("tpme-ab-") and not path.exists():
+            _git(top, "worktree", "remove", "--force", str(path), wrong=f"{path}: cannot be removed")
 
 
 def _tree(top: Path, revision: str | None, folder: Path) -> Tree:
@@ -73,7 +84,7 @@ def _tree(top: Path, revision: str | None, folder: Path) -> Tree:
         name = WORK_TREE
     else:
         wrong = f"{revision}: no such revision in {top}; in a shallow clone, run 'git fetch --unshallow' first"
-        commit = _git(top, "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}", wrong=wrong)
+        commit = _git(top, "rev-parse", "-q", "--verify", "--end-of-options", f"{revision}^{{commit}}", wrong=wrong)
         _git(top, "worktree", "add", "--detach", str(folder), commit, wrong=f"{revision}: cannot be checked out")
         name = f"{revision} ({commit[:10]})" if revision != commit[: len(revision)] else commit[:10]
     python, site = sys.executable, None
@@ -113,7 +124,7 @@ def _install(checkout: Path, python: str, name: str) -> None:
     # What build and package need is usually here; only where it is not, pip may fetch it.
     for options in (["--no-build-isolation", "--no-index"], []):
         command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *options, str(checkout)]
-        done = _run(command)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
         if done.returncode == 0:
             return
         message = (done.stderr.strip() or done.stdout.strip() or message).splitlines()[-1]
@@ -133,24 +144,20 @@ def _is_package(checkout: Path, name: str) -> bool:
     if (checkout / "setup.py").is_file():
         return True
     try:
-        settings = tomllib.loads((checkout / "pyproject.toml").read_text(encoding="utf-8"))
+        settings = read_toml(checkout / "pyproject.toml")
     except FileNotFoundError:
         return False
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"{name}: pyproject.toml is not readable: {error}") from None
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
     return "project" in settings or "build-system" in settings
 
 
 def _git(folder: Path, *arguments: str, wrong: str) -> str:
-    done = _run(["git", "-C", str(folder), *arguments])
+    try:
+        done = run_git(folder, *arguments)
+    except FileNotFoundError:
+        raise UserError("git: not installed; 'tpme ab' needs it") from None
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines()
         raise UserError(f"{wrong}{f' ({lines[-1]})' if lines else ''}")
     return done.stdout.strip()
-
-
-def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
-    except FileNotFoundError:
-        raise UserError(f"{command[0]}: not installed; 'tpme ab' needs it") from None

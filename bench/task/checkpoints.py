@@ -6,22 +6,25 @@ alone, without weights and, for a local folder, without a network; such rows are
 
 from __future__ import annotations
 
-import json
-import tempfile
+import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from tpme.bench.claims import scratch_folder
 from tpme.bench.errors import UserError
+from tpme.bench.limits import expanded
+from tpme.bench.parsing import open_regular, read_json
 from tpme.bench.record import EncoderSpec, Modality, Pool
 from tpme.bench.task.builtin import builtin_folder
 from tpme.bench.task.families import TOWERS, family_of
-from tpme.bench.task.hub import first_line, repository_file
+from tpme.bench.task.hub import refusals, repository_file
 
+MOST_LAYERS = 1000
 _WEIGHTS = "model.safetensors"
 POOLING = "1_Pooling/config.json"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -35,7 +38,7 @@ def encoder_source(source: str) -> str:
     """
     if source.startswith("builtin:"):
         return str(builtin_folder(source))
-    folder = Path(source).expanduser()
+    folder = expanded(Path(source))
     looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1 or folder.is_dir()
     if looks_like_path and not (folder / "config.json").is_file():
         raise UserError(f"encoder '{source}': it has no config.json; pass a folder saved by transformers or a hub id")
@@ -61,7 +64,7 @@ def _fetch_weights(spec: EncoderSpec, commit: str) -> None:
 
     if fetch(_WEIGHTS) is None:
         index = fetch(f"{_WEIGHTS}.index.json")
-        for shard in sorted(set(json.loads(index.read_bytes())["weight_map"].values())) if index else ():
+        for shard in sorted(set(read_json(index)["weight_map"].values())) if index else ():
             fetch(shard)
 
 
@@ -72,11 +75,14 @@ def read_config(spec: EncoderSpec, folder: Path, modality: Modality) -> Any:
     """
     from transformers import AutoConfig
 
-    try:
-        with quiet_transformers():
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, TypeError) as error:  # TypeError: older versions, for a JSON list
-        raise UserError(f"encoder '{spec.source}': its config.json is not usable ({first_line(error)})") from None
+    with refusals(f"encoder '{spec.source}': its config.json is not usable"), quiet_transformers():
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if getattr(config, "quantization_config", None) is not None:
+            raise ValueError("its weights are quantised; choose a checkpoint with weights in full or half precision")
+    if (folder / "adapter_config.json").exists():
+        raise UserError(
+            f"encoder '{spec.source}': it is an adapter (adapter_config.json); merge it into its model and save that"
+        )
     towers = TOWERS.get(config.model_type)
     if towers is not None:
         dtype, config = config.dtype, getattr(config, towers[spec.tower or modality])
@@ -89,7 +95,25 @@ def read_config(spec: EncoderSpec, folder: Path, modality: Modality) -> Any:
         raise UserError(f"encoder '{spec.source}': {error}") from None
     if kind != modality:
         raise UserError(f"encoder '{spec.source}': its input is {kind}, so it cannot be the {modality} encoder")
+    with refusals(f"encoder '{spec.source}': its config.json is not usable"):
+        _check_sizes(config)
+    if "/" in (spec.attention or ""):
+        raise UserError(
+            f"encoder '{spec.source}', attention: '{spec.attention}' is code on the hub, which is not run; choose one "
+            "of transformers, such as 'eager' or 'sdpa'"
+        )
+    config._attn_implementation = spec.attention  # its own may name code on the hub
     return config
+
+
+def _check_sizes(config: Any) -> None:
+    """Raise ValueError for sizes that no encoder has; a layer takes time to build even without values."""
+    sizes = {"num_hidden_layers": MOST_LAYERS, "hidden_size": 2**20, "num_attention_heads": 2**20, "image_size": 2**14}
+    for name, most in sizes.items():
+        value = getattr(config, name, None) if name == "image_size" else getattr(config, name)
+        for size in value if isinstance(value, list | tuple) else [value]:
+            if (type(size) is not int or not 1 <= size <= most) and (name, size) != ("image_size", None):
+                raise ValueError(f"{name} is {size!r}; it must be a whole number from 1 to {most:,}")
 
 
 def weights_dtype(spec: EncoderSpec, config: Any) -> torch.dtype:
@@ -112,8 +136,8 @@ def sentence_pool(spec: EncoderSpec, folder: Path, commit: str | None) -> Pool |
     if path is None or not path.is_file():
         return None
     try:
-        modes = _sentence_modes(json.loads(path.read_bytes()))
-    except (ValueError, AttributeError) as error:
+        modes = _sentence_modes(read_json(path))
+    except (UserError, ValueError, AttributeError, TypeError) as error:
         raise UserError(f"encoder '{spec.source}': its {POOLING} is not usable ({error})") from None
     if len(modes) != 1 or modes[0] not in _SENTENCE_POOLS:
         raise UserError(
@@ -139,20 +163,42 @@ def from_config(spec: EncoderSpec, config: Any, seed: int, *, meta: bool) -> Any
     """An encoder with random weights, or on ``meta`` without any. Raises UserError where none can be built."""
     import transformers
 
-    config._attn_implementation = spec.attention
     name = family_of(config.model_type).model
     make = getattr(transformers, name) if name else transformers.AutoModel.from_config
-    try:
-        with torch.random.fork_rng(devices=[]), torch.device("meta" if meta else "cpu"):
-            torch.manual_seed(seed)
-            module = make(config)
-    except (OSError, ValueError, ImportError) as error:
-        message = f"encoder '{spec.source}': no encoder can be built from its configuration ({first_line(error)})"
-        raise UserError(message) from None
+    with (
+        refusals(f"encoder '{spec.source}': no encoder can be built from its configuration"),
+        torch.random.fork_rng(devices=[]),
+        torch.device("meta" if meta else "cpu"),
+    ):
+        torch.manual_seed(seed)
+        module = make(config)
     for parameter in module.parameters():
         # As loading does: buffers keep their type, because angles of rotary positions are inexact in half precision.
         parameter.data = parameter.data.to(weights_dtype(spec, config))
     return module
+
+
+def check_weights(spec: EncoderSpec, folder: Path) -> None:
+    """Raise UserError where the weights in the folder of an encoder are not whole safetensors files beside each other.
+
+    An index may name any file as a shard, pickled ones too, which transformers would unpickle.
+    """
+    from safetensors import safe_open
+
+    index = folder / f"{_WEIGHTS}.index.json"
+    if not any(path.is_file() for path in (folder / _WEIGHTS, index)):
+        raise UserError(
+            f"encoder '{spec.source}': no {_WEIGHTS} there; other formats can run code and are not read: load it with "
+            "transformers and save it again with save_pretrained"
+        )
+    with refusals(f"encoder '{spec.source}': its weights cannot be read"):
+        names = {_WEIGHTS} if (folder / _WEIGHTS).is_file() else set(read_json(index)["weight_map"].values())
+        for name in sorted(names):
+            if not name.endswith(".safetensors") or Path(name).name != name:
+                raise ValueError(f"{index.name} names '{name}', which is no .safetensors file beside it")
+            open_regular(folder / name).close()
+            with safe_open(folder / name, "pt"):  # checks sizes and offsets
+                pass
 
 
 def from_weights(spec: EncoderSpec, folder: Path, commit: str | None, config: Any, **placement: Any) -> Any:
@@ -164,31 +210,24 @@ def from_weights(spec: EncoderSpec, folder: Path, commit: str | None, config: An
     Raises UserError where they cannot be read or do not fit the configuration.
     """
     import transformers
-    from safetensors import SafetensorError
 
     if commit is not None:
         _fetch_weights(spec, commit)
-    if not any((folder / name).is_file() for name in (_WEIGHTS, f"{_WEIGHTS}.index.json")):
-        raise UserError(
-            f"encoder '{spec.source}': no {_WEIGHTS} there; other formats can run code and are not read: load it with "
-            "transformers and save it again with save_pretrained"
-        )
+    check_weights(spec, folder)
     family = family_of(config.model_type)
-    try:
-        with quiet_transformers():
-            module, loading = getattr(transformers, family.model or "AutoModel").from_pretrained(
-                folder,
-                config=config,
-                dtype=weights_dtype(spec, config),
-                attn_implementation=spec.attention,
-                use_safetensors=True,
-                local_files_only=True,
-                ignore_mismatched_sizes=True,  # refused below, in a one-line message
-                output_loading_info=True,
-                **placement,
-            )
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise UserError(f"encoder '{spec.source}': its weights cannot be read ({first_line(error)})") from None
+    with refusals(f"encoder '{spec.source}': its weights cannot be read"), quiet_transformers():
+        module, loading = getattr(transformers, family.model or "AutoModel").from_pretrained(
+            folder,
+            config=config,
+            dtype=weights_dtype(spec, config),
+            attn_implementation=spec.attention,
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # refused below, in a one-line message
+            output_loading_info=True,
+            **placement,
+        )
     mismatched = [name for name, *_ in loading["mismatched_keys"]]
     lacking = [name for name in (*loading["missing_keys"], *mismatched) if not name.startswith(family.unread or " ")]
     if lacking:
@@ -208,9 +247,10 @@ def streamed(spec: EncoderSpec, folder: Path, commit: str | None, config: Any, d
     family = family_of(config.model_type)
     blocks = _blocks(from_config(spec, config, 0, meta=True), family.layers)
     place = {name: "disk" if name.startswith(f"{family.layers}.") else str(device) for name in blocks}
-    copies = tempfile.TemporaryDirectory(prefix="tpme-layers-")
-    module = from_weights(spec, folder, commit, config, device_map=place, offload_folder=copies.name)
-    module._tpme_layers = copies  # weights that are not stored as they are used; removed with the encoder
+    with ExitStack() as stack:
+        copies, _ = stack.enter_context(scratch_folder("layers"))  # weights that are not stored as they are used
+        module = from_weights(spec, folder, commit, config, device_map=place, offload_folder=str(copies))
+        weakref.finalize(module, stack.pop_all().close)
     return module
 
 

@@ -17,21 +17,29 @@ training.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Annotated, Any, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import NonNegativeInt, PositiveInt, ValidationError
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
 
-from tpme.bench.errors import UserError, first_problem
+from tpme.bench.errors import UserError, first_problem, one_line
+from tpme.bench.parsing import open_regular, read_json
 from tpme.bench.record import DatasetFacts, Frozen, Modality
+from tpme.bench.task.fingerprint import ContentDigest, is_unchanged
 
 FORMAT_VERSION = 1
+FILES = ("images.npy", "items.txt", "offsets.npy", "sequences.npy", "title_offsets.npy", "titles.bin", "users.txt")
+"""What the fingerprint is of; each modality has its own ones among them."""
+LONGEST = 2**16
+"""Items of an input of the sequential encoder."""
 
 Ids = NDArray[np.int32]
 
@@ -49,7 +57,7 @@ class Manifest(Frozen):
     users: PositiveInt
     items: PositiveInt
     interactions: PositiveInt
-    max_seq_len: PositiveInt
+    max_seq_len: Annotated[PositiveInt, Field(le=LONGEST)]
     """Longest input of the sequential encoder; at most this many items plus three are kept per user."""
     image_size: PositiveInt | None
     """Height and width of the stored images in pixels."""
@@ -93,7 +101,10 @@ class Titles(Sequence[str]):
         if not 0 <= position < len(self):
             raise IndexError(index)
         start, end = self._offsets[position], self._offsets[position + 1]
-        return self._blob[start:end].tobytes().decode("utf-8")
+        try:
+            return self._blob[start:end].tobytes().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"item {position}: its title is not UTF-8 ({error}); prepare the data again") from None
 
 
 class Dataset:
@@ -114,14 +125,16 @@ class Dataset:
         self.titles, self.images = titles, images
 
     @classmethod
-    def open(cls, path: str | Path) -> Dataset:
-        """Open the folder ``path``.
+    def open(cls, path: str | Path, store: Path | None = None) -> Dataset:
+        """Open the folder ``path``; with a ``store`` its content is verified.
 
         Raises:
             UserError: it is missing, not a prepared data set, of another format version, or damaged.
         """
         folder = Path(path)
         manifest = read_manifest(folder)
+        if store is not None:
+            verify(folder, manifest, store)
         sequences = _load(folder, "sequences.npy", np.int32, (manifest.interactions,))
         offsets = _load(folder, "offsets.npy", np.int64, (manifest.users + 1,))
         _require(bool(np.all(np.diff(offsets) >= 3)) and offsets[0] == 0, folder, "offsets.npy")
@@ -222,19 +235,63 @@ def read_manifest(folder: Path) -> Manifest:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such data set; run 'tpme prepare'")
     try:
-        raw = json.loads(path.read_bytes())
+        raw = read_json(path)
     except FileNotFoundError:
         raise UserError(f"{folder}: not a prepared data set (no dataset.json); run 'tpme prepare'") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable ({error}); prepare the data set again") from None
+    except UserError as error:
+        raise UserError(f"{error}; prepare the data set again") from None
     version = raw.get("format_version") if isinstance(raw, dict) else None
     if version != FORMAT_VERSION:
         raise UserError(f"{path}: format version {version!r}, but this tpme reads {FORMAT_VERSION}; prepare it again")
     try:
-        return Manifest.model_validate(raw)
+        return Manifest.model_validate_json(json.dumps(raw), strict=True)
     except ValidationError as error:
         first = first_problem(error)
         raise UserError(f"{path}: field '{first.field}': {first.message}; prepare the data set again") from None
+
+
+def content_digest(folder: Path, manifest: Manifest) -> str:
+    """The fingerprint of what is in ``folder`` now. Raises UserError where a file is missing or no regular one."""
+    digest = ContentDigest(manifest.format_version, manifest.max_seq_len)
+    text, image = ("text" in manifest.modalities, "image" in manifest.modalities)
+    try:
+        for name in ("items.txt", *(["titles.bin"] if text else ()), "users.txt"):
+            digest.add_file(folder / name)
+        for name in (*(["images"] if image else ()), "offsets", "sequences", *(["title_offsets"] if text else ())):
+            digest.add_array(folder / f"{name}.npy")
+    except UserError as error:
+        raise UserError(f"{error}; prepare the data set again") from None
+    except Exception as error:  # NumPy raises many for a broken header
+        raise UserError(f"{folder}: damaged ({one_line(error)}); prepare the data set again") from None
+    return digest.hexdigest()
+
+
+def verify(folder: Path, manifest: Manifest, store: Path) -> None:
+    """Raise UserError where a file of the data set in ``folder`` is not what was prepared.
+
+    Args:
+        folder: of the data set. manifest: its ``dataset.json``.
+        store: keeps what was read, so that the same files are not read again.
+    """
+    paths = [path for path in sorted(folder.iterdir()) if path.name in FILES]
+    memory = store / "checked" / f"{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]}.json"
+    if is_unchanged(paths, manifest.fingerprint, lambda: content_digest(folder, manifest), memory):
+        return
+    prepared = (folder / "dataset.json").stat().st_mtime_ns
+    later = ", ".join(path.name for path in paths if path.stat().st_mtime_ns > prepared)
+    raise UserError(
+        f"{folder}: its content is not what was prepared{f' (changed since: {later})' if later else ''}; prepare the "
+        "data set again"
+    )
+
+
+def damage_of(folder: Path, store: Path) -> str | None:
+    """Why the folder is no whole prepared data set; ``None`` where it is one. ``store`` as in ``verify``."""
+    try:
+        Dataset.open(folder, store)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def item_names(folder: Path) -> list[str]:
@@ -250,7 +307,8 @@ def names_as_text(names: Iterable[str]) -> bytes:
 def _lines(path: Path) -> list[str]:
     # splitlines() would also split at characters that a name may contain.
     try:
-        return path.read_bytes().decode("utf-8").split("\n")[:-1]
+        with open_regular(path) as file:
+            return file.read().decode("utf-8").split("\n")[:-1]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not readable ({error}); prepare the data set again") from None
 
@@ -258,15 +316,20 @@ def _lines(path: Path) -> list[str]:
 def _load(folder: Path, name: str, dtype: type[Any], shape: tuple[int, ...]) -> NDArray[Any]:
     """Map one array; a truncated file fails here and not during training."""
     try:
-        array: NDArray[Any] = np.load(folder / name, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{folder / name}: missing or damaged ({error}); prepare the data set again") from None
+        open_regular(folder / name).close()
+        array: NDArray[Any] = np.lib.format.open_memmap(folder / name, mode="r")
+    except UserError as error:
+        raise UserError(f"{error}; prepare the data set again") from None
+    except Exception as error:  # NumPy raises many for a broken header
+        message = f"{folder / name}: missing or damaged ({one_line(error)})"
+        raise UserError(f"{message}; prepare the data set again") from None
     _require(array.dtype == dtype and array.shape == shape, folder, name)
     return array
 
 
 def _blob(path: Path) -> NDArray[np.uint8]:
     try:
+        open_regular(path).close()
         return np.memmap(path, dtype=np.uint8, mode="r")
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: missing or damaged ({error}); prepare the data set again") from None

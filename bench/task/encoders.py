@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from tpme.bench.errors import UserError
+from tpme.bench.parsing import read_json
 from tpme.bench.record import EncoderFacts, EncoderSpec, Modality, Pool
 from tpme.bench.task.checkpoints import (
     POOLING,
@@ -23,7 +24,8 @@ from tpme.bench.task.checkpoints import (
     streamed,
 )
 from tpme.bench.task.families import family_of
-from tpme.bench.task.hub import repository_file
+from tpme.bench.task.fingerprint import sha256_of
+from tpme.bench.task.hub import refusals, repository_file
 from tpme.bench.task.items import EncoderShape, Reads
 from tpme.bench.task.precomputed import StatesFile
 from tpme.bench.task.tokens import load_tokenizer
@@ -77,7 +79,8 @@ def load_encoder(
     pool = _pool(spec, folder, commit, modality)
     padding = None if device.type == "meta" else _padding(spec, config)
     try:
-        view = EncoderView(module.eval(), modality, mean, std, pool=pool, padding=padding)
+        with refusals("no encoder can be built from its configuration"):
+            view = EncoderView(module.eval(), modality, mean, std, pool=pool, padding=padding)
     except UserError as error:
         raise UserError(f"encoder '{spec.source}': {error}") from None
     return Encoder(view, _facts(spec, commit, view))
@@ -163,8 +166,8 @@ def encoder_digest(spec: EncoderSpec) -> str:
     digest = hashlib.sha256()
     patterns = ("*.json", "*.txt", "*.model", POOLING, *(("*.safetensors",) if spec.weights == "pretrained" else ()))
     for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
-        with path.open("rb") as file:
-            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+        with refusals(f"encoder '{spec.source}': {path.name} cannot be read"):
+            digest.update(f"{path.name} {sha256_of(path)}\n".encode())
     return digest.hexdigest()
 
 
@@ -184,9 +187,9 @@ def _normalisation(spec: EncoderSpec, folder: Path, commit: str | None) -> tuple
         if path is None or not path.is_file():
             continue
         try:
-            settings = json.loads(path.read_bytes())
+            settings = read_json(path)
             return _mean_and_std(settings.get(part, {}) if part else settings)
-        except (ValueError, TypeError, AttributeError) as error:
+        except (UserError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"encoder '{spec.source}': its {name} is not usable ({error})") from None
     return _HALF, _HALF
 
@@ -195,4 +198,6 @@ def _mean_and_std(settings: dict[str, Any]) -> tuple[tuple[float, ...], tuple[fl
     if not settings.get("do_normalize", True):
         return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     mean, std = (tuple(float(v) for v in settings.get(key) or _HALF) for key in ("image_mean", "image_std"))
+    if not len(mean) == len(std) == 3 or not all(map(math.isfinite, mean + std)) or min(std) <= 0:
+        raise ValueError("image_mean and image_std must be three numbers each, those of image_std above 0")
     return mean, std

@@ -19,6 +19,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,15 +34,18 @@ from torch import Tensor
 from tpme.bench.errors import UserError
 from tpme.bench.measure.host import HostMemory
 from tpme.bench.measure.torch_memory import peaks, reset_peaks
-from tpme.bench.record import EncoderFacts, EncoderSpec, Frozen, Modality, Reading, write_atomically
+from tpme.bench.parsing import read_json_bytes
+from tpme.bench.record import EncoderFacts, EncoderSpec, Frozen, Modality, Reading
 from tpme.bench.task.batches import ItemStore
 from tpme.bench.task.dataset import Dataset
 from tpme.bench.task.encoders import Encoder, encoder_digest, load_encoder
 from tpme.bench.task.evaluate import ITEMS_PER_CHUNK
-from tpme.bench.task.feature_files import Tables, locked
+from tpme.bench.task.feature_files import Tables, forget_progress, locked
+from tpme.bench.task.fingerprint import is_unchanged, sha256_of
 from tpme.bench.task.items import Reads, States, TokenStates, map_tensors, named_tensors, size_bytes
 from tpme.bench.task.tokens import tokenise
 from tpme.bench.task.view import EncoderView
+from tpme.bench.writing import write_atomically
 
 DTYPE = torch.float16
 _SOURCES = (
@@ -111,6 +115,8 @@ class FeatureManifest(Frozen):
     """Seconds that each file of initial tensors took."""
     peak_bytes: Reading
     """Peak memory of the process that finished it, over what it held before it loaded the encoder."""
+    started_anew: bool = False
+    """An interrupted build had left files that were damaged."""
 
 
 def feature_folder(job: FeatureJob, fingerprint: str) -> Path:
@@ -138,20 +144,22 @@ def planned_bytes(items: int, row: States) -> int:
 
 
 def read_manifest(folder: Path) -> FeatureManifest | None:
-    """The manifest of a finished cache; ``None`` if there is none yet. Raises UserError if it is damaged."""
-    path = folder / "manifest.json"
+    """The manifest of a finished cache; ``None`` if there is none yet, or it is damaged."""
     try:
-        return FeatureManifest.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
+        return FeatureManifest.model_validate_json(read_json_bytes(folder / "manifest.json"), strict=True)
+    except (FileNotFoundError, UserError, ValidationError):
         return None
-    except (OSError, ValidationError):
-        raise UserError(f"{path}: not readable; delete {folder} and run the cell again") from None
 
 
 def is_built(job: FeatureJob, folder: Path) -> bool:
     """Whether nothing of what ``job`` asks for is missing in ``folder``."""
     manifest = read_manifest(folder)
     return manifest is not None and (job.initial is None or job.initial.file in manifest.initial_s)
+
+
+def is_damaged(folder: Path) -> bool:
+    """Whether a cache was finished there, and its manifest is not readable any more."""
+    return (folder / "manifest.json").exists() and read_manifest(folder) is None
 
 
 def build(
@@ -161,7 +169,7 @@ def build(
 ) -> FeatureManifest:
     """Build the cache of ``job``, or resume an interrupted build; returns the manifest of the finished cache.
 
-    One process at a time builds a cache; others wait for it.
+    A finished cache that was damaged since is built again. One process at a time builds a cache; others wait for it.
 
     Args:
         job: what to build. tick: called with the share of the items that is done.
@@ -170,11 +178,11 @@ def build(
     Raises UserError if its size exceeds the limit or the free disk space, or if a hidden state is not finite in half
     precision.
     """
-    dataset = Dataset.open(job.dataset)
+    dataset = Dataset.open(job.dataset, job.store)
     folder = feature_folder(job, dataset.manifest.fingerprint)
     with locked(folder):
         manifest, encoder = read_manifest(folder), None
-        if manifest is None:
+        if manifest is None or damaged_file(folder, manifest.sha256) is not None:
             manifest, encoder = _build(job, dataset, folder, tick)
         if initial_state is None or is_built(job, folder):
             return manifest
@@ -217,11 +225,12 @@ def _build(
         items=items,
         dtype=str(DTYPE).removeprefix("torch."),
         encoder=encoder.facts,
-        sha256={path.name: sha256_of(path) for path in tables.paths.values()},
+        sha256={tables.paths[name].name: digest for name, digest in tables.digests().items()},
         peak_bytes=peaks(device)[1] if device.type == "cuda" else resident,
+        started_anew=tables.started_anew,
     )
     write_atomically(folder / "manifest.json", manifest.model_dump_json(indent=1).encode())
-    (folder / "progress.json").unlink(missing_ok=True)
+    forget_progress(folder)
     return manifest, encoder
 
 
@@ -283,36 +292,50 @@ def _arrays(states: States) -> dict[str, NDArray[np.generic]]:
     return {name: tensor.numpy() for name, tensor in named_tensors(states).items()}
 
 
+class DamagedCacheError(UserError):
+    """A finished cache of which a file was changed or removed."""
+
+
 def open_cache(folder: Path) -> States:
     """Verify a finished cache and map its tables into memory: (N+1, levels, width) float16, or those of every token.
 
-    Raises UserError if a checksum does not match.
+    Raises DamagedCacheError if a checksum does not match.
     """
     names = [name for name in _finished(folder).sha256 if name.endswith(".npy")]
     tables = {name: torch.from_numpy(np.load(_verified(folder, name), mmap_mode="c")) for name in names}
+    forget_progress(folder)
     if len(tables) == 1:
         return tables["states.npy"]
     return TokenStates(tables["states.npy"], tables["mask.npy"])
 
 
 def read_initial(folder: Path, initial: InitialJob) -> dict[str, Tensor]:
-    """The initial tensors that a finished cache holds. Raises UserError if the checksum does not match."""
+    """The initial tensors that a finished cache holds. Raises DamagedCacheError if the checksum does not match."""
     return load_file(_verified(folder, initial.file))
 
 
 def _finished(folder: Path) -> FeatureManifest:
     manifest = read_manifest(folder)
     if manifest is None:
-        raise UserError(f"{folder}: no finished feature cache; run the cell again")
+        raise DamagedCacheError(f"{folder}: no finished feature cache; run the cell again")
     return manifest
 
 
 def _verified(folder: Path, name: str) -> Path:
     """The file ``name`` of a finished cache, if its checksum matches."""
-    path = folder / name
-    if not path.is_file() or sha256_of(path) != _finished(folder).sha256.get(name):
-        raise UserError(f"{path}: its checksum does not match; delete {folder} and run the cell again")
-    return path
+    if damaged_file(folder, {name: _finished(folder).sha256.get(name, "")}) is not None:
+        raise DamagedCacheError(f"{folder / name}: its checksum does not match; run the cell again")
+    return folder / name
+
+
+def damaged_file(folder: Path, digests: Mapping[str, str]) -> str | None:
+    """The first of these files, by name, that is missing or has another SHA-256; ``None`` where all are whole."""
+    for name, digest in digests.items():
+        path = folder / name
+        memory = folder / f"{name}.checked"
+        if not path.is_file() or not is_unchanged([path], digest, partial(sha256_of, path), memory):
+            return name
+    return None
 
 
 def _check_size(size: int, limit: int, folder: Path) -> None:
@@ -321,9 +344,3 @@ def _check_size(size: int, limit: int, folder: Path) -> None:
     if size > min(limit, free):
         bound = "the limit (cache_limit_bytes)" if limit < free else f"the free disk space of {folder}"
         raise UserError(f"the feature cache needs {size:,} bytes, more than {bound}, {min(limit, free):,}")
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

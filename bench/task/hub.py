@@ -6,9 +6,11 @@ This module looks in the cache first and queries the hub once before fetching; t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from tpme.bench.errors import UserError
+from tpme.bench.errors import UserError, one_line
 
 _TIMEOUT_S = 5.0
 
@@ -54,6 +56,27 @@ def reach(repository: str, name: str, revision: str | None, label: str) -> None:
             f"{label}: no such folder, its {name} is not in the local cache, and the hub does not provide it "
             f"({first_line(error)}); pass a folder saved by transformers, or fetch it where there is a network"
         ) from None
+
+
+@contextmanager
+def refusals(message: str) -> Iterator[None]:
+    """Turn whatever a library raises over somebody's files into ``message (reason)``, a UserError.
+
+    Libraries raise what they run into: divisions by zero, missing keys, panics of Rust, which are no Exceptions. Lack
+    of memory is no fault of the files and stays what it is.
+    """
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except BaseException as error:
+        unrelated = not isinstance(error, Exception) and type(error).__name__ != "PanicException"
+        if unrelated or (isinstance(error, RuntimeError) and "memory" in str(error)):
+            raise
+        reason = one_line(error)
+        if isinstance(error, OSError | ValueError):
+            reason = reason.removeprefix(f"{type(error).__name__}: ")
+        raise UserError(f"{message} ({reason})") from None
 
 
 def first_line(error: Exception) -> str:

@@ -25,7 +25,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tpme.bench.errors import UserError
+from tpme.bench.errors import UserError, one_line
+from tpme.bench.limits import expanded
+from tpme.bench.parsing import open_regular
 from tpme.bench.record import EncoderFacts, EncoderSpec
 from tpme.bench.task.items import EncoderShape, Reads
 
@@ -105,16 +107,19 @@ class StatesFile:
         """
         if spec != EncoderSpec(source=spec.source, revision=spec.revision):
             raise UserError(f"encoder '{spec.source}': precomputed states take no options besides source")
-        path = Path(spec.source.removeprefix("states:")).expanduser()
+        path = expanded(Path(spec.source.removeprefix("states:")))
         read = {".npy": _npy_header, ".safetensors": _safetensors_header}.get(path.suffix)
         if read is None:
             raise UserError(f"{path}: precomputed states are read from .npy or .safetensors files")
         try:
+            open_regular(path).close()
             shape, dtype, offset, items = read(path)
         except FileNotFoundError:
             raise UserError(f"{path}: no such file of precomputed states") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: not readable as precomputed states ({error})") from None
+        except UserError:
+            raise
+        except Exception as error:  # NumPy, safetensors and json raise many for broken files
+            raise UserError(f"{path}: not readable as precomputed states ({one_line(error)})") from None
         if dtype not in _DTYPES:
             raise UserError(f"{path}: its states are {dtype}; save them as float16 or float32")
         if len(shape) not in (2, 3) or 0 in shape:
@@ -189,7 +194,7 @@ _Header = tuple[tuple[int, ...], str, int, list[str] | None]
 
 
 def _npy_header(path: Path) -> _Header:
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    array = np.lib.format.open_memmap(path, mode="r")
     if not array.flags.c_contiguous:
         raise ValueError("saved in Fortran order; save numpy.ascontiguousarray of it")
     return array.shape, str(array.dtype), array.offset, None

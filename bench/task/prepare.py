@@ -6,28 +6,26 @@ kept. Items without a kept interaction are dropped; ids follow the source's orde
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.progress import Progress
 
+from tpme.bench.console import PlainConsole
 from tpme.bench.errors import UserError
+from tpme.bench.limits import resolved
+from tpme.bench.parsing import read_json
 from tpme.bench.record import Modality
-from tpme.bench.task.dataset import FORMAT_VERSION, Dataset, Manifest, names_as_text
+from tpme.bench.task.dataset import FILES, FORMAT_VERSION, Dataset, Manifest, content_digest, names_as_text
 from tpme.bench.task.decode import decode_all, require_space
+from tpme.bench.task.fingerprint import ContentDigest
 from tpme.bench.task.sources.raw import RawData
 from tpme.bench.task.workspace import publish, workspace
-
-if TYPE_CHECKING:
-    from hashlib import _Hash
 
 _CHUNK = 256
 """Images copied or hashed at a time."""
@@ -98,13 +96,14 @@ def prepare(
     settings = Settings(
         max_seq_len, min_interactions, image_size if raw.pictures is not None else None, workers, skip_bad
     )
-    destination = destination.expanduser().resolve()
-    progress = progress or Progress(console=Console(stderr=True), disable=True)
+    destination = resolved(destination)
+    _holds_data(destination)
+    progress = progress or Progress(console=PlainConsole(stderr=True), disable=True)
     kept = select(raw, last=max_seq_len + 3, min_interactions=min_interactions)
 
     def waiting() -> None:
         message = f"{destination}: another process is preparing it; waiting for it to end"
-        progress.console.print(message, style="yellow", markup=False, highlight=False, soft_wrap=True)
+        progress.console.print(message, style="yellow", soft_wrap=True)
 
     with workspace(destination, waiting) as space:
         existing = _existing(destination, force=force)
@@ -116,6 +115,7 @@ def prepare(
         if existing is None or existing.fingerprint != manifest.fingerprint:
             if existing is not None:
                 raise _refusal(destination)
+            _existing(destination, force=force)  # decoding takes hours: what has been put there meanwhile stays
             publish(folder, destination, replace=force)
     return manifest
 
@@ -169,18 +169,51 @@ def _flattened(raw: RawData) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 # --- the destination ---------------------------------------------------------------------------------------
 
 
-def _existing(destination: Path, *, force: bool) -> Manifest | None:
-    """The data set that must not be replaced; ``None`` if the folder is free or may be replaced."""
+def _holds_data(destination: Path) -> bool:
+    """Whether a prepared data set is there; ``False`` if nothing is. Raises UserError for anything else."""
     if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
-        return None
+        return False
     if not (destination / "dataset.json").is_file():
         raise UserError(f"{destination}: exists and is not a prepared data set; choose another destination")
+    return True
+
+
+def _existing(destination: Path, *, force: bool) -> Manifest | None:
+    """The data set that must not be replaced; ``None`` if the folder is free or may be replaced."""
+    if not _holds_data(destination):
+        return None
     if force:
+        _check_own(destination)
         return None
     try:
-        return Dataset.open(destination).manifest
+        manifest = Dataset.open(destination).manifest
     except UserError:
         raise _refusal(destination) from None
+    if content_digest(destination, manifest) != manifest.fingerprint:
+        raise _refusal(destination)
+    return manifest
+
+
+def _check_own(folder: Path) -> None:
+    """Raise UserError for a folder that holds more than a prepared data set, or whose manifest is another program's."""
+    files = {entry.name for entry in folder.iterdir() if entry.is_file() and not entry.is_symlink()}
+    others = {entry.name for entry in folder.iterdir()} - (files & {"dataset.json", *FILES})
+    if others:
+        what = f"'{min(others)}', which 'tpme prepare' does not write"
+    elif not _is_manifest(folder / "dataset.json"):
+        what = "a dataset.json that 'tpme prepare' did not write"
+    else:
+        return
+    raise UserError(f"{folder}: not replaced: it holds {what}; move it away, or choose another folder")
+
+
+def _is_manifest(path: Path) -> bool:
+    """Whether ``prepare`` wrote the file, in any version: to read the data set is more than that."""
+    try:
+        manifest = read_json(path)
+    except UserError:
+        return False
+    return isinstance(manifest, dict) and {"format_version", "fingerprint"} <= manifest.keys()
 
 
 def _refusal(destination: Path) -> UserError:
@@ -216,11 +249,10 @@ def _build(raw: RawData, kept: Selection, folder: Path, settings: Settings, prog
         titles = [raw.titles[i].encode("utf-8") for i in kept.items]
         blobs["titles.bin"] = b"".join(titles)
         arrays["title_offsets"] = np.cumsum([0, 0, *map(len, titles)], dtype=np.int64)
-    header = {"format": FORMAT_VERSION, "max_seq_len": settings.max_seq_len}
-    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    digest = ContentDigest(FORMAT_VERSION, settings.max_seq_len)
     for name, blob in sorted(blobs.items()):
         (folder / name).write_bytes(blob)
-        digest.update(f"\n{name} {len(blob)}\n".encode())
+        digest.begin_file(name, len(blob))
         digest.update(blob)
     if raw.pictures is not None:
         advance = _hashing(digest, images, len(kept.items), settings)
@@ -231,7 +263,7 @@ def _build(raw: RawData, kept: Selection, folder: Path, settings: Settings, prog
             _decode(raw, kept.items, images, settings, progress, advance)
     for name, array in sorted(arrays.items()):
         np.save(folder / f"{name}.npy", array)
-        digest.update(f"\n{name} {array.dtype.str} {array.shape}\n".encode())
+        digest.begin_array(name, array.dtype, array.shape)
         digest.update(array.data)
     manifest = Manifest(
         name=raw.name,
@@ -250,11 +282,11 @@ def _build(raw: RawData, kept: Selection, folder: Path, settings: Settings, prog
     return manifest
 
 
-def _hashing(digest: _Hash, path: Path, items: int, settings: Settings) -> Callable[[int], None]:
+def _hashing(digest: ContentDigest, path: Path, items: int, settings: Settings) -> Callable[[int], None]:
     """Return a function that adds the next ``count`` written images to ``digest``, while the workers decode others."""
     assert settings.image_size is not None
     size, row = settings.image_size, 1
-    digest.update(f"\nimages |u1 {(items + 1, 3, size, size)}\n".encode())
+    digest.begin_array("images", np.dtype(np.uint8), (items + 1, 3, size, size))
     digest.update(bytes(3 * size * size))  # row 0, padding
 
     def advance(count: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import zipfile
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tpme.bench.archives import read_arrays
 from tpme.bench.errors import UserError
-from tpme.bench.record import write_atomically
 from tpme.bench.task.dataset import Dataset
-from tpme.bench.task.hub import first_line, reach
+from tpme.bench.task.hub import reach, refusals
+from tpme.bench.writing import write_atomically
 
 _TITLES_PER_CALL = 4096
 
@@ -35,9 +36,16 @@ class TokenTable:
     ids: NDArray[np.int32]
     lengths: NDArray[np.int32]
 
+    @property
+    def sha256(self) -> NDArray[np.uint8]:
+        """Checksum of both, (32,)."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.ids).data)
+        digest.update(np.ascontiguousarray(self.lengths).data)
+        return np.frombuffer(digest.digest(), np.uint8)
+
 
 def tokenise(
-    dataset: Dataset, tokenizer_source: str, revision: str | None, title_tokens: int, store: Path
+    dataset: Dataset, tokenizer_source: str, revision: str | None, title_tokens: int, store: Path | None
 ) -> TokenTable:
     """The tokens of all titles of ``dataset``, read from ``store`` if present.
 
@@ -46,7 +54,7 @@ def tokenise(
         tokenizer_source: folder, hub id or built-in name of the text encoder.
         revision: of the hub repository.
         title_tokens: T, maximum number of tokens per title.
-        store: folder of stored tables, one per data set, tokenizer and T.
+        store: folder of stored tables, one per data set, tokenizer and T; ``None`` stores nothing.
 
     Raises:
         UserError: the data set has no titles, T leaves no room for text or is more than the encoder reads, or the
@@ -64,16 +72,19 @@ def tokenise(
         raise UserError(
             f"title_tokens is {title_tokens}, but '{tokenizer_source}' reads at most {tokenizer.model_max_length}"
         )
-    key = hashlib.sha256(f"{dataset.manifest.fingerprint}\n{title_tokens}\n{_content(tokenizer)}".encode()).hexdigest()[
-        :16
-    ]
-    path = store / f"tokens-{key}.npz"
-    stored = _read(path, (len(dataset.titles), title_tokens))
-    if stored is not None:
-        return stored
+    if store is None:
+        return _tokenise(dataset.titles[1:], tokenizer, title_tokens)
+    content = f"sha256\n{dataset.manifest.fingerprint}\n{title_tokens}\n{_content(tokenizer)}"
+    path = store / f"tokens-{hashlib.sha256(content.encode()).hexdigest()[:16]}.npz"
+    try:
+        return _read(path, (len(dataset.titles), title_tokens))
+    except FileNotFoundError:
+        pass
+    except UserError as error:
+        sys.stderr.write(f"tpme: {error}; the titles are tokenised again\n")
     table = _tokenise(dataset.titles[1:], tokenizer, title_tokens)
     buffer = io.BytesIO()
-    np.savez(buffer, ids=table.ids, lengths=table.lengths)
+    np.savez(buffer, ids=table.ids, lengths=table.lengths, sha256=table.sha256)
     write_atomically(path, buffer.getvalue())
     return table
 
@@ -87,28 +98,28 @@ def load_tokenizer(source: str, revision: str | None) -> Any:
     from tpme.bench.task.checkpoints import encoder_source
 
     place = encoder_source(source)
-    tokenizer = _load(place, revision, local_files_only=True)
-    if isinstance(tokenizer, Exception) and not Path(place).is_dir():
-        reach(place, "tokenizer_config.json", revision, f"tokenizer '{source}'")
-        tokenizer = _load(place, revision, local_files_only=False)
-    if isinstance(tokenizer, Exception):
-        raise UserError(f"tokenizer '{source}': cannot be loaded from there ({first_line(tokenizer)})")
-    return tokenizer
+    label = f"tokenizer '{source}'"
+    try:
+        return _load(label, place, revision, local_files_only=True)
+    except UserError:
+        if Path(place).is_dir():
+            raise
+    reach(place, "tokenizer_config.json", revision, label)
+    return _load(label, place, revision, local_files_only=False)
 
 
-def _load(place: str, revision: str | None, *, local_files_only: bool) -> Any:
-    """The tokenizer, or the exception of loading it."""
+def _load(label: str, place: str, revision: str | None, *, local_files_only: bool) -> Any:
     from transformers import AutoTokenizer
 
-    try:
+    with refusals(f"{label}: cannot be loaded from there"):
         tokenizer = AutoTokenizer.from_pretrained(
             place, revision=revision, trust_remote_code=False, local_files_only=local_files_only
         )
-    except (OSError, ValueError) as error:
-        return error
-    # With files missing, transformers may build a tokenizer that maps every word to "unknown".
-    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
-        return ValueError("its vocabulary is empty; is tokenizer.json there?")
+        # With files missing, transformers may build a tokenizer that maps every word to "unknown".
+        if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+            raise ValueError("its vocabulary is empty; is tokenizer.json there?")
+        if not isinstance(tokenizer.model_max_length, int | float):
+            raise ValueError(f"model_max_length is {tokenizer.model_max_length!r}")
     return tokenizer
 
 
@@ -128,20 +139,21 @@ def _tokenise(titles: list[str], tokenizer: Any, title_tokens: int) -> TokenTabl
     ids[0] = 0
     lengths = np.zeros(len(titles) + 1, np.int32)
     for start in range(0, len(titles), _TITLES_PER_CALL):
-        batch = tokenizer(
-            titles[start : start + _TITLES_PER_CALL], truncation=True, max_length=title_tokens, padding=False
-        )
+        with refusals(f"tokenizer '{tokenizer.name_or_path}': a title cannot be tokenised"):
+            batch = tokenizer(
+                titles[start : start + _TITLES_PER_CALL], truncation=True, max_length=title_tokens, padding=False
+            )
         for row, tokens in enumerate(batch["input_ids"], start=start + 1):
             ids[row, : len(tokens)] = tokens
             lengths[row] = len(tokens)
     return TokenTable(ids, lengths)
 
 
-def _read(path: Path, shape: tuple[int, int]) -> TokenTable | None:
-    """The stored table; ``None`` if it is missing or damaged, and must be written again."""
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            table = TokenTable(arrays["ids"], arrays["lengths"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None
-    return table if table.ids.shape == shape and table.lengths.shape == shape[:1] else None
+def _read(path: Path, shape: tuple[int, int]) -> TokenTable:
+    """The stored table. Raises FileNotFoundError where there is none, UserError where it is not what was stored."""
+    path.stat()
+    arrays = read_arrays(path, ("ids", "lengths", "sha256"), 4 * shape[0] * (shape[1] + 1) + 2**16)
+    table = TokenTable(arrays["ids"], arrays["lengths"])
+    if table.ids.shape != shape or not np.array_equal(table.sha256, arrays["sha256"]):
+        raise UserError(f"{path}: it is not the table that was stored there")
+    return table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from tpme.bench.errors import UserError
+from tpme.bench.writing import make_folder, sync_folder
 
 
 @contextmanager
@@ -23,7 +25,9 @@ def workspace(destination: Path, waiting: Callable[[], None] = lambda: None) -> 
     Raises:
         UserError: the folder cannot be created.
     """
-    folder = destination.parent / f".{destination.name}.preparing"
+    folder = building_folder(destination)
+    if folder.is_symlink():
+        raise UserError(f"{folder}: is a link, and the folder that it leads to would be emptied; delete the link")
     lock = _locked(folder, destination, waiting)
     try:
         previous = folder / "previous"
@@ -31,9 +35,19 @@ def workspace(destination: Path, waiting: Callable[[], None] = lambda: None) -> 
             previous.rename(destination)  # the previous process was killed in publish()
         _clear(folder)
         yield folder
+    except OSError as error:
+        if error.filename is None:  # a full disk
+            raise OSError(error.errno, error.strerror, str(destination)) from None
+        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        lock.release()
+        with contextlib.suppress(OSError):  # it ends with this process, too
+            lock.release()
+
+
+def building_folder(destination: Path) -> Path:
+    """The folder in which ``destination`` is built."""
+    return destination.parent / f".{destination.name}.preparing"
 
 
 def publish(folder: Path, destination: Path, *, replace: bool) -> None:
@@ -46,29 +60,38 @@ def publish(folder: Path, destination: Path, *, replace: bool) -> None:
         handle = os.open(file, os.O_RDONLY)
         os.fsync(handle)  # else a system crash may keep the name and lose the content
         os.close(handle)
+    sync_folder(folder)
     if replace and destination.exists():
         destination.rename(folder.parent / "previous")
     try:
         folder.rename(destination)
     except OSError as error:
         raise UserError(f"{destination}: cannot be moved there ({error.strerror})") from None
+    sync_folder(destination.parent)
 
 
 def _locked(folder: Path, destination: Path, waiting: Callable[[], None]) -> FileLock:
     lock = FileLock(folder / "lock")
     while True:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                waiting()
-                lock.acquire()
-            return lock
-        except FileNotFoundError:
-            continue  # its holder has just removed the folder
+            make_folder(folder)
+            if _take(lock, waiting):
+                return lock
         except OSError as error:
             raise UserError(f"{destination}: cannot be written ({error.strerror}: {error.filename})") from None
+
+
+def _take(lock: FileLock, waiting: Callable[[], None]) -> bool:
+    """Wait for the lock; returns whether it was there: its holder may just have removed the folder."""
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            waiting()
+            lock.acquire()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _clear(folder: Path) -> None:

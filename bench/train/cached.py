@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,10 +17,12 @@ from tpme.bench.errors import UserError
 from tpme.bench.measure.phases import PhaseLog
 from tpme.bench.record import CacheFacts, CachePart, Modality
 from tpme.bench.task.features import (
+    DamagedCacheError,
     FeatureJob,
     FeatureManifest,
     feature_folder,
     is_built,
+    is_damaged,
     open_cache,
     read_initial,
     read_manifest,
@@ -34,13 +38,15 @@ Progress = Callable[[str, float], None]
 class StoredStates:
     """Hidden states of all items by modality, where they are kept, and the facts about their cache.
 
-    initial: parameters of the item encoder that start from the weights of the cached encoders.
+    initial: parameters of the item encoder that start from the weights of the cached encoders. rebuilt: whose cache was
+    damaged on disk, and built again.
     """
 
     tables: dict[Modality, Table]
     placement: Placement
     cache: CacheFacts | None
     initial: dict[str, Tensor]
+    rebuilt: tuple[Modality, ...] = ()
 
 
 def stored_states(
@@ -54,30 +60,56 @@ def stored_states(
     """The states that are not computed in every step.
 
     Args:
-        jobs: a feature cache per encoder; one that is missing is built first. given: precomputed states.
+        jobs: a feature cache per encoder; one that is missing or damaged is built first. given: precomputed states.
         fingerprint: of the data set. device: of the training.
 
-    Raises UserError where a cache cannot be built, would be too large, or is damaged.
+    Raises UserError where a cache cannot be built, or would be too large.
     """
     folders = {job.modality: feature_folder(job, fingerprint) for job in jobs}
     missing = [job for job in jobs if not is_built(job, folders[job.modality])]
-    for job in missing:
-        with phases.phase("cache", job.modality):
-            _build(job, progress)
-    with phases.phase("load", "cache" if jobs else "states"):
-        progress("load the states", 0.0)
-        mapped: dict[Modality, Table] = {**given, **{m: open_cache(folder) for m, folder in folders.items()}}
-        tables, placement = place(mapped, device)
-    built = {job.modality for job in missing}
+    damaged = [job for job in missing if is_damaged(folders[job.modality])]
+    built: set[Modality] = set()
+    while True:
+        for job in missing:
+            with phases.phase("cache", job.modality):
+                _build(job, progress)
+        built |= {job.modality for job in missing}
+        with phases.phase("load", "cache" if jobs else "states"):
+            progress("load the states", 0.0)
+            cached, initial, missing = _open(jobs, folders)
+            if not missing:
+                tables, placement = place({**given, **cached}, device)
+                break
+        if not built.isdisjoint(job.modality for job in missing):
+            raise UserError(f"{folders[missing[0].modality]}: damaged again as soon as it was built; check the disk")
+        damaged += missing
     manifests = {m: manifest for m, folder in folders.items() if (manifest := read_manifest(folder)) is not None}
-    files = {job.modality: job.initial for job in jobs if job.initial is not None}
-    initial_s = {m: manifests[m].initial_s[initial.file] for m, initial in files.items()}
+    anew = [job for job in jobs if job.modality in built and manifests[job.modality].started_anew]
+    damaged += [job for job in anew if job not in damaged]
+    initial_s = {job.modality: manifests[job.modality].initial_s[job.initial.file] for job in jobs if job.initial}
     return StoredStates(
         tables,
         placement,
         _facts(manifests, built, initial_s) if manifests else None,
-        {name: value for m, file in files.items() for name, value in read_initial(folders[m], file).items()},
+        initial,
+        tuple(job.modality for job in damaged),
     )
+
+
+def _open(
+    jobs: Sequence[FeatureJob], folders: Mapping[Modality, Path]
+) -> tuple[dict[Modality, Table], dict[str, Tensor], list[FeatureJob]]:
+    """The states and initial tensors of finished caches, and those that are damaged."""
+    tables: dict[Modality, Table] = {}
+    initial: dict[str, Tensor] = {}
+    damaged = []
+    for job in jobs:
+        try:
+            tables[job.modality] = open_cache(folders[job.modality])
+            initial |= {} if job.initial is None else read_initial(folders[job.modality], job.initial)
+        except DamagedCacheError:
+            damaged.append(job)
+    return tables, initial, damaged
 
 
 def _facts(
@@ -110,7 +142,7 @@ def _facts(
 
 def _build(job: FeatureJob, progress: Progress) -> None:
     """Run the builder; its output goes to this process's standard error, the last line of a failure into UserError."""
-    command = [sys.executable, "-P", "-m", "tpme.bench.train.feature_builder", job.model_dump_json()]
+    command = [sys.executable, "-P", "-m", "tpme.bench.train.feature_builder", job.model_dump_json(), str(os.getpid())]
     # A file, because a pipe that is not read would block a builder with much output.
     with tempfile.TemporaryFile("w+", errors="replace") as log:
         with subprocess.Popen(

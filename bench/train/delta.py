@@ -13,8 +13,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from tpme.bench.errors import UserError
-from tpme.bench.record import Frozen, write_atomically
+from tpme.bench.record import Frozen
 from tpme.bench.task.recommender import Recommender
+from tpme.bench.writing import write_atomically
 from tpme.methods.base import Method
 
 

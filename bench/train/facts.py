@@ -30,12 +30,12 @@ from tpme.bench.record import (
     Reading,
     Representation,
     Status,
-    write_atomically,
 )
 from tpme.bench.task.dataset import Dataset
 from tpme.bench.task.recommender import Recommender
 from tpme.bench.train.loop import Trainer
 from tpme.bench.train.outcome import Outcome
+from tpme.bench.writing import write_atomically
 from tpme.methods.base import Method
 
 Arrays = dict[str, NDArray[Any]]

@@ -8,6 +8,7 @@ from typing import Any
 
 from tpme.bench.quantities import memory_reading
 from tpme.bench.record import ENCODER_OPTIONS, Cell, CellResult, EncoderSpec, Epoch, PhaseKind, earlier_epochs
+from tpme.bench.text import escaped
 from tpme.reports.data.serving import cell_costs
 
 OWN_PHASES: frozenset[PhaseKind] = frozenset({"count", "inference", "probe"})
@@ -15,8 +16,8 @@ OWN_PHASES: frozenset[PhaseKind] = frozenset({"count", "inference", "probe"})
 
 
 def row_of(result: CellResult, device_key: str) -> dict[str, Any]:
-    """The columns of ``load`` for one record, without those over several and without paths."""
-    return {
+    """The columns of ``load`` for one record, without those over several and without paths; each text is one line."""
+    columns = {
         "cell_id": result.cell_id,
         "attempt": result.attempt,
         "code_version": result.code_version,
@@ -29,11 +30,12 @@ def row_of(result: CellResult, device_key: str) -> dict[str, Any]:
         **_cost_columns(result),
         **_epoch_columns(result),
         "flags": tuple(
-            (flag.code, flag.message)
+            (flag.code, escaped(flag.message))
             for flag in (*result.flags, result.untrained, result.costs_flag, result.held_out_flag)
             if flag is not None
         ),
     }
+    return {name: escaped(value) if isinstance(value, str) else value for name, value in columns.items()}
 
 
 def _cell_columns(cell: Cell, device_key: str) -> dict[str, Any]:

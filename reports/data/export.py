@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import re
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
@@ -21,8 +20,12 @@ from typing import Any
 
 import pandas as pd
 
-from tpme.bench.errors import UserError, missing_extra
-from tpme.bench.record import CellResult, write_atomically
+from tpme.bench.errors import UserError, missing_extra, one_line
+from tpme.bench.mlflow_server import open_experiment, told
+from tpme.bench.record import CellResult
+from tpme.bench.redact import publishable, without_home
+from tpme.bench.text import csv_field
+from tpme.bench.writing import write_atomically
 from tpme.reports.data.load import Recorded, to_frame, with_quality
 
 NUMERIC = re.compile(r"(_s|_j|_bytes|_millions|_\d+)$|^(counter|phase|peak(?!_phase$)|inference)_|^best_epoch$")
@@ -93,7 +96,9 @@ def _flat(value: Any) -> Any:
 
 
 def _csv(frame: pd.DataFrame) -> bytes:
-    return frame.to_csv(index=False, lineterminator="\n").encode()
+    texts = frame.select_dtypes(["object", "string"])
+    safe = frame.assign(**{str(name): texts[name].map(csv_field, na_action="ignore") for name in texts})
+    return safe.rename(columns=csv_field).to_csv(index=False, lineterminator="\n").encode()
 
 
 def _parquet(frame: pd.DataFrame) -> bytes:
@@ -110,6 +115,8 @@ def _sqlite(frame: pd.DataFrame) -> bytes:
     try:
         frame.to_sql("cells", connection, index=False)
         return connection.serialize()
+    except (sqlite3.Error, pd.errors.DatabaseError, ValueError) as error:  # thousands of counters, or a NUL in a name
+        raise UserError(f"these records are no table of SQLite ({one_line(error)}); export them as .csv") from None
     finally:
         connection.close()
 
@@ -157,23 +164,17 @@ def push(records: Sequence[Recorded], uri: str, experiment: str) -> tuple[int, i
     updated.
 
     Raises:
-        UserError: mlflow is not installed, or the server refuses.
+        UserError: mlflow is not installed, or the server does not answer or refuses.
     """
-    try:
-        from mlflow import MlflowClient
-        from mlflow.exceptions import MlflowException
-    except ImportError:
-        raise missing_extra("--mlflow", "mlflow", "mlflow") from None
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # else two lines for each run
+    client, home = open_experiment("--mlflow", uri, experiment)
+    from mlflow.exceptions import MlflowException
+
     frame, new = records_frame(records), 0
     try:
-        client = MlflowClient(tracking_uri=uri)
-        existing = client.get_experiment_by_name(experiment)
-        home = client.create_experiment(experiment) if existing is None else existing.experiment_id
         for recorded, (_, row) in zip(records, frame.iterrows(), strict=True):
             new += _push_one(client, home, recorded, row)
     except MlflowException as error:
-        raise UserError(f"--mlflow {uri}: {' '.join(str(error).split())}") from None
+        raise UserError(f"--mlflow {uri}: {told(error)}") from None
     return new, len(records) - new
 
 
@@ -205,13 +206,13 @@ def _push_one(client: Any, experiment_id: str, recorded: Recorded, row: pd.Serie
 
 
 def _texts(row: pd.Series[Any]) -> tuple[dict[str, str], dict[str, str]]:
-    """Settings as parameters, every other column that is not a number as a tag."""
+    """Settings as parameters, every other column that is not a number as a tag; without home folders."""
     parameters = {name: str(row[name]) for name in PARAMETERS}
     for name in STRUCTURES:
         parameters |= {f"{name}.{key}": str(value) for key, value in json.loads(row[name]).items()}
     rest = row.drop([*PARAMETERS, *STRUCTURES]).dropna()
-    parameters = {name: value for name, value in parameters.items() if value}
-    return parameters, {str(name): str(value) for name, value in rest.items() if not _is_number(value)}
+    parameters = {name: without_home(value) for name, value in parameters.items() if value}
+    return parameters, {str(name): publishable(str(value)) for name, value in rest.items() if not _is_number(value)}
 
 
 def _metrics(row: pd.Series[Any], start_ms: int) -> Iterator[Any]:

@@ -8,7 +8,6 @@ samples stay in their files: the columns ``ranks_path`` and ``samples_path`` nam
 from __future__ import annotations
 
 import gc
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,9 +21,20 @@ import numpy.typing as npt
 import pandas as pd
 
 from tpme.bench.errors import UserError
-from tpme.bench.record import CELLS_FILE, CellResult, Phase, cell_id, find_attempts, find_results, read_result
+from tpme.bench.parsing import read_json
+from tpme.bench.record import (
+    CELLS_FILE,
+    CellResult,
+    Phase,
+    RecordError,
+    cell_id,
+    find_attempts,
+    find_results,
+    read_result,
+)
+from tpme.bench.side_files import Samples, damage, side_file
 from tpme.reports.data.columns import row_of
-from tpme.reports.data.ranks import REPORTED, load_arrays, mean_gains
+from tpme.reports.data.ranks import REPORTED, mean_gains
 from tpme.reports.data.trials import select_trials
 
 Array = npt.NDArray[Any]
@@ -44,23 +54,9 @@ class Recorded:
     """False for an earlier attempt, and for a record that a later run on the same device replaced."""
 
     def beside(self, name: str) -> str | None:
-        """Path of the file ``ranks`` or ``samples`` beside the record; None where there is none."""
-        file = self.result.files.get(name)
-        return None if file is None else str(self.path.parent / file)
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Step times and the memory curve of one cell."""
-
-    step_s: Array
-    """Seconds of each training step, shape ``(steps,)``."""
-    step_epoch: Array
-    """Epoch of each step, from 1, shape ``(steps,)``."""
-    sample_t_s: Array
-    """Seconds since the start of the cell, shape ``(samples,)``."""
-    sample_bytes: Array
-    """Memory in use at that time, NaN where it could not be read, shape ``(samples,)``."""
+        """Path of the file ``ranks`` or ``samples`` beside the record, checked; None where there is none."""
+        file = side_file(self.path, self.result, name)
+        return None if file is None else str(file)
 
 
 def load(paths: Iterable[Path | str], *, history: bool = False) -> pd.DataFrame:
@@ -99,16 +95,28 @@ def read(paths: Iterable[Path | str], *, history: bool = False) -> list[Recorded
 
 
 def read_every(paths: Iterable[Path | str]) -> list[Recorded]:
-    """The records of ``read``, followed by all others below ``paths``, which are not ``latest``."""
+    """The records of ``read``, followed by all others below ``paths``, which are not ``latest``.
+
+    Damaged ones that a later attempt at their cell has replaced are left out.
+    """
     roots = [Path(path) for path in paths]
     latest = _latest(of_last_matrix(find_results(roots), roots), history=False)
     known = {recorded.path.resolve() for recorded in latest}
     files = {path.resolve(): path for path in find_attempts(roots)}
     if not files:
         return read(roots)  # says what is missing
-    results = {path: read_result(path) for resolved, path in files.items() if resolved not in known}
+    last = set(find_results(roots))
+    others = [path for resolved, path in files.items() if resolved not in known]
+    results = {path: read_result(path) for path in others if path in last or _is_whole(path)}
     keys = _device_keys({recorded.path: recorded.result for recorded in latest} | results)
     return [*latest, *(Recorded(path, results[path], keys[path], latest=False) for path in sorted(results))]
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        return damage(path, read_result(path), ("ranks", "samples")) is None
+    except RecordError:
+        return False
 
 
 def to_frame(records: Sequence[Recorded]) -> pd.DataFrame:
@@ -120,11 +128,6 @@ def with_quality(frame: pd.DataFrame) -> pd.DataFrame:
     """The table of cells with test Recall and NDCG at the reported cut-offs; NaN for a cell without ranks."""
     names = [f"{metric}_{k}" for metric, k in REPORTED]
     return frame.join(pd.DataFrame(list(map(mean_gains, frame["ranks_path"])), columns=names, index=frame.index))
-
-
-def load_samples(path: Path | str) -> Samples:
-    """Read step times and memory samples beside a record. Raises RecordError like ``load_ranks``."""
-    return load_arrays(Path(path), Samples)
 
 
 def thin(samples: Samples, most: int = 400) -> tuple[Array, Array]:
@@ -219,10 +222,10 @@ def of_last_matrix(paths: Iterable[Path], roots: Sequence[Path]) -> list[Path]:
 def _cells_of(run: Path) -> frozenset[str] | None:
     """The folders of the cells of a run folder's last matrix; None where it does not say."""
     try:
-        return frozenset(json.loads((run / CELLS_FILE).read_bytes())["cells"])
+        return frozenset(read_json(run / CELLS_FILE)["cells"])
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (UserError, KeyError, TypeError):
         raise UserError(f"{run / CELLS_FILE}: not readable; delete it, or run the matrix again") from None
 
 

@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 
 from tpme.bench.errors import UserError
-from tpme.reports.data.ranks import METRICS, REPORTED, Metric, Ranks, gains
+from tpme.bench.side_files import Ranks
+from tpme.reports.data.ranks import METRICS, REPORTED, Metric, gains
 from tpme.reports.data.stats import TAILS, Floats
 
 SPLIT_CUTOFF = 10

@@ -6,20 +6,14 @@ DCG is 1). A target the user already had is masked in the ranking and never hits
 
 from __future__ import annotations
 
-import io
-import re
-import zipfile
-import zlib
-from dataclasses import dataclass, fields
 from itertools import product
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from tpme.bench.quantities import CUTOFFS
-from tpme.bench.record import RecordError
+from tpme.bench.side_files import Ranks, load_ranks
 from tpme.reports.data.stats import Floats
 
 Metric = Literal["recall", "ndcg"]
@@ -27,29 +21,6 @@ Metric = Literal["recall", "ndcg"]
 METRICS: tuple[Metric, ...] = ("recall", "ndcg")
 REPORTED: tuple[tuple[Metric, int], ...] = tuple((metric, k) for k, metric in product(CUTOFFS, METRICS))
 """The metrics and cut-offs of every table."""
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """Rank of every user's test target; all arrays have shape ``(users,)``."""
-
-    rank: npt.NDArray[Any]
-    """From 1; ties count against the model."""
-    target: npt.NDArray[Any]
-    cold: npt.NDArray[Any]
-    """The target never occurs in training."""
-    in_history: npt.NDArray[Any]
-    """The target is masked because the user already had it, so it can never hit."""
-
-
-def load_ranks(path: Path | str) -> Ranks:
-    """Read the ranks beside a record. Raises RecordError for a missing, truncated or foreign file."""
-    ranks = load_arrays(Path(path), Ranks)
-    if len({len(getattr(ranks, field.name)) for field in fields(Ranks)}) != 1:
-        raise RecordError(f"{path}: its arrays differ in length; run the cell again")
-    if len(ranks.rank) and int(ranks.rank.min()) < 1:
-        raise RecordError(f"{path}: ranks start at 1, this holds {int(ranks.rank.min())}; run the cell again")
-    return ranks
 
 
 def gains(ranks: Ranks, metric: Metric, k: int) -> Floats:
@@ -63,34 +34,6 @@ def gains(ranks: Ranks, metric: Metric, k: int) -> Floats:
 def mean_gains(path: Any) -> list[float]:
     """The mean over users of every metric in ``REPORTED``; NaN for a cell that left no ranks."""
     ranks = load_ranks(path) if isinstance(path, str) else None  # pandas may turn None into NaN
-    if ranks is None or not len(ranks.rank):
+    if ranks is None:
         return [np.nan] * len(REPORTED)
     return [float(gains(ranks, metric, k).mean()) for metric, k in REPORTED]
-
-
-# --- files ---------------------------------------------------------------------------------------------------
-
-Arrays = TypeVar("Arrays")
-
-
-def load_arrays(path: Path, kind: type[Arrays]) -> Arrays:
-    """The arrays of an ``.npz`` file, as the dataclass ``kind`` names them. Raises RecordError."""
-    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
-    try:
-        with zipfile.ZipFile(io.BytesIO(path.read_bytes())) as file:
-            return kind(**{name: _array(file.read(f"{name}.npy")) for name in names})
-    except KeyError as error:
-        raise RecordError(f"{path}: {error.args[0]}; written by another version? run the cell again") from None
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise RecordError(f"{path}: not a readable .npz file ({error}); run the cell again") from None
-
-
-_NPY = re.compile(rb"\x93NUMPY\x01\0..{'descr': '(\S+)', 'fortran_order': False, 'shape': \((\d+),\), } *\n", re.DOTALL)
-
-
-def _array(data: bytes) -> npt.NDArray[Any]:
-    """What ``np.load`` reads, in a third of its time: a report opens a file for every cell, and they are short."""
-    header = _NPY.match(data)
-    if header is None:
-        raise ValueError("it does not hold arrays of one dimension")
-    return np.frombuffer(data, header[1].decode(), int(header[2]), header.end()).copy()

@@ -10,8 +10,8 @@ import pandas as pd
 
 from tpme.bench.quantities import memory_reading
 from tpme.bench.record import CellResult
+from tpme.bench.side_files import Ranks, load_ranks
 from tpme.reports.data.metrics import spread
-from tpme.reports.data.ranks import Ranks, load_ranks
 from tpme.reports.data.resampling import Repeats
 from tpme.reports.data.stats import Floats
 from tpme.reports.data.trials import Line, lines_of

@@ -13,15 +13,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import pandas as pd
 from pydantic import Field, ValidationError, model_validator
 
 from tpme.bench.errors import UserError, first_problem
+from tpme.bench.parsing import read_json
 from tpme.bench.quantities import COSTS
-from tpme.bench.record import Frozen, write_atomically
+from tpme.bench.record import Frozen
+from tpme.bench.writing import write_atomically
 
 COLUMNS = COSTS
 """T, P and M, in this order."""
@@ -202,12 +204,11 @@ def write_frames(path: Path, frames: list[Frame]) -> None:
 def read_frames(path: Path) -> list[Frame]:
     """Read the file of ``write_frames``. Raises UserError for anything else."""
     try:
-        raw: Any = json.loads(path.read_bytes())
-        return list(FrameFile.model_validate(raw).frames)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"{path}: not a readable frame ({error}); name a file that --frame made, or one that is not there"
-        ) from None
+        return list(FrameFile.model_validate_json(json.dumps(read_json(path)), strict=True).frames)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such frame; name one that --frame made") from None
+    except UserError as error:
+        raise UserError(f"{error}; name a frame that --frame made, or a file that is not there") from None
     except ValidationError as error:
         first = first_problem(error)
         raise UserError(

@@ -121,7 +121,7 @@ def mixture(group: Group) -> str:
 
 def shorten_path(text: str) -> str:
     """Cut absolute paths in a text to their last two parts: reports do not show the folders of a machine."""
-    return re.sub(r"(?<![^\s(:])/(?:[^/\s(),]+/)*([^/\s(),]+/[^/\s(),]+)", r"\1", text)
+    return re.sub(r"(?<![^\s(:])~?/(?:[^/\s(),]+/)*([^/\s(),]+/[^/\s(),]+)", r"\1", text)
 
 
 def _with_free_cells(frame: pd.DataFrame) -> pd.DataFrame:

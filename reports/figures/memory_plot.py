@@ -14,8 +14,9 @@ from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from tpme.bench.quantities import byte_unit, memory_reading, number
 from tpme.bench.record import CellResult
+from tpme.bench.side_files import Samples, load_samples
 from tpme.reports.data.columns import OWN_PHASES
-from tpme.reports.data.load import Array, Samples, load_samples, stretches, thin
+from tpme.reports.data.load import Array, stretches, thin
 from tpme.reports.data.phase_colours import PHASE_COLOURS
 from tpme.reports.data.section import Section
 from tpme.reports.data.trials import lines_of
@@ -170,8 +171,8 @@ def _draw_marks(axes: Any, curve: Curve, scale: float) -> None:
     memory, peak = curve.memory_bytes / scale, curve.peak_bytes / scale
     marks = []
     same = abs(peak - memory) < 0.005 * peak
-    if math.isfinite(memory):
-        trained = [phase for phase in curve.result.phases if phase.kind == "train"] or curve.result.phases
+    trained = [phase for phase in curve.result.phases if phase.kind == "train"] or curve.result.phases
+    if math.isfinite(memory) and trained:
         end_s = max(phase.start_s + phase.wall_s for phase in trained)
         axes.hlines(memory, min(phase.start_s for phase in trained), end_s, color="black", lw=1.1, zorder=4)
         marks.append((memory, f"M and peak\n{number(memory)}" if same else f"M {number(memory)}", 1 + same))

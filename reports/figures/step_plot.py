@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from tpme.reports.data.load import Array, Recorded, load_samples
+from tpme.bench.side_files import load_samples
+from tpme.reports.data.load import Array, Recorded
 from tpme.reports.data.section import Section
 from tpme.reports.figures.style import (
     COLUMN_INCHES,

@@ -16,7 +16,10 @@ import numpy as np
 from pydantic import Field, ValidationError
 
 from tpme.bench.errors import UserError, first_problem
-from tpme.bench.record import Environment, Frozen, write_atomically
+from tpme.bench.parsing import read_json
+from tpme.bench.record import Environment, Frozen
+from tpme.bench.text import escaped_json
+from tpme.bench.writing import write_atomically
 from tpme.reports.data.load import Recorded
 from tpme.reports.data.stats import student_t
 from tpme.reports.gate.measures import (
@@ -172,25 +175,25 @@ def updated(old: Baseline, new: Baseline) -> Baseline:
 def write_baseline(baseline: Baseline, path: Path) -> None:
     """Write the file with one number per line for readable diffs; samples and settings take one line each."""
     text = _text(baseline.model_dump(mode="json", exclude_none=True), "")
-    write_atomically(path, (text + "\n").encode())
+    write_atomically(path, f"{escaped_json(text)}\n".encode())
 
 
 def read_baseline(path: Path) -> Baseline:
     """Read what ``write_baseline`` wrote. Raises a one-line UserError for anything else."""
     again = "write it with 'tpme baseline'"
     try:
-        raw = json.loads(path.read_bytes())
+        raw = read_json(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such baseline; {again}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable baseline ({error}); {again}") from None
+    except UserError as error:
+        raise UserError(f"{error}; {again}") from None
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise UserError(f'{path}: not a baseline, it lacks "format": "{FORMAT}"; {again}')
     if raw.get("schema_version") != SCHEMA_VERSION:
         version = raw.get("schema_version")
         raise UserError(f"{path}: baseline of schema version {version!r}, this tpme reads {SCHEMA_VERSION}; {again}")
     try:
-        baseline = Baseline.model_validate(raw)
+        baseline = Baseline.model_validate_json(json.dumps(raw), strict=True)
     except ValidationError as error:
         first = first_problem(error)
         raise UserError(f"{path}: field '{first.field}': {first.message}; it was changed by hand: {again}") from None

@@ -6,18 +6,18 @@ All formats have the same content, and improvements appear wherever regressions 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 from xml.etree import ElementTree
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from tpme.bench.quantities import amount, quantity
-from tpme.bench.record import write_atomically
+from tpme.bench.text import escaped, escaped_json, escaped_lines
+from tpme.bench.writing import write_atomically
 from tpme.reports.gate.scope import join, kinds_settled, kinds_with, scope
 from tpme.reports.gate.verdict import BETTER, WORSE, CellVerdict, Comparison, GateReport, Verdict
 from tpme.reports.tables.table import escape_markdown, markdown_row
@@ -146,28 +146,23 @@ def listed(report: GateReport, *, everything: bool = False) -> list[tuple[CellVe
 
 def show(report: GateReport, console: Console, *, everything: bool = False) -> None:
     """Print the report: what was compared first, the table, the remarks, and the verdict last."""
-    console.print(_line(scope(report)), markup=False, highlight=False, soft_wrap=True)
+    console.print(escaped(scope(report)), soft_wrap=True)
     rows = listed(report, everything=everything)
     if rows:
-        title = escape(_line(f"{report.base} -> {report.head}"))
+        title = escaped(f"{report.base} -> {report.head}")
         table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="dim")
         columns = _COLUMNS[1:] if console.width >= WIDE else _COLUMNS[1:-1]
         for name in ("Verdict", *columns):
             justify: Literal["left", "right"] = "right" if name in ("Base", "Head", "Change") else "left"
             table.add_column(name, justify=justify, no_wrap=name in ("Verdict", "Change"))
         for cell, item in rows:
-            texts = [escape(_line(text)) for text in _row(cell, item)]
+            texts = [escaped(text) for text in _row(cell, item)]
             table.add_row(item.verdict, *texts[: len(columns)], style=_COLOURS.get(item.verdict, ""))
         console.print(table)
     for remark in remarks(report):
-        console.print(_line(remark), markup=False, highlight=False)
+        console.print(escaped(remark))
     colour = "red" if report.exit_code else "yellow" if passed_in_part(report) else "green"
-    console.print(f"[bold {colour}]{escape(headline(report))}[/]", highlight=False)
-
-
-def _line(text: str) -> str:
-    """The text on one line: GitHub would read a line that starts with ``::`` as an annotation."""
-    return " ".join(text.splitlines())
+    console.print(Text(headline(report), f"bold {colour}"))
 
 
 def markdown(report: GateReport) -> str:
@@ -193,23 +188,23 @@ def junit(report: GateReport) -> str:
     suite = ElementTree.Element("testsuite", name=f"tpme {report.command}", time=f"{report.duration_s:.3f}")
     properties = ElementTree.SubElement(suite, "properties")
     for name, value in (("base", report.base), ("head", report.head), ("overall", report.overall)):
-        ElementTree.SubElement(properties, "property", name=name, value=_xml(value))
+        ElementTree.SubElement(properties, "property", name=name, value=escaped(value))
     failures = skipped = 0
     for cell in report.cells:
         for item in cell.comparisons:
-            case = ElementTree.SubElement(suite, "testcase", classname=_xml(cell.name), name=_xml(item.metric))
+            case = ElementTree.SubElement(suite, "testcase", classname=escaped(cell.name), name=escaped(item.metric))
             failures += item.verdict in WORSE
             skipped += item.verdict in ("inconclusive", "not compared")
             _judged(case, item)
         if cell.state != "compared":
             skipped += 1
-            case = ElementTree.SubElement(suite, "testcase", classname=_xml(cell.name), name="cell")
-            ElementTree.SubElement(case, "skipped", message=_xml(f"{cell.state}; {cell.note or 'no partner'}"))
+            case = ElementTree.SubElement(suite, "testcase", classname=escaped(cell.name), name="cell")
+            ElementTree.SubElement(case, "skipped", message=escaped(f"{cell.state}; {cell.note or 'no partner'}"))
     # A gate that fails without a regression must not look green here.
     verdict = ElementTree.SubElement(suite, "testcase", classname="tpme", name="verdict")
     if report.exit_code:
         failures += 1
-        ElementTree.SubElement(verdict, "failure", message=_xml(headline(report)))
+        ElementTree.SubElement(verdict, "failure", message=escaped(headline(report)))
     suite.set("tests", str(len(suite) - 1))
     suite.set("failures", str(failures))
     suite.set("skipped", str(skipped))
@@ -219,22 +214,14 @@ def junit(report: GateReport) -> str:
 
 def _judged(case: ElementTree.Element, item: Comparison) -> None:
     if item.verdict in WORSE:
-        ElementTree.SubElement(case, "failure", message=_xml(f"{item.title} {item.verdict}: {describe(item)}"))
+        ElementTree.SubElement(case, "failure", message=escaped(f"{item.title} {item.verdict}: {describe(item)}"))
     elif item.verdict == "inconclusive":
         message = f"inconclusive: {describe(item)}; {item.advice}"
-        ElementTree.SubElement(case, "skipped", message=_xml(message))
+        ElementTree.SubElement(case, "skipped", message=escaped(message))
     elif item.verdict == "not compared":
-        ElementTree.SubElement(case, "skipped", message=_xml(item.note or "not compared"))
+        ElementTree.SubElement(case, "skipped", message=escaped(item.note or "not compared"))
     else:
-        ElementTree.SubElement(case, "system-out").text = _xml(f"{item.verdict}: {describe(item)}")
-
-
-_NOT_XML = re.compile("[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-
-
-def _xml(text: str) -> str:
-    """``text`` without the characters that XML 1.0 cannot hold."""
-    return _NOT_XML.sub(" ", text)
+        ElementTree.SubElement(case, "system-out").text = escaped(f"{item.verdict}: {describe(item)}")
 
 
 def github_annotations(report: GateReport) -> list[str]:
@@ -257,7 +244,7 @@ def github_annotations(report: GateReport) -> list[str]:
 
 def _command(level: str, title: str, message: str) -> str:
     def safe(text: str, more: bool = False) -> str:
-        text = text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+        text = escaped(text).replace("%", "%25")
         return text.replace(":", "%3A").replace(",", "%2C") if more else text
 
     return f"::{level} title={safe(title, more=True)}::{safe(message)}"
@@ -285,10 +272,10 @@ def write(
 ) -> None:
     """Write the requested formats, each atomically."""
     texts: tuple[tuple[Path | None, Callable[[], str]], ...] = (
-        (as_json, lambda: report.model_dump_json(indent=1) + "\n"),
-        (as_markdown, lambda: markdown(report)),
+        (as_json, lambda: escaped_json(report.model_dump_json(indent=1)) + "\n"),
+        (as_markdown, lambda: escaped_lines(markdown(report))),
         (as_junit, lambda: junit(report)),
-        (as_benchmark, lambda: json.dumps(smaller_is_better(report), indent=1, ensure_ascii=False) + "\n"),
+        (as_benchmark, lambda: escaped_json(json.dumps(smaller_is_better(report), indent=1)) + "\n"),
     )
     for path, text in texts:
         if path is not None:

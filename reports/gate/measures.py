@@ -25,8 +25,9 @@ from tpme.bench.record import (
     find_results,
     read_result,
 )
+from tpme.bench.side_files import Ranks, load_ranks
 from tpme.reports.data.load import Recorded, of_last_matrix
-from tpme.reports.data.ranks import Ranks, gains, load_ranks
+from tpme.reports.data.ranks import gains
 from tpme.reports.data.stats import Floats, quantiles
 from tpme.reports.gate.readings import TIMES, memory
 
@@ -34,6 +35,8 @@ SAMPLE = 100
 """Number of step-time quantiles that a baseline keeps of a cell."""
 CUTOFF = 10
 """K of the compared quality metrics; a rank beyond it counts as a miss."""
+MOST_USERS = 2**25
+"""Ranks that a baseline may hold of a cell; a few bytes unpack to any number of them."""
 
 
 class Timing(Frozen):
@@ -85,10 +88,13 @@ class Quality(Frozen):
     @field_validator("ranks")
     @classmethod
     def _whole(cls, text: str) -> str:
+        unpacking = zlib.decompressobj()
         try:
-            zlib.decompress(base64.b64decode(text, validate=True))
+            ranks = unpacking.decompress(base64.b64decode(text, validate=True), MOST_USERS)
         except (binascii.Error, zlib.error):
-            raise ValueError("not the ranks that 'tpme baseline' wrote") from None
+            ranks = b""
+        if not (unpacking.eof and ranks) or max(ranks) > CUTOFF:
+            raise ValueError("not the ranks that 'tpme baseline' wrote")
         return text
 
     @model_validator(mode="after")
@@ -100,10 +106,10 @@ class Quality(Frozen):
 
     def gains(self, name: str) -> Floats:
         """Contribution of each user to ``recall_10`` or ``ndcg_10``, shape ``(users,)``."""
-        rank = np.frombuffer(zlib.decompress(base64.b64decode(self.ranks)), dtype=np.uint8).astype(np.float64)
-        if name == "recall_10":
-            return (rank > 0).astype(np.float64)
-        return np.where(rank > 0, 1 / np.log2(1 + np.maximum(rank, 1)), 0.0)
+        rank = np.frombuffer(zlib.decompress(base64.b64decode(self.ranks)), dtype=np.uint8)
+        hits = np.arange(1, CUTOFF + 1)
+        gains = np.ones(CUTOFF) if name == "recall_10" else 1 / np.log2(1 + hits)
+        return np.concatenate([[0.0], gains])[rank]
 
 
 class GateCell(Frozen):
@@ -290,10 +296,8 @@ def _quality(recorded: Recorded) -> tuple[Quality | None, str | None]:
     result = recorded.result
     if any(flag.code == "random-weights" for flag in result.flags):
         return None, "an encoder with random weights: its quality is meaningless"
-    name = result.files.get("ranks")
-    if name is None:
-        return None, "no ranks were recorded"
-    return Quality.of(load_ranks(recorded.path.parent / name)), None
+    path = recorded.beside("ranks")
+    return (None, "no ranks were recorded") if path is None else (Quality.of(load_ranks(path)), None)
 
 
 def thinned(on_device: OnDevice) -> OnDevice:

@@ -9,7 +9,8 @@ import numpy as np
 
 from tpme.bench.quantities import memory_instrument
 from tpme.bench.record import CellResult, Reading, RecordError
-from tpme.reports.data.load import Recorded, load_samples
+from tpme.bench.side_files import load_samples
+from tpme.reports.data.load import Recorded
 from tpme.reports.data.stats import Floats
 
 
@@ -18,14 +19,13 @@ def step_times(recorded: Recorded) -> Floats:
 
     A run too short for warm-up epochs leaves out its first step instead, which includes one-time work.
     """
-    name, warmup = recorded.result.files.get("samples"), recorded.result.warmup_epochs
-    if name is None:
+    path, warmup = recorded.beside("samples"), recorded.result.warmup_epochs
+    if path is None:
         return np.empty(0)
-    path = recorded.path.parent / name
     samples = load_samples(path)
     counted: Floats = np.asarray(samples.step_s, dtype=np.float64)
-    if len(counted) != len(samples.step_epoch) or not (np.isfinite(counted) & (counted > 0)).all():
-        raise RecordError(f"{path}: its step times are not positive or do not fit their epochs; run the cell again")
+    if not (counted > 0).all():
+        raise RecordError(f"{path}: its step times are not positive; run the cell again")
     return counted[samples.step_epoch > warmup] if warmup else counted[1:]
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 
 from tpme.bench.quantities import Better
+from tpme.bench.text import csv_field, escaped_json, escaped_lines
 
 Value = str | int | float | None
 
@@ -142,7 +143,7 @@ def _markdown_entry(entry: Entry) -> str:
 
 def escape_markdown(text: str) -> str:
     """Escape text so that a Markdown renderer shows it as it is, on one line: no markup, HTML or table separators."""
-    text = " ".join(text.split())
+    text = " ".join(escaped_lines(text).split())
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_\[\]|$~#])", r"\\\1", text)
 
@@ -184,8 +185,8 @@ LONG_NAME = 16
 
 def escape_latex(text: str) -> str:
     """Escape text so that LaTeX prints it as it is; a character without a glyph becomes its code, such as U+4E2D."""
-    escaped = "".join(map(_latex_character, " ".join(text.split())))
-    return re.sub(r"([-`',])(?=\1)", r"\1{}", escaped)  # else -- becomes a dash
+    characters = "".join(map(_latex_character, " ".join(escaped_lines(text).split())))
+    return re.sub(r"([-`',])(?=\1)", r"\1{}", characters)  # else -- becomes a dash
 
 
 @cache
@@ -268,7 +269,7 @@ def to_csv(table: Table) -> str:
     for row in table.rows:
         marks = sorted({mark for entry in row for mark in entry.marks})
         notes = ["; ".join(texts[mark] for mark in marks)] if texts else []
-        writer.writerow([*("" if (value := plain(entry.value)) is None else value for entry in row), *notes, *warnings])
+        writer.writerow(map(csv_field, [*(plain(entry.value) for entry in row), *notes, *warnings]))
     return file.getvalue()
 
 
@@ -290,7 +291,7 @@ def to_json(table: Table) -> str:
         "footnotes": {str(mark): text for mark, text in table.used_footnotes},
     }
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e") + "\n"
+    return escaped_json(text).replace("<", "\\u003c").replace(">", "\\u003e") + "\n"
 
 
 def plain(value: Value) -> Value:

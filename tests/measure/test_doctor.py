@@ -97,6 +97,16 @@ def test_downloaded_encoders_are_named(tmp_path: Path, monkeypatch: pytest.Monke
     assert result["hub"]["models"] == ["google/vit-base"]
 
 
+def test_what_one_pastes_names_no_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("MALLOC_CONF", f"prof_prefix:{tmp_path}/heap")
+    monkeypatch.setattr("tpme.bench.commands.diagnosis.try_instruments", lambda device, nvml: ((), ()))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", f"{tmp_path}/.cache/hub")
+    result = CliRunner().invoke(app, ["doctor"])
+    assert "~/.cache/hub" in result.stdout
+    assert str(tmp_path) not in result.stdout
+
+
 def test_the_noise_floor_is_shown_once_it_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def rendered() -> str:
         output = io.StringIO()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import hmac
+import socket
 import subprocess
 from pathlib import Path
 
@@ -69,6 +72,27 @@ def test_the_hosts_name_does_not_leak(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "secret" not in result.hostname_hash
     monkeypatch.setattr(module.socket, "gethostname", lambda: "secret-host-18")
     assert environment("cpu").hostname_hash != result.hostname_hash
+
+
+def test_nobody_finds_the_hosts_name_by_trying_names() -> None:
+    """Neither from the name alone nor with the machine's id as anybody else could hash it."""
+    name = socket.gethostname()
+    for guess in (name, f"tpme {name}", name.partition(".")[0]):
+        assert hashlib.sha256(guess.encode()).hexdigest()[:12] != module.host_mark()
+        assert hmac.new(b"", guess.encode(), "sha256").hexdigest()[:12] != module.host_mark()
+    assert module.host_mark() == module.host_mark()
+
+
+def test_a_remote_with_a_token_is_not_recorded(source: Path) -> None:
+    git(source.parent, "remote", "add", "origin", "https://me:PASSWORD@example.org/o/r.git")
+    assert git_state(source) == (git(source.parent, "rev-parse", "HEAD"), False)
+
+
+def test_a_password_in_a_setting_of_the_allocator_is_cut_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LD_PRELOAD", f"{Path.home()}/lib/malloc.so")
+    monkeypatch.setenv("MALLOC_CONF", "url=http://me:PASSWORD@host")
+    assert "LD_PRELOAD=~/lib/malloc.so" in allocator()
+    assert "PASSWORD" not in allocator()
 
 
 def test_allocator_settings_are_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -142,7 +142,7 @@ def test_the_winner_is_trained_anew_and_the_cost_of_the_search_is_beside_it(make
     assert found["procedure_search_s"] >= sum(trial.seconds for trial in driver.trials)
     assert found[f"trial_{driver.winner + 1:03}_text_serial"] == trainer.method.report(trainer.model)["text_serial"]
     assert [found[f"trial_{n:03}_ndcg_10"] for n in range(1, 5)] == [trial.ndcg_10 for trial in driver.trials]
-    by_hand = make_trainer(configuration=trainer.method.config.configuration)
+    by_hand = make_trainer(configuration=trainer.method.config.model_dump(mode="json")["configuration"])
     by_hand.run()
     assert np.array_equal(by_hand.outcome.test_ranks, trainer.outcome.test_ranks)
     assert [epoch.loss for epoch in by_hand.outcome.epochs] == [epoch.loss for epoch in trainer.outcome.epochs]

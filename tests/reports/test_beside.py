@@ -127,7 +127,7 @@ def test_the_other_protocol_is_named_and_epochs_cut_short_are_scaled(factory):
     cut = {"training": Training(epochs=2, users_per_batch=32, precision="bf16", max_steps_per_epoch=50)}
     path = factory.write("lora", time=10.0, **{**PAPER, "protocol": "suite"}, **cut)
     facts: DatasetFacts = read_result(path).dataset
-    change(path, dataset=facts.model_copy(update={"users": 12_076}))
+    change(path, dataset=facts.model_copy(update={"users": 12_076}), files={})
     table = paper(section_of(factory))
     assert line(table, "lora")["measured_epoch_time_s"] == "75.6"  # 378 steps of 32 users, 50 of them measured
     assert "Measured: protocol 'suite', bf16" in " ".join(table.notes)

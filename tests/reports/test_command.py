@@ -38,7 +38,7 @@ def test_the_command_writes_beside_the_run_and_prints_the_table(factory, monkeyp
     [
         (["--weights", "0.5,0.5,0.5"], "add up to 1.5"),
         (["--rows", "fft,lorra"], "did you mean 'lora'"),
-        (["--frame", "/dev/null"], "/dev/null: not a readable frame"),
+        (["--frame", "/dev/null"], "/dev/null: not a regular file; name a frame"),
         (["--formats", "html,jpeg"], "format 'jpeg'"),
         (["--show", "results,fases"], "table 'fases': choose of results, tpme, differences, "),
     ],

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from tpme.bench.record import Reading, read_result
-from tpme.reports.data.ranks import gains, load_ranks
+from tpme.bench.side_files import load_ranks
+from tpme.reports.data.ranks import gains
 from tpme.reports.data.stats import paired
 from tpme.reports.report import make_report
 from tpme.reports.tables.differences import pairs, table

@@ -6,7 +6,7 @@ import re
 import sqlite3
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
@@ -325,6 +325,14 @@ def test_every_record_becomes_a_run(server, records):
     assert runs["fft, seed 1"].tags["tpme.failure_message"].startswith("oom: it was made up")
 
 
+def test_a_push_names_no_home_folder(server, records, factory, monkeypatch):
+    monkeypatch.setenv("HOME", str(factory.root))
+    push(records, "http://x", "tpme")
+    told = [*(run.tags for run in server.runs), *(run.params for run in server.runs)]
+    assert all(str(factory.root) not in value for texts in told for value in texts.values())
+    assert server.runs[0].tags["tpme.path"].startswith("~/")
+
+
 def test_nothing_is_pushed_twice_and_what_was_cut_off_is_finished(server, records, factory):
     server.fail_at = "set_terminated"
     with pytest.raises(UserError, match="--mlflow http://x: set_terminated failed"):
@@ -385,3 +393,15 @@ def test_a_real_mlflow_takes_it(records, tmp_path, monkeypatch):
     client = mlflow.MlflowClient(tracking_uri=uri)
     runs = client.search_runs([client.get_experiment_by_name("tpme").experiment_id])
     assert sorted(run.info.status for run in runs) == ["FAILED", "FINISHED", "FINISHED"]
+
+
+def test_names_of_counters_are_no_formulas_and_thousands_are_no_table_of_sqlite(records, tmp_path):
+    one = records[0]
+    odd = {"a\nb": one.result.epoch_time_s, "\x1b[31m": one.result.epoch_time_s}
+    named = replace(one, result=one.result.model_copy(update={"counters": odd}))
+    write_table(records_frame([named]), tmp_path / "a.csv")
+    assert {r"counter_a\nb", r"counter_\x1b[31m"} <= set((tmp_path / "a.csv").read_text().splitlines()[0].split(","))
+    many = {f"counter {number}": one.result.epoch_time_s for number in range(3000)}
+    named = replace(one, result=one.result.model_copy(update={"counters": many}))
+    with pytest.raises(UserError, match=r"no table of SQLite \(.*\); export them as \.csv"):
+        write_table(records_frame([named]), tmp_path / "a.sqlite")

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
+import zlib
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from rich.console import Console
+from pydantic import ValidationError
 
+from tpme.bench.console import PlainConsole
 from tpme.bench.quantities import amount
 from tpme.reports.gate import formats as gate_formats
+from tpme.reports.gate.measures import MOST_USERS, Quality
 from tpme.reports.gate.verdict import CellVerdict, Comparison, GateReport, Policy, conclude
 
 NASTY = "a|b [red]<c>&*`_ 50%\n::error::x\x07\ufffe"
@@ -45,7 +49,7 @@ def full() -> GateReport:
 
 
 def printed(of: GateReport, *, everything: bool = False) -> str:
-    console = Console(file=io.StringIO(), width=200)
+    console = PlainConsole(file=io.StringIO(), width=200)
     gate_formats.show(of, console, everything=everything)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
@@ -155,3 +159,10 @@ def test_an_interval_is_shown_with_its_change() -> None:
 )
 def test_values_are_shown_with_their_unit(value: float | str | None, unit: str, text: str) -> None:
     assert amount(value, unit) == text
+
+
+@pytest.mark.parametrize("ranks", [b"", bytes(MOST_USERS + 1), b"\x0b"], ids=["none", "a bomb", "a rank of 11"])
+def test_packed_ranks_of_a_baseline_are_bounded(ranks: bytes) -> None:
+    packed = base64.b64encode(zlib.compress(ranks, 9)).decode()
+    with pytest.raises(ValidationError, match="not the ranks"):
+        Quality(users="0" * 12, recall_10=0.0, ndcg_10=0.0, ranks=packed)

@@ -10,7 +10,8 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from tpme.bench.record import PhaseKind
-from tpme.reports.data.load import Samples, thin
+from tpme.bench.side_files import Samples
+from tpme.reports.data.load import thin
 from tpme.reports.data.phase_colours import PHASE_COLOURS
 from tpme.reports.figures.style import COLOURS, PHASE_HATCHES
 from tpme.reports.page import page

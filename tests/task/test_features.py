@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -257,6 +258,53 @@ def test_a_changed_file_is_found(job: FeatureJob) -> None:
     table.write_bytes(bytes(data))
     with pytest.raises(UserError, match="checksum"):
         open_cache(where(job))
+
+
+@pytest.mark.parametrize("file", ["states.npy", "manifest.json"])
+@pytest.mark.parametrize("harm", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-9])])
+def test_a_damaged_cache_is_built_again(job: FeatureJob, file: str, harm: Callable[[Path], object]) -> None:
+    build(job)
+    whole = (where(job) / "states.npy").read_bytes()
+    harm(where(job) / file)
+    lost = file == "manifest.json" and not (where(job) / file).exists()  # as one that was never finished
+    fingerprint = Dataset.open(job.dataset).manifest.fingerprint
+    with measuring("cpu") as phases:
+        stored = stored_states([job], {}, fingerprint, CPU, phases, lambda _what, _share: None)
+    assert stored.rebuilt == (() if lost else ("text",))
+    assert stored.cache is not None
+    assert stored.cache.built_by_attempt
+    assert (where(job) / "states.npy").read_bytes() == whole
+    assert phases.phases[-1].kind == "load"
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut", "rows", "text"])
+def test_a_damaged_build_starts_anew(
+    job: FeatureJob, harm: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Rows that were synced and then changed are not built upon, nor is a progress file that says anything else."""
+    monkeypatch.setattr(features, "ITEMS_PER_CHUNK", 7)
+    monkeypatch.setattr("tpme.bench.task.feature_files.SAVE_EVERY_S", 0.0)
+    assert not build(job).started_anew
+    whole = (where(job) / "states.npy").read_bytes()
+    job = job.model_copy(update={"store": tmp_path / "other"})
+
+    def interrupt(share: float) -> None:
+        if share > 0.4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(job, interrupt)
+    table, progress = where(job) / "states.npy", where(job) / "progress.json"
+    if harm == "flip":
+        content = bytearray(table.read_bytes())
+        content[300] ^= 1
+        table.write_bytes(content)
+    elif harm == "cut":
+        table.write_bytes(table.read_bytes()[:-1])
+    else:
+        progress.write_text(progress.read_text().replace('"rows":', '"rows":9') if harm == "rows" else "[]")
+    assert build(job).started_anew
+    assert table.read_bytes() == whole
 
 
 def test_a_cache_over_the_limit_is_refused_with_its_planned_bytes(job: FeatureJob) -> None:

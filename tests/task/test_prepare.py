@@ -343,6 +343,46 @@ def test_what_is_no_dataset_is_never_replaced(destination: Path, force: bool) ->
     assert content(destination) == {"thesis.tex": b"years of work"}
 
 
+@pytest.mark.parametrize(
+    ("extra", "why"),
+    [
+        ("thesis.tex", "thesis.tex"),
+        ("images", "images"),
+        ("link", "link"),
+        ("of another program", "dataset.json that"),
+        ("cut", "dataset.json that"),
+    ],
+)
+def test_force_replaces_only_what_prepare_wrote(destination: Path, extra: str, why: str) -> None:
+    if extra == "of another program":
+        destination.mkdir(parents=True)
+        (destination / "dataset.json").write_text('{"of": "another program"}')
+        (destination / "users.txt").write_text("years of work")
+    else:
+        prepare(ONE, destination, image_size=2)
+        if extra == "images":
+            (destination / extra).mkdir()
+        elif extra == "link":
+            (destination / extra).symlink_to("items.txt")
+        elif extra == "cut":
+            (destination / "dataset.json").write_text('{"format_version": 1')
+        else:
+            (destination / extra).write_text("years of work")
+    before = sorted(path.name for path in destination.iterdir())
+    with pytest.raises(UserError, match=f"not replaced: it holds .*{why}"):
+        prepare(OTHER, destination, image_size=2, force=True)
+    assert sorted(path.name for path in destination.iterdir()) == before
+
+
+def test_a_link_in_place_of_the_workspace_is_not_followed(destination: Path) -> None:
+    (destination.parent / "mine").mkdir(parents=True)
+    (destination.parent / "mine" / "thesis.tex").write_text("years of work")
+    (destination.parent / f".{destination.name}.preparing").symlink_to("mine")
+    with pytest.raises(UserError, match="is a link"):
+        prepare(ONE, destination, image_size=2)
+    assert (destination.parent / "mine" / "thesis.tex").read_text() == "years of work"
+
+
 def test_a_file_at_the_destination_is_never_replaced(destination: Path) -> None:
     destination.parent.mkdir()
     destination.write_text("a file")
@@ -369,7 +409,7 @@ def test_something_that_appears_meanwhile_is_kept(destination: Path, monkeypatch
         return ("text",)
 
     monkeypatch.setattr("tpme.bench.task.prepare._modalities", late)
-    with pytest.raises(UserError, match="cannot be moved there"):
+    with pytest.raises(UserError, match="is not a prepared data set"):
         prepare(replace(ONE, pictures=None), destination)
     assert list(destination.parent.iterdir()) == [destination]
     assert [path.name for path in destination.iterdir()] == ["mine"]

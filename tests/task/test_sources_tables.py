@@ -355,7 +355,7 @@ def test_a_missing_file_is_named(tmp_path: Path, missing: int) -> None:
 
 def test_a_folder_in_place_of_a_file_is_named(tmp_path: Path) -> None:
     _, items = write(tmp_path)
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="not a regular file"):
         read_tables(TableFile(tmp_path, "interactions"), items)
 
 

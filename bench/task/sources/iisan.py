@@ -14,6 +14,7 @@ from tpme.bench.record import Modality
 from tpme.bench.task.sources.pictures import find_pictures
 from tpme.bench.task.sources.raw import RawData
 from tpme.bench.task.sources.reading import InputErrors, SourceItems, as_history, bad_name, decoded_lines
+from tpme.bench.text import visible
 
 
 def read_iisan(
@@ -48,14 +49,14 @@ def read_iisan(
         pictures = catalogue.pictures(find_pictures(images, errors), images)
     users = _read_users(folder / "users.tsv", catalogue, errors)
     return RawData(
-        name=folder.resolve().name,
+        name=visible(folder.resolve().name),
         items=catalogue.items,
         titles=catalogue.titles if "text" in chosen else None,
         pictures=pictures,
         users=list(users),
         histories=[as_history(positions) for positions in users.values()],
         skipped=dict(errors.skipped),
-        source=f"iisan: {folder.resolve().name}",
+        source=f"iisan: {visible(folder.resolve().name)}",
     )
 
 

@@ -6,7 +6,6 @@ import io
 import os
 import warnings
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,26 +16,17 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from tpme.bench.errors import UserError
+from tpme.bench.archives import read_member
+from tpme.bench.errors import UserError, one_line
+from tpme.bench.parsing import read_regular
 from tpme.bench.task.sources.raw import Picture
 from tpme.bench.task.sources.reading import InputErrors
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
-# A picture that unpacks to more than this is not a product photo but a mistake or an attack.
-MAX_ENTRY_BYTES = 256 * 2**20
-
-_UNREADABLE = (
-    OSError,
-    SyntaxError,  # raised by Pillow for a broken PNG
-    ValueError,
-    EOFError,
-    zlib.error,
-    zipfile.BadZipFile,
-    Image.DecompressionBombError,
-    RuntimeError,  # an encrypted zip entry
-    NotImplementedError,  # an unknown zip compression
-)
+# A picture that is or unpacks to more than this is not a product photo but a mistake or an attack.
+MAX_ENTRY_BYTES = 64 * 2**20
+MAX_PIXELS = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -48,10 +38,9 @@ class FilePicture:
     def __call__(self, size: int) -> NDArray[np.uint8]:
         """Decode to uint8 (3, size, size). Raises UserError naming the file."""
         try:
-            with self.path.open("rb") as file:
-                return decode_image(file, size)
-        except _UNREADABLE as error:
-            raise UserError(f"{self.path}: {_describe(error)}") from None
+            return decode_image(io.BytesIO(read_regular(self.path, MAX_ENTRY_BYTES)), size)
+        except Exception as error:  # Pillow raises many for broken files
+            raise UserError(f"{self.path}: {_describe(error, self.path)}") from None
 
 
 @dataclass(frozen=True)
@@ -64,15 +53,9 @@ class ZipPicture:
     def __call__(self, size: int) -> NDArray[np.uint8]:
         """Decode to uint8 (3, size, size). Raises UserError naming archive and entry."""
         try:
-            return decode_image(io.BytesIO(self._read()), size)
-        except _UNREADABLE as error:
-            raise UserError(f"{self.archive}, entry '{self.entry}': {_describe(error)}") from None
-
-    def _read(self) -> bytes:
-        archive = _opened(self.archive)
-        if archive.getinfo(self.entry).file_size > MAX_ENTRY_BYTES:
-            raise ValueError(f"unpacks to more than {MAX_ENTRY_BYTES // 2**20} MiB")
-        return archive.read(self.entry)
+            return decode_image(io.BytesIO(read_member(_opened(self.archive), self.entry, MAX_ENTRY_BYTES)), size)
+        except Exception as error:  # as do the decompressors of zip
+            raise UserError(f"{self.archive}, entry '{self.entry}': {_describe(error, self.archive)}") from None
 
 
 @lru_cache(maxsize=2)
@@ -81,10 +64,10 @@ def _opened(path: Path) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
-def _describe(error: Exception) -> str:
+def _describe(error: Exception, path: Path) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "unreadable image (not JPEG, PNG or WebP)"
-    return f"unreadable image ({str(error) or type(error).__name__})"
+    return f"unreadable image ({str(error).removeprefix(f'{path}: ') or type(error).__name__})"
 
 
 def decode_image(file: IO[bytes], size: int) -> NDArray[np.uint8]:
@@ -97,8 +80,10 @@ def decode_image(file: IO[bytes], size: int) -> NDArray[np.uint8]:
         uint8 (3, size, size).
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about palettes; a decompression bomb still raises
+        warnings.simplefilter("ignore")  # about palettes, and large pictures, which are refused below
         image = Image.open(file, formats=("JPEG", "PNG", "WEBP"))
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width:,} x {image.height:,} pixels, more than {MAX_PIXELS:,}")
         image.draft(None, (2 * size, 2 * size))
         image.load()
         resized = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
@@ -160,8 +145,8 @@ def _in_archive(path: Path, errors: InputErrors) -> Iterator[tuple[PurePosixPath
     try:
         with zipfile.ZipFile(path) as archive:
             names = [entry.filename for entry in archive.infolist() if not entry.is_dir()]
-    except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError) as error:
-        raise UserError(f"{path}: neither a folder nor a readable zip archive ({error})") from None
+    except Exception as error:  # zipfile raises many for broken directories
+        raise UserError(f"{path}: neither a folder nor a readable zip archive ({one_line(error)})") from None
     for name in sorted(names):
         # Entries are never unpacked, but an archive with such names is not trustworthy.
         place = PurePosixPath(name.replace("\\", "/"))

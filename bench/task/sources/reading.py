@@ -11,7 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tpme.bench.errors import UserError
+from tpme.bench.parsing import open_regular
 from tpme.bench.task.sources.raw import Picture
+
+LONGEST_LINE = 16 * 2**20
+"""In bytes; a longer one is no line of a table."""
 
 
 class InputErrors:
@@ -95,14 +99,16 @@ def decoded_lines(path: Path, errors: InputErrors) -> Iterator[tuple[int, str]]:
     """Yield number (from 1) and text of every line, with its line end.
 
     Raises:
-        UserError: the file cannot be opened, or a line is not UTF-8.
+        UserError: the file cannot be opened, or a line is not UTF-8 or too long.
     """
     try:
-        file = path.open("rb")
-    except OSError as error:
+        file = open_regular(path)
+    except FileNotFoundError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     with file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), start=1):
+            if len(line) > LONGEST_LINE:
+                raise UserError(f"{path}, line {number}: longer than {LONGEST_LINE / 2**20:g} MiB")
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:

@@ -20,8 +20,9 @@ from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, Strict, model_validator
 
+from tpme.bench.limits import Number, Seed
 from tpme.bench.record import Frozen
 from tpme.bench.task.sources.raw import RawData
 from tpme.bench.task.sources.synthetic_images import COLOURS, SHAPES, TEXTURES, Drawing, draw
@@ -31,6 +32,8 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 BRANDS = 24
+MOST = 10**6
+"""Users, and items."""
 
 # Contributions to the log odds of the next item.
 CATEGORY_FOLLOWS = 4.0
@@ -45,17 +48,17 @@ POPULARITY = 0.5
 class Synthetic(Frozen):
     """Settings of the built-in data set. Equal settings give equal data."""
 
-    users: PositiveInt = 1000
-    items: Annotated[int, Field(ge=40)] = 1000
-    seed: int = 12345
+    users: Annotated[Number, Field(le=MOST)] = 1000
+    items: Annotated[Number, Field(ge=40, le=MOST)] = 1000
+    seed: Seed = 12345
     """Of items, users and histories."""
-    world: int = 1
+    world: Seed = 1
     """Seed of the ``World``: brands, combinations of attributes, and transitions."""
-    shortest_history: Annotated[int, Field(ge=5)] = 5
-    longest_history: Annotated[int, Field(ge=5)] = 13
-    continues: Annotated[float, Field(ge=0, le=1)] = 0.75
+    shortest_history: Annotated[Number, Field(ge=5)] = 5
+    longest_history: Annotated[Number, Field(ge=5, le=1000)] = 13
+    continues: Annotated[float, Strict(), Field(ge=0, le=1)] = 0.75
     """Probability that a history continues after an interaction: lengths are geometric between the two limits."""
-    newest_share: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    newest_share: Annotated[float, Strict(), Field(ge=0, lt=1)] = 0.2
     """Share of items that occur in the last two interactions of a history only."""
 
     @model_validator(mode="after")

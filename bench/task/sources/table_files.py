@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tpme.bench.errors import UserError, missing_extra
+from tpme.bench.errors import UserError, missing_extra, one_line
+from tpme.bench.parsing import open_regular
 from tpme.bench.task.sources.reading import InputErrors, csv_rows, decoded_lines
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
@@ -79,13 +80,16 @@ class TableFile:
                 continue
             try:  # numbers stay the text that they are in the file
                 row = json.loads(line, parse_int=str, parse_float=str, parse_constant=str)
-            except ValueError as error:
+                fault = _fault(row, wanted)
+                fields = [] if fault else [row[name] or "" for name in wanted.values()]
+                "".join(fields).encode()  # raises ValueError for a lone surrogate
+            except (ValueError, RecursionError) as error:
                 errors.report("malformed row", f"{where}: not JSON ({error})")
                 continue
-            if fault := _fault(row, wanted):
+            if fault:
                 errors.report("malformed row", f"{where}: {fault}")
-                continue
-            yield where, [row[name] or "" for name in wanted.values()]
+            else:
+                yield where, fields
 
     def _parquet_rows(self, wanted: Mapping[str, str]) -> Rows:
         try:
@@ -94,17 +98,26 @@ class TableFile:
         except ImportError:
             raise missing_extra(f"{self.path}: Parquet", "pyarrow", "export") from None
         try:
+            open_regular(self.path).close()
             file = ParquetFile(self.path)
         except OSError as error:
-            raise UserError(f"{self.path}: cannot be read ({error.strerror or error})") from None
-        except arrow.ArrowInvalid:
+            raise UserError(f"{self.path}: cannot be read ({error.strerror or one_line(error)})") from None
+        except arrow.ArrowException:
             raise UserError(f"{self.path}: not a Parquet file") from None
         names, number = file.schema_arrow.names, 0
         for option, name in wanted.items():
             if name not in names:
                 raise UserError(f"{self.path}: no column '{name}' ({', '.join(names)}); choose with --{option}-column")
-        for batch in file.iter_batches(columns=list(dict.fromkeys(wanted.values()))):
-            for row in zip(*(_texts(batch.column(name)) for name in wanted.values()), strict=True):
+        batches = file.iter_batches(columns=list(dict.fromkeys(wanted.values())))
+        while True:
+            try:
+                batch = next(batches, None)
+                columns = [] if batch is None else [_texts(batch.column(name)) for name in wanted.values()]
+            except (arrow.ArrowException, OSError, ValueError) as error:
+                raise UserError(f"{self.path}: cannot be read after row {number} ({one_line(error)})") from None
+            if batch is None:
+                return
+            for row in zip(*columns, strict=True):
                 number += 1
                 yield f"{self.path}, row {number}", list(row)
 

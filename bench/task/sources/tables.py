@@ -24,6 +24,7 @@ from tpme.bench.task.sources.pictures import find_pictures, pictures_at
 from tpme.bench.task.sources.raw import RawData
 from tpme.bench.task.sources.reading import InputErrors, SourceItems, as_history, bad_name
 from tpme.bench.task.sources.table_files import TableFile
+from tpme.bench.text import visible
 
 Event = tuple[int | float, int]
 """Time, and the item's position in the list of items."""
@@ -79,14 +80,14 @@ def read_tables(
         pictures = catalogue.pictures(found, images, paths)
     users = _read_interactions(interactions, columns, catalogue, errors)
     return RawData(
-        name=interactions.path.stem,
+        name=visible(interactions.path.stem),
         items=catalogue.items,
         titles=catalogue.titles if "text" in chosen else None,
         pictures=pictures,
         users=list(users),
         histories=[as_history([position for _, position in _in_time_order(events)]) for events in users.values()],
         skipped=dict(errors.skipped),
-        source=f"tables: {interactions.path.name}, {items.path.name}",
+        source=f"tables: {visible(interactions.path.name)}, {visible(items.path.name)}",
     )
 
 

@@ -74,7 +74,8 @@ def test_the_formula_is_what_trains(tiny: ModuleType) -> None:
     views = tiny.views()
     space = SearchSpace({modality: EncoderSize.of(view) for modality, view in views.items()})
     for vector in itertools.islice(space.draw(np.random.default_rng(0)), 10):
-        method, model = tiny.build("autopeft", {"configuration": space.decode(vector)})
+        configuration = {modality: modules.model_dump() for modality, modules in space.decode(vector).items()}
+        method, model = tiny.build("autopeft", {"configuration": configuration})
         trained, head = ([p.numel() for p in m.parameters() if p.requires_grad] for m in (model, frozen))
         assert sum(trained) - sum(head) == space.parameters(vector)
         assert set(method.frozen_encoders(("text", "image"))) == {
