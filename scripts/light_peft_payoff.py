@@ -14,12 +14,9 @@ itself after ``T of the estimation / (T of LoRA - T after the cut)`` epochs. Abo
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from workload import ENCODERS, TITLE_TOKENS, Size, make_trainer, put
+from workload import ENCODERS, TITLE_TOKENS, Size, in_turns, make_trainer, put, say, take_turns
 
 from tpme.bench.counting.batch import DataShape
 from tpme.bench.counting.exact import count
@@ -82,9 +79,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     shape = {"encoders": options.encoders, "users": options.users, "items": options.items}
     if options.row:
         method, given = ROWS[options.row]
-        take_turns(options.row, Size(method, options=given, batch=options.users, **shape))
+        take_part(options.row, Size(method, options=given, batch=options.users, **shape))
         return 0
-    seconds, facts = _measured(shape, options.turns)
+    given = [part for key, value in shape.items() for part in (f"--{key}", str(value))]
+    commands = {row: [sys.executable, __file__, "--row", row, *given] for row in ROWS}
+    taken, said = in_turns(commands, options.turns)
+    seconds = {row: np.array(values) for row, values in taken.items()}
+    facts = {row: Facts(**lines[-1]) for row, lines in said.items()}
     text = report(seconds, facts, shape)
     if options.docs is None:
         sys.stdout.write(f"{text}\n")
@@ -93,8 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def take_turns(row: str, size: Size) -> None:
-    """Train a first step, then two for every line on stdin, and answer with the second's time; at the end ``Facts``."""
+def take_part(row: str, size: Size) -> None:
+    """One row: its turns, and then its ``Facts``."""
     with tempfile.TemporaryDirectory(prefix="tpme-payoff-") as folder, measuring("cpu") as phases:
         with phases.phase("load", "libraries"):
             load_libraries(torch.device("cpu"))
@@ -105,17 +106,15 @@ def take_turns(row: str, size: Size) -> None:
         if not estimating:
             trainer.run()  # a light-peft row estimates and is cut here
         optimizer, first = trainer.optimizer(), len(phases.phases)
-        _say("ready")
-        while True:
-            with phases.phase("load", "wait"):
-                if not sys.stdin.readline():
-                    break
-            for _ in range(2):  # the first brings back what the other rows have displaced from caches and memory
-                if estimating:
-                    trainer.method._estimate(trainer)
-                else:
-                    trainer.train_epoch(optimizer, "turn")
-            _say(phases.phases[-1].wall_s)
+
+        def step() -> float:
+            if estimating:
+                trainer.method._estimate(trainer)
+            else:
+                trainer.train_epoch(optimizer, "turn")
+            return phases.phases[-1].wall_s
+
+        take_turns(lambda: "ready", step)
         counts = count(MetaCell.trained(trainer, DataShape.of(trainer.dataset)))
         facts = Facts(
             peak_bytes=phases.training_memory(first).host_rss_bytes.value or 0.0,
@@ -124,45 +123,7 @@ def take_turns(row: str, size: Size) -> None:
             saved_bytes=counts.step.saved_bytes,
             trained=counts.trainable,
         )
-        _say(asdict(facts))
-
-
-def _say(value: object) -> None:
-    sys.stdout.write(f"{json.dumps(value)}\n")
-    sys.stdout.flush()
-
-
-def _measured(shape: Mapping[str, str | int], turns: int) -> tuple[dict[str, NDArray[np.float64]], dict[str, Facts]]:
-    """The seconds of every turn, (turns,), and the facts of every row."""
-    given = [part for key, value in shape.items() for part in (f"--{key}", str(value))]
-    with ExitStack() as stack:
-        rows = {}
-        for name in ROWS:
-            command = [sys.executable, __file__, "--row", name, *given]
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
-            rows[name] = stack.enter_context(process)
-            _read(rows[name])
-        seconds: dict[str, list[float]] = {name: [] for name in ROWS}
-        for turn in range(turns + 1):
-            for name, process in rows.items():
-                process.stdin.write("\n")
-                step_s = _read(process)
-                if turn:  # the first, which allocates, is left out
-                    seconds[name].append(step_s)
-            sys.stderr.write(f"turn {turn}/{turns}: {', '.join(f'{name} {s[-1:]} s' for name, s in seconds.items())}\n")
-        facts = {}
-        for name, process in rows.items():
-            process.stdin.close()
-            facts[name] = Facts(**_read(process))
-    return {name: np.array(values) for name, values in seconds.items()}, facts
-
-
-def _read(process: Any) -> Any:
-    """The next line of a row, as JSON. Raises RuntimeError where it has ended."""
-    line = process.stdout.readline()
-    if not line:
-        raise RuntimeError(f"a row has failed: {' '.join(process.args)}")
-    return json.loads(line)
+        say(asdict(facts))
 
 
 def report(

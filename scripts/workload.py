@@ -1,12 +1,17 @@
 """Synthetic catalogues, encoders and trainers of any size, for the measuring scripts in this folder.
 
-Values are synthetic, shapes are realistic: user lengths are those of Amazon Scientific, encoders have the configuration
-of BERT and ViT, and the model is the one that ``tpme run`` trains. Nothing is downloaded; images are a sparse file.
+Values are synthetic, shapes are realistic: user lengths are those of Amazon Scientific, encoders are configured as
+BERT and ViT are, and the model is the one that ``tpme run`` trains. Nothing is downloaded; images are a sparse file.
+Rows that are compared take turns in processes of their own (``in_turns``), so that what else the machine does hits all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -86,15 +91,22 @@ class Size:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-def synthetic_data(size: Size, folder: Path) -> Dataset:
-    """A data set of that size, in memory except for its images."""
+def synthetic_data(
+    size: Size, folder: Path, lengths: NDArray[np.int64] | None = None, side: int | None = None
+) -> Dataset:
+    """A data set of that size, in memory except for its images.
+
+    lengths: training slots of every user, instead of drawn ones. side: of the images, instead of the encoders'.
+    """
     rng = np.random.default_rng(SEED)
     slots = np.full(size.users, size.max_seq_len + 1)
     if not size.full:
         known = np.array(list(SCIENTIFIC_LENGTHS.values()))
         slots = rng.choice(list(SCIENTIFIC_LENGTHS), size.users, p=known / known.sum())
+    if lengths is not None:
+        slots = lengths
     offsets = np.concatenate(([0], np.cumsum(slots + 2)))
-    side = ENCODERS[size.encoders].side
+    side = side or ENCODERS[size.encoders].side
     manifest = Manifest(
         name="synthetic",
         source="synthetic",
@@ -188,6 +200,63 @@ def _tokens(items: int) -> TokenTable:
         1000, VOCABULARY, (items + 1, TITLE_TOKENS), dtype=np.int32
     )
     return TokenTable(ids, np.full(items + 1, TITLE_TOKENS, np.int32))
+
+
+def take_turns(ready: Callable[[], object], step: Callable[[], float]) -> None:
+    """A row's side of ``in_turns``: ``ready`` once, then two steps for every line on stdin; answers with the seconds of
+    the second. The first brings back what the other rows have displaced from caches and memory."""
+    say(ready())
+    while sys.stdin.readline():
+        step()
+        say(step())
+
+
+def say(value: object) -> None:
+    """Answer ``in_turns`` with ``value``, as JSON."""
+    sys.stdout.write(f"{json.dumps(value)}\n")
+    sys.stdout.flush()
+
+
+def in_turns(commands: Mapping[str, Sequence[str]], turns: int) -> tuple[dict[str, list[float]], dict[str, list[Any]]]:
+    """Start a process for every row and let them take turns, A B C A B C.
+
+    Args:
+        commands: row -> command of a process that calls ``take_turns``, and may ``say`` more when that has ended.
+
+    Returns:
+        The seconds of every turn but the first, which allocates, and everything else that a row said.
+    """
+    with ExitStack() as stack:
+        rows = {
+            name: stack.enter_context(
+                subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+            )
+            for name, command in commands.items()
+        }
+        said = {name: [_read(process)] for name, process in rows.items()}
+        seconds: dict[str, list[float]] = {name: [] for name in rows}
+        for turn in range(turns + 1):
+            for name, process in rows.items():
+                assert process.stdin is not None
+                process.stdin.write("\n")
+                step_s = _read(process)
+                if turn:
+                    seconds[name].append(step_s)
+            sys.stderr.write(f"turn {turn}/{turns}: {', '.join(f'{name} {s[-1:]} s' for name, s in seconds.items())}\n")
+        for name, process in rows.items():
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.close()
+            said[name] += map(json.loads, process.stdout)
+    return seconds, said
+
+
+def _read(process: Any) -> Any:
+    """The next line of a row, as JSON. Raises RuntimeError where it has ended."""
+    line = process.stdout.readline()
+    if not line:
+        raise RuntimeError(f"a row has failed: {' '.join(process.args)}")
+    return json.loads(line)
 
 
 def put(text: str, document: Path, mark: str) -> None:

@@ -64,7 +64,7 @@ def ranks(result: CellResult, folder: Path) -> list[int]:
     return list(np.load(path)["rank"])
 
 
-@pytest.mark.parametrize("method", ["frozen", "iisan"])
+@pytest.mark.parametrize("method", [pytest.param("frozen", marks=pytest.mark.slow), "iisan"])
 def test_exported_states_give_the_ranks_of_the_cached_row(
     world: Any, tmp_path: Path, text_states: Path, method: str
 ) -> None:

@@ -124,6 +124,7 @@ EVERY_TOKEN = """
 """
 
 
+@pytest.mark.slow
 def test_states_of_every_token_are_cached_with_their_masks(world: Any, tmp_path: Path) -> None:
     write_method(tmp_path / "methods", "every_token", EVERY_TOKEN)
     matrix = world.matrix([{"name": "every_token", "cached": [False, True]}], training={"max_steps_per_epoch": None})

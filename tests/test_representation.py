@@ -152,7 +152,9 @@ def spaces(result: Any) -> dict[str, SpaceFacts]:
     return result.representation.spaces
 
 
-@pytest.mark.parametrize("method", [{"name": "frozen"}, {"name": "iisan", "cached": True}])
+@pytest.mark.parametrize(
+    "method", [pytest.param({"name": "frozen"}, marks=pytest.mark.slow), {"name": "iisan", "cached": True}]
+)
 def test_frozen_encoders_keep_their_space(world: Any, tmp_path: Path, method: dict[str, Any]) -> None:
     found = spaces(probed(world, tmp_path, method))
     assert list(found) == ["text", "text-mean", "image", "image-mean", "items"]

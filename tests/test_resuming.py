@@ -85,7 +85,14 @@ FEDERATION = (
             id="search",
             marks=pytest.mark.slow,
         ),
-        pytest.param(FEDERATION, "end of round 2", ["round 1", "round 2"], ["round 2", "round 3"], id="federation"),
+        pytest.param(
+            FEDERATION,
+            "end of round 2",
+            ["round 1", "round 2"],
+            ["round 2", "round 3"],
+            id="federation",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_an_attempt_goes_on_after_kill_9(

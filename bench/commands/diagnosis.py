@@ -28,6 +28,7 @@ from tpme.bench.measure.phases import measuring
 from tpme.bench.quantities import memory_reading
 from tpme.bench.record import Flag, Frozen, Phase, Reading
 from tpme.bench.redact import without_home
+from tpme.bench.task.attention import explain
 from tpme.bench.workers import available_cores
 
 TRIAL_S = 0.6
@@ -84,6 +85,8 @@ class Diagnosis(Frozen):
     nvml: str | None
     """Why NVML cannot be used; None where it can."""
     gpus: tuple[GpuInfo, ...]
+    attention: str
+    """Which attention encoders get on ``device``, and why."""
     hub: Hub
     quantities: tuple[Availability, ...]
     flags: tuple[Flag, ...]
@@ -128,6 +131,7 @@ def diagnose(store: Path) -> Diagnosis:
         driver=nvml.driver,
         nvml=nvml.unavailable,
         gpus=gpus,
+        attention=explain(device),
         hub=_hub(),
         quantities=quantities,
         flags=flags,

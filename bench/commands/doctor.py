@@ -103,6 +103,7 @@ def _machine(diagnosis: Diagnosis) -> Iterator[tuple[str, str]]:
             use = f"{_size(gpu.total_bytes)}, {_size(gpu.used_bytes)} in use"
         others = f" by {gpu.processes} processes" if gpu.processes else ""
         yield "MIG instance" if gpu.is_mig else "GPU", f"{gpu.name}, {use}{others}; {gpu.uuid}"
+    yield "attention", diagnosis.attention
     hub = diagnosis.hub
     yield "encoder cache", f"{hub.folder} ({'offline' if hub.offline else 'downloads allowed'})"
     yield "", ", ".join(hub.models) or "no encoder downloaded yet"

@@ -7,7 +7,7 @@ Linux keeps a high-water mark of resident memory per process (``VmHWM``), which 
   child started by ``vfork`` and ``exec`` (every ``subprocess`` call) inherits its *parent's* peak in that value: after
   ``subprocess.run(["true"])`` it equals the parent's peak. It is therefore used only where it exceeds that peak;
   otherwise the sampler, which reads the marks of living children, provides the value.
-* Freed memory stays resident while the allocator keeps it; see ``release_free_memory``.
+* Freed memory stays resident while the allocator keeps it (``keep_free_memory``, ``release_free_memory``).
 * Peaks of several processes need not coincide: their sum is an upper bound, and the source says that it is a sum.
   Shared pages count once in every process that maps them.
 
@@ -20,12 +20,14 @@ import ctypes
 import functools
 import gc
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 HAS_PROC = Path("/proc/self/statm").exists()
 _HAS_CHILDREN = Path(f"/proc/self/task/{os.getpid()}/children").exists()
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+"""Parameters of glibc's ``mallopt``."""
 _INEXACT_BYTES = 4 << 20
 """Error of the kernel's count of resident pages, which it keeps per core."""
 
@@ -130,6 +132,19 @@ def read_small(path: str) -> bytes:
         os.close(handle)
 
 
+def keep_free_memory() -> None:
+    """From now on, the C allocator of this process keeps what is freed, until ``release_free_memory``.
+
+    By default glibc returns every freed tensor above 32 MiB to the system. The next one of that size then comes from
+    the kernel page by page, which took a third of a training step of base encoders (docs/lab/step.md). With other C
+    libraries nothing changes.
+    """
+    library = _c_library()
+    if library is not None and hasattr(library, "mallopt"):
+        library.mallopt(_M_MMAP_MAX, 0)
+        library.mallopt(_M_TRIM_THRESHOLD, -1)
+
+
 def release_free_memory() -> None:
     """Return memory that the C allocator keeps, but does not use, to the system.
 
@@ -137,18 +152,17 @@ def release_free_memory() -> None:
     Python's garbage is collected.
     """
     gc.collect()
-    trim = _malloc_trim()
-    if trim is not None:
-        trim(0)
+    library = _c_library()
+    if library is not None and hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)
 
 
 @functools.cache
-def _malloc_trim() -> Callable[[int], int] | None:
+def _c_library() -> ctypes.CDLL | None:
     try:
-        trim: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
-    except (AttributeError, OSError, TypeError):
+        return ctypes.CDLL(None)
+    except (OSError, TypeError):  # Windows has none of that name
         return None
-    return trim
 
 
 class HostMemory:

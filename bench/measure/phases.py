@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from tpme.bench.measure.clock import is_cuda, now, sync
 from tpme.bench.measure.contention import CROWDED, SOURCE, CoreWait
 from tpme.bench.measure.gpu import GpuWindow, idle_flags, unreadable
-from tpme.bench.measure.host import HostMemory, HostPeak, SampledHost, release_free_memory
+from tpme.bench.measure.host import HostMemory, HostPeak, SampledHost, keep_free_memory, release_free_memory
 from tpme.bench.measure.nvml import Device, Nvml, NvmlError
 from tpme.bench.measure.sampler import PERIOD_S, Column, SampledCurve, Sampler
 from tpme.bench.measure.torch_memory import NO_CUDA, peaks, release_cached, reserved_bytes, reset_peaks
@@ -57,6 +57,8 @@ class PhaseLog:
         self._no_gpu, self._idle_flags = NO_CUDA, list[Flag]()
         if is_cuda(device):
             self._attach(nvml)
+        else:
+            keep_free_memory()
 
     def _attach(self, nvml: Nvml | None) -> None:
         if nvml is None:

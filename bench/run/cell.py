@@ -250,7 +250,7 @@ class CellRun:
             self.progress("load encoders", 0.0)
             store = item_store(self.job, dataset, specs, states)
             encoders = {m: load_encoder(spec, m, seed=self.cell.seed) for m, spec in specs.items()}
-            self.facts.encoders |= {modality: encoder.facts for modality, encoder in encoders.items()}
+            self.facts.encoders |= {m: encoder.facts_on(self.cell.device) for m, encoder in encoders.items()}
             return store, {modality: encoder.view for modality, encoder in encoders.items()}
 
     def _replay_graphs(self, trainer: Trainer) -> None:

@@ -13,6 +13,7 @@ import torch
 from tpme.bench.errors import UserError
 from tpme.bench.parsing import read_json
 from tpme.bench.record import EncoderFacts, EncoderSpec, Modality, Pool
+from tpme.bench.task.attention import attention_on
 from tpme.bench.task.checkpoints import (
     POOLING,
     checkpoint_folder,
@@ -42,6 +43,10 @@ class Encoder:
 
     view: EncoderView
     facts: EncoderFacts
+
+    def facts_on(self, device: str) -> EncoderFacts:
+        """Its facts once it has moved to ``device`` (``cpu`` or ``cuda``), where another attention may run."""
+        return self.facts.model_copy(update={"attention": attention_on(device, self.facts.attention)})
 
 
 def load_encoder(
@@ -80,7 +85,7 @@ def load_encoder(
     padding = None if device.type == "meta" else _padding(spec, config)
     try:
         with refusals("no encoder can be built from its configuration"):
-            view = EncoderView(module.eval(), modality, mean, std, pool=pool, padding=padding)
+            view = EncoderView(module.eval(), modality, mean, std, pool=pool, padding=padding, attention=spec.attention)
     except UserError as error:
         raise UserError(f"encoder '{spec.source}': {error}") from None
     return Encoder(view, _facts(spec, commit, view))

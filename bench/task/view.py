@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tpme.bench.errors import UserError
 from tpme.bench.record import Modality, Pool
+from tpme.bench.task.attention import choose_attention
 from tpme.bench.task.families import Halves, Paths, Role, drop_unread, family_of, split_fused
 from tpme.bench.task.items import EncoderShape, Reads, States, TokenStates
 from tpme.bench.task.masks import unread_masks
@@ -47,6 +48,7 @@ class EncoderView:
         mean, std: normalisation of images in [0, 1], per channel.
         pool: how its items are read unless a method says otherwise; ``None``: as its family is.
         padding: token id behind texts that are padded without a mask; ``None``: that of the configuration.
+        attention: the implementation that was asked for, which the encoder has; ``None``: ``choose_attention``'s.
 
     Raises UserError for an encoder of another family, and for a pooling that it does not support.
     """
@@ -60,6 +62,7 @@ class EncoderView:
         *,
         pool: Pool | None = None,
         padding: int | None = None,
+        attention: str | None = None,
     ) -> None:
         self.module = module
         self.modality = modality
@@ -77,6 +80,8 @@ class EncoderView:
         split_fused(module, self.family)
         if getattr(config, "use_cache", False):
             config.use_cache = False  # the cache of keys and values is for generation
+        if attention is None:
+            choose_attention(module)
         self.pool = pool or self.family.pools[0]
         self._padding = int(getattr(config, "pad_token_id", None) or 0) if padding is None else padding
         self.shape.check(Reads(pool=self.pool), self._name)

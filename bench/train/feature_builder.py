@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tpme.bench.errors import UserError
 from tpme.bench.lifetimes import die_with_parent
+from tpme.bench.measure.host import keep_free_memory
 from tpme.bench.task.features import FeatureJob, FeatureManifest, build
 from tpme.bench.task.view import EncoderView
 from tpme.bench.workers import progress_line
@@ -33,6 +34,8 @@ def main() -> None:
     """Build the cache of the job in the first argument (JSON) for the process in the second; prints progress events."""
     die_with_parent(int(sys.argv[2]))
     job = FeatureJob.model_validate_json(sys.argv[1])
+    if job.device == "cpu":
+        keep_free_memory()
     try:
         build_features(job, lambda share: print(progress_line("build the feature cache", share), flush=True))  # noqa: T201
     except UserError as error:

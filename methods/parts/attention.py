@@ -1,7 +1,7 @@
 """A method's own changes to the attention of an encoder: further keys and values, another mask, fewer keys.
 
 Built on the attention registry of transformers: the encoder runs a function of ours under a name of its own, which
-applies the changes of the layer that calls it and then the function it ran before (sdpa or eager).
+applies the changes of the layer that calls it and then the function it ran before (blocked, sdpa or eager).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tpme.bench.errors import UserError
+from tpme.bench.task.attention import BLOCKED, attend
 from tpme.bench.task.families import SplitLinear
 from tpme.bench.task.view import EncoderView
 
@@ -32,7 +33,7 @@ def extend_attention(view: EncoderView, layer: int, change: Callable[[Tensor, Te
     queries must not. A causal mask that the encoder leaves to the kernel is given as a mask.
 
     Args:
-        view: of an encoder whose attention runs as ``sdpa`` or ``eager``. layer: its index.
+        view: of an encoder whose attention runs as ``blocked``, ``sdpa`` or ``eager``. layer: its index.
         change: a partial or a module, not a closure: a deep copy of the model then runs its own copy. A module has to
             be registered in the encoder by the method. With activation checkpointing it runs again in the backward
             pass, and must then return the same.
@@ -45,7 +46,7 @@ def extend_attention(view: EncoderView, layer: int, change: Callable[[Tensor, Te
         raise UserError(
             f"{name}: it computes its attention itself, so a method cannot change it; choose another encoder"
         )
-    if base not in ("sdpa", "eager"):
+    if base not in (BLOCKED, "sdpa", "eager"):
         raise UserError(f"{name}: a method cannot change its attention as '{base}'; set attention = \"sdpa\"")
     module = _caller(view, layer)
     vars(module).setdefault(_CHANGES, []).append(change)
@@ -67,10 +68,15 @@ def _register(base: str) -> str:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask, sdpa_mask
 
-    attend, make_mask = (_sdpa, sdpa_mask) if base == "sdpa" else (_eager, eager_mask)
-    AttentionInterface.register(f"tpme-{base}", attend)
+    make_mask = eager_mask if base == "eager" else sdpa_mask
+    AttentionInterface.register(f"tpme-{base}", {"eager": _eager, "sdpa": _sdpa, BLOCKED: _blocked}[base])
     AttentionMaskInterface.register(f"tpme-{base}", make_mask)
     return f"tpme-{base}"
+
+
+def _blocked(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> Any:
+    query, key, value, mask = _changed(module, query, key, value, mask, options)
+    return attend(module, query, key, value, mask, **options)
 
 
 def _sdpa(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> Any:

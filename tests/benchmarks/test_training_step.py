@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 
 from tpme.bench.counting.modes import Tracker
-from tpme.bench.record import LearningRates, Training
+from tpme.bench.record import LearningRates, Protocol, Training
 from tpme.bench.task.batches import Batch, ItemStore, build_batch, log_popularity
 from tpme.bench.task.dataset import Dataset
 from tpme.bench.task.items import Items, Reads
@@ -33,6 +33,8 @@ from tpme.methods.registry import create
 
 USERS, WIDTH, DEPTH, SIDE, PATCH, DIM = 32, 128, 2, 224, 16, 64
 ADAPTING = ("fft", "adapter", "lora", "bitfit", "prompt")
+MOST = {"suite": 0.35, "paper": 0.95}
+"""Largest share of the plain way's time."""
 PRINTED_S = {"fft": 4.1, "lora": 3.0, "bitfit": 2.7, "adapter": 2.7, "iisan": 1.35}
 """Seconds of the reference at this shape, two cores; none is printed for prompt tuning."""
 
@@ -48,7 +50,8 @@ class Pictures:
         return np.stack(drawn)
 
 
-def encoders(depth: int = DEPTH) -> dict[Any, EncoderView]:
+def encoders(depth: int = DEPTH, attention: str | None = None) -> dict[Any, EncoderView]:
+    """Text and image encoder; their attention is the suite's choice unless one is named."""
     shape = {
         "hidden_size": WIDTH,
         "num_hidden_layers": depth,
@@ -56,15 +59,16 @@ def encoders(depth: int = DEPTH) -> dict[Any, EncoderView]:
         "intermediate_size": 4 * WIDTH,
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
+        "attn_implementation": attention,
     }
     torch.manual_seed(0)
     text = BertModel(BertConfig(**shape), add_pooling_layer=False).eval()
     image = ViTModel(ViTConfig(**shape, image_size=SIDE, patch_size=PATCH), add_pooling_layer=False).eval()
-    return {"text": EncoderView(text, "text"), "image": EncoderView(image, "image")}
+    return {m: EncoderView(module, m, attention=attention) for m, module in (("text", text), ("image", image))}
 
 
-def adapted(name: str, data: Dataset, device: torch.device) -> tuple[Method, Recommender]:
-    method, views = create(name, {}), encoders()
+def adapted(name: str, data: Dataset, device: torch.device, attention: str | None) -> tuple[Method, Recommender]:
+    method, views = create(name, {}), encoders(attention=attention)
     torch.manual_seed(1)
     shapes = {modality: view.shape for modality, view in views.items()}
     training = Training(embedding_dim=DIM, dropout=0.0, epochs=1)
@@ -78,12 +82,14 @@ def store(scientific: Dataset, shared: Callable[..., Path], tmp_path_factory: py
     return ItemStore(Pictures(scientific), tokens=tokens, images=True)  # type: ignore[arg-type]
 
 
-def inputs(data: Dataset, store: ItemStore, device: torch.device) -> tuple[Batch, Items, Tensor, Tensor]:
+def inputs(
+    data: Dataset, store: ItemStore, device: torch.device, protocol: Protocol
+) -> tuple[Batch, Items, Tensor, Tensor]:
     """One batch both ways: the suite's, and all slots with their ids (B, S) and log popularity (B S,)."""
     slots, log_p = data.train_slots[:USERS], log_popularity(data)
     ids = slots.astype(np.int64)
     return (
-        build_batch(slots, log_p, store, "suite").to(device),
+        build_batch(slots, log_p, store, protocol).to(device),
         store.gather(ids.flatten()).to(device),
         torch.from_numpy(ids).to(device),
         torch.from_numpy(log_p)[torch.from_numpy(ids).flatten()].to(device),
@@ -117,12 +123,14 @@ class Side:
         return tracker.peak_bytes - held
 
 
-def sides(name: str, data: Dataset, store: ItemStore, looped: ModuleType, device: torch.device) -> tuple[Side, Side]:
-    """Padded slots and distinct items, on equal weights."""
-    batch, slots, ids, log_p = inputs(data, store, device)
+def sides(
+    name: str, data: Dataset, store: ItemStore, looped: ModuleType, device: torch.device, protocol: Protocol
+) -> tuple[Side, Side]:
+    """The plain way (padded slots, eager attention) and the suite's, on equal weights."""
+    batch, slots, ids, log_p = inputs(data, store, device, protocol)
     found = []
     for padded in (True, False):
-        method, model = adapted(name, data, device)
+        method, model = adapted(name, data, device, "eager" if padded else None)
         optimizer = method.optimizer(method.param_groups(model, LearningRates()), fused=not padded)
         forward = (
             partial(looped.padded_step, model, slots, ids, log_p)
@@ -133,9 +141,11 @@ def sides(name: str, data: Dataset, store: ItemStore, looped: ModuleType, device
     return found[0], found[1]
 
 
+@pytest.mark.parametrize("protocol", ["suite", "paper"])
 @pytest.mark.parametrize("name", [*ADAPTING, "iisan"])
-def test_distinct_items_instead_of_padded_slots(
+def test_a_step_against_the_plain_way(
     name: str,
+    protocol: Protocol,
     scientific: Dataset,
     store: ItemStore,
     looped: ModuleType,
@@ -145,16 +155,19 @@ def test_distinct_items_instead_of_padded_slots(
     say: Callable[[str], None],
     device: torch.device,
 ) -> None:
-    slow, fast = sides(name, scientific, store, looped, device)
+    """``suite`` encodes fewer items; ``paper`` does equal work, and must not be slower."""
+    slow, fast = sides(name, scientific, store, looped, device, protocol)
     memory = fast.peak_bytes() / slow.peak_bytes()
-    say(f"{name}: peak activation memory {memory:.2f} of the padded")
+    say(f"{name}, {protocol}: peak activation memory {memory:.2f} of the plain way's")
     assert slow.step() == pytest.approx(fast.step(), rel=1e-4)
     assert slow.step() == pytest.approx(fast.step(), rel=1e-3)  # the updates were equal, too
 
     known = printed(PRINTED_S[name]) if name in PRINTED_S else None
-    compare(f"training step, {name}", slow.step, fast.step, 2, printed=known)
-    note(f"peak activation memory, {name}", "0.5x", f"{memory:.2f}x")
-    assert memory <= 0.5
+    share = MOST[protocol]
+    compare(f"training step, {name}, {protocol}", slow.step, fast.step, 1 / share, printed=known)
+    if protocol == "suite":
+        note(f"peak activation memory, {name}", "0.4x", f"{memory:.2f}x")
+        assert memory <= 0.4
 
 
 @torch.no_grad()

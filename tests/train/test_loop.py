@@ -59,7 +59,9 @@ def scripted(monkeypatch: pytest.MonkeyPatch, recalls: Sequence[float]) -> None:
 # --- seeds and data -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["fft", "lora", "iisan", "id"])
+@pytest.mark.parametrize(
+    "method", ["fft", "id", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lora", "iisan"))]
+)
 def test_equal_seeds_give_equal_runs_bit_for_bit(make_trainer: MakeTrainer, method: str) -> None:
     first = trained(make_trainer, method, seed=3)
     assert same(first, trained(make_trainer, method, seed=3))

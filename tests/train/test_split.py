@@ -199,6 +199,7 @@ def test_what_trains_nothing_says_so(make_trainer: MakeTrainer) -> None:
     assert all("no training step" in str(readings[name].reason) for name in PARTS)
 
 
+@pytest.mark.slow
 def test_every_row_that_trains_has_the_parts_of_its_step(card_run: Any) -> None:
     """Whatever its loop, with hooks or on cached states; and one that trains nothing says why it has none."""
     for label, result in card_run[2].items():

@@ -131,6 +131,7 @@ def test_bayesian_optimisation_beats_random_search_on_a_mock() -> None:
 
 
 @needs_botorch
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_same_state_gives_the_same_batch_which_is_new() -> None:
     tried = searched("random", seed=2, batches=0)

@@ -1,0 +1,193 @@
+"""The attention of encoders on a CPU: the scores of a few items at a time, which stay in the processor's cache.
+
+What is computed is ``softmax(scale Q K^T + mask) V``. Written with whole matrices, it moves n H Q K scores through
+memory several times and keeps them for the backward pass. Here blocks of items go through batched matrix products, the
+softmax runs in place, and the backward pass computes the scores again (Rabe and Staats, 2021; Dao et al., NeurIPS
+2022). torch's own kernel for CPUs divides queries and keys instead, into many small products, some with a transposed
+operand; how fast those are depends on the make of the processor. Where there are no more keys than a head is wide
+(titles), the scores are kept: they take no more memory than the queries, and computing them again would take longer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+BLOCKED = "blocked"
+"""Name of this attention in transformers' registry, and in records."""
+BLOCK_BYTES = 2 << 20
+"""Scores of this many bytes are computed at a time, at least those of one item."""
+LONGEST = 256
+"""With more keys, the scores of one item leave the processor's cache, and torch's kernel is faster."""
+_PLAIN = {"dropout", "scaling", "is_causal"}
+
+
+def choose_attention(module: nn.Module) -> None:
+    """Let a transformers encoder run ``blocked`` attention where the rule of ``explain`` says so."""
+    config: Any = module.config
+    parameter = next(module.parameters(), None)
+    on_cpu = parameter is not None and parameter.device.type == "cpu" and parameter.dtype.itemsize >= 4
+    if on_cpu and config._attn_implementation == "sdpa" and getattr(module, "_supports_attention_backend", False):
+        register()
+        library: Any = module
+        library.set_attn_implementation(BLOCKED)
+
+
+def attention_on(device: str, name: str | None) -> str | None:
+    """The attention that runs on a device (``cpu`` or ``cuda``) for the name in an encoder's configuration."""
+    return "sdpa" if name == BLOCKED and device != "cpu" else name
+
+
+def explain(device: str) -> str:
+    """Which attention encoders get on a device (``cpu`` or ``cuda``), and why."""
+    if device == "cpu":
+        return (
+            f"{BLOCKED}: scores of a few items at a time, in the cache; torch's kernel (sdpa) for more than {LONGEST} "
+            "tokens, in half precision, and with training.compile"
+        )
+    return "sdpa: torch chooses a fused kernel by type and mask"
+
+
+def register() -> None:
+    """Make ``blocked`` known to transformers, with the masks of ``sdpa``."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(BLOCKED, attend)
+    AttentionMaskInterface.register(BLOCKED, sdpa_mask)
+
+
+def attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """Attention as transformers calls it; where ``blocked`` does not apply, that of torch.
+
+    Args:
+        module: the attention layer. query: (n, H, Q, d_h). key, value: (n, H, K, d_h). mask: (n or 1, 1 or H, Q, K),
+            bool (true: attended to) or added to the scores; ``None``: every key is.
+        options: of transformers; ``scaling`` is by default 1 / sqrt(d_h).
+
+    Returns:
+        (n, Q, H, d_h), and no weights.
+    """
+    dropout = float(options.get("dropout") or 0.0)
+    keys = key.shape[2]
+    short = keys <= query.shape[3]
+    fits = short or (keys <= LONGEST and not dropout)
+    if not fits or not _applies(module, query, key, value, mask, options):
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        result: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, mask, **options)
+        return result
+    scaling = options.get("scaling")
+    scale = query.shape[3] ** -0.5 if scaling is None else float(scaling)
+    if short:
+        scores = torch.matmul(query, key.transpose(2, 3)).mul_(scale)
+        if mask is not None:
+            _mask(scores, mask)
+        weights = torch.softmax(scores, dim=-1)
+        if dropout:
+            weights = nn.functional.dropout(weights, dropout)
+        return torch.matmul(weights, value).transpose(1, 2).contiguous(), None
+    found: Tensor = _Blocked.apply(query, key, value, mask, scale)  # type: ignore[no-untyped-call]
+    return found.transpose(1, 2), None
+
+
+def _applies(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]
+) -> bool:
+    if query.device.type != "cpu" or query.dtype not in (torch.float32, torch.float64) or torch.compiler.is_compiling():
+        return False
+    # torch's fused kernels are off: a second derivative is wanted, or operators are counted.
+    if not torch.backends.cuda.flash_sdp_enabled():
+        return False
+    if key.shape[:2] != query.shape[:2] or not query.dtype == key.dtype == value.dtype:
+        return False
+    if any(value is not None and name not in _PLAIN for name, value in options.items() if value is not False):
+        return False
+    if mask is not None:
+        return mask.ndim == 4 and not mask.requires_grad
+    causal = options.get("is_causal")
+    return query.shape[2] == 1 or not (getattr(module, "is_causal", True) if causal is None else causal)
+
+
+def _mask(scores: Tensor, mask: Tensor) -> None:
+    """Put ``scores`` (items, H, Q, K) under a mask that broadcasts to them, in place."""
+    if mask.dtype == torch.bool:
+        scores.masked_fill_(mask.logical_not(), torch.finfo(scores.dtype).min)
+    else:
+        scores.add_(mask)
+
+
+class _Blocked(torch.autograd.Function):
+    """Attention by blocks of items. Keeps queries, keys and values, which the projections' results are."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        out = _by_token(query, value.shape[3])
+        blocks = _Blocks(query, key, mask, scale)
+        for part in blocks.parts:
+            _put(out[part], torch.bmm(blocks.weights(part), _flat(value[part])))
+        ctx.save_for_backward(query, key, value, mask)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, mask = ctx.saved_tensors
+        blocks = _Blocks(query, key, mask, ctx.scale)
+        room = torch.empty_like(blocks.room)
+        to_query, to_key, to_value = (_by_token(states, states.shape[3]) for states in (query, key, value))
+        for part in blocks.parts:
+            q, k, v, g = (_flat(states[part]) for states in (query, key, value, gradient))
+            weights = blocks.weights(part)
+            _put(to_value[part], torch.bmm(weights.transpose(1, 2), g))
+            slopes = torch.bmm(g, v.transpose(1, 2), out=room[: len(q)])
+            torch._softmax_backward_data(slopes, weights, -1, slopes.dtype, grad_input=slopes)
+            _put(to_query[part], torch.baddbmm(q, slopes, k, beta=0, alpha=ctx.scale))
+            _put(to_key[part], torch.baddbmm(k, slopes.transpose(1, 2), q, beta=0, alpha=ctx.scale))
+        return to_query, to_key, to_value, None, None
+
+
+class _Blocks:
+    """The attention weights of a few items at a time, in the same memory."""
+
+    def __init__(self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> None:
+        self.query, self.key, self.mask, self.scale = query, key, mask, scale
+        (n, heads, queries, _), keys = query.shape, key.shape[2]
+        size = max(1, BLOCK_BYTES // max(1, heads * queries * keys * query.element_size()))
+        self.parts = [slice(start, start + size) for start in range(0, n, size)]
+        self.room = query.new_empty(min(size, n) * heads, queries, keys)
+
+    def weights(self, part: slice) -> Tensor:
+        """Those of the items in ``part``, (items H, Q, K); until the next call."""
+        query = self.query[part]
+        q, k = _flat(query), _flat(self.key[part])
+        scores = self.room[: len(q)]
+        torch.baddbmm(scores, q, k.transpose(1, 2), beta=0, alpha=self.scale, out=scores)
+        if self.mask is not None:
+            _mask(
+                scores.view(*query.shape[:2], *scores.shape[1:]), self.mask[part] if len(self.mask) > 1 else self.mask
+            )
+        weights: Tensor = torch._softmax(scores, -1, False, out=scores)
+        return weights
+
+
+def _by_token(like: Tensor, width: int) -> Tensor:
+    """Room for (n, H, tokens, width) with tokens before heads in memory, as the projections' results are."""
+    n, heads, tokens, _ = like.shape
+    return like.new_empty(n, tokens, heads, width).transpose(1, 2)
+
+
+def _flat(states: Tensor) -> Tensor:
+    """(items, H, tokens, d_h) as the matrices (items H, tokens, d_h) of a batched product."""
+    return states.reshape(-1, *states.shape[2:])
+
+
+def _put(place: Tensor, found: Tensor) -> None:
+    """Write ``found`` (items H, tokens, d_h) to ``place`` (items, H, tokens, d_h)."""
+    place.copy_(found.view(place.shape))
