@@ -64,6 +64,8 @@ WAYS = {
     KEPT: Way(None, fused=True, keeps_memory=True),
     "distinct items": Way(None, fused=True, keeps_memory=True, protocol="suite"),
 }
+COUNTED = (WAYS[PLAIN], *list(WAYS.values())[-2:])
+"""Ways whose activations are counted; with the others they are the same."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -145,7 +147,7 @@ def take_part(name: str, way: Way, shape: Encoders, users: int) -> None:
             losses.append(float(loss.detach()))
             return time.perf_counter() - started
 
-        take_turns(peak_bytes, step)
+        take_turns(peak_bytes if way in COUNTED else lambda: None, step)
         resident = parse_status(Path("/proc/self/status").read_bytes())
         say([losses, resident.peak if resident else 0])
 

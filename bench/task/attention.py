@@ -18,8 +18,9 @@ from torch.autograd.function import once_differentiable
 
 BLOCKED = "blocked"
 """Name of this attention in transformers' registry, and in records."""
-BLOCK_BYTES = 2 << 20
-"""Scores of this many bytes are computed at a time, at least those of one item."""
+BLOCK_BYTES = 8 << 20
+"""Scores of this many bytes are computed at a time, at least those of one item. Smaller blocks are no faster, and
+threads wait for each other after every product, which beside a busy process takes long."""
 LONGEST = 256
 """With more keys, the scores of one item leave the processor's cache, and torch's kernel is faster."""
 _PLAIN = {"dropout", "scaling", "is_causal"}
@@ -128,9 +129,10 @@ class _Blocked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         out = _by_token(query, value.shape[3])
-        blocks = _Blocks(query, key, mask, scale)
+        blocks = _Blocks(query, key, value, mask, scale)
         for part in blocks.parts:
-            _put(out[part], torch.bmm(blocks.weights(part), _flat(value[part])))
+            weights, _, _, v = blocks.load(part)
+            blocks.multiply(weights, v, out[part])
         ctx.save_for_backward(query, key, value, mask)
         ctx.scale = scale
         return out
@@ -139,42 +141,52 @@ class _Blocked(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, mask = ctx.saved_tensors
-        blocks = _Blocks(query, key, mask, ctx.scale)
-        room = torch.empty_like(blocks.room)
         to_query, to_key, to_value = (_by_token(states, states.shape[3]) for states in (query, key, value))
+        blocks = _Blocks(query, key, value, mask, ctx.scale)
+        room, g_room = torch.empty_like(blocks.scores), blocks.room_of(gradient)
         for part in blocks.parts:
-            q, k, v, g = (_flat(states[part]) for states in (query, key, value, gradient))
-            weights = blocks.weights(part)
-            _put(to_value[part], torch.bmm(weights.transpose(1, 2), g))
+            weights, q, k, v = blocks.load(part)
+            g = _flat(gradient[part], g_room)
+            blocks.multiply(weights.transpose(1, 2), g, to_value[part])
             slopes = torch.bmm(g, v.transpose(1, 2), out=room[: len(q)])
             torch._softmax_backward_data(slopes, weights, -1, slopes.dtype, grad_input=slopes)
-            _put(to_query[part], torch.baddbmm(q, slopes, k, beta=0, alpha=ctx.scale))
-            _put(to_key[part], torch.baddbmm(k, slopes.transpose(1, 2), q, beta=0, alpha=ctx.scale))
+            blocks.multiply(slopes, k, to_query[part], ctx.scale)
+            blocks.multiply(slopes.transpose(1, 2), q, to_key[part], ctx.scale)
         return to_query, to_key, to_value, None, None
 
 
 class _Blocks:
-    """The attention weights of a few items at a time, in the same memory."""
+    """A few items at a time, in the same memory: nothing is allocated from block to block."""
 
-    def __init__(self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> None:
-        self.query, self.key, self.mask, self.scale = query, key, mask, scale
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> None:
+        self.states, self.mask, self.scale = (query, key, value), mask, scale
         (n, heads, queries, _), keys = query.shape, key.shape[2]
-        size = max(1, BLOCK_BYTES // max(1, heads * queries * keys * query.element_size()))
-        self.parts = [slice(start, start + size) for start in range(0, n, size)]
-        self.room = query.new_empty(min(size, n) * heads, queries, keys)
+        self.size = min(n, max(1, BLOCK_BYTES // max(1, heads * queries * keys * query.element_size())))
+        self.parts = [slice(start, start + self.size) for start in range(0, n, max(1, self.size))]
+        self.scores = query.new_empty(self.size * heads, queries, keys)
+        self.rooms = [self.room_of(states) for states in self.states]
+        self.product = self.room_of(query if queries > keys else key)
 
-    def weights(self, part: slice) -> Tensor:
-        """Those of the items in ``part``, (items H, Q, K); until the next call."""
-        query = self.query[part]
-        q, k = _flat(query), _flat(self.key[part])
-        scores = self.room[: len(q)]
-        torch.baddbmm(scores, q, k.transpose(1, 2), beta=0, alpha=self.scale, out=scores)
+    def room_of(self, states: Tensor) -> Tensor:
+        """Room for one block of ``states`` (n, H, tokens, d_h), flat."""
+        return states.new_empty(self.size * states[:1].numel())
+
+    def load(self, part: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Attention weights (items H, Q, K), queries, keys and values (items H, tokens, d_h); until the next call."""
+        q, k, v = (_flat(states[part], room) for states, room in zip(self.states, self.rooms, strict=True))
+        weights = self.scores[: len(q)]
+        torch.baddbmm(weights, q, k.transpose(1, 2), beta=0, alpha=self.scale, out=weights)
         if self.mask is not None:
-            _mask(
-                scores.view(*query.shape[:2], *scores.shape[1:]), self.mask[part] if len(self.mask) > 1 else self.mask
-            )
-        weights: Tensor = torch._softmax(scores, -1, False, out=scores)
-        return weights
+            mask = self.mask[part] if len(self.mask) > 1 else self.mask
+            _mask(weights.unflatten(0, (-1, self.states[0].shape[1])), mask)
+        torch._softmax(weights, -1, False, out=weights)
+        return weights, q, k, v
+
+    def multiply(self, a: Tensor, b: Tensor, place: Tensor, scale: float = 1.0) -> None:
+        """Write ``scale a b``, (items H, tokens, d_h), to ``place`` (items, H, tokens, d_h)."""
+        found = self.product[: place.numel()].view(len(a), *place.shape[2:])
+        torch.baddbmm(found, a, b, beta=0, alpha=scale, out=found)
+        place.copy_(found.view(place.shape))
 
 
 def _by_token(like: Tensor, width: int) -> Tensor:
@@ -183,11 +195,7 @@ def _by_token(like: Tensor, width: int) -> Tensor:
     return like.new_empty(n, tokens, heads, width).transpose(1, 2)
 
 
-def _flat(states: Tensor) -> Tensor:
-    """(items, H, tokens, d_h) as the matrices (items H, tokens, d_h) of a batched product."""
-    return states.reshape(-1, *states.shape[2:])
-
-
-def _put(place: Tensor, found: Tensor) -> None:
-    """Write ``found`` (items H, tokens, d_h) to ``place`` (items, H, tokens, d_h)."""
-    place.copy_(found.view(place.shape))
+def _flat(states: Tensor, room: Tensor) -> Tensor:
+    """``states`` (items, H, tokens, d_h) copied to ``room``, as the matrices (items H, tokens, d_h) of a product."""
+    copied = room[: states.numel()].view(states.shape).copy_(states)
+    return copied.flatten(0, 1)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 
-BY_MODULES = ("fft", "bitfit", "lora", "adapter", "pfeiffer-adapter", "ia3", "ln-tuning")
+BY_MODULES = ("fft", "bitfit", "lora", "adapter", "pfeiffer-adapter", "ln-tuning")
 """Methods whose parameters all belong to modules that run, so that the order of modules shows where training begins."""
 
 
@@ -34,4 +34,4 @@ def test_nothing_below_the_first_trained_parameter_is_differentiated(
     first = [trains for trains, _ in ran].index(True)
     assert not any(differentiated for _, differentiated in ran[:first])
     assert all(differentiated for trains, differentiated in ran[first:] if trains)
-    assert first > 0 or name in ("fft",)
+    assert first > 0 or name in ("fft", "bitfit"), "the embeddings stay"
