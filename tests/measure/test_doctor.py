@@ -18,6 +18,7 @@ from tpme.bench.commands.doctor import render
 from tpme.bench.counting.devices import PROFILES, DeviceNoise, keep_profile
 from tpme.bench.measure.environment import environment
 from tpme.bench.measure.nvml import Nvml
+from tpme.bench.task.attention import explain
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="what is said without a CUDA device")
 
@@ -50,6 +51,7 @@ def test_it_fits_80_columns(diagnosis: Diagnosis) -> None:
     lines = output.getvalue().splitlines()
     assert max(map(len, lines)) <= 80
     assert "…" not in output.getvalue()
+    assert any(line.startswith("attention") for line in lines)
     for title in ("Software", "Machine", "What is measured on this"):
         assert any(line.startswith(title) for line in lines)
     for quantity in diagnosis.quantities:
@@ -59,7 +61,9 @@ def test_it_fits_80_columns(diagnosis: Diagnosis) -> None:
 def test_the_command_succeeds_and_its_json_is_the_diagnosis() -> None:
     result = CliRunner().invoke(app, ["doctor", "--json"])
     assert result.exit_code == 0
-    assert Diagnosis.model_validate_json(result.output).cores >= 1
+    diagnosis = Diagnosis.model_validate_json(result.output)
+    assert diagnosis.cores >= 1
+    assert diagnosis.attention == explain(diagnosis.device)
 
 
 def test_gpus_are_listed_with_their_state(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import subprocess
 import sys
@@ -25,8 +26,11 @@ def grab(mib):
 """
 
 
-def hold(mib: int) -> bytearray:
-    return bytearray(b"x") * (mib * MIB)
+def hold(mib: int) -> mmap.mmap:
+    """Resident memory that goes back to the system with the object, whatever the C allocator keeps."""
+    block = mmap.mmap(-1, mib * MIB)
+    block[::4096] = b"x" * (len(block) // 4096)
+    return block
 
 
 def test_status_is_parsed_in_bytes() -> None:
@@ -174,6 +178,35 @@ def test_freed_memory_is_not_charged_to_the_next_window(fresh: Callable[[str], A
     first, second = fresh(KEPT.replace("RELEASE", "release_free_memory()"))
     assert kept_second > 0.9 * kept_first, "the allocator kept nothing, so this shows nothing"
     assert first - second > 150 * MIB
+
+
+@linux
+def test_large_tensors_are_kept_until_they_are_released(fresh: Callable[[str], Any]) -> None:
+    """Otherwise every tensor above 32 MiB would come from the kernel anew, page by page."""
+    if not hasattr(host._c_library(), "mallopt"):
+        pytest.skip("only glibc can be asked to keep memory")
+    code = """
+import resource
+from tpme.bench.measure.host import keep_free_memory
+KEEP
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        block = libc.malloc(64 * MIB)
+        ctypes.memset(block, 1, 64 * MIB)
+        libc.free(block)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+faults()
+kept, held = faults(), resident(os.getpid()).now
+release_free_memory()
+print(json.dumps([kept, held - resident(os.getpid()).now]))
+"""
+    plain, _ = fresh(PRELUDE + code.replace("KEEP", ""))
+    kept, released = fresh(PRELUDE + code.replace("KEEP", "keep_free_memory()"))
+    assert plain > 100 * max(1, kept)
+    assert released > 50 * MIB
 
 
 @linux
