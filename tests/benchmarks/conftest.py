@@ -128,7 +128,7 @@ def compare(benchmark: Any, say: Say, note: Callable[..., None]) -> Compare:
                 say(f"stand-in over scaled print {share:.2f}")
             else:
                 say("this machine is busy, or of another kind: nothing is claimed of the stand-in")
-        note(name, f"{least:g}x", f"{found.ratio:.2f}x ({_time(slow_s)} / {_time(fast_s)})", share)
+        note(name, f"{least:.3g}x", f"{found.ratio:.2f}x ({_time(slow_s)} / {_time(fast_s)})", share)
         assert found.ratio >= least
         assert share is None or share <= SLOWEST_STAND_IN
         return found
