@@ -35,8 +35,8 @@ from tpme.bench.counting.modes import Tracker
 from tpme.bench.measure.environment import cpu_model
 from tpme.bench.measure.host import keep_free_memory, parse_status
 from tpme.bench.record import LearningRates, Modality, Protocol, Training
-from tpme.bench.task.attention import attend
 from tpme.bench.task.batches import ItemStore, build_batch, log_popularity
+from tpme.bench.task.blocked_attention import attend
 from tpme.bench.task.tokens import TokenTable
 from tpme.bench.task.view import EncoderView
 from tpme.bench.train.build import DataSize, ModelBuilder

@@ -28,8 +28,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what needs a GPU as ``alone``."""
+    """Mark what needs a GPU as ``alone``, and what needs the run of every card method as ``slow``."""
     for item in items:
+        if "card_run" in getattr(item, "fixturenames", ()):
+            item.add_marker("slow")
         if item.get_closest_marker("gpu") is not None:
             item.add_marker("alone")
 

@@ -415,7 +415,6 @@ def test_counters_do_not_depend_on_run_or_threads(meta: Any) -> None:
     assert counts[0] == counts[1] == counts[2]
 
 
-@pytest.mark.slow
 def test_records_hold_the_counters(card_run: Any) -> None:
     _, _, results = card_run
     exact = {"forward_flops", "backward_flops", "saved_bytes", "gradient_bytes", "weight_bytes", "optimizer_bytes"}

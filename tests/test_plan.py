@@ -40,7 +40,6 @@ def shown(plan: MatrixPlan) -> list[str]:
     return screen.getvalue().splitlines()
 
 
-@pytest.mark.slow
 def test_the_plan_is_what_the_records_say(card_run: Any, world: Any, harness: ModuleType) -> None:
     matrix, folder, results = card_run
     plan = plan_matrix(matrix, store=world.store, runs=folder, console=harness.quiet())
@@ -108,7 +107,6 @@ def test_what_fits_on_a_gpu(planned: Any) -> None:
         assert sized.expected.fits == fits
 
 
-@pytest.mark.slow
 def test_on_a_cpu_nothing_is_said_to_fit(card_run: Any, planned: Any) -> None:
     record = card_run[2]["fft"]
     measured = record.training_memory.host_rss_bytes.value

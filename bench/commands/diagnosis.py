@@ -28,7 +28,7 @@ from tpme.bench.measure.phases import measuring
 from tpme.bench.quantities import memory_reading
 from tpme.bench.record import Flag, Frozen, Phase, Reading
 from tpme.bench.redact import without_home
-from tpme.bench.task.attention import explain
+from tpme.bench.task.blocked_attention import explain
 from tpme.bench.workers import available_cores
 
 TRIAL_S = 0.6

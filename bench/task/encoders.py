@@ -13,7 +13,7 @@ import torch
 from tpme.bench.errors import UserError
 from tpme.bench.parsing import read_json
 from tpme.bench.record import EncoderFacts, EncoderSpec, Modality, Pool
-from tpme.bench.task.attention import attention_on
+from tpme.bench.task.blocked_attention import attention_on
 from tpme.bench.task.checkpoints import (
     POOLING,
     checkpoint_folder,

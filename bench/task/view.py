@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tpme.bench.errors import UserError
 from tpme.bench.record import Modality, Pool
-from tpme.bench.task.attention import choose_attention
+from tpme.bench.task.blocked_attention import choose_attention
 from tpme.bench.task.families import Halves, Paths, Role, drop_unread, family_of, split_fused
 from tpme.bench.task.items import EncoderShape, Reads, States, TokenStates
 from tpme.bench.task.masks import unread_masks

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tpme.bench.errors import UserError
-from tpme.bench.task.attention import BLOCKED, attend
+from tpme.bench.task.blocked_attention import BLOCKED, attend
 from tpme.bench.task.families import SplitLinear
 from tpme.bench.task.view import EncoderView
 

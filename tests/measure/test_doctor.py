@@ -18,7 +18,7 @@ from tpme.bench.commands.doctor import render
 from tpme.bench.counting.devices import PROFILES, DeviceNoise, keep_profile
 from tpme.bench.measure.environment import environment
 from tpme.bench.measure.nvml import Nvml
-from tpme.bench.task.attention import explain
+from tpme.bench.task.blocked_attention import explain
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="what is said without a CUDA device")
 

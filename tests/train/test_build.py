@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from method_rows import method_rows
 
 from tpme.bench.counting.batch import DataShape
 from tpme.bench.counting.meta import MetaCell
@@ -16,9 +17,7 @@ from tpme.bench.record import Training
 from tpme.bench.run.cell import CellRun
 from tpme.bench.task.recommender import Recommender
 from tpme.bench.train.build import ModelBuilder, steps_per_epoch
-from tpme.methods.registry import BUILTIN, create
-
-CACHED = [name for name in sorted(BUILTIN) if (method := create(name, {})).decoupled and method.modalities is None]
+from tpme.methods.registry import create
 
 OPTIONS = {"autopeft": {"engine": "random"}}
 """Its default needs a package that may be missing."""
@@ -35,7 +34,8 @@ def checkpointed(model: Recommender) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("method", "cached"), [*((name, False) for name in sorted(BUILTIN)), *((name, True) for name in CACHED)]
+    ("method", "cached"),
+    method_rows(fast=("autopeft", "bitfit", "dapt", "fedpeptao", "fft", "id", "lora", "popularity", "prompt", "pyra")),
 )
 def test_the_counters_see_the_model_that_is_trained(world: Any, tmp_path: Path, method: str, cached: bool) -> None:
     # Nothing at its default: a setting that only one of the two reads would make them differ.
@@ -62,10 +62,6 @@ def test_the_counters_see_the_model_that_is_trained(world: Any, tmp_path: Path, 
     assert steps == trainer.state.schedule.steps_per_epoch == len(list(trainer.loader.epoch(1)))
     assert meta.schedule.epochs == trainer.state.schedule.epochs
     assert (meta.schedule.popularity == trainer.state.schedule.popularity).all()
-
-
-def test_decoupled_methods_are_tested_on_cached_states() -> None:
-    assert "iisan" in CACHED
 
 
 def test_the_last_smaller_batch_is_a_step_and_the_limit_cuts() -> None:

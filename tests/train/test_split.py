@@ -138,7 +138,13 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("method", sorted(BUILTIN))
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(name, marks=() if name in ("dapt", "dyt", "fft", "iisan", "id") else pytest.mark.slow)
+        for name in sorted(BUILTIN)
+    ],
+)
 def test_what_follows_training_leaves_everything_as_it_was(make_trainer: MakeTrainer, method: str) -> None:
     trainer = make_trainer(create(method, OPTIONS.get(method, {})), precision="bf16", modalities=("text", "image"))
     trainer.run()
@@ -199,7 +205,6 @@ def test_what_trains_nothing_says_so(make_trainer: MakeTrainer) -> None:
     assert all("no training step" in str(readings[name].reason) for name in PARTS)
 
 
-@pytest.mark.slow
 def test_every_row_that_trains_has_the_parts_of_its_step(card_run: Any) -> None:
     """Whatever its loop, with hooks or on cached states; and one that trains nothing says why it has none."""
     for label, result in card_run[2].items():

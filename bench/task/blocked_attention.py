@@ -103,7 +103,7 @@ def _applies(
     if query.device.type != "cpu" or query.dtype not in (torch.float32, torch.float64) or torch.compiler.is_compiling():
         return False
     # torch's fused kernels are off: a second derivative is wanted, or operators are counted.
-    if not torch.backends.cuda.flash_sdp_enabled():
+    if not torch.backends.cuda.flash_sdp_enabled():  # type: ignore[no-untyped-call]
         return False
     if key.shape[:2] != query.shape[:2] or not query.dtype == key.dtype == value.dtype:
         return False
@@ -178,7 +178,7 @@ class _Blocks:
         torch.baddbmm(weights, q, k.transpose(1, 2), beta=0, alpha=self.scale, out=weights)
         if self.mask is not None:
             mask = self.mask[part] if len(self.mask) > 1 else self.mask
-            _mask(weights.unflatten(0, (-1, self.states[0].shape[1])), mask)
+            _mask(weights.view(-1, self.states[0].shape[1], *weights.shape[1:]), mask)
         torch._softmax(weights, -1, False, out=weights)
         return weights, q, k, v
 

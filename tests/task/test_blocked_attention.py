@@ -11,8 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tpme.bench.contract.small_encoders import small_encoder
-from tpme.bench.task import attention
-from tpme.bench.task.attention import BLOCKED, LONGEST, attend, attention_on, explain
+from tpme.bench.task import blocked_attention as attention
+from tpme.bench.task.blocked_attention import BLOCKED, LONGEST, attend, attention_on, explain
 from tpme.bench.task.view import EncoderView
 
 HEADS, WIDTH = 3, 8
