@@ -103,12 +103,13 @@ def load_ranks(path: Path | str) -> Ranks:
     ranks = _load(Path(path), Ranks)
     if len({len(getattr(ranks, field.name)) for field in fields(Ranks)}) != 1:
         raise RecordError(f"{path}: its arrays differ in length; run the cell again")
-    if ranks.rank.dtype.kind not in "iu" or ranks.target.dtype.kind not in "iu":
-        raise RecordError(f"{path}: ranks and targets are integers, not {ranks.rank.dtype}; run the cell again")
+    if {ranks.rank.dtype.kind, ranks.target.dtype.kind} - set("iu"):
+        types = f"{ranks.rank.dtype} and {ranks.target.dtype}"
+        raise RecordError(f"{path}: ranks and targets are integers, not {types}; run the cell again")
     if not len(ranks.rank):
         raise RecordError(f"{path}: it holds no rank; run the cell again")
-    if min(ranks.rank.min(), ranks.target.min()) < 1:
-        raise RecordError(f"{path}: ranks start at 1, this holds {ranks.rank.min()}; run the cell again")
+    if (least := int(min(ranks.rank.min(), ranks.target.min()))) < 1:
+        raise RecordError(f"{path}: ranks and targets start at 1, this holds {least}; run the cell again")
     return ranks
 
 

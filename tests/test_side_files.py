@@ -135,7 +135,7 @@ def test_a_file_that_was_not_recorded_is_refused(record: Path) -> None:
         ({"target": RANKS["target"] + 0.5}, "are integers"),
         ({"rank": np.array([1, 2, 3, 4, 10])}, "rank or item 10 in a catalogue of 9"),
         ({"target": np.array([1, 2, 3, 4, 2**40])}, "rank or item 1,099,511,627,776 in a catalogue of 9"),
-        ({"rank": np.array([1, 2, 3, 4, 0])}, "ranks start at 1"),
+        ({"rank": np.array([1, 2, 3, 4, 0])}, "ranks and targets start at 1, this holds 0"),
         ({"rank": np.array([1, 2, 3, 4])}, "differ in length"),
         ({name: values[:0] for name, values in RANKS.items()}, "holds no rank"),
         ({name: values[:4] for name, values in RANKS.items()}, "4 ranks of 5 users"),

@@ -101,7 +101,7 @@ def _machine(diagnosis: Diagnosis) -> Iterator[tuple[str, str]]:
         use = "memory not readable"
         if gpu.total_bytes is not None and gpu.used_bytes is not None:
             use = f"{_size(gpu.total_bytes)}, {_size(gpu.used_bytes)} in use"
-        others = f" by {gpu.processes} processes" if gpu.processes else ""
+        others = f" by {gpu.processes} process{'es' * (gpu.processes != 1)}" if gpu.processes else ""
         yield "MIG instance" if gpu.is_mig else "GPU", f"{gpu.name}, {use}{others}; {gpu.uuid}"
     yield "attention", diagnosis.attention
     hub = diagnosis.hub

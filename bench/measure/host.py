@@ -136,7 +136,7 @@ def keep_free_memory() -> None:
     """From now on, the C allocator of this process keeps what is freed, until ``release_free_memory``.
 
     By default glibc returns every freed tensor above 32 MiB to the system. The next one of that size then comes from
-    the kernel page by page, which took a third of a training step of base encoders (docs/lab/step.md). With other C
+    the kernel page by page, which took a quarter of a training step of base encoders (docs/lab/step.md). With other C
     libraries nothing changes.
     """
     library = _c_library()

@@ -200,10 +200,13 @@ class PhaseLog:
         """Return memory that earlier phases freed but the allocators keep, so as not to charge this phase for it.
 
         Training must then fetch returned memory again, page by page. So once training has begun, memory is returned
-        only before the first phase of each kind, and before a training phase if other phases left more than training
-        did. The reading of any other phase that begins with more than the last one of its kind left is marked invalid.
+        only before the first phase of each kind, before a training phase if other phases left more than training did,
+        and on a CPU before every phase but training, because a process keeps what training freed. The reading of any
+        other phase that begins with more than the last one of its kind left is marked invalid.
         """
         left = self._left.get(kind) if "train" in self._left else None
+        if left is not None and kind != "train" and not is_cuda(self._device):
+            release_free_memory()
         kept = [max(0, now - int(_GROWN * before)) for now, before in zip(self._held(), left or (0, 0), strict=True)]
         if left is None or (kind == "train" and any(kept)):
             release_free_memory()

@@ -22,8 +22,9 @@ BLOCK_BYTES = 8 << 20
 """Scores of this many bytes are computed at a time, at least those of one item. Smaller blocks are no faster, and
 threads wait for each other after every product, which beside a busy process takes long."""
 LONGEST = 256
-"""With more keys, the scores of one item leave the processor's cache, and torch's kernel is faster."""
-_PLAIN = {"dropout", "scaling", "is_causal"}
+"""With more keys, blocks hold few items, and torch's kernel is faster."""
+_KNOWN = {"dropout", "scaling", "is_causal", "position_ids", "use_cache"}
+"""Options of transformers that are read here, or change nothing in attention."""
 
 
 def choose_attention(module: nn.Module) -> None:
@@ -46,8 +47,9 @@ def explain(device: str) -> str:
     """Which attention encoders get on a device (``cpu`` or ``cuda``), and why."""
     if device == "cpu":
         return (
-            f"{BLOCKED}: scores of a few items at a time, in the cache; torch's kernel (sdpa) for more than {LONGEST} "
-            "tokens, in half precision, and with training.compile"
+            f"{BLOCKED}: whole scores where an item has no more tokens than a head is wide, else those of a few items "
+            f"at a time, to stay in the cache; torch's kernel (sdpa) beyond {LONGEST} tokens, in half precision and "
+            "with training.compile"
         )
     return "sdpa: torch chooses a fused kernel by type and mask"
 
@@ -68,17 +70,17 @@ def attend(
 
     Args:
         module: the attention layer. query: (n, H, Q, d_h). key, value: (n, H, K, d_h). mask: (n or 1, 1 or H, Q, K),
-            bool (true: attended to) or added to the scores; ``None``: every key is.
+            bool (true: attended to) or added to the scores; ``None``: every key is. As in eager attention, a query
+            that attends to no key gets the mean of all values.
         options: of transformers; ``scaling`` is by default 1 / sqrt(d_h).
 
     Returns:
         (n, Q, H, d_h), and no weights.
     """
     dropout = float(options.get("dropout") or 0.0)
-    keys = key.shape[2]
-    short = keys <= query.shape[3]
-    fits = short or (keys <= LONGEST and not dropout)
-    if not fits or not _applies(module, query, key, value, mask, options):
+    applies = _applies(module, query, key, value, mask, options)
+    short = applies and key.shape[2] <= query.shape[3]
+    if not short and (not applies or dropout or key.shape[2] > LONGEST):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         result: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, mask, **options)
@@ -105,9 +107,10 @@ def _applies(
     # torch's fused kernels are off: a second derivative is wanted, or operators are counted.
     if not torch.backends.cuda.flash_sdp_enabled():  # type: ignore[no-untyped-call]
         return False
-    if key.shape[:2] != query.shape[:2] or not query.dtype == key.dtype == value.dtype:
+    if key.shape[:2] != query.shape[:2] or value.shape != key.shape or not query.dtype == key.dtype == value.dtype:
         return False
-    if any(value is not None and name not in _PLAIN for name, value in options.items() if value is not False):
+    known = _KNOWN if mask is None else _KNOWN | {"sliding_window"}  # a window is part of the mask
+    if any(name not in known for name, option in options.items() if option is not None and option is not False):
         return False
     if mask is not None:
         return mask.ndim == 4 and not mask.requires_grad
@@ -144,19 +147,26 @@ class _Blocked(torch.autograd.Function):
         to_query, to_key, to_value = (_by_token(states, states.shape[3]) for states in (query, key, value))
         blocks = _Blocks(query, key, value, mask, ctx.scale)
         room, g_room = torch.empty_like(blocks.scores), blocks.room_of(gradient)
+        of_query, of_key, of_value = ctx.needs_input_grad[:3]
         for part in blocks.parts:
             weights, q, k, v = blocks.load(part)
             g = _flat(gradient[part], g_room)
-            blocks.multiply(weights.transpose(1, 2), g, to_value[part])
-            slopes = torch.bmm(g, v.transpose(1, 2), out=room[: len(q)])
-            torch._softmax_backward_data(slopes, weights, -1, slopes.dtype, grad_input=slopes)
-            blocks.multiply(slopes, k, to_query[part], ctx.scale)
-            blocks.multiply(slopes.transpose(1, 2), q, to_key[part], ctx.scale)
-        return to_query, to_key, to_value, None, None
+            if of_value:
+                blocks.multiply(weights.transpose(1, 2), g, to_value[part])
+            if not (of_query or of_key):
+                continue
+            of_scores = torch.bmm(g, v.transpose(1, 2), out=room[: len(q)])
+            torch._softmax_backward_data(of_scores, weights, -1, of_scores.dtype, grad_input=of_scores)
+            if of_query:
+                blocks.multiply(of_scores, k, to_query[part], ctx.scale)
+            if of_key:
+                blocks.multiply(of_scores.transpose(1, 2), q, to_key[part], ctx.scale)
+        found = zip((to_query, to_key, to_value), ctx.needs_input_grad, strict=False)
+        return *(states if needed else None for states, needed in found), None, None
 
 
 class _Blocks:
-    """A few items at a time, in the same memory: nothing is allocated from block to block."""
+    """A few items at a time, in the same memory."""
 
     def __init__(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> None:
         self.states, self.mask, self.scale = (query, key, value), mask, scale

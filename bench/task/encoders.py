@@ -13,7 +13,7 @@ import torch
 from tpme.bench.errors import UserError
 from tpme.bench.parsing import read_json
 from tpme.bench.record import EncoderFacts, EncoderSpec, Modality, Pool
-from tpme.bench.task.blocked_attention import attention_on
+from tpme.bench.task.blocked_attention import BLOCKED, attention_on, register
 from tpme.bench.task.checkpoints import (
     POOLING,
     checkpoint_folder,
@@ -73,6 +73,8 @@ def load_encoder(
     """
     folder, commit = checkpoint_folder(spec)
     config = read_config(spec, folder, modality)
+    if spec.attention == BLOCKED:
+        register()
     mean, std = _normalisation(spec, folder, commit) if modality == "image" else (_HALF, _HALF)
     device = torch.device(device)
     if spec.weights == "random" or device.type == "meta":

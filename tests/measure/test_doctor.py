@@ -77,7 +77,7 @@ def test_gpus_are_listed_with_their_state(monkeypatch: pytest.MonkeyPatch) -> No
     output = io.StringIO()
     render(found, Console(file=output, width=80))
     text = " ".join(output.getvalue().split())
-    assert "80.0 GiB, 1.0 GiB in use by 1 processes" in text
+    assert "80.0 GiB, 1.0 GiB in use by 1 process" in text
     assert "memory not readable" in text
 
 

@@ -230,7 +230,7 @@ def test_broken_rank_files_are_named(factory):
     with pytest.raises(RecordError, match="differ in length"):
         load_ranks(file)
     np.savez(file, **{**whole, "rank": whole["rank"] * 0})
-    with pytest.raises(RecordError, match="ranks start at 1"):
+    with pytest.raises(RecordError, match="ranks and targets start at 1"):
         load_ranks(file)
     np.savez(file, rank=whole["rank"])
     with pytest.raises(RecordError, match="target"):

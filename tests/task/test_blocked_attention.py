@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from tpme.bench.contract.small_encoders import small_encoder
+from tpme.bench.contract.small_encoders import FAMILIES, modality_of, small_encoder
 from tpme.bench.task import blocked_attention as attention
 from tpme.bench.task.blocked_attention import BLOCKED, LONGEST, attend, attention_on, explain
+from tpme.bench.task.items import Reads
 from tpme.bench.task.view import EncoderView
 
 HEADS, WIDTH = 3, 8
@@ -61,48 +63,86 @@ def test_results_and_gradients_are_those_of_torch(
         assert ours.shape == theirs.shape
 
 
+def _noted(shapes: list[tuple[int, ...]], kept: Tensor) -> Tensor:
+    shapes.append(tuple(kept.shape))
+    return kept
+
+
 def test_nothing_of_the_scores_is_kept_but_of_short_inputs() -> None:
-    kept: dict[int, int] = {}
-    for length in (WIDTH, 40):
-        sizes: list[int] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):  # type: ignore[func-returns-value]
+    kept: dict[int, set[tuple[int, ...]]] = {}
+    for length in (5, 40):
+        shapes: list[tuple[int, ...]] = []
+        note = partial(_noted, shapes)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda kept: kept):
             attend(layer(), *states(4, length, length, length), None)
-        kept[length] = max(sizes)
-    assert kept[WIDTH] >= 4 * HEADS * WIDTH**2
-    assert kept[40] == 4 * HEADS * 40 * WIDTH
+        kept[length] = {shape[-2:] for shape in shapes}
+    assert (5, 5) in kept[5]
+    assert (40, 40) not in kept[40]
 
 
-def called(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Counts the runs of the suite's own code."""
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2)])
+def test_only_gradients_that_are_wanted_are_computed(wanted: tuple[int, ...]) -> None:
+    found = []
+    for run in (attend, sdpa_attention_forward):
+        given = states(3, 20, 20, 20)
+        for place, one in enumerate(given):
+            one.requires_grad_(place in wanted)
+        out, _ = run(layer(), *given, None)  # type: ignore[operator]
+        found.append(torch.autograd.grad(out.square().sum(), [given[place] for place in wanted]))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.fixture
+def by_torch(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of keys of every call that was left to torch."""
     calls: list[int] = []
-    blocks = attention._Blocks
 
-    def counting(*given: Any) -> Any:
-        calls.append(1)
-        return blocks(*given)
+    def counting(module: nn.Module, query: Tensor, key: Tensor, *given: Any, **options: Any) -> Any:
+        calls.append(key.shape[2])
+        return sdpa_attention_forward(module, query, key, *given, **options)
 
-    monkeypatch.setattr(attention, "_Blocks", counting)
+    monkeypatch.setattr("transformers.integrations.sdpa_attention.sdpa_attention_forward", counting)
     return calls
 
 
-def test_torch_computes_what_does_not_apply(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = called(monkeypatch)
-    attend(layer(), *states(2, 20, 20, 20), None)
-    assert calls == [1]
+@pytest.mark.parametrize("length", [5, 20])
+def test_torch_computes_what_does_not_apply(by_torch: list[int], length: int) -> None:
+    query, key, value = states(2, length, length, length)
+    attend(layer(), query, key, value, None)
+    assert by_torch == []
     grouped = layer()
     grouped.num_key_value_groups = HEADS  # type: ignore[assignment]
-    query, key, value = states(2, 20, 20, 20)
-    learned = torch.zeros(1, 1, 20, 20, dtype=torch.float64, requires_grad=True)
+    learned = torch.zeros(1, 1, length, length, dtype=torch.float64, requires_grad=True)
     attend(layer(is_causal=True), query, key, value, None)
     attend(layer(), query, key, value, None, is_causal=True)
-    attend(layer(), query, key, value, None, dropout=0.5)
     attend(layer(), query, key, value, learned)
     attend(grouped, query, key[:, :1], value[:, :1], None)
     attend(layer(), *(one.bfloat16() for one in (query, key, value)), None)
-    attend(layer(), *states(1, 4, LONGEST + 1, LONGEST + 1), None)
+    attend(layer(), query, key, value, None, position_bias=learned.detach())
     with sdpa_kernel(SDPBackend.MATH):  # a second derivative, or counters
         attend(layer(), query, key, value, None)
-    assert calls == [1]
+    assert by_torch == [length] * 7
+
+
+def test_long_inputs_and_their_dropout_are_left_to_torch(by_torch: list[int]) -> None:
+    attend(layer(), *states(1, 4, LONGEST + 1, LONGEST + 1), None)
+    attend(layer(), *states(1, 20, 20, 20), None, dropout=0.5)
+    assert by_torch == [LONGEST + 1, 20]
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ("mpnet", "llama")])
+def test_every_family_runs_it(family: str, by_torch: list[int]) -> None:
+    """But MPNet, which computes its attention itself, and Llama, whose heads share keys."""
+    view = EncoderView(small_encoder(family), modality_of(family))
+    assert view.config._attn_implementation == BLOCKED
+    if view.modality == "image":
+        view.encode(Reads(final=True, pool=view.pool), image=torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+    else:
+        mask = torch.ones(2, 6, dtype=torch.long)
+        mask[1, 4:] = 0
+        view.encode(Reads(final=True, pool=view.pool), tokens=torch.arange(3, 15).view(2, 6), token_mask=mask)
+    assert by_torch == []
 
 
 def test_short_inputs_drop_out_as_many_weights_as_asked_for() -> None:

@@ -21,11 +21,11 @@ SUPPORTED = [family for family in FAMILIES if family != "mpnet"]
 EVERY = Reads((1,), final=True, tokens="all")
 
 
-def view_of(family: str, attention: str = "sdpa") -> EncoderView:
+def view_of(family: str, attention: str = "blocked") -> EncoderView:
     module = small_encoder(family)
-    if family != "mpnet":
+    if family != "mpnet" and attention != "blocked":
         module.set_attn_implementation(attention)
-    return EncoderView(module, modality_of(family))
+    return EncoderView(module, modality_of(family), attention=attention if attention != "blocked" else None)
 
 
 def inputs(view: EncoderView) -> dict[str, Tensor]:
@@ -63,7 +63,7 @@ def extend(view: EncoderView, change: Any) -> None:
         extend_attention(view, layer, change)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["blocked", "sdpa", "eager"])
 @pytest.mark.parametrize("family", SUPPORTED)
 @torch.no_grad()
 def test_further_keys_and_their_mask_count(family: str, attention: str) -> None:
@@ -78,7 +78,7 @@ def test_further_keys_and_their_mask_count(family: str, attention: str) -> None:
     assert (read(view) - expected).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["blocked", "sdpa", "eager"])
 @torch.no_grad()
 def test_a_causal_mask_that_is_left_to_the_kernel_is_given_as_one(attention: str) -> None:
     """Foreign keys before the others would otherwise shift it: every query would miss three of its own."""
@@ -88,7 +88,7 @@ def test_a_causal_mask_that_is_left_to_the_kernel_is_given_as_one(attention: str
     torch.testing.assert_close(view.module(input_ids=tokens).last_hidden_state, expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["blocked", "sdpa", "eager"])
 @torch.no_grad()
 def test_a_change_may_drop_the_mask(attention: str) -> None:
     """Llama then attends to later tokens and to padding, as with a mask that masks nothing."""
@@ -134,7 +134,7 @@ class Further(nn.Module):
         return query, torch.cat([own, key], dim=2), torch.cat([own, value], dim=2), mask
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["blocked", "sdpa", "eager"])
 @pytest.mark.parametrize("family", ["bert", "vit", "llama", "clip-text"])
 def test_recomputed_activations_give_the_same_gradients(family: str, attention: str) -> None:
     found = []
