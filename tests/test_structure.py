@@ -21,8 +21,8 @@ from tpme.bench.train.loop import Trainer
 from tpme.methods.registry import create
 
 ROWS = method_rows(fast=("iisan", "peft", "pt-peft"))  # one of each kind
-CUT = {"light-peft"}
-"""What they cut depends on the data; a plan cuts every layer alike."""
+CUT = {"autopeft", "light-peft"}
+"""What they search or cut depends on the data; a plan has the configuration given, and cuts every layer alike."""
 PRUNED = """
     def stages(self):
         return Stage("dense", 0.5), Stage("pruned", 0.5)
