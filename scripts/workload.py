@@ -248,6 +248,8 @@ def in_turns(commands: Mapping[str, Sequence[str]], turns: int) -> tuple[dict[st
             assert process.stdout is not None
             process.stdin.close()
             said[name] += map(json.loads, process.stdout)
+            if process.wait():
+                raise RuntimeError(f"a row has failed: {' '.join(commands[name])}")
     return seconds, said
 
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from plain_record import result
 
 from tpme.bench.errors import UserError
-from tpme.bench.record import Cell, CellResult, Reading, cell_id
+from tpme.bench.record import Cell, CellResult, Reading
 from tpme.methods.base import Validation
 from tpme.methods.parts.federation import Round
 
@@ -72,17 +73,7 @@ def projected(method: str, options: dict[str, Any], reached: float, held: float)
         for name, value in (("distance_epoch_1", reached / 2), ("distance_epoch_2", reached), ("rows_at_radius", held))
     }
     cell = Cell(method=method, options=options, dataset="d", dataset_fingerprint="f", modalities=("text", "image"))
-    return CellResult(
-        cell_id=cell_id(cell, "v"),
-        attempt=1,
-        cell=cell,
-        code_version="v",
-        status="ok",
-        started_at="2026-01-01T00:00:00+00:00",
-        wall_s=1.0,
-        epoch_time_s=Reading(value=1.0, source="clock"),
-        counters=counters,
-    )
+    return result(cell=cell, counters=counters)
 
 
 def test_distances_from_the_anchor_are_drawn_from_records(script: Any, tmp_path: Path) -> None:
@@ -92,9 +83,9 @@ def test_distances_from_the_anchor_are_drawn_from_records(script: Any, tmp_path:
         projected("ftp", {}, 0.04, 0.5),
         projected("fft", {}, 0.3, 0.0),
     ]
-    for place, result in enumerate(results):
+    for place, one in enumerate(results):
         (tmp_path / f"run/cells/{place}").mkdir(parents=True)
-        (tmp_path / f"run/cells/{place}/attempt-1.json").write_text(result.model_dump_json())
+        (tmp_path / f"run/cells/{place}/attempt-1.json").write_text(one.model_dump_json())
     figures = script("procedure_figures")
     assert figures.main(["ftp", str(tmp_path / "run"), "--out", str(tmp_path)]) == 0
     assert (tmp_path / "ftp.png").read_bytes().startswith(b"\x89PNG")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from plain_record import CELL, result
 from pydantic import ValidationError
 
 from tpme.bench.errors import UserError
@@ -19,7 +20,6 @@ from tpme.bench.record import (
     HELD_OUT,
     PASS_S,
     Cell,
-    CellResult,
     EncoderSpec,
     Failure,
     Reading,
@@ -31,23 +31,6 @@ from tpme.bench.record import (
     read_result,
     write_result,
 )
-
-CELL = Cell(method="lora", dataset="d", dataset_fingerprint="f", modalities=("text",))
-
-
-def result(**changes: Any) -> CellResult:
-    plain: dict[str, Any] = {
-        "cell_id": cell_id(CELL, "v"),
-        "attempt": 1,
-        "cell": CELL,
-        "code_version": "v",
-        "status": "ok",
-        "started_at": "2026-01-01T00:00:00+00:00",
-        "wall_s": 1.5,
-        "epoch_time_s": Reading(value=0.5, source="clock"),
-    }
-    return CellResult(**(plain | changes))
-
 
 # --- what a record cannot say ---------------------------------------------------------------------------------------
 

@@ -74,25 +74,12 @@ FEDERATION = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("body", "kill", "before", "after"),
     [
-        pytest.param(
-            SEARCH,
-            "end of trial 3",
-            ["trial 2", "trial 3"],
-            ["trial 3", "trial 4"],
-            id="search",
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            FEDERATION,
-            "end of round 2",
-            ["round 1", "round 2"],
-            ["round 2", "round 3"],
-            id="federation",
-            marks=pytest.mark.slow,
-        ),
+        pytest.param(SEARCH, "end of trial 3", ["trial 2", "trial 3"], ["trial 3", "trial 4"], id="search"),
+        pytest.param(FEDERATION, "end of round 2", ["round 1", "round 2"], ["round 2", "round 3"], id="federation"),
     ],
 )
 def test_an_attempt_goes_on_after_kill_9(

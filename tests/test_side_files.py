@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from plain_record import result
 from rich.console import Console
 
 from tpme.bench import side_files
@@ -45,10 +46,9 @@ SAMPLES: dict[str, Any] = {
     "sample_t_s": np.array([0.0, 0.5, 1.0]),
     "sample_bytes": np.array([1.0, np.nan, 3.0]),
 }
-CELL = Cell(method="lora", dataset="d", dataset_fingerprint="f", modalities=("text",))
 
 
-def result(**changes: Any) -> CellResult:
+def evaluated(**changes: Any) -> CellResult:
     data = DatasetFacts(
         name="d",
         fingerprint="f",
@@ -58,19 +58,7 @@ def result(**changes: Any) -> CellResult:
         items_never_trained=0,
         modalities=("text",),
     )
-    plain: dict[str, Any] = {
-        "cell_id": cell_id(CELL, "v"),
-        "attempt": 1,
-        "cell": CELL,
-        "code_version": "v",
-        "status": "ok",
-        "started_at": "2026-01-01T00:00:00+00:00",
-        "wall_s": 1.5,
-        "epoch_time_s": Reading(value=0.5, source="clock"),
-        "dataset": data,
-        "files": {"ranks": "attempt-1.ranks.npz"},
-    }
-    return CellResult(**(plain | changes))
+    return result(**({"dataset": data, "files": {"ranks": "attempt-1.ranks.npz"}} | changes))
 
 
 @pytest.fixture
@@ -118,14 +106,14 @@ class Bomb:
 def test_whole_files_are_read(record: Path) -> None:
     digest = hashlib.sha256(ranks_file(record).read_bytes()).hexdigest()
     for digests in ({}, {"ranks": digest}):
-        assert side_file(record, result(digests=digests), "ranks") == ranks_file(record)
-        assert damage(record, result(digests=digests)) is None
-    assert side_file(record, result(), "samples") is None
+        assert side_file(record, evaluated(digests=digests), "ranks") == ranks_file(record)
+        assert damage(record, evaluated(digests=digests)) is None
+    assert side_file(record, evaluated(), "samples") is None
 
 
 def test_a_file_that_was_not_recorded_is_refused(record: Path) -> None:
     with pytest.raises(RecordError, match=r"ranks\.npz: it is not the file that was recorded"):
-        side_file(record, result(digests={"ranks": "0" * 64}), "ranks")
+        side_file(record, evaluated(digests={"ranks": "0" * 64}), "ranks")
 
 
 @pytest.mark.parametrize(
@@ -146,7 +134,7 @@ def test_a_file_that_was_not_recorded_is_refused(record: Path) -> None:
 def test_impossible_ranks_are_refused(record: Path, changes: dict[str, Any], message: str) -> None:
     np.savez(ranks_file(record), **(RANKS | changes))
     with pytest.raises(RecordError, match=message) as caught:
-        side_file(record, result(), "ranks")
+        side_file(record, evaluated(), "ranks")
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith(str(ranks_file(record)))
 
@@ -167,7 +155,7 @@ def test_impossible_samples_are_refused(record: Path, changes: dict[str, Any], m
     np.savez(file, **(SAMPLES | changes))
     with pytest.raises(RecordError, match=message):
         load_samples(file)
-    assert message.split()[0] in str(damage(record, result(files={"samples": "s.npz"})))
+    assert message.split()[0] in str(damage(record, evaluated(files={"samples": "s.npz"})))
 
 
 def test_no_pickle_is_loaded(record: Path, tmp_path: Path) -> None:
@@ -216,7 +204,7 @@ def test_only_regular_files_of_the_folder_are_opened(record: Path, tmp_path: Pat
     make[kind]()
     started = time.monotonic()
     with pytest.raises(RecordError, match="no such file" if kind == "nothing" else "not a regular file"):
-        side_file(record, result(), "ranks")
+        side_file(record, evaluated(), "ranks")
     assert time.monotonic() - started < 5
 
 
@@ -288,7 +276,7 @@ def test_a_damaged_cell_is_measured_again_and_named(
     def stub(job: Job, **_: Any) -> CellResult:
         ran.append(job.attempt)
         reading = Reading.missing("clock", "stub")
-        plain = result(cell_id=job.cell_id, attempt=job.attempt, cell=job.cell, code_version=job.code_version)
+        plain = evaluated(cell_id=job.cell_id, attempt=job.attempt, cell=job.cell, code_version=job.code_version)
         made = plain.model_copy(update={"files": {}, "epoch_time_s": reading})
         write_result(made, job.file(".json"))
         return made
