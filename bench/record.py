@@ -155,11 +155,17 @@ class Training(Frozen):
     title_tokens: Size = 30
     max_steps_per_epoch: Number | None = None
     """Cuts every epoch after this many steps; ``None`` trains on all users."""
+    devices: Number = 1
+    """Devices that train one cell together, each in a process of its own (a rank); the loss does not depend on it."""
+    shard: Switch = False
+    """Spread weights, gradients and optimiser states of the encoders over the devices (FSDP2)."""
 
     @model_validator(mode="after")
     def _compiled_or_recorded(self) -> Training:
         if self.compile and self.cuda_graphs:
             raise ValueError("compile and cuda_graphs exclude each other: graphs record steps that are not compiled")
+        if self.shard and self.devices == 1:
+            raise ValueError("shard spreads the encoders over devices: set devices to 2 or more")
         return self
 
 
@@ -203,13 +209,15 @@ NO_IDENTITY = frozenset({"matrix", "baseline", "lr_trial", "lr_trials"})
 
 ENCODER_OPTIONS = ("tower", "pool", "dtype", "attention")
 """Fields of an encoder that are newer than the first records: their defaults leave the identity of a cell alone."""
+TRAINING_OPTIONS = ("devices", "shard")
+"""The same of ``Training``."""
 
 
 def cell_id(cell: Cell, code_version: str, *, as_written: bool = False) -> str:
     """Identity of a cell: 12 hex digits of SHA-256 over its canonical JSON and the version of the measured code.
 
-    Without the fields in ``NO_IDENTITY``, and without the task and the options of an encoder where they are the
-    default ones; ``as_written``, also without the fields that the record of the cell does not have, for it is older.
+    Without the fields in ``NO_IDENTITY``, and without the task and the newer options of encoders and training where
+    they are the default ones; ``as_written``, also without the fields that the record of the cell does not have, for it is older.
     """
     settings = cell.model_dump(mode="json", exclude=set(NO_IDENTITY), exclude_unset=as_written)
     if cell.task == Cell.model_fields["task"].default:
@@ -218,6 +226,10 @@ def cell_id(cell: Cell, code_version: str, *, as_written: bool = False) -> str:
         for option in ENCODER_OPTIONS:
             if option in encoder and encoder[option] == EncoderSpec.model_fields[option].default:
                 del encoder[option]
+    training = settings.get("training", {})
+    for option in TRAINING_OPTIONS:
+        if option in training and training[option] == Training.model_fields[option].default:
+            del training[option]
     canonical = json.dumps(settings, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(f"{code_version}\n{canonical}".encode()).hexdigest()[:12]
 

@@ -549,8 +549,10 @@ CHANGES: dict[str, dict[str, Any]] = {
             "heads": 1,
             "title_tokens": 12,
             "max_steps_per_epoch": 5,
+            "devices": 2,
         }.items()
     },
+    "training.shard": {"training": {"devices": 2, "shard": True}},
 }
 
 

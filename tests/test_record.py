@@ -19,6 +19,7 @@ from tpme.bench.errors import UserError
 from tpme.bench.record import (
     HELD_OUT,
     PASS_S,
+    TRAINING_OPTIONS,
     Cell,
     EncoderSpec,
     Failure,
@@ -277,7 +278,7 @@ def test_version_1_knew_three_baselines(tmp_path: Path, method: str, baseline: b
 def test_a_record_from_before_a_setting_keeps_its_identity(tmp_path: Path) -> None:
     """The first records know no ``cuda_graphs``; another value of what they do know is another cell."""
     path, raw = tmp_path / "attempt-1.json", json.loads(VERSION_1)
-    training = Training().model_dump(exclude={"cuda_graphs"})
+    training = Training().model_dump(exclude={"cuda_graphs", *TRAINING_OPTIONS})
     raw["cell"] |= {"training": training}
     raw["cell_id"] = hashlib.sha256(
         f"v\n{json.dumps(raw['cell'], sort_keys=True, separators=(',', ':'))}".encode()
