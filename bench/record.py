@@ -217,7 +217,8 @@ def cell_id(cell: Cell, code_version: str, *, as_written: bool = False) -> str:
     """Identity of a cell: 12 hex digits of SHA-256 over its canonical JSON and the version of the measured code.
 
     Without the fields in ``NO_IDENTITY``, and without the task and the newer options of encoders and training where
-    they are the default ones; ``as_written``, also without the fields that the record of the cell does not have, for it is older.
+    they are the default ones; ``as_written``, also without the fields that the record of the cell does not have, for
+    it is older.
     """
     settings = cell.model_dump(mode="json", exclude=set(NO_IDENTITY), exclude_unset=as_written)
     if cell.task == Cell.model_fields["task"].default:
