@@ -113,7 +113,7 @@ def prepare_tables(
 @app.command("synthetic", cls=PlainCommand)
 def prepare_synthetic(
     destination: Destination,
-    users: Annotated[int, typer.Option(min=1, max=10**6, help="Number of users.")] = 1000,
+    users: Annotated[int, typer.Option(min=1, max=10**7, help="Number of users.")] = 1000,
     items: Annotated[int, typer.Option(min=40, max=10**6, help="Number of items.")] = 1000,
     seed: Annotated[
         int, typer.Option(min=0, max=2**63 - 1, help="Random seed; equal settings and seed give equal data.")
@@ -132,7 +132,7 @@ def prepare_synthetic(
 
     config = Synthetic(users=users, items=items, seed=seed)
     chosen = parse_modalities(modalities) or ("text", "image")
-    run_prepare(lambda: generate(config).only(chosen), destination, max_seq_len, image_size, workers, force)
+    run_prepare(lambda: generate(config, chosen), destination, max_seq_len, image_size, workers, force)
 
 
 def parse_modalities(text: str | None) -> tuple[Modality, ...] | None:

@@ -7,7 +7,7 @@ kept. Items without a kept interaction are dropped; ids follow the source's orde
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,14 +21,16 @@ from tpme.bench.errors import UserError
 from tpme.bench.limits import resolved
 from tpme.bench.parsing import read_json
 from tpme.bench.record import Modality
-from tpme.bench.task.dataset import FILES, FORMAT_VERSION, Dataset, Manifest, content_digest, names_as_text
+from tpme.bench.task.dataset import FILES, FORMAT_VERSION, Dataset, Manifest, content_digest
 from tpme.bench.task.decode import decode_all, require_space
 from tpme.bench.task.fingerprint import ContentDigest
-from tpme.bench.task.sources.raw import RawData
+from tpme.bench.task.sources.raw import Histories, RawData, offsets_of
 from tpme.bench.task.workspace import publish, workspace
 
 _CHUNK = 256
 """Images copied or hashed at a time."""
+_TEXTS = 2**16
+"""Names or titles written at a time."""
 
 
 @dataclass(frozen=True)
@@ -134,36 +136,33 @@ def select(
     Raises:
         UserError: no user is left.
     """
-    flat, user = _flattened(raw)
+    histories = Histories.of(raw.histories)
+    flat, offsets = histories.items, histories.offsets
     if dropped is not None:
         good = ~dropped[flat]
-        flat, user = flat[good], user[good]
-    lengths = np.bincount(user, minlength=len(raw.users))
+        offsets = offsets_of(good)[offsets]
+        flat = flat[good]
+    lengths = np.diff(offsets)
     enough = lengths >= min_interactions
     if not enough.any():
         raise UserError(
             f"{raw.name}: no user has at least {min_interactions} items (maximum {lengths.max(initial=0)}, "
             f"{len(raw.users)} users), so there is nothing to prepare"
         )
-    to_end = np.cumsum(lengths)[user] - np.arange(len(flat))  # 1 for a user's last item
     kept_lengths = lengths[enough] if last is None else np.minimum(lengths[enough], last)
-    recent = to_end <= (len(flat) if last is None else last)
-    flat = flat[enough[user] & recent]
+    ends = offsets[1:][enough]
+    bounds = np.zeros(len(flat) + 1, np.int8)  # every interaction counts: nothing here has 8 bytes of each
+    bounds[ends - kept_lengths] += 1
+    bounds[ends] -= 1
+    flat = flat[np.cumsum(bounds[:-1], dtype=np.int8).view(bool)]
     used = np.zeros(len(raw.items), bool)
     used[flat] = True
     return Selection(
         items=np.flatnonzero(used),
         users=np.flatnonzero(enough),
         sequences=np.cumsum(used, dtype=np.int32)[flat],
-        offsets=np.concatenate(([0], np.cumsum(kept_lengths, dtype=np.int64))),
+        offsets=offsets_of(kept_lengths),
     )
-
-
-def _flattened(raw: RawData) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Item and user of every interaction, both (interactions,), by user and oldest first."""
-    lengths = np.array([len(history) for history in raw.histories], np.int64)
-    nothing = np.zeros(0, np.int32)
-    return np.concatenate([nothing, *raw.histories]).astype(np.int64), np.repeat(np.arange(len(lengths)), lengths)
 
 
 # --- the destination ---------------------------------------------------------------------------------------
@@ -241,19 +240,14 @@ def _build(raw: RawData, kept: Selection, folder: Path, settings: Settings, prog
     if raw.pictures is not None and settings.skip_bad:
         kept = _write_good_images(raw, images, settings, progress, skipped)
     arrays: dict[str, NDArray[Any]] = {"offsets": kept.offsets, "sequences": kept.sequences}
-    blobs = {
-        "items.txt": names_as_text(raw.items[i] for i in kept.items),
-        "users.txt": names_as_text(raw.users[i] for i in kept.users),
-    }
+    _write_texts(folder / "items.txt", raw.items, kept.items, end="\n")
+    _write_texts(folder / "users.txt", raw.users, kept.users, end="\n")
     if raw.titles is not None:
-        titles = [raw.titles[i].encode("utf-8") for i in kept.items]
-        blobs["titles.bin"] = b"".join(titles)
-        arrays["title_offsets"] = np.cumsum([0, 0, *map(len, titles)], dtype=np.int64)
+        lengths = _write_texts(folder / "titles.bin", raw.titles, kept.items)
+        arrays["title_offsets"] = np.concatenate(([0], offsets_of(lengths)))
     digest = ContentDigest(FORMAT_VERSION, settings.max_seq_len)
-    for name, blob in sorted(blobs.items()):
-        (folder / name).write_bytes(blob)
-        digest.begin_file(name, len(blob))
-        digest.update(blob)
+    for name in ("items.txt", *(["titles.bin"] if raw.titles is not None else ()), "users.txt"):
+        digest.add_file(folder / name)
     if raw.pictures is not None:
         advance = _hashing(digest, images, len(kept.items), settings)
         if settings.skip_bad:
@@ -280,6 +274,17 @@ def _build(raw: RawData, kept: Selection, folder: Path, settings: Settings, prog
     )
     (folder / "dataset.json").write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return manifest
+
+
+def _write_texts(path: Path, texts: Sequence[str], places: NDArray[np.int64], end: str = "") -> NDArray[np.int64]:
+    """Write the texts at these places, (n,), as UTF-8, each followed by ``end``; returns their lengths in bytes."""
+    lengths = np.zeros(len(places), np.int64)
+    with path.open("wb") as file:
+        for start in range(0, len(places), _TEXTS):
+            encoded = [(texts[place] + end).encode() for place in places[start : start + _TEXTS].tolist()]
+            lengths[start : start + len(encoded)] = list(map(len, encoded))
+            file.write(b"".join(encoded))
+    return lengths
 
 
 def _hashing(digest: ContentDigest, path: Path, items: int, settings: Settings) -> Callable[[int], None]:
@@ -351,7 +356,7 @@ def _write_good_images(
     kept = select(raw, last=last, min_interactions=settings.min_interactions, dropped=dropped)
     if len(failed):
         skipped["unreadable image"] += len(failed)
-        skipped["interaction with a skipped item"] += int(np.count_nonzero(dropped[_flattened(raw)[0]]))
+        skipped["interaction with a skipped item"] += int(np.count_nonzero(dropped[Histories.of(raw.histories).items]))
     if np.array_equal(kept.items, every.items):
         scratch.rename(path)
         return kept

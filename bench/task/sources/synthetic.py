@@ -9,7 +9,8 @@ interactions of a history: they are never trained on and can be ranked by conten
 Tuning: the strengths below were chosen, together with the pretraining of the tiny encoders
 (``tpme.bench.task.tiny.pretrain``), such that a small recommender learns the task within a few hundred steps and that
 popularity, item ids, frozen encoders and adapted encoders are clearly separated. Only data and pretraining were tuned,
-with the same settings for all methods and without any code specific to a method. Results on this data show that the
+with the same settings for all methods and without any code specific to a method; ``synthetic_histories`` has the
+strengths. Results on this data show that the
 benchmark works; they say nothing about real catalogues.
 """
 
@@ -23,33 +24,23 @@ from numpy.typing import NDArray
 from pydantic import Field, Strict, model_validator
 
 from tpme.bench.limits import Number, Seed
-from tpme.bench.record import Frozen
-from tpme.bench.task.sources.raw import RawData
+from tpme.bench.record import Frozen, Modality
+from tpme.bench.task.sources.raw import Computed, RawData
+from tpme.bench.task.sources.synthetic_histories import make_histories
 from tpme.bench.task.sources.synthetic_images import COLOURS, SHAPES, TEXTURES, Drawing, draw
-from tpme.bench.task.sources.synthetic_titles import CATEGORIES, STYLES, brand_names, title
+from tpme.bench.task.sources.synthetic_titles import BRANDS, CATEGORIES, STYLES, brand_names, title
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
-BRANDS = 24
-MOST = 10**6
-"""Users, and items."""
-
-# Contributions to the log odds of the next item.
-CATEGORY_FOLLOWS = 4.0
-SHAPE_FOLLOWS = 3.0
-COLOUR_STAYS = 3.0
-BRAND_LIKED = 2.0
-STYLE_LIKED = 3.0
-TEXTURE_LIKED = 2.0
-POPULARITY = 0.5
+MOST_USERS, MOST_ITEMS = 10**7, 10**6
 
 
 class Synthetic(Frozen):
     """Settings of the built-in data set. Equal settings give equal data."""
 
-    users: Annotated[Number, Field(le=MOST)] = 1000
-    items: Annotated[Number, Field(ge=40, le=MOST)] = 1000
+    users: Annotated[Number, Field(le=MOST_USERS)] = 1000
+    items: Annotated[Number, Field(ge=40, le=MOST_ITEMS)] = 1000
     seed: Seed = 12345
     """Of items, users and histories."""
     world: Seed = 1
@@ -95,6 +86,7 @@ class Catalogue:
     texture: Ints
     titles: list[str]
     pictures: list[Drawing]
+    """Empty where none were asked for."""
 
 
 def make_world(number: int) -> World:
@@ -117,8 +109,8 @@ def make_world(number: int) -> World:
     )
 
 
-def make_catalogue(world: World, rng: np.random.Generator, count: int) -> Catalogue:
-    """Draw ``count`` items of a world."""
+def make_catalogue(world: World, rng: np.random.Generator, count: int, *, pictures: bool = True) -> Catalogue:
+    """Draw ``count`` items of a world; pictures come last, so the rest is the same without them."""
     category = rng.integers(len(CATEGORIES), size=count)
     brand = rng.integers(BRANDS, size=count)
     style = _choose(rng, world.brand_styles[brand])
@@ -134,72 +126,25 @@ def make_catalogue(world: World, rng: np.random.Generator, count: int) -> Catalo
         shape=shape,
         texture=texture,
         titles=[title(rng, world.brands[brand[i]], category[i], style[i], colour[i], texture[i]) for i in every],
-        pictures=[draw(rng, shape[i], colour[i], texture[i]) for i in every],
+        pictures=[draw(rng, shape[i], colour[i], texture[i]) for i in every] if pictures else [],
     )
 
 
-def generate(config: Synthetic) -> RawData:
-    """Generate the items and histories of these settings."""
+def generate(config: Synthetic, modalities: tuple[Modality, ...] = ("text", "image")) -> RawData:
+    """Generate the items, in these modalities, and the histories of these settings."""
     world = make_world(config.world)
-    catalogue = make_catalogue(world, np.random.default_rng((config.seed, 1)), config.items)
+    rng = np.random.default_rng((config.seed, 1))
+    catalogue = make_catalogue(world, rng, config.items, pictures="image" in modalities)
     return RawData(
         name="synthetic",
-        items=[f"item-{number:05d}" for number in range(config.items)],
+        items=Computed(config.items, "item-{:05d}".format),
         titles=catalogue.titles,
-        pictures=list(catalogue.pictures),
-        users=[f"user-{number:05d}" for number in range(config.users)],
+        pictures=catalogue.pictures,
+        users=Computed(config.users, "user-{:05d}".format),
         histories=make_histories(config, world, catalogue),
         skipped={},
         synthetic=config.model_dump(exclude_unset=True),
-    )
-
-
-def make_histories(config: Synthetic, world: World, catalogue: Catalogue) -> list[NDArray[np.int32]]:
-    """The history of every user, oldest first, without repeated items."""
-    rng = np.random.default_rng((config.seed, 2))
-    users, items = config.users, config.items
-    lengths = config.shortest_history - 1 + rng.geometric(max(1 - config.continues, 1e-9), users)
-    lengths = np.minimum(lengths, config.longest_history)
-    known = np.where(rng.random(items) < config.newest_share, -np.inf, 0.0)
-    appeal = POPULARITY * rng.normal(size=items) + preferences(rng, catalogue, users)
-    follows = transitions(world, catalogue)
-    taken = np.zeros((users, config.longest_history), np.int32)
-    for step in range(config.longest_history):
-        chance = appeal.copy()
-        if step > 0:
-            chance += follows[taken[:, step - 1]]
-            np.put_along_axis(chance, taken[:, :step], -np.inf, axis=1)
-        chance += np.where((step < lengths - 2)[:, None], known, 0.0)
-        taken[:, step] = np.argmax(chance + rng.gumbel(size=chance.shape), axis=1)
-    return [row[:length].copy() for row, length in zip(taken, lengths, strict=True)]
-
-
-def preferences(rng: np.random.Generator, catalogue: Catalogue, users: int) -> Floats:
-    """(users, items): contribution of each user's preference for two styles, two textures and three brands."""
-    appeal = np.zeros((users, len(catalogue.titles)))
-    for attribute, kinds, count, strength in (
-        (catalogue.style, len(STYLES), 2, STYLE_LIKED),
-        (catalogue.texture, len(TEXTURES), 2, TEXTURE_LIKED),
-        (catalogue.brand, BRANDS, 3, BRAND_LIKED),
-    ):
-        order = np.argsort(rng.random((users, kinds)), axis=1)[:, :count]
-        likes = np.zeros((users, kinds))
-        np.put_along_axis(likes, order, strength, axis=1)
-        appeal += likes[:, attribute]
-    return appeal
-
-
-def transitions(world: World, catalogue: Catalogue) -> Floats:
-    """(items, items): contribution of the previous item (row) to the next (column)."""
-    category, shape, colour = catalogue.category, catalogue.shape, catalogue.colour
-    distance = np.abs(colour[:, None] - colour[None, :])
-    distance = np.minimum(distance, len(COLOURS) - distance)
-    log_odds: Floats = (
-        CATEGORY_FOLLOWS * world.category_follows[category[:, None], category[None, :]]
-        + SHAPE_FOLLOWS * (world.shape_follows[shape][:, None] == shape[None, :])
-        + COLOUR_STAYS * np.maximum(0, 1 - distance / 2)
-    )
-    return log_odds
+    ).only(modalities)
 
 
 def _choose(rng: np.random.Generator, shares: Floats) -> Ints:

@@ -34,6 +34,7 @@ STYLES = (
     ("luxury", "premium", "deluxe"),
 )
 """Synonyms of each style."""
+BRANDS = 24
 COLOUR_WORDS = ("red", "orange", "yellow", "green", "teal", "blue", "purple", "pink")
 TEXTURE_WORDS = ("plain", "striped", "barred", "dotted", "checked", "shaded")
 SYLLABLES = tuple(f"{a}{b}" for a in "bdfgklmnprstvz" for b in ("a", "e", "i", "o", "u", "or", "an", "el"))
@@ -83,15 +84,20 @@ def title(rng: np.random.Generator, brand: str, category: int, style: int, colou
         paint.append(TEXTURE_WORDS[texture])
     if rng.random() < _COMPANION_NAMED:
         other = (category + rng.integers(1, len(CATEGORIES))) % len(CATEGORIES)
-        template += " " + _COMPANIONS[rng.integers(len(_COMPANIONS))].format(other=rng.choice(CATEGORIES[other]))
+        template += " " + _COMPANIONS[rng.integers(len(_COMPANIONS))].format(other=_one(rng, CATEGORIES[other]))
     words = template.format(
         brand=brand,
-        style=rng.choice(STYLES[style]),
-        category=rng.choice(CATEGORIES[category]),
-        filler=rng.choice(FILLERS),
+        style=_one(rng, STYLES[style]),
+        category=_one(rng, CATEGORIES[category]),
+        filler=_one(rng, FILLERS),
         paint=" ".join(paint),
     )
     return " ".join(words.split()).removesuffix(" ,")
+
+
+def _one(rng: np.random.Generator, words: tuple[str, ...]) -> str:
+    """What ``rng.choice(words)`` draws, which would make an array of them first."""
+    return words[rng.integers(len(words))]
 
 
 def words() -> list[str]:
