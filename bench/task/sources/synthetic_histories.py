@@ -1,9 +1,10 @@
 """Histories of the built-in data set: the odds of the next item, and two ways to draw from them.
 
 Up to ``DENSE_PAIRS`` pairs of a user and an item, every step of every user draws from the odds of *all* items, in time
-users x items. Beyond that the time would be days, and each step draws in two parts instead: the category, shape and
-colour of the next item, from their exact odds after the item before it; and the item among ``CANDIDATES`` random ones
-of that kind, from their odds for this user. The strengths are the same, the time is linear in the interactions.
+users x items. Beyond that the time would be days, and a step draws from ``CANDIDATES`` items instead: their kinds
+(category, shape and colour) come from the odds after the item before, and of the candidates one is taken by popularity
+and the user's taste. With many candidates that is the same draw (sampling importance resampling, Rubin, 1987); with
+these few, tastes are weaker. The time is linear in the interactions.
 
 Both work on a few thousand users at a time. What they draw for given settings never changes: records name data by its
 content.
@@ -29,12 +30,14 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 DENSE_PAIRS = 4 * 10**8
-"""More users x items than this are drawn in two parts."""
-CHUNK_PAIRS = 2**22
-"""Users x items that are worked on at one time."""
-CHUNK_USERS = 2**14
-"""Users that are worked on at one time where a step is drawn in two parts; part of what their data is."""
+"""The most users x items that are drawn from the odds of all items."""
+CHUNK_PAIRS = 2**16
+"""Users x items that are worked on at one time: they keep to the cache."""
+CHUNK_USERS = 2**12
+"""Users whose candidates are worked on at one time. This and what follows is part of what the data is."""
 CANDIDATES = 32
+QUANTILES = 2**12
+"""Draws of a kind are this fine."""
 ROUNDS = 20
 """Draws of candidates until one is not taken yet; after that an item comes twice."""
 
@@ -57,7 +60,7 @@ def make_histories(config: Synthetic, world: World, catalogue: Catalogue) -> His
     """The history of every user, oldest first, without repeated items as long as others are left."""
     if config.users * config.items <= DENSE_PAIRS:
         return _dense(config, world, catalogue, np.random.default_rng((config.seed, 2)))
-    return _in_two_parts(config, world, catalogue, np.random.default_rng((config.seed, 3)))
+    return _from_candidates(config, world, catalogue, np.random.default_rng((config.seed, 3)))
 
 
 def _lengths(config: Synthetic, rng: np.random.Generator) -> Ints:
@@ -110,7 +113,7 @@ def _dense(config: Synthetic, world: World, catalogue: Catalogue, rng: np.random
     def appeal(start: int) -> Floats:
         preferences = np.zeros((min(chunk, users - start), items))
         for likes, attribute in liked:
-            preferences += likes[start : start + chunk][:, attribute]
+            preferences += np.take(likes[start : start + chunk], attribute, axis=1)
         return popularity + preferences
 
     taken = np.zeros((users, config.longest_history), np.int32)
@@ -119,37 +122,36 @@ def _dense(config: Synthetic, world: World, catalogue: Catalogue, rng: np.random
             part = slice(start, start + chunk)
             chance = appeal(start).copy()
             if step > 0:
-                chance += follows[kind[taken[part, step - 1]]][:, kind]
+                chance += np.take(follows[kind[taken[part, step - 1]]], kind, axis=1)
                 np.put_along_axis(chance, taken[part, :step], -np.inf, axis=1)
             chance += np.where((step < lengths[part] - 2)[:, None], known, 0.0)
             taken[part, step] = np.argmax(chance + rng.gumbel(size=chance.shape), axis=1)
     return Histories(taken[np.arange(config.longest_history) < lengths[:, None]], offsets_of(lengths))
 
 
-# --- every step in two parts --------------------------------------------------------------------------------------
+# --- every step from a few candidates -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Shelves:
-    """Items by kind (category, shape and colour) and, within a kind, the newest last; a *place* is in this order.
+    """Items by kind and, within a kind, the newest last; a *place* is in this order.
 
-    item: (items,) item at each place. kind: (items,) its kind. first, known, count: (kinds,) first place of each kind,
-    its number of items that are not new, and of all items. taste: (items,) bits of its style, texture and brand.
-    weight: (items,) its popularity. odds: cumulative probabilities of the next kind, among the items that are not new
-    and among all; (kinds + 1) * kinds each, those after kind k from k to k + 1, the last ones of the first item.
+    item: (items,) item at each place. kind: (items,) its kind. first: (kinds,) first place of each kind. sizes: (2,
+    kinds) items of each kind, without the newest and with them. taste: (items,) bits of its style, texture and brand.
+    popularity: (items,). following: (2, kinds + 1, QUANTILES) kinds to draw from after each kind, and, in the last row,
+    for the first item of a history; without the newest items and with them.
     """
 
     item: NDArray[np.int32]
     kind: Ints
     first: Ints
-    known: Ints
-    count: Ints
+    sizes: Ints
     taste: Ints
-    weight: NDArray[np.float32]
-    odds: tuple[Floats, Floats]
+    popularity: NDArray[np.float32]
+    following: NDArray[np.int16]
 
 
-def _in_two_parts(config: Synthetic, world: World, catalogue: Catalogue, rng: np.random.Generator) -> Histories:
+def _from_candidates(config: Synthetic, world: World, catalogue: Catalogue, rng: np.random.Generator) -> Histories:
     lengths = _lengths(config, rng)
     shelves = _shelves(config, world, catalogue, rng)
     offsets = offsets_of(lengths)
@@ -165,32 +167,31 @@ def _in_two_parts(config: Synthetic, world: World, catalogue: Catalogue, rng: np
 def _shelves(config: Synthetic, world: World, catalogue: Catalogue, rng: np.random.Generator) -> _Shelves:
     new = rng.random(config.items) < config.newest_share
     new &= not new.all()
-    weight = np.exp(POPULARITY * rng.normal(size=config.items))
+    popularity = np.exp(POPULARITY * rng.normal(size=config.items))
     kind = _kinds(catalogue)
     order = np.lexsort((new, kind))
-    count = np.bincount(kind, minlength=_KIND_COUNT)
+    sizes = np.stack([np.bincount(kind[~new], minlength=_KIND_COUNT), np.bincount(kind, minlength=_KIND_COUNT)])
     follows = np.exp(np.concatenate([_transitions(world), np.zeros((1, _KIND_COUNT))]))
-
-    def odds(items: NDArray[np.bool_]) -> Floats:
-        cumulative = np.cumsum(follows * np.bincount(kind[items], weight[items], _KIND_COUNT), axis=1)
-        return (cumulative / cumulative[:, -1:] + np.arange(len(follows))[:, None]).ravel()
-
-    taste = sum(np.int64(1) << bits for bits in _bits(catalogue.style, catalogue.texture, catalogue.brand))
+    taste = np.int64(1) << catalogue.style
+    taste |= np.int64(1) << (len(STYLES) + catalogue.texture)
+    taste |= np.int64(1) << (len(STYLES) + len(TEXTURES) + catalogue.brand)
     return _Shelves(
         item=order.astype(np.int32),
         kind=kind[order],
-        first=np.cumsum(count) - count,
-        known=np.bincount(kind[~new], minlength=_KIND_COUNT),
-        count=count,
+        first=np.cumsum(sizes[1]) - sizes[1],
+        sizes=sizes,
         taste=taste[order],
-        weight=weight[order].astype(np.float32),
-        odds=(odds(~new), odds(np.ones_like(new))),
+        popularity=popularity[order].astype(np.float32),
+        following=np.stack([_quantiles(follows * size) for size in sizes]),
     )
 
 
-def _bits(style: Ints, texture: Ints, brand: Ints) -> tuple[Ints, Ints, Ints]:
-    """Numbers of the bits that stand for these styles, textures and brands."""
-    return style, len(STYLES) + texture, len(STYLES) + len(TEXTURES) + brand
+def _quantiles(weights: Floats) -> NDArray[np.int16]:
+    """(n, QUANTILES): in each row the columns of ``weights`` (n, kinds), each as often as its share of the row says."""
+    cumulative = np.cumsum(weights, axis=1)
+    middle = (np.arange(QUANTILES) + 0.5) / QUANTILES
+    rows = [np.searchsorted(row / row[-1], middle, side="right") for row in cumulative]
+    return np.stack(rows).astype(np.int16)
 
 
 def _places(shelves: _Shelves, lengths: Ints, rng: np.random.Generator) -> Ints:
@@ -201,28 +202,28 @@ def _places(shelves: _Shelves, lengths: Ints, rng: np.random.Generator) -> Ints:
     for step in range(places.shape[1]):
         rows = np.flatnonzero(lengths > step)
         after = shelves.kind[places[rows, step - 1]] if step else np.full(len(rows), _KIND_COUNT)
-        newest = step >= lengths[rows] - 2
+        newest = (step >= lengths[rows] - 2).astype(np.int64)
         places[rows, step] = _next(shelves, after, newest, likes[rows], places[rows, :step], rng)
     return places
 
 
-def _next(
-    shelves: _Shelves, after: Ints, newest: NDArray[np.bool_], likes: Ints, taken: Ints, rng: np.random.Generator
-) -> Ints:
+def _next(shelves: _Shelves, after: Ints, newest: Ints, likes: Ints, taken: Ints, rng: np.random.Generator) -> Ints:
     """The next place of n users, (n,).
 
-    after: (n,) kind of the last item. newest: (n,) whether the newest items are met. likes: (n,) bits of what the user
+    after: (n,) kind of the last item. newest: (n,) 1 where the newest items are met. likes: (n,) bits of what the user
     likes. taken: (n, steps) places so far.
     """
     chosen, rows = np.zeros_like(after), np.arange(len(after))
     for _ in range(ROUNDS):
-        kind = _next_kind(shelves, after[rows], newest[rows], rng)
-        sizes = np.where(newest[rows], shelves.count[kind], shelves.known[kind])[:, None]
-        drawn = (rng.random((len(rows), CANDIDATES), np.float32) * sizes.astype(np.float32)).astype(np.int64)
-        places = shelves.first[kind][:, None] + np.minimum(drawn, sizes - 1)
-        # The first of exponential waiting times at rates w is that of item i with probability w_i / sum w.
-        waits = rng.standard_exponential(places.shape, np.float32)
-        waits /= shelves.weight[places] * _liking(shelves.taste[places] & likes[rows][:, None])
+        size = len(rows), CANDIDATES
+        met = newest[rows][:, None]
+        kind = shelves.following[met, after[rows][:, None], rng.integers(QUANTILES, size=size, dtype=np.uint16)]
+        count = shelves.sizes[met, kind]
+        within = (rng.random(size, np.float32) * count.astype(np.float32)).astype(np.int64)
+        places = shelves.first[kind] + np.minimum(within, count - 1)
+        # The first of exponential waiting times at rates w is that of candidate i with probability w_i / sum w.
+        waits = rng.standard_exponential(size, np.float32)
+        waits /= shelves.popularity[places] * _liking(shelves.taste[places] & likes[rows][:, None])
         for before in taken[rows].T:
             waits[places == before[:, None]] = np.inf
         best = waits.argmin(axis=1)[:, None]
@@ -230,15 +231,8 @@ def _next(
         rows = rows[np.isinf(np.take_along_axis(waits, best, axis=1)[:, 0])]
         if not len(rows):
             break
-        after = np.full_like(after, _KIND_COUNT)  # that kind may be used up
+        after = np.full_like(after, _KIND_COUNT)  # what follows may be used up
     return chosen
-
-
-def _next_kind(shelves: _Shelves, after: Ints, newest: NDArray[np.bool_], rng: np.random.Generator) -> Ints:
-    """The kind of the next item of n users, (n,); ``after`` and ``newest`` as in ``_next``."""
-    sought = after + rng.random(len(after)) * (1 - 2.0**-40)  # so much less than 1 that no sum is rounded up to after + 1
-    found = [np.searchsorted(odds, sought, side="right") for odds in shelves.odds]
-    return np.where(newest, found[1], found[0]) - after * _KIND_COUNT
 
 
 def _liking(shared: Ints) -> NDArray[np.float32]:
