@@ -32,17 +32,22 @@ def read_member(archive: zipfile.ZipFile, name: str, most_bytes: int) -> bytes:
         return b"".join(iter(lambda: file.read(_CHUNK), b""))
 
 
-def read_arrays(path: Path, names: Iterable[str], most_bytes: int) -> dict[str, NDArray[Any]]:
+def read_arrays(
+    path: Path, names: Iterable[str], most_bytes: int, optional: Iterable[str] = ()
+) -> dict[str, NDArray[Any]]:
     """Arrays of an ``.npz`` file by name, never pickled objects.
 
     Args:
         path: a regular file. names: of the arrays. most_bytes: that each may unpack to, and the file may have.
+        optional: names of arrays that may be missing.
 
     Raises UserError where it is missing, damaged, too large, or lacks one of them.
     """
     try:
         with zipfile.ZipFile(io.BytesIO(read_regular(path, most_bytes))) as file:
-            return {name: _array(read_member(file, f"{name}.npy", most_bytes)) for name in names}
+            there = set(file.namelist())
+            wanted = (*names, *(name for name in optional if f"{name}.npy" in there))
+            return {name: _array(read_member(file, f"{name}.npy", most_bytes)) for name in wanted}
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except UserError:

@@ -35,7 +35,7 @@ from pydantic import (
 )
 
 from tpme.bench.errors import UserError, first_problem
-from tpme.bench.limits import Number, Positive, Size, Switch
+from tpme.bench.limits import Number, Positive, Seed, Size, Switch
 from tpme.bench.names import Line, Name
 from tpme.bench.parsing import parse_json, read_json_bytes
 from tpme.bench.redact import publishable
@@ -169,6 +169,15 @@ class Training(Frozen):
         return self
 
 
+class Evaluation(Frozen):
+    """Which users the model is evaluated on: in validation, which ends training early, and in the test."""
+
+    users: Number | None = None
+    """So many, drawn at random; ``None``, and a number that is not below theirs, for all."""
+    seed: Seed = 12345
+    """Of the draw, which is the same for every method and every seed of a cell."""
+
+
 class Cell(Frozen):
     """One training run to be measured, complete: everything that may change the result is in here."""
 
@@ -187,6 +196,7 @@ class Cell(Frozen):
     protocol: Protocol = "suite"
     training: Training = Training()
     lr: LearningRates = LearningRates()
+    evaluation: Evaluation = Evaluation()
     lr_trial: int = 0
     """Index of this learning rate among the method's trials; the reporter selects on validation."""
     lr_trials: PositiveInt = 1
@@ -216,13 +226,15 @@ TRAINING_OPTIONS = ("devices", "shard")
 def cell_id(cell: Cell, code_version: str, *, as_written: bool = False) -> str:
     """Identity of a cell: 12 hex digits of SHA-256 over its canonical JSON and the version of the measured code.
 
-    Without the fields in ``NO_IDENTITY``, and without the task and the newer options of encoders and training where
-    they are the default ones; ``as_written``, also without the fields that the record of the cell does not have, for
-    it is older.
+    Without the fields in ``NO_IDENTITY``, without a sample of users where all are evaluated, and without the task and
+    the newer options of encoders and training where they are the default ones; ``as_written``, also without the fields
+    that the record of the cell does not have, for it is older.
     """
     settings = cell.model_dump(mode="json", exclude=set(NO_IDENTITY), exclude_unset=as_written)
     if cell.task == Cell.model_fields["task"].default:
         settings.pop("task", None)
+    if cell.evaluation.users is None:
+        settings.pop("evaluation", None)
     for encoder in filter(None, (settings.get("text_encoder"), settings.get("image_encoder"))):
         for option in ENCODER_OPTIONS:
             if option in encoder and encoder[option] == EncoderSpec.model_fields[option].default:
@@ -483,6 +495,8 @@ class DatasetFacts(Frozen):
     items: Count
     interactions: Count
     items_never_trained: Count
+    evaluated_users: Count | None = None
+    """How many of the users were drawn for validation and test; ``None`` where all were taken."""
     modalities: tuple[Modality, ...]
     source: str | None = None
     """Kind and place it was read from, for people; ``None`` where it is not known."""
@@ -615,7 +629,8 @@ class CellResult(Frozen):
     """``ranks`` and ``samples``: names of the ``.npz`` files beside this record; ``adapter``: of a safetensors file.
 
     ``ranks`` holds, one entry a user: ``rank`` (int32, from 1, ties against the model), ``target`` (item),
-    ``cold`` (the target never occurs in training), ``in_history`` (the target is masked, so it cannot hit).
+    ``cold`` (the target never occurs in training), ``in_history`` (the target is masked, so it cannot hit). Of a
+    sample of users it also holds ``user`` (int64, rising): their rows in the prepared data.
     ``adapter`` holds what the method has trained, as of the best epoch, where the run saves it.
     ``samples`` holds ``step_s`` (training steps), ``step_epoch``, and the memory curve ``sample_t_s``,
     ``sample_bytes``.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,6 +36,13 @@ class Ranks:
     """The target never occurs in training."""
     in_history: NDArray[Any]
     """The target is masked because the user already had it, so it can never hit."""
+    user: NDArray[Any] | None = None
+    """Rows of the users in the prepared data, rising; ``None`` where they are all users in order."""
+
+    def paired_with(self, other: Ranks) -> bool:
+        """Whether both are of the same users, in the same order, with the same targets."""
+        users = [np.arange(len(ranks.rank)) if ranks.user is None else ranks.user for ranks in (self, other)]
+        return np.array_equal(self.target, other.target) and np.array_equal(users[0], users[1])
 
 
 @dataclass(frozen=True)
@@ -101,7 +108,8 @@ def damage(
 def load_ranks(path: Path | str) -> Ranks:
     """Read the ranks beside a record. Raises RecordError for a missing, truncated, foreign or impossible file."""
     ranks = _load(Path(path), Ranks)
-    if len({len(getattr(ranks, field.name)) for field in fields(Ranks)}) != 1:
+    arrays = [values for field in fields(Ranks) if (values := getattr(ranks, field.name)) is not None]
+    if len(set(map(len, arrays))) != 1:
         raise RecordError(f"{path}: its arrays differ in length; run the cell again")
     if {ranks.rank.dtype.kind, ranks.target.dtype.kind} - set("iu"):
         types = f"{ranks.rank.dtype} and {ranks.target.dtype}"
@@ -110,7 +118,13 @@ def load_ranks(path: Path | str) -> Ranks:
         raise RecordError(f"{path}: it holds no rank; run the cell again")
     if (least := int(min(ranks.rank.min(), ranks.target.min()))) < 1:
         raise RecordError(f"{path}: ranks and targets start at 1, this holds {least}; run the cell again")
+    if ranks.user is not None and not _are_rows(ranks.user):
+        raise RecordError(f"{path}: its users are not rows of the data in rising order; run the cell again")
     return ranks
+
+
+def _are_rows(users: NDArray[Any]) -> bool:
+    return users.dtype.kind in "iu" and int(users[0]) >= 0 and bool((users[1:] > users[:-1]).all())
 
 
 def load_samples(path: Path | str) -> Samples:
@@ -129,8 +143,13 @@ def _check_ranks(path: Path, result: CellResult) -> None:
     ranks, data = load_ranks(path), result.dataset
     if data is None:
         return
-    if len(ranks.rank) != data.users:
-        raise RecordError(f"{path}: {len(ranks.rank):,} ranks of {data.users:,} users; run the cell again")
+    users = data.users if data.evaluated_users is None else data.evaluated_users
+    if len(ranks.rank) != users:
+        raise RecordError(f"{path}: {len(ranks.rank):,} ranks of {users:,} users; run the cell again")
+    if (ranks.user is None) != (data.evaluated_users is None):
+        raise RecordError(f"{path}: it does not say of which users it is, or says so of all; run the cell again")
+    if ranks.user is not None and (last := int(ranks.user[-1])) >= data.users:
+        raise RecordError(f"{path}: user {last:,} (from 0) of {data.users:,}; run the cell again")
     if (most := int(max(ranks.rank.max(), ranks.target.max()))) > data.items:
         raise RecordError(f"{path}: rank or item {most:,} in a catalogue of {data.items:,}; run the cell again")
 
@@ -138,7 +157,10 @@ def _check_ranks(path: Path, result: CellResult) -> None:
 def _load(path: Path, kind: type[Arrays]) -> Arrays:
     """The arrays of an ``.npz`` file, as the dataclass ``kind`` names them."""
     try:
-        arrays = read_arrays(path, [field.name for field in fields(kind)], MOST_BYTES)  # type: ignore[arg-type]
+        every = fields(kind)  # type: ignore[arg-type]
+        optional = [field.name for field in every if field.default is not MISSING]
+        names = [field.name for field in every if field.name not in optional]
+        arrays = read_arrays(path, names, MOST_BYTES, optional)
     except UserError as error:
         raise RecordError(f"{error}; run the cell again") from None
     if any(values.ndim != 1 for values in arrays.values()):

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes | memoryview) -> None:
     """Write ``data`` under a temporary name beside ``path`` and rename it: readers see all of it or nothing.
 
     What is written outlasts a power cut. The temporary file is locked while its writer lives; one that is not is left

@@ -38,7 +38,8 @@ OF_MODEL = (
 )  # fmt: skip
 """Exact counters that depend on the model alone, so also other data leave them comparable."""
 TASK = {"dataset_fingerprint": "data", "protocol": "protocol"}
-"""What must agree for quality, and for counters of the data, to be compared; costs need the same device, too."""
+"""What must agree for counters of the data to be compared; costs need the same device, too."""
+QUALITY_TASK = {**TASK, "evaluation": "test users"}
 
 
 @dataclass(frozen=True)
@@ -221,7 +222,7 @@ def with_quality(pair: SectionPair, rows: tuple[RowPair, ...]) -> tuple[RowPair,
     """The rows with Recall@10 and NDCG@10: a paired test over users, whose gains are means over seeds."""
     changes: dict[str, list[Change]] = {row.a: list(row.changes) for row in rows}
     firsts = pair.a.firsts(), pair.b.firsts()
-    reasons = {row.a: _unlike(pair, TASK) or _unpaired(firsts[0][row.a], firsts[1][row.b]) for row in rows}
+    reasons = {row.a: _unlike(pair, QUALITY_TASK) or _unpaired(firsts[0][row.a], firsts[1][row.b]) for row in rows}
     for metric, key in zip(METRICS, QUALITIES, strict=True):
         gains = pair.a.gains[metric], pair.b.gains[metric]
         both = [row for row in rows if row.a in gains[0] and row.b in gains[1]]
@@ -254,5 +255,5 @@ def _unpaired(*records: Recorded) -> str | None:
     """Why the users of two rows are not paired, from a record of each."""
     if any(flag.code == "random-weights" for recorded in records for flag in recorded.result.flags):
         return "an encoder with random weights: its quality means nothing"
-    targets = [load_ranks(path).target for recorded in records if (path := recorded.beside("ranks"))]
-    return None if all(np.array_equal(targets[0], other) for other in targets) else "other test users or targets"
+    ranks = [load_ranks(path) for recorded in records if (path := recorded.beside("ranks"))]
+    return None if all(ranks[0].paired_with(other) for other in ranks) else "other test users or targets"

@@ -18,6 +18,7 @@ from rich.text import Text
 from tpme.bench.errors import UserError
 from tpme.bench.text import escaped_lines
 from tpme.bench.writing import write_atomically
+from tpme.reports.data.columns import ALL_USERS
 from tpme.reports.data.load import read, to_frame
 from tpme.reports.data.section import Section, check_rows, make_section
 from tpme.reports.data.tpme import DEFAULT, Weights, read_frames, write_frames
@@ -233,7 +234,7 @@ def _draw(report: Report, formats: Sequence[str], workers: int, console: Console
 
 
 def _key(group: dict[str, str]) -> tuple[tuple[str, str], ...]:
-    return tuple(sorted(group.items()))
+    return tuple(sorted(({"evaluation": ALL_USERS} | group).items()))  # older frames do not say
 
 
 def _command(roots: Sequence[Path], choices: Choices) -> str:

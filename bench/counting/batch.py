@@ -39,12 +39,15 @@ class DataShape(DataSize):
     @classmethod
     def of(cls, dataset: Dataset) -> DataShape:
         """The shape of a prepared data set."""
-        slots = np.sort(dataset.train_slots, axis=1)
-        first_seen = np.diff(slots, axis=1, prepend=0) > 0
-        seen_by = np.bincount(slots[first_seen])
+        lengths, seen_by = [], np.zeros(dataset.manifest.items + 1, np.int64)
+        for part in dataset.train_parts():
+            slots = np.sort(part, axis=1)
+            first_seen = np.diff(slots, axis=1, prepend=0) > 0
+            seen_by += np.bincount(slots[first_seen], minlength=len(seen_by))
+            lengths.append((slots > 0).sum(axis=1))
         return cls(
             **vars(DataSize.of(dataset)),
-            lengths=np.sort((slots > 0).sum(axis=1)),
+            lengths=np.sort(np.concatenate(lengths)),
             occurrences=seen_by[seen_by > 0],
             source="the prepared data set",
         )

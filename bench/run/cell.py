@@ -149,6 +149,7 @@ class CellRun:
             self.progress("load", 0.0)
             dataset = open_dataset(self.job)
             facts.dataset = dataset.facts(cell.dataset)
+            facts.flag_evaluation(cell, facts.dataset)
         specs = encoder_specs(cell, method)
         check_encoders(specs)
         use = EncoderUse.of(cell, method)

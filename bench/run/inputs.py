@@ -19,10 +19,14 @@ from tpme.methods.base import Method
 
 
 def open_dataset(job: Job) -> Dataset:
-    """The data set of a job. Raises UserError where it is not the one that the matrix was read with."""
+    """The data set of a job, with its sample of users to evaluate.
+
+    Raises UserError where it is not the one that the matrix was read with.
+    """
     dataset = Dataset.open(job.dataset_path, job.store)
     if dataset.manifest.fingerprint != job.cell.dataset_fingerprint:
         raise UserError(f"{job.dataset_path}: changed since the matrix was read; run the matrix again")
+    dataset.evaluate_on(job.cell.evaluation)
     return dataset
 
 

@@ -31,7 +31,17 @@ from tpme.bench.limits import Bytes, ImageSize, LocalPath, Number, Positive, See
 from tpme.bench.names import Name
 from tpme.bench.parsing import read_toml
 from tpme.bench.quantities import BYTES, parse_quantity
-from tpme.bench.record import Cell, EncoderSpec, Frozen, LearningRates, Modality, Protocol, Training, cell_id
+from tpme.bench.record import (
+    Cell,
+    EncoderSpec,
+    Evaluation,
+    Frozen,
+    LearningRates,
+    Modality,
+    Protocol,
+    Training,
+    cell_id,
+)
 from tpme.bench.run.cell_checks import check_cached, check_items, pinned
 from tpme.bench.run.settings import apply_setting, culprit, problem
 
@@ -157,6 +167,8 @@ class MatrixFile(Frozen):
     """Further axes over training settings, such as ``precision = ["fp32", "bf16"]``; ``lr`` lists the learning-rate
     trials of every method that lists none."""
     lr: LearningRates = LearningRates()
+    evaluation: Evaluation = Evaluation()
+    """The users that every cell is evaluated on."""
     methods: Annotated[tuple[MethodEntry, ...], BeforeValidator(_as_tables), Field(min_length=1)]
     time_limit_s: Number = 6 * 3600
     """Per cell; one that takes longer ends as ``timeout``."""
@@ -265,6 +277,7 @@ def expand(
                         protocol=matrix.protocol,
                         training=_overridden(training, method, matrix),
                         lr=lr,
+                        evaluation=matrix.evaluation,
                         lr_trial=trial,
                         lr_trials=len(trials[id(method)]),
                         device="cuda" if device == "cuda" else "cpu",

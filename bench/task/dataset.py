@@ -17,10 +17,11 @@ training.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +33,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
 
 from tpme.bench.errors import UserError, first_problem, one_line
 from tpme.bench.parsing import open_regular, read_json
-from tpme.bench.record import DatasetFacts, Frozen, Modality
+from tpme.bench.record import DatasetFacts, Evaluation, Frozen, Modality
 from tpme.bench.task.fingerprint import ContentDigest, is_unchanged
 
 FORMAT_VERSION = 1
@@ -40,6 +41,9 @@ FILES = ("images.npy", "items.txt", "offsets.npy", "sequences.npy", "title_offse
 """What the fingerprint is of; each modality has its own ones among them."""
 LONGEST = 2**16
 """Items of an input of the sequential encoder."""
+USERS_PER_PART = 2**16
+"""Users that are worked on at one time where something is made of all of them."""
+_CHUNK = 2**20
 
 Ids = NDArray[np.int32]
 
@@ -123,6 +127,8 @@ class Dataset:
         self.path, self.manifest = path, manifest
         self.sequences, self.offsets = sequences, offsets
         self.titles, self.images = titles, images
+        self.evaluated: NDArray[np.int64] | None = None
+        """Users whose targets are ranked, by row and rising; ``None`` for all."""
 
     @classmethod
     def open(cls, path: str | Path, store: Path | None = None) -> Dataset:
@@ -151,8 +157,8 @@ class Dataset:
             side = manifest.image_size or 0
             images = _load(folder, "images.npy", np.uint8, (manifest.items + 1, 3, side, side))
         dataset = cls(folder, manifest, sequences=sequences, offsets=offsets, titles=titles, images=images)
-        _require(len(dataset.item_names) == manifest.items + 1, folder, "items.txt")
-        _require(len(dataset.user_names) == manifest.users, folder, "users.txt")
+        _require(_line_count(folder / "items.txt") == manifest.items, folder, "items.txt")
+        _require(_line_count(folder / "users.txt") == manifest.users, folder, "users.txt")
         return dataset
 
     @cached_property
@@ -162,28 +168,39 @@ class Dataset:
 
     @cached_property
     def user_names(self) -> list[str]:
-        """The source's names of the users."""
+        """The source's names of the users; the suite itself does not need them."""
         return _lines(self.path / "users.txt")
 
     @cached_property
     def train_slots(self) -> Ids:
         """The training items of every user, (users, max_seq_len + 1), left-padded with 0."""
-        return self._window(self.manifest.max_seq_len + 1, before_end=2)
+        slots = np.empty((self.manifest.users, self.manifest.max_seq_len + 1), np.int32)
+        for number, part in enumerate(self.train_parts()):
+            slots[number * USERS_PER_PART :][: len(part)] = part
+        return slots
+
+    def train_parts(self) -> Iterator[Ids]:
+        """Yield ``train_slots`` in order, ``USERS_PER_PART`` users at a time."""
+        for start in range(0, self.manifest.users, USERS_PER_PART):
+            users = np.arange(start, min(start + USERS_PER_PART, self.manifest.users))
+            yield self._window(users, self.manifest.max_seq_len + 1, before_end=2)
 
     @cached_property
     def valid(self) -> Split:
-        """The split whose target is the second last item of every user."""
+        """The split whose target is the second last item of every user, or of those that are evaluated."""
         return self._split(before_end=1)
 
     @cached_property
     def test(self) -> Split:
-        """The split whose target is the last item of every user."""
+        """The split whose target is the last item of every user, or of those that are evaluated."""
         return self._split(before_end=0)
 
     @cached_property
     def popularity(self) -> NDArray[np.float64]:
         """Each item's share of all training interactions, (N + 1,); 0 for an item never trained on, 1 for padding."""
-        counts = np.bincount(self.train_slots.ravel(), minlength=self.manifest.items + 1)
+        counts = np.zeros(self.manifest.items + 1, np.int64)
+        for slots in self.train_parts():
+            counts += np.bincount(slots.ravel(), minlength=len(counts))
         counts[0] = 0
         popularity: NDArray[np.float64] = counts / counts.sum()
         popularity[0] = 1.0
@@ -197,12 +214,28 @@ class Dataset:
     @property
     def cold_test_share(self) -> float:
         """Share of users whose test target does not occur in training."""
-        return float(np.mean(self.popularity[self.test.target] == 0))
+        return float(np.mean(self.popularity[self.sequences[self.offsets[1:] - 1]] == 0))
 
     def facts(self, name: str) -> DatasetFacts:
         """What a record says of the data, which its matrix calls ``name``."""
         shared = self.manifest.model_dump(exclude={"name", "format_version", "skipped"})
-        return DatasetFacts(name=name, items_never_trained=self.items_never_trained, **shared)
+        evaluated = None if self.evaluated is None else len(self.evaluated)
+        return DatasetFacts(
+            name=name, items_never_trained=self.items_never_trained, evaluated_users=evaluated, **shared
+        )
+
+    def evaluate_on(self, evaluation: Evaluation) -> None:
+        """Restrict ``valid`` and ``test`` to the sample of users that ``evaluation`` asks for.
+
+        The sample depends on the content of the data and the seed of the evaluation alone, so it is the same for every
+        method. A data set of no more users is evaluated on all of them.
+        """
+        users = self.manifest.users
+        if evaluation.users is None or evaluation.users >= users:
+            return
+        seed = hashlib.sha256(f"{self.manifest.fingerprint} {evaluation.seed}".encode()).digest()
+        rng = np.random.default_rng(list(seed))
+        self.evaluated = np.sort(rng.choice(users, evaluation.users, replace=False))
 
     def gather_images(self, ids: NDArray[np.integer[Any]]) -> NDArray[np.uint8]:
         """Copy the images of items ``ids`` (n,): uint8 (n, 3, H, W).
@@ -217,16 +250,18 @@ class Dataset:
 
     def _split(self, *, before_end: int) -> Split:
         length = self.manifest.max_seq_len
+        users = np.arange(self.manifest.users) if self.evaluated is None else self.evaluated
         return Split(
-            inputs=self._window(length, before_end=before_end + 1),
-            target=self.sequences[self.offsets[1:] - 1 - before_end],
-            history=self._window(length + 2, before_end=before_end + 1),
+            inputs=self._window(users, length, before_end=before_end + 1),
+            target=self.sequences[self.offsets[users + 1] - 1 - before_end],
+            history=self._window(users, length + 2, before_end=before_end + 1),
         )
 
-    def _window(self, width: int, *, before_end: int) -> Ids:
-        """(users, width): the last ``width`` items of every user before its last ``before_end`` ones."""
-        index = (self.offsets[1:] - before_end)[:, None] - np.arange(width, 0, -1)
-        return np.where(index >= self.offsets[:-1, None], self.sequences[np.maximum(index, 0)], np.int32(0))
+    def _window(self, users: NDArray[np.int64], width: int, *, before_end: int) -> Ids:
+        """(n, width): the last ``width`` items of each of these users, (n,), before its last ``before_end`` ones."""
+        index = (self.offsets[users + 1] - before_end)[:, None] - np.arange(width, 0, -1)
+        inside = index >= self.offsets[users, None]
+        return np.where(inside, self.sequences[np.maximum(index, 0)], np.int32(0))
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -299,11 +334,6 @@ def item_names(folder: Path) -> list[str]:
     return ["", *_lines(folder / "items.txt")]
 
 
-def names_as_text(names: Iterable[str]) -> bytes:
-    """The content of ``items.txt`` or ``users.txt``."""
-    return "".join(f"{name}\n" for name in names).encode("utf-8")
-
-
 def _lines(path: Path) -> list[str]:
     # splitlines() would also split at characters that a name may contain.
     try:
@@ -311,6 +341,20 @@ def _lines(path: Path) -> list[str]:
             return file.read().decode("utf-8").split("\n")[:-1]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not readable ({error}); prepare the data set again") from None
+
+
+def _line_count(path: Path) -> int:
+    """How many names the file holds; reads it in parts, for those of ten million users would fill a gigabyte."""
+    decoder, count = codecs.getincrementaldecoder("utf-8")(), 0
+    try:
+        with open_regular(path) as file:
+            for chunk in iter(lambda: file.read(_CHUNK), b""):
+                decoder.decode(chunk)
+                count += chunk.count(b"\n")
+        decoder.decode(b"", final=True)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable ({error}); prepare the data set again") from None
+    return count
 
 
 def _load(folder: Path, name: str, dtype: type[Any], shape: tuple[int, ...]) -> NDArray[Any]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from tpme.bench.archives import read_arrays
 from tpme.bench.errors import UserError
-from tpme.bench.task.dataset import Dataset
+from tpme.bench.task.dataset import Dataset, Titles
 from tpme.bench.task.hub import reach, refusals
 from tpme.bench.writing import write_atomically
 
@@ -73,7 +73,7 @@ def tokenise(
             f"title_tokens is {title_tokens}, but '{tokenizer_source}' reads at most {tokenizer.model_max_length}"
         )
     if store is None:
-        return _tokenise(dataset.titles[1:], tokenizer, title_tokens)
+        return _tokenise(dataset.titles, tokenizer, title_tokens)
     content = f"sha256\n{dataset.manifest.fingerprint}\n{title_tokens}\n{_content(tokenizer)}"
     path = store / f"tokens-{hashlib.sha256(content.encode()).hexdigest()[:16]}.npz"
     try:
@@ -82,10 +82,10 @@ def tokenise(
         pass
     except UserError as error:
         sys.stderr.write(f"tpme: {error}; the titles are tokenised again\n")
-    table = _tokenise(dataset.titles[1:], tokenizer, title_tokens)
+    table = _tokenise(dataset.titles, tokenizer, title_tokens)
     buffer = io.BytesIO()
     np.savez(buffer, ids=table.ids, lengths=table.lengths, sha256=table.sha256)
-    write_atomically(path, buffer.getvalue())
+    write_atomically(path, buffer.getbuffer())
     return table
 
 
@@ -133,17 +133,17 @@ def _content(tokenizer: Any) -> str:
     return f"{type(tokenizer).__name__} {__version__}\n{special}\n{state}"
 
 
-def _tokenise(titles: list[str], tokenizer: Any, title_tokens: int) -> TokenTable:
+def _tokenise(titles: Titles, tokenizer: Any, title_tokens: int) -> TokenTable:
     padding = tokenizer.pad_token_id or 0
-    ids = np.full((len(titles) + 1, title_tokens), padding, np.int32)
+    ids = np.full((len(titles), title_tokens), padding, np.int32)
     ids[0] = 0
-    lengths = np.zeros(len(titles) + 1, np.int32)
-    for start in range(0, len(titles), _TITLES_PER_CALL):
+    lengths = np.zeros(len(titles), np.int32)
+    for start in range(1, len(titles), _TITLES_PER_CALL):
         with refusals(f"tokenizer '{tokenizer.name_or_path}': a title cannot be tokenised"):
             batch = tokenizer(
                 titles[start : start + _TITLES_PER_CALL], truncation=True, max_length=title_tokens, padding=False
             )
-        for row, tokens in enumerate(batch["input_ids"], start=start + 1):
+        for row, tokens in enumerate(batch["input_ids"], start=start):
             ids[row, : len(tokens)] = tokens
             lengths[row] = len(tokens)
     return TokenTable(ids, lengths)

@@ -62,6 +62,15 @@ class CellFacts:
         """Flag the cell in its record."""
         self.flags.append(Flag(code=code, message=message))
 
+    def flag_evaluation(self, cell: Cell, data: DatasetFacts) -> None:
+        """Flag a sample of users, and one that was asked for and is all users."""
+        asked, seed = cell.evaluation.users, cell.evaluation.seed
+        if data.evaluated_users is not None:
+            of = f"{data.evaluated_users:,} of {data.users:,} users, drawn at random with seed {seed}"
+            self.flag("sampled-users", f"validation and test rank the targets of {of}")
+        elif asked is not None:
+            self.flag("all-users", f"evaluation.users is {asked:,}, the data has {data.users:,}: all were evaluated")
+
     def flag_encoders(self, cell: Cell, specs: Mapping[Modality, EncoderSpec], model: Recommender) -> None:
         """Flag encoders with random weights, and checkpointing without effect."""
         random = [modality for modality, spec in specs.items() if spec.weights == "random"]
@@ -74,7 +83,8 @@ class CellFacts:
 def ranks(dataset: Dataset, rank: NDArray[np.int32]) -> Arrays:
     """The arrays of a record's ``ranks`` file, one entry per user; ``rank`` holds those of the test targets."""
     test = dataset.test
-    return {
+    users = {} if dataset.evaluated is None else {"user": dataset.evaluated}
+    return users | {
         "rank": rank,
         "target": test.target,
         "cold": dataset.popularity[test.target] == 0,

@@ -7,10 +7,21 @@ from collections.abc import Sequence
 from typing import Any
 
 from tpme.bench.quantities import memory_reading
-from tpme.bench.record import ENCODER_OPTIONS, Cell, CellResult, EncoderSpec, Epoch, PhaseKind, earlier_epochs
+from tpme.bench.record import (
+    ENCODER_OPTIONS,
+    Cell,
+    CellResult,
+    EncoderSpec,
+    Epoch,
+    Evaluation,
+    PhaseKind,
+    earlier_epochs,
+)
 from tpme.bench.text import escaped
 from tpme.reports.data.serving import cell_costs
 
+ALL_USERS = "all users"
+"""The column ``evaluation`` of a cell that is evaluated on no sample."""
 OWN_PHASES: frozenset[PhaseKind] = frozenset({"count", "inference", "probe"})
 """Kinds of phases in which the suite measures what training does not need."""
 
@@ -58,6 +69,7 @@ def _cell_columns(cell: Cell, device_key: str) -> dict[str, Any]:
         ),
         "protocol": cell.protocol,
         "precision": precision,
+        "evaluation": _evaluation(cell.evaluation),
         "training": _canonical(training),
         "lr": _canonical(cell.lr.model_dump(mode="json")),
         "lr_trial": cell.lr_trial,
@@ -65,6 +77,12 @@ def _cell_columns(cell: Cell, device_key: str) -> dict[str, Any]:
         "device_key": device_key,
         "seed": cell.seed,
     }
+
+
+def _evaluation(evaluation: Evaluation) -> str:
+    if evaluation.users is None:
+        return ALL_USERS
+    return f"{evaluation.users:,} test users, seed {evaluation.seed}"
 
 
 def _cost_columns(result: CellResult) -> dict[str, Any]:

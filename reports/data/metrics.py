@@ -95,7 +95,7 @@ _MEANS: tuple[tuple[str, Metric, int, str], ...] = (
 def _counts(name: str, seeds: Sequence[Ranks]) -> dict[str, float]:
     first = seeds[0]
     for other in seeds[1:]:
-        if not np.array_equal(first.target, other.target):
+        if not first.paired_with(other):
             raise UserError(f"{name}: its seeds were tested on different users or targets; report the runs apart")
     return {
         "users": len(first.rank),

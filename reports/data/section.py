@@ -89,10 +89,10 @@ class Section:
     def differences(self) -> Mapping[Metric, Sequence[Difference]]:
         """Recall@10 and NDCG@10 of every pair of finished rows, tested over users.
 
-        A user counts with the mean over the seeds of a row. A section holds one data set, so both rows have the same
-        users; nothing is tested where data or protocols are mixed.
+        A user counts with the mean over the seeds of a row. A section holds one data set and one sample of its users,
+        so both rows have the same users; nothing is tested where data, protocols or samples are mixed.
         """
-        if {"dataset_fingerprint", "protocol"} & set(self.group.mixed):
+        if {"dataset_fingerprint", "protocol", "evaluation"} & set(self.group.mixed):
             return dict.fromkeys(self.gains, ())
         return {metric: differences_of(values) for metric, values in self.gains.items()}
 

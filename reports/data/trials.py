@@ -19,7 +19,16 @@ import pandas as pd
 
 from tpme.bench.record import Training
 
-GROUP = ("device_key", "protocol", "dataset", "dataset_fingerprint", "modalities", "encoders", "precision")
+GROUP = (
+    "device_key",
+    "protocol",
+    "dataset",
+    "dataset_fingerprint",
+    "modalities",
+    "encoders",
+    "precision",
+    "evaluation",
+)
 """Rows that differ in any of these share a frame only on request: their costs or their tasks differ."""
 
 ROW = ("label", "options", "training", "code_version")
@@ -27,7 +36,8 @@ ROW = ("label", "options", "training", "code_version")
 Line = Mapping[str, Any]
 """One line of a table by column."""
 
-PLURAL = dict(zip(GROUP, ("devices", "protocols", "data", "data", "modalities", "encoders", "precisions"), strict=True))
+_PLURALS = ("devices", "protocols", "data", "data", "modalities", "encoders", "precisions", "test users")
+PLURAL = dict(zip(GROUP, _PLURALS, strict=True))
 
 
 @dataclass(frozen=True)
@@ -94,7 +104,7 @@ def names(groups: Sequence[Group]) -> list[str]:
     """A readable name for each group: data, protocol, precision and device, and what else distinguishes it."""
     data = {(group.key["dataset"], group.key["dataset_fingerprint"]) for group in groups}
     namesakes = len({name for name, _ in data}) < len(data)
-    rest = [*(["dataset_fingerprint"] if namesakes else []), "modalities", "encoders"]
+    rest = [*(["dataset_fingerprint"] if namesakes else []), "modalities", "encoders", "evaluation"]
     distinct = [key for key in rest if len({group.key[key] for group in groups}) > 1]
     return [
         (f"rows of different {mixture(group)} mixed: " if group.mixed else "")

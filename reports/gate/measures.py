@@ -79,7 +79,7 @@ class Quality(Frozen):
         """Reduce recorded ranks to those up to ``CUTOFF``."""
         rank = np.where((ranks.rank <= CUTOFF) & ~ranks.in_history.astype(bool), ranks.rank, 0).astype(np.uint8)
         return cls(
-            users=hashlib.sha256(np.ascontiguousarray(ranks.target, dtype="<i8").tobytes()).hexdigest()[:12],
+            users=_digest(ranks),
             recall_10=round(float(gains(ranks, "recall", CUTOFF).mean()), 6),
             ndcg_10=round(float(gains(ranks, "ndcg", CUTOFF).mean()), 6),
             ranks=base64.b64encode(zlib.compress(rank.tobytes(), 9)).decode(),
@@ -110,6 +110,14 @@ class Quality(Frozen):
         hits = np.arange(1, CUTOFF + 1)
         gains = np.ones(CUTOFF) if name == "recall_10" else 1 / np.log2(1 + hits)
         return np.concatenate([[0.0], gains])[rank]
+
+
+def _digest(ranks: Ranks) -> str:
+    digest = hashlib.sha256()
+    for values in (ranks.target, ranks.user):
+        if values is not None:
+            digest.update(np.ascontiguousarray(values, dtype="<i8").tobytes())
+    return digest.hexdigest()[:12]
 
 
 class GateCell(Frozen):
