@@ -52,10 +52,10 @@ def compare(a: Path, b: Path) -> TwoSets:
 def _apart(a: Section, b: Section) -> tuple[bool, ...]:
     """How little two groups share; what makes most incomparable comes first."""
     kinds = [set(section.cells["device"]) for section in (a, b)]
-    keys = ("dataset_fingerprint", "dataset", "protocol", "device_key", "encoders", "modalities", "precision")
-    keys = (*keys, "evaluation")
-    unlike = {key: a.group.key[key] != b.group.key[key] for key in keys}
-    return (*(unlike[key] for key in keys[:3]), kinds[0] != kinds[1], *(unlike[key] for key in keys[3:]))
+    first = ("dataset_fingerprint", "dataset", "protocol")
+    then = ("device_key", "encoders", "modalities", "precision", "evaluation")
+    unlike = {key: a.group.key[key] != b.group.key[key] for key in (*first, *then)}
+    return (*(unlike[key] for key in first), kinds[0] != kinds[1], *(unlike[key] for key in then))
 
 
 def _pair(a: Section, b: Section, single: bool) -> SectionPair:

@@ -60,7 +60,7 @@ class Histories(Computed[NDArray[np.int32]]):
         return cls(np.concatenate([np.zeros(0, np.int32), *histories]), offsets_of(lengths))
 
 
-def offsets_of(lengths: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+def offsets_of(lengths: NDArray[np.integer[Any] | np.bool_]) -> NDArray[np.int64]:
     """Where each of n parts of these lengths begins in one array, and where the last ends: (n + 1,)."""
     return np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
 
