@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tpme.bench.record import EncoderSpec, Frozen, LearningRates, Training
+from tpme.bench.record import EncoderSpec, Evaluation, Frozen, LearningRates, Training
 from tpme.bench.run.matrix import DatasetEntry, MatrixFile, MethodEntry, PreparedDataset, expand
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -178,6 +178,7 @@ SECTIONS: dict[str, type[Frozen]] = {
     "`methods`": MethodEntry,
     "`[training]`": Training,
     "`[lr]`": LearningRates,
+    "`[evaluation]`": Evaluation,
 }
 
 

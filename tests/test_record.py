@@ -22,6 +22,7 @@ from tpme.bench.record import (
     TRAINING_OPTIONS,
     Cell,
     EncoderSpec,
+    Evaluation,
     Failure,
     Reading,
     RecordError,
@@ -299,6 +300,15 @@ def test_a_cells_identity_is_what_runs() -> None:
         assert cell_id(CELL.model_copy(update={field: value}), "v") == identity
     for field, value in {"task": "retrieval", "seed": 1, "dataset": "e"}.items():
         assert cell_id(CELL.model_copy(update={field: value}), "v") != identity
+
+
+def test_a_sample_of_users_is_part_of_the_identity_where_there_is_one() -> None:
+    assert cell_id(CELL.model_copy(update={"evaluation": Evaluation(seed=7)}), "v") == "a56fc6ae3004"
+    identities = {
+        cell_id(CELL.model_copy(update={"evaluation": evaluation}), "v")
+        for evaluation in (Evaluation(), Evaluation(users=10), Evaluation(users=11), Evaluation(users=10, seed=7))
+    }
+    assert len(identities) == 4
 
 
 @pytest.mark.parametrize("option", [{"tower": "text"}, {"pool": "mean"}, {"dtype": "bf16"}, {"attention": "eager"}])

@@ -113,7 +113,8 @@ def _synthetic(entry: DatasetEntry, store: Path, console: Console) -> Path:
     # Equal settings give equal data only while the code that draws it stays the same.
     generators = [path.read_bytes() for path in sorted(Path(str(files("tpme.bench.task.sources"))).glob("*.py"))]
     code = hashlib.sha256(b"".join(generators)).hexdigest()
-    identity = f"{settings.model_dump_json()} {entry.image_size} {code}"
+    modalities = entry.modalities or ("text", "image")
+    identity = f"{settings.model_dump_json()} {entry.image_size} {sorted(modalities)} {code}"
     name = hashlib.sha256(identity.encode()).hexdigest()[:12]
     path = store / "datasets" / f"synthetic-{name}"
     if damage_of(path, store) is not None or building_folder(path).exists():
@@ -124,7 +125,7 @@ def _synthetic(entry: DatasetEntry, store: Path, console: Console) -> Path:
     if not path.exists():
         console.print(f"Preparing the built-in catalogue '{entry.name}' ...")
         progress = Progress(console=console, disable=True)
-        prepare(generate(settings), path, image_size=entry.image_size, progress=progress)
+        prepare(generate(settings, modalities), path, image_size=entry.image_size, progress=progress)
     return path
 
 

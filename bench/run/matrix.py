@@ -64,11 +64,17 @@ class DatasetEntry(Frozen):
     synthetic: dict[str, Any] | None = None
     image_size: ImageSize = 32
     """Side of the built-in catalogue's images in pixels; a prepared folder has its own."""
+    modalities: Annotated[tuple[Modality, ...], Field(min_length=1)] | None = None
+    """Those that the built-in catalogue is prepared in; ``None`` for both."""
 
     @model_validator(mode="after")
     def _one_source(self) -> DatasetEntry:
         if (self.path is None) == (self.synthetic is None):
             raise ValueError('give either path = "a prepared folder" or synthetic = { ... }')
+        if self.path is not None and self.modalities is not None:
+            raise ValueError(
+                "modalities is of synthetic data; to use fewer of a folder's, set those of the matrix"
+            )
         return self
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import pickle
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from tpme.bench.task.prepare import prepare
+from tpme.bench.task.sources import synthetic_histories
 from tpme.bench.task.sources.synthetic import Catalogue, Synthetic, World, generate, make_catalogue, make_world
 from tpme.bench.task.sources.synthetic_images import COLOURS, SHAPES, TEXTURES, draw
 from tpme.bench.task.sources.synthetic_titles import CATEGORIES, STYLES
@@ -30,11 +34,96 @@ def catalogue(world: World) -> Catalogue:
     return make_catalogue(world, np.random.default_rng((MANY.seed, 1)), MANY.items)
 
 
-@pytest.fixture(scope="module")
-def histories(catalogue: Catalogue) -> list[NDArray[np.int32]]:
-    raw = generate(MANY)
+@pytest.fixture(scope="module", params=["all items", "candidates"])
+def histories(catalogue: Catalogue, request: pytest.FixtureRequest) -> list[NDArray[np.int32]]:
+    """Histories drawn in each of the two ways."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "candidates":
+            patch.setattr(synthetic_histories, "DENSE_PAIRS", 0)
+        raw = generate(MANY)
     assert raw.titles == catalogue.titles
-    return raw.histories
+    return list(raw.histories)
+
+
+def plain_histories(config: Synthetic, world: World, catalogue: Catalogue) -> list[NDArray[np.int32]]:
+    """All users and items in one array, as long as records name data that was drawn so."""
+    rng = np.random.default_rng((config.seed, 2))
+    users, items = config.users, config.items
+    lengths = config.shortest_history - 1 + rng.geometric(max(1 - config.continues, 1e-9), users)
+    lengths = np.minimum(lengths, config.longest_history)
+    known = np.where(rng.random(items) < config.newest_share, -np.inf, 0.0)
+    appeal, liked = 0.5 * rng.normal(size=items), np.zeros((users, items))
+    for attribute, kinds, count, strength in (
+        (catalogue.style, len(STYLES), 2, 3.0),
+        (catalogue.texture, len(TEXTURES), 2, 2.0),
+        (catalogue.brand, 24, 3, 2.0),
+    ):
+        order = np.argsort(rng.random((users, kinds)), axis=1)[:, :count]
+        likes = np.zeros((users, kinds))
+        np.put_along_axis(likes, order, strength, axis=1)
+        liked += likes[:, attribute]
+    category, shape, colour = catalogue.category, catalogue.shape, catalogue.colour
+    distance = np.abs(colour[:, None] - colour[None, :])
+    follows = (
+        4.0 * world.category_follows[category[:, None], category[None, :]]
+        + 3.0 * (world.shape_follows[shape][:, None] == shape[None, :])
+        + 3.0 * np.maximum(0, 1 - np.minimum(distance, len(COLOURS) - distance) / 2)
+    )
+    taken = np.zeros((users, config.longest_history), np.int32)
+    for step in range(config.longest_history):
+        chance = appeal + liked
+        if step > 0:
+            chance += follows[taken[:, step - 1]]
+            np.put_along_axis(chance, taken[:, :step], -np.inf, axis=1)
+        chance += np.where((step < lengths - 2)[:, None], known, 0.0)
+        taken[:, step] = np.argmax(chance + rng.gumbel(size=chance.shape), axis=1)
+    return [row[:length] for row, length in zip(taken, lengths, strict=True)]
+
+
+@pytest.mark.parametrize("pairs", [1, 120 * 7, 2**22])
+def test_histories_in_parts_are_those_drawn_at_once(pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fingerprints in records, of this data and of all that was drawn before there were parts, stay what they are."""
+    monkeypatch.setattr(synthetic_histories, "CHUNK_PAIRS", pairs)
+    world = make_world(SMALL.world)
+    catalogue = make_catalogue(world, np.random.default_rng((SMALL.seed, 1)), SMALL.items)
+    expected, drawn = plain_histories(SMALL, world, catalogue), generate(SMALL).histories
+    assert [history.tolist() for history in drawn] == [history.tolist() for history in expected]
+
+
+def test_candidates_are_drawn_where_all_items_would_take_days(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(synthetic_histories, "DENSE_PAIRS", 300 * 120)
+    exact = generate(SMALL).histories
+    monkeypatch.setattr(synthetic_histories, "DENSE_PAIRS", 300 * 120 - 1)
+    one, two = generate(SMALL).histories, generate(SMALL).histories
+    assert [history.tolist() for history in one] == [history.tolist() for history in two]
+    assert [history.tolist() for history in one] != [history.tolist() for history in exact]
+    assert [len(np.unique(history)) for history in one] == [len(history) for history in one]
+    assert max(history.max() for history in one) < 120
+    # Where nearly every item is taken in a history, others than those that follow are drawn.
+    all_of_them = Synthetic(users=20, items=40, shortest_history=39, longest_history=39, newest_share=0.0)
+    assert min(len(np.unique(history)) for history in generate(all_of_them).histories) > 35
+    none_known = Synthetic(users=20, items=40, newest_share=0.999)
+    assert len(generate(none_known).histories) == 20
+
+
+def test_what_is_not_asked_for_is_not_drawn_and_changes_nothing() -> None:
+    both, titles, pictures = (generate(SMALL, only) for only in (("text", "image"), ("text",), ("image",)))
+    assert titles.pictures is None
+    assert pictures.titles is None
+    assert (titles.titles, pictures.pictures) == (both.titles, both.pictures)
+
+
+@pytest.mark.slow
+def test_the_memory_of_drawing_and_preparing_is_that_of_a_few_bytes_an_interaction(tmp_path: Path) -> None:
+    """Two sizes, so that what is there whatever the size cancels out."""
+    peaks, interactions = [], []
+    for users in (50_000, 250_000):
+        tracemalloc.start()
+        raw = generate(Synthetic(users=users, items=10_000), ("text",))
+        interactions.append(prepare(raw, tmp_path / str(users)).interactions)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert (peaks[1] - peaks[0]) / (interactions[1] - interactions[0]) < 40
 
 
 def test_equal_settings_give_equal_data() -> None:

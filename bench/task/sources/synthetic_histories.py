@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,9 +21,7 @@ from numpy.typing import NDArray
 from tpme.bench.task.sources.raw import Histories, offsets_of
 from tpme.bench.task.sources.synthetic_images import COLOURS, SHAPES, TEXTURES
 from tpme.bench.task.sources.synthetic_titles import BRANDS, CATEGORIES, STYLES
-
-if TYPE_CHECKING:
-    from tpme.bench.task.sources.synthetic import Catalogue, Synthetic, World
+from tpme.bench.task.sources.synthetic_world import Catalogue, Synthetic, World
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
