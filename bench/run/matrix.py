@@ -72,9 +72,7 @@ class DatasetEntry(Frozen):
         if (self.path is None) == (self.synthetic is None):
             raise ValueError('give either path = "a prepared folder" or synthetic = { ... }')
         if self.path is not None and self.modalities is not None:
-            raise ValueError(
-                "modalities is of synthetic data; to use fewer of a folder's, set those of the matrix"
-            )
+            raise ValueError("modalities is of synthetic data; to use fewer of a folder's, set those of the matrix")
         return self
 
 
