@@ -284,5 +284,5 @@ def test_the_built_in_catalogue_can_do_without_images(world: Any) -> None:
     both = raw | {"datasets": [{"name": "d", "synthetic": {"users": 60, "items": 60}}]}
     data = prepare_datasets(MatrixFile.model_validate(both), world.store, Console(quiet=True))["d"]
     assert data.modalities == ("text", "image")
-    with pytest.raises(ValidationError, match="belongs to synthetic data"):
+    with pytest.raises(ValidationError, match="is of synthetic data"):
         MatrixFile.model_validate(raw | {"datasets": [{"name": "d", "path": "/d", "modalities": ["text"]}]})
