@@ -137,3 +137,75 @@ def test_the_table_of_methods_is_that_of_the_docstrings(script: Any) -> None:
     document = (ROOT / "docs" / "methods.md").read_text()
     shown = document.split("<!-- methods -->\n")[1].split("\n<!-- /methods -->")[0]
     assert shown == script("method_table").table()
+
+
+# --- size -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def size(script: Any) -> ModuleType:
+    module: ModuleType = script("size")
+    return module
+
+
+def parts(size: ModuleType, name: str, *values: tuple[int, float, float]) -> list[Any]:
+    return [
+        size.Part(users=users, items=users // 10, name=name, seconds=seconds, peak_bytes=peak)
+        for users, seconds, peak in values
+    ]
+
+
+def test_what_grows_faster_than_the_data_is_named(size: ModuleType) -> None:
+    linear = parts(size, "prepare", (1000, 10.0, 2e9), (10_000, 100.0, 2e10))
+    steep = parts(size, "open", (1000, 10.0, 2e9), (10_000, 1000.0, 2e10))
+    hungry = parts(size, "run", (1000, 10.0, 2e9), (10_000, 100.0, 2e11))
+    small = parts(size, "short", (1000, 0.01, 1e6), (10_000, 1.0, 1e8))
+    assert size.too_steep([*linear, *small]) == []
+    assert size.too_steep([*linear, *steep]) == ["open: seconds grow with exponent 2.00 up to 10,000 users"]
+    assert size.too_steep(hungry) == ["run: memory grows with exponent 2.00 up to 10,000 users"]
+    assert size.table([*linear, *small]).splitlines() == [
+        "| part | 1,000 users, 100 items | 10,000 users, 1,000 items |",
+        "|---|---|---|",
+        "| prepare | 10 s, 2.00 GB | 100 s, 20.00 GB (growth 1.00) |",
+        "| short | 0.01 s, 0.00 GB | 1 s, 0.10 GB (growth 2.00) |",
+    ]
+
+
+def test_sizes_that_were_measured_are_not_measured_again(
+    size: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, document, asked = tmp_path / "parts.jsonl", tmp_path / "size.md", []
+    document.write_text("before\n<!-- size -->\nold\n<!-- /size -->\nafter\n")
+
+    def measure(users: int, folder: Path, steps: int, evaluated: int) -> Any:
+        assert folder.is_dir()
+        asked.append((users, steps, evaluated))
+        return iter(parts(size, "prepare", (users, users / 10, 2e6 * users)))
+
+    monkeypatch.setattr(size, "parts_of", measure)
+    given = ["--steps", "7", "--evaluated", "9", "--out", str(out), "--docs", str(document)]
+    assert size.main(["--users", "1000", *given]) == 0
+    assert size.main(["--users", "10000", "1000", *given]) == 0
+    assert asked == [(1000, 7, 9), (10_000, 7, 9)]
+    assert "old" not in document.read_text()
+    assert "| prepare | 100 s, 2.00 GB | 1e+03 s, 20.00 GB (growth 1.00) |" in document.read_text()
+    out.write_text(out.read_text() + '{"users": 1000')  # killed while writing
+    assert len(size.read(out)) == 2
+
+
+def test_a_part_that_fails_is_reported_with_its_last_words(size: ModuleType) -> None:
+    with pytest.raises(RuntimeError, match="no such thing"):
+        size.measured([sys.executable, "-c", "raise SystemExit('no such thing')"], {})
+
+
+@pytest.mark.slow
+def test_every_part_of_a_small_size_is_measured(size: ModuleType, tmp_path: Path) -> None:
+    found = {part.name: part for part in size.parts_of(400, tmp_path, 3, 100)}
+    first = ["prepare", "open", "open again", "whole run"]
+    assert list(found)[:4] == first
+    for row in size.ROWS:
+        for name in ("load", "train", "validate", "test"):
+            assert found[f"{row}: {name}"].seconds > 0
+    assert "frozen (cached): build the cache" in found
+    assert all(part.peak_bytes is not None for part in found.values())
+    assert min(found[name].peak_bytes for name in first) > 10 * 2**20
