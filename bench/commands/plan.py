@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 NARROWEST = 110
 """Columns: a number that is cut to fit a narrow screen, or a pipe, would be a wrong number."""
-MOST_DEVICES = 2**16
 
 
 def plan(
@@ -43,9 +42,9 @@ def plan(
         int | None, typer.Option(min=1, max=10**8, help="Plan for a data set with this many items.")
     ] = None,
     devices: Annotated[
-        int | None, typer.Option(min=1, max=MOST_DEVICES, help="Plan every cell on so many devices together.")
+        int | None, typer.Option(help="Plan every cell on so many devices together; by default training.devices.")
     ] = None,
-    nodes: Annotated[int, typer.Option(min=1, max=MOST_DEVICES, help="Nodes that these devices are spread over.")] = 1,
+    nodes: Annotated[int, typer.Option(help="Nodes over which these devices are spread evenly.")] = 1,
     runs: Annotated[Path | None, typer.Option(help="Records to compare with; by default runs/NAME.")] = None,
     methods_path: MethodsPath = None,
     store: Store = None,
@@ -100,10 +99,10 @@ def render(plan: MatrixPlan, console: Console) -> None:
         cells = list(group)
         console.print(Text(f"{plan.matrix}: {setting}", "bold"))
         print_whole(_planned(cells, plan.device, _peak(plan)))
-        together = [planned for planned in cells if planned.on_devices]
-        for on, rows in itertools.groupby(together, key=lambda planned: group_words(planned.on_devices)):
-            console.print(Text(f"Together on {on}; memory, traffic and computation of each device", "bold"))
-            print_whole(devices_table(list(rows), plan.device, _peak(plan)))
+        for on, together in itertools.groupby(cells, key=group_words):
+            if on:
+                console.print(Text(f"Together on {on}; memory, traffic and computation of each device", "bold"))
+                print_whole(devices_table(list(together), plan.device, _peak(plan)))
         if any(planned.measured for planned in cells):
             console.print(Text("Plan against measured: memory, a step, an epoch, and how many times the plan", "bold"))
             print_whole(_compared(cells, _peak(plan)))

@@ -18,8 +18,11 @@ if TYPE_CHECKING:
 NOT_KNOWN = "not known"
 
 
-def group_words(on: OnDevices) -> str:
-    """The devices that train a cell together, in words."""
+def group_words(planned: PlannedCell) -> str:
+    """The devices that train a cell together, in words; empty for a single one."""
+    on = planned.on_devices
+    if on is None:
+        return ""
     return f"{on.devices} devices on {on.nodes} node{'s' if on.nodes > 1 else ''}"
 
 
@@ -77,10 +80,11 @@ def devices_notes(plan: MatrixPlan) -> list[str]:
         labels = [cell.label for cell in plan.cells if cell.on_devices and cell.on_devices.problem == problem]
         notes.append(f"On one device alone: {', '.join(dict.fromkeys(labels))}: {problem}.")
     if (whole := plan.all_cells) is not None:
+        times = [in_time(whole.side_by_side_s), in_time(whole.one_by_one_s)]
         notes.append(
-            f"All epochs of all cells ({whole.cells:,}) on {group_words(on[0])}: {in_time(whole.side_by_side_s)} side "
-            f"by side, each on one device; {in_time(whole.one_by_one_s)} one after the other, each on all of them. "
-            "Caches, evaluation and start-up are not included."
+            f"All epochs of all cells ({whole.cells:,}) on {group_words(plan.cells[0])}: {times[0]} side by side, each "
+            f"on one device; {times[1]} one after the other, each on all of them. Caches, evaluation and start-up are "
+            "not included."
         )
     return notes
 

@@ -110,7 +110,8 @@ def run_step(of: MetaCell, *, fused_attention: bool, sharded: Collection[nn.Para
     left_out, batch = set(sharded), list[Tensor]()
     map_tensors(of.batch, lambda tensor: batch.append(tensor) or tensor)  # type: ignore[func-returns-value]
     tracker = Tracker([*(weight for weight in _weights(of) if weight not in left_out), *batch], left_out)
-    hooks = [weight.register_post_accumulate_grad_hook(_drop_gradient) for weight in left_out if weight.requires_grad]
+    trained = [weight for weight in left_out if weight.requires_grad]
+    hooks = [weight.register_post_accumulate_grad_hook(_drop_gradient) for weight in trained]  # type: ignore[no-untyped-call]
     with sdpa_kernel(SDPBackend.MATH), tracker:
         with target, tracker.saving():
             of.method.before_step(of.state)

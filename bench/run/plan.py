@@ -28,7 +28,7 @@ from tpme.bench.run.cell_checks import MetaCells, check_cells, cost_key
 from tpme.bench.run.job import Job
 from tpme.bench.run.launch import choose_device, jobs_of, prepare_datasets
 from tpme.bench.run.matrix import DatasetEntry, MatrixFile, PreparedDataset, expand
-from tpme.bench.run.plan_together import AllCells, Fit, Group, OnDevices, check_group, fit, is_gpu, plan_together
+from tpme.bench.run.plan_together import AllCells, DeviceGroup, Fit, OnDevices, check_group, fit, is_gpu, plan_together
 from tpme.bench.run.preflight import check_disk, check_inputs, device_memory, memory_warning
 from tpme.bench.run.remaining import Remaining, ended_well, is_finished, latest_attempt, remaining
 
@@ -98,8 +98,9 @@ class PlannedCell(Frozen):
     @property
     def peak_bytes(self) -> int | None:
         """Planned peak of each device that trains it."""
-        together = self.on_devices and self.on_devices.peak_bytes
-        return together or (self.work and self.work.peak_bytes)
+        if self.on_devices and self.on_devices.peak_bytes:
+            return self.on_devices.peak_bytes
+        return self.work.peak_bytes if self.work else None
 
 
 class MatrixPlan(Frozen):
@@ -153,9 +154,12 @@ def plan_matrix(
         datasets[entry.name], shapes[entry.name] = _data(matrix, entry, store, users, items, console)
     distinct: dict[str, Cell] = {}
     expanded = expand(matrix, datasets, device="cuda", methods_path=methods_path)
-    groups = [Group(devices or cell.training.devices, nodes) for cell in expanded]
-    for cell, group in zip(expanded, groups, strict=True):
-        check_group(group, cell, shapes[cell.dataset].users)
+
+    def group_of(cell: Cell) -> DeviceGroup:
+        return DeviceGroup(cell.training.devices if devices is None else devices, nodes)
+
+    for cell in expanded:
+        check_group(group_of(cell), cell, shapes[cell.dataset].users)
     metas = MetaCells(methods_path)
     check_cells(expanded, shapes, matrix.cache_limit_bytes, metas)
     prepared = {name: data.path for name, data in datasets.items() if data.fingerprint != NOT_PREPARED}
@@ -167,8 +171,7 @@ def plan_matrix(
     cells = []
     for key, cell in distinct.items():
         with console.status(Text(f"Counting {cell.label} ...")):
-            group = Group(devices or cell.training.devices, nodes)
-            cells.append(_plan_cell(cell, shapes[cell.dataset], metas, device, group))
+            cells.append(_plan_cell(cell, shapes[cell.dataset], metas, device, group_of(cell)))
         measured = _measured_cost([result for result in recorded if cost_key(result.cell) == key])
         cells[-1] = cells[-1].model_copy(update={"measured": measured})
     sources = [f"Data set '{name}': {shape.describe()}." for name, shape in shapes.items()]
@@ -238,7 +241,7 @@ def _data(
 
 
 def _plan_cell(
-    cell: Cell, data: DataShape, metas: MetaCells, device: DeviceProfile | None, group: Group
+    cell: Cell, data: DataShape, metas: MetaCells, device: DeviceProfile | None, group: DeviceGroup
 ) -> PlannedCell:
     try:
         meta = metas.build(cell, data)

@@ -20,7 +20,7 @@ Fit = Literal["yes", "tight", "no", "unknown"]
 only ``no`` is known."""
 
 
-class Group(NamedTuple):
+class DeviceGroup(NamedTuple):
     """The devices that train one cell together, and the nodes over which they are spread evenly."""
 
     devices: int
@@ -70,7 +70,7 @@ def fit(peak_bytes: int, device: DeviceProfile) -> Fit:
     return "unknown" if not is_gpu(device) else "tight" if share > TIGHT else "yes"
 
 
-def check_group(group: Group, cell: Cell, users: int) -> None:
+def check_group(group: DeviceGroup, cell: Cell, users: int) -> None:
     """Raise UserError where a cell cannot be planned on ``group``.
 
     The devices do not divide evenly over the nodes, or a step has fewer users than there are devices.
@@ -79,10 +79,13 @@ def check_group(group: Group, cell: Cell, users: int) -> None:
         group: the devices. cell: its settings. users: in its data set.
     """
     devices, nodes = group
+    for option, number in (("--devices", devices), ("--nodes", nodes)):
+        if number < 1:
+            raise UserError(f"{option} {number}: at least one is needed")
     if devices % nodes:
         raise UserError(
-            f"{devices} devices do not divide evenly over {nodes} nodes; --devices is their number in all, such as "
-            f"{-(-devices // nodes) * nodes}"
+            f"--nodes {nodes}: the devices of a cell ({devices}) do not divide evenly over them; --devices is their "
+            f"number on all nodes, such as {-(-devices // nodes) * nodes}"
         )
     batch = min(cell.training.users_per_batch, users)
     if batch < devices:
@@ -93,7 +96,7 @@ def check_group(group: Group, cell: Cell, users: int) -> None:
 
 
 def plan_together(
-    meta: MetaCell, counts: Counts, group: Group, device: DeviceProfile | None, alone_s: float | None
+    meta: MetaCell, counts: Counts, group: DeviceGroup, device: DeviceProfile | None, alone_s: float | None
 ) -> OnDevices:
     """A cell on several devices.
 
