@@ -18,8 +18,8 @@ from tpme.bench.counting.batch import DataShape
 from tpme.bench.counting.devices import PROFILES
 from tpme.bench.counting.exact import count, run_step
 from tpme.bench.counting.meta import MetaCell
+from tpme.bench.counting.rank_step import RankStep, count_rank
 from tpme.bench.counting.roofline import expected_transfer_s
-from tpme.bench.counting.share import Share, count_share
 from tpme.bench.counting.traffic import Traffic, all_gather, all_reduce
 from tpme.bench.errors import UserError
 from tpme.bench.run.matrix import PreparedDataset, expand
@@ -63,8 +63,8 @@ def shown(plan: MatrixPlan) -> str:
     return screen.getvalue()
 
 
-def share_of(cell: MetaCell, ranks: int, memory_bytes: int | None = None) -> Share:
-    return count_share(cell, count(cell), ranks, memory_bytes=memory_bytes, workspace_bytes=0)
+def share_of(cell: MetaCell, ranks: int, memory_bytes: int | None = None) -> RankStep:
+    return count_rank(cell, count(cell), ranks, memory_bytes=memory_bytes, workspace_bytes=0)
 
 
 # --- a rank's share --------------------------------------------------------------------------------------------------

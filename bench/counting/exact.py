@@ -97,20 +97,22 @@ def count(of: MetaCell) -> Counts:
     )
 
 
-def run_step(of: MetaCell, *, fused_attention: bool, sharded: Collection[nn.Parameter] = ()) -> Step:
+def run_step(
+    of: MetaCell, *, fused_attention: bool, sharded: Collection[nn.Parameter] = (), buffered: bool = False
+) -> Step:
     """Forward and backward pass of the canonical batch, gradients kept.
 
     Args:
         of: the cell. fused_attention: attention by the kernel that CUDA would choose, in place of torch's math.
-        sharded: parameters whose memory is left out, because it is spread over several devices; so is that of their
-            gradients, as soon as they are there.
+        sharded: parameters whose memory is left out, because it is spread over several devices. buffered: leave out
+            the memory of gradients as soon as they are there, because they are moved to buffers for other devices.
     """
     dtype = AUTOCAST.get(of.cell.training.precision)
     target = Target(dtype, fused_attention=fused_attention)
     left_out, batch = set(sharded), list[Tensor]()
     map_tensors(of.batch, lambda tensor: batch.append(tensor) or tensor)  # type: ignore[func-returns-value]
     tracker = Tracker([*(weight for weight in _weights(of) if weight not in left_out), *batch], left_out)
-    trained = [weight for weight in left_out if weight.requires_grad]
+    trained = [weight for weight in of.model.parameters() if weight.requires_grad and buffered]
     hooks = [weight.register_post_accumulate_grad_hook(_drop_gradient) for weight in trained]  # type: ignore[no-untyped-call]
     with sdpa_kernel(SDPBackend.MATH), tracker:
         with target, tracker.saving():

@@ -8,8 +8,8 @@ from typing import Literal, NamedTuple
 from tpme.bench.counting.devices import DeviceProfile
 from tpme.bench.counting.exact import Counts
 from tpme.bench.counting.meta import MetaCell
+from tpme.bench.counting.rank_step import count_rank, owns_procedure
 from tpme.bench.counting.roofline import expected_step_s, expected_transfer_s
-from tpme.bench.counting.share import count_share, owns_procedure
 from tpme.bench.errors import UserError, one_line
 from tpme.bench.record import Cell, Frozen
 
@@ -111,7 +111,7 @@ def plan_together(
         return OnDevices(devices=devices, nodes=nodes, problem="controls its whole procedure, which runs on one device")
     memory_bytes, workspace_bytes = (device.memory_bytes, device.workspace_bytes) if device else (None, 0)
     try:
-        share = count_share(meta, counts, devices, memory_bytes=memory_bytes, workspace_bytes=workspace_bytes)
+        share = count_rank(meta, counts, devices, memory_bytes=memory_bytes, workspace_bytes=workspace_bytes)
     except Exception as error:  # a method whose step needs all items of the batch
         return OnDevices(devices=devices, nodes=nodes, problem=f"its share could not be counted: {one_line(error)}")
     traffic = {part: size for part, size in asdict(share.traffic).items() if part != "rounds"}

@@ -27,7 +27,7 @@ from tpme.methods.base import Method
 
 
 @dataclass(frozen=True)
-class Share:
+class RankStep:
     """One rank's part of a cell's training.
 
     step: with the attention of the device, FLOPs and operators of its share. updated: parameters that its optimiser
@@ -45,9 +45,9 @@ def owns_procedure(method: Method) -> bool:
     return type(method).run is not Method.run
 
 
-def count_share(
+def count_rank(
     whole: MetaCell, counts: Counts, ranks: int, *, memory_bytes: int | None, workspace_bytes: int
-) -> Share:
+) -> RankStep:
     """The share of one of ``ranks`` ranks in a cell's training step.
 
     Args:
@@ -56,24 +56,29 @@ def count_share(
     """
     encoders = [_Spread.of(whole, modality) for modality in whole.model.views] if whole.cell.training.shard else []
     spread = {parameter for encoder in encoders for parameter in encoder.parameters}
-    step = run_step(_share_of(whole, ranks), fused_attention=True, sharded=spread)
+    step = run_step(_share_of(whole, ranks), fused_attention=True, sharded=spread, buffered=ranks > 1)
     whole.model.zero_grad(set_to_none=True)
     trained = [parameter for group in whole.model.parameter_groups().values() for parameter in group]
     scattered = sum(parameter.numel() for parameter in trained if parameter in spread)
     updated = sum(parameter.numel() for parameter in trained) - scattered * (1 - 1 / ranks)
     sharded = _sharded(encoders) if encoders else None
-    held = replace(step, peak_bytes=step.peak_bytes + sum(encoder.held_bytes(ranks) for encoder in encoders))
-    return Share(
+    replicated = sum(_size(parameter) for parameter in trained if parameter not in spread)
+    buffers = replicated if ranks > 1 else 0  # of the gradients that are added up, kept from step to step
+    held = sum(encoder.held_bytes(ranks) for encoder in encoders) + buffers
+    return RankStep(
         step=step,
         updated=updated,
         peak_bytes=planned_peak(
-            _held_counts(counts, ranks, updated, memory_bytes), held, memory_bytes, workspace_bytes
+            _held_counts(counts, ranks, updated, memory_bytes),
+            replace(step, peak_bytes=step.peak_bytes + held),
+            memory_bytes,
+            workspace_bytes,
         ),
         traffic=step_traffic(
             ranks,
             items=len(whole.batch.items),
             width=whole.cell.training.embedding_dim,
-            gradient_bytes=sum(_size(parameter) for parameter in trained if parameter not in spread),
+            gradient_bytes=replicated,
             sharded=sharded,
             passes=len(whole.method.passes()),
         ),
