@@ -80,11 +80,12 @@ def devices_notes(plan: MatrixPlan) -> list[str]:
         labels = [cell.label for cell in plan.cells if cell.on_devices and cell.on_devices.problem == problem]
         notes.append(f"On one device alone: {', '.join(dict.fromkeys(labels))}: {problem}.")
     if (whole := plan.all_cells) is not None:
-        times = [in_time(whole.side_by_side_s), in_time(whole.one_by_one_s)]
+        total, beside, after = map(in_time, (whole.device_s, whole.side_by_side_s, whole.one_by_one_s))
+        group = group_words(plan.cells[0])
         notes.append(
-            f"All epochs of all cells ({whole.cells:,}) on {group_words(plan.cells[0])}: {times[0]} side by side, each "
-            f"on one device; {times[1]} one after the other, each on all of them. Caches, evaluation and start-up are "
-            "not included."
+            f"All epochs of all cells ({whole.cells:,}): {total} of one device. On {group}: {beside} side by side, "
+            f"each on one device; {after} one after the other, each on all of them. Caches, evaluation and start-up "
+            "are not included."
         )
     return notes
 

@@ -58,7 +58,7 @@ def in_digits(value: float) -> str:
 def in_time(seconds: float) -> str:
     """A time in the unit that fits it."""
     if seconds >= 3600:
-        return f"{seconds / 3600:.1f} h"
+        return f"{seconds / 3600:.1f} h" if seconds < 3_600_000 else f"{seconds / 3600:,.0f} h"
     if seconds >= 1:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     return f"{1000 * seconds:.0f} ms" if seconds >= 0.01 else f"{1000 * seconds:.1f} ms"

@@ -275,8 +275,12 @@ def _all_cells(cells: Sequence[Cell], planned: Mapping[str, PlannedCell]) -> All
         if (step_s := plan.on_devices.step_s) is None and plan.on_devices.problem is None:
             return None
         together.append(alone[-1] if step_s is None else steps * step_s)
-    side_by_side_s = max(sum(alone) / devices, *alone)
-    return AllCells(cells=len(cells), side_by_side_s=side_by_side_s, one_by_one_s=sum(together))
+    return AllCells(
+        cells=len(cells),
+        device_s=sum(alone),
+        side_by_side_s=max(sum(alone) / devices, *alone),
+        one_by_one_s=sum(together),
+    )
 
 
 def _work(meta: MetaCell, counts: Counts, step: Step, device: DeviceProfile | None) -> Work:

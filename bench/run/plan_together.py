@@ -51,8 +51,10 @@ class AllCells(Frozen):
     """The training of all cells of a matrix on the same devices, every epoch of it; nothing else is included."""
 
     cells: int
+    device_s: float
+    """Every cell on one device, added up."""
     side_by_side_s: float
-    """Every cell on one device."""
+    """The same on all devices, a cell on each; no less than the longest cell."""
     one_by_one_s: float
     """Every cell on all devices, save those that train on one."""
 
