@@ -61,4 +61,6 @@ def in_time(seconds: float) -> str:
         return f"{seconds / 3600:.1f} h" if seconds < 3_600_000 else f"{seconds / 3600:,.0f} h"
     if seconds >= 1:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    if 0 < seconds < 5e-5:
+        return "<0.1 ms"
     return f"{1000 * seconds:.0f} ms" if seconds >= 0.01 else f"{1000 * seconds:.1f} ms"
