@@ -224,7 +224,23 @@ def device_rows(name: str, counts: Sequence[int] = COUNTS) -> Iterator[Sequence[
         yield name, str(count), in_time(compute_s), marked, sent, in_digits(speed_up), in_digits(peak_bytes / 1e9)
 
 
-TABLES: dict[str, Callable[[], str]] = {"study": study, "sizes": sizes, "devices": devices}
+def limits() -> str:
+    """The number of devices at which adding up gradients takes as long as a device's share of the computation."""
+
+    def rows() -> Iterator[Sequence[str]]:
+        for cell in planned(DEVICES, f"methods=[{FFT},{ROWS['lora']}]").cells:
+            assert cell.work is not None
+            assert cell.expected is not None
+            assert H200.link_bytes_per_s is not None
+            rates = (H200.link_bytes_per_s, H200.node_link_bytes_per_s)
+            bounds = (cell.expected.step_s * rate * H200.efficiency / (8 * cell.work.trainable) for rate in rates)
+            parameters = f"{cell.work.trainable / 1e6:,.1f} M"
+            yield cell.label, parameters, in_time(cell.expected.step_s), *(f"{1 + bound:,.0f}" for bound in bounds)
+
+    return markdown(("row", "P", "t", "N within a node", "N between nodes"), rows())
+
+
+TABLES: dict[str, Callable[[], str]] = {"study": study, "sizes": sizes, "devices": devices, "limits": limits}
 
 if __name__ == "__main__":
     sys.exit(main())
