@@ -39,6 +39,7 @@ def test_the_commands_shown_are_those_of_the_tables(scale_tables: ModuleType) ->
         assert f"tpme plan {matrix.relative_to(ROOT)} --device-profile h200" in DOCUMENT
 
 
+@pytest.mark.slow
 def test_a_row_on_several_devices_is_what_the_plan_gives(scale_tables: ModuleType) -> None:
     shown = [row for row in table("devices") if row[:2] == ["iisan (cached)", "16"]]
     assert shown == [list(row) for row in scale_tables.device_rows("iisan (cached)", counts=(16,))]
