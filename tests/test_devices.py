@@ -37,6 +37,13 @@ def test_calibration_is_work_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert profile.efficiency > PROFILES["h200"].efficiency, "measured rates are nearer to the truth"
 
 
+def test_shipped_profiles_know_their_links_and_a_measured_one_does_not() -> None:
+    assert all(profile.link_bytes_per_s for profile in PROFILES.values())
+    assert PROFILES["h200"].link_bytes_per_s == 450e9
+    assert PROFILES["h200"].node_link_bytes_per_s == 400e9 / 8
+    assert SLOW.link_bytes_per_s is None
+
+
 def test_calibration_runs_here() -> None:
     profile = calibrate("cpu", name="this one")
     assert profile.name == "this one"

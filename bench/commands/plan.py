@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from tpme.bench.commands.options import AsJson, Matrix, MethodsPath, Settings, Store
+from tpme.bench.commands.plan_devices import devices_notes, devices_table, group_words
+from tpme.bench.commands.plan_words import FITS, in_bytes, in_digits, in_time, plain_table, row_label, scale_of
 from tpme.bench.console import PlainConsole, print_json
 from tpme.bench.errors import UserError
 from tpme.bench.quantities import MISSING
@@ -25,12 +27,6 @@ if TYPE_CHECKING:
 
 NARROWEST = 110
 """Columns: a number that is cut to fit a narrow screen, or a pipe, would be a wrong number."""
-_FITS = {
-    "yes": Text("yes", "green"),
-    "tight": Text("tight", "yellow"),
-    "no": Text("no", "red"),
-    "unknown": Text("not known"),
-}
 
 
 def plan(
@@ -45,6 +41,10 @@ def plan(
     items: Annotated[
         int | None, typer.Option(min=1, max=10**8, help="Plan for a data set with this many items.")
     ] = None,
+    devices: Annotated[
+        int | None, typer.Option(help="Plan every cell on so many devices together; by default training.devices.")
+    ] = None,
+    nodes: Annotated[int, typer.Option(help="Nodes over which these devices are spread evenly.")] = 1,
     runs: Annotated[Path | None, typer.Option(help="Records to compare with; by default runs/NAME.")] = None,
     methods_path: MethodsPath = None,
     store: Store = None,
@@ -71,6 +71,8 @@ def plan(
         device=load_profile(device_profile, folder) if device_profile else None,
         users=users,
         items=items,
+        devices=devices,
+        nodes=nodes,
         runs=runs,
         methods_path=methods_path or [],
         console=PlainConsole(stderr=True),
@@ -97,6 +99,10 @@ def render(plan: MatrixPlan, console: Console) -> None:
         cells = list(group)
         console.print(Text(f"{plan.matrix}: {setting}", "bold"))
         print_whole(_planned(cells, plan.device, _peak(plan)))
+        for on, together in itertools.groupby(cells, key=group_words):
+            if on:
+                console.print(Text(f"Together on {on}; memory, traffic and computation of each device", "bold"))
+                print_whole(devices_table(list(together), plan.device, _peak(plan)))
         if any(planned.measured for planned in cells):
             console.print(Text("Plan against measured: memory, a step, an epoch, and how many times the plan", "bold"))
             print_whole(_compared(cells, _peak(plan)))
@@ -127,11 +133,11 @@ def _peak(plan: MatrixPlan) -> str:
 
 def _planned(cells: list[PlannedCell], device: DeviceProfile | None, peak: str) -> Table:
     works = [planned.work for planned in cells if planned.work]
-    size, size_unit = _scale((work.peak_bytes for work in works), "B")
-    step, step_unit = _scale((work.forward_flops + work.backward_flops for work in works), "FLOP")
-    epoch, epoch_unit = _scale((work.epoch_flops for work in works), "FLOP")
+    size, size_unit = scale_of((work.peak_bytes for work in works), "B")
+    step, step_unit = scale_of((work.forward_flops + work.backward_flops for work in works), "FLOP")
+    epoch, epoch_unit = scale_of((work.epoch_flops for work in works), "FLOP")
     users = sorted({planned.cell.training.users_per_batch for planned in cells})
-    table = _table("Method", *(["Users\n/step"] if len(users) > 1 else []), "Trains\nM")
+    table = plain_table("Method", *(["Users\n/step"] if len(users) > 1 else []), "Trains\nM")
     for name in ("Weights", "Grads", "Optim.", "Saved", peak):
         table.add_column(f"{name}\n{size_unit}", justify="right", no_wrap=True)
     for name, unit in (("Forward", step_unit), ("Backw.", step_unit), ("Epoch", epoch_unit)):
@@ -141,14 +147,14 @@ def _planned(cells: list[PlannedCell], device: DeviceProfile | None, peak: str) 
         table.add_column("Fits", justify="right", no_wrap=True)
     for planned in cells:
         if planned.work is None:
-            table.add_row(_label(planned, cells), *[Text("?", "red")] * (len(table.columns) - 1))
+            table.add_row(row_label(planned, cells), *[Text("?", "red")] * (len(table.columns) - 1))
             continue
         row: list[str | Text] = [str(planned.cell.training.users_per_batch)] if len(users) > 1 else []
         row += _cells(planned.work, size, step, epoch)
         if planned.expected is not None:
             trains = planned.work.trainable > 0
-            row += [_time(planned.expected.epoch_s) if trains else MISSING, _FITS[planned.expected.fits]]
-        table.add_row(_label(planned, cells), *row)
+            row += [in_time(planned.expected.epoch_s) if trains else MISSING, FITS[planned.expected.fits]]
+        table.add_row(row_label(planned, cells), *row)
     return table
 
 
@@ -156,18 +162,18 @@ def _cells(work: Work, size: float, step: float, epoch: float) -> list[str | Tex
     sizes = (work.weight_bytes, work.gradient_bytes, work.optimizer_bytes, work.saved_bytes, work.peak_bytes)
     return [
         f"{work.trainable / 1e6:.3f}",
-        *(_number(value / size) for value in sizes),
-        *(_number(value / step) for value in (work.forward_flops, work.backward_flops)),
-        _number(work.epoch_flops / epoch),
+        *(in_digits(value / size) for value in sizes),
+        *(in_digits(value / step) for value in (work.forward_flops, work.backward_flops)),
+        in_digits(work.epoch_flops / epoch),
     ]
 
 
 def _compared(cells: list[PlannedCell], peak: str) -> Table:
     pairs = [(planned, planned.work, planned.measured) for planned in cells if planned.work and planned.measured]
-    table = _table("Method")
+    table = plain_table("Method")
     memories = [work.peak_bytes for _, work, _ in pairs]
-    size, size_unit = _scale(memories, "B")
-    flop, flop_unit = _scale((work.forward_flops + work.backward_flops for _, work, _ in pairs), "FLOP")
+    size, size_unit = scale_of(memories, "B")
+    flop, flop_unit = scale_of((work.forward_flops + work.backward_flops for _, work, _ in pairs), "FLOP")
     for name in (f"{peak}\n{size_unit}", f"measured\n{size_unit}", "ratio", f"Step\n{flop_unit}"):
         table.add_column(name, justify="right", no_wrap=True)
     for name in (f"record\n{flop_unit}", "ratio", "Epoch", "measured", "ratio"):
@@ -176,10 +182,10 @@ def _compared(cells: list[PlannedCell], peak: str) -> Table:
         flops = work.forward_flops + work.backward_flops
         expected = planned.expected.epoch_s if planned.expected else None
         table.add_row(
-            _label(planned, cells),
-            *_triple(work.peak_bytes, measured.memory_bytes, lambda value: _number(value / size)),
-            *_triple(flops, measured.step_flops, lambda value: _number(value / flop)),
-            *_triple(expected, measured.epoch_s, _time),
+            row_label(planned, cells),
+            *_triple(work.peak_bytes, measured.memory_bytes, lambda value: in_digits(value / size)),
+            *_triple(flops, measured.step_flops, lambda value: in_digits(value / flop)),
+            *_triple(expected, measured.epoch_s, in_time),
         )
     return table
 
@@ -188,13 +194,6 @@ def _triple(plan: float | None, measured: float | None, write: Callable[[float],
     """Plan, measured, and measured over plan."""
     texts = [MISSING if value is None else write(value) for value in (plan, measured)]
     return texts[0], texts[1], f"{measured / plan:.2f}" if plan and measured else MISSING
-
-
-def _label(planned: PlannedCell, cells: list[PlannedCell]) -> str:
-    """The method, with its options where another row of the table has the same name."""
-    twins = sum(other.label == planned.label for other in cells)
-    options = ", ".join(f"{name}={value}" for name, value in planned.cell.options.items())
-    return f"{planned.label} {options}" if twins > 1 and options else planned.label
 
 
 def _notes(plan: MatrixPlan) -> list[str]:
@@ -217,6 +216,7 @@ def _notes(plan: MatrixPlan) -> list[str]:
             f"Device '{device.name}' ({device.source}): {device.memory_bytes / 1e9:.0f} GB; time by the roofline of "
             f"every operator at {device.efficiency:.0%} of its rates, data loading hidden."
         )
+    notes += devices_notes(plan)
     lacking = sorted({name for cell in plan.cells if cell.work for name in cell.work.uncounted})
     if lacking:
         notes.append(f"Not counted, for want of a FLOP formula: {', '.join(lacking)}.")
@@ -231,38 +231,5 @@ def _notes(plan: MatrixPlan) -> list[str]:
 
 def _caches(label: str, sizes: Mapping[Modality, int]) -> str:
     """The feature caches of a row in words; empty where it has none."""
-    parts = [f"{modality} {_bytes(size)}" for modality, size in sizes.items()]
+    parts = [f"{modality} {in_bytes(size)}" for modality, size in sizes.items()]
     return f"{label} {' and '.join(parts)}" if parts else ""
-
-
-def _table(*first: str) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
-    for place, name in enumerate(first):
-        table.add_column(name, justify="right" if place else "left", no_wrap=True)
-    return table
-
-
-def _scale(values: Iterable[float], unit: str) -> tuple[float, str]:
-    """The power of 1000 that fits the largest of ``values``, and ``unit`` with its prefix."""
-    most = max(values, default=0)
-    power = next((power for power in range(6, 0, -1) if most >= 1000**power), 0)
-    return 1000.0**power, f"{' kMGTPE'[power].strip()}{unit}"
-
-
-def _bytes(size: float) -> str:
-    scale, unit = _scale([size], "B")
-    return f"{_number(size / scale)} {unit}"
-
-
-def _number(value: float) -> str:
-    if 0 < value < 0.005:
-        return "<0.01"
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
-
-
-def _time(seconds: float) -> str:
-    if seconds >= 3600:
-        return f"{seconds / 3600:.1f} h"
-    if seconds >= 1:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    return f"{1000 * seconds:.0f} ms" if seconds >= 0.01 else f"{1000 * seconds:.1f} ms"

@@ -57,11 +57,18 @@ class DeviceProfile(Frozen):
     memory_bytes_per_s: Positive
     memory_bytes: Bytes
     efficiency: Positive = Field(default=EFFICIENCY_OF_DATASHEET, le=1)
-    """Share of both rates that the operators of a training step are expected to reach."""
+    """Share of all its rates that the operators and collectives of a training step are expected to reach."""
     operator_s: Positive = 6e-6
     """Time in which the host starts one operator; it bounds a step of many small ones."""
     workspace_bytes: Annotated[int, Strict(), Field(ge=0, lt=2**63)] = 0
     """Memory that the matrix library takes from torch's allocator besides all tensors."""
+    link_bytes_per_s: Positive | None = None
+    """Sent by one device to another of its node, while it receives as much; ``None`` where it is not known."""
+    link_latency_s: Positive = 5e-6
+    """Until a neighbour in a node has a message, and starts on it."""
+    node_link_bytes_per_s: Positive = 50e9
+    """The same between two nodes; by default assumed to be one port of InfiniBand NDR, 400 Gb/s."""
+    node_link_latency_s: Positive = 10e-6
     noise: DeviceNoise | None = None
 
     def rate(self, precision: Precision) -> float:
@@ -70,13 +77,16 @@ class DeviceProfile(Frozen):
         return rates.get(precision, rates["fp32"])
 
 
-def _gpu(name: str, half: float, single: float, bandwidth: float, memory: float, workspace: int) -> DeviceProfile:
+def _gpu(
+    name: str, half: float, single: float, bandwidth: float, memory: float, link: float, workspace: int
+) -> DeviceProfile:
     return DeviceProfile(
         name=name,
         source="vendor datasheet",
         matmul_flop_per_s={"fp32": single * 1e12, "bf16": half * 1e12, "fp16": half * 1e12},
         memory_bytes_per_s=bandwidth * 1e12,
         memory_bytes=int(memory * 1e9),
+        link_bytes_per_s=link * 1e9,
         workspace_bytes=workspace,
     )
 
@@ -86,17 +96,21 @@ _HOPPER, _OTHER = 32 << 20, (8 << 20) + (128 << 10)
 PROFILES: dict[str, DeviceProfile] = {
     profile.name: profile
     for profile in (
-        # NVIDIA's datasheets: dense (not sparse) tensor-core rates, fp32 without tensor cores, TB/s, GB.
-        _gpu("h200", 989.5, 67.0, 4.8, 141, _HOPPER),
-        _gpu("h100", 989.5, 67.0, 3.35, 80, _HOPPER),
-        _gpu("a100-80gb", 312.0, 19.5, 2.039, 80, _OTHER),
-        _gpu("rtx4090", 165.2, 82.6, 1.008, 24, _OTHER),
+        # NVIDIA's datasheets: dense (not sparse) tensor-core rates, fp32 without tensor cores, TB/s, GB. Links, GB/s in
+        # one direction: NVLink 4 (900 both ways), NVLink 3 (600 both ways), PCIe 4.0 x16. Latencies are assumed.
+        _gpu("h200", 989.5, 67.0, 4.8, 141, 450, _HOPPER),
+        _gpu("h100", 989.5, 67.0, 3.35, 80, 450, _HOPPER),
+        _gpu("a100-80gb", 312.0, 19.5, 2.039, 80, 300, _OTHER),
+        _gpu("rtx4090", 165.2, 82.6, 1.008, 24, 31.5, _OTHER),
         DeviceProfile(
             name="cpu-generic",
             source="assumed: 8 cores with AVX2 at 3 GHz (16 multiply-adds a cycle), 2 x DDR5-4800, 32 GB",
             matmul_flop_per_s={"fp32": 768e9},
             memory_bytes_per_s=76.8e9,
             memory_bytes=32 * 10**9,
+            link_bytes_per_s=4e9,  # assumed, as the latencies: gloo over loopback
+            link_latency_s=50e-6,
+            node_link_latency_s=50e-6,
         ),
     )
 }

@@ -8,11 +8,11 @@ counts the structure that training has left, ``tpme plan`` the one that the last
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -97,17 +97,23 @@ def count(of: MetaCell) -> Counts:
     )
 
 
-def run_step(of: MetaCell, *, fused_attention: bool) -> Step:
+def run_step(
+    of: MetaCell, *, fused_attention: bool, sharded: Collection[nn.Parameter] = (), buffered: bool = False
+) -> Step:
     """Forward and backward pass of the canonical batch, gradients kept.
 
     Args:
         of: the cell. fused_attention: attention by the kernel that CUDA would choose, in place of torch's math.
+        sharded: parameters whose memory is left out, because it is spread over several devices. buffered: leave out
+            the memory of gradients as soon as they are there, because they are moved to buffers for other devices.
     """
     dtype = AUTOCAST.get(of.cell.training.precision)
     target = Target(dtype, fused_attention=fused_attention)
-    batch: list[Tensor] = []
+    left_out, batch = set(sharded), list[Tensor]()
     map_tensors(of.batch, lambda tensor: batch.append(tensor) or tensor)  # type: ignore[func-returns-value]
-    tracker = Tracker([*_weights(of), *batch])
+    tracker = Tracker([*(weight for weight in _weights(of) if weight not in left_out), *batch], left_out)
+    trained = [weight for weight in of.model.parameters() if weight.requires_grad and buffered]
+    hooks = [weight.register_post_accumulate_grad_hook(_drop_gradient) for weight in trained]  # type: ignore[no-untyped-call]
     with sdpa_kernel(SDPBackend.MATH), tracker:
         with target, tracker.saving():
             of.method.before_step(of.state)
@@ -117,6 +123,8 @@ def run_step(of: MetaCell, *, fused_attention: bool) -> Step:
         if loss.requires_grad:
             with target:
                 _backward(loss)
+    for hook in hooks:
+        hook.remove()
     gradients = [parameter.grad for parameter in of.model.parameters() if parameter.grad is not None]
     return Step(
         forward_flops=forward,
@@ -148,6 +156,10 @@ def _backward(loss: Tensor) -> None:
     Variable._execution_engine.run_backward(
         (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
     )
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
 
 
 def _optimizer_state(of: MetaCell) -> Iterator[Tensor]:

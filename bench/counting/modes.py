@@ -117,16 +117,17 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         flops: so far, 1 multiply-add = 2 FLOPs (``flops_of``).
         uncounted: operators that may compute something but have no formula.
         work: how many operators there were of each (dtype, FLOPs, bytes read and written).
-        peak_bytes: most memory alive at one time, ``held`` tensors included.
+        peak_bytes: most memory alive at one time, ``held`` tensors included, ``left_out`` ones not.
     """
 
-    def __init__(self, held: Iterable[Tensor] = ()) -> None:
+    def __init__(self, held: Iterable[Tensor] = (), left_out: Iterable[Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.flops, self.peak_bytes, self._alive_bytes = 0, 0, 0
         self.uncounted: set[str] = set()
         self.work: Counter[tuple[torch.dtype, int, int]] = Counter()
         self._alive: dict[int, tuple[weakref.ref[Any], int]] = {}
         self._saved: set[int] = set()
+        self._left_out = {tensor.untyped_storage()._cdata for tensor in left_out}
         for tensor in held:
             self._track(tensor)
         self._held = set(self._alive)
@@ -167,7 +168,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _track(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
-        if key in self._alive or not size:
+        if key in self._alive or key in self._left_out or not size:
             return
 
         def release(_reference: object, key: int = key, size: int = size) -> None:

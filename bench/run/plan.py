@@ -7,12 +7,11 @@ and time. The peak is that of a simulated step, operator by operator, with every
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Literal
 
-import torch
 from rich.console import Console
 from rich.text import Text
 
@@ -20,24 +19,21 @@ from tpme.bench.counting.batch import DataShape
 from tpme.bench.counting.devices import DeviceProfile
 from tpme.bench.counting.exact import Counts, Step, count, planned_peak, run_step
 from tpme.bench.counting.meta import RELEASED, MetaCell
+from tpme.bench.counting.roofline import expected_step_s
 from tpme.bench.errors import UserError, one_line
 from tpme.bench.limits import resolved
 from tpme.bench.quantities import memory_reading
-from tpme.bench.record import Cell, CellResult, Frozen, Modality, Precision
+from tpme.bench.record import Cell, CellResult, Frozen, Modality
 from tpme.bench.run.cell_checks import MetaCells, check_cells, cost_key
 from tpme.bench.run.job import Job
 from tpme.bench.run.launch import choose_device, jobs_of, prepare_datasets
 from tpme.bench.run.matrix import DatasetEntry, MatrixFile, PreparedDataset, expand
+from tpme.bench.run.plan_together import AllCells, DeviceGroup, Fit, OnDevices, check_group, fit, is_gpu, plan_together
 from tpme.bench.run.preflight import check_disk, check_inputs, device_memory, memory_warning
 from tpme.bench.run.remaining import Remaining, ended_well, is_finished, latest_attempt, remaining
 
-FULL, TIGHT = 1.0, 0.9
-"""Shares of a device's memory: above the first a cell does not fit, above the second it may not (fragmentation)."""
-ADAM_BYTES = 28
-"""Traffic of an update per trained parameter: weight and two moments read and written, gradient read, 4 bytes each."""
 NOT_PREPARED = "not prepared"
 """In place of the fingerprint of a data set that is not here."""
-_PRECISIONS: dict[torch.dtype, Precision] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 class Expected(Frozen):
@@ -45,9 +41,7 @@ class Expected(Frozen):
 
     step_s: float
     epoch_s: float
-    fits: Literal["yes", "tight", "no", "unknown"]
-    """Whether the planned peak fits. It covers tensors alone, and a process on a CPU takes several times as much, so
-    there only ``no`` is known."""
+    fits: Fit
 
 
 class MeasuredCost(Frozen):
@@ -97,7 +91,16 @@ class PlannedCell(Frozen):
     problem: str | None = None
     """Why it could not be counted."""
     expected: Expected | None = None
+    on_devices: OnDevices | None = None
+    """On several devices, where those are planned."""
     measured: MeasuredCost | None = None
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """Planned peak of each device that trains it."""
+        if self.on_devices and self.on_devices.peak_bytes:
+            return self.on_devices.peak_bytes
+        return self.work.peak_bytes if self.work else None
 
 
 class MatrixPlan(Frozen):
@@ -112,16 +115,13 @@ class MatrixPlan(Frozen):
     """What of the matrix is finished; ``None`` where it is planned for data of another size."""
     warnings: tuple[str, ...] = ()
     """What of it this machine has no room for."""
+    all_cells: AllCells | None = None
+    """Every cell on the planned devices; ``None`` where these differ, or a time is not known."""
 
     @property
     def on_gpu(self) -> bool:
         """Whether it is planned for a GPU; elsewhere the peak is that of tensors alone."""
         return self.device is not None and is_gpu(self.device)
-
-
-def is_gpu(device: DeviceProfile) -> bool:
-    """Whether a profile is of a GPU: its matrix library takes a workspace from torch's allocator."""
-    return device.workspace_bytes > 0
 
 
 def plan_matrix(
@@ -131,6 +131,8 @@ def plan_matrix(
     device: DeviceProfile | None = None,
     users: int | None = None,
     items: int | None = None,
+    devices: int | None = None,
+    nodes: int = 1,
     runs: Path | None = None,
     methods_path: Sequence[Path] = (),
     console: Console,
@@ -140,7 +142,9 @@ def plan_matrix(
     Args:
         matrix: as read. store: where the built-in catalogue is. device: to plan time and fit for.
         users, items: plan for a data set of this size. Without them, one that is not prepared here is taken to be
-            Amazon Scientific. runs: run folder whose records are set beside the plan. console: for progress.
+            Amazon Scientific. devices: that train one cell together; by default as the matrix says (``training``).
+            nodes: over which these are spread. runs: run folder whose records are set beside the plan. console: for
+            progress.
 
     Raises:
         UserError: the matrix is wrong, or an encoder's configuration is not available.
@@ -150,6 +154,12 @@ def plan_matrix(
         datasets[entry.name], shapes[entry.name] = _data(matrix, entry, store, users, items, console)
     distinct: dict[str, Cell] = {}
     expanded = expand(matrix, datasets, device="cuda", methods_path=methods_path)
+
+    def group_of(cell: Cell) -> DeviceGroup:
+        return DeviceGroup(cell.training.devices if devices is None else devices, nodes)
+
+    for cell in expanded:
+        check_group(group_of(cell), cell, shapes[cell.dataset].users)
     metas = MetaCells(methods_path)
     check_cells(expanded, shapes, matrix.cache_limit_bytes, metas)
     prepared = {name: data.path for name, data in datasets.items() if data.fingerprint != NOT_PREPARED}
@@ -161,11 +171,17 @@ def plan_matrix(
     cells = []
     for key, cell in distinct.items():
         with console.status(Text(f"Counting {cell.label} ...")):
-            cells.append(_plan_cell(cell, shapes[cell.dataset], metas, device))
+            cells.append(_plan_cell(cell, shapes[cell.dataset], metas, device, group_of(cell)))
         measured = _measured_cost([result for result in recorded if cost_key(result.cell) == key])
         cells[-1] = cells[-1].model_copy(update={"measured": measured})
     sources = [f"Data set '{name}': {shape.describe()}." for name, shape in shapes.items()]
-    plan = MatrixPlan(matrix=matrix.name, device=device, assumptions=tuple(sources), cells=tuple(cells))
+    plan = MatrixPlan(
+        matrix=matrix.name,
+        device=device,
+        assumptions=tuple(sources),
+        cells=tuple(cells),
+        all_cells=_all_cells(expanded, dict(zip(distinct, cells, strict=True))),
+    )
     if users or items:
         return plan
     kind = choose_device("auto")
@@ -193,7 +209,7 @@ def _sources(cell: Cell) -> set[str]:
 def _memory_warnings(cells: Sequence[PlannedCell], kind: str) -> list[str]:
     """The rows that this machine's device, ``cpu`` or ``cuda``, has no room for."""
     memory, name = device_memory(kind)
-    sizes = [(cell.label, cell.work.peak_bytes) for cell in cells if cell.work]
+    sizes = [(cell.label, cell.peak_bytes) for cell in cells if cell.peak_bytes]
     return [memory_warning(label, size, memory, name) for label, size in sizes if memory and size > memory]
 
 
@@ -224,7 +240,9 @@ def _data(
 # --- one cell --------------------------------------------------------------------------------------------------------
 
 
-def _plan_cell(cell: Cell, data: DataShape, metas: MetaCells, device: DeviceProfile | None) -> PlannedCell:
+def _plan_cell(
+    cell: Cell, data: DataShape, metas: MetaCells, device: DeviceProfile | None, group: DeviceGroup
+) -> PlannedCell:
     try:
         meta = metas.build(cell, data)
         counts, step = count(meta), run_step(meta, fused_attention=True)
@@ -232,9 +250,36 @@ def _plan_cell(cell: Cell, data: DataShape, metas: MetaCells, device: DeviceProf
         raise
     except Exception as error:  # a method that needs values: its row says so, the others are planned
         return PlannedCell(label=cell.label, cell=cell, work=None, problem=one_line(error))
+    meta.model.zero_grad(set_to_none=True)
     work = _work(meta, counts, step, device)
-    return PlannedCell(
-        label=cell.label, cell=cell, work=work, expected=_expect(meta, work, step, device) if device else None
+    expected = _expect(work, step, device) if device else None
+    together = None
+    if group.devices > 1:
+        together = plan_together(meta, counts, group, device, expected.step_s if expected else None)
+    return PlannedCell(label=cell.label, cell=cell, work=work, expected=expected, on_devices=together)
+
+
+def _all_cells(cells: Sequence[Cell], planned: Mapping[str, PlannedCell]) -> AllCells | None:
+    """The training of all cells of a matrix on the devices that are planned for one."""
+    groups = {(on.devices, on.nodes) for plan in planned.values() if (on := plan.on_devices)}
+    if len(groups) != 1:
+        return None
+    [(devices, _)] = groups
+    alone, together = [], []
+    for cell in cells:
+        plan = planned[cost_key(cell)]
+        if plan.work is None or plan.expected is None or plan.on_devices is None:
+            return None
+        steps = cell.training.epochs * plan.work.epoch_steps
+        alone.append(steps * plan.expected.step_s)
+        if (step_s := plan.on_devices.step_s) is None and plan.on_devices.problem is None:
+            return None
+        together.append(alone[-1] if step_s is None else steps * step_s)
+    return AllCells(
+        cells=len(cells),
+        device_s=sum(alone),
+        side_by_side_s=max(sum(alone) / devices, *alone),
+        one_by_one_s=sum(together),
     )
 
 
@@ -263,19 +308,9 @@ def _work(meta: MetaCell, counts: Counts, step: Step, device: DeviceProfile | No
     )
 
 
-def _expect(meta: MetaCell, work: Work, step: Step, device: DeviceProfile) -> Expected:
-    bandwidth = device.memory_bytes_per_s * device.efficiency
-    busy_s = ADAM_BYTES * work.trainable / bandwidth
-    for (dtype, flops, moved), times in step.work.items():
-        rate = device.rate(_PRECISIONS.get(dtype, "fp32")) * device.efficiency
-        busy_s += times * max(flops / rate, moved / bandwidth)
-    step_s = max(busy_s, sum(step.work.values()) * device.operator_s)
-    share = work.peak_bytes / device.memory_bytes
-    return Expected(
-        step_s=step_s,
-        epoch_s=step_s * work.epoch_steps,
-        fits="no" if share > FULL else "unknown" if not is_gpu(device) else "tight" if share > TIGHT else "yes",
-    )
+def _expect(work: Work, step: Step, device: DeviceProfile) -> Expected:
+    step_s = expected_step_s(step, work.trainable, device)
+    return Expected(step_s=step_s, epoch_s=step_s * work.epoch_steps, fits=fit(work.peak_bytes, device))
 
 
 # --- what was measured -----------------------------------------------------------------------------------------------
