@@ -272,7 +272,7 @@ class Watch:
         log = next(iter(sorted(jobs_folder(self.run).glob(f"{task}_*log.err"))), None)
         where = f"log: {log}" if log else f"without a log: do the nodes see {self.run}?"
         often = f", after {tries} tries" if tries > 1 else ""
-        message = f"its Slurm job {task} ended {why_ended(state)}{often} and left no record ({where})"
+        message = f"its Slurm job {task} ended {why_ended(state)}{often}, and left no record ({where})"
         result = lost_result(job, "killed", message, state.elapsed_s if state else 0.0, datetime.now(UTC))
         write_lost(job, result)
         return result
