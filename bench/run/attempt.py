@@ -18,7 +18,7 @@ from tpme.bench.redact import redact_file
 from tpme.bench.run.job import Job, time_limit_message
 from tpme.bench.run.live import LiveLog
 from tpme.bench.run.process import Ending, run_process
-from tpme.bench.run.rank_failures import blamed, failed_elsewhere, in_words, left_record
+from tpme.bench.run.rank_failures import await_notes, blamed, failed_elsewhere, in_words, left_record
 from tpme.bench.run.rank_processes import Node, RanksEnding, run_ranks
 from tpme.bench.writing import write_atomically
 
@@ -84,7 +84,10 @@ def run_node(job: Job, job_file: Path, node: Node) -> RanksEnding:
 def run_first_node(job: Job, job_file: Path, node: Node) -> CellResult:
     """Run the ranks of the node of rank 0; returns the record, as ``run_job`` does."""
     started, began = time.monotonic(), datetime.now(UTC)
-    return _result(job, run_node(job, job_file, node), time.monotonic() - started, began)
+    ending = run_node(job, job_file, node)
+    if not ending.well:
+        await_notes(job, node.nodes)
+    return _result(job, ending, time.monotonic() - started, began)
 
 
 def _run_ranks(

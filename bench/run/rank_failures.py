@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
 from tpme.bench.record import CellResult, RecordError, Status, read_result
+from tpme.bench.run import process
 from tpme.bench.run.job import Job
 from tpme.bench.run.rank_processes import RanksEnding
 from tpme.bench.writing import write_atomically
@@ -41,9 +43,16 @@ def failed_elsewhere(job: Job) -> bool:
 
 
 def leave_note(job: Job, ending: RanksEnding) -> None:
-    """Tell the node of rank 0 how the ranks of this one ended."""
-    if any(ending.codes.values()):
+    """Tell the node of rank 0 how the ranks of this one ended, if not well."""
+    if not ending.well:
         write_atomically(_hidden(job, f"lost-{min(ending.codes)}"), json.dumps(dict(ending.codes)).encode())
+
+
+def await_notes(job: Job, nodes: int) -> None:
+    """Wait until the other nodes have said how their ranks ended: each gives its own some time to end."""
+    until_s = time.monotonic() + 2 * process.GRACE_S
+    while len(_notes(job)) < nodes - 1 and time.monotonic() < until_s:
+        time.sleep(process.POLL_S)
 
 
 def blamed(job: Job, ending: RanksEnding) -> tuple[int, int]:

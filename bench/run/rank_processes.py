@@ -62,6 +62,11 @@ class RanksEnding:
     last: str
     """What the first of them said last that it was doing."""
 
+    @property
+    def well(self) -> bool:
+        """Whether all of them ended well."""
+        return set(self.codes.values()) == {0}
+
 
 def run_ranks(
     command: Callable[[int], Sequence[str]],

@@ -4,7 +4,7 @@ The node of rank 0 also writes the record of an attempt that failed. All nodes s
 JOB, which stays until they have ended. Their place comes from NNODES and NODE_RANK, as torchrun takes them, or from
 Slurm's variables; MASTER_ADDR and MASTER_PORT name the machine of rank 0 and a free port of it.
 
-The exit code is 0 where the cell ended well (node of rank 0), or no rank of this node failed (any other).
+The exit code is 0 where the cell ended well (node of rank 0), or all ranks of this node did (any other).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main() -> None:
         sys.exit(f"tpme: {result.failure.message}" if result.failure else None)
     ending = run_node(job, job_file, node)
     leave_note(job, ending)
-    sys.exit(1 if any(ending.codes.values()) else 0)
+    sys.exit(0 if ending.well else 1)
 
 
 if __name__ == "__main__":
