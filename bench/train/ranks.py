@@ -91,6 +91,11 @@ class Ranks:
             raise UserError(f"rank {rank} of {size} cannot join the others at {address}: {one_line(error)}") from None
         return ranks
 
+    @property
+    def peers(self) -> Ranks | None:
+        """The ranks that work is shared with; ``None`` where there is one."""
+        return self if self.size > 1 else None
+
     def leave(self) -> None:
         """Disconnect from the others."""
         if self.size > 1 and dist.is_initialized():
