@@ -46,8 +46,6 @@ def environment(device: object) -> Environment:
         name, driver, cuda = _gpu(device)
         packages |= cuda
         key = f"{name}, driver {driver or 'unknown'}, {threads} threads"
-    if (beside := os.environ.get(CELLS_BESIDE, "1")) != "1":
-        key += f", {beside} cells at a time"
     return Environment(
         python=platform.python_version(),
         platform=platform.platform(),
@@ -55,7 +53,7 @@ def environment(device: object) -> Environment:
         packages=packages,
         device_kind="cuda" if is_cuda(device) else "cpu",
         device_name=name,
-        device_key=key,
+        device_key=with_neighbours(key),
         driver=driver,
         cpu_threads=threads,
         allocator=allocator(),
@@ -63,6 +61,12 @@ def environment(device: object) -> Environment:
         git_revision=revision,
         git_dirty=dirty,
     )
+
+
+def with_neighbours(key: str) -> str:
+    """A device key that also says how many cells share the machine, where they are more than one."""
+    beside = os.environ.get(CELLS_BESIDE, "1")
+    return key if beside == "1" else f"{key}, {beside} cells at a time"
 
 
 def host_mark() -> str:
