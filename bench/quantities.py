@@ -151,6 +151,7 @@ QUANTITIES: dict[str, Quantity] = {
         Quantity("forward_s", "FP", unit="s", units=MS),
         Quantity("backward_s", "BP", unit="s", units=MS),
         Quantity("update_s", "WU", unit="s", units=MS),
+        Quantity("collective_s", "Collectives", "of FP and BP", unit="s", units=MS),
         Quantity("flops", "FLOPs of a step", unit="FLOP"),
         Quantity("mfu_percent", "MFU", unit="%", better="higher"),
         Quantity("planned_peak_bytes", "Peak, plan", unit="bytes"),

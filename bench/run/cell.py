@@ -45,6 +45,7 @@ from tpme.bench.task.placement import PLACES, Table
 from tpme.bench.task.precomputed import StatesFile
 from tpme.bench.task.recommender import Recommender
 from tpme.bench.task.view import EncoderView
+from tpme.bench.train.agreement import check_equal
 from tpme.bench.train.build import (
     DataSize,
     EncoderUse,
@@ -71,17 +72,22 @@ from tpme.bench.train.graphs import replay_graphs
 from tpme.bench.train.kept import Kept
 from tpme.bench.train.loop import Trainer
 from tpme.bench.train.outcome import Outcome
+from tpme.bench.train.ranks import Ranks
 from tpme.bench.train.split import guarded_split
 from tpme.methods.base import Method
 from tpme.methods.registry import create
 
 
 class CellRun:
-    """One attempt at one cell: ``run`` executes it, ``record`` returns its result."""
+    """One attempt at one cell: ``run`` executes it, ``record`` returns its result.
 
-    def __init__(self, job: Job, phases: PhaseLog, progress: Progress) -> None:
+    Where several ``ranks`` train it, each runs all of it; rank 0 alone writes files and measures what needs no other.
+    """
+
+    def __init__(self, job: Job, phases: PhaseLog, progress: Progress, ranks: Ranks | None = None) -> None:
         self.job, self.cell, self.phases, self.progress = job, job.cell, phases, progress
-        self.device = torch.device(job.cell.device)
+        self.ranks = ranks or Ranks.alone(torch.device(job.cell.device))
+        self.device = self.ranks.device
         self.started_at = datetime.now(UTC)
         self.facts = CellFacts()
         self.initial: dict[str, Tensor] = {}
@@ -103,6 +109,8 @@ class CellRun:
             status = self._failed(error)
         else:
             status = "ok"
+        if self.ranks.rank > 0:
+            return status
         if self.job.probe_items is not None and status == "ok":
             self._measure_representation(self.job.probe_items)
         if self.facts.trainer is not None and status != "timeout":
@@ -121,11 +129,13 @@ class CellRun:
             facts.parameters = parameter_counts(model, method, trainer.outcome.trainable_max)
             for reporting in dict.fromkeys((method, driver)):
                 facts.counters |= method_counters(reporting, model, self.cell.method)
-            self.structure = trained_structure(trainer)
+            if self.ranks.rank == 0:
+                self.structure = trained_structure(trainer)
         facts.counters |= guarded_split(trainer)
         with self.phases.phase("export"):
             method.prepare_inference(model)
-        self._measure_inference(trainer)
+        if self.ranks.rank == 0:
+            self._measure_inference(trainer)
 
     def _measure_inference(self, trainer: Trainer) -> None:
         try:
@@ -147,7 +157,8 @@ class CellRun:
         method = create(cell.method, cell.options, self.job.methods_path)
         with self.phases.phase("load", "data"):
             self.progress("load", 0.0)
-            dataset = open_dataset(self.job)
+            with self.ranks.first():
+                dataset = open_dataset(self.job)
             facts.dataset = dataset.facts(cell.dataset)
         specs = encoder_specs(cell, method)
         check_encoders(specs)
@@ -158,6 +169,7 @@ class CellRun:
         store, views = self._load_encoders(use.run, dataset, states)
         with self.phases.phase("adapt"):
             model = builder.build(views, cell.seed, self.initial).to(self.device)
+            check_equal(model, self.ranks)
             if cell.training.compile and compile_model(model):
                 facts.setup = "compiling"
             elif cell.training.compile:
@@ -184,10 +196,12 @@ class CellRun:
             kept=self.kept,
             build=self.fork,
             seed=seed,
+            ranks=self.ranks,
         )
         of = self.facts.trainer
         if self.job.save_adapters and (of is None or of.delta is not None):
-            trainer.delta = DeltaFile(self.job.folder / f".attempt-{self.job.attempt}.adapter-{next(self._deltas)}")
+            path = self.job.folder / f".attempt-{self.job.attempt}.adapter-{next(self._deltas)}"
+            trainer.delta = DeltaFile(path, writes=self.ranks.rank == 0)
         return trainer
 
     def fork(self, method: Method, seed: int) -> Trainer:
@@ -229,7 +243,7 @@ class CellRun:
             self.facts.encoders[modality] = file.facts(spec)
         jobs = [feature_job(self.job, method, m, spec, reads[m]) for m, spec in use.cached.items()]
         fingerprint = self.cell.dataset_fingerprint
-        stored = stored_states(jobs, given, fingerprint, self.device, self.phases, self.progress)
+        stored = stored_states(jobs, given, fingerprint, self.device, self.phases, self.progress, self.ranks)
         self.facts.cache, self.initial = stored.cache, stored.initial
         if stored.cache is not None:
             size = Reading(value=stored.cache.bytes, source="(N+1) x levels x width x 2 bytes")
@@ -248,7 +262,8 @@ class CellRun:
             return item_store(self.job, dataset, specs, states), {}
         with self.phases.phase("load", "encoders"):
             self.progress("load encoders", 0.0)
-            store = item_store(self.job, dataset, specs, states)
+            with self.ranks.first():
+                store = item_store(self.job, dataset, specs, states)
             encoders = {m: load_encoder(spec, m, seed=self.cell.seed) for m, spec in specs.items()}
             self.facts.encoders |= {m: encoder.facts_on(self.cell.device) for m, encoder in encoders.items()}
             return store, {modality: encoder.view for modality, encoder in encoders.items()}
@@ -351,14 +366,33 @@ def main() -> None:
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the launcher ignores it
     with progress_events() as progress, telling(progress):
+        ranks = _ranks(job)
         with measuring(job.cell.device) as phases:
-            cell_run = CellRun(job, phases, progress)
+            cell_run = CellRun(job, phases, progress if ranks.rank == 0 else _silent, ranks)
             signal.signal(signal.SIGTERM, stop)
             status = cell_run.run()
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the record comes next
+        if ranks.rank > 0:
+            sys.exit(0 if status == "ok" else f"tpme: rank {ranks.rank}: {cell_run.facts.failure}")
         write_result(cell_run.record(status), job.file(".json"))
         if status == "ok":
             cell_run.kept.clear()
+    ranks.leave()
+
+
+def _ranks(job: Job) -> Ranks:
+    """The ranks that train the cell, of which this process is one; ends it where it cannot join the others."""
+    devices = job.cell.training.devices
+    if devices == 1:
+        return Ranks.alone(torch.device(job.cell.device))
+    try:
+        return Ranks.join(devices, job.cell.device)
+    except UserError as error:
+        sys.exit(f"tpme: {error}")
+
+
+def _silent(_what: str, _share: float) -> None:
+    """Progress of ranks other than 0."""
 
 
 if __name__ == "__main__":

@@ -105,6 +105,7 @@ def check_cells(
         with blaming(cell.method):
             if isinstance(method, ChecksItsRun):
                 method.check_run(shapes[cell.dataset].users)
+            check_devices(cell, method)
             _check_dtypes(cell, method)
             _check_states(cell, method, metas.encoders)
         try:
@@ -114,6 +115,28 @@ def check_cells(
         except Exception:
             continue
         _check_cache_size(cell, meta.cache_bytes, cache_limit_bytes)
+
+
+def check_devices(cell: Cell, method: Method) -> None:
+    """Raise UserError where ``cell`` cannot be trained by as many devices as it names."""
+    from tpme.methods.base import Method
+
+    training, name = cell.training, cell.method
+    if training.devices == 1:
+        return
+    if training.users_per_batch < training.devices:
+        raise UserError(
+            f"devices = {training.devices}, but a batch has {training.users_per_batch} users (users_per_batch): each "
+            "device needs one; lower devices or raise users_per_batch"
+        )
+    if training.cuda_graphs:
+        raise UserError(
+            f"devices = {training.devices}: steps of several devices are no CUDA graph; turn cuda_graphs off"
+        )
+    if type(method).run is not Method.run:
+        raise UserError(
+            f"method '{name}' has a training procedure of its own (run), which one device follows; set devices = 1"
+        )
 
 
 def cost_key(cell: Cell) -> str:

@@ -36,15 +36,17 @@ class DeltaFacts(Frozen):
 
 
 class DeltaFile:
-    """A safetensors file; every ``write`` replaces it."""
+    """A safetensors file; every ``write`` replaces it. Of several ranks, one ``writes``."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
 
     def write(self, method: Method, model: Recommender, seed: int) -> None:
         """Write what ``method`` has trained in ``model``; atomically."""
-        facts = DeltaFacts.of(method, seed)
-        state = {name: value.detach().cpu().contiguous() for name, value in method.state(model).items()}
+        facts, tensors = DeltaFacts.of(method, seed), method.state(model)
+        if not self.writes:
+            return
+        state = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         write_atomically(self.path, save(_unshared(state), {"delta": facts.model_dump_json()}))
 
     def publish(self, path: Path) -> str:

@@ -124,6 +124,18 @@ class Ranks:
         if self.size > 1:
             dist.barrier(group=self._hosts)
 
+    @contextmanager
+    def first(self) -> Iterator[None]:
+        """Let rank 0 run the block before the others: it writes the files that the others then find.
+
+        Where rank 0 fails the others wait on, and whoever started the ranks ends them.
+        """
+        if self.rank > 0:
+            self.wait()
+        yield
+        if self.rank == 0:
+            self.wait()
+
     # --- tensors, on the device ---------------------------------------------------------------------------------------
 
     def all_gather(self, own: Tensor) -> Tensor:
