@@ -528,8 +528,8 @@ class RankFacts(Frozen):
     cpu_threads: Count
     training_memory: Memory | None
     """Peaks over the training phases of the last stage; ``None`` where nothing was trained in epochs."""
-    peak_bytes: Reading
-    """The most that it held in any phase, by the reading of M."""
+    peak_memory: Memory
+    """Peaks over all phases."""
     training_energy_j: Amount
     """Of its device, over the same phases as ``training_memory``."""
     collective_s: Amount

@@ -13,12 +13,7 @@ from dataclasses import dataclass
 
 from tpme.bench.measure.environment import with_neighbours
 from tpme.bench.measure.phases import largest
-from tpme.bench.quantities import memory_reading
-from tpme.bench.record import Environment, Flag, GpuFacts, Memory, Phase, RankFacts, Reading
-
-MEMORY_SUM = "memory_sum_bytes"
-"""Counter of a cell on several devices: M of all of them together."""
-_NOT_COUNTED = Reading.missing("parts of a step", "the attempt ended before they were measured")
+from tpme.bench.record import CellResult, Environment, Flag, GpuFacts, Memory, Phase, RankFacts, Reading
 
 
 @dataclass(frozen=True)
@@ -32,13 +27,11 @@ class RankLog:
     first: int
     counters: Mapping[str, Reading]
     flags: tuple[Flag, ...]
-    collective_s: Reading = _NOT_COUNTED
+    collective_s: Reading
 
     @property
     def facts(self) -> RankFacts:
         """As the record keeps it."""
-        device = self.environment.device_kind
-        held = [memory_reading("memory_bytes", phase.memory, device) for phase in self.phases]
         training = [phase for phase in self.phases[self.first :] if phase.kind == "train"]
         return RankFacts(
             rank=self.rank,
@@ -47,7 +40,7 @@ class RankLog:
             device_name=self.environment.device_name,
             cpu_threads=self.environment.cpu_threads,
             training_memory=self.training_memory,
-            peak_bytes=largest(held, "phases"),
+            peak_memory=highest_memory([phase.memory for phase in self.phases], "phases"),
             training_energy_j=total([phase.energy_j for phase in training], "the training phases"),
             collective_s=self.collective_s,
             counters=dict(self.counters),
@@ -70,13 +63,30 @@ def total(readings: Sequence[Reading], over: str) -> Reading:
     return Reading(value=value, source=source, valid=bad is None, reason=bad.reason if bad else None)
 
 
-def highest_memory(memories: Sequence[Memory]) -> Memory:
-    """Instrument by instrument that of the rank with the most."""
+def highest_memory(memories: Sequence[Memory], of: str = "ranks") -> Memory:
+    """The largest of several windows or ranks, instrument by instrument."""
     readings = {name: [getattr(memory, name) for memory in memories] for name in Memory.model_fields}
-    return Memory(**{name: largest(found, "ranks") for name, found in readings.items()})
+    return Memory(**{name: largest(found, of) for name, found in readings.items()})
 
 
 # --- the whole job ---------------------------------------------------------------------------------------------------
+
+
+def of_job(result: CellResult, logs: Sequence[RankLog], environment: Environment) -> CellResult:
+    """The record of rank 0 with what all ranks have measured; ``environment`` is that of the job.
+
+    Of an attempt that failed it is the record of the first rank that did, and ``logs`` holds that rank alone.
+    """
+    return result.model_copy(
+        update={
+            "environment": environment,
+            "phases": job_phases(logs),
+            "training_memory": job_memory(logs),
+            "counters": result.counters | job_counters(logs),
+            "flags": (*result.flags, *further_flags(logs)),
+            "ranks": tuple(log.facts for log in logs),
+        }
+    )
 
 
 def job_phases(logs: Sequence[RankLog]) -> tuple[Phase, ...]:
@@ -135,10 +145,8 @@ def job_memory(logs: Sequence[RankLog]) -> Memory | None:
 
 
 def job_counters(logs: Sequence[RankLog]) -> dict[str, Reading]:
-    """M of all devices together; the mean use of the GPUs; of any other counter of the ranks the worst."""
-    kind = logs[0].environment.device_kind
-    held = [memory_reading("memory_bytes", log.training_memory, kind) for log in logs]
-    counters = {} if job_memory(logs) is None else {MEMORY_SUM: total(held, "the ranks")}
+    """The mean use of the GPUs; of any other counter of the instruments the worst of the ranks."""
+    counters = {}
     for name, reading in logs[0].counters.items():
         how, combine = _COMBINED.get(name, ("maximum", max))
         value = _combined([log.counters[name].value for log in logs if name in log.counters], combine)
@@ -148,16 +156,14 @@ def job_counters(logs: Sequence[RankLog]) -> dict[str, Reading]:
     return counters
 
 
-def job_flags(logs: Sequence[RankLog]) -> tuple[Flag, ...]:
-    """The flags of rank 0, and those of other ranks that it does not have, with their rank."""
-    found = list(logs[0].flags)
-    for log in logs[1:]:
-        found += [
-            flag.model_copy(update={"message": f"rank {log.rank}: {flag.message}"})
-            for flag in log.flags
-            if flag not in logs[0].flags
-        ]
-    return tuple(found)
+def further_flags(logs: Sequence[RankLog]) -> tuple[Flag, ...]:
+    """The flags of other ranks that rank 0 does not have, with their rank."""
+    return tuple(
+        flag.model_copy(update={"message": f"rank {log.rank}: {flag.message}"})
+        for log in logs[1:]
+        for flag in log.flags
+        if flag not in logs[0].flags
+    )
 
 
 def job_environment(environments: Sequence[Environment]) -> Environment:

@@ -15,10 +15,11 @@ from typing import NamedTuple
 from tpme.bench.errors import LONGEST_MESSAGE
 from tpme.bench.record import CellResult, Failure, Reading, RecordError, Status, read_result, write_result
 from tpme.bench.redact import redact_file
+from tpme.bench.run import process
 from tpme.bench.run.job import Job, time_limit_message
 from tpme.bench.run.live import LiveLog
 from tpme.bench.run.process import Ending, run_process
-from tpme.bench.run.rank_failures import await_notes, blamed, failed_elsewhere, in_words, left_record
+from tpme.bench.run.rank_failures import blamed, failed_elsewhere, in_words, left_record, notes
 from tpme.bench.run.rank_processes import Node, RanksEnding, run_ranks
 from tpme.bench.writing import write_atomically
 
@@ -85,8 +86,9 @@ def run_first_node(job: Job, job_file: Path, node: Node) -> CellResult:
     """Run the ranks of the node of rank 0; returns the record, as ``run_job`` does."""
     started, began = time.monotonic(), datetime.now(UTC)
     ending = run_node(job, job_file, node)
-    if not ending.well:
-        await_notes(job, node.nodes)
+    until_s = time.monotonic() + 2 * process.GRACE_S  # each node gives its ranks some time to end
+    while not ending.well and len(notes(job)) < node.nodes - 1 and time.monotonic() < until_s:
+        time.sleep(process.POLL_S)
     return _result(job, ending, time.monotonic() - started, began)
 
 

@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NoReturn
@@ -30,7 +30,8 @@ from tpme.bench.counting.meta import MetaCell
 from tpme.bench.errors import UserError, one_line
 from tpme.bench.measure.environment import environment
 from tpme.bench.measure.phases import PhaseLog, measuring
-from tpme.bench.record import REBUILT, CellResult, EncoderSpec, Modality, Reading, Status, write_result
+from tpme.bench.record import REBUILT, CellResult, EncoderSpec, Environment, Modality, Reading, Status, write_result
+from tpme.bench.run.cell_ranks import join, own_device, record_of_all, show_where_it_hangs
 from tpme.bench.run.counters import final_counters, trained_structure
 from tpme.bench.run.events import progress_events, telling
 from tpme.bench.run.inference import measure_inference
@@ -84,10 +85,17 @@ class CellRun:
     Where several ``ranks`` train it, each runs all of it; rank 0 alone writes files and measures what needs no other.
     """
 
-    def __init__(self, job: Job, phases: PhaseLog, progress: Progress, ranks: Ranks | None = None) -> None:
+    def __init__(
+        self,
+        job: Job,
+        phases: PhaseLog,
+        progress: Progress,
+        ranks: Ranks | None = None,
+        environments: Sequence[Environment] = (),
+    ) -> None:
         self.job, self.cell, self.phases, self.progress = job, job.cell, phases, progress
         self.ranks = ranks or Ranks.alone(torch.device(job.cell.device))
-        self.device = self.ranks.device
+        self.device, self.environments = self.ranks.device, environments
         self.started_at = datetime.now(UTC)
         self.facts = CellFacts()
         self.initial: dict[str, Tensor] = {}
@@ -366,29 +374,19 @@ def main() -> None:
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the launcher ignores it
     with progress_events() as progress, telling(progress):
-        ranks = _ranks(job)
-        with measuring(job.cell.device) as phases:
-            cell_run = CellRun(job, phases, progress if ranks.rank == 0 else _silent, ranks)
+        with measuring(own_device(job)) as phases:
+            ranks, environments = join(job, phases)
+            cell_run = CellRun(job, phases, progress if ranks.rank == 0 else _silent, ranks, environments)
             signal.signal(signal.SIGTERM, stop)
+            if ranks.size > 1:
+                show_where_it_hangs()
             status = cell_run.run()
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the record comes next
-        if ranks.rank > 0:
-            sys.exit(0 if status == "ok" else f"tpme: rank {ranks.rank}: {cell_run.facts.failure}")
-        write_result(cell_run.record(status), job.file(".json"))
-        if status == "ok":
-            cell_run.kept.clear()
-    ranks.leave()
-
-
-def _ranks(job: Job) -> Ranks:
-    """The ranks that train the cell, of which this process is one; ends it where it cannot join the others."""
-    devices = job.cell.training.devices
-    if devices == 1:
-        return Ranks.alone(torch.device(job.cell.device))
-    try:
-        return Ranks.join(devices, job.cell.device)
-    except UserError as error:
-        sys.exit(f"tpme: {error}")
+        result = cell_run.record(status) if ranks.size == 1 else record_of_all(cell_run, status)
+        if result is not None:
+            write_result(result, job.file(".json"))
+            if status == "ok":
+                cell_run.kept.clear()
 
 
 def _silent(_what: str, _share: float) -> None:

@@ -9,15 +9,16 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
-import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tpme.bench.record import CellResult, RecordError, Status, read_result
-from tpme.bench.run import process
 from tpme.bench.run.job import Job
-from tpme.bench.run.rank_processes import RanksEnding
 from tpme.bench.writing import write_atomically
+
+if TYPE_CHECKING:
+    from tpme.bench.run.rank_processes import RanksEnding
 
 OF_ALL: tuple[Status, ...] = ("diverged", "timeout")
 """Failures of a cell as a whole: the message names no rank."""
@@ -39,7 +40,7 @@ def claim(job: Job, rank: int) -> Path | None:
 
 def failed_elsewhere(job: Job) -> bool:
     """Whether any rank has failed, or the record of the attempt is there."""
-    return any(path.exists() for path in (_hidden(job, "failed"), job.file(".json"), *_notes(job)))
+    return any(path.exists() for path in (_hidden(job, "failed"), job.file(".json"), *notes(job)))
 
 
 def leave_note(job: Job, ending: RanksEnding) -> None:
@@ -48,11 +49,9 @@ def leave_note(job: Job, ending: RanksEnding) -> None:
         write_atomically(_hidden(job, f"lost-{min(ending.codes)}"), json.dumps(dict(ending.codes)).encode())
 
 
-def await_notes(job: Job, nodes: int) -> None:
-    """Wait until the other nodes have said how their ranks ended: each gives its own some time to end."""
-    until_s = time.monotonic() + 2 * process.GRACE_S
-    while len(_notes(job)) < nodes - 1 and time.monotonic() < until_s:
-        time.sleep(process.POLL_S)
+def notes(job: Job) -> list[Path]:
+    """What other nodes have said about how their ranks ended."""
+    return list(job.folder.glob(f".attempt-{job.attempt}.lost-*"))
 
 
 def blamed(job: Job, ending: RanksEnding) -> tuple[int, int]:
@@ -99,14 +98,10 @@ def _claimed(job: Job) -> int | None:
     return None
 
 
-def _notes(job: Job) -> list[Path]:
-    return list(job.folder.glob(f".attempt-{job.attempt}.lost-*"))
-
-
 def _codes_elsewhere(job: Job) -> Mapping[int, int]:
     """Codes of ranks of other nodes that ended badly."""
     codes: dict[int, int] = {}
-    for path in _notes(job):
+    for path in notes(job):
         with contextlib.suppress(OSError, ValueError):
             codes |= {int(rank): code for rank, code in json.loads(path.read_bytes()).items() if code}
     return codes

@@ -25,10 +25,9 @@ from tpme.bench.errors import UserError
 from tpme.bench.lifetimes import MARK, Launcher, end_cell
 from tpme.bench.run import process
 from tpme.bench.run.process import PATIENT, Watch, deferred_signals, kill_session, raise_signal
+from tpme.bench.workers import LISTENER
 
 LOOPBACK = "127.0.0.1"
-LISTENER = "TPME_LISTENER"
-"""Variable of rank 0: the open socket on which the ranks meet. Whoever started it chose the port, so none is lost."""
 
 
 @dataclass(frozen=True)

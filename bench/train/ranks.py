@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tpme.bench.errors import UserError, one_line
 from tpme.bench.train.timing import StepTimer
+from tpme.bench.workers import LISTENER
 
 JOIN_S = 300.0
 """Time for all ranks to connect; they start together, but one may load torch from a slow disk."""
@@ -83,7 +84,7 @@ class Ranks:
             device, backend = torch.device("cpu"), "gloo"
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         try:
-            store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=JOIN_S)))
+            store = _store(rank, size)
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=WAIT)
             ranks = cls(rank, size, device)
             ranks._hosts = dist.new_group(backend="gloo", timeout=WAIT) if backend == "nccl" else dist.group.WORLD
@@ -212,6 +213,13 @@ class Ranks:
 def ring_bytes(size: int, values: Tensor) -> int:
     """Bytes that each of ``size`` ranks sends to sum ``values`` in a ring: 2 (N - 1) / N of them."""
     return 2 * (size - 1) * values.numel() * values.element_size() // size
+
+
+def _store(rank: int, size: int) -> dist.Store:
+    """Where the ranks meet: rank 0 listens, on a socket that it was given or on the port that all are told."""
+    address, port, timeout = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timedelta(seconds=JOIN_S)
+    socket = int(os.environ[LISTENER]) if rank == 0 and LISTENER in os.environ else None
+    return dist.TCPStore(address, port, size, rank == 0, timeout, multi_tenant=True, master_listen_fd=socket)
 
 
 def _default_generator(device: torch.device) -> torch.Generator:
