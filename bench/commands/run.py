@@ -39,6 +39,12 @@ def run(
     jobs: Annotated[
         int | None, typer.Option(min=1, help="Cells beside each other on the CPU, which share its cores; by default 1.")
     ] = None,
+    on: Annotated[
+        str | None, typer.Option(metavar="ENGINE", help="Where cells run: local, slurm or ray; by default local.")
+    ] = None,
+    profile: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="TOML file with a table [run]: partition, GPUs and so on.")
+    ] = None,
 ) -> None:
     """Run the unfinished cells of a matrix, and report.
 
@@ -46,8 +52,8 @@ def run(
     """
     from rich.text import Text
 
-    from tpme.bench.run.engines.local import local_engine
-    from tpme.bench.run.launch import choose_device, run_matrix, store_folder
+    from tpme.bench.run.engines.profile import device_of, load_profile, make_engine
+    from tpme.bench.run.launch import run_matrix, store_folder
     from tpme.bench.run.matrix import load_matrix
 
     if time_limit is not None and not 0 < time_limit <= 1e9:
@@ -55,7 +61,8 @@ def run(
     switched_on = [name for name, on in (("compile", compiled), ("cuda_graphs", cuda_graphs)) if on]
     matrix = load_matrix(source, [*(settings or []), *(f"training.{name}=true" for name in switched_on)])
     folder = out or Path("runs") / matrix.name
-    device_name = choose_device(device)
+    where = load_profile(profile, on)
+    device_name = device_of(where, device)
     if matrix.training.cuda_graphs and device_name == "cpu":
         raise UserError("training.cuda_graphs needs a CUDA device, and these cells would run on the CPU; turn it off")
     console = PlainConsole()
@@ -64,8 +71,10 @@ def run(
         from tpme.bench.run.live import LiveLog
 
         live = LiveLog(log, folder, console)
-    engine = local_engine(device_name, jobs, live)
+    engine = make_engine(where, device=device_name, jobs=jobs, live=live, same_node=matrix.same_node)
     message = f"{visible(matrix.description or source, LONGEST_LINE)}\nRecords go to {folder}, device {device_name}."
+    if where.on != "local":
+        message += f"\nCells run on {where.on}."
     if live is not None:
         message += f"\nEpochs are logged live: {live.where}"
     console.print(Text.assemble((matrix.name, "bold"), f": {message}"))

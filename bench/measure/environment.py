@@ -32,6 +32,8 @@ PACKAGES = (
 ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "LD_PRELOAD", "PYTHONMALLOC", "GLIBC_TUNABLES")
 CELLS_BESIDE = "TPME_CELLS_BESIDE"
 """Variable of a cell's process: how many cells share its machine, where they are more than one."""
+NODE = "SLURMD_NODENAME"
+"""Variable with the name of the node; Slurm sets it, and an engine may."""
 _SOURCES = ("bench", "methods", "reports", "pyproject.toml")
 
 
@@ -60,13 +62,26 @@ def environment(device: object) -> Environment:
         deterministic="torch" in sys.modules and sys.modules["torch"].are_deterministic_algorithms_enabled(),
         git_revision=revision,
         git_dirty=dirty,
+        node=node_name(),
     )
 
 
 def with_neighbours(key: str) -> str:
-    """A device key that also says how many cells share the machine, where they are more than one."""
-    beside = os.environ.get(CELLS_BESIDE, "1")
-    return key if beside == "1" else f"{key}, {beside} cells at a time"
+    """A device key that also says with how many cells, or with which other jobs, the machine is shared."""
+    if (beside := os.environ.get(CELLS_BESIDE, "1")) != "1":
+        key += f", {beside} cells at a time"
+    return key + _part_of_node()
+
+
+def node_name() -> str | None:
+    """The name of this cluster's node, as its scheduler says it; ``None`` without one."""
+    return os.environ.get(NODE) or None
+
+
+def _part_of_node() -> str:
+    """For a device key: that other jobs may use the rest of the node, where Slurm gave this one a part of its cores."""
+    mine, cores = os.environ.get("SLURM_CPUS_ON_NODE", ""), os.cpu_count() or 1
+    return f", {mine} of {cores} cores of a node" if NODE in os.environ and mine.isdigit() and int(mine) < cores else ""
 
 
 def host_mark() -> str:

@@ -110,9 +110,8 @@ def _run_ranks(
 def _result(job: Job, ending: Ending | RanksEnding, wall_s: float, began: datetime) -> CellResult:
     """The record of an attempt that has ended, written here if it left none."""
     record, unreadable = job.file(".json"), None
-    logs = [job.log(rank) for rank in range(job.cell.training.devices)]
-    for log in logs:
-        redact_file(log)
+    for rank in range(job.cell.training.devices):
+        redact_file(job.log(rank))
     if record.exists():
         try:
             result = read_result(record)
@@ -121,18 +120,23 @@ def _result(job: Job, ending: Ending | RanksEnding, wall_s: float, began: dateti
         else:
             _remove_hidden(job)
             return result
-    rank = None
+    lost = None
     if isinstance(ending, RanksEnding):
         if unreadable is None and (left := left_record(job, ending)) is not None:
             write_result(left, record)
             _remove_hidden(job)
             return left
-        rank, code = blamed(job, ending)
+        lost, code = blamed(job, ending)
         ending = Ending(code, ending.timed_out, ending.last)
-    result = failed_result(job, ending, wall_s, began, unreadable, rank)
-    _remove_files(job, but=logs)
-    write_result(result, record)
+    result = failed_result(job, ending, wall_s, began, unreadable, lost)
+    write_lost(job, result)
     return result
+
+
+def write_lost(job: Job, result: CellResult) -> None:
+    """Write the record of an attempt that left none, and remove what it left except its logs."""
+    _remove_files(job, but=[job.log(rank) for rank in range(job.cell.training.devices)])
+    write_result(result, job.file(".json"))
 
 
 def command(job_file: Path, python: Sequence[str], module: str = "cell") -> list[str]:
@@ -176,6 +180,11 @@ def failed_result(
         message = f"its record cannot be read; did the code change during the run? {unreadable} (log: {log.name})"
     else:
         message = f"{which} ended with code {ending.code}: {_last_line(log) or ending.last} (log: {log.name})"
+    return lost_result(job, status, message, wall_s, began)
+
+
+def lost_result(job: Job, status: Status, message: str, wall_s: float, began: datetime) -> CellResult:
+    """The record of an attempt that left none."""
     return CellResult(
         cell_id=job.cell_id,
         attempt=job.attempt,

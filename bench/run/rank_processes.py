@@ -24,7 +24,7 @@ from pathlib import Path
 from tpme.bench.errors import UserError
 from tpme.bench.lifetimes import MARK, Launcher, end_cell
 from tpme.bench.run import process
-from tpme.bench.run.process import PATIENT, Watch, deferred_signals, kill_session, raise_signal
+from tpme.bench.run.process import PATIENT, Watch, deferred_signals, kill_session, raise_signal, wait_for_signal
 from tpme.bench.workers import LISTENER
 
 LOOPBACK = "127.0.0.1"
@@ -99,6 +99,8 @@ def run_ranks(
                 started.append(one)
             watch = Watch(started[0], show, hear)
             timed_out = watch.until(deadline, caught, lambda: any(one.poll() for one in started[1:]) or stopped())
+            if any(one.poll() == -signal.SIGTERM for one in started) and not caught:
+                wait_for_signal(caught)
             if caught or timed_out:
                 for one in started:
                     one.send_signal(signal.SIGINT if caught else signal.SIGTERM)

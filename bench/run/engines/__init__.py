@@ -17,6 +17,11 @@ from tpme.bench.run.progress import Screen
 class Engine(Protocol):
     """Where cells run."""
 
+    here: bool
+    """Cells run on this machine, so what it has is what they get."""
+    shared: bool
+    """Cells write into the run folder from other machines, also while no launcher is there."""
+
     def run(self, attempts: Sequence[Job], screen: Screen, lock: int) -> Iterator[tuple[Job, CellResult]]:
         """Run the attempts; yields each with its record as it ends, in any order.
 

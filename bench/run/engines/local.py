@@ -41,6 +41,8 @@ class LocalEngine:
         UserError: more jobs than cores.
     """
 
+    here, shared = True, False
+
     def __init__(self, jobs: int = 1, gpus: Sequence[str] = (), live: LiveLog | None = None) -> None:
         self.places = _places(len(gpus) or jobs, gpus)
         self.live = live
