@@ -529,7 +529,7 @@ class RankFacts(Frozen):
     training_memory: Memory | None
     """Peaks over the training phases of the last stage; ``None`` where nothing was trained in epochs."""
     peak_memory: Memory
-    """Peaks over all phases."""
+    """Peaks over all phases since the memory baseline."""
     training_energy_j: Amount
     """Of its device, over the same phases as ``training_memory``."""
     collective_s: Amount

@@ -37,7 +37,8 @@ job = Job.model_validate_json(Path(sys.argv[1]).read_text())
 rank = int(os.environ["RANK"])
 plan_of_all = json.loads(os.environ["STUB"])
 plan = plan_of_all.get(str(rank), "train")
-told = {name: os.environ.get(name) for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "TPME_LISTENER")}
+names = ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "TPME_LISTENER", "OMP_NUM_THREADS")
+told = {name: os.environ.get(name) for name in names}
 told |= {"pid": os.getpid(), "cores": sorted(os.sched_getaffinity(0)), "port": int(os.environ["MASTER_PORT"])}
 (job.folder / f"told-{rank}.new").write_text(json.dumps(told))
 (job.folder / f"told-{rank}.new").rename(job.folder / f"told-{rank}")
@@ -143,8 +144,10 @@ def test_ranks_start_as_torchrun_starts_processes(stub: Path, monkeypatch: pytes
     shown: list[tuple[str, float]] = []
     job = job_of(stub)
     job.folder.mkdir()
-    assert run_job(job, show=lambda what, share: shown.append((what, share))).status == "ok"
+    variables = {"OMP_NUM_THREADS": "4"}
+    assert run_job(job, show=lambda what, share: shown.append((what, share)), variables=variables).status == "ok"
     first, second = told(job)
+    assert (first["OMP_NUM_THREADS"], second["OMP_NUM_THREADS"]) == ("2", "2")
     assert [one["LOCAL_RANK"] for one in (first, second)] == ["0", "1"]
     assert {one["WORLD_SIZE"] for one in (first, second)} == {"2"}
     assert first["port"] == second["port"] > 0

@@ -32,6 +32,7 @@ class RankLog:
     @property
     def facts(self) -> RankFacts:
         """As the record keeps it."""
+        after_baseline = [phase.memory for phase in self.phases if phase.memory.host_rss_bytes.value is not None]
         training = [phase for phase in self.phases[self.first :] if phase.kind == "train"]
         return RankFacts(
             rank=self.rank,
@@ -40,7 +41,7 @@ class RankLog:
             device_name=self.environment.device_name,
             cpu_threads=self.environment.cpu_threads,
             training_memory=self.training_memory,
-            peak_memory=highest_memory([phase.memory for phase in self.phases], "phases"),
+            peak_memory=highest_memory(after_baseline, "phases"),
             training_energy_j=total([phase.energy_j for phase in training], "the training phases"),
             collective_s=self.collective_s,
             counters=dict(self.counters),
@@ -64,7 +65,7 @@ def total(readings: Sequence[Reading], over: str) -> Reading:
 
 
 def highest_memory(memories: Sequence[Memory], of: str = "ranks") -> Memory:
-    """The largest of several windows or ranks, instrument by instrument."""
+    """The largest of several windows or ranks, instrument by instrument; missing where there are none."""
     readings = {name: [getattr(memory, name) for memory in memories] for name in Memory.model_fields}
     return Memory(**{name: largest(found, of) for name, found in readings.items()})
 

@@ -212,4 +212,4 @@ def _last_line(log: Path) -> str:
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - 4096))
         lines = file.read().decode(errors="replace").strip().splitlines()
-    return lines[-1][-LONGEST_MESSAGE:] if lines else ""
+    return lines[-1].removeprefix("tpme: ")[-LONGEST_MESSAGE:] if lines else ""

@@ -27,7 +27,7 @@ from tpme.bench.run import process
 from tpme.bench.run.process import PATIENT, Watch, deferred_signals, kill_session, raise_signal, wait_for_signal
 from tpme.bench.workers import LISTENER
 
-LOOPBACK = "127.0.0.1"
+LOOPBACK, THREADS = "127.0.0.1", "OMP_NUM_THREADS"
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def run_ranks(
     started: list[subprocess.Popen[bytes]] = []
     with deferred_signals() if caught is None else contextlib.nullcontext(caught) as caught:
         try:
-            environment = PATIENT | os.environ | dict(variables or {}) | {MARK: launcher.mark}
+            environment = PATIENT | os.environ | _shared(variables or {}, len(node.own)) | {MARK: launcher.mark}
             for one in _started(command, node, log, environment, lock):
                 started.append(one)
             watch = Watch(started[0], show, hear)
@@ -145,6 +145,12 @@ def _started(
                     env=_loopback(node) | dict(environment) | {name: str(value) for name, value in told.items()},
                     pass_fds=passed,
                 )
+
+
+def _shared(variables: Mapping[str, str], ranks: int) -> dict[str, str]:
+    """The variables of each of so many ranks: threads that an engine names are those of all of them."""
+    threads = variables.get(THREADS, "")
+    return dict(variables) | ({THREADS: str(max(1, int(threads) // ranks))} if threads.isdecimal() else {})
 
 
 def _loopback(node: Node) -> dict[str, str]:
