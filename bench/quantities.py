@@ -119,6 +119,7 @@ QUANTITIES: dict[str, Quantity] = {
         Quantity("epoch_time_s", "T", "epoch time", "s"),
         Quantity("trainable_millions", "P", "trainable parameters", "M", decimals=3),
         Quantity("memory_bytes", "M", "memory", "bytes", memory="held"),
+        Quantity("memory_sum_bytes", "M, all", "memory of all devices together", "bytes", memory="held"),
         Quantity("memory_seen_bytes", "Memory seen", unit="bytes", memory="held"),
         Quantity("peak_bytes", "Peak", "whole-run peak", "bytes", memory="held"),
         Quantity("tpme_percent", "TPME", unit="%"),

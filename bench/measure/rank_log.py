@@ -158,13 +158,12 @@ def job_counters(logs: Sequence[RankLog]) -> dict[str, Reading]:
 
 
 def further_flags(logs: Sequence[RankLog]) -> tuple[Flag, ...]:
-    """The flags of other ranks that rank 0 does not have, with their rank."""
-    return tuple(
-        flag.model_copy(update={"message": f"rank {log.rank}: {flag.message}"})
-        for log in logs[1:]
-        for flag in log.flags
-        if flag not in logs[0].flags
-    )
+    """Of each kind of flag that rank 0 does not have the one of the first rank that has it, with that rank."""
+    found = {flag.code: flag for flag in logs[0].flags}
+    for log in logs[1:]:
+        for flag in log.flags:
+            found.setdefault(flag.code, flag.model_copy(update={"message": f"rank {log.rank}: {flag.message}"}))
+    return tuple(flag for flag in found.values() if flag not in logs[0].flags)
 
 
 def job_environment(environments: Sequence[Environment]) -> Environment:
