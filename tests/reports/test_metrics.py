@@ -12,7 +12,7 @@ from torchmetrics.functional.retrieval import retrieval_hit_rate, retrieval_norm
 from tpme.bench.errors import UserError
 from tpme.bench.side_files import Ranks
 from tpme.reports.data.metrics import bootstrap_means, quality
-from tpme.reports.data.ranks import gains
+from tpme.reports.data.user_ranks import gains
 
 ITEMS = 30
 users = st.lists(st.tuples(st.integers(1, ITEMS), st.booleans(), st.booleans()), min_size=1, max_size=25)
