@@ -26,7 +26,7 @@ Arrays = TypeVar("Arrays")
 
 
 @dataclass(frozen=True)
-class Ranks:
+class UserRanks:
     """Rank of every user's test target; all arrays have shape ``(users,)``."""
 
     rank: NDArray[Any]
@@ -98,10 +98,10 @@ def damage(
     return None
 
 
-def load_ranks(path: Path | str) -> Ranks:
+def load_ranks(path: Path | str) -> UserRanks:
     """Read the ranks beside a record. Raises RecordError for a missing, truncated, foreign or impossible file."""
-    ranks = _load(Path(path), Ranks)
-    if len({len(getattr(ranks, field.name)) for field in fields(Ranks)}) != 1:
+    ranks = _load(Path(path), UserRanks)
+    if len({len(getattr(ranks, field.name)) for field in fields(UserRanks)}) != 1:
         raise RecordError(f"{path}: its arrays differ in length; run the cell again")
     if {ranks.rank.dtype.kind, ranks.target.dtype.kind} - set("iu"):
         types = f"{ranks.rank.dtype} and {ranks.target.dtype}"

@@ -53,6 +53,7 @@ def outcome(make: Any, case: Case) -> dict[str, Any]:
     """Losses of all steps, gradients of the first and weights after the last; ranks, where the case asks for them."""
     import torch
 
+    from tpme.bench.train.sharding import whole_tensor
     from tpme.methods.registry import create
 
     case = dict(case)
@@ -79,11 +80,12 @@ def outcome(make: Any, case: Case) -> dict[str, Any]:
         trainer.optimizer()
         trainer._backward(sum(trainer.terms_of(batch).values()))
         named = trainer.model.named_parameters()
-        found["gradients"] = {name: p.grad for name, p in named if p.grad is not None}
+        found["gradients"] = {name: whole_tensor(p.grad) for name, p in named if p.grad is not None}
         terms = trainer.terms_of(batch)
         found["terms"] = {name: ranks.sum(term.detach()) / ranks.size for name, term in terms.items()}
         trainer.model.whole.share = None
-    found["weights"] = {name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    named = trainer.model.named_parameters()
+    found["weights"] = {name: whole_tensor(p.detach()) for name, p in named if p.requires_grad}
     if evaluates:
         vectors, validation = trainer._validated("")
         trainer._ranked_if_best(vectors, validation, "")
@@ -99,7 +101,9 @@ def alike(trainer: Any) -> bool:
     import torch
 
     draw = torch.random.get_rng_state().double().sum()
-    sums = torch.stack([draw, *(p.detach().double().sum() for p in trainer.model.parameters())])
+    from tpme.bench.train.sharding import whole_tensor
+
+    sums = torch.stack([draw, *(whole_tensor(p.detach()).double().sum() for p in trainer.model.parameters())])
     return bool((trainer.ranks.all_gather(sums[None]) == sums).all())
 
 

@@ -19,6 +19,7 @@ from tpme.bench.train.build import DataSize, ModelBuilder, used_modalities
 from tpme.bench.train.kept import Kept
 from tpme.bench.train.loop import Trainer
 from tpme.bench.train.ranks import Ranks
+from tpme.bench.train.sharding import shard
 from tpme.methods.base import Method
 from tpme.methods.registry import create
 
@@ -87,6 +88,8 @@ def trainer_maker(world: Any, folder: Callable[[], Path], ranks: Ranks | None = 
         settings = {"modalities": modalities, "lr": lr, "cached": cached, "device": device, "protocol": protocol}
         torch.manual_seed(seed)
         model.to(device, torch.get_default_dtype())
+        if training.shard and ranks is not None and ranks.size > 1:
+            shard(model, ranks)
         return Trainer(
             cell,
             model,

@@ -74,6 +74,7 @@ from tpme.bench.train.kept import Kept
 from tpme.bench.train.loop import Trainer
 from tpme.bench.train.outcome import Outcome
 from tpme.bench.train.ranks import Ranks
+from tpme.bench.train.sharding import shard, unshard
 from tpme.bench.train.split import guarded_split
 from tpme.methods.base import Method
 from tpme.methods.registry import create
@@ -133,13 +134,17 @@ class CellRun:
         trainer.run()
         # A search or federation may have ended with the model of another method, or of other options.
         facts, method, model = self.facts, trainer.method, trainer.model
+        if self.cell.training.shard:
+            facts.counters |= guarded_split(trainer)
+            unshard(model)
         with self.phases.phase("export", "counts"):
             facts.parameters = parameter_counts(model, method, trainer.outcome.trainable_max)
             for reporting in dict.fromkeys((method, driver)):
                 facts.counters |= method_counters(reporting, model, self.cell.method)
             if self.ranks.rank == 0:
                 self.structure = trained_structure(trainer)
-        facts.counters |= guarded_split(trainer)
+        if not self.cell.training.shard:
+            facts.counters |= guarded_split(trainer)
         with self.phases.phase("export"):
             method.prepare_inference(model)
         if self.ranks.rank == 0:
@@ -147,6 +152,7 @@ class CellRun:
 
     def _measure_inference(self, trainer: Trainer) -> None:
         try:
+            trainer.model.to(self.device)  # where it was sharded, it is on the host
             self.facts.inference = measure_inference(trainer)
         except Exception as error:  # of memory, say; what was trained is a result all the same
             self.facts.flag("no-inference", f"inference was not measured: {one_line(error)}")
@@ -176,8 +182,11 @@ class CellRun:
         states = self._load_states(use, builder, dataset) if use.cached or use.given else {}
         store, views = self._load_encoders(use.run, dataset, states)
         with self.phases.phase("adapt"):
-            model = builder.build(views, cell.seed, self.initial).to(self.device)
+            model = builder.build(views, cell.seed, self.initial)
             check_equal(model, self.ranks)
+            if cell.training.shard:
+                shard(model, self.ranks)
+            model.to(self.device)
             if cell.training.compile and compile_model(model):
                 facts.setup = "compiling"
             elif cell.training.compile:

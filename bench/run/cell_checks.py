@@ -11,6 +11,9 @@ from tpme.bench.errors import UserError
 from tpme.bench.record import Cell, EncoderSpec, Modality
 from tpme.bench.redact import without_home
 
+SHARD_HOOKS = ("before_training", "begin_stage", "after_backward", "after_step", "optimizer", "param_groups")
+"""Hooks that work on whole weights or gradients."""
+
 if TYPE_CHECKING:
     from tpme.bench.counting.batch import DataShape
     from tpme.bench.counting.meta import MetaCell, MetaEncoders
@@ -136,6 +139,23 @@ def check_devices(cell: Cell, method: Method) -> None:
     if type(method).run is not Method.run:
         raise UserError(
             f"method '{name}' has a training procedure of its own (run), which one device follows; set devices = 1"
+        )
+    if training.shard:
+        _check_shard(cell, method)
+
+
+def _check_shard(cell: Cell, method: Method) -> None:
+    """Raise UserError where the encoders of ``cell`` cannot be sharded."""
+    from tpme.methods.base import Method
+
+    for setting, on in (("compile", cell.training.compile), ("precision = 'fp16'", cell.training.precision == "fp16")):
+        if on:
+            raise UserError(f"shard = true and {setting} exclude each other; turn one off")
+    hooks = [name for name in SHARD_HOOKS if getattr(type(method), name) is not getattr(Method, name)]
+    if hooks:
+        raise UserError(
+            f"method '{cell.method}' reads or changes weights between the steps ({hooks[0]}), of which each device "
+            "would hold only a part; set shard = false"
         )
 
 

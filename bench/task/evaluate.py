@@ -43,9 +43,12 @@ def item_matrix(
     ids = np.arange(1, count + 1, dtype=np.int64)[dealt_rows(peers, count)]
     chunk = ITEMS_PER_CHUNK * (1 if store.every_token else 16)
     vectors = []
-    for start in range(0, len(ids), chunk):
-        vectors.append(encode(store.gather(ids[start : start + chunk]).to(device)))
-        tick(min(1.0, (start + chunk) / len(ids)))
+    # As many passes on each rank, because sharded encoders gather their weights in every pass.
+    most = len(ids) if peers is None else -(-count // peers.size)
+    for start in range(0, most, chunk):
+        own = ids[start : start + chunk]
+        vectors.append(encode(store.gather(own if len(own) else ids[:1]).to(device))[: len(own)])
+        tick(min(1.0, (start + chunk) / most))
     matrix = undealt(peers, torch.cat(vectors).float(), count)
     return torch.cat([torch.zeros_like(matrix[:1]), matrix])
 

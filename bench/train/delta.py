@@ -15,6 +15,7 @@ from torch import Tensor
 from tpme.bench.errors import UserError
 from tpme.bench.record import Frozen
 from tpme.bench.task.recommender import Recommender
+from tpme.bench.train.sharding import whole_tensor
 from tpme.bench.writing import write_atomically
 from tpme.methods.base import Method
 
@@ -43,10 +44,13 @@ class DeltaFile:
 
     def write(self, method: Method, model: Recommender, seed: int) -> None:
         """Write what ``method`` has trained in ``model``; atomically."""
-        facts, tensors = DeltaFacts.of(method, seed), method.state(model)
+        facts, state = DeltaFacts.of(method, seed), {}
+        for name, value in method.state(model).items():
+            whole = whole_tensor(value.detach())
+            if self.writes:
+                state[name] = whole.cpu().contiguous()
         if not self.writes:
             return
-        state = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         write_atomically(self.path, save(_unshared(state), {"delta": facts.model_dump_json()}))
 
     def publish(self, path: Path) -> str:

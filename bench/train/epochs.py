@@ -33,6 +33,7 @@ from tpme.bench.train.build import DataSize, schedule_of
 from tpme.bench.train.delta import DeltaFile
 from tpme.bench.train.outcome import Outcome
 from tpme.bench.train.ranks import Ranks
+from tpme.bench.train.sharding import is_sharded, split_groups
 from tpme.bench.train.step import AUTOCAST, loss_terms, summed
 from tpme.bench.train.timing import StepTimer
 from tpme.methods.base import Context, Method, StepState, Validation
@@ -127,12 +128,16 @@ class EpochLoop(Context):
 
     def optimizer(self) -> torch.optim.Optimizer:
         """The method's optimiser for the parameters that train now; their gradients are averaged over the ranks."""
-        optimizer = self.method.optimizer(self.method.param_groups(self.model, self.cell.lr), fused=True)
+        groups = self.method.param_groups(self.model, self.cell.lr)
+        if self.cell.training.shard:
+            groups = split_groups(groups)
+        optimizer = self.method.optimizer(groups, fused=True)
         if self.ranks.size > 1:
             if self.gradients is not None:
                 self.gradients.close()
-            trained = (parameter for group in optimizer.param_groups for parameter in group["params"])
-            self.gradients = GradientMean(trained, self.ranks)
+            trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            # FSDP averages those of sharded parameters.
+            self.gradients = GradientMean([p for p in trained if not is_sharded(p)], self.ranks)
         return optimizer
 
     def encode(self, items: Items) -> Tensor:

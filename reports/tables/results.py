@@ -11,10 +11,10 @@ import pandas as pd
 from tpme.bench.quantities import CUTOFFS, MISSING, byte_unit, bytes_text, number, quantity
 from tpme.bench.record import LearningRates, PhaseKind
 from tpme.reports.data.phase_times import phase_times
-from tpme.reports.data.ranks import METRICS
 from tpme.reports.data.section import Section
 from tpme.reports.data.serving import served
 from tpme.reports.data.stats import LEVEL
+from tpme.reports.data.user_ranks import METRICS
 from tpme.reports.tables import fields
 from tpme.reports.tables.differences import pairs
 from tpme.reports.tables.differences import table as differences
