@@ -106,7 +106,7 @@ def job_phases(logs: Sequence[RankLog]) -> tuple[Phase, ...]:
 def _by_name(phases: Iterable[Phase]) -> dict[tuple[str, str, int], Phase]:
     """Phases by kind, name and how often there was one of both before."""
     seen: Counter[tuple[str, str]] = Counter()
-    found = {}
+    found: dict[tuple[str, str, int], Phase] = {}
     for phase in phases:
         found[phase.kind, phase.name, seen[phase.kind, phase.name]] = phase
         seen[phase.kind, phase.name] += 1

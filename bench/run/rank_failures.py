@@ -65,8 +65,8 @@ def blamed(job: Job, ending: RanksEnding) -> tuple[int, int]:
     for rank, code in bad:
         if code < 0 and code != -signal.SIGABRT:
             return rank, code
-    if (rank := _claimed(job)) is not None:
-        return rank, codes.get(rank) or 1
+    if (claimed := _claimed(job)) is not None:
+        return claimed, codes.get(claimed) or 1
     return bad[0] if bad else (0, 0)
 
 

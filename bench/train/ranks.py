@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from tpme.bench.errors import UserError, one_line
 from tpme.bench.train.timing import StepTimer
@@ -215,11 +216,11 @@ def ring_bytes(size: int, values: Tensor) -> int:
     return 2 * (size - 1) * values.numel() * values.element_size() // size
 
 
-def _store(rank: int, size: int) -> dist.Store:
+def _store(rank: int, size: int) -> TCPStore:
     """Where the ranks meet: rank 0 listens, on a socket that it was given or on the port that all are told."""
     address, port, timeout = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timedelta(seconds=JOIN_S)
     socket = int(os.environ[LISTENER]) if rank == 0 and LISTENER in os.environ else None
-    return dist.TCPStore(address, port, size, rank == 0, timeout, multi_tenant=True, master_listen_fd=socket)
+    return TCPStore(address, port, size, rank == 0, timeout, multi_tenant=True, master_listen_fd=socket)
 
 
 def _default_generator(device: torch.device) -> torch.Generator:
