@@ -531,6 +531,27 @@ class Environment(Frozen):
     """The devices of a cell that trained on several, in the order of their ranks; empty for one device."""
 
 
+class RankFacts(Frozen):
+    """What one of the processes that trained a cell together measured on its own device."""
+
+    rank: Count
+    hostname_hash: str
+    """Of its machine; see ``Environment``."""
+    node: str | None
+    device_name: str
+    cpu_threads: Count
+    training_memory: Memory | None
+    """Peaks over the training phases of the last stage; ``None`` where nothing was trained in epochs."""
+    peak_memory: Memory
+    """Peaks over all phases since the memory baseline."""
+    training_energy_j: Amount
+    """Of its device, over the same phases as ``training_memory``."""
+    collective_s: Amount
+    """Median time of a step in collectives: waiting for other ranks, and transfer."""
+    counters: dict[str, Reading] = {}
+    """State of its GPU, wait for CPU cores and cost of the sampler, as the counters of a record."""
+
+
 class Flag(Frozen):
     """Something a reader must know before trusting a number; shown as a footnote wherever the row is shown."""
 
@@ -607,6 +628,12 @@ class CellResult(Frozen):
     """Of the last stage, as the test ranks."""
     epoch_time_s: Amount
     """T of TPME: median training time of an epoch of the last stage after its warm-up."""
+    ranks: tuple[RankFacts, ...] = ()
+    """By rank, where several trained the cell together; of an attempt that failed, the one that failed first.
+
+    Memory in ``phases`` and ``training_memory`` is then that of the rank with the most, energy the sum over the ranks,
+    and times are those of rank 0, which waits for the others at both ends of an epoch.
+    """
     all_in_s: Amount | None = None
     """Everything that leads to the trained model: feature cache, estimation, search, rounds, epochs of all stages."""
     training_memory: Memory | None = None

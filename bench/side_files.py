@@ -26,7 +26,7 @@ Arrays = TypeVar("Arrays")
 
 
 @dataclass(frozen=True)
-class Ranks:
+class UserRanks:
     """Rank of every user's test target; all arrays have shape ``(users,)``."""
 
     rank: NDArray[Any]
@@ -105,10 +105,10 @@ def damage(
     return None
 
 
-def load_ranks(path: Path | str) -> Ranks:
+def load_ranks(path: Path | str) -> UserRanks:
     """Read the ranks beside a record. Raises RecordError for a missing, truncated, foreign or impossible file."""
-    ranks = _load(Path(path), Ranks)
-    arrays = [values for field in fields(Ranks) if (values := getattr(ranks, field.name)) is not None]
+    ranks = _load(Path(path), UserRanks)
+    arrays = [values for field in fields(UserRanks) if (values := getattr(ranks, field.name)) is not None]
     if len(set(map(len, arrays))) != 1:
         raise RecordError(f"{path}: its arrays differ in length; run the cell again")
     if {ranks.rank.dtype.kind, ranks.target.dtype.kind} - set("iu"):

@@ -17,6 +17,11 @@ from tpme.bench.lifetimes import die_with_parent
 
 _TRACKER_IS_QUIET = "ignore:resource_tracker:UserWarning"
 """For the process that clears away semaphores: where this one was killed it does so, and would warn of them."""
+LISTENER = "TPME_LISTENER"
+"""Variable of rank 0 of a cell on several devices: the open socket on which its ranks meet, by its descriptor.
+
+Whoever started the ranks has opened it on a free port, which no other program can then take.
+"""
 Submit = Callable[..., Future[Any]]
 """``submit(function, *arguments)``: call a function of a module in a worker."""
 

@@ -62,12 +62,22 @@ class Schedule:
 class PassOutput:
     """The result of one forward pass over a batch.
 
-    loss: scalar. logits: (V, C) over the in-batch candidates. target: (V,), their correct columns.
+    loss: scalar. logits: (V, C) over the in-batch candidates. target: (V,), their correct columns. On several devices
+    these are the positions of this rank's users, and columns still all candidates of the whole batch.
     """
 
     loss: Tensor
     logits: Tensor
     target: Tensor
+    positions: float | None = None
+
+    @property
+    def divisor(self) -> float:
+        """Divide a sum over the rows of ``logits`` by it for the mean over the batch, instead of by their number.
+
+        On N devices gradients and losses are averaged over the ranks, so it is V / N, V the positions of all ranks.
+        """
+        return len(self.target) if self.positions is None else self.positions
 
 
 @dataclass(frozen=True)

@@ -171,7 +171,7 @@ class DynamicAdapter(nn.Module):
         self.output: Tensor | None = None
         """A(u), (n, T, D), while the layer runs."""
         self.closed: Tensor | None = None
-        """Share of the tokens with g = 0 in the last training step."""
+        """(2,) of the last training step: how many tokens had g = 0, and how many there were."""
 
     def forward(self, u: Tensor, mask: Tensor | None) -> Tensor:
         """A(u), (n, T, D), of normalised states u (n, T, D); ``mask`` (n, T) is true for real tokens."""
@@ -179,7 +179,8 @@ class DynamicAdapter(nn.Module):
         gates = functional.relu(self.gate(v))
         if self.training:
             closed = gates.detach()[..., 0] == 0
-            self.closed = closed.float().mean() if mask is None else (closed & mask).sum() / mask.sum()
+            real = torch.ones_like(closed) if mask is None else mask
+            self.closed = torch.stack([(closed & real).sum(), real.sum()])
         # The gate scales the narrow activation, so no tensor as wide as the output is saved for it.
         out = functional.linear(gates * self.dropout(functional.gelu(self.down(v))), self.up.weight)
         return torch.addcmul(out, gates, self.up.bias).to(out.dtype)
@@ -269,8 +270,10 @@ class DAPT(Method):
         shares: dict[str, float] = {}
         for modality, view in model.views.items():
             adapters: Any = view.module.get_submodule("dapt")
-            closed = [float(adapter.closed) for adapter in adapters if adapter.closed is not None]
-            if closed:
+            counts = [adapter.closed for adapter in adapters if adapter.closed is not None]
+            if counts:
+                none, every = model.whole.total(torch.stack(counts)).unbind(1)
+                closed = (none / every).tolist()
                 shares[f"{modality}_zero_gates"] = sum(closed) / len(closed)
                 shares[f"{modality}_zero_gates_max"] = max(closed)
         return shares

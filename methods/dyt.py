@@ -14,7 +14,9 @@ from torch.nn import functional
 
 from tpme.bench.errors import UserError
 from tpme.bench.record import Modality
+from tpme.bench.task.dealing import WholeBatch
 from tpme.bench.task.families import Role
+from tpme.bench.task.loss import at_least_float32
 from tpme.bench.task.recommender import ItemEncoder, Recommender
 from tpme.bench.task.view import EncoderView
 from tpme.methods.base import Method, MethodConfig, PassOutput, Schedule, TaskShape, fusion_parameters
@@ -74,11 +76,22 @@ class TokenDispatch(AdapterBeside):
         counted: (2,) int64, the same, summed over the evaluations since it was reset.
 
     Args:
-        width: D. adapter: A. tokens: of the encoder. last: its items are read at the last token. temperature: tau.
+        width: D. adapter: A. tokens: of the encoder. whole: batch. last: its items are read at the last token.
+        temperature: tau.
     """
 
-    def __init__(self, width: int, adapter: nn.Module, tokens: TokenMask, *, last: bool, temperature: float) -> None:
+    def __init__(
+        self,
+        width: int,
+        adapter: nn.Module,
+        tokens: TokenMask,
+        whole: WholeBatch,
+        *,
+        last: bool,
+        temperature: float,
+    ) -> None:
         super().__init__(adapter)
+        self.whole = whole
         self.dispatcher = nn.Linear(width, 1)
         nn.init.trunc_normal_(self.dispatcher.weight, std=0.02)
         nn.init.zeros_(self.dispatcher.bias)
@@ -120,18 +133,17 @@ class TokenDispatch(AdapterBeside):
         always, free = self._roles(x)
         logits = self._logits(x)
         if self.training:
-            logits = logits + torch.rand_like(logits).logit(eps=_CLAMP)
+            logits = logits + self.whole.rand_like(logits).logit(eps=_CLAMP)
         soft = (logits / self.temperature).sigmoid()
-        straight = (logits > 0).float() + (soft - soft.detach())
-        mask = torch.where(free, straight, always.float())
+        straight = (logits > 0).to(soft.dtype) + (soft - soft.detach())
+        mask = torch.where(free, straight, always.to(soft.dtype))
         if self.decided is not None:
             self.decided.append(torch.stack([mask.sum() - len(x), free.sum()]))  # one token an item always passes
         return mask
 
     def _logits(self, x: Tensor) -> Tensor:
-        """s, (n, T), in float32: half precision has too few digits for the noise."""
-        logits: Tensor = self.dispatcher(x)[..., 0].float()
-        return logits
+        """s, (n, T), at least in float32: half precision has too few digits for the noise."""
+        return at_least_float32(self.dispatcher(x)[..., 0])
 
     def _roles(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The tokens that always pass, and those that the dispatcher decides on, (n, T) bool each."""
@@ -207,7 +219,7 @@ class DyT(Method):
         if config.dispatch_encoders not in ("both", modality):
             return AdapterBeside(adapter)
         last = view.shape.pool == "last"
-        return TokenDispatch(width, adapter, tokens, last=last, temperature=config.temperature)
+        return TokenDispatch(width, adapter, tokens, view.whole, last=last, temperature=config.temperature)
 
     def trainable_parameters(self, task: TaskShape, views: Mapping[Modality, EncoderView]) -> int:
         """An adapter, 2 D b + b + D, and a dispatcher, D + 1, in each of L layers."""
@@ -237,12 +249,13 @@ class DyT(Method):
         terms = super().losses(outputs)
         if self.config.distill and "complete" in outputs:
             student, teacher = (outputs[name].logits for name in ("dynamic", "complete"))
-            terms["distill"] = functional.kl_div(
-                student.log_softmax(1), teacher.detach().log_softmax(1), log_target=True, reduction="batchmean"
+            divergence = functional.kl_div(
+                student.log_softmax(1), teacher.detach().log_softmax(1), log_target=True, reduction="sum"
             )
+            terms["distill"] = divergence / outputs["dynamic"].divisor
         for modality, parts in self._dispatches.items():
             decided = [counts for part in parts for counts in part.decided or ()]
-            selected, seen = torch.stack(decided).sum(0)
+            selected, seen = parts[0].whole.sum(torch.stack(decided).sum(0))
             terms[f"{modality}_rate"] = RATE_WEIGHT * (selected / seen.clamp(min=1) - self.config.rate) ** 2
         for part in _all(self._dispatches):
             part.complete, part.decided = False, None
@@ -252,7 +265,7 @@ class DyT(Method):
         """Share of the tokens that passed in the evaluations since the last step, for each encoder and layer."""
         shares = {}
         for modality, parts in _dispatches(model).items():
-            counts = [part.counted for part in parts if part.counted is not None]
+            counts = [part.whole.total(part.counted) for part in parts if part.counted is not None]
             if counts:
                 shares[f"{modality}_tokens_passed"] = _share(torch.stack(counts).sum(0))
             for layer, each in enumerate(counts):

@@ -18,13 +18,13 @@ from tpme.bench.side_files import load_ranks
 from tpme.reports.data.load import Recorded
 from tpme.reports.data.metrics import bootstrap_means
 from tpme.reports.data.paired_tests import P_LEVEL
-from tpme.reports.data.ranks import METRICS
 from tpme.reports.data.resampling import DRAWS, draw
 from tpme.reports.data.section import Section
 from tpme.reports.data.stats import Floats, holm, interval, paired
 from tpme.reports.data.summary import doubt, repeats_of
 from tpme.reports.data.ties import RunNoise
 from tpme.reports.data.trials import Line
+from tpme.reports.data.user_ranks import METRICS
 from tpme.reports.gate.measures import counters
 
 Outcome = Literal["equal", "lower", "higher", "not told apart", "unclear", "not compared"]

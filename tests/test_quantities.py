@@ -9,7 +9,7 @@ import pytest
 
 from tpme.bench.quantities import COSTS, COUNTERS, QUANTITIES, amount, memory_instrument, memory_reading, quantity
 from tpme.bench.record import Memory, Reading
-from tpme.reports.data.ranks import REPORTED
+from tpme.reports.data.user_ranks import REPORTED
 
 ABSENT = Reading.missing("not measured", "no GPU")
 

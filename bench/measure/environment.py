@@ -48,9 +48,6 @@ def environment(device: object) -> Environment:
         name, driver, cuda = _gpu(device)
         packages |= cuda
         key = f"{name}, driver {driver or 'unknown'}, {threads} threads"
-    if (beside := os.environ.get(CELLS_BESIDE, "1")) != "1":
-        key += f", {beside} cells at a time"
-    key += _part_of_node()
     return Environment(
         python=platform.python_version(),
         platform=platform.platform(),
@@ -58,7 +55,7 @@ def environment(device: object) -> Environment:
         packages=packages,
         device_kind="cuda" if is_cuda(device) else "cpu",
         device_name=name,
-        device_key=key,
+        device_key=with_neighbours(key),
         driver=driver,
         cpu_threads=threads,
         allocator=allocator(),
@@ -67,6 +64,13 @@ def environment(device: object) -> Environment:
         git_dirty=dirty,
         node=node_name(),
     )
+
+
+def with_neighbours(key: str) -> str:
+    """A device key that also says with how many cells, or with which other jobs, the machine is shared."""
+    if (beside := os.environ.get(CELLS_BESIDE, "1")) != "1":
+        key += f", {beside} cells at a time"
+    return key + _part_of_node()
 
 
 def node_name() -> str | None:

@@ -48,6 +48,8 @@ class PhaseLog:
         self._open: str | None = None
         self.open_kind: PhaseKind | None = None
         """Kind of the phase that is open."""
+        self.meet: Callable[[], None] | None = None
+        """Waits for the other ranks of the cell; called at both ends of a training phase, so that all measure it."""
         self._baseline_bytes: int | None = None
         self._host = HostMemory(exclude=(sampler.pid,) if sampler else ())
         self._left: dict[PhaseKind, tuple[int, int]] = {}
@@ -87,6 +89,7 @@ class PhaseLog:
             start_s = self._begin(kind)
             try:
                 yield
+                self._meet(kind)
             except BaseException:
                 # The device may be lost or its context broken: a further error must not hide the cause.
                 with contextlib.suppress(RuntimeError):
@@ -96,6 +99,11 @@ class PhaseLog:
             self._finish(kind, name, start_s, now(self._device))
         finally:
             self._open = self.open_kind = None
+
+    def _meet(self, kind: PhaseKind) -> None:
+        if self.meet is not None and kind == "train":
+            sync(self._device)
+            self.meet()
 
     def finish(self) -> float:
         """Extend the last phase until now; returns the wall time of the cell so far (seconds)."""
@@ -109,9 +117,7 @@ class PhaseLog:
     def training_memory(self, first: int = 0) -> Memory:
         """The peaks over all training phases from number ``first`` on, instrument by instrument."""
         training = [phase.memory for phase in self.phases[first:] if phase.kind == "train"]
-        return Memory(
-            **{name: _largest([getattr(memory, name) for memory in training]) for name in Memory.model_fields}
-        )
+        return Memory(**{name: largest([getattr(memory, name) for memory in training]) for name in Memory.model_fields})
 
     def flags(self) -> list[Flag]:
         """Warnings about these measurements, for the record."""
@@ -185,6 +191,7 @@ class PhaseLog:
         self._release_leftovers(kind)
         reset_peaks(self._device)
         self._host.start_window()
+        self._meet(kind)
         self._mark = self._sampler.mark() if self._sampler else 0
         if self._gpu is not None:
             self._gpu.start()
@@ -293,16 +300,16 @@ def select_gpu(nvml: Nvml, device: object) -> Device:
     return nvml.select(ordinal, str(torch.cuda.get_device_properties(ordinal).uuid), os.environ)
 
 
-def _largest(readings: list[Reading]) -> Reading:
+def largest(readings: Sequence[Reading], of: str = "training phases") -> Reading:
     """The largest of several windows; valid only if all are, because an unread one may hold the true maximum."""
     if not readings:
         return Reading.missing("maximum over the training phases", "no training phase was recorded")
-    largest = max(readings, key=lambda reading: -1.0 if reading.value is None else reading.value)
+    found = max(readings, key=lambda reading: -1.0 if reading.value is None else reading.value)
     bad = [reading for reading in readings if not reading.valid]
     if not bad or len(readings) == 1:
-        return largest
-    reason = f"in {len(bad)} of {len(readings)} training phases: {bad[0].reason}"
-    return Reading(value=largest.value, source=largest.source, valid=False, reason=reason)
+        return found
+    reason = f"in {len(bad)} of {len(readings)} {of}: {bad[0].reason}"
+    return Reading(value=found.value, source=found.source, valid=False, reason=reason)
 
 
 def _doubted(reading: Reading, kept_bytes: int) -> Reading:

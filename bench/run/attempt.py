@@ -6,16 +6,21 @@ import contextlib
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from tpme.bench.errors import LONGEST_MESSAGE
 from tpme.bench.record import CellResult, Failure, Reading, RecordError, Status, read_result, write_result
 from tpme.bench.redact import redact_file
+from tpme.bench.run import process
 from tpme.bench.run.job import Job, time_limit_message
 from tpme.bench.run.live import LiveLog
 from tpme.bench.run.process import Ending, run_process
+from tpme.bench.run.rank_failures import blamed, failed_elsewhere, in_words, left_record, notes
+from tpme.bench.run.rank_processes import Node, RanksEnding, run_ranks
 from tpme.bench.writing import write_atomically
 
 
@@ -29,7 +34,9 @@ def run_job(
     variables: Mapping[str, str] | None = None,
     caught: list[int] | None = None,
 ) -> CellResult:
-    """Run one attempt in its own process; returns the record of the cell or, if it left none, one written here.
+    """Run one attempt in its own process, or in one for each of its devices.
+
+    Returns the record of the cell or, if it left none, one written here.
 
     Args:
         job: what to run. python: the interpreter; ``-P``: no file of the working directory hides a package.
@@ -42,39 +49,93 @@ def run_job(
     _remove_files(job)  # of the same attempt of a launcher that was killed
     try:
         write_atomically(job_file, content or job.model_dump_json(indent=1).encode())
-        started_cell = command(job_file, python) if live is None else command(job_file, python, "live_cell")
         with contextlib.nullcontext() if live is None else live.lines_of(job) as hear:
-            ending = run_process(
-                started_cell,
-                log=job.file(".log"),
-                limit_s=job.time_limit_s,
-                show=show,
-                hear=hear,
-                lock=lock,
-                variables=variables,
-                caught=caught,
-            )
+            settings = _Settings(job.time_limit_s, show, hear, lock, variables, caught)
+            ending: Ending | RanksEnding
+            if job.cell.training.devices == 1:
+                started_cell = command(job_file, python) if live is None else command(job_file, python, "live_cell")
+                ending = run_process(started_cell, log=job.log(), **settings._asdict())
+            else:
+                ending = _run_ranks(job, job_file, Node(job.cell.training.devices), settings, python, live is not None)
     except BaseException:
         if not record.exists():
             _remove_files(job)
         raise
     finally:
         job_file.unlink(missing_ok=True)
-    redact_file(job.file(".log"))
-    unreadable = None
+    return _result(job, ending, time.monotonic() - started, began)
+
+
+class _Settings(NamedTuple):
+    """What the process of a cell and the processes of its ranks are started with; see ``run_process``."""
+
+    limit_s: float
+    show: Callable[[str, float], None] = lambda *_: None
+    hear: Callable[[str], None] | None = None
+    lock: int | None = None
+    variables: Mapping[str, str] | None = None
+    caught: list[int] | None = None
+
+
+def run_node(job: Job, job_file: Path, node: Node) -> RanksEnding:
+    """Run the ranks of one of several nodes; returns how they ended. ``job_file`` stays until all nodes have ended."""
+    return _run_ranks(job, job_file, node, _Settings(job.time_limit_s))
+
+
+def run_first_node(job: Job, job_file: Path, node: Node) -> CellResult:
+    """Run the ranks of the node of rank 0; returns the record, as ``run_job`` does."""
+    started, began = time.monotonic(), datetime.now(UTC)
+    ending = run_node(job, job_file, node)
+    until_s = time.monotonic() + 2 * process.GRACE_S  # each node gives its ranks some time to end
+    while not ending.well and len(notes(job)) < node.nodes - 1 and time.monotonic() < until_s:
+        time.sleep(process.POLL_S)
+    return _result(job, ending, time.monotonic() - started, began)
+
+
+def _run_ranks(
+    job: Job,
+    job_file: Path,
+    node: Node,
+    settings: _Settings,
+    python: Sequence[str] = (sys.executable, "-P"),
+    live: bool = False,
+) -> RanksEnding:
+    def of_rank(rank: int) -> list[str]:
+        return command(job_file, python, "live_cell") if live and rank == 0 else command(job_file, python)
+
+    stopped = partial(failed_elsewhere, job) if node.nodes > 1 else lambda: False
+    return run_ranks(of_rank, node, log=job.log, stopped=stopped, **settings._asdict())
+
+
+def _result(job: Job, ending: Ending | RanksEnding, wall_s: float, began: datetime) -> CellResult:
+    """The record of an attempt that has ended, written here if it left none."""
+    record, unreadable = job.file(".json"), None
+    for rank in range(job.cell.training.devices):
+        redact_file(job.log(rank))
     if record.exists():
         try:
-            return read_result(record)
+            result = read_result(record)
         except RecordError as error:
             unreadable = str(error)
-    result = failed_result(job, ending, time.monotonic() - started, began, unreadable)
+        else:
+            _remove_hidden(job)
+            return result
+    lost = None
+    if isinstance(ending, RanksEnding):
+        if unreadable is None and (left := left_record(job, ending)) is not None:
+            write_result(left, record)
+            _remove_hidden(job)
+            return left
+        lost, code = blamed(job, ending)
+        ending = Ending(code, ending.timed_out, ending.last)
+    result = failed_result(job, ending, wall_s, began, unreadable, lost)
     write_lost(job, result)
     return result
 
 
 def write_lost(job: Job, result: CellResult) -> None:
-    """Write the record of an attempt that left none, and remove what it left except its log."""
-    _remove_files(job, but=job.file(".log"))
+    """Write the record of an attempt that left none, and remove what it left except its logs."""
+    _remove_files(job, but=[job.log(rank) for rank in range(job.cell.training.devices)])
     write_result(result, job.file(".json"))
 
 
@@ -83,30 +144,42 @@ def command(job_file: Path, python: Sequence[str], module: str = "cell") -> list
     return [*python, "-m", f"tpme.bench.run.{module}", str(job_file)]
 
 
-def _remove_files(job: Job, but: Path | None = None) -> None:
+def _remove_hidden(job: Job) -> None:
+    """Remove what the ranks of an attempt told each other."""
+    if job.cell.training.devices > 1:
+        for path in job.folder.glob(f".attempt-{job.attempt}.*"):
+            path.unlink(missing_ok=True)
+
+
+def _remove_files(job: Job, but: Collection[Path] = ()) -> None:
     """Remove the files of an attempt that left no record, save for ``but``."""
     for path in (*job.folder.glob(f"attempt-{job.attempt}.*"), *job.folder.glob(f".*attempt-{job.attempt}.*")):
-        if path != but:
+        if path not in but:
             path.unlink(missing_ok=True)
     if job.folder.is_dir() and not any(job.folder.iterdir()):
         job.folder.rmdir()
 
 
 def failed_result(
-    job: Job, ending: Ending, wall_s: float, began: datetime, unreadable: str | None = None
+    job: Job,
+    ending: Ending,
+    wall_s: float,
+    began: datetime,
+    unreadable: str | None = None,
+    rank: int | None = None,
 ) -> CellResult:
-    """The record of a cell whose process ended without writing one, or wrote one that cannot be read, and why."""
-    log = job.file(".log")
+    """The record of a cell whose process, or ``rank``, ended without writing one that can be read, and why."""
+    log, which = job.log(rank or 0), "its process" if rank is None else in_words(job, rank)
     status: Status = "timeout" if ending.timed_out else "killed" if ending.code < 0 else "error"
     if ending.timed_out:
         message = time_limit_message(job.time_limit_s)
     elif ending.code < 0:
         hint = "; the kernel does this when host memory runs out" if -ending.code == signal.SIGKILL else ""
-        message = f"its process was ended by {_signal_name(-ending.code)}{hint} (log: {log.name})"
+        message = f"{which} was ended by {_signal_name(-ending.code)}{hint} (log: {log.name})"
     elif unreadable is not None:
         message = f"its record cannot be read; did the code change during the run? {unreadable} (log: {log.name})"
     else:
-        message = f"its process ended with code {ending.code}: {_last_line(log) or ending.last} (log: {log.name})"
+        message = f"{which} ended with code {ending.code}: {_last_line(log) or ending.last} (log: {log.name})"
     return lost_result(job, status, message, wall_s, began)
 
 
@@ -134,7 +207,9 @@ def _signal_name(number: int) -> str:
 
 
 def _last_line(log: Path) -> str:
+    if not log.is_file():  # of another node
+        return ""
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - 4096))
         lines = file.read().decode(errors="replace").strip().splitlines()
-    return lines[-1][-LONGEST_MESSAGE:] if lines else ""
+    return lines[-1].removeprefix("tpme: ")[-LONGEST_MESSAGE:] if lines else ""

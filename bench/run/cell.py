@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NoReturn
@@ -30,7 +30,8 @@ from tpme.bench.counting.meta import MetaCell
 from tpme.bench.errors import UserError, one_line
 from tpme.bench.measure.environment import environment
 from tpme.bench.measure.phases import PhaseLog, measuring
-from tpme.bench.record import REBUILT, CellResult, EncoderSpec, Modality, Reading, Status, write_result
+from tpme.bench.record import REBUILT, CellResult, EncoderSpec, Environment, Modality, Reading, Status, write_result
+from tpme.bench.run.cell_ranks import join, own_device, record_of_all, show_where_it_hangs
 from tpme.bench.run.counters import final_counters, trained_structure
 from tpme.bench.run.events import progress_events, telling
 from tpme.bench.run.inference import measure_inference
@@ -45,6 +46,7 @@ from tpme.bench.task.placement import PLACES, Table
 from tpme.bench.task.precomputed import StatesFile
 from tpme.bench.task.recommender import Recommender
 from tpme.bench.task.view import EncoderView
+from tpme.bench.train.agreement import check_equal
 from tpme.bench.train.build import (
     DataSize,
     EncoderUse,
@@ -71,17 +73,30 @@ from tpme.bench.train.graphs import replay_graphs
 from tpme.bench.train.kept import Kept
 from tpme.bench.train.loop import Trainer
 from tpme.bench.train.outcome import Outcome
+from tpme.bench.train.ranks import Ranks
+from tpme.bench.train.sharding import shard, unshard
 from tpme.bench.train.split import guarded_split
 from tpme.methods.base import Method
 from tpme.methods.registry import create
 
 
 class CellRun:
-    """One attempt at one cell: ``run`` executes it, ``record`` returns its result."""
+    """One attempt at one cell: ``run`` executes it, ``record`` returns its result.
 
-    def __init__(self, job: Job, phases: PhaseLog, progress: Progress) -> None:
+    Where several ``ranks`` train it, each runs all of it; rank 0 alone writes files and measures what needs no other.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        phases: PhaseLog,
+        progress: Progress,
+        ranks: Ranks | None = None,
+        environments: Sequence[Environment] = (),
+    ) -> None:
         self.job, self.cell, self.phases, self.progress = job, job.cell, phases, progress
-        self.device = torch.device(job.cell.device)
+        self.ranks = ranks or Ranks.alone(torch.device(job.cell.device))
+        self.device, self.environments = self.ranks.device, environments
         self.started_at = datetime.now(UTC)
         self.facts = CellFacts()
         self.initial: dict[str, Tensor] = {}
@@ -103,6 +118,8 @@ class CellRun:
             status = self._failed(error)
         else:
             status = "ok"
+        if self.ranks.rank > 0:
+            return status
         if self.job.probe_items is not None and status == "ok":
             self._measure_representation(self.job.probe_items)
         if self.facts.trainer is not None and status != "timeout":
@@ -117,18 +134,25 @@ class CellRun:
         trainer.run()
         # A search or federation may have ended with the model of another method, or of other options.
         facts, method, model = self.facts, trainer.method, trainer.model
+        if self.cell.training.shard:
+            facts.counters |= guarded_split(trainer)
+            unshard(model)
         with self.phases.phase("export", "counts"):
             facts.parameters = parameter_counts(model, method, trainer.outcome.trainable_max)
             for reporting in dict.fromkeys((method, driver)):
                 facts.counters |= method_counters(reporting, model, self.cell.method)
-            self.structure = trained_structure(trainer)
-        facts.counters |= guarded_split(trainer)
+            if self.ranks.rank == 0:
+                self.structure = trained_structure(trainer)
+        if not self.cell.training.shard:
+            facts.counters |= guarded_split(trainer)
         with self.phases.phase("export"):
             method.prepare_inference(model)
-        self._measure_inference(trainer)
+        if self.ranks.rank == 0:
+            self._measure_inference(trainer)
 
     def _measure_inference(self, trainer: Trainer) -> None:
         try:
+            trainer.model.to(self.device)  # where it was sharded, it is on the host
             self.facts.inference = measure_inference(trainer)
         except Exception as error:  # of memory, say; what was trained is a result all the same
             self.facts.flag("no-inference", f"inference was not measured: {one_line(error)}")
@@ -147,7 +171,8 @@ class CellRun:
         method = create(cell.method, cell.options, self.job.methods_path)
         with self.phases.phase("load", "data"):
             self.progress("load", 0.0)
-            dataset = open_dataset(self.job)
+            with self.ranks.first():
+                dataset = open_dataset(self.job)
             facts.dataset = dataset.facts(cell.dataset)
             facts.flag_evaluation(cell, facts.dataset)
         specs = encoder_specs(cell, method)
@@ -158,7 +183,11 @@ class CellRun:
         states = self._load_states(use, builder, dataset) if use.cached or use.given else {}
         store, views = self._load_encoders(use.run, dataset, states)
         with self.phases.phase("adapt"):
-            model = builder.build(views, cell.seed, self.initial).to(self.device)
+            model = builder.build(views, cell.seed, self.initial)
+            check_equal(model, self.ranks)
+            if cell.training.shard:
+                shard(model, self.ranks)
+            model.to(self.device)
             if cell.training.compile and compile_model(model):
                 facts.setup = "compiling"
             elif cell.training.compile:
@@ -185,10 +214,12 @@ class CellRun:
             kept=self.kept,
             build=self.fork,
             seed=seed,
+            ranks=self.ranks,
         )
         of = self.facts.trainer
         if self.job.save_adapters and (of is None or of.delta is not None):
-            trainer.delta = DeltaFile(self.job.folder / f".attempt-{self.job.attempt}.adapter-{next(self._deltas)}")
+            path = self.job.folder / f".attempt-{self.job.attempt}.adapter-{next(self._deltas)}"
+            trainer.delta = DeltaFile(path, writes=self.ranks.rank == 0)
         return trainer
 
     def fork(self, method: Method, seed: int) -> Trainer:
@@ -230,7 +261,7 @@ class CellRun:
             self.facts.encoders[modality] = file.facts(spec)
         jobs = [feature_job(self.job, method, m, spec, reads[m]) for m, spec in use.cached.items()]
         fingerprint = self.cell.dataset_fingerprint
-        stored = stored_states(jobs, given, fingerprint, self.device, self.phases, self.progress)
+        stored = stored_states(jobs, given, fingerprint, self.device, self.phases, self.progress, self.ranks)
         self.facts.cache, self.initial = stored.cache, stored.initial
         if stored.cache is not None:
             size = Reading(value=stored.cache.bytes, source="(N+1) x levels x width x 2 bytes")
@@ -249,7 +280,8 @@ class CellRun:
             return item_store(self.job, dataset, specs, states), {}
         with self.phases.phase("load", "encoders"):
             self.progress("load encoders", 0.0)
-            store = item_store(self.job, dataset, specs, states)
+            with self.ranks.first():
+                store = item_store(self.job, dataset, specs, states)
             encoders = {m: load_encoder(spec, m, seed=self.cell.seed) for m, spec in specs.items()}
             self.facts.encoders |= {m: encoder.facts_on(self.cell.device) for m, encoder in encoders.items()}
             return store, {modality: encoder.view for modality, encoder in encoders.items()}
@@ -352,14 +384,23 @@ def main() -> None:
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the launcher ignores it
     with progress_events() as progress, telling(progress):
-        with measuring(job.cell.device) as phases:
-            cell_run = CellRun(job, phases, progress)
+        with measuring(own_device(job)) as phases:
+            ranks, environments = join(job, phases)
+            cell_run = CellRun(job, phases, progress if ranks.rank == 0 else _silent, ranks, environments)
             signal.signal(signal.SIGTERM, stop)
+            if ranks.size > 1:
+                show_where_it_hangs()
             status = cell_run.run()
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the record comes next
-        write_result(cell_run.record(status), job.file(".json"))
-        if status == "ok":
-            cell_run.kept.clear()
+        result = cell_run.record(status) if ranks.size == 1 else record_of_all(cell_run, status)
+        if result is not None:
+            write_result(result, job.file(".json"))
+            if status == "ok":
+                cell_run.kept.clear()
+
+
+def _silent(_what: str, _share: float) -> None:
+    """Progress of ranks other than 0."""
 
 
 if __name__ == "__main__":

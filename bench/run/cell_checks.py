@@ -11,6 +11,9 @@ from tpme.bench.errors import UserError
 from tpme.bench.record import Cell, EncoderSpec, Modality
 from tpme.bench.redact import without_home
 
+SHARD_HOOKS = ("before_training", "begin_stage", "after_backward", "after_step", "optimizer", "param_groups")
+"""Hooks that work on whole weights or gradients."""
+
 if TYPE_CHECKING:
     from tpme.bench.counting.batch import DataShape
     from tpme.bench.counting.meta import MetaCell, MetaEncoders
@@ -105,6 +108,7 @@ def check_cells(
         with blaming(cell.method):
             if isinstance(method, ChecksItsRun):
                 method.check_run(shapes[cell.dataset].users)
+            check_devices(cell, method)
             _check_dtypes(cell, method)
             _check_states(cell, method, metas.encoders)
         try:
@@ -114,6 +118,45 @@ def check_cells(
         except Exception:
             continue
         _check_cache_size(cell, meta.cache_bytes, cache_limit_bytes)
+
+
+def check_devices(cell: Cell, method: Method) -> None:
+    """Raise UserError where ``cell`` cannot be trained by as many devices as it names."""
+    from tpme.methods.base import Method
+
+    training, name = cell.training, cell.method
+    if training.devices == 1:
+        return
+    if training.users_per_batch < training.devices:
+        raise UserError(
+            f"devices = {training.devices}, but a batch has {training.users_per_batch} users (users_per_batch): each "
+            "device needs one; lower devices or raise users_per_batch"
+        )
+    if training.cuda_graphs:
+        raise UserError(
+            f"devices = {training.devices}: steps of several devices are no CUDA graph; turn cuda_graphs off"
+        )
+    if type(method).run is not Method.run:
+        raise UserError(
+            f"method '{name}' has a training procedure of its own (run), which one device follows; set devices = 1"
+        )
+    if training.shard:
+        _check_shard(cell, method)
+
+
+def _check_shard(cell: Cell, method: Method) -> None:
+    """Raise UserError where the encoders of ``cell`` cannot be sharded."""
+    from tpme.methods.base import Method
+
+    for setting, on in (("compile", cell.training.compile), ("precision = 'fp16'", cell.training.precision == "fp16")):
+        if on:
+            raise UserError(f"shard = true and {setting} exclude each other; turn one off")
+    hooks = [name for name in SHARD_HOOKS if getattr(type(method), name) is not getattr(Method, name)]
+    if hooks:
+        raise UserError(
+            f"method '{cell.method}' reads or changes weights between the steps ({hooks[0]}), of which each device "
+            "would hold only a part; set shard = false"
+        )
 
 
 def cost_key(cell: Cell) -> str:

@@ -84,6 +84,7 @@ def utilisation(job: Job, outcome: Outcome, counters: Mapping[str, Reading]) -> 
     typical_s = float(np.median(step_s[warm] if warm.any() else step_s))
     parts = [counters[name] for name in ("forward_flops", "backward_flops")]
     lacking = next((part.reason for part in parts if part.reason), None)
-    flops, profile = sum(part.value or 0.0 for part in parts), measured_profile(job.cell.device, job.store)
+    flops = sum(part.value or 0.0 for part in parts) / job.cell.training.devices  # counted for the whole batch
+    profile = measured_profile(job.cell.device, job.store)
     reading = mfu(flops, typical_s, profile, job.cell.training.precision)
     return {"mfu": reading.model_copy(update={"valid": lacking is None, "reason": lacking})}

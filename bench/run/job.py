@@ -35,6 +35,10 @@ class Job(Frozen):
         """``attempt-N`` + ``suffix`` in the cell's folder."""
         return self.folder / f"attempt-{self.attempt}{suffix}"
 
+    def log(self, rank: int = 0) -> Path:
+        """The log of one of its processes; that of rank 0, often the only one, is the log of the attempt."""
+        return self.file(f".rank-{rank}.log" if rank else ".log")
+
 
 def time_limit_message(limit_s: float) -> str:
     """What the record of a cell says that took too long."""

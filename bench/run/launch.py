@@ -220,10 +220,12 @@ def run_matrix(
         metas=metas,
         console=console,
     )
+    engine = engine or LocalEngine()
+    if isinstance(engine, LocalEngine):
+        engine.check(jobs)
     found = [latest_attempt(job) for job in jobs]
     latest = [attempt.result for attempt in found]
     screen = Screen(console, len(jobs))
-    engine = engine or LocalEngine()
     _announce(jobs, latest, run, metas, screen, rows=dry_run, engine=engine)
     if dry_run:
         for attempt in found:

@@ -83,15 +83,15 @@ def run_process(
                 env=PATIENT | os.environ | dict(variables or {}) | {MARK: launcher.mark},
                 pass_fds=() if lock is None else (lock,),
             )
-        watch = _Watch(process, show, hear)
+        watch = Watch(process, show, hear)
         try:
             timed_out = watch.until(deadline, caught)
             if process.returncode == -signal.SIGTERM and not caught:
-                _wait_for_signal(caught)
+                wait_for_signal(caught)
             if caught or timed_out:
                 _request_end(process, signal.SIGINT if caught else signal.SIGTERM)
         finally:
-            _kill_session(process)
+            kill_session(process)
             end_cell(launcher)
     if caught:
         raise_signal(caught[0])
@@ -123,7 +123,7 @@ def deferred_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-class _Watch:
+class Watch:
     """Shows the progress of a process.
 
     The end of its output is not its end, nor the other way round: a child may hold the output open, and a process may
@@ -137,12 +137,12 @@ class _Watch:
         self.process, self.show, self.hear, self.output = process, show, hear, process.stdout
         self.last, self._buffered = ("start", 0.0), b""
 
-    def until(self, deadline: float, caught: list[int]) -> bool:
-        """Until the process ends, its time is up or a signal arrives; returns whether its time is up."""
+    def until(self, deadline: float, caught: list[int], stopped: Callable[[], bool] = lambda: False) -> bool:
+        """Until the process ends, its time is up, a signal arrives or it is ``stopped``; returns whether time is up."""
         os.set_blocking(self.output.fileno(), False)
         with selectors.DefaultSelector() as selector:
             selector.register(self.output, selectors.EVENT_READ)
-            while self.process.poll() is None and not caught:
+            while self.process.poll() is None and not caught and not stopped():
                 if time.monotonic() >= deadline:
                     return True
                 if not selector.get_map():
@@ -171,7 +171,7 @@ class _Watch:
         return True
 
 
-def _wait_for_signal(caught: list[int]) -> None:
+def wait_for_signal(caught: list[int]) -> None:
     """Wait a moment for this process's own signal: a scheduler stops all processes of a job, in any order."""
     until_s = time.monotonic() + SETTLE_S
     while not caught and time.monotonic() < until_s:
@@ -185,10 +185,10 @@ def _request_end(process: subprocess.Popen[bytes], sign: signal.Signals) -> None
         process.wait(GRACE_S)
 
 
-def _kill_session(process: subprocess.Popen[bytes]) -> None:
-    """Kill what is left of the process and of everything it started."""
+def kill_session(process: subprocess.Popen[bytes]) -> None:
+    """Kill what is left of the process and of its session."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert process.stdout is not None
-    process.stdout.close()
+    if process.stdout is not None:
+        process.stdout.close()

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tpme.bench.record import Modality, Protocol
 from tpme.bench.task.dataset import Dataset
+from tpme.bench.task.dealing import Peers, Share, sharing
 from tpme.bench.task.items import Items, States, TokenStates, map_tensors, named_tensors
 from tpme.bench.task.loss import Candidates
 from tpme.bench.task.placement import Table
@@ -52,6 +53,10 @@ class ItemStore:
         """Whether an item is the tokens or pixels of an encoder, or the states of every token."""
         inputs = self.tokens is not None or self.images
         return inputs or any(isinstance(table, TokenStates) for table in self.states.values())
+
+    def owners(self, ids: NDArray[np.int64], ranks: int) -> NDArray[np.int64]:
+        """Which rank encodes each of the items ``ids`` (n,), every one of them at least one."""
+        return np.arange(len(ids)) % ranks
 
     def gather(self, ids: NDArray[np.int64]) -> Items:
         """The inputs of items ``ids`` (n,), on the host; tables kept on a device are passed on whole."""
@@ -105,12 +110,16 @@ class Batch:
 
     items: the items to encode, n rows. slot: (B, S) int64, the row of ``items`` in each slot (any row for padding).
     mask: (B, L) bool, input slots that hold an item. candidates: the columns of the loss; column c is row c of items.
+
+    On several devices, ``share`` says which of the n items are encoded here: ``items`` holds these alone, while slots,
+    mask and positions are those of this rank's users. ``None``: the whole batch.
     """
 
     items: Items
     slot: Tensor
     mask: Tensor
     candidates: Candidates
+    share: Share | None = None
 
     def pin(self) -> Batch:
         """Page-lock all tensors, for asynchronous copies to a GPU."""
@@ -126,13 +135,21 @@ class Batch:
         return replace(moved, items=moved.items.looked_up())
 
 
-def build_batch(slots: NDArray[np.int32], log_p: NDArray[np.float32], store: ItemStore, protocol: Protocol) -> Batch:
+def build_batch(
+    slots: NDArray[np.int32],
+    log_p: NDArray[np.float32],
+    store: ItemStore,
+    protocol: Protocol,
+    peers: Peers | None = None,
+) -> Batch:
     """Assemble one batch.
 
     Args:
         slots: (B, S) item ids, left-padded with 0.
         log_p: (N+1,) log training popularity; entry 0 is 0.
         store: the item inputs. protocol: encode distinct items (``suite``) or every slot (``paper``).
+        peers: the ranks that share the batch; one with fewer users or items than ranks is not shared, and each rank
+            then computes all of it.
     """
     real = slots > 0
     distinct, place = np.unique(slots[real], return_inverse=True)
@@ -152,6 +169,16 @@ def build_batch(slots: NDArray[np.int32], log_p: NDArray[np.float32], store: Ite
         slot = np.where(real, item_of_slot, 0)
         item, target = np.arange(n), item_of_slot.reshape(-1)[next_slot]
         count = np.bincount(place, minlength=n).astype(np.float32)
+    mask, own_ids, share = real[:, :-1], ids, None
+    peers = sharing(peers, min(len(slots), len(ids)))
+    if peers is not None:
+        share = Share.of(peers, store.owners(ids, peers.size), len(rows))
+        own_ids = ids[share.rows.numpy()]
+        first, last = (len(slots) * r // peers.size for r in (peers.rank, peers.rank + 1))
+        slot, mask, item_of_slot = (part[first:last] for part in (slot, mask, item_of_slot))
+        length = mask.shape[1]
+        own = (rows >= first * length) & (rows < last * length)
+        rows, target = rows[own] - first * length, target[own]
     candidates = Candidates(
         log_p=torch.from_numpy(log_p[ids]),
         log_count=torch.from_numpy(np.log(count)),
@@ -161,7 +188,7 @@ def build_batch(slots: NDArray[np.int32], log_p: NDArray[np.float32], store: Ite
         target=torch.from_numpy(target),
         distinct=n,
     )
-    return Batch(store.gather(ids), torch.from_numpy(slot), torch.from_numpy(real[:, :-1].copy()), candidates)
+    return Batch(store.gather(own_ids), torch.from_numpy(slot), torch.from_numpy(mask.copy()), candidates, share=share)
 
 
 def log_popularity(dataset: Dataset) -> NDArray[np.float32]:
@@ -175,7 +202,8 @@ class TrainBatches:
 
     Args:
         dataset, store, protocol: see ``build_batch``. users_per_batch: B. seed: of the order of users, the same for
-            every method. steps: batches of an epoch. device: where batches are moved.
+            every method. steps: batches of an epoch. device: where batches are moved. peers: the ranks that share
+            every batch.
     """
 
     def __init__(
@@ -188,7 +216,9 @@ class TrainBatches:
         seed: int,
         steps: int,
         device: torch.device,
+        peers: Peers | None = None,
     ) -> None:
+        self.peers = peers
         self.slots, self.log_p, self.store = dataset.train_slots, log_popularity(dataset), store
         self.size, self.protocol, self.seed, self.device = users_per_batch, protocol, seed, device
         self.steps, self.users = steps, np.arange(len(self.slots))
@@ -197,6 +227,12 @@ class TrainBatches:
         """The batches of these users alone, rows of the training slots, ``steps`` an epoch."""
         part = copy.copy(self)
         part.users, part.steps = users, steps
+        return part
+
+    def whole(self) -> TrainBatches:
+        """The same batches, each of which this process computes on its own."""
+        part = copy.copy(self)
+        part.peers = None
         return part
 
     def __len__(self) -> int:
@@ -215,5 +251,5 @@ class TrainBatches:
 
     def _assemble(self, order: NDArray[np.int64], step: int) -> Batch:
         users = order[step * self.size : (step + 1) * self.size]
-        batch = build_batch(self.slots[users], self.log_p, self.store, self.protocol)
+        batch = build_batch(self.slots[users], self.log_p, self.store, self.protocol, self.peers)
         return batch.pin() if self.device.type == "cuda" else batch

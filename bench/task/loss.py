@@ -39,6 +39,11 @@ class Candidates:
     distinct: int
 
 
+def at_least_float32(values: Tensor) -> Tensor:
+    """``values`` in float32; those in float64 as they are."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
 def in_batch_logits(users: Tensor, vectors: Tensor, candidates: Candidates) -> Tensor:
     """Debiased, masked logits of every valid position over the batch's candidates.
 
@@ -46,12 +51,12 @@ def in_batch_logits(users: Tensor, vectors: Tensor, candidates: Candidates) -> T
         users: (B, L, d) user vectors. vectors: (C, d) candidate item vectors.
 
     Returns:
-        (V, C) float32; the target column of row v is ``candidates.target[v]``.
+        (V, C), at least float32; the target column of row v is ``candidates.target[v]``.
     """
     b, length, _ = users.shape
     rows, target = candidates.rows, candidates.target
     valid = users.flatten(0, 1).index_select(0, rows)
-    scores = (valid @ vectors.T).float()
+    scores = at_least_float32(valid @ vectors.T)
     # own[b, i]: distinct item i is in a slot of user b. The extra column is padding, never a candidate.
     own = torch.zeros(b, candidates.distinct + 1, dtype=torch.bool, device=users.device)
     own.scatter_(1, candidates.slots, True)
@@ -64,5 +69,5 @@ def in_batch_logits(users: Tensor, vectors: Tensor, candidates: Candidates) -> T
 
 
 def in_batch_loss(users: Tensor, vectors: Tensor, candidates: Candidates) -> Tensor:
-    """Mean cross entropy of ``in_batch_logits`` over the valid positions, a float32 scalar."""
+    """Mean cross entropy of ``in_batch_logits`` over the valid positions, a scalar."""
     return functional.cross_entropy(in_batch_logits(users, vectors, candidates), candidates.target)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tpme.bench.record import Modality
+from tpme.bench.task.dealing import WholeBatch
 from tpme.bench.task.items import EncoderShape, Items, Reads, States, map_tensors
 from tpme.bench.task.sequential import init_linear
 from tpme.bench.task.view import EncoderView
@@ -89,6 +90,8 @@ class Recommender(nn.Module):
         item_encoder: the method's, or ``TokenFusion``.
         sequence: the sequential encoder.
         frozen: modalities whose encoders stay unmodified; they run without gradients.
+
+    ``whole``: what a method may do over the items of the whole batch, of which this process may encode a share.
     """
 
     def __init__(
@@ -105,6 +108,9 @@ class Recommender(nn.Module):
         self.item_encoder = item_encoder
         self.sequence = sequence
         self.frozen = frozenset(frozen)
+        self.whole = WholeBatch()
+        for view in self.views.values():
+            view.whole = self.whole
         for parameter in self.encoders.parameters():
             parameter.requires_grad_(False)
 

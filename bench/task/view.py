@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from tpme.bench.errors import UserError
 from tpme.bench.record import Modality, Pool
 from tpme.bench.task.blocked_attention import choose_attention
+from tpme.bench.task.dealing import WholeBatch
 from tpme.bench.task.families import Halves, Paths, Role, drop_unread, family_of, split_fused
 from tpme.bench.task.items import EncoderShape, Reads, States, TokenStates
 from tpme.bench.task.masks import unread_masks
@@ -89,6 +90,8 @@ class EncoderView:
         """Set by a method that changes the number of tokens: from the mask (n, T) of a text, or ``None`` for an image,
         and a state (n, T', width), the mask (n, T') of that state, false for tokens that are not the item's; or, as
         float, the weights of its tokens in a mean, 0 for those."""
+        self.whole = WholeBatch()
+        """What a method may do over the items of the whole batch; that of the recommender."""
         for part in module.modules():
             setattr(part, _OWN, tuple(name for name, _ in part.named_parameters(recurse=False)))
 
@@ -220,7 +223,7 @@ class EncoderView:
         every = reads.tokens == "all"
         # Every token: level by level in memory, because side networks multiply one level at a time.
         stacked = torch.stack(states).transpose(0, 1) if every else torch.stack(states, dim=1)
-        if self._dtype != torch.float32:
+        if self._dtype in (torch.bfloat16, torch.float16):
             stacked = stacked.float()
         return TokenStates(stacked, self._every_token(mask, stacked[:, 0])) if every else stacked
 

@@ -29,6 +29,7 @@ from tpme.bench.task.features import (
 )
 from tpme.bench.task.placement import Placement, Table, place
 from tpme.bench.task.precomputed import MappedStates
+from tpme.bench.train.ranks import Ranks
 from tpme.bench.workers import parse_progress
 
 Progress = Callable[[str, float], None]
@@ -56,16 +57,20 @@ def stored_states(
     device: torch.device,
     phases: PhaseLog,
     progress: Progress,
+    ranks: Ranks | None = None,
 ) -> StoredStates:
     """The states that are not computed in every step.
 
     Args:
         jobs: a feature cache per encoder; one that is missing or damaged is built first. given: precomputed states.
-        fingerprint: of the data set. device: of the training.
+        fingerprint: of the data set. device: of the training. ranks: that train together; rank 0 builds for all.
 
     Raises UserError where a cache cannot be built, or would be too large.
     """
+    ranks = ranks or Ranks.alone()
     folders = {job.modality: feature_folder(job, fingerprint) for job in jobs}
+    if ranks.rank > 0:
+        ranks.wait()
     missing = [job for job in jobs if not is_built(job, folders[job.modality])]
     damaged = [job for job in missing if is_damaged(folders[job.modality])]
     built: set[Modality] = set()
@@ -78,6 +83,8 @@ def stored_states(
             progress("load the states", 0.0)
             cached, initial, missing = _open(jobs, folders)
             if not missing:
+                if ranks.rank == 0:
+                    ranks.wait()  # until the others are here, too; all then read at once
                 tables, placement = place({**given, **cached}, device)
                 break
         if not built.isdisjoint(job.modality for job in missing):

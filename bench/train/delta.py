@@ -15,6 +15,7 @@ from torch import Tensor
 from tpme.bench.errors import UserError
 from tpme.bench.record import Frozen
 from tpme.bench.task.recommender import Recommender
+from tpme.bench.train.sharding import whole_tensor
 from tpme.bench.writing import write_atomically
 from tpme.methods.base import Method
 
@@ -36,15 +37,20 @@ class DeltaFacts(Frozen):
 
 
 class DeltaFile:
-    """A safetensors file; every ``write`` replaces it."""
+    """A safetensors file; every ``write`` replaces it. Of several ranks, one ``writes``."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
 
     def write(self, method: Method, model: Recommender, seed: int) -> None:
         """Write what ``method`` has trained in ``model``; atomically."""
-        facts = DeltaFacts.of(method, seed)
-        state = {name: value.detach().cpu().contiguous() for name, value in method.state(model).items()}
+        facts, state = DeltaFacts.of(method, seed), {}
+        for name, value in method.state(model).items():
+            whole = whole_tensor(value.detach())
+            if self.writes:
+                state[name] = whole.cpu().contiguous()
+        if not self.writes:
+            return
         write_atomically(self.path, save(_unshared(state), {"delta": facts.model_dump_json()}))
 
     def publish(self, path: Path) -> str:

@@ -28,9 +28,12 @@ from tpme.bench.task.dataset import Dataset
 from tpme.bench.task.evaluate import item_matrix, rank_split, recall_and_ndcg
 from tpme.bench.task.items import Items
 from tpme.bench.task.recommender import Recommender
+from tpme.bench.train.averaging import GradientMean
 from tpme.bench.train.build import DataSize, schedule_of
 from tpme.bench.train.delta import DeltaFile
 from tpme.bench.train.outcome import Outcome
+from tpme.bench.train.ranks import Ranks
+from tpme.bench.train.sharding import is_sharded, split_groups
 from tpme.bench.train.step import AUTOCAST, loss_terms, summed
 from tpme.bench.train.timing import StepTimer
 from tpme.methods.base import Context, Method, StepState, Validation
@@ -71,6 +74,7 @@ class EpochLoop(Context):
     Args:
         cell: the settings. model, method, dataset, store: what is trained, and on what. phases: the phase log.
         progress: called with the current activity and the share of it that is done. seed: of the order of users.
+        ranks: the processes that train the cell together; each computes its share of every step.
     """
 
     def __init__(
@@ -84,7 +88,10 @@ class EpochLoop(Context):
         device: torch.device,
         progress: Callable[[str, float], None],
         seed: int,
+        ranks: Ranks | None = None,
     ) -> None:
+        self.ranks = ranks or Ranks.alone(device)
+        model.whole.peers = self.ranks.peers
         self.cell, self.model, self.method, self.seed = cell, model, method, seed
         self.dataset, self.store, self.phases, self.device, self.progress = dataset, store, phases, device, progress
         self.users = np.arange(dataset.manifest.users)
@@ -97,7 +104,10 @@ class EpochLoop(Context):
             seed=seed,
             steps=schedule.steps_per_epoch,
             device=device,
+            peers=self.ranks.peers,
         )
+        self.gradients: GradientMean | None = None
+        """Averages the gradients over the ranks, where there are several."""
         self.state = StepState(model, schedule)
         self.step_of_epoch: int | None = None
         """The current training step, from 1; None outside the training phases."""
@@ -117,8 +127,18 @@ class EpochLoop(Context):
         return torch.amp.GradScaler(self.device.type, enabled=self.cell.training.precision == "fp16")
 
     def optimizer(self) -> torch.optim.Optimizer:
-        """The method's optimiser for the parameters that train now."""
-        return self.method.optimizer(self.method.param_groups(self.model, self.cell.lr), fused=True)
+        """The method's optimiser for the parameters that train now; their gradients are averaged over the ranks."""
+        groups = self.method.param_groups(self.model, self.cell.lr)
+        if self.cell.training.shard:
+            groups = split_groups(groups)
+        optimizer = self.method.optimizer(groups, fused=True)
+        if self.ranks.size > 1:
+            if self.gradients is not None:
+                self.gradients.close()
+            trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            # FSDP averages those of sharded parameters.
+            self.gradients = GradientMean([p for p in trained if not is_sharded(p)], self.ranks)
+        return optimizer
 
     def encode(self, items: Items) -> Tensor:
         """The method's item vectors (n, d)."""
@@ -164,7 +184,7 @@ class EpochLoop(Context):
         if kind == "train":
             self.outcome.step_s += timer.seconds()
             self.outcome.step_epoch += [len(self.outcome.epochs) + 1] * len(steps)
-        return EpochLoss(len(steps), loss, _term_means(steps))
+        return EpochLoss(len(steps), loss, _term_means(steps, self.ranks))
 
     def step(self, batch: Batch, optimizer: torch.optim.Optimizer, lap: Callable[[], None] = _noop) -> StepLoss:
         """Forward, backward, update.
@@ -173,11 +193,12 @@ class EpochLoop(Context):
         """
         method, state = self.method, self.state
         method.before_step(state)
-        with self.autocast():
-            terms = self.terms_of(batch)
-            loss = summed(terms)
-        lap()
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        with self.ranks.own_draws(f"{self.seed} step {state.step}"):
+            with self.autocast():
+                terms = self.terms_of(batch)
+                loss = summed(terms)
+            lap()
+            self._backward(loss)
         lap()
         if overrides(method, "after_backward"):
             self.scaler.unscale_(optimizer)
@@ -193,9 +214,18 @@ class EpochLoop(Context):
         state.step += 1
         return StepLoss(loss.detach(), {name: term.detach() for name, term in terms.items()})
 
+    def _backward(self, loss: Tensor) -> None:
+        """Compute the gradients of this rank's loss, and average them over the ranks."""
+        if self.gradients is not None:
+            self.gradients.begin()
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        if self.gradients is not None:
+            self.gradients.finish()
+            self.model.whole.share = None
+
     def _check(self, steps: list[StepLoss], epoch: int) -> float:
         """Mean loss of the epoch so far; raises DivergedError naming the first step whose loss is not finite."""
-        values = torch.stack([step.total for step in steps]).float().cpu()
+        values = (self.ranks.sum(torch.stack([step.total for step in steps]).float()) / self.ranks.size).cpu()
         bad = (~values.isfinite()).nonzero()
         if len(bad):
             raise DivergedError(epoch, int(bad[0, 0]) + 1)
@@ -211,8 +241,11 @@ class EpochLoop(Context):
         """Vectors of all items, (N+1, d), and the ranking of the validation targets with them."""
         self.model.eval()
         with self.phase("validate", name), self.autocast():
-            vectors = item_matrix(self.encode, self.store, self.device, partial(self.progress, "validate"))
-            return vectors, Validation(*recall_and_ndcg(rank_split(self.model, vectors, self.dataset.valid), k=10))
+            tick, peers = partial(self.progress, "validate"), self.ranks.peers
+            vectors = item_matrix(self.encode, self.store, self.device, tick, peers)
+            return vectors, Validation(
+                *recall_and_ndcg(rank_split(self.model, vectors, self.dataset.valid, peers), k=10)
+            )
 
     def _ranked_if_best(self, vectors: Tensor, found: Validation, name: str) -> bool:
         """Rank the test targets where validation improved; returns whether it did."""
@@ -221,21 +254,21 @@ class EpochLoop(Context):
             return False
         outcome.best_recall, outcome.best_epoch = found.recall_10, len(outcome.epochs) or None
         with self.phase("rank", name), self.autocast():
-            outcome.test_ranks = rank_split(self.model, vectors, self.dataset.test)
+            outcome.test_ranks = rank_split(self.model, vectors, self.dataset.test, self.ranks.peers)
         if self.delta is not None:
             with self.phase("export", f"adapter {name}".strip()):
                 self.delta.write(self.method, self.model, self.seed)
         return True
 
 
-def _term_means(steps: list[StepLoss]) -> dict[str, float]:
-    """Mean of each term of the loss over the steps that have it."""
+def _term_means(steps: list[StepLoss], ranks: Ranks) -> dict[str, float]:
+    """Mean of each term of the loss over the steps that have it, and over the ranks."""
     values: dict[str, list[Tensor]] = defaultdict(list)
     for step in steps:
         for name, term in step.terms.items():
             values[name].append(term)
-    means = torch.stack([torch.stack(terms).float().mean() for terms in values.values()]).tolist()
-    return dict(zip(values, means, strict=True))
+    means = torch.stack([torch.stack(terms).float().mean() for terms in values.values()])
+    return dict(zip(values, (ranks.sum(means) / ranks.size).tolist(), strict=True))
 
 
 def overrides(method: Method, hook: str) -> bool:

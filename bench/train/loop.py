@@ -22,6 +22,7 @@ from tpme.bench.train.build import check_passes, separate_generators, steps_per_
 from tpme.bench.train.epochs import EpochLoop, overrides
 from tpme.bench.train.kept import Kept, Part
 from tpme.bench.train.outcome import Outcome
+from tpme.bench.train.ranks import Ranks
 from tpme.bench.train.step import forward
 from tpme.methods.base import Context, Method, Result, Stage, Users, Validation
 
@@ -30,7 +31,7 @@ class Trainer(EpochLoop):
     """Trains one cell; the ``Context`` of a method's own training procedure.
 
     Args:
-        cell, model, method, dataset, store, phases, device, progress: see ``EpochLoop``.
+        cell, model, method, dataset, store, phases, device, progress, ranks: see ``EpochLoop``.
         kept: the finished parts of the procedure. build: makes the trainer of a fresh model, for ``fork``.
         seed: by default the cell's.
     """
@@ -49,9 +50,10 @@ class Trainer(EpochLoop):
         kept: Kept,
         build: Callable[[Method, int], Trainer],
         seed: int | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         super().__init__(
-            cell, model, method, dataset, store, phases, device, progress, cell.seed if seed is None else seed
+            cell, model, method, dataset, store, phases, device, progress, cell.seed if seed is None else seed, ranks
         )
         self.kept, self.build = kept, build
         self._extra_batches = self._endless_batches()
@@ -149,8 +151,11 @@ class Trainer(EpochLoop):
         return self.loader.of(rows, steps_per_epoch(len(rows), self.cell.training))
 
     def batches(self, users: Users | None = None) -> Iterator[Batch]:
-        """Yield the training batches of ``users``, by default all, once, in an order of their own."""
-        return self._batches_of(users).epoch(0)
+        """Yield the training batches of ``users``, by default all, once, in an order of their own.
+
+        Here as in ``training_losses``, every rank computes whole batches.
+        """
+        return self._batches_of(users).whole().epoch(0)
 
     def training_losses(self, steps: int) -> Iterator[Tensor]:
         """The task's loss, with its graph, on the next ``steps`` training batches, in a separate order."""
@@ -162,7 +167,7 @@ class Trainer(EpochLoop):
 
     def _endless_batches(self) -> Iterator[Batch]:
         while True:
-            yield from self.loader.epoch(0)
+            yield from self.loader.whole().epoch(0)
 
     def validate(self) -> Validation:
         """The model's quality now; the test targets are ranked where it is the best so far."""
@@ -194,7 +199,7 @@ class Trainer(EpochLoop):
         """The result of ``work``, done in this attempt or in an earlier one."""
         if kind == "train":
             raise ValueError("once() keeps no training epochs: choose kind 'search' or 'round'")
-        part = self.kept.read(name)
+        part = self.ranks.from_first(self.kept.read(name) if self.ranks.rank == 0 else None)
         if part is None:
             started, resumed_s, outcome = now(self.device), self.kept.resumed_s, replace(self.outcome)
             aside = self.delta, self._extra_batches, self.scaler
@@ -205,7 +210,8 @@ class Trainer(EpochLoop):
             self.outcome = outcome
             self.delta, self._extra_batches, self.scaler = aside
             spent_s = now(self.device) - started + self.kept.resumed_s - resumed_s
-            part = self.kept.write(name, Part(result, spent_s, self.state.epoch, self.state.step))
+            part = Part(result, spent_s, self.state.epoch, self.state.step)
+            part = self.ranks.from_first(self.kept.write(name, part) if self.ranks.rank == 0 else None)
         self.state.epoch, self.state.step = part.epoch, part.step
         return part.result
 

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from tpme.bench.train.build import separate_generators
 from tpme.bench.train.loop import Trainer
+from tpme.bench.train.sharding import own_part
 
 
 @contextmanager
@@ -62,11 +63,11 @@ class _Values:
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor, self.data, self.grad = tensor, tensor.data, tensor.grad if tensor.is_leaf else None
-        self.host, self.trains = tensor.detach().to("cpu", copy=True), tensor.requires_grad
+        self.host, self.trains = own_part(tensor.detach()).to("cpu", copy=True), tensor.requires_grad
 
     def restore(self) -> None:
         """Write the values back."""
-        self.data.copy_(self.host)
+        own_part(self.data).copy_(self.host)
         self.tensor.data = self.data
         if self.tensor.is_leaf:
             self.tensor.requires_grad_(self.trains).grad = self.grad

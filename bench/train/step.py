@@ -18,12 +18,22 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def forward(method: Method, model: Recommender, batch: Batch) -> PassOutput:
-    """One pass over ``batch``: the task's loss over the in-batch candidates."""
+    """One pass over ``batch``: the task's loss over the in-batch candidates.
+
+    Of a batch that several ranks share, the loss is N times this rank's part of it: the mean over the ranks is that of
+    the whole batch.
+    """
+    share = model.whole.share = batch.share
     vectors = method.encode(model, batch.items)
+    if share is not None:
+        vectors = share.gather(vectors)
     users = model.user_vectors(vectors[batch.slot[:, :-1]], batch.mask)
     logits = in_batch_logits(users, vectors, batch.candidates)
     target = batch.candidates.target
-    return PassOutput(functional.cross_entropy(logits, target), logits, target)
+    if share is None:
+        return PassOutput(functional.cross_entropy(logits, target), logits, target)
+    loss = functional.cross_entropy(logits, target, reduction="sum") / share.positions
+    return PassOutput(loss, logits, target, share.positions)
 
 
 def loss_terms(method: Method, model: Recommender, batch: Batch) -> dict[str, Tensor]:

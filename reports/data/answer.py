@@ -8,9 +8,9 @@ from math import isnan
 
 from tpme.bench.quantities import bytes_text, number, quantity
 from tpme.reports.data.notes import mixing
-from tpme.reports.data.ranks import Metric
 from tpme.reports.data.section import Section
 from tpme.reports.data.trials import Line
+from tpme.reports.data.user_ranks import Metric
 
 METRIC: Metric = "recall"
 """Validation selects by it, so does the answer."""

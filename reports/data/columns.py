@@ -93,6 +93,7 @@ def _cost_columns(result: CellResult) -> dict[str, Any]:
     energy = [phase.energy_j.value for phase in result.phases if phase.kind == "train"]
     last = len(result.epochs) - earlier_epochs(result.epochs)
     of_last = _sum(energy[-last:])
+    by_rank = [memory_reading("memory_sum_bytes", rank.training_memory, result.cell.device) for rank in result.ranks]
     return {
         "epoch_time_s": time_s.value,
         "epoch_time_valid": time_s.valid,
@@ -102,6 +103,7 @@ def _cost_columns(result: CellResult) -> dict[str, Any]:
         "memory_source": memory.source,
         "memory_valid": memory.valid,
         "memory_reason": memory.reason,
+        "memory_sum_bytes": _sum([reading.value for reading in by_rank]) if result.status == "ok" else None,
         "memory_seen_bytes": max(seen, default=None),
         **_peak_columns(result),
         "trainable_millions": parameters.trainable / 1e6 if parameters else None,

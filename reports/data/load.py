@@ -34,8 +34,8 @@ from tpme.bench.record import (
 )
 from tpme.bench.side_files import Samples, damage, side_file
 from tpme.reports.data.columns import row_of
-from tpme.reports.data.ranks import REPORTED, mean_gains
 from tpme.reports.data.trials import select_trials
+from tpme.reports.data.user_ranks import REPORTED, mean_gains
 
 Array = npt.NDArray[Any]
 

@@ -12,8 +12,8 @@ import pandas as pd
 
 from tpme.bench.errors import UserError
 from tpme.bench.side_files import Ranks
-from tpme.reports.data.ranks import METRICS, REPORTED, Metric, gains
 from tpme.reports.data.stats import TAILS, Floats
+from tpme.reports.data.user_ranks import METRICS, REPORTED, Metric, gains
 
 SPLIT_CUTOFF = 10
 """The cut-off at which warm and cold targets are told apart."""

@@ -20,7 +20,6 @@ from tpme.reports.data.load import Recorded, counter_values
 from tpme.reports.data.metrics import over_seeds, quality
 from tpme.reports.data.notes import Notes, mixing, notes_of
 from tpme.reports.data.paired_tests import Difference, differences_of
-from tpme.reports.data.ranks import METRICS, Metric, gains
 from tpme.reports.data.ratios import cost_ratios, reference_row
 from tpme.reports.data.resampling import Resampled, draw, resample
 from tpme.reports.data.stats import Floats, interval
@@ -28,6 +27,7 @@ from tpme.reports.data.summary import line_of, ranks_of, repeats_of, seeds_of, u
 from tpme.reports.data.ties import RunNoise, noise_of, tied_ranks
 from tpme.reports.data.tpme import Frame, Weights, frame_of, lower_bound, tpme
 from tpme.reports.data.trials import Group, Line, lines_of
+from tpme.reports.data.user_ranks import METRICS, Metric, gains
 
 NOISE_FLOOR = ("noise_time_ratio", "noise_memory_ratio")
 """Counters of a record: the noise floor of its device."""

@@ -25,10 +25,10 @@ from tpme.bench.record import (
     find_results,
     read_result,
 )
-from tpme.bench.side_files import Ranks, load_ranks
+from tpme.bench.side_files import UserRanks, load_ranks
 from tpme.reports.data.load import Recorded, of_last_matrix
-from tpme.reports.data.ranks import gains
 from tpme.reports.data.stats import Floats, quantiles
+from tpme.reports.data.user_ranks import gains
 from tpme.reports.gate.readings import TIMES, memory
 
 SAMPLE = 100
@@ -75,7 +75,7 @@ class Quality(Frozen):
     """Base64 of deflated bytes, one for each user: the rank, or 0 for a miss."""
 
     @classmethod
-    def of(cls, ranks: Ranks) -> Quality:
+    def of(cls, ranks: UserRanks) -> Quality:
         """Reduce recorded ranks to those up to ``CUTOFF``."""
         rank = np.where((ranks.rank <= CUTOFF) & ~ranks.in_history.astype(bool), ranks.rank, 0).astype(np.uint8)
         return cls(

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 from tpme.bench.quantities import MISSING, QUALITY_DIGITS, number, quantity
 from tpme.reports.data.paired_tests import P_LEVEL, Difference
-from tpme.reports.data.ranks import METRICS, Metric
 from tpme.reports.data.section import Section
 from tpme.reports.data.trials import Line
+from tpme.reports.data.user_ranks import METRICS, Metric
 from tpme.reports.tables import fields
 from tpme.reports.tables.table import Column, Entry, Table
 

@@ -11,10 +11,10 @@ import pandas as pd
 from tpme.bench.quantities import CUTOFFS, MISSING, byte_unit, bytes_text, number, quantity
 from tpme.bench.record import LearningRates, PhaseKind
 from tpme.reports.data.phase_times import phase_times
-from tpme.reports.data.ranks import METRICS
 from tpme.reports.data.section import Section
 from tpme.reports.data.serving import served
 from tpme.reports.data.stats import LEVEL
+from tpme.reports.data.user_ranks import METRICS
 from tpme.reports.tables import fields
 from tpme.reports.tables.differences import pairs
 from tpme.reports.tables.differences import table as differences
@@ -28,6 +28,8 @@ from tpme.reports.tables.searches import searches
 from tpme.reports.tables.serving_costs import inference
 from tpme.reports.tables.table import Column, Entry, Table
 
+COLLECTIVES = "collective_s"
+"""A part of a step only of rows on several devices."""
 STEP_PARTS = ("data_wait_s", "forward_s", "backward_s", "update_s")
 """The parts of a training step, as counters of a record."""
 OVER_SEEDS = "Means over seeds, ± their standard deviation where there are several."
@@ -93,7 +95,15 @@ def costs(section: Section) -> Table:
         *cost("total_millions"),
         *cost("stored_bytes"),
     ]
-    rare = ["all_in_s", "energy_epoch_j", "training_energy_j", "cache_build_s", "cache_peak_bytes", "cache_bytes"]
+    rare = [
+        "memory_sum_bytes",
+        "all_in_s",
+        "energy_epoch_j",
+        "training_energy_j",
+        "cache_build_s",
+        "cache_peak_bytes",
+        "cache_bytes",
+    ]
     rare += [] if served(section.behind) else ["inference_items_per_s"]  # of records from before it had its own table
     for key in rare:
         columns += cost(key) if summary[key].notna().any() else []
@@ -104,6 +114,8 @@ def costs(section: Section) -> Table:
         "warm-up. Whole cell: loading, validation and ranking included. Stored: what must be kept beside the untouched "
         "encoders."
     ]
+    if summary["memory_sum_bytes"].notna().any():
+        notes.append("M, all: memory of all devices together; M is that of the device with the most, E that of all.")
     if summary["all_in_s"].notna().any():
         notes.append("All in: feature cache, a method's estimation, search and rounds, training epochs of all stages.")
     if summary["energy_epoch_j"].notna().any():
@@ -113,13 +125,16 @@ def costs(section: Section) -> Table:
 
 def steps(section: Section) -> Table:
     """Where a training step goes: forward and backward propagation and weight update, medians, mean over seeds."""
-    times = section.counters(STEP_PARTS)
+    times = section.counters((*STEP_PARTS, COLLECTIVES))
     rows = times.index[times.notna().any(axis=1)]
-    columns = [fields.method(section), *(field for key in STEP_PARTS for field in fields.cost(section, key, times))]
+    parts = [*STEP_PARTS, *([COLLECTIVES] if times[COLLECTIVES].notna().any() else [])]
+    columns = [fields.method(section), *(field for key in parts for field in fields.cost(section, key, times))]
     note = (
         "Medians over a few steps in a pass of its own after training. FP: forward propagation and loss, BP: backward "
         f"propagation, WU: weight update. {OVER_SEEDS}"
     )
+    if COLLECTIVES in parts:
+        note += " Collectives: of FP and BP of rank 0 the time of waiting for other ranks and for what they send."
     return table_of(section, "steps", "Where a training step goes", columns, rows, notes=[note])
 
 

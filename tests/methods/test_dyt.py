@@ -14,6 +14,7 @@ from tpme.bench.contract.small_encoders import FAMILIES, modality_of, small_enco
 from tpme.bench.counting.encoding import item_flops
 from tpme.bench.errors import UserError
 from tpme.bench.record import Modality, Training
+from tpme.bench.task.dealing import WholeBatch
 from tpme.bench.task.items import Items, Reads
 from tpme.bench.task.recommender import Recommender
 from tpme.bench.task.view import EncoderView
@@ -63,7 +64,7 @@ def masks_of(part: TokenDispatch, x: Tensor) -> Tensor:
 def dispatch(width: int = 8, mask: Tensor | None = None, *, last: bool = False, tau: float = 5.0) -> TokenDispatch:
     tokens = TokenMask()
     tokens.value = mask
-    part = TokenDispatch(width, nn.Linear(width, width), tokens, last=last, temperature=tau)
+    part = TokenDispatch(width, nn.Linear(width, width), tokens, WholeBatch(), last=last, temperature=tau)
     nn.init.zeros_(part.adapter.weight)
     nn.init.zeros_(part.adapter.bias)
     nn.init.normal_(part.dispatcher.weight)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import tpme.reports
-from tpme.reports.data.ranks import gains
+from tpme.reports.data.user_ranks import gains
 from tpme.reports.report import make_report
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "reports.md"

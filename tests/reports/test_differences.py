@@ -5,8 +5,8 @@ import pytest
 
 from tpme.bench.record import Reading, read_result
 from tpme.bench.side_files import load_ranks
-from tpme.reports.data.ranks import gains
 from tpme.reports.data.stats import paired
+from tpme.reports.data.user_ranks import gains
 from tpme.reports.report import make_report
 from tpme.reports.tables.differences import pairs, table
 from tpme.reports.tables.results import steps

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torchmetrics.functional.retrieval import retrieval_hit_rate, retrieval_normalized_dcg
 
 from tpme.bench.errors import UserError
-from tpme.bench.side_files import Ranks
+from tpme.bench.side_files import UserRanks
 from tpme.reports.data.metrics import bootstrap_means, quality
-from tpme.reports.data.ranks import gains
+from tpme.reports.data.user_ranks import gains
 
 ITEMS = 30
 users = st.lists(st.tuples(st.integers(1, ITEMS), st.booleans(), st.booleans()), min_size=1, max_size=25)
@@ -23,9 +23,9 @@ def ranks_of_seeds(n: int) -> st.SearchStrategy[list[list[int]]]:
     return st.lists(st.lists(st.integers(1, ITEMS), min_size=n, max_size=n), min_size=1, max_size=4)
 
 
-def make(rows: list[tuple[int, bool, bool]]) -> Ranks:
+def make(rows: list[tuple[int, bool, bool]]) -> UserRanks:
     rank, cold, seen = (np.array(column) for column in zip(*rows, strict=True))
-    return Ranks(rank=rank.astype(np.int32), target=np.arange(len(rows)), cold=cold, in_history=seen)
+    return UserRanks(rank=rank.astype(np.int32), target=np.arange(len(rows)), cold=cold, in_history=seen)
 
 
 @given(users, st.integers(1, ITEMS))
@@ -56,7 +56,7 @@ def test_gains_equal_torchmetrics(rows, k):
 def test_quality_is_the_mean_over_users_and_seeds(seeds):
     n = len(seeds[0])
     cold = np.arange(n) % 3 == 0
-    ranks = [Ranks(np.array(one), np.arange(n), cold, np.zeros(n, bool)) for one in seeds]
+    ranks = [UserRanks(np.array(one), np.arange(n), cold, np.zeros(n, bool)) for one in seeds]
     line = quality({"x": ranks}, resamples=50).loc["x"]
     recalls = [np.mean([rank <= 5 for rank in one]) for one in seeds]
     assert line["recall_5"] == pytest.approx(np.mean(recalls))
@@ -129,6 +129,6 @@ def test_no_cold_targets_and_no_rows():
 
 def test_seeds_on_different_targets_are_refused():
     one = make([(1, False, False), (2, False, False)])
-    other = Ranks(one.rank, one.target[::-1], one.cold, one.in_history)
+    other = UserRanks(one.rank, one.target[::-1], one.cold, one.in_history)
     with pytest.raises(UserError, match="lora"):
         quality({"lora": [one, other]})

@@ -47,6 +47,19 @@ class LocalEngine:
         self.places = _places(len(gpus) or jobs, gpus)
         self.live = live
 
+    def check(self, jobs: Sequence[Job]) -> None:
+        """Raise UserError where a cell wants more devices than it can get: GPUs, or cores for its ranks on the CPU."""
+        for device in dict.fromkeys(job.cell.device for job in jobs):
+            devices = max(job.cell.training.devices for job in jobs if job.cell.device == device)
+            if devices == 1:
+                continue
+            if device == "cuda":
+                there, what = len(visible_gpus()), "GPUs are visible (CUDA_VISIBLE_DEVICES)"
+            else:
+                there, what = len(self.places[0].cores), "cores are there for a cell, and each rank needs one"
+            if devices > there:
+                raise UserError(f"training.devices = {devices}: {there} {what}; lower training.devices")
+
     def run(self, attempts: Sequence[Job], screen: Screen, lock: int) -> Iterator[tuple[Job, CellResult]]:
         """See ``Engine.run``."""
         if len(self.places) > 1:

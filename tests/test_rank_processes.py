@@ -1,0 +1,360 @@
+"""The processes of one cell on several devices: started, watched and ended together; the first failure is recorded."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from plain_record import CELL
+
+from tpme.bench.errors import UserError
+from tpme.bench.record import Cell, CellResult, cell_id, read_result
+from tpme.bench.run import attempt, process
+from tpme.bench.run.attempt import run_job
+from tpme.bench.run.job import Job
+from tpme.bench.run.rank_processes import Node, node_of
+
+CORES = sorted(os.sched_getaffinity(0))
+STUB = """
+import json, os, signal, sys, time
+from pathlib import Path
+from plain_record import result
+from tpme.bench.lifetimes import die_with_launcher
+from tpme.bench.record import Failure, write_result
+from tpme.bench.run.job import Job
+from tpme.bench.run.rank_failures import claim
+
+die_with_launcher()
+job = Job.model_validate_json(Path(sys.argv[1]).read_text())
+rank = int(os.environ["RANK"])
+plan_of_all = json.loads(os.environ["STUB"])
+plan = plan_of_all.get(str(rank), "train")
+names = ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "TPME_LISTENER", "OMP_NUM_THREADS")
+told = {name: os.environ.get(name) for name in names}
+told |= {"pid": os.getpid(), "cores": sorted(os.sched_getaffinity(0)), "port": int(os.environ["MASTER_PORT"])}
+(job.folder / f"told-{rank}.new").write_text(json.dumps(told))
+(job.folder / f"told-{rank}.new").rename(job.folder / f"told-{rank}")
+
+def fail(message, status="error"):
+    if (path := claim(job, rank)) is not None:
+        failure = Failure(phase="train epoch 1", message=message)
+        write_result(result(cell=job.cell, cell_id=job.cell_id, status=status, failure=failure), path)
+    os._exit(1)
+
+def lost():  # what a collective does when another rank is gone
+    for path in job.folder.glob("told-*"):
+        try:
+            state = Path(f"/proc/{json.loads(path.read_text())['pid']}/stat").read_text().split()[2]
+        except OSError:
+            return True
+        if state == "Z":
+            return True
+    return False
+
+while len(list(job.folder.glob("told-*"))) < int(os.environ["WORLD_SIZE"]):
+    time.sleep(0.01)
+print("rank", rank, "of", os.environ["WORLD_SIZE"], file=sys.stderr, flush=True)
+if plan == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+if plan == "raises":
+    fail("ValueError: no such thing")
+if plan == "out of memory":
+    fail("OutOfMemoryError: Tried to allocate 2.00 GiB", "oom")
+if plan == "diverged":
+    fail("the loss is not finite", "diverged")
+if plan == "exits":
+    sys.exit("the last words")
+if plan == "hangs":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(600)
+if plan == "ends when asked":
+    signal.signal(signal.SIGTERM, lambda *_: fail("took too long", "timeout"))
+    time.sleep(600)
+if plan == "train":
+    until = time.monotonic() + (600 if plan_of_all else 0)
+    while time.monotonic() < until:
+        if lost():
+            fail("RuntimeError: Connection closed by peer")
+        time.sleep(0.01)
+if rank == 0:
+    print('{"what": "train", "share": 1}', flush=True)
+    write_result(result(cell=job.cell, cell_id=job.cell_id), job.file(".json"))
+"""
+"""A rank: what STUB says of it, by number; any other trains until a rank is gone, and then fails because of it."""
+
+
+@pytest.fixture
+def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    script = tmp_path / "stub.py"
+    script.write_text(STUB)
+    monkeypatch.setattr(attempt, "command", lambda job_file, *_: [sys.executable, str(script), str(job_file)])
+    monkeypatch.setattr(process, "GRACE_S", 2.0)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("STUB", "{}")
+    return tmp_path
+
+
+def job_of(folder: Path, devices: int = 2, **changes: Any) -> Job:
+    cell = Cell.model_validate(CELL.model_dump() | {"training": {"devices": devices}})
+    return Job(
+        cell=cell,
+        cell_id=cell_id(cell, "v"),
+        code_version="v",
+        dataset_path=folder,
+        store=folder,
+        folder=folder / "cell",
+        cache_limit_bytes=1,
+        **({"time_limit_s": 100.0} | changes),
+    )
+
+
+def told(job: Job) -> list[dict[str, Any]]:
+    return [json.loads((job.folder / f"told-{rank}").read_text()) for rank in range(job.cell.training.devices)]
+
+
+def assert_nothing_is_left(job: Job) -> None:
+    pids = [one["pid"] for one in told(job)]
+    assert not [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
+    assert not [path.name for path in job.folder.iterdir() if path.name.startswith(".") or "job" in path.name]
+
+
+def run(stub: Path, monkeypatch: pytest.MonkeyPatch, *plans: str, **changes: Any) -> tuple[Job, CellResult]:
+    """Run one attempt whose ranks follow these plans."""
+    monkeypatch.setenv("STUB", json.dumps({str(rank): plan for rank, plan in enumerate(plans)}))
+    job = job_of(stub, max(2, len(plans)), **changes)
+    job.folder.mkdir()
+    result = run_job(job)
+    assert result == read_result(job.file(".json"))
+    assert_nothing_is_left(job)
+    return job, result
+
+
+# --- how they start -------------------------------------------------------------------------------------------------
+
+
+def test_ranks_start_as_torchrun_starts_processes(stub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[tuple[str, float]] = []
+    job = job_of(stub)
+    job.folder.mkdir()
+    variables = {"OMP_NUM_THREADS": "4"}
+    assert run_job(job, show=lambda what, share: shown.append((what, share)), variables=variables).status == "ok"
+    first, second = told(job)
+    assert (first["OMP_NUM_THREADS"], second["OMP_NUM_THREADS"]) == ("2", "2")
+    assert [one["LOCAL_RANK"] for one in (first, second)] == ["0", "1"]
+    assert {one["WORLD_SIZE"] for one in (first, second)} == {"2"}
+    assert first["port"] == second["port"] > 0
+    assert (first["TPME_LISTENER"] is None, second["TPME_LISTENER"]) == (False, None)
+    assert ("train", 1.0) in shown
+    half = len(CORES) // 2
+    assert [first["cores"], second["cores"]] == [CORES[:half] or CORES, CORES[half : 2 * half] or CORES]
+    assert sorted(os.sched_getaffinity(0)) == CORES
+    assert [job.log(rank).read_text() for rank in (0, 1)] == ["rank 0 of 2\n", "rank 1 of 2\n"]
+    assert job.log(1).name == "attempt-1.rank-1.log"
+    assert_nothing_is_left(job)
+
+
+def test_one_device_starts_one_process_that_is_told_nothing(stub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attempt, "run_ranks", None)
+    script = "import os, sys; sys.exit(f\"{os.environ.get('RANK')} {os.environ.get('MASTER_PORT')}\")"
+    monkeypatch.setattr(attempt, "command", lambda *_: [sys.executable, "-c", script])
+    result = run_job(job_of(stub, 1))
+    assert result.failure is not None
+    assert result.failure.message == "its process ended with code 1: None None (log: attempt-1.log)"
+
+
+# --- a rank that fails ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_rank_that_is_killed(stub: Path, monkeypatch: pytest.MonkeyPatch, lost: int) -> None:
+    """The others fail in a collective before or after the launcher notices; the record blames neither them nor it."""
+    job, result = run(stub, monkeypatch, *("killed" if rank == lost else "train" for rank in (0, 1)))
+    assert result.status == "killed"
+    assert result.failure is not None
+    assert result.failure.message == (
+        f"rank {lost} of 2 was ended by SIGKILL; the kernel does this when host memory runs out "
+        f"(log: {job.log(lost).name})"
+    )
+
+
+@pytest.mark.parametrize(
+    ("plan", "status", "message"),
+    [
+        ("raises", "error", "rank 1 of 2: ValueError: no such thing (log: attempt-1.rank-1.log)"),
+        ("out of memory", "oom", "rank 1 of 2: OutOfMemoryError: Tried to allocate 2.00 GiB (log: "),
+        ("diverged", "diverged", "the loss is not finite"),
+        ("exits", "error", "rank 1 of 2: "),
+    ],
+)
+def test_the_error_of_a_rank_is_the_failure_and_not_what_follows_on_the_others(
+    stub: Path, monkeypatch: pytest.MonkeyPatch, plan: str, status: str, message: str
+) -> None:
+    _, result = run(stub, monkeypatch, "train", plan)
+    assert result.status == status
+    assert result.failure is not None
+    if plan == "exits":  # it says nothing, so the only error is the one of the other rank
+        message = "rank 0 of 2: RuntimeError: Connection closed by peer (log: attempt-1.log)"
+    assert result.failure.message.startswith(message)
+
+
+def test_ranks_that_are_blocked_in_a_collective_are_ended(stub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As NCCL blocks: no signal that can be handled reaches them."""
+    started = time.monotonic()
+    _, result = run(stub, monkeypatch, "hangs", "raises", "hangs")
+    assert result.failure is not None
+    assert result.failure.message.startswith("rank 1 of 3: ValueError: no such thing")
+    assert time.monotonic() - started < 60
+
+
+def test_a_rank_that_ends_without_a_word_is_named_with_its_last_line(
+    stub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, result = run(stub, monkeypatch, "hangs", "exits")
+    assert result.failure is not None
+    assert result.failure.message == "rank 1 of 2 ended with code 1: the last words (log: attempt-1.rank-1.log)"
+
+
+@pytest.mark.parametrize("plans", [("hangs", "hangs"), ("ends when asked", "hangs"), ("train", "ends when asked")])
+def test_a_rank_that_hangs_is_ended_at_the_time_limit(
+    stub: Path, monkeypatch: pytest.MonkeyPatch, plans: tuple[str, ...]
+) -> None:
+    _, result = run(stub, monkeypatch, *plans, time_limit_s=5.0)
+    assert result.status == "timeout"
+    assert result.failure is not None
+    said = "took longer than its time limit of 5 s; raise time_limit_s or --time-limit"
+    assert result.failure.message in (said, "took too long")
+
+
+# --- signals --------------------------------------------------------------------------------------------------------
+
+LAUNCHER = """
+import sys
+from pathlib import Path
+from tpme.bench.run import attempt, process
+from tpme.bench.run.job import Job
+process.GRACE_S = 2.0
+attempt.command = lambda job_file, *_: [sys.executable, {script!r}, str(job_file)]
+try:
+    attempt.run_job(Job.model_validate_json({job!r}))
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_ranks_end_with_their_launcher(stub: Path, sign: signal.Signals) -> None:
+    job = job_of(stub)
+    job.folder.mkdir()
+    code = LAUNCHER.format(script=str(stub / "stub.py"), job=job.model_dump_json())
+    environment = os.environ | {"STUB": '{"1": "hangs"}'}
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment) as launcher:
+        until = time.monotonic() + 60
+        while time.monotonic() < until and not all((job.folder / f"told-{rank}").exists() for rank in (0, 1)):
+            time.sleep(0.05)
+        ranks = [psutil.Process(one["pid"]) for one in told(job)]
+        launcher.send_signal(sign)
+        said, _ = launcher.communicate(timeout=60)
+    assert psutil.wait_procs(ranks, timeout=30)[1] == []
+    assert said == ("interrupted\n" if sign == signal.SIGINT else "")
+    assert not job.file(".json").exists()
+    if sign != signal.SIGKILL:
+        assert [path.name for path in job.folder.iterdir() if "attempt" in path.name] == []
+
+
+# --- several nodes --------------------------------------------------------------------------------------------------
+
+
+def test_the_place_of_a_node() -> None:
+    where = {"MASTER_ADDR": "first", "MASTER_PORT": "29500"}
+    torchrun = node_of(8, where | {"NNODES": "2", "NODE_RANK": "1"})
+    assert torchrun == node_of(8, where | {"SLURM_NNODES": "2", "SLURM_NODEID": "1"})
+    assert torchrun == Node(8, 1, 2, "first", 29500)
+    assert list(torchrun.own) == [4, 5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"NNODES": "3"}, "training.devices = 8 cannot be shared evenly by 3 nodes"),
+        ({"NODE_RANK": "2"}, "this is node 2 of 2"),
+        ({"NODE_RANK": "two"}, "NODE_RANK = 'two': it must be a whole number"),
+        ({"MASTER_PORT": ""}, "MASTER_PORT = ''"),
+        ({"MASTER_ADDR": ""}, "MASTER_ADDR is not set"),
+    ],
+)
+def test_a_node_without_a_place_is_refused(changes: dict[str, str], message: str) -> None:
+    environ = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "first", "MASTER_PORT": "29500"}
+    with pytest.raises(UserError, match=message):
+        node_of(8, environ | changes)
+    with pytest.raises(UserError, match="NNODES or SLURM_NNODES is not set"):
+        node_of(8, {"MASTER_ADDR": "first", "MASTER_PORT": "1"})
+
+
+NODE = """
+import sys
+from tpme.bench.run import attempt, process, ranks_of
+process.GRACE_S = 2.0
+attempt.command = lambda job_file, *_: [sys.executable, {script!r}, str(job_file)]
+sys.argv = ["ranks_of", {job!r}]
+ranks_of.main()
+"""
+
+
+def run_nodes(stub: Path, job: Job, plan: dict[str, str]) -> list[tuple[int, str]]:
+    """Run the ranks of a cell of four devices on two nodes of this machine; returns code and words of each node."""
+    job.folder.mkdir()
+    path = stub / "job.json"
+    path.write_text(job.model_dump_json())
+    code = NODE.format(script=str(stub / "stub.py"), job=str(path))
+    nodes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ
+            | {"NNODES": "2", "NODE_RANK": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+            | {"STUB": json.dumps(plan)},
+        )
+        for number in (0, 1)
+    ]
+    said = [node.communicate(timeout=100)[1] for node in nodes]
+    return [(node.returncode, words) for node, words in zip(nodes, said, strict=True)]
+
+
+def test_two_nodes_train_one_cell(stub: Path) -> None:
+    job = job_of(stub, 4)
+    assert run_nodes(stub, job, {}) == [(0, ""), (0, "")]
+    assert read_result(job.file(".json")).status == "ok"
+    assert [one["LOCAL_RANK"] for one in told(job)] == ["0", "1", "0", "1"]
+    assert {one["WORLD_SIZE"] for one in told(job)} == {"4"}
+    assert_nothing_is_left(job)
+
+
+@pytest.mark.parametrize("others", ["hangs", "train"])
+def test_a_rank_lost_on_another_node_is_named(stub: Path, others: str) -> None:
+    job = job_of(stub, 4)
+    (first, said), (second, _) = run_nodes(stub, job, dict.fromkeys("012", others) | {"3": "killed"})
+    assert (first, second) == (1, 1)
+    result = read_result(job.file(".json"))
+    assert (result.status, result.failure is None) == ("killed", False)
+    assert "rank 3 of 4 was ended by SIGKILL" in said
+    assert "(log: attempt-1.rank-3.log)" in said
+    assert_nothing_is_left(job)
+
+
+def test_a_node_hears_of_a_failure_of_the_first_one(stub: Path) -> None:
+    job = job_of(stub, 4)
+    codes = [code for code, _ in run_nodes(stub, job, dict.fromkeys("123", "hangs") | {"0": "raises"})]
+    assert codes[0] == 1
+    failure = read_result(job.file(".json")).failure
+    assert failure is not None
+    assert failure.message == "rank 0 of 4: ValueError: no such thing (log: attempt-1.log)"
+    assert_nothing_is_left(job)
