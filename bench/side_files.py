@@ -39,7 +39,7 @@ class UserRanks:
     user: NDArray[Any] | None = None
     """Rows of the users in the prepared data, rising; ``None`` where they are all users in order."""
 
-    def paired_with(self, other: Ranks) -> bool:
+    def paired_with(self, other: UserRanks) -> bool:
         """Whether both are of the same users, in the same order, with the same targets."""
         users = [np.arange(len(ranks.rank)) if ranks.user is None else ranks.user for ranks in (self, other)]
         return np.array_equal(self.target, other.target) and np.array_equal(users[0], users[1])

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from tpme.bench.record import CellResult, DatasetFacts, Evaluation, RecordError, write_result
 from tpme.bench.run.matrix import MatrixFile
-from tpme.bench.side_files import Ranks, damage, load_ranks, side_file
+from tpme.bench.side_files import UserRanks, damage, load_ranks, side_file
 from tpme.bench.task.dataset import Dataset
 from tpme.reports.board import write_board
 from tpme.reports.compare import compare
@@ -61,7 +61,7 @@ def results(root: Path) -> list[CellResult]:
     return [recorded.result for recorded in read([root])]
 
 
-def ranks(root: Path) -> list[Ranks]:
+def ranks(root: Path) -> list[UserRanks]:
     return [load_ranks(path) for recorded in read([root]) if (path := recorded.beside("ranks"))]
 
 
@@ -255,7 +255,7 @@ def test_comparing_samples_leaves_quality_out_and_pairs_the_same_one(sampled: Pa
 
 
 def test_targets_may_be_alike_and_the_users_others() -> None:
-    one = Ranks(*(np.ones(3, int) for _ in range(4)), user=np.array([0, 1, 2]))
+    one = UserRanks(*(np.ones(3, int) for _ in range(4)), user=np.array([0, 1, 2]))
     assert one.paired_with(replace(one, user=None))
     assert not one.paired_with(replace(one, user=np.array([0, 1, 3])))
     assert not one.paired_with(replace(one, target=np.array([1, 1, 2])))

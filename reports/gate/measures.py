@@ -112,7 +112,7 @@ class Quality(Frozen):
         return np.concatenate([[0.0], gains])[rank]
 
 
-def _digest(ranks: Ranks) -> str:
+def _digest(ranks: UserRanks) -> str:
     digest = hashlib.sha256()
     for values in (ranks.target, ranks.user):
         if values is not None:
