@@ -68,9 +68,14 @@ def run_job(
         except RecordError as error:
             unreadable = str(error)
     result = failed_result(job, ending, time.monotonic() - started, began, unreadable)
-    _remove_files(job, but=job.file(".log"))
-    write_result(result, record)
+    write_lost(job, result)
     return result
+
+
+def write_lost(job: Job, result: CellResult) -> None:
+    """Write the record of an attempt that left none, and remove what it left except its log."""
+    _remove_files(job, but=job.file(".log"))
+    write_result(result, job.file(".json"))
 
 
 def command(job_file: Path, python: Sequence[str], module: str = "cell") -> list[str]:
@@ -102,6 +107,11 @@ def failed_result(
         message = f"its record cannot be read; did the code change during the run? {unreadable} (log: {log.name})"
     else:
         message = f"its process ended with code {ending.code}: {_last_line(log) or ending.last} (log: {log.name})"
+    return lost_result(job, status, message, wall_s, began)
+
+
+def lost_result(job: Job, status: Status, message: str, wall_s: float, began: datetime) -> CellResult:
+    """The record of an attempt that left none."""
     return CellResult(
         cell_id=job.cell_id,
         attempt=job.attempt,

@@ -23,7 +23,7 @@ from tpme.bench.run.inputs import feature_job
 from tpme.bench.run.job import Job
 from tpme.bench.task.checkpoints import check_weights, checkpoint_folder
 from tpme.bench.task.dataset import Dataset, Titles
-from tpme.bench.task.features import feature_folder, is_built
+from tpme.bench.task.features import FeatureJob, feature_folder, is_built
 from tpme.bench.task.tokens import tokenise
 from tpme.bench.train.build import EncoderUse
 from tpme.methods.registry import blaming, create
@@ -100,7 +100,7 @@ def check_disk(jobs: Sequence[Job], metas: MetaCells) -> None:
     caches: dict[Path, tuple[str, int]] = {}
     for job in {cost_key(job.cell): job for job in jobs if job.cell.cached}.values():
         if meta := metas.built(job.cell):
-            caches |= _missing_caches(job, meta)
+            caches |= _missing_bytes(job, meta)
     needed = sum(size for _, size in caches.values())
     if not needed:
         return
@@ -162,14 +162,21 @@ def _planned_bytes(meta: MetaCell, memory: int) -> int:
     return planned_peak(count(meta), run_step(meta, fused_attention=True), memory, workspace_bytes=0)
 
 
-def _missing_caches(job: Job, meta: MetaCell) -> dict[Path, tuple[str, int]]:
-    """Feature caches of a cell that are not built: folder -> label, and bytes still to be written."""
+def missing_caches(job: Job, meta: MetaCell) -> dict[Path, FeatureJob]:
+    """Feature caches of a cell that are not built, by their folders."""
+    caches = [
+        feature_job(job, meta.method, modality, spec, meta.model.item_encoder.reads[modality])
+        for modality, spec in meta.use.cached.items()
+    ]
+    folders = {feature_folder(cache, job.cell.dataset_fingerprint): cache for cache in caches}
+    return {folder: cache for folder, cache in folders.items() if not is_built(cache, folder)}
+
+
+def _missing_bytes(job: Job, meta: MetaCell) -> dict[Path, tuple[str, int]]:
+    """The folders of ``missing_caches`` -> label, and bytes still to be written."""
     missing = {}
-    for modality, spec in meta.use.cached.items():
-        cache = feature_job(job, meta.method, modality, spec, meta.model.item_encoder.reads[modality])
-        folder = feature_folder(cache, job.cell.dataset_fingerprint)
-        if not is_built(cache, folder):
-            written = sum(path.stat().st_size for path in folder.glob("*.npy"))
-            label = f"{job.cell.label} {modality}"
-            missing[folder] = label, max(0, meta.cache_bytes[modality] - written)
+    for folder, cache in missing_caches(job, meta).items():
+        written = sum(path.stat().st_size for path in folder.glob("*.npy"))
+        label = f"{job.cell.label} {cache.modality}"
+        missing[folder] = label, max(0, meta.cache_bytes[cache.modality] - written)
     return missing

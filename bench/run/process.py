@@ -23,7 +23,7 @@ from tpme.bench.workers import parse_progress
 
 GRACE_S = 10.0
 """Time a process has to write its record, or to clean up, before it is killed."""
-POLL_S = 0.2
+POLL_S, SETTLE_S = 0.2, 0.5
 PATIENT = {"GOMP_SPINCOUNT": "5000"}
 """Threads of torch's CPU kernels wait for each other by spinning, for milliseconds by default. Where anything else
 runs on the cores, they then spin while the thread they wait for cannot run, and a step takes many times as long. On two
@@ -86,6 +86,8 @@ def run_process(
         watch = _Watch(process, show, hear)
         try:
             timed_out = watch.until(deadline, caught)
+            if process.returncode == -signal.SIGTERM and not caught:
+                _wait_for_signal(caught)
             if caught or timed_out:
                 _request_end(process, signal.SIGINT if caught else signal.SIGTERM)
         finally:
@@ -167,6 +169,13 @@ class _Watch:
             elif self.hear is not None:
                 self.hear(line)
         return True
+
+
+def _wait_for_signal(caught: list[int]) -> None:
+    """Wait a moment for this process's own signal: a scheduler stops all processes of a job, in any order."""
+    until_s = time.monotonic() + SETTLE_S
+    while not caught and time.monotonic() < until_s:
+        time.sleep(0.02)
 
 
 def _request_end(process: subprocess.Popen[bytes], sign: signal.Signals) -> None:

@@ -87,6 +87,16 @@ class Screen:
         self.done += 1
         self.bars.advance(self._overall)
 
+    def state(self, text: str) -> None:
+        """Show how the cells that run elsewhere are doing; without a terminal in a line a minute."""
+        self.bars.update(self._overall, detail=text)
+        now = time.monotonic()
+        if not self.console.is_terminal and now - self._last_line >= LINE_S:
+            self._last_line = now
+            self.print(
+                f"{self.done} of {self.cells} cells finished, {text}; running for {in_words(now - self._started)}"
+            )
+
     def _line(self, label: str, what: str, share: float) -> None:
         """Without a terminal: one line, unless the last one is less than a minute old."""
         now = time.monotonic()

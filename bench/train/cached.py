@@ -72,7 +72,7 @@ def stored_states(
     while True:
         for job in missing:
             with phases.phase("cache", job.modality):
-                _build(job, progress)
+                build_cache(job, progress)
         built |= {job.modality for job in missing}
         with phases.phase("load", "cache" if jobs else "states"):
             progress("load the states", 0.0)
@@ -140,8 +140,8 @@ def _facts(
     )
 
 
-def _build(job: FeatureJob, progress: Progress) -> None:
-    """Run the builder; its output goes to this process's standard error, the last line of a failure into UserError."""
+def build_cache(job: FeatureJob, progress: Progress) -> None:
+    """Run the builder of a feature cache; its output goes to this process's standard error, the last line of a failure into UserError."""
     command = [sys.executable, "-P", "-m", "tpme.bench.train.feature_builder", job.model_dump_json(), str(os.getpid())]
     # A file, because a pipe that is not read would block a builder with much output.
     with tempfile.TemporaryFile("w+", errors="replace") as log:

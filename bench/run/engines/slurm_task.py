@@ -1,0 +1,55 @@
+"""What a task of a job array does on its node: run attempts as a launcher there would, or build a feature cache.
+
+It is pickled by submitit, hence as small as it is. A task that the scheduler stops leaves no record; requeued, it runs
+the same attempts again, of which those that ended are left alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tpme.bench.run.attempt import run_job
+from tpme.bench.run.job import Job
+from tpme.bench.task.features import FeatureJob
+
+THREADS = "OMP_NUM_THREADS"
+
+
+@dataclass(frozen=True)
+class _Task:
+    cpus: int
+    """Cores that Slurm gives a task; not every cluster binds its processes to them."""
+
+    def variables(self) -> dict[str, str]:
+        return {} if THREADS in os.environ else {THREADS: str(self.cpus)}
+
+    def checkpoint(self, *arguments: Any) -> Any:
+        """What submitit requeues when the time of the job is up, or it is preempted."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self, *arguments)
+
+
+class RunCells(_Task):
+    """Runs attempts, one after the other."""
+
+    def __call__(self, jobs: Sequence[Job]) -> None:
+        """Run those that have not left a record."""
+        for job in jobs:
+            if not job.file(".json").exists():
+                run_job(job, variables=self.variables())
+
+
+class BuildCaches(_Task):
+    """Builds a feature cache, with all that several cells need of it."""
+
+    def __call__(self, jobs: Sequence[FeatureJob]) -> None:
+        """Build what is missing. Raises UserError where that is not possible."""
+        from tpme.bench.train.cached import build_cache
+
+        os.environ.update(self.variables())
+        for job in jobs:
+            build_cache(job, lambda _what, _share: None)
