@@ -32,6 +32,8 @@ PACKAGES = (
 ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "LD_PRELOAD", "PYTHONMALLOC", "GLIBC_TUNABLES")
 CELLS_BESIDE = "TPME_CELLS_BESIDE"
 """Variable of a cell's process: how many cells share its machine, where they are more than one."""
+NODE = "TPME_NODE"
+"""Variable of a cell's process: the name of its node, where a cluster's engine runs it."""
 _SOURCES = ("bench", "methods", "reports", "pyproject.toml")
 
 
@@ -62,6 +64,7 @@ def environment(device: object) -> Environment:
         deterministic="torch" in sys.modules and sys.modules["torch"].are_deterministic_algorithms_enabled(),
         git_revision=revision,
         git_dirty=dirty,
+        node=os.environ.get(NODE),
     )
 
 

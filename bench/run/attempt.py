@@ -39,7 +39,7 @@ def run_job(
     """
     job_file, record = job.file(".job.json"), job.file(".json")
     started, began = time.monotonic(), datetime.now(UTC)
-    _remove_files(job)  # of the same attempt of a launcher that was killed
+    remove_files(job)  # of the same attempt of a launcher that was killed
     try:
         write_atomically(job_file, content or job.model_dump_json(indent=1).encode())
         started_cell = command(job_file, python) if live is None else command(job_file, python, "live_cell")
@@ -56,7 +56,7 @@ def run_job(
             )
     except BaseException:
         if not record.exists():
-            _remove_files(job)
+            remove_files(job)
         raise
     finally:
         job_file.unlink(missing_ok=True)
@@ -74,7 +74,7 @@ def run_job(
 
 def write_lost(job: Job, result: CellResult) -> None:
     """Write the record of an attempt that left none, and remove what it left except its log."""
-    _remove_files(job, but=job.file(".log"))
+    remove_files(job, but=job.file(".log"))
     write_result(result, job.file(".json"))
 
 
@@ -83,7 +83,7 @@ def command(job_file: Path, python: Sequence[str], module: str = "cell") -> list
     return [*python, "-m", f"tpme.bench.run.{module}", str(job_file)]
 
 
-def _remove_files(job: Job, but: Path | None = None) -> None:
+def remove_files(job: Job, but: Path | None = None) -> None:
     """Remove the files of an attempt that left no record, save for ``but``."""
     for path in (*job.folder.glob(f"attempt-{job.attempt}.*"), *job.folder.glob(f".*attempt-{job.attempt}.*")):
         if path != but:

@@ -42,6 +42,11 @@ def file_sizes(folder: Path, files: Iterable[str]) -> dict[str, int]:
     return {file: (folder / file).stat().st_size for file in files}
 
 
+def number_of_chunks(sizes: Mapping[str, int]) -> int:
+    """Of ``read_chunks``."""
+    return -(-sum(sizes.values()) // CHUNK)
+
+
 def read_chunks(folder: Path, sizes: Mapping[str, int]) -> Iterator[bytes]:
     """The content of files, one after the other, in chunks. Raises UserError where one has become shorter."""
     chunk = bytearray()

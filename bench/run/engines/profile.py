@@ -38,6 +38,8 @@ class RunProfile(Frozen):
     """Features that a node must have."""
     container: Line | None = None
     """Command that starts Python in a container on a node: ``apptainer exec --nv tpme.sif python3``."""
+    address: Line | None = None
+    """Of a Ray cluster: ``HOST:PORT`` of its head node; by default ``RAY_ADDRESS``, else one on this machine."""
     extra: dict[str, Switch | Annotated[int, Strict()] | Line] = {}
     """Further options of sbatch without the dashes: ``{ account = "lab", mem = "32G", exclusive = true }``."""
 
@@ -103,6 +105,8 @@ def make_engine(
         UserError: its extra is not installed, the cluster cannot be reached or cannot run such cells, or an option
             that it does not have.
     """
+    if profile.address is not None and profile.on != "ray":
+        raise UserError(f'[run] address: it is for Ray, and cells run on {profile.on}; set on = "ray"')
     if profile.on == "local":
         return local_engine(device, jobs, live)
     if jobs is not None:
@@ -119,4 +123,6 @@ def make_engine(
         from tpme.bench.run.engines.slurm import SlurmEngine
 
         return SlurmEngine(profile, same_node=same_node)
-    raise NotImplementedError("ray")
+    from tpme.bench.run.engines.ray import RayEngine
+
+    return RayEngine(profile, same_node=same_node)

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import os
 import queue
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -24,13 +26,21 @@ from typing import Any
 
 import ray
 
-from tpme.bench.errors import UserError, one_line
+from tpme.bench.errors import UserError
 from tpme.bench.measure.environment import CELLS_BESIDE, NODE
 from tpme.bench.record import CellResult
 from tpme.bench.run.attempt import run_job
-from tpme.bench.run.engines.inputs_away import ENCODERS, moved, moved_source, restored
+from tpme.bench.run.engines.inputs_away import moved, moved_source, restored
 from tpme.bench.run.engines.local import GPUS
-from tpme.bench.run.engines.parcels import MANIFEST, Parcel, file_sizes, read_chunks, unpack, unpack_cache
+from tpme.bench.run.engines.parcels import (
+    MANIFEST,
+    Parcel,
+    file_sizes,
+    number_of_chunks,
+    read_chunks,
+    unpack,
+    unpack_cache,
+)
 from tpme.bench.run.job import Job
 from tpme.bench.run.launch import locked_run, store_folder
 from tpme.bench.run.process import POLL_S, deferred_signals, raise_signal, run_process
@@ -125,8 +135,7 @@ def _cell(order: Order, place: Path, tell: Tell, caught: list[int]) -> CellResul
 def _handed_over(folder: Path, job: Job, result: CellResult) -> Iterator[Event]:
     names = sorted(path.name for path in folder.glob(f"attempt-{job.attempt}.*") if path.suffix != ".json")
     sizes = file_sizes(folder, names)
-    chunks = list(_lengths(sizes))
-    yield Files(sizes, len(chunks), result.model_dump_json())
+    yield Files(sizes, number_of_chunks(sizes), result.model_dump_json())
     yield from read_chunks(folder, sizes)
 
 
@@ -150,7 +159,7 @@ def build_cache(order: CacheOrder) -> Iterator[Event]:
     if order.ship and (folder / MANIFEST).exists():
         names = sorted(path.name for path in folder.iterdir() if path.suffix in (".npy", ".safetensors"))
         sizes = file_sizes(folder, [*names, MANIFEST])
-    yield Files(sizes, len(list(_lengths(sizes))))
+    yield Files(sizes, number_of_chunks(sizes))
     yield from read_chunks(folder, sizes)
 
 
@@ -170,14 +179,139 @@ def _build(order: CacheOrder, tell: Tell, caught: list[int]) -> None:
 
 def _moved_feature(feature: dict[str, Any], job: Job, places: Mapping[str, Path], store: Path) -> str:
     """The JSON of a ``FeatureJob`` with this node's folders; without that class, which loads torch."""
-    import json
-
     moved_feature = feature | {"dataset": str(places["data"]), "store": str(store)}
-    modality = next(modality for modality in ENCODERS if modality == feature["modality"])
-    if modality in places:
+    if (modality := feature["modality"]) in places:
         source = moved_source(getattr(job.cell, f"{modality}_encoder"), places[modality])
         moved_feature["encoder"] = feature["encoder"] | {"source": source}
     if feature["initial"] is not None:
         methods = [str(places[f"methods {place}"]) for place in range(len(job.methods_path))]
         moved_feature["initial"] = feature["initial"] | {"methods_path": methods}
     return json.dumps(moved_feature)
+
+
+# --- the check of a node ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Check:
+    """What a node is asked: whether its code of these methods has the same versions, and which caches it has."""
+
+    versions: Mapping[str, str]
+    methods: tuple[Parcel, ...]
+    caches: tuple[str, ...]
+
+
+def check_node(check: Check) -> tuple[str | None, tuple[str, ...]]:
+    """Why cells cannot run on this node, or ``None``; and the names of the feature caches that it has."""
+    store = _store()
+    methods = [unpack(parcel, store / "shipped", ray.get) for parcel in check.methods]
+    there = tuple(name for name in check.caches if (store / "features" / name / MANIFEST).exists())
+    for method, version in check.versions.items():
+        if not has_version(method, version, tuple(methods)):
+            return other_version(method, node_name(_node_id())), there
+    return None, there
+
+
+def other_version(method: str, node: str) -> str:
+    """The sentence on a node where ``method`` has another code version."""
+    return f"node {node} has another version of tpme, or of method '{method}'; install the launcher's version there"
+
+
+def check_version(job: Job, methods_path: tuple[Path, ...]) -> None:
+    """Raise UserError where a cell's code is another one here: the node came after the check."""
+    if not has_version(job.cell.method, job.code_version, methods_path):
+        raise UserError(other_version(job.cell.method, node_name(_node_id())))
+
+
+@cache
+def has_version(method: str, version: str, methods_path: tuple[Path, ...]) -> bool:
+    """Whether ``version`` is the code version of a method as installed here.
+
+    This process imports no method, which would load torch. One whose class is defined in another module than the one
+    that names it is imported by another process.
+    """
+    origin = available(methods_path).get(method)
+    if origin is None:
+        return False
+    spec = None if origin.endswith(".py") else importlib.util.find_spec(origin.partition(":")[0])
+    file = origin if spec is None else spec.origin
+    return (file is not None and code_version(Path(file)) == version) or _imported_version(
+        method, methods_path
+    ) == version
+
+
+def _imported_version(method: str, methods_path: tuple[Path, ...]) -> str:
+    program = (
+        "import sys; from pathlib import Path; from tpme.bench.run.version import code_version; "
+        "from tpme.methods.registry import source_file; "
+        "print(code_version(source_file(sys.argv[1], [*map(Path, sys.argv[2:])])))"
+    )
+    command = [sys.executable, "-P", "-c", program, method, *map(str, methods_path)]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+# --- on any node -----------------------------------------------------------------------------------------------------
+
+
+def node_name(node: str) -> str:
+    """The name of a node by its id: its own (``ray start --node-name``), else that of its host."""
+    for facts in ray.nodes():
+        if facts["NodeID"] == node:
+            named = str(facts.get("NodeName") or "")
+            return named if named not in ("", facts["NodeManagerAddress"]) else str(facts["NodeManagerHostname"])
+    return node[:12]
+
+
+def _node_id() -> str:
+    return str(ray.get_runtime_context().get_node_id())
+
+
+def _store() -> Path:
+    return store_folder(None)
+
+
+def _unpacked(order: Order) -> dict[str, Path]:
+    """The folders of what an order needs, by its place in the job."""
+    return {place: unpack(parcel, _store() / "shipped", ray.get) for place, parcel in order.parcels.items()}
+
+
+def _variables(share: Share) -> dict[str, str]:
+    """Variables of a process that owns ``share``: Ray sets a single thread for tasks that name no cores."""
+    node = _node_id()
+    whole: dict[str, float] = next((facts["Resources"] for facts in ray.nodes() if facts["NodeID"] == node), {})
+    beside = int(whole.get("CPU", share.cores)) // share.cores
+    told = {"OMP_NUM_THREADS": str(share.cores), NODE: node_name(node)}
+    if share.gpus:
+        beside = min(beside, int(whole.get("GPU", share.gpus)) // share.gpus)
+        told[GPUS] = ",".join(map(str, ray.get_runtime_context().get_accelerator_ids()["GPU"]))
+    return told | {CELLS_BESIDE: str(max(1, beside))}
+
+
+def _shower(tell: Tell) -> Callable[[str, float], None]:
+    """A function for ``run_process`` that passes progress on now and then."""
+    last = [0.0]
+
+    def show(what: str, share: float) -> None:
+        if time.monotonic() - last[0] >= SHOW_EVERY_S:
+            last[0] = time.monotonic()
+            tell(Shown(what, share))
+
+    return show
+
+
+def _streamed(work: Callable[[Tell, list[int]], Any]) -> Generator[Event, None, Any]:
+    """Do ``work(tell, caught)`` in a thread, yielding what it tells; returns what it returns."""
+    told: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    with deferred_signals() as caught, ThreadPoolExecutor(1, thread_name_prefix="tpme-cell") as pool:
+        future = pool.submit(work, told.put, caught)
+        try:
+            yield Started(_node_id())
+            while not (future.done() and told.empty()):
+                with contextlib.suppress(queue.Empty):
+                    yield told.get(timeout=POLL_S)
+        except BaseException:
+            caught.append(signal.SIGINT)
+            raise
+    if caught:
+        raise_signal(caught[0])
+    return future.result()
