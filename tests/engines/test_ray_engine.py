@@ -161,3 +161,12 @@ def test_cells_run_on_nodes_that_share_no_files(two: Two, stubs: Path) -> None:
     assert {result.status for result in results.values()} == {"ok"}
     print(two.ran())
     print(results[1].environment)
+
+
+def test_real(two: Two, world: Any, harness: ModuleType, tmp_path: Path) -> None:
+    matrix = world.matrix([{"name": "iisan", "cached": [False, True]}, "id"], seeds=[1, 2])
+    file = world.write(tmp_path / "matrix.toml", matrix)
+    done = harness.tpme("run", str(file), "--on", "ray", "--out", str(tmp_path / "run"), "--store", str(tmp_path / "store"), env={"RAY_ADDRESS": two.address})
+    print(done.stdout, done.stderr)
+    subprocess.run(["find", str(two.folder), str(tmp_path / "run"), str(tmp_path / "store")])
+    assert done.returncode == 0
