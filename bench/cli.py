@@ -26,6 +26,7 @@ from tpme.bench.commands import (
     prepare,
     report,
     run,
+    status,
 )
 from tpme.bench.commands import list as listing
 from tpme.bench.commands.gate import GateCommand
@@ -46,7 +47,9 @@ app = typer.Typer(
     help="Measure the cost and quality of parameter-efficient fine-tuning in multimodal sequential recommendation.",
 )
 app.add_typer(prepare.app, name="prepare")
-for command in (run.run, report.report, choose.choose, compare.compare, board.board, export.export, plan.plan):
+for command in (run.run, status.status, status.cancel, report.report, choose.choose, compare.compare, board.board):
+    app.command(cls=PlainCommand)(command)
+for command in (export.export, plan.plan):
     app.command(cls=PlainCommand)(command)
 app.add_typer(listing.app, name="list")
 app.add_typer(method.app, name="method")

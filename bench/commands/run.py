@@ -71,7 +71,7 @@ def run(
         from tpme.bench.run.live import LiveLog
 
         live = LiveLog(log, folder, console)
-    engine = make_engine(where, device=device_name, jobs=jobs, live=live)
+    engine = make_engine(where, device=device_name, jobs=jobs, live=live, same_node=matrix.same_node)
     message = f"{visible(matrix.description or source, LONGEST_LINE)}\nRecords go to {folder}, device {device_name}."
     if where.on != "local":
         message += f"\nCells run on {where.on}."

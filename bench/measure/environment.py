@@ -32,8 +32,8 @@ PACKAGES = (
 ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "LD_PRELOAD", "PYTHONMALLOC", "GLIBC_TUNABLES")
 CELLS_BESIDE = "TPME_CELLS_BESIDE"
 """Variable of a cell's process: how many cells share its machine, where they are more than one."""
-NODE = "TPME_NODE"
-"""Variable of a cell's process: the name of its node, where a cluster's engine runs it."""
+NODE, SLURM_NODE = "TPME_NODE", "SLURMD_NODENAME"
+"""Variables with the name of the node: an engine sets the first, Slurm the second."""
 _SOURCES = ("bench", "methods", "reports", "pyproject.toml")
 
 
@@ -50,6 +50,7 @@ def environment(device: object) -> Environment:
         key = f"{name}, driver {driver or 'unknown'}, {threads} threads"
     if (beside := os.environ.get(CELLS_BESIDE, "1")) != "1":
         key += f", {beside} cells at a time"
+    key += _part_of_node()
     return Environment(
         python=platform.python_version(),
         platform=platform.platform(),
@@ -64,7 +65,22 @@ def environment(device: object) -> Environment:
         deterministic="torch" in sys.modules and sys.modules["torch"].are_deterministic_algorithms_enabled(),
         git_revision=revision,
         git_dirty=dirty,
-        node=os.environ.get(NODE),
+        node=node_name(),
+    )
+
+
+def node_name() -> str | None:
+    """The name of this cluster's node, as its scheduler says it; ``None`` without one."""
+    return os.environ.get(NODE) or os.environ.get(SLURM_NODE) or None
+
+
+def _part_of_node() -> str:
+    """For a device key: that other jobs may use the rest of the node, where Slurm gave this one a part of its cores."""
+    mine, cores = os.environ.get("SLURM_CPUS_ON_NODE", ""), os.cpu_count() or 1
+    return (
+        f", {mine} of {cores} cores of a node"
+        if SLURM_NODE in os.environ and mine.isdigit() and int(mine) < cores
+        else ""
     )
 
 

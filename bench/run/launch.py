@@ -36,6 +36,7 @@ from tpme.bench.redact import without_home
 from tpme.bench.run.cell_checks import MetaCells, check_cells
 from tpme.bench.run.engines import Engine
 from tpme.bench.run.engines.local import LocalEngine
+from tpme.bench.run.engines.slurm_jobs import refuse_jobs_in_slurm
 from tpme.bench.run.job import Job
 from tpme.bench.run.matrix import DatasetEntry, MatrixFile, PreparedDataset, expand
 from tpme.bench.run.progress import Screen, remaining_table
@@ -220,14 +221,15 @@ def run_matrix(
     found = [latest_attempt(job) for job in jobs]
     latest = [attempt.result for attempt in found]
     screen = Screen(console, len(jobs))
-    _announce(jobs, latest, run, metas, screen, rows=dry_run)
+    engine = engine or LocalEngine()
+    _announce(jobs, latest, run, metas, screen, rows=dry_run, engine=engine)
     if dry_run:
         for attempt in found:
             _tell_damage(attempt, screen)
         return [result for result in latest if result is not None]
-    with locked_run(run) as lock, screen:
+    with locked_run(run, shared=engine.shared) as lock, screen:
         _write_matrix(run, matrix, jobs)
-        results = _run_missing(jobs, found, engine or LocalEngine(), screen, lock)
+        results = _run_missing(jobs, found, engine, screen, lock)
     return [results[job.folder] for job in jobs]
 
 
@@ -269,16 +271,18 @@ def _announce(
     screen: Screen,
     *,
     rows: bool,
+    engine: Engine,
 ) -> None:
     """Print what is to run, and what of it will probably fail; raises UserError where the disk has no room for it."""
     from tpme.bench.run.preflight import check_disk, memory_warnings
 
     missing = [job for job, result in zip(jobs, latest, strict=True) if not is_finished(result, job)]
-    check_disk(missing, metas)
+    if engine.here or engine.shared:
+        check_disk(missing, metas)
     state = remaining(jobs, latest, run)
     if rows:
         screen.console.print(remaining_table(state))
-    for sentence in (state.text, *memory_warnings(missing, metas)):
+    for sentence in (state.text, *(memory_warnings(missing, metas) if engine.here else ())):
         screen.print(sentence)
 
 
@@ -298,10 +302,11 @@ def _write_matrix(run: Path, matrix: MatrixFile, jobs: Sequence[Job]) -> None:
 
 
 @contextlib.contextmanager
-def locked_run(run: Path) -> Iterator[int]:
+def locked_run(run: Path, shared: bool = False) -> Iterator[int]:
     """Lock the run folder, and clear away what a killed launcher left; yields the open lock file.
 
-    A second launcher would run the same cells. The lock ends with this process and the cell that it runs.
+    A second launcher would run the same cells. The lock ends with this process and the cell that it runs. With
+    ``shared`` cells on other machines write into the folder, and what they do there is left alone.
     """
     make_folder(run)
     path = run / ".lock"
@@ -309,8 +314,10 @@ def locked_run(run: Path) -> Iterator[int]:
     try:
         if not _acquire(lock, path):
             raise UserError(f"{run}: another 'tpme run' is using it; wait for it, or choose another folder")
-        end_orphans(lock)
-        _sweep(run)
+        if not shared:
+            refuse_jobs_in_slurm(run)
+            end_orphans(lock)
+            _sweep(run)
         yield lock
     finally:
         os.close(lock)

@@ -164,6 +164,8 @@ class MatrixFile(Frozen):
     """A feature cache that would be larger is refused; a number, or a text such as ``"8G"``."""
     probe_items: Annotated[Number, Field(ge=2)] | None = None
     """Measure the representation space of every trained model on so many items; changes no cell."""
+    same_node: Switch = False
+    """On a cluster, run the seeds of a cell on one node, one after the other; changes no cell."""
 
     @model_validator(mode="after")
     def _names_differ(self) -> MatrixFile:

@@ -141,7 +141,10 @@ def _facts(
 
 
 def build_cache(job: FeatureJob, progress: Progress) -> None:
-    """Run the builder of a feature cache; its output goes to this process's standard error, the last line of a failure into UserError."""
+    """Run the builder of a feature cache, whose output goes to this process's standard error.
+
+    Raises UserError with the last line of it where that fails.
+    """
     command = [sys.executable, "-P", "-m", "tpme.bench.train.feature_builder", job.model_dump_json(), str(os.getpid())]
     # A file, because a pipe that is not read would block a builder with much output.
     with tempfile.TemporaryFile("w+", errors="replace") as log:

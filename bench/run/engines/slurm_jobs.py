@@ -6,7 +6,6 @@ what it was about to submit has a name of its own, by which the next launcher fi
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import secrets
 import shutil
@@ -154,8 +153,7 @@ def active(states: Iterable[SlurmJobState]) -> list[SlurmJobState]:
 
 def forget_jobs(run: Path) -> None:
     """Remove the file of a run folder, and what else Slurm's jobs left there."""
-    with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(jobs_folder(run))
+    shutil.rmtree(jobs_folder(run), ignore_errors=True)
 
 
 def refuse_jobs_in_slurm(run: Path) -> None:

@@ -118,7 +118,7 @@ def is_running(job: str, restarts: int) -> bool:
 def why_ended(state: SlurmJobState | None) -> str:
     """How a job ended, in Slurm's words."""
     if state is None:
-        return "and Slurm has forgotten it"
+        return "and Slurm has forgotten how"
     node = f" on node {state.node}" if state.node else ""
     reason = f" ({state.reason})" if state.reason not in ("", "None") else ""
     return f"as {state.state}{reason}{node}"

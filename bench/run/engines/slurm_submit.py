@@ -60,8 +60,8 @@ class Submitter:
         limits = [node.limit_s for node in self.nodes if node.limit_s is not None]
         if len(limits) == len(self.nodes) and longest > max(limits):
             raise UserError(
-                f"a job asks for {longest:g} s, and the partition ends jobs after {max(limits):g} s; lower time_limit_s "
-                "of the matrix, or set run.time_s"
+                f"a job asks for {longest:g} s, and the partition ends jobs after {max(limits):g} s; lower the "
+                "matrix's time_limit_s, or set run.time_s"
             )
 
     def tasks(self, jobs: Iterable[Job]) -> list[tuple[Job, ...]]:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tpme.bench.run.attempt import run_job
 from tpme.bench.run.job import Job
-from tpme.bench.task.features import FeatureJob
+
+if TYPE_CHECKING:
+    from tpme.bench.task.features import FeatureJob
 
 THREADS = "OMP_NUM_THREADS"
 

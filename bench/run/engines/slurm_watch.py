@@ -41,6 +41,8 @@ POLL_S, SLOWEST_POLL_S = 1.0, 15.0
 """Time between two questions to Slurm, at first and after a quarter of an hour."""
 RECORD_PATIENCE_S = 5.0
 """Wait for the record of a job that has ended: a shared folder shows it a moment later."""
+LAST_WORDS_S = 10.0
+"""Wait for the end of jobs whose cells have ended."""
 
 
 class Watch:
@@ -91,6 +93,16 @@ class Watch:
             self._drop_ended()
             self.screen.state(self._counts())
             self._sleep(caught)
+        if not self.open:
+            self._finish()
+
+    def _finish(self) -> None:
+        """Remove what Slurm's jobs left in the run folder, once they have ended; the logs of those that failed stay."""
+        until_s = time.monotonic() + LAST_WORDS_S
+        while self.file.submissions and time.monotonic() < until_s:
+            time.sleep(POLL_S / 2)
+            if self._ask():
+                self._drop_ended()
         if not self.file.submissions and not self.lost:
             forget_jobs(self.run)
 
@@ -260,7 +272,7 @@ class Watch:
         log = next(iter(sorted(jobs_folder(self.run).glob(f"{task}_*log.err"))), None)
         where = f"log: {log}" if log else f"without a log: do the nodes see {self.run}?"
         often = f", after {tries} tries" if tries > 1 else ""
-        message = f"its Slurm job {task} ended {why_ended(state)}{often} and left no record ({where})"
+        message = f"its Slurm job {task} ended {why_ended(state)}{often}, and left no record ({where})"
         result = lost_result(job, "killed", message, state.elapsed_s if state else 0.0, datetime.now(UTC))
         write_lost(job, result)
         return result
@@ -281,7 +293,7 @@ class Watch:
     def _counts(self) -> str:
         """How many cells run, and how many wait for what."""
         where = self.file.where()
-        states = [self.states.get(where[attempt]) for attempt in self.open if attempt in where]
+        states = [self.states.get(task) for task in {where[attempt] for attempt in self.open if attempt in where}]
         running = [state for state in states if state is not None and state.state in RUNNING]
         reasons = Counter(state.reason for state in states if state is not None and state.state == "PENDING")
         nodes = len({state.node for state in running})
