@@ -68,6 +68,7 @@ def read_chunks(folder: Path, sizes: Mapping[str, int]) -> Iterator[bytes]:
 
 def write_chunks(folder: Path, sizes: Mapping[str, int], chunks: Iterable[bytes]) -> None:
     """Write new files into ``folder`` from their chunks. Raises ValueError where these end too early."""
+    folder.mkdir(parents=True, exist_ok=True)
     stream, rest = iter(chunks), memoryview(b"")
     for name, size in sizes.items():
         path = folder / name

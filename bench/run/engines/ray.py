@@ -113,7 +113,7 @@ class _Cells:
         first = self.waiting[0]
         versions = {job.cell.method: job.code_version for job in self.waiting}
         methods = tuple(self.packer.parcel(given) for given in methods_of(first.methods_path).values())
-        check = Check(versions, methods, self.caches.names)
+        check = Check(self.mark, versions, methods, self.caches.names)
         asked = {
             ray.remote(
                 num_cpus=0, max_retries=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)

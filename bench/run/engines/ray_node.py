@@ -117,7 +117,7 @@ def run_cell(order: Order) -> Iterator[Event]:
         result = yield from _streamed(lambda tell, caught: _cell(order, place, tell, caught))
         yield from _handed_over(place / "cells" / order.job.folder.name, order.job, result)
     finally:
-        _tidy(place, order.job)
+        _tidy(place)
 
 
 def _cell(order: Order, place: Path, tell: Tell, caught: list[int]) -> CellResult:
@@ -139,12 +139,11 @@ def _handed_over(folder: Path, job: Job, result: CellResult) -> Iterator[Event]:
     yield from read_chunks(folder, sizes)
 
 
-def _tidy(place: Path, job: Job) -> None:
-    """Remove what is left on the node, save for finished parts of a procedure: another attempt may use them."""
-    folder = place / "cells" / job.folder.name
-    for path in folder.glob("*attempt-*"):
+def _tidy(place: Path) -> None:
+    """Remove what is left of a cell's attempts, save for finished parts of a procedure: another one may use them."""
+    for path in place.glob("cells/*/*attempt-*"):
         path.unlink(missing_ok=True)
-    if not any(folder.glob("procedure/*")):
+    if not any(place.glob("cells/*/procedure/*")):
         shutil.rmtree(place, ignore_errors=True)
 
 
@@ -194,8 +193,12 @@ def _moved_feature(feature: dict[str, Any], job: Job, places: Mapping[str, Path]
 
 @dataclass(frozen=True)
 class Check:
-    """What a node is asked: whether its code of these methods has the same versions, and which caches it has."""
+    """What a node is asked: whether its code of these methods has the same versions, and which caches it has.
 
+    run: mark of the run folder; what a lost worker left of its cells is removed.
+    """
+
+    run: str
     versions: Mapping[str, str]
     methods: tuple[Parcel, ...]
     caches: tuple[str, ...]
@@ -204,6 +207,9 @@ class Check:
 def check_node(check: Check) -> tuple[str | None, tuple[str, ...]]:
     """Why cells cannot run on this node, or ``None``; and the names of the feature caches that it has."""
     store = _store()
+    for place in (store / "ray").glob(f"{check.run}-*"):
+        with contextlib.suppress(UserError), locked_run(place):
+            _tidy(place)
     methods = [unpack(parcel, store / "shipped", ray.get) for parcel in check.methods]
     there = tuple(name for name in check.caches if (store / "features" / name / MANIFEST).exists())
     for method, version in check.versions.items():
