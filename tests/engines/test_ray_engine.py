@@ -179,7 +179,8 @@ def run(on: engine.RayEngine, all_jobs: Sequence[Job], said: io.StringIO | None 
     with locked_run(all_jobs[0].folder.parents[1]) as lock:
         results = _run_missing(all_jobs, [latest_attempt(job) for job in all_jobs], on, screen, lock)
     for job in all_jobs:
-        assert read_result(job.file(".json")) == results[job.folder]
+        result = results[job.folder]
+        assert read_result(job.folder / f"attempt-{result.attempt}.json") == result
     return {job.cell.seed: results[job.folder] for job in all_jobs}
 
 
