@@ -339,9 +339,7 @@ def test_what_slurm_has_forgotten_is_submitted_again_and_at_last_fails(runs: Run
     [record] = runs.launch(jobs).values()
     assert record.status == "killed"
     assert record.failure is not None
-    assert (
-        "its Slurm job 903 ended and Slurm has forgotten it, after 4 tries and left no record" in record.failure.message
-    )
+    assert "its Slurm job 903 ended and Slurm has forgotten how, after 4 tries, and left no" in record.failure.message
     write_jobs(runs.folder, file.model_copy(update={"submissions": (gone[0],)}))
     [record] = runs.launch(jobs).values()
     assert (record.status, record.attempt) == ("ok", 2)

@@ -26,11 +26,12 @@ from tpme.bench.run.engines.slurm_jobs import (
     read_jobs,
     write_jobs,
 )
-from tpme.bench.run.engines.slurm_queue import RUNNING, SlurmError, SlurmJobState, queue, why_ended
+from tpme.bench.run.engines.slurm_queue import RUNNING, SlurmJobState, queue, why_ended
 from tpme.bench.run.engines.slurm_submit import Submitter
 from tpme.bench.run.engines.slurm_task import BuildCaches, RunCells
 from tpme.bench.run.job import Job
 from tpme.bench.run.progress import Screen
+from tpme.bench.slurm_commands import SlurmError
 from tpme.bench.task.features import FeatureJob
 
 AGAIN = frozenset({"BOOT_FAIL", "NODE_FAIL", "PREEMPTED"})
