@@ -25,8 +25,9 @@ from rich.console import Console
 
 from tpme.bench.errors import UserError
 from tpme.bench.record import Cell, CellResult, cell_id, read_result
-from tpme.bench.run.engines import parcels, profile
-from tpme.bench.run.engines.profile import RunProfile, make_engine
+from tpme.bench.run.engines import choice, parcels
+from tpme.bench.run.engines.choice import make_engine
+from tpme.bench.run.engines.profile import RunProfile
 from tpme.bench.run.job import Job
 from tpme.bench.run.launch import _run_missing, locked_run
 from tpme.bench.run.progress import Screen
@@ -496,6 +497,6 @@ def test_logging_and_jobs_are_refused() -> None:
 
 
 def test_without_ray_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(profile, "find_spec", lambda _: None)
+    monkeypatch.setattr(choice, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"--on ray needs ray: pip install .*\[ray\]"):
         make_engine(RunProfile(on="ray"), device="cpu")

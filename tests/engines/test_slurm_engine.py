@@ -24,13 +24,16 @@ from tpme.bench.errors import UserError
 from tpme.bench.record import Cell, CellResult, cell_id, find_results, read_result
 from tpme.bench.run import launch
 from tpme.bench.run.cell_states import cell_states, counts
-from tpme.bench.run.engines import slurm_watch
-from tpme.bench.run.engines.profile import RunProfile, load_profile, make_engine
+from tpme.bench.run.engines import slurm_jobs, slurm_queue, slurm_watch
+from tpme.bench.run.engines.choice import device_of, make_engine
+from tpme.bench.run.engines.profile import RunProfile, load_profile
 from tpme.bench.run.engines.slurm import SlurmEngine
 from tpme.bench.run.engines.slurm_jobs import Submission, no_jobs, read_jobs, write_jobs
+from tpme.bench.run.engines.slurm_submit import Submitter
 from tpme.bench.run.job import Job
 from tpme.bench.run.progress import Screen
 from tpme.bench.run.remaining import latest_attempt
+from tpme.bench.slurm_commands import SlurmError
 
 STUB = f"{sys.executable} {Path(__file__).with_name('stub_python.py')}"
 
@@ -174,7 +177,7 @@ def test_what_is_for_this_machine_is_refused(monkeypatch: pytest.MonkeyPatch, tm
         make_engine(profile, device="cpu", jobs=2)
     with pytest.raises(UserError, match="--log: it is for cells on this machine; with --on slurm"):
         make_engine(profile, device="cpu", live=object())  # type: ignore[arg-type]
-    monkeypatch.setattr("tpme.bench.run.engines.profile.find_spec", lambda _: None)
+    monkeypatch.setattr("tpme.bench.run.engines.choice.find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"--on slurm needs submitit: pip install .*\[slurm\]"):
         make_engine(profile, device="cpu")
     with pytest.raises(UserError, match="--on cloud: choose local, slurm, ray"):
@@ -186,6 +189,17 @@ def test_what_is_for_this_machine_is_refused(monkeypatch: pytest.MonkeyPatch, tm
     file.write_text('[run]\non = "slurm"\ngpus = 2\nextra = { exclusive = true, mem = "8G" }\n')
     assert load_profile(file, "local").on == "local"
     assert load_profile(file, None).extra == {"exclusive": True, "mem": "8G"}
+
+
+def test_the_device_is_what_the_profile_asks_for() -> None:
+    assert device_of(RunProfile(on="slurm"), "auto") == "cpu"
+    assert (
+        device_of(RunProfile(on="slurm", gpus=2), "auto") == device_of(RunProfile(on="ray", gpus=1), "cuda") == "cuda"
+    )
+    with pytest.raises(UserError, match="--device cuda: the profile asks for gpus = 0, so cells run on cpu"):
+        device_of(RunProfile(on="slurm"), "cuda")
+    with pytest.raises(UserError, match="--device tpu: choose cpu, cuda or auto"):
+        device_of(RunProfile(on="slurm"), "tpu")
 
 
 # --- cells -----------------------------------------------------------------------------------------------------------
@@ -346,6 +360,43 @@ def test_what_slurm_has_forgotten_is_submitted_again_and_at_last_fails(runs: Run
 
 
 @pytest.mark.slow
+def test_where_slurm_takes_no_more_jobs_the_others_wait(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under MaxSubmitJobs, which needs accounting; it counts every task."""
+    submit, sizes = Submitter.submit, []
+
+    def limited(self: Submitter, run: Path, name: str, work: object, tasks: list[object], *rest: Any) -> str:
+        left = slurm_jobs.active(slurm_queue.queue("tpme-").values())
+        if len(left) + len(tasks) > 3:
+            raise SlurmError("sbatch: Job violates accounting/QOS policy")
+        sizes.append(len(tasks))
+        return submit(self, run, name, work, tasks, *rest)
+
+    monkeypatch.setattr(Submitter, "submit", limited)
+    ended_ok(runs.launch(runs.jobs(*[{}] * 6)))
+    assert sum(sizes) == 6
+    assert set(runs.ran("start").values()) == {1}
+    assert (
+        "Slurm takes no more now (sbatch: Job violates accounting/QOS policy); 3 cells wait" in runs.screen.getvalue()
+    )
+
+
+@pytest.mark.slow
+def test_what_sbatch_submitted_though_it_failed_does_not_run_twice(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    submit, first = Submitter.submit, []
+
+    def timed_out(self: Submitter, *arguments: Any) -> str:
+        number = submit(self, *arguments)
+        if not first:
+            first.append(number)
+            raise SlurmError("sbatch: Socket timed out on send/recv operation")
+        return number
+
+    monkeypatch.setattr(Submitter, "submit", timed_out)
+    ended_ok(runs.launch(runs.jobs({"s": 2}, {"s": 2})))
+    assert set(runs.ran("end").values()) == {1}
+
+
+@pytest.mark.slow
 def test_the_seeds_of_a_cell_are_one_task(runs: Runs) -> None:
     jobs = runs.jobs({}, {}, seeds=(1, 2, 3))
     ended_ok(runs.launch(jobs, same_node=True))
@@ -361,7 +412,7 @@ def test_the_seeds_of_a_cell_are_one_task(runs: Runs) -> None:
 
 @pytest.mark.slow
 def test_a_matrix_of_real_cells(runs: Runs, world: Any, harness: ModuleType, tmp_path: Path) -> None:
-    matrix = world.matrix(["lora", {"name": "iisan", "cached": [False, True]}, "popularity"], seeds=[1, 2])
+    matrix = world.matrix([{"name": "iisan", "cached": [False, True]}], seeds=[1, 2])
     file, store = world.write(tmp_path / "matrix.toml", matrix), tmp_path / "own"
     profile = tmp_path / "lab.toml"
     profile.write_text('[run]\non = "slurm"\npartition = "main"\n')
@@ -370,9 +421,7 @@ def test_a_matrix_of_real_cells(runs: Runs, world: Any, harness: ModuleType, tmp
     assert done.returncode == 0, done.stdout + done.stderr
     assert (runs.folder / "report" / "report.md").is_file()
     results = [read_result(path) for path in find_results([runs.folder])]
-    assert Counter(record.cell.label for record in results) == dict.fromkeys(
-        ["lora", "iisan", "iisan (cached)", "popularity"], 2
-    )
+    assert Counter(record.cell.label for record in results) == {"iisan": 2, "iisan (cached)": 2}
     for record in results:
         assert record.environment is not None
         assert record.environment.node in NODES

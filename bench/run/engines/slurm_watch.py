@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -46,7 +47,7 @@ LAST_WORDS_S = 10.0
 """Wait for the end of jobs whose cells have ended."""
 
 
-class Watch:
+class SlurmWatch:
     """The attempts that have not ended, and what Slurm does with them.
 
     Args:
@@ -77,11 +78,7 @@ class Watch:
             end_jobs(file.prefix)
             forget_jobs(self.run)
             return no_jobs(self.run)
-        cut = [submission for submission in file.submissions if submission.job is None]
-        for submission in cut:  # its launcher was killed; what Slurm has of it may lack its files
-            end_jobs(submission.name)
-        kept = tuple(submission for submission in file.submissions if submission not in cut)
-        return file.model_copy(update={"submissions": kept})
+        return file
 
     def until_all_ended(self, caught: list[int]) -> Iterator[tuple[Job, CellResult]]:
         """Submit and wait; yields every attempt with its record as it ends, until a signal comes."""
@@ -115,6 +112,16 @@ class Watch:
                 "command runs them"
             )
 
+    def _end_cut(self) -> None:
+        """End submissions of which nothing but the intention is known: sbatch or a launcher was killed, or timed out.
+
+        Slurm may have their jobs all the same, perhaps without the files that they need.
+        """
+        cut = [submission for submission in self.file.submissions if submission.job is None]
+        for submission in cut:
+            end_jobs(submission.name)
+        self._write(tuple(submission for submission in self.file.submissions if submission not in cut))
+
     # --- submitting ---------------------------------------------------------------------------------------------------
 
     def _missing_caches(self) -> dict[Attempt, dict[str, FeatureJob]]:
@@ -122,12 +129,15 @@ class Watch:
         cached = [job for job in self.waiting if job.cell.cached]
         if not cached:
             return {}
+        from tpme.bench.counting.batch import DataShape
         from tpme.bench.run.preflight import missing_caches
+        from tpme.bench.task.dataset import Dataset
 
         metas, needs = MetaCells(cached[0].methods_path), {}
+        shapes = {path: DataShape.of(Dataset.open(path)) for path in {job.dataset_path for job in cached}}
         for job in cached:
-            if meta := metas.built(job.cell):
-                caches = missing_caches(job, meta)
+            with contextlib.suppress(Exception):  # of a method that needs values: its cells build what they need
+                caches = missing_caches(job, metas.build(job.cell, shapes[job.dataset_path]))
                 needs[Attempt.of(job)] = {folder.name: cache for folder, cache in caches.items()}
         return needs
 
@@ -136,6 +146,7 @@ class Watch:
         if not self.waiting:
             return
         try:
+            self._end_cut()
             self._submit_builders()
             groups: dict[tuple[str, ...], list[tuple[Job, ...]]] = {}
             for task in self.submitter.tasks(self.waiting):
@@ -145,6 +156,7 @@ class Watch:
                     chunk = tasks[: self.most_tasks]
                     self._submit_cells(chunk, after)
                     del tasks[: len(chunk)]
+                    self.most_tasks = min(2 * self.most_tasks, self.submitter.most_tasks)
         except SlurmError as error:
             self._refused(error)
         else:
@@ -202,14 +214,10 @@ class Watch:
     def _submit_one(
         self, submission: Submission, work: object, tasks: Sequence[object], limit_s: float, after: Sequence[str] = ()
     ) -> None:
-        """Submit, with the intention on disk before and the number after; raises SlurmError, with neither left."""
+        """Submit; the intention is on disk before, the number after. Raises SlurmError, and leaves the intention."""
         before = self.file.submissions
         self._write((*before, submission))
-        try:
-            number = self.submitter.submit(self.run, submission.name, work, tasks, limit_s, after)
-        except SlurmError:
-            self._write(before)
-            raise
+        number = self.submitter.submit(self.run, submission.name, work, tasks, limit_s, after)
         self._write((*before, submission.model_copy(update={"job": number})))
 
     def _write(self, submissions: tuple[Submission, ...]) -> None:
