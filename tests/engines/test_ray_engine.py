@@ -71,7 +71,7 @@ if job.cell.options.get("does") == "lose" and (log.parent / f"hold-{seed}").exis
 until = time.monotonic() + 300
 while time.monotonic() < until and (log.parent / f"hold-{seed}").exists():
     time.sleep(0.02)
-own = {"cell": job.cell, "cell_id": job.cell_id, "attempt": job.attempt, "code_version": job.code_version, "wall_s": time.time()}
+own = {name: getattr(job, name) for name in ("cell", "cell_id", "attempt", "code_version")} | {"wall_s": time.time()}
 write_result(result(**own, environment=environment("cpu")), job.file(".json"))
 """
 """Says what it was told, and writes its record once its file ``hold-SEED`` is gone."""
