@@ -32,8 +32,8 @@ PACKAGES = (
 ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "LD_PRELOAD", "PYTHONMALLOC", "GLIBC_TUNABLES")
 CELLS_BESIDE = "TPME_CELLS_BESIDE"
 """Variable of a cell's process: how many cells share its machine, where they are more than one."""
-NODE = "SLURMD_NODENAME"
-"""Variable with the name of the node; Slurm sets it, and an engine may."""
+NODE, SLURM_NODE = "TPME_NODE", "SLURMD_NODENAME"
+"""Variables with the name of the node: an engine sets the first, Slurm the second."""
 _SOURCES = ("bench", "methods", "reports", "pyproject.toml")
 
 
@@ -75,13 +75,17 @@ def with_neighbours(key: str) -> str:
 
 def node_name() -> str | None:
     """The name of this cluster's node, as its scheduler says it; ``None`` without one."""
-    return os.environ.get(NODE) or None
+    return os.environ.get(NODE) or os.environ.get(SLURM_NODE) or None
 
 
 def _part_of_node() -> str:
     """For a device key: that other jobs may use the rest of the node, where Slurm gave this one a part of its cores."""
     mine, cores = os.environ.get("SLURM_CPUS_ON_NODE", ""), os.cpu_count() or 1
-    return f", {mine} of {cores} cores of a node" if NODE in os.environ and mine.isdigit() and int(mine) < cores else ""
+    return (
+        f", {mine} of {cores} cores of a node"
+        if SLURM_NODE in os.environ and mine.isdigit() and int(mine) < cores
+        else ""
+    )
 
 
 def host_mark() -> str:

@@ -46,7 +46,7 @@ def run_job(
     """
     job_file, record = job.file(".job.json"), job.file(".json")
     started, began = time.monotonic(), datetime.now(UTC)
-    _remove_files(job)  # of the same attempt of a launcher that was killed
+    remove_files(job)  # of the same attempt of a launcher that was killed
     try:
         write_atomically(job_file, content or job.model_dump_json(indent=1).encode())
         with contextlib.nullcontext() if live is None else live.lines_of(job) as hear:
@@ -59,7 +59,7 @@ def run_job(
                 ending = _run_ranks(job, job_file, Node(job.cell.training.devices), settings, python, live is not None)
     except BaseException:
         if not record.exists():
-            _remove_files(job)
+            remove_files(job)
         raise
     finally:
         job_file.unlink(missing_ok=True)
@@ -135,7 +135,7 @@ def _result(job: Job, ending: Ending | RanksEnding, wall_s: float, began: dateti
 
 def write_lost(job: Job, result: CellResult) -> None:
     """Write the record of an attempt that left none, and remove what it left except its logs."""
-    _remove_files(job, but=[job.log(rank) for rank in range(job.cell.training.devices)])
+    remove_files(job, but=[job.log(rank) for rank in range(job.cell.training.devices)])
     write_result(result, job.file(".json"))
 
 
@@ -151,7 +151,7 @@ def _remove_hidden(job: Job) -> None:
             path.unlink(missing_ok=True)
 
 
-def _remove_files(job: Job, but: Collection[Path] = ()) -> None:
+def remove_files(job: Job, but: Collection[Path] = ()) -> None:
     """Remove the files of an attempt that left no record, save for ``but``."""
     for path in (*job.folder.glob(f"attempt-{job.attempt}.*"), *job.folder.glob(f".*attempt-{job.attempt}.*")):
         if path not in but:

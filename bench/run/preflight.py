@@ -164,12 +164,16 @@ def _planned_bytes(meta: MetaCell, memory: int) -> int:
 
 def missing_caches(job: Job, meta: MetaCell) -> dict[Path, FeatureJob]:
     """Feature caches of a cell that are not built, by their folders."""
+    return {folder: cache for folder, cache in feature_jobs(job, meta).items() if not is_built(cache, folder)}
+
+
+def feature_jobs(job: Job, meta: MetaCell) -> dict[Path, FeatureJob]:
+    """Feature caches that a cell trains on, by their folders."""
     caches = [
         feature_job(job, meta.method, modality, spec, meta.model.item_encoder.reads[modality])
         for modality, spec in meta.use.cached.items()
     ]
-    folders = {feature_folder(cache, job.cell.dataset_fingerprint): cache for cache in caches}
-    return {folder: cache for folder, cache in folders.items() if not is_built(cache, folder)}
+    return {feature_folder(cache, job.cell.dataset_fingerprint): cache for cache in caches}
 
 
 def _missing_bytes(job: Job, meta: MetaCell) -> dict[Path, tuple[str, int]]:

@@ -171,11 +171,16 @@ def encoder_digest(spec: EncoderSpec) -> str:
     if commit is not None:
         return f"{spec.source}@{commit}"
     digest = hashlib.sha256()
-    patterns = ("*.json", "*.txt", "*.model", POOLING, *(("*.safetensors",) if spec.weights == "pretrained" else ()))
-    for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
+    for path in content_files(spec, folder):
         with refusals(f"encoder '{spec.source}': {path.name} cannot be read"):
             digest.update(f"{path.name} {sha256_of(path)}\n".encode())
     return digest.hexdigest()
+
+
+def content_files(spec: EncoderSpec, folder: Path) -> list[Path]:
+    """The files of an encoder's folder that loading it reads, in order: settings, vocabulary and weights."""
+    patterns = ("*.json", "*.txt", "*.model", POOLING, *(("*.safetensors",) if spec.weights == "pretrained" else ()))
+    return sorted(path for pattern in patterns for path in folder.glob(pattern))
 
 
 def pin_revision(spec: EncoderSpec) -> EncoderSpec:

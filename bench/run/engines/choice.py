@@ -49,6 +49,8 @@ def make_engine(
         UserError: its extra is not installed, the cluster cannot be reached or cannot run such cells, or an option
             that it does not have.
     """
+    if profile.address is not None and profile.on != "ray":
+        raise UserError(f'[run] address: it is for Ray, and cells run on {profile.on}; set on = "ray"')
     if profile.on == "local":
         return local_engine(device, jobs, live)
     if jobs is not None:
@@ -65,4 +67,6 @@ def make_engine(
         from tpme.bench.run.engines.slurm import SlurmEngine
 
         return SlurmEngine(profile, same_node=same_node)
-    raise NotImplementedError("ray")
+    from tpme.bench.run.engines.ray import RayEngine
+
+    return RayEngine(profile, same_node=same_node)

@@ -32,6 +32,8 @@ class RunProfile(Frozen):
     """Features that a node must have."""
     container: Line | None = None
     """Command that starts Python in a container on a node: ``apptainer exec --nv tpme.sif python3``."""
+    address: Line | None = None
+    """Of a Ray cluster: ``HOST:PORT`` of its head node; by default ``RAY_ADDRESS``, else one on this machine."""
     extra: dict[str, Switch | Annotated[int, Strict()] | Line] = {}
     """Further options of sbatch without the dashes: ``{ account = "lab", mem = "32G", exclusive = true }``."""
 
