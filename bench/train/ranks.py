@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from tpme.bench.errors import UserError, one_line
 from tpme.bench.train.timing import StepTimer
@@ -83,7 +84,7 @@ class Ranks:
             device, backend = torch.device("cpu"), "gloo"
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         try:
-            store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=JOIN_S)))
+            store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=JOIN_S)))
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=WAIT)
             ranks = cls(rank, size, device)
             ranks._hosts = dist.new_group(backend="gloo", timeout=WAIT) if backend == "nccl" else dist.group.WORLD
