@@ -186,7 +186,7 @@ def build_batch(
         share = Share.of(peers, store.owners(ids, peers.size), len(rows))
         own_ids = ids[share.rows.numpy()]
         first, last = (len(slots) * r // peers.size for r in (peers.rank, peers.rank + 1))
-        slot, mask, item_of_slot = (part[first:last] for part in (slot, mask, item_of_slot))
+        slot, mask, item_of_slot = slot[first:last], mask[first:last], item_of_slot[first:last]
         length = mask.shape[1]
         own = (rows >= first * length) & (rows < last * length)
         rows, target = rows[own] - first * length, target[own]

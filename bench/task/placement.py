@@ -34,8 +34,10 @@ Table = States | MappedStates
 """States of all items, (N+1, levels, width): a cache, or a file of precomputed states."""
 
 
-def table_bytes(table: Table) -> int:
-    """Bytes of the states in ``table``."""
+def table_bytes(table: Table | ItemShard) -> int:
+    """Bytes of the states in ``table``, of all items."""
+    if isinstance(table, ItemShard):
+        return table_bytes(table.whole)
     return table.bytes if isinstance(table, MappedStates) else size_bytes(table)
 
 
