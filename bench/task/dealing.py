@@ -7,6 +7,8 @@ item's vector are summed over the ranks where that item was encoded.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -144,6 +146,24 @@ class WholeBatch:
             device=values.device,
         )
         return drawn.index_select(0, share.rows)
+
+    def drawn_again(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """Contexts of a layer's forward pass and of its repetition in the backward pass, which draws the same again."""
+        assert self.share is not None
+        generator = self.share.peers.common
+        assert generator is not None
+        return nullcontext(), _from_state(generator, generator.get_state())
+
+
+@contextmanager
+def _from_state(generator: torch.Generator, state: Tensor) -> Iterator[None]:
+    """Let a generator draw from an earlier state within the block."""
+    after = generator.get_state()
+    generator.set_state(state)
+    try:
+        yield
+    finally:
+        generator.set_state(after)
 
 
 class _Summed(torch.autograd.Function):
