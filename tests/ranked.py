@@ -66,20 +66,21 @@ class Turns:
         self.run(1)
         return self
 
-    def run(self, steps: int) -> float:
-        """Seconds of a step, mean over ``steps``."""
+    def run(self, steps: int) -> tuple[float, float]:
+        """Seconds of a step, and of the processor for it, both of the slowest rank; means over ``steps``."""
         for process in self.processes:
             assert process.stdin is not None
             process.stdin.write(f"{steps}\n")
             process.stdin.flush()
-        return max(self._answer(process) for process in self.processes)
+        answers = [self._answer(process) for process in self.processes]
+        return max(wall for wall, _ in answers), max(cpu for _, cpu in answers)
 
-    def _answer(self, process: subprocess.Popen[str]) -> float:
+    def _answer(self, process: subprocess.Popen[str]) -> tuple[float, float]:
         assert process.stdout is not None
         said = []
         for line in process.stdout:
             if line.startswith("seconds "):
-                return float(line.split()[1])
+                return float(line.split()[1]), float(line.split()[2])
             said.append(line)
         raise AssertionError("".join(said)[-4000:])
 
@@ -161,10 +162,11 @@ def take_turns(make: Any, case: Case) -> None:
     batches = itertools.chain.from_iterable(map(trainer.loader.epoch, itertools.count()))
     for line in sys.stdin:
         trainer.ranks.wait()
-        started = time.perf_counter()
+        started, worked = time.perf_counter(), time.process_time()
         for batch in itertools.islice(batches, int(line)):
             trainer.step(batch, optimizer)
-        print(f"seconds {(time.perf_counter() - started) / int(line)}", flush=True)
+        wall, cpu = time.perf_counter() - started, time.process_time() - worked
+        print(f"seconds {wall / int(line)} {cpu / int(line)}", flush=True)
 
 
 def main() -> None:

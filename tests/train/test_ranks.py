@@ -22,7 +22,6 @@ FEW: list[Case] = [
     {"method": "lora", "steps": 3, "protocol": "paper", "modalities": ["text"]},
     {"method": "dyt", "steps": 3, "evaluates": True},
     {"method": "iisan", "steps": 3, "cached": True, "sharded": True},
-    {"method": "fft", "steps": 2, "shard": True, "devices": 2, "modalities": ["text"]},
 ]
 SHARED = [name for name in sorted(BUILTIN) if type(create(name, {})).run is Method.run]
 """The methods that leave the procedure to the harness."""
