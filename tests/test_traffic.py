@@ -1,8 +1,12 @@
-"""The bytes that a rank sends: the formula against rings that are played round by round."""
+"""The bytes that a rank sends: the formula against rings that are played round by round, and against what is counted."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
+from ranked import run_ranks
 
 from tpme.bench.counting.traffic import (
     BUCKET_BYTES,
@@ -65,3 +69,24 @@ def test_every_pass_gathers_its_vectors_and_gradients_are_added_up_once() -> Non
     assert twice.item_vectors == 2 * once.item_vectors
     assert twice.vector_gradients == 2 * once.vector_gradients
     assert twice.gradients == once.gradients == 400
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [2, 4])
+def test_what_is_sent_is_what_the_formula_says(world: Any, tmp_path: Path, devices: int) -> None:
+    """In float64; with every gradient goes a number that says whether there is one."""
+    methods = {"fft": 1, "lora": 1, "iisan": 1, "id": 1, "dyt": 2}
+    cases = [{"method": method, "steps": 1} for method in methods]
+    for case, found in zip(cases, run_ranks(world, tmp_path, cases, devices), strict=True):
+        sent, trained, passes = found["sent"], found["trained"], methods[case["method"]]
+        formula = step_traffic(
+            devices,
+            items=found["items"],
+            width=16,
+            gradient_bytes=8 * (sum(trained) + len(trained)),
+            passes=passes,
+            element_bytes=8,
+        )
+        assert sent["all-gather"] == formula.item_vectors
+        assert sent["reduce-scatter"] == formula.vector_gradients
+        assert sent["all-reduce"] == pytest.approx(formula.gradients, abs=8 * devices)
