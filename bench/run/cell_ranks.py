@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, NoReturn
 
 import torch
 
-from tpme.bench.errors import UserError
+from tpme.bench.errors import UserError, one_line
 from tpme.bench.measure.environment import environment
 from tpme.bench.measure.phases import PhaseLog
 from tpme.bench.measure.rank_log import RankLog, job_environment, of_job
 from tpme.bench.record import CellResult, Environment, Reading, Status, write_result
 from tpme.bench.run.job import Job
-from tpme.bench.run.rank_failures import claim
+from tpme.bench.run.rank_failures import AFTER_ANOTHER, claim
 from tpme.bench.train.ranks import Ranks
 from tpme.bench.train.split import COLLECTIVES
 
@@ -63,7 +63,10 @@ def record_of_all(run: CellRun, status: Status) -> CellResult | None:
     """
     if status != "ok":
         _fail(run, status)
-    logs = run.ranks.objects(_log(run))
+    try:
+        logs = run.ranks.objects(_log(run))
+    except RuntimeError as error:
+        _end(AFTER_ANOTHER, f"rank {run.ranks.rank} cannot gather what was measured: {one_line(error)}")
     run.ranks.leave()
     return None if logs is None else of_job(run.record(status), logs, job_environment(run.environments))
 
@@ -71,11 +74,16 @@ def record_of_all(run: CellRun, status: Status) -> CellResult | None:
 def _fail(run: CellRun, status: Status) -> NoReturn:
     path = claim(run.job, run.ranks.rank)
     if path is None:
-        sys.stderr.write(f"tpme: rank {run.ranks.rank} ends, because another one has failed\n")
-    else:
-        write_result(of_job(run.record(status), [_log(run)], job_environment(run.environments)), path)
+        _end(AFTER_ANOTHER, f"rank {run.ranks.rank} ends, because another one has failed")
+    write_result(of_job(run.record(status), [_log(run)], job_environment(run.environments)), path)
+    _end(1)
+
+
+def _end(code: int, message: str = "") -> NoReturn:
+    """End at once: taking down a broken group of processes may hang, and the others wait for this one."""
+    sys.stderr.write(f"tpme: {message}\n" if message else "")
     sys.stderr.flush()
-    os._exit(1)  # at once: taking down a broken group of processes may hang, and the others wait for it
+    os._exit(code)
 
 
 def _log(run: CellRun) -> RankLog:
