@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,27 +27,65 @@ def run_ranks(world: Any, folder: Path, cases: Sequence[Case], devices: int) -> 
     """What ``devices`` ranks made of every case; see ``outcome``."""
     import torch
 
-    folder.mkdir(exist_ok=True)
-    found, spec = folder / "found.pt", folder / "spec.json"
+    found = folder / "found.pt"
+    processes = start(world, folder, devices, cases=list(cases), found=str(found))
+    outputs = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * devices, "\n".join(outputs)[-8000:]
+    return torch.load(found)  # type: ignore[no-any-return]
+
+
+def start(world: Any, folder: Path, devices: int, **spec: Any) -> list[subprocess.Popen[str]]:
+    """Start this program as ``devices`` ranks of one thread."""
+    folder.mkdir(parents=True, exist_ok=True)
     paths = {name: str(getattr(world, name)) for name in ("data", "text", "image", "store")}
-    spec.write_text(json.dumps({"world": paths, "cases": list(cases), "found": str(found), "devices": devices}))
+    (folder / "spec.json").write_text(json.dumps({"world": paths, "devices": devices} | spec))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {"WORLD_SIZE": devices, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-    processes = [
+    return [
         subprocess.Popen(
-            [sys.executable, __file__, str(spec)],
+            [sys.executable, __file__, str(folder / "spec.json")],
             env=os.environ | {name: str(value) for name, value in ({"RANK": r, "LOCAL_RANK": r} | common).items()},
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
         for r in range(devices)
     ]
-    outputs = [process.communicate()[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * devices, "\n".join(outputs)[-8000:]
-    return torch.load(found)  # type: ignore[no-any-return]
+
+
+class Turns:
+    """Ranks that train one case for some steps whenever it is their turn, in float32, and wait otherwise."""
+
+    def __init__(self, world: Any, folder: Path, case: Case, devices: int) -> None:
+        self.processes = start(world, folder, devices, turns=case)
+
+    def __enter__(self) -> Turns:
+        self.run(1)
+        return self
+
+    def run(self, steps: int) -> float:
+        """Seconds of a step, mean over ``steps``."""
+        for process in self.processes:
+            assert process.stdin is not None
+            process.stdin.write(f"{steps}\n")
+            process.stdin.flush()
+        return max(self._answer(process) for process in self.processes)
+
+    def _answer(self, process: subprocess.Popen[str]) -> float:
+        assert process.stdout is not None
+        said = []
+        for line in process.stdout:
+            if line.startswith("seconds "):
+                return float(line.split()[1])
+            said.append(line)
+        raise AssertionError("".join(said)[-4000:])
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
+            process.communicate()  # end of its input, end of the program
 
 
 def outcome(make: Any, case: Case) -> dict[str, Any]:
@@ -107,8 +146,23 @@ def alike(trainer: Any) -> bool:
     return bool((trainer.ranks.all_gather(sums[None]) == sums).all())
 
 
+def take_turns(make: Any, case: Case) -> None:
+    """Train as many steps as each line of the input says, and print the seconds of one."""
+    case = dict(case)
+    trainer = make(case.pop("method"), **({"modalities": ("text", "image")} | case))
+    optimizer = trainer.optimizer()
+    trainer.model.train()
+    batches = itertools.chain.from_iterable(map(trainer.loader.epoch, itertools.count()))
+    for line in sys.stdin:
+        trainer.ranks.wait()
+        started = time.perf_counter()
+        for batch in itertools.islice(batches, int(line)):
+            trainer.step(batch, optimizer)
+        print(f"seconds {(time.perf_counter() - started) / int(line)}", flush=True)
+
+
 def main() -> None:
-    """Run all cases."""
+    """Run all cases, or one in turns."""
     spec = json.loads(Path(sys.argv[1]).read_text())
     import torch
     from trainers import trainer_maker
@@ -116,16 +170,20 @@ def main() -> None:
     from tpme.bench.train.ranks import Ranks
 
     torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float64)
+    if "cases" in spec:
+        torch.set_default_dtype(torch.float64)
     ranks = Ranks.join(spec["devices"], "cpu") if spec["devices"] > 1 else Ranks.alone()
     make = trainer_maker(
         SimpleNamespace(**{name: Path(path) for name, path in spec["world"].items()}),
         lambda: Path(tempfile.mkdtemp()),
         ranks,
     )
-    found = [outcome(make, case) for case in spec["cases"]]
-    if ranks.rank == 0:
-        torch.save(found, spec["found"])
+    if "turns" in spec:
+        take_turns(make, spec["turns"])
+    else:
+        found = [outcome(make, case) for case in spec["cases"]]
+        if ranks.rank == 0:
+            torch.save(found, spec["found"])
     ranks.leave()
 
 

@@ -14,6 +14,7 @@ from tpme.bench.task.batches import ItemStore
 from tpme.bench.task.dataset import Dataset
 from tpme.bench.task.encoders import load_encoder
 from tpme.bench.task.items import Reads, States, TokenStates
+from tpme.bench.task.placement import ItemShard
 from tpme.bench.task.tokens import tokenise
 from tpme.bench.train.build import DataSize, ModelBuilder, used_modalities
 from tpme.bench.train.kept import Kept
@@ -55,6 +56,7 @@ def trainer_maker(world: Any, folder: Callable[[], Path], ranks: Ranks | None = 
         device: str = "cpu",
         kept: Kept | None = None,
         phases: PhaseLog | None = None,
+        sharded: bool = False,
         **changes: Any,
     ) -> Trainer:
         if isinstance(method, str):
@@ -82,6 +84,8 @@ def trainer_maker(world: Any, folder: Callable[[], Path], ranks: Ranks | None = 
         if cached:
             reads, rows = model.item_encoder.reads, dataset.manifest.items + 1
             tables = {m: cached_states(reads[m], rows, shapes[m].width, device) for m in reads}
+            if sharded and ranks is not None and ranks.size > 1:
+                tables = {m: ItemShard.of(table, ranks, torch.device(device)) for m, table in tables.items()}
             store = ItemStore(dataset, states=tables)
         phases = phases or PhaseLog(device, None, None)
         kept = kept or Kept(folder())

@@ -42,7 +42,7 @@ from tpme.bench.task.batches import ItemStore
 from tpme.bench.task.dataset import Dataset
 from tpme.bench.task.encoders import encoder_shape, load_encoder
 from tpme.bench.task.fingerprint import sha256_of
-from tpme.bench.task.placement import PLACES, Table
+from tpme.bench.task.placement import PLACES, ItemShard, Table
 from tpme.bench.task.precomputed import StatesFile
 from tpme.bench.task.recommender import Recommender
 from tpme.bench.task.view import EncoderView
@@ -251,7 +251,9 @@ class CellRun:
         seed_generators(seed)
         return fork
 
-    def _load_states(self, use: EncoderUse, builder: ModelBuilder, dataset: Dataset) -> dict[Modality, Table]:
+    def _load_states(
+        self, use: EncoderUse, builder: ModelBuilder, dataset: Dataset
+    ) -> dict[Modality, Table | ItemShard]:
         """Cached and precomputed hidden states; separate processes build the caches that are missing."""
         method, reads, given = builder.method, builder.item_encoder.reads, {}
         for modality, spec in use.given.items():
@@ -272,7 +274,7 @@ class CellRun:
         return stored.tables
 
     def _load_encoders(
-        self, specs: Mapping[Modality, EncoderSpec], dataset: Dataset, states: Mapping[Modality, Table]
+        self, specs: Mapping[Modality, EncoderSpec], dataset: Dataset, states: Mapping[Modality, Table | ItemShard]
     ) -> tuple[ItemStore, dict[Modality, EncoderView]]:
         """The encoders that run, and the inputs of items for them beside the ``states`` of the others."""
         if states and not specs:

@@ -12,7 +12,7 @@ from tpme.bench.task.dataset import Dataset
 from tpme.bench.task.encoders import image_size, pin_revision
 from tpme.bench.task.features import FeatureJob, InitialJob
 from tpme.bench.task.items import Reads
-from tpme.bench.task.placement import Table
+from tpme.bench.task.placement import ItemShard, Table
 from tpme.bench.task.tokens import tokenise
 from tpme.bench.train.build import starts_from_weights
 from tpme.methods.base import Method
@@ -34,7 +34,7 @@ def check_encoders(specs: Mapping[Modality, EncoderSpec]) -> None:
 
 
 def item_store(
-    job: Job, dataset: Dataset, specs: Mapping[Modality, EncoderSpec], states: Mapping[Modality, Table]
+    job: Job, dataset: Dataset, specs: Mapping[Modality, EncoderSpec], states: Mapping[Modality, Table | ItemShard]
 ) -> ItemStore:
     """Tokens and images of all items, as the encoders ``specs`` that run expect them, and the ``states`` of others.
 

@@ -22,7 +22,7 @@ from tpme.bench.task.dataset import Dataset
 from tpme.bench.task.dealing import Peers, Share, sharing
 from tpme.bench.task.items import Items, States, TokenStates, map_tensors, named_tensors
 from tpme.bench.task.loss import Candidates
-from tpme.bench.task.placement import Table
+from tpme.bench.task.placement import ItemShard, Table, owners
 from tpme.bench.task.precomputed import MappedStates
 from tpme.bench.task.tokens import TokenTable
 
@@ -32,7 +32,7 @@ class ItemStore:
 
     Args:
         dataset: the prepared data set. tokens: its tokenised titles, for a text encoder. images: read images, too.
-        states: hidden states of all items by modality, N+1 rows.
+        states: hidden states of all items by modality, N+1 rows; or of those that this rank encodes.
         pin: gather states into page-locked memory, for the copy to a GPU.
     """
 
@@ -42,7 +42,7 @@ class ItemStore:
         *,
         tokens: TokenTable | None = None,
         images: bool = False,
-        states: Mapping[Modality, Table] | None = None,
+        states: Mapping[Modality, Table | ItemShard] | None = None,
         pin: bool = False,
     ) -> None:
         self.dataset, self.tokens, self.images, self.pin = dataset, tokens, images, pin
@@ -52,11 +52,19 @@ class ItemStore:
     def every_token(self) -> bool:
         """Whether an item is the tokens or pixels of an encoder, or the states of every token."""
         inputs = self.tokens is not None or self.images
-        return inputs or any(isinstance(table, TokenStates) for table in self.states.values())
+        tables = (table.own if isinstance(table, ItemShard) else table for table in self.states.values())
+        return inputs or any(isinstance(table, TokenStates) for table in tables)
 
     def owners(self, ids: NDArray[np.int64], ranks: int) -> NDArray[np.int64]:
-        """Which rank encodes each of the items ``ids`` (n,), every one of them at least one."""
-        return np.arange(len(ids)) % ranks
+        """Which rank encodes each of the items ``ids`` (n,), every one of them at least one.
+
+        Where each rank keeps the states of its own items, they are dealt to it.
+        """
+        evenly = np.arange(len(ids)) % ranks
+        if not any(isinstance(table, ItemShard) for table in self.states.values()):
+            return evenly
+        keeps = np.where(ids > 0, owners(ids, ranks), evenly)
+        return keeps if np.bincount(keeps, minlength=ranks).all() else evenly
 
     def gather(self, ids: NDArray[np.int64]) -> Items:
         """The inputs of items ``ids`` (n,), on the host; tables kept on a device are passed on whole."""
@@ -72,12 +80,15 @@ class ItemStore:
             image = torch.from_numpy(self.dataset.gather_images(ids))
         states: dict[Modality, States] = {}
         tables: dict[Modality, States] = {}
-        for modality, table in self.states.items():
+        rows = ids
+        for modality, kept in self.states.items():
+            table, rows = kept.locate(ids) if isinstance(kept, ItemShard) else (kept, ids)
             if not isinstance(table, MappedStates) and named_tensors(table)["states"].device.type != "cpu":
                 tables[modality] = table
             else:
-                states[modality] = _rows(table, ids, pin=self.pin)
-        return Items(index, tokens, mask, image, states or None, tables or None)
+                states[modality] = _rows(table, rows, pin=self.pin)
+        table_rows = torch.from_numpy(rows) if tables and rows is not ids else None
+        return Items(index, tokens, mask, image, states or None, tables or None, table_rows)
 
 
 def _rows(table: Table, ids: NDArray[np.int64], *, pin: bool) -> States:
@@ -175,7 +186,7 @@ def build_batch(
         share = Share.of(peers, store.owners(ids, peers.size), len(rows))
         own_ids = ids[share.rows.numpy()]
         first, last = (len(slots) * r // peers.size for r in (peers.rank, peers.rank + 1))
-        slot, mask, item_of_slot = (part[first:last] for part in (slot, mask, item_of_slot))
+        slot, mask, item_of_slot = slot[first:last], mask[first:last], item_of_slot[first:last]
         length = mask.shape[1]
         own = (rows >= first * length) & (rows < last * length)
         rows, target = rows[own] - first * length, target[own]

@@ -92,7 +92,8 @@ class Items:
 
     ids: (n,) int64, 0 is padding. tokens, token_mask: (n, T) int64. image: (n, 3, H, W) uint8, as stored on disk;
     normalised on the device. states: hidden states per modality whose encoder does not run, (n, levels, width) or of
-    every token. tables: those of all items, N+1 rows, if they are kept on the device: looked up there by id.
+    every token. tables: those of all items, N+1 rows, if they are kept on the device: looked up there by id, or by
+    ``table_rows`` (n,) if they are those of some items alone.
     """
 
     ids: Tensor
@@ -101,6 +102,7 @@ class Items:
     image: Tensor | None = None
     states: dict[Modality, States] | None = None
     tables: dict[Modality, States] | None = None
+    table_rows: Tensor | None = None
 
     def __len__(self) -> int:
         return int(self.ids.shape[0])
@@ -113,8 +115,9 @@ class Items:
         """Replace tables by the states of these items."""
         if self.tables is None:
             return self
-        found = map_tensors(self.tables, lambda table: table.index_select(0, self.ids))
-        return replace(self, states=(self.states or {}) | found, tables=None)
+        rows = self.ids if self.table_rows is None else self.table_rows
+        found = map_tensors(self.tables, lambda table: table.index_select(0, rows))
+        return replace(self, states=(self.states or {}) | found, tables=None, table_rows=None)
 
 
 T = TypeVar("T")

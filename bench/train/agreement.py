@@ -39,4 +39,4 @@ def _difference(found: Sequence[Mapping[str, int]]) -> str | None:
 
 def _checksum(value: Tensor) -> int:
     """CRC-32 of the memory of a tensor, copied to the host."""
-    return zlib.crc32(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return zlib.crc32(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -8,6 +8,7 @@ After the backward pass the gradients are views of the buffers.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,7 +29,7 @@ class _Buffer:
         self.flat = torch.ones(
             sum(p.numel() for p in parameters) + len(parameters), dtype=like.dtype, device=like.device
         )
-        *gradients, self.present = self.flat.split([*(p.numel() for p in parameters), len(parameters)])
+        *gradients, self.present = torch.split(self.flat, [*(p.numel() for p in parameters), len(parameters)])
         self.views = [part.view(p.shape) for part, p in zip(gradients, parameters, strict=True)]
         self.reset()
 
@@ -56,7 +57,8 @@ class GradientMean:
         self._place = {
             parameter: (buffer, number) for buffer in self.buffers for number, parameter in enumerate(buffer.parameters)
         }
-        self._hooks = [p.register_post_accumulate_grad_hook(self._ready) for p in self._place]
+        hooks: list[Any] = [p.register_post_accumulate_grad_hook(self._ready) for p in self._place]  # type: ignore[no-untyped-call]
+        self._hooks = hooks
         self._next = 0
 
     def close(self) -> None:

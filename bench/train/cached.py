@@ -27,7 +27,7 @@ from tpme.bench.task.features import (
     read_initial,
     read_manifest,
 )
-from tpme.bench.task.placement import Placement, Table, place
+from tpme.bench.task.placement import ItemShard, Placement, Table, place
 from tpme.bench.task.precomputed import MappedStates
 from tpme.bench.train.ranks import Ranks
 from tpme.bench.workers import parse_progress
@@ -43,7 +43,7 @@ class StoredStates:
     damaged on disk, and built again.
     """
 
-    tables: dict[Modality, Table]
+    tables: dict[Modality, Table | ItemShard]
     placement: Placement
     cache: CacheFacts | None
     initial: dict[str, Tensor]
@@ -85,7 +85,7 @@ def stored_states(
             if not missing:
                 if ranks.rank == 0:
                     ranks.wait()  # until the others are here, too; all then read at once
-                tables, placement = place({**given, **cached}, device)
+                tables, placement = place({**given, **cached}, device, ranks.peers)
                 break
         if not built.isdisjoint(job.modality for job in missing):
             raise UserError(f"{folders[missing[0].modality]}: damaged again as soon as it was built; check the disk")

@@ -210,8 +210,8 @@ class Trainer(EpochLoop):
             self.outcome = outcome
             self.delta, self._extra_batches, self.scaler = aside
             spent_s = now(self.device) - started + self.kept.resumed_s - resumed_s
-            part = Part(result, spent_s, self.state.epoch, self.state.step)
-            part = self.ranks.from_first(self.kept.write(name, part) if self.ranks.rank == 0 else None)
+            found = Part(result, spent_s, self.state.epoch, self.state.step)
+            part = self.ranks.from_first(self.kept.write(name, found) if self.ranks.rank == 0 else None)
         self.state.epoch, self.state.step = part.epoch, part.step
         return part.result
 

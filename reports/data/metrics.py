@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from tpme.bench.errors import UserError
-from tpme.bench.side_files import Ranks
+from tpme.bench.side_files import UserRanks
 from tpme.reports.data.stats import TAILS, Floats
 from tpme.reports.data.user_ranks import METRICS, REPORTED, Metric, gains
 
@@ -62,7 +62,7 @@ def bootstrap_means(values: Floats, members: Floats, resamples: int = RESAMPLES,
     return np.concatenate(parts)
 
 
-def quality(rows: Mapping[str, Sequence[Ranks]], resamples: int = RESAMPLES) -> pd.DataFrame:
+def quality(rows: Mapping[str, Sequence[UserRanks]], resamples: int = RESAMPLES) -> pd.DataFrame:
     """Quality of every row from the ranks of its seeds; the index holds the names of the rows.
 
     Columns ``recall_10``, ``ndcg_10`` ... are means over users and seeds; ``*_low`` and ``*_high`` bound the 95 %
@@ -92,7 +92,7 @@ _MEANS: tuple[tuple[str, Metric, int, str], ...] = (
 """Name, metric, cut-off and share of the users of every reported mean."""
 
 
-def _counts(name: str, seeds: Sequence[Ranks]) -> dict[str, float]:
+def _counts(name: str, seeds: Sequence[UserRanks]) -> dict[str, float]:
     first = seeds[0]
     for other in seeds[1:]:
         if not np.array_equal(first.target, other.target):
@@ -104,7 +104,7 @@ def _counts(name: str, seeds: Sequence[Ranks]) -> dict[str, float]:
     }
 
 
-def _add_means(lines: dict[str, dict[str, float]], rows: Mapping[str, Sequence[Ranks]], resamples: int) -> None:
+def _add_means(lines: dict[str, dict[str, float]], rows: Mapping[str, Sequence[UserRanks]], resamples: int) -> None:
     """Add every mean with its deviation and interval to the lines of rows tested on equally many users."""
     values, counted, cells = [], [], []
     for name, seeds in rows.items():

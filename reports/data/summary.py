@@ -10,7 +10,7 @@ import pandas as pd
 
 from tpme.bench.quantities import memory_reading
 from tpme.bench.record import CellResult
-from tpme.bench.side_files import Ranks, load_ranks
+from tpme.bench.side_files import UserRanks, load_ranks
 from tpme.reports.data.metrics import spread
 from tpme.reports.data.resampling import Repeats
 from tpme.reports.data.stats import Floats
@@ -124,7 +124,7 @@ def repeats_of(seeds: Sequence[CellResult]) -> Repeats:
     )
 
 
-def ranks_of(seeds: Sequence[Line]) -> list[Ranks]:
-    """Ranks of the finished seeds that recorded any."""
+def ranks_of(seeds: Sequence[Line]) -> list[UserRanks]:
+    """UserRanks of the finished seeds that recorded any."""
     paths = [cell["ranks_path"] for cell in seeds if cell["status"] == "ok"]
     return [load_ranks(path) for path in paths if isinstance(path, str)]  # pandas may turn None into NaN

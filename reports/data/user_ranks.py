@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tpme.bench.quantities import CUTOFFS
-from tpme.bench.side_files import Ranks, load_ranks
+from tpme.bench.side_files import UserRanks, load_ranks
 from tpme.reports.data.stats import Floats
 
 Metric = Literal["recall", "ndcg"]
@@ -23,7 +23,7 @@ REPORTED: tuple[tuple[Metric, int], ...] = tuple((metric, k) for k, metric in pr
 """The metrics and cut-offs of every table."""
 
 
-def gains(ranks: Ranks, metric: Metric, k: int) -> Floats:
+def gains(ranks: UserRanks, metric: Metric, k: int) -> Floats:
     """What each user adds to the metric at cut-off ``k``; shape ``(users,)``, values in [0, 1]."""
     hit: npt.NDArray[np.bool_] = (ranks.rank <= k) & ~ranks.in_history.astype(bool)
     if metric == "recall":
