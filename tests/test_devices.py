@@ -9,8 +9,18 @@ import pytest
 import torch
 
 from tpme.bench.counting import devices
-from tpme.bench.counting.devices import PROFILES, DeviceProfile, calibrate, load_profile, measured_profile, mfu
+from tpme.bench.counting.devices import (
+    PROFILES,
+    DeviceProfile,
+    calibrate,
+    known_profile,
+    load_profile,
+    measured_profile,
+    mfu,
+    profile_key,
+)
 from tpme.bench.errors import UserError
+from tpme.bench.measure.environment import NODE, environment
 
 SLOW = DeviceProfile(
     name="slow",
@@ -60,6 +70,21 @@ def test_a_device_is_calibrated_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     file.write_text("{ not a profile")
     assert measured_profile("cpu", tmp_path) == first
     assert calls == ["cpu", "cpu"], "a damaged profile is measured again"
+
+
+def test_every_node_of_a_cluster_has_a_profile_and_a_noise_floor_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "calibrate", lambda device, name: SLOW.model_copy(update={"name": name}))
+    here = environment("cpu")
+    names = []
+    for node in ("one", "two"):
+        monkeypatch.setenv(NODE, node)
+        names.append(measured_profile("cpu", tmp_path).name)
+        assert known_profile(profile_key(environment("cpu")), tmp_path) is not None
+    assert names == [f"{environment('cpu').device_key}, node {node}" for node in ("one", "two")]
+    assert len(list((tmp_path / "devices").iterdir())) == 2
+    assert known_profile(profile_key(here), tmp_path) is None
 
 
 def test_mfu_is_work_over_time_over_rate() -> None:

@@ -84,9 +84,9 @@ FORBIDDEN_MODULES = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "jobl
 STARTING = r"subprocess\.(run|Popen|call|check_\w+)|ProcessPoolExecutor|os\.(fork|exec\w+|spawn\w+)"
 STARTS_PROGRAMS = {
     "bench/commands/ab.py", "bench/git.py", "bench/measure/sampler.py", "bench/run/process.py", "bench/run/trees.py",
-    "bench/train/cached.py", "bench/workers.py",
+    "bench/slurm_commands.py", "bench/train/cached.py", "bench/workers.py",
 }  # fmt: skip
-"""The code of a side of ``ab``, git, the sampler, cells, pip, builders of caches, workers."""
+"""The code of a side of ``ab``, git, the sampler, cells, pip, Slurm's commands, builders of caches, workers."""
 
 
 def sources() -> Iterator[tuple[str, ast.Module]]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from tpme.bench.counting.devices import DeviceNoise, known_profile
+from tpme.bench.counting.devices import DeviceNoise, known_profile, profile_key
 from tpme.bench.measure.clock import is_cuda
 from tpme.bench.measure.environment import (
     allocator,
@@ -109,7 +109,7 @@ def diagnose(store: Path) -> Diagnosis:
     profile = None
     try:
         quantities, flags = try_instruments(device, nvml)
-        profile = known_profile(environment(device).device_key, store)
+        profile = known_profile(profile_key(environment(device)), store)
     except RuntimeError as error:  # a broken or full GPU
         message = str(error).splitlines()[0]
         quantities, flags = (Availability(name="all", how="a short workload", state="no", why=message),), ()

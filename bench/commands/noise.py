@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from tpme.bench.claims import scratch_folder
-from tpme.bench.counting.devices import DeviceNoise, calibrate, keep_profile, known_profile
+from tpme.bench.counting.devices import DeviceNoise, calibrate, keep_profile, known_profile, profile_key
 from tpme.bench.errors import UserError
 from tpme.bench.measure.clock import sync
 from tpme.bench.measure.host import release_free_memory
@@ -64,7 +64,7 @@ def measure_noise(device: str, store: Path, console: Console, matrix: MatrixFile
         overhead_ratio=overhead,
         source=f"{RUNS} A/A runs of a small cell: {NOISE_QUANTILE:.0%} quantile of {spread.pairs} pairs",
     )
-    key = result.environment.device_key
+    key = profile_key(result.environment)
     profile = known_profile(key, store) or calibrate(device, name=key)
     keep_profile(profile.model_copy(update={"noise": device_noise}), store)
     return device_noise

@@ -52,7 +52,8 @@ def run(
     """
     from rich.text import Text
 
-    from tpme.bench.run.engines.profile import device_of, load_profile, make_engine
+    from tpme.bench.run.engines.choice import device_of, make_engine
+    from tpme.bench.run.engines.profile import load_profile
     from tpme.bench.run.launch import run_matrix, store_folder
     from tpme.bench.run.matrix import load_matrix
 

@@ -14,9 +14,9 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]
 
 
 def status(run: Run, as_json: AsJson = False) -> None:
-    """Show how many cells of a run folder are finished, running and waiting.
+    """Show what the cells of a run are doing.
 
-    Of one that runs in Slurm, too, whether or not its launcher is there.
+    How many are finished, running, where, and waiting, for what; in Slurm, too, while no launcher is there.
     """
     import json
 
@@ -38,9 +38,9 @@ def status(run: Run, as_json: AsJson = False) -> None:
 
 
 def cancel(run: Run) -> None:
-    """End the jobs that a run folder has in Slurm; finished cells keep their records.
+    """End the jobs that a run has in Slurm.
 
-    The command of the run starts the others again.
+    Finished cells keep their records; the command of the run starts the others again.
     """
     from tpme.bench.errors import UserError
     from tpme.bench.run.engines.slurm_jobs import cancel_run, read_jobs

@@ -19,7 +19,7 @@ from tpme.bench.errors import UserError, first_problem
 from tpme.bench.limits import Bytes, Positive
 from tpme.bench.names import Line
 from tpme.bench.parsing import read_toml
-from tpme.bench.record import Frozen, Precision, Reading
+from tpme.bench.record import Environment, Frozen, Precision, Reading
 from tpme.bench.writing import write_atomically
 
 EFFICIENCY_OF_DATASHEET, EFFICIENCY_OF_MEASURED = 0.5, 0.75
@@ -134,7 +134,7 @@ def measured_profile(device: str, store: Path) -> DeviceProfile:
     """The profile of a device of this machine, calibrated the first time and then read from the store."""
     from tpme.bench.measure.environment import environment
 
-    key = environment(device).device_key
+    key = profile_key(environment(device))
     profile = known_profile(key, store)
     if profile is None:
         profile = calibrate(device, name=key)
@@ -142,8 +142,16 @@ def measured_profile(device: str, store: Path) -> DeviceProfile:
     return profile
 
 
+def profile_key(environment: Environment) -> str:
+    """The key of a device's profile: its ``device_key`` and, on a cluster, the node.
+
+    Nodes share the store, and those of one make differ: in their cooling, their memory, what else runs on them.
+    """
+    return environment.device_key + (f", node {environment.node}" if environment.node else "")
+
+
 def known_profile(key: str, store: Path) -> DeviceProfile | None:
-    """The stored profile of the device ``key``, an environment's ``device_key``; ``None`` where there is none."""
+    """The stored profile of the device with this ``profile_key``; ``None`` where there is none."""
     try:
         return DeviceProfile.model_validate_json(_file(key, store).read_bytes())
     except (OSError, ValidationError):  # none yet, or one of another version

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from tpme.bench.counting.batch import DataShape
-from tpme.bench.counting.devices import DeviceNoise, known_profile, measured_profile, mfu, workspace_bytes
+from tpme.bench.counting.devices import DeviceNoise, known_profile, measured_profile, mfu, profile_key, workspace_bytes
 from tpme.bench.counting.exact import count, planned_peak, run_step
 from tpme.bench.counting.meta import MetaCell
 from tpme.bench.errors import one_line
@@ -64,7 +64,7 @@ def exact_counters(meta: MetaCell) -> dict[str, Reading]:
 def noise_floor(job: Job) -> dict[str, Reading]:
     """Spread between runs of one cell on the device of ``job``, and the cost of the harness, where measured."""
     alone = job.cell.training.devices == 1
-    profile = known_profile(environment(job.cell.device).device_key, job.store) if alone else None
+    profile = known_profile(profile_key(environment(job.cell.device)), job.store) if alone else None
     noise = profile.noise if profile else None
     if noise is None:
         reason = "not measured on this device yet; 'tpme doctor --noise' does"

@@ -26,6 +26,7 @@ from rich.progress import Progress
 from tpme.bench.errors import UserError, first_problem
 from tpme.bench.lifetimes import end_orphans
 from tpme.bench.limits import resolved
+from tpme.bench.owner_lock import OwnedError, owned
 from tpme.bench.record import (
     CELLS_FILE,
     Cell,
@@ -316,13 +317,24 @@ def locked_run(run: Path, shared: bool = False) -> Iterator[int]:
     try:
         if not _acquire(lock, path):
             raise UserError(f"{run}: another 'tpme run' is using it; wait for it, or choose another folder")
-        if not shared:
-            refuse_jobs_in_slurm(run)
-            end_orphans(lock)
-            _sweep(run)
-        yield lock
+        with _owned_run(run, shared):
+            if not shared:
+                refuse_jobs_in_slurm(run)
+                end_orphans(lock)
+                _sweep(run)
+            yield lock
     finally:
         os.close(lock)
+
+
+@contextlib.contextmanager
+def _owned_run(run: Path, shared: bool) -> Iterator[None]:
+    """Keep launchers on other machines away from the run folder; raises UserError where one has it."""
+    try:
+        with owned(run / ".owner", force=shared):
+            yield
+    except OwnedError as error:
+        raise UserError(f"{run}: another 'tpme run' is using it. {error}") from None
 
 
 def _acquire(lock: int, path: Path) -> bool:

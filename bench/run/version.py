@@ -13,8 +13,10 @@ UNMEASURED = (
     "tpme.bench.errors",
     "tpme.bench.git",
     "tpme.bench.lifetimes",
+    "tpme.bench.owner_lock",
     "tpme.bench.record",
     "tpme.bench.redact",
+    "tpme.bench.slurm_commands",
     "tpme.bench.writing",
     "tpme.methods.registry",
 )

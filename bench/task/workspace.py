@@ -12,6 +12,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from tpme.bench.errors import UserError
+from tpme.bench.owner_lock import owned
 from tpme.bench.writing import make_folder, sync_folder
 
 
@@ -20,7 +21,8 @@ def workspace(destination: Path, waiting: Callable[[], None] = lambda: None) -> 
     """Provide an empty folder beside ``destination`` to build in, and always remove it at the end.
 
     One process at a time may build for a destination; others call ``waiting`` and wait. A lock ends with its process;
-    files left by a killed process are removed by the next one.
+    files left by a killed process are removed by the next one. Where machines share the folder, a second lock keeps
+    those of the others away (``tpme.bench.owner_lock``).
 
     Raises:
         UserError: the folder cannot be created.
@@ -28,21 +30,22 @@ def workspace(destination: Path, waiting: Callable[[], None] = lambda: None) -> 
     folder = building_folder(destination)
     if folder.is_symlink():
         raise UserError(f"{folder}: is a link, and the folder that it leads to would be emptied; delete the link")
-    lock = _locked(folder, destination, waiting)
-    try:
-        previous = folder / "previous"
-        if previous.exists() and not destination.exists():
-            previous.rename(destination)  # the previous process was killed in publish()
-        _clear(folder)
-        yield folder
-    except OSError as error:
-        if error.filename is None:  # a full disk
-            raise OSError(error.errno, error.strerror, str(destination)) from None
-        raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        with contextlib.suppress(OSError):  # it ends with this process, too
-            lock.release()
+    with owned(destination.parent / f".{destination.name}.owner", waiting=waiting):
+        lock = _locked(folder, destination, waiting)
+        try:
+            previous = folder / "previous"
+            if previous.exists() and not destination.exists():
+                previous.rename(destination)  # the previous process was killed in publish()
+            _clear(folder)
+            yield folder
+        except OSError as error:
+            if error.filename is None:  # a full disk
+                raise OSError(error.errno, error.strerror, str(destination)) from None
+            raise
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # it ends with this process, too
+                lock.release()
 
 
 def building_folder(destination: Path) -> Path:

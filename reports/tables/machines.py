@@ -28,6 +28,7 @@ def _properties(section: Section, results: list[CellResult]) -> Iterator[tuple[s
     environments = [result.environment for result in results if result.environment is not None]
     yield "Device", (environment.device_name for environment in environments)
     yield "Device key", [section.group.key["device_key"]]
+    yield "Node", (environment.node for environment in environments)
     yield "Driver", (environment.driver for environment in environments)
     yield "CPU threads", (environment.cpu_threads for environment in environments)
     yield "Platform", (environment.platform for environment in environments)

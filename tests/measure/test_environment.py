@@ -66,6 +66,19 @@ def test_determinism_is_as_torch_says() -> None:
         torch.use_deterministic_algorithms(False)
 
 
+def test_a_cluster_names_its_node_and_what_of_it_a_job_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(module.NODE, raising=False)
+    alone = environment("cpu")
+    assert alone.node is None
+    monkeypatch.setattr(module.os, "cpu_count", lambda: 8)
+    monkeypatch.setenv(module.NODE, "gpu-7")
+    monkeypatch.setenv("SLURM_CPUS_ON_NODE", "8")
+    assert environment("cpu").node == "gpu-7"
+    assert environment("cpu").device_key == alone.device_key, "a job that has the node alone"
+    monkeypatch.setenv("SLURM_CPUS_ON_NODE", "2")
+    assert environment("cpu").device_key == f"{alone.device_key}, 2 of 8 cores of a node"
+
+
 def test_the_hosts_name_does_not_leak(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.socket, "gethostname", lambda: "secret-host-17")
     result = environment("cpu")

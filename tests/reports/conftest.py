@@ -116,6 +116,7 @@ class Factory:
         code: str = CODE,
         device_key: str = "cpu: test, 2 threads",
         with_environment: bool = True,
+        node: str | None = None,
         process_valid: bool = True,
         time_reading: Reading | None = None,
         started_at: str = "2026-01-01T00:00:00+00:00",
@@ -143,7 +144,7 @@ class Factory:
             failure=failure,
             started_at=started_at,
             wall_s=3.0 + 5 * (time or 1.0),
-            environment=environment(device_key, what.device) if with_environment else None,
+            environment=environment(device_key, what.device, node) if with_environment else None,
             dataset=self._dataset(),
             text_encoder=None if what.cached else facts("builtin:tiny-text"),
             image_encoder=None if what.cached else facts("builtin:tiny-image"),
@@ -256,7 +257,7 @@ class Factory:
         return files
 
 
-def environment(device_key: str, device: str) -> Environment:
+def environment(device_key: str, device: str, node: str | None = None) -> Environment:
     return Environment(
         python="3.12.1",
         platform="Linux-6.1-x86_64",
@@ -271,6 +272,7 @@ def environment(device_key: str, device: str) -> Environment:
         deterministic=False,
         git_revision="1234abcd",
         git_dirty=False,
+        node=node,
     )
 
 

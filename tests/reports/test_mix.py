@@ -9,6 +9,7 @@ from tpme.bench.record import EncoderSpec, Training
 from tpme.reports.data.load import load
 from tpme.reports.data.trials import names, split
 from tpme.reports.report import make_report, write_report
+from tpme.reports.tables.machines import machines
 from tpme.reports.tables.results import all_tables, results
 
 
@@ -36,6 +37,19 @@ def test_all_rows_share_one_frame_and_their_names_carry_the_device(factory):
     assert section.frame.epoch_time_s.max == pytest.approx(10.0)
     assert section.group.mixed == ("device_key",)
     assert section.name.startswith("rows of different devices mixed: demo, suite protocol, fp32, Intel(R)")
+
+
+def test_nodes_of_one_kind_share_a_frame_and_are_named(factory):
+    """Unlike nodes differ in their device key; the names of nodes alone do not part rows."""
+    for method, node in (("fft", "one"), ("lora", "two")):
+        factory.write(method, node=node)
+        factory.write(method, node="three", device_key="another CPU", seed=2)
+    alike, other = make_report([factory.root]).sections
+    assert set(alike.compared) == set(other.compared) == {"fft", "lora"}
+    (nodes,) = [row for row in machines(other).rows if row[0].text == "Node"]
+    assert nodes[1].text == "one; two"
+    (section,) = make_report([factory.root], mix=True).sections
+    assert section.group.mixed == ("device_key",)
 
 
 def test_every_artefact_says_so(factory, tmp_path):

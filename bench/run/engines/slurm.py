@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from tpme.bench.record import CellResult
 from tpme.bench.run.engines.profile import RunProfile
 from tpme.bench.run.engines.slurm_submit import Submitter
-from tpme.bench.run.engines.slurm_watch import Watch
+from tpme.bench.run.engines.slurm_watch import SlurmWatch
 from tpme.bench.run.job import Job
 from tpme.bench.run.process import deferred_signals, raise_signal
 from tpme.bench.run.progress import Screen
@@ -35,7 +35,7 @@ class SlurmEngine:
         run = attempts[0].folder.parent.parent
         self.submitter.check(attempts, run)
         with deferred_signals() as caught:
-            watch = Watch(self.submitter, run, attempts, screen)
+            watch = SlurmWatch(self.submitter, run, attempts, screen)
             yield from watch.until_all_ended(caught)
         if caught:
             left = len(watch.open)

@@ -9,28 +9,12 @@ from __future__ import annotations
 import getpass
 import os
 import re
-import shutil
-import subprocess
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from tpme.bench.errors import UserError
-from tpme.bench.text import visible
+from tpme.bench.slurm_commands import ENDED, SlurmError, ask
 
-PATIENCE_S = 60.0
-"""Longest wait for an answer of Slurm."""
-ENDED = frozenset(
-    {
-        *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY"),
-        *("PREEMPTED", "REVOKED", "TIMEOUT"),
-    }
-)
-"""States that a job does not leave, unless it is requeued."""
 RUNNING = frozenset({"RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STAGE_OUT"})
-
-
-class SlurmError(UserError):
-    """Slurm refused something, or could not be asked."""
 
 
 class SlurmJobState(NamedTuple):
@@ -61,27 +45,6 @@ class NodeFacts(NamedTuple):
     """The longest job of its partition; ``None``: no limit."""
 
 
-def ask(*command: str) -> str:
-    """The answer of a command of Slurm; raises SlurmError with its words, on one line."""
-    if shutil.which(command[0]) is None:
-        raise SlurmError(f"no '{command[0]}' on PATH: run this where Slurm's commands are, on a login node")
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=PATIENCE_S, check=False, errors="replace"
-        )
-    except subprocess.TimeoutExpired:
-        raise SlurmError(f"{command[0]}: no answer within {PATIENCE_S:g} s; is Slurm's controller running?") from None
-    if done.returncode:
-        raise SlurmError(f"{command[0]}: {in_short(done.stderr)}")
-    return done.stdout
-
-
-def in_short(words: str) -> str:
-    """What a command of Slurm said, on one line, without its own name before each."""
-    lines = [re.sub(r"^\w+: (?:error|fatal): ", "", line.strip()) for line in words.splitlines() if line.strip()]
-    return visible("; ".join(lines), 400) or "no reason given"
-
-
 def queue(prefix: str) -> dict[str, SlurmJobState]:
     """This user's jobs whose names begin with ``prefix``, also those that ended minutes ago; by their ids."""
     listed = ask("squeue", "--noheader", "--array", "--states=all", f"--user={user()}", "--format=%i|%T|%N|%r|%j|%M")
@@ -96,23 +59,6 @@ def user() -> str:
         return getpass.getuser()
     except (KeyError, OSError):
         return str(os.getuid())
-
-
-def is_running(job: str, restarts: int) -> bool:
-    """Whether Slurm says that a job may still run as it was started, after so many restarts.
-
-    Raises SlurmError where it cannot be asked. A job that Slurm has forgotten does not run.
-    """
-    try:
-        shown = ask("scontrol", "--oneliner", "show", "job", job)
-    except SlurmError as error:
-        if "Invalid job id" in str(error):
-            return False
-        raise
-    state, times = (re.search(rf"\b{field}=(\w+)", shown) for field in ("JobState", "Restarts"))
-    if state is None or state[1] in ENDED or state[1] == "PENDING":
-        return False
-    return times is None or int(times[1]) == restarts
 
 
 def why_ended(state: SlurmJobState | None) -> str:

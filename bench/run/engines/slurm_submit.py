@@ -13,8 +13,9 @@ from tpme.bench.errors import UserError
 from tpme.bench.limits import resolved
 from tpme.bench.run.engines.profile import RunProfile
 from tpme.bench.run.engines.slurm_jobs import jobs_folder
-from tpme.bench.run.engines.slurm_queue import SlurmError, in_short, max_array_size, nodes
+from tpme.bench.run.engines.slurm_queue import max_array_size, nodes
 from tpme.bench.run.job import Job
+from tpme.bench.slurm_commands import SlurmError, in_short
 
 MARGIN_S = 300.0
 """What a job gets besides the time limits of its cells: to start, and for submitit's signal before its end."""

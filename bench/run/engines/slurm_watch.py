@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -26,11 +27,12 @@ from tpme.bench.run.engines.slurm_jobs import (
     read_jobs,
     write_jobs,
 )
-from tpme.bench.run.engines.slurm_queue import RUNNING, SlurmError, SlurmJobState, queue, why_ended
+from tpme.bench.run.engines.slurm_queue import RUNNING, SlurmJobState, queue, why_ended
 from tpme.bench.run.engines.slurm_submit import Submitter
 from tpme.bench.run.engines.slurm_task import BuildCaches, RunCells
 from tpme.bench.run.job import Job
 from tpme.bench.run.progress import Screen
+from tpme.bench.slurm_commands import SlurmError
 from tpme.bench.task.features import FeatureJob
 
 AGAIN = frozenset({"BOOT_FAIL", "NODE_FAIL", "PREEMPTED"})
@@ -45,7 +47,7 @@ LAST_WORDS_S = 10.0
 """Wait for the end of jobs whose cells have ended."""
 
 
-class Watch:
+class SlurmWatch:
     """The attempts that have not ended, and what Slurm does with them.
 
     Args:
@@ -121,12 +123,15 @@ class Watch:
         cached = [job for job in self.waiting if job.cell.cached]
         if not cached:
             return {}
+        from tpme.bench.counting.batch import DataShape
         from tpme.bench.run.preflight import missing_caches
+        from tpme.bench.task.dataset import Dataset
 
         metas, needs = MetaCells(cached[0].methods_path), {}
+        shapes = {path: DataShape.of(Dataset.open(path)) for path in {job.dataset_path for job in cached}}
         for job in cached:
-            if meta := metas.built(job.cell):
-                caches = missing_caches(job, meta)
+            with contextlib.suppress(Exception):  # of a method that needs values: its cells build what they need
+                caches = missing_caches(job, metas.build(job.cell, shapes[job.dataset_path]))
                 needs[Attempt.of(job)] = {folder.name: cache for folder, cache in caches.items()}
         return needs
 
