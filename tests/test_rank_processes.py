@@ -75,11 +75,10 @@ if plan == "aborts":
     os.abort()
 if plan == "exits":
     sys.exit("the last words")
-if plan == "hangs":
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    time.sleep(600)
-if plan == "ends when asked":
-    signal.signal(signal.SIGTERM, lambda *_: fail("took too long", "timeout"))
+if plan in ("hangs", "ends when asked"):
+    late = lambda *_: fail("took too long", "timeout")
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if plan == "hangs" else late)
+    (job.folder / f"waits-{rank}").touch()
     time.sleep(600)
 if plan == "train":
     until = time.monotonic() + (600 if plan_of_all else 0)
@@ -228,10 +227,21 @@ def test_a_rank_that_ends_without_a_word_is_named_with_its_last_line(
 def test_a_rank_that_hangs_is_ended_at_the_time_limit(
     stub: Path, monkeypatch: pytest.MonkeyPatch, plans: tuple[str, ...]
 ) -> None:
-    _, result = run(stub, monkeypatch, *plans, time_limit_s=5.0)
+    waiting, clock = sum(plan != "train" for plan in plans), time.monotonic
+    # The clock of the limit jumps once the ranks wait, however long that takes.
+    late = 0.0
+
+    def now() -> float:
+        nonlocal late
+        if not late and len(list((stub / "cell").glob("waits-*"))) == waiting:
+            late = 1000.0
+        return clock() + late
+
+    monkeypatch.setattr("tpme.bench.run.rank_processes.time.monotonic", now)
+    _, result = run(stub, monkeypatch, *plans, time_limit_s=900.0)
     assert result.status == "timeout"
     assert result.failure is not None
-    said = "took longer than its time limit of 5 s; raise time_limit_s or --time-limit"
+    said = "took longer than its time limit of 900 s; raise time_limit_s or --time-limit"
     assert result.failure.message in (said, "took too long")
 
 

@@ -10,7 +10,8 @@ import faulthandler
 import os
 import signal
 import sys
-from typing import TYPE_CHECKING, NoReturn
+from collections.abc import Sequence
+from typing import NoReturn, Protocol
 
 import torch
 
@@ -21,11 +22,22 @@ from tpme.bench.measure.rank_log import RankLog, job_environment, of_job
 from tpme.bench.record import CellResult, Environment, Reading, Status, write_result
 from tpme.bench.run.job import Job
 from tpme.bench.run.rank_failures import AFTER_ANOTHER, claim
+from tpme.bench.train.facts import CellFacts
 from tpme.bench.train.ranks import Ranks
 from tpme.bench.train.split import COLLECTIVES
 
-if TYPE_CHECKING:
-    from tpme.bench.run.cell import CellRun
+
+class RankRun(Protocol):
+    """One rank's attempt at the cell (``CellRun``)."""
+
+    job: Job
+    phases: PhaseLog
+    facts: CellFacts
+    ranks: Ranks
+    environments: Sequence[Environment]
+
+    def record(self, status: Status) -> CellResult:
+        """Write what lies beside the record, and return it."""
 
 
 def own_device(job: Job) -> str:
@@ -56,7 +68,7 @@ def show_where_it_hangs() -> None:
     faulthandler.register(signal.SIGTERM, chain=True)
 
 
-def record_of_all(run: CellRun, status: Status) -> CellResult | None:
+def record_of_all(run: RankRun, status: Status) -> CellResult | None:
     """The record of a cell on several devices, on rank 0; ``None`` on the others.
 
     Ends this process where ``status`` is not ``ok``.
@@ -71,7 +83,7 @@ def record_of_all(run: CellRun, status: Status) -> CellResult | None:
     return None if logs is None else of_job(run.record(status), logs, job_environment(run.environments))
 
 
-def _fail(run: CellRun, status: Status) -> NoReturn:
+def _fail(run: RankRun, status: Status) -> NoReturn:
     path = claim(run.job, run.ranks.rank)
     if path is None:
         _end(AFTER_ANOTHER, f"rank {run.ranks.rank} ends, because another one has failed")
@@ -86,7 +98,7 @@ def _end(code: int, message: str = "") -> NoReturn:
     os._exit(code)
 
 
-def _log(run: CellRun) -> RankLog:
+def _log(run: RankRun) -> RankLog:
     outcome = run.facts.trainer.outcome if run.facts.trainer else None
     first = outcome.first_phase if outcome else 0
     not_split = Reading.missing("parts of a step", "the attempt ended before they were measured")
