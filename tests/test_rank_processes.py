@@ -20,7 +20,8 @@ from tpme.bench.record import Cell, CellResult, cell_id, read_result
 from tpme.bench.run import attempt, process
 from tpme.bench.run.attempt import run_job
 from tpme.bench.run.job import Job
-from tpme.bench.run.rank_processes import Node, node_of
+from tpme.bench.run.rank_failures import blamed, claim
+from tpme.bench.run.rank_processes import Node, RanksEnding, node_of
 
 CORES = sorted(os.sched_getaffinity(0))
 STUB = """
@@ -30,7 +31,7 @@ from plain_record import result
 from tpme.bench.lifetimes import die_with_launcher
 from tpme.bench.record import Failure, write_result
 from tpme.bench.run.job import Job
-from tpme.bench.run.rank_failures import claim
+from tpme.bench.run.rank_failures import AFTER_ANOTHER, claim
 
 die_with_launcher()
 job = Job.model_validate_json(Path(sys.argv[1]).read_text())
@@ -47,7 +48,7 @@ def fail(message, status="error"):
     if (path := claim(job, rank)) is not None:
         failure = Failure(phase="train epoch 1", message=message)
         write_result(result(cell=job.cell, cell_id=job.cell_id, status=status, failure=failure), path)
-    os._exit(1)
+    os._exit(AFTER_ANOTHER if path is None else 1)
 
 def lost():  # what a collective does when another rank is gone
     for path in job.folder.glob("told-*"):
@@ -70,13 +71,14 @@ if plan == "out of memory":
     fail("OutOfMemoryError: Tried to allocate 2.00 GiB", "oom")
 if plan == "diverged":
     fail("the loss is not finite", "diverged")
+if plan == "aborts":
+    os.abort()
 if plan == "exits":
     sys.exit("the last words")
-if plan == "hangs":
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    time.sleep(600)
-if plan == "ends when asked":
-    signal.signal(signal.SIGTERM, lambda *_: fail("took too long", "timeout"))
+if plan in ("hangs", "ends when asked"):
+    late = lambda *_: fail("took too long", "timeout")
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if plan == "hangs" else late)
+    (job.folder / f"waits-{rank}").touch()
     time.sleep(600)
 if plan == "train":
     until = time.monotonic() + (600 if plan_of_all else 0)
@@ -191,7 +193,8 @@ def test_a_rank_that_is_killed(stub: Path, monkeypatch: pytest.MonkeyPatch, lost
         ("raises", "error", "rank 1 of 2: ValueError: no such thing (log: attempt-1.rank-1.log)"),
         ("out of memory", "oom", "rank 1 of 2: OutOfMemoryError: Tried to allocate 2.00 GiB (log: "),
         ("diverged", "diverged", "the loss is not finite"),
-        ("exits", "error", "rank 1 of 2: "),
+        ("exits", "error", "rank 1 of 2 ended with code 1: the last words (log: attempt-1.rank-1.log)"),
+        ("aborts", "killed", "rank 1 of 2 was ended by SIGABRT (log: "),
     ],
 )
 def test_the_error_of_a_rank_is_the_failure_and_not_what_follows_on_the_others(
@@ -200,8 +203,6 @@ def test_the_error_of_a_rank_is_the_failure_and_not_what_follows_on_the_others(
     _, result = run(stub, monkeypatch, "train", plan)
     assert result.status == status
     assert result.failure is not None
-    if plan == "exits":  # it says nothing, so the only error is the one of the other rank
-        message = "rank 0 of 2: RuntimeError: Connection closed by peer (log: attempt-1.log)"
     assert result.failure.message.startswith(message)
 
 
@@ -226,11 +227,34 @@ def test_a_rank_that_ends_without_a_word_is_named_with_its_last_line(
 def test_a_rank_that_hangs_is_ended_at_the_time_limit(
     stub: Path, monkeypatch: pytest.MonkeyPatch, plans: tuple[str, ...]
 ) -> None:
-    _, result = run(stub, monkeypatch, *plans, time_limit_s=5.0)
+    waiting, clock = sum(plan != "train" for plan in plans), time.monotonic
+    # The clock of the limit jumps once the ranks wait, however long that takes.
+    late = 0.0
+
+    def now() -> float:
+        nonlocal late
+        if not late and len(list((stub / "cell").glob("waits-*"))) == waiting:
+            late = 1000.0
+        return clock() + late
+
+    monkeypatch.setattr("tpme.bench.run.rank_processes.time.monotonic", now)
+    _, result = run(stub, monkeypatch, *plans, time_limit_s=900.0)
     assert result.status == "timeout"
     assert result.failure is not None
-    said = "took longer than its time limit of 5 s; raise time_limit_s or --time-limit"
+    said = "took longer than its time limit of 900 s; raise time_limit_s or --time-limit"
     assert result.failure.message in (said, "took too long")
+
+
+def test_nccl_aborts_a_rank_that_has_lost_another(tmp_path: Path) -> None:
+    job = job_of(tmp_path)
+    job.folder.mkdir()
+    ending = RanksEnding({0: -signal.SIGABRT, 1: 1}, timed_out=False, last="")
+    assert blamed(job, ending) == (0, -signal.SIGABRT)
+    on_gpus = job.model_copy(update={"cell": job.cell.model_copy(update={"device": "cuda"})})
+    assert blamed(on_gpus, ending) == (1, 1)
+    claim(on_gpus, 1)
+    assert blamed(on_gpus, ending) == (1, 1)
+    assert claim(on_gpus, 0) is None
 
 
 # --- signals --------------------------------------------------------------------------------------------------------

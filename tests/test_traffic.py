@@ -1,4 +1,4 @@
-"""The bytes that a rank sends: the formula against rings that are played round by round, and against what is counted."""
+"""The bytes that a rank sends: the formula against rings played round by round, and against what is counted."""
 
 from __future__ import annotations
 

@@ -196,8 +196,9 @@ def _one_sided(pair: Pair) -> CellVerdict:
 def pair_cells(sides: tuple[Tree, Tree], request: Request, folder: Path, repository: Path) -> list[Pair]:
     """The cells of both sides, paired by what they run; each side lists its jobs with its own code.
 
-    Raises UserError where a side cannot list its jobs, and where nothing is left to run.
+    Raises UserError where a side cannot list its jobs, where nothing is left to run, and for too many devices.
     """
+    from tpme.bench.run.engines.local import LocalEngine
     from tpme.reports.gate.measures import cell_key
 
     pairs: dict[str, Pair] = {}
@@ -205,8 +206,9 @@ def pair_cells(sides: tuple[Tree, Tree], request: Request, folder: Path, reposit
     for side, tree in zip(SIDES, sides, strict=True):
         answer = _jobs_of_side(side, tree, request, folder, repository)
         problems |= {method: f"{tree.name}: {problem}" for method, problem in answer["problems"].items()}
-        for job in answer["jobs"]:
-            cell = _parse_job(job, tree.name).cell
+        jobs = [_parse_job(job, tree.name) for job in answer["jobs"]]
+        LocalEngine().check(jobs)
+        for job, cell in zip(answer["jobs"], (parsed.cell for parsed in jobs), strict=True):
             pairs.setdefault(cell_key(cell), Pair(cell_key(cell), cell)).jobs[side] = job
     if not pairs:
         raise UserError(f"nothing to run: {'; '.join(problems.values())}")

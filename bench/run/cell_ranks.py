@@ -10,22 +10,34 @@ import faulthandler
 import os
 import signal
 import sys
-from typing import TYPE_CHECKING, NoReturn
+from collections.abc import Sequence
+from typing import NoReturn, Protocol
 
 import torch
 
-from tpme.bench.errors import UserError
+from tpme.bench.errors import UserError, one_line
 from tpme.bench.measure.environment import environment
 from tpme.bench.measure.phases import PhaseLog
 from tpme.bench.measure.rank_log import RankLog, job_environment, of_job
 from tpme.bench.record import CellResult, Environment, Reading, Status, write_result
 from tpme.bench.run.job import Job
-from tpme.bench.run.rank_failures import claim
+from tpme.bench.run.rank_failures import AFTER_ANOTHER, claim
+from tpme.bench.train.facts import CellFacts
 from tpme.bench.train.ranks import Ranks
 from tpme.bench.train.split import COLLECTIVES
 
-if TYPE_CHECKING:
-    from tpme.bench.run.cell import CellRun
+
+class RankRun(Protocol):
+    """One rank's attempt at the cell (``CellRun``)."""
+
+    job: Job
+    phases: PhaseLog
+    facts: CellFacts
+    ranks: Ranks
+    environments: Sequence[Environment]
+
+    def record(self, status: Status) -> CellResult:
+        """Write what lies beside the record, and return it."""
 
 
 def own_device(job: Job) -> str:
@@ -56,29 +68,37 @@ def show_where_it_hangs() -> None:
     faulthandler.register(signal.SIGTERM, chain=True)
 
 
-def record_of_all(run: CellRun, status: Status) -> CellResult | None:
+def record_of_all(run: RankRun, status: Status) -> CellResult | None:
     """The record of a cell on several devices, on rank 0; ``None`` on the others.
 
     Ends this process where ``status`` is not ``ok``.
     """
     if status != "ok":
         _fail(run, status)
-    logs = run.ranks.objects(_log(run))
+    try:
+        logs = run.ranks.objects(_log(run))
+    except RuntimeError as error:
+        _end(AFTER_ANOTHER, f"rank {run.ranks.rank} cannot gather what was measured: {one_line(error)}")
     run.ranks.leave()
     return None if logs is None else of_job(run.record(status), logs, job_environment(run.environments))
 
 
-def _fail(run: CellRun, status: Status) -> NoReturn:
+def _fail(run: RankRun, status: Status) -> NoReturn:
     path = claim(run.job, run.ranks.rank)
     if path is None:
-        sys.stderr.write(f"tpme: rank {run.ranks.rank} ends, because another one has failed\n")
-    else:
-        write_result(of_job(run.record(status), [_log(run)], job_environment(run.environments)), path)
+        _end(AFTER_ANOTHER, f"rank {run.ranks.rank} ends, because another one has failed")
+    write_result(of_job(run.record(status), [_log(run)], job_environment(run.environments)), path)
+    _end(1)
+
+
+def _end(code: int, message: str = "") -> NoReturn:
+    """End at once: taking down a broken group of processes may hang, and the others wait for this one."""
+    sys.stderr.write(f"tpme: {message}\n" if message else "")
     sys.stderr.flush()
-    os._exit(1)  # at once: taking down a broken group of processes may hang, and the others wait for it
+    os._exit(code)
 
 
-def _log(run: CellRun) -> RankLog:
+def _log(run: RankRun) -> RankLog:
     outcome = run.facts.trainer.outcome if run.facts.trainer else None
     first = outcome.first_phase if outcome else 0
     not_split = Reading.missing("parts of a step", "the attempt ended before they were measured")

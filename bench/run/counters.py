@@ -63,10 +63,12 @@ def exact_counters(meta: MetaCell) -> dict[str, Reading]:
 
 def noise_floor(job: Job) -> dict[str, Reading]:
     """Spread between runs of one cell on the device of ``job``, and the cost of the harness, where measured."""
-    profile = known_profile(profile_key(environment(job.cell.device)), job.store)
+    alone = job.cell.training.devices == 1
+    profile = known_profile(profile_key(environment(job.cell.device)), job.store) if alone else None
     noise = profile.noise if profile else None
     if noise is None:
         reason = "not measured on this device yet; 'tpme doctor --noise' does"
+        reason = reason if alone else "'tpme doctor --noise' measures one device, not several together"
         return dict.fromkeys(DeviceNoise.RATIOS, Reading.missing("A/A runs", reason))
     return {name: Reading(value=getattr(noise, name), source=noise.source) for name in DeviceNoise.RATIOS}
 

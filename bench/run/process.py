@@ -83,7 +83,7 @@ def run_process(
                 env=PATIENT | os.environ | dict(variables or {}) | {MARK: launcher.mark},
                 pass_fds=() if lock is None else (lock,),
             )
-        watch = Watch(process, show, hear)
+        watch = OutputWatch(process, show, hear)
         try:
             timed_out = watch.until(deadline, caught)
             if process.returncode == -signal.SIGTERM and not caught:
@@ -123,7 +123,7 @@ def deferred_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-class Watch:
+class OutputWatch:
     """Shows the progress of a process.
 
     The end of its output is not its end, nor the other way round: a child may hold the output open, and a process may

@@ -20,6 +20,8 @@ from tpme.bench.writing import write_atomically
 if TYPE_CHECKING:
     from tpme.bench.run.rank_processes import RanksEnding
 
+AFTER_ANOTHER = 3
+"""Exit code of a rank that fails because another one has failed."""
 OF_ALL: tuple[Status, ...] = ("diverged", "timeout")
 """Failures of a cell as a whole: the message names no rank."""
 
@@ -57,17 +59,21 @@ def notes(job: Job) -> list[Path]:
 def blamed(job: Job, ending: RanksEnding) -> tuple[int, int]:
     """The rank that failed first, and its code.
 
-    A signal that was not sent from here comes from outside, save for SIGABRT: so NCCL ends a rank that has lost
-    another one. Without such a signal, it is the rank that claimed the failure, else any that ended badly.
+    That is one that was ended by a signal from outside, else one that ended without a word, else the one that claimed
+    the failure: a rank that loses another one in a collective says so, with an error of its own.
     """
     codes = {**ending.codes, **_codes_elsewhere(job)}
     bad = [(rank, code) for rank, code in sorted(codes.items()) if code]
-    for rank, code in bad:
-        if code < 0 and code != -signal.SIGABRT:
-            return rank, code
-    if (claimed := _claimed(job)) is not None:
-        return claimed, codes.get(claimed) or 1
-    return bad[0] if bad else (0, 0)
+    signals = [(rank, code) for rank, code in bad if code < 0 and not _follows(job, code)]
+    claimed = _claimed(job)
+    silent = [(rank, code) for rank, code in bad if code > 0 and code != AFTER_ANOTHER and rank != claimed]
+    said = [] if claimed is None else [(claimed, codes.get(claimed) or 1)]
+    return next(iter((*signals, *silent, *said, *bad)), (0, 0))
+
+
+def _follows(job: Job, code: int) -> bool:
+    """Whether a signal may follow from the loss of another rank: NCCL then aborts the process."""
+    return code == -signal.SIGABRT and job.cell.device == "cuda"
 
 
 def left_record(job: Job, ending: RanksEnding) -> CellResult | None:

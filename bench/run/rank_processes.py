@@ -24,7 +24,7 @@ from pathlib import Path
 from tpme.bench.errors import UserError
 from tpme.bench.lifetimes import MARK, Launcher, end_cell
 from tpme.bench.run import process
-from tpme.bench.run.process import PATIENT, Watch, deferred_signals, kill_session, raise_signal, wait_for_signal
+from tpme.bench.run.process import PATIENT, OutputWatch, deferred_signals, kill_session, raise_signal, wait_for_signal
 from tpme.bench.workers import LISTENER
 
 LOOPBACK, THREADS = "127.0.0.1", "OMP_NUM_THREADS"
@@ -97,7 +97,7 @@ def run_ranks(
             environment = PATIENT | os.environ | _shared(variables or {}, len(node.own)) | {MARK: launcher.mark}
             for one in _started(command, node, log, environment, lock):
                 started.append(one)
-            watch = Watch(started[0], show, hear)
+            watch = OutputWatch(started[0], show, hear)
             timed_out = watch.until(deadline, caught, lambda: any(one.poll() for one in started[1:]) or stopped())
             if any(one.poll() == -signal.SIGTERM for one in started) and not caught:
                 wait_for_signal(caught)
