@@ -18,7 +18,7 @@ from rich.console import Console
 
 from tpme.bench.errors import UserError
 from tpme.bench.record import CellResult, Reading, Status, find_results, read_result
-from tpme.bench.run import launch
+from tpme.bench.run import attempt, launch
 from tpme.bench.run.job import Job
 from tpme.bench.run.launch import run_matrix, store_folder
 from tpme.bench.run.matrix import MatrixFile
@@ -67,7 +67,7 @@ class Stubbed:
         self.world, self.run_folder, self.ran_file, self.patch = world, root / "run", root / "ran", monkeypatch
         script = root / "stub.py"
         script.write_text(STUB)
-        monkeypatch.setattr(launch, "command", lambda job_file, _python: [sys.executable, str(script), str(job_file)])
+        monkeypatch.setattr(attempt, "command", lambda job_file, _python: [sys.executable, str(script), str(job_file)])
         monkeypatch.setenv("STUB_RAN", str(self.ran_file))
         self.said = ""
 
@@ -367,7 +367,7 @@ def test_every_card_method_runs(card_run: Any, harness: ModuleType) -> None:
 def test_a_second_run_does_nothing(card_run: Any, world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     matrix, folder, results = card_run
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.parent.name != folder.name}
-    monkeypatch.setattr(launch, "command", lambda *_: pytest.fail("a cell was started"))
+    monkeypatch.setattr(attempt, "command", lambda *_: pytest.fail("a cell was started"))
     assert world.run(matrix, folder) == list(results.values())
     assert {path: path.stat().st_mtime_ns for path in before} == before
 

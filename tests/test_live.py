@@ -23,6 +23,7 @@ from tpme.bench.measure.phases import PhaseLog
 from tpme.bench.quantities import memory_reading
 from tpme.bench.record import CellResult, Phase
 from tpme.bench.run import cell, live, live_cell
+from tpme.bench.run.engines.local import LocalEngine
 from tpme.bench.run.live import LiveLog, parse_epoch
 from tpme.bench.train.loop import Trainer
 
@@ -71,7 +72,9 @@ def test_every_epoch_is_logged_as_it_ends(world: Any, board: Board, tmp_path: Pa
     early: list[bool] = []
     board.when_logged = lambda _folder: early.append(not list(tmp_path.rglob("attempt-1.json")))
     logger, said = log_to(tmp_path)
-    trained, untrained = world.run(world.matrix(["id", "popularity"], training={"epochs": 3}), tmp_path, live=logger)
+    trained, untrained = world.run(
+        world.matrix(["id", "popularity"], training={"epochs": 3}), tmp_path, engine=LocalEngine(live=logger)
+    )
     assert trained.status == untrained.status == "ok"
     assert early[0], "before there is a record"
     (folder, values), (_, nothing) = board.runs.items()
@@ -161,7 +164,7 @@ def test_a_cell_runs_on_where_logging_fails(world: Any, board: Board, tmp_path: 
 
     board.when_logged = full
     logger, said = log_to(tmp_path)
-    [result] = world.run(world.matrix(["id"], training={"epochs": 2}), tmp_path, live=logger)
+    [result] = world.run(world.matrix(["id"], training={"epochs": 2}), tmp_path, engine=LocalEngine(live=logger))
     assert (result.status, len(result.epochs)) == ("ok", 2)
     assert said.getvalue().count("\n") == 1
     assert "id                 not logged to the end  OSError: no [space] left" in said.getvalue()
@@ -219,8 +222,10 @@ def test_mlflow_takes_it(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyP
         monkeypatch.setenv(name, value)
     logger, said = log_to(tmp_path / "run", "mlflow")
     assert logger.where.endswith("mlruns, experiment mine")
-    [result] = world.run(world.matrix(["bitfit"], training={"epochs": 2}), tmp_path / "run", live=logger)
-    world.run(world.matrix(["id"], lr={"recommender": 1e30}), tmp_path / "run", live=logger)
+    [result] = world.run(
+        world.matrix(["bitfit"], training={"epochs": 2}), tmp_path / "run", engine=LocalEngine(live=logger)
+    )
+    world.run(world.matrix(["id"], lr={"recommender": 1e30}), tmp_path / "run", engine=LocalEngine(live=logger))
     client = mlflow.MlflowClient()
     runs = client.search_runs([client.get_experiment_by_name("mine").experiment_id])
     statuses = {run.info.run_name: run.info.status for run in runs}
@@ -242,7 +247,7 @@ def test_tensorboard_takes_it(world: Any, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     logger, said = log_to(tmp_path)
-    [result] = world.run(world.matrix(["bitfit"], training={"epochs": 2}), tmp_path, live=logger)
+    [result] = world.run(world.matrix(["bitfit"], training={"epochs": 2}), tmp_path, engine=LocalEngine(live=logger))
     [folder] = (tmp_path / "tensorboard").glob("*/attempt-1")
     assert [path.name.split(".")[4] for path in folder.iterdir()] == ["host"], "not the name of this one"
     events = EventAccumulator(str(folder)).Reload()

@@ -184,7 +184,7 @@ def test_a_file_in_the_working_directory_is_not_imported(tmp_path: Path, mark: P
     here.mkdir()
     for name in ("torch", "numpy", "json", "sitecustomize", "tpme"):
         (here / f"{name}.py").write_text(f"from pathlib import Path\nPath({str(mark)!r}).touch()\n")
-    code = "import sys; from tpme.bench.run.launch import command; print(*command('x', (sys.executable, '-P')))"
+    code = "import sys; from tpme.bench.run.attempt import command; print(*command('x', (sys.executable, '-P')))"
     told = subprocess.run([sys.executable, "-P", "-c", code], cwd=here, capture_output=True, text=True, check=True)
     python, protected, *_ = told.stdout.split()
     assert protected == "-P"

@@ -275,7 +275,8 @@ def _interleave(
 
 def _run(pair: Pair, side: str, python: list[str], folder: Path, countdown: Countdown, lock: int | None) -> Recorded:
     """One run of a cell in the environment of its side; one that leaves no record gets one."""
-    from tpme.bench.run.launch import run_job, slug
+    from tpme.bench.run.attempt import run_job
+    from tpme.bench.run.launch import slug
     from tpme.reports.data.load import Recorded
 
     home = folder / side / f"{slug(pair.cell)}-{pair.key}" / f"run-{len(pair.runs[side]) + 1}"

@@ -36,6 +36,9 @@ def run(
     ] = False,
     log: Annotated[str | None, typer.Option(help="Log every epoch as it ends: tensorboard or mlflow.")] = None,
     report: Annotated[bool, typer.Option(help="Write the report at the end.")] = True,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Cells beside each other on the CPU, which share its cores; by default 1.")
+    ] = None,
 ) -> None:
     """Run the unfinished cells of a matrix, and report.
 
@@ -43,6 +46,7 @@ def run(
     """
     from rich.text import Text
 
+    from tpme.bench.run.engines.local import local_engine
     from tpme.bench.run.launch import choose_device, run_matrix, store_folder
     from tpme.bench.run.matrix import load_matrix
 
@@ -60,6 +64,7 @@ def run(
         from tpme.bench.run.live import LiveLog
 
         live = LiveLog(log, folder, console)
+    engine = local_engine(device_name, jobs, live)
     message = f"{visible(matrix.description or source, LONGEST_LINE)}\nRecords go to {folder}, device {device_name}."
     if live is not None:
         message += f"\nEpochs are logged live: {live.where}"
@@ -73,7 +78,7 @@ def run(
         time_limit_s=time_limit,
         save_adapters=save_adapters,
         dry_run=dry_run,
-        live=live,
+        engine=engine,
         console=console,
     )
     if dry_run:

@@ -30,6 +30,8 @@ PACKAGES = (
     "nvidia-ml-py",
 )
 ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "LD_PRELOAD", "PYTHONMALLOC", "GLIBC_TUNABLES")
+CELLS_BESIDE = "TPME_CELLS_BESIDE"
+"""Variable of a cell's process: how many cells share its machine, where they are more than one."""
 _SOURCES = ("bench", "methods", "reports", "pyproject.toml")
 
 
@@ -44,6 +46,8 @@ def environment(device: object) -> Environment:
         name, driver, cuda = _gpu(device)
         packages |= cuda
         key = f"{name}, driver {driver or 'unknown'}, {threads} threads"
+    if (beside := os.environ.get(CELLS_BESIDE, "1")) != "1":
+        key += f", {beside} cells at a time"
     return Environment(
         python=platform.python_version(),
         platform=platform.platform(),

@@ -1,4 +1,4 @@
-"""One process and one device per cell: time limits, failures as records, resuming unfinished runs.
+"""From a matrix to its records: what is missing runs on an engine; failures are records, unfinished runs resume.
 
 A run folder holds ``cells/METHOD-ID/attempt-N.json`` and its logs, ranks and samples. A cell is done when another
 attempt would end as its latest one did; a cell that was killed, ended in an error or never ended is run again. The
@@ -15,38 +15,29 @@ import json
 import os
 import re
 import shutil
-import signal
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
 
-from tpme.bench.errors import LONGEST_MESSAGE, UserError, first_problem
+from tpme.bench.errors import UserError, first_problem
 from tpme.bench.lifetimes import end_orphans
 from tpme.bench.limits import resolved
 from tpme.bench.record import (
     CELLS_FILE,
     Cell,
     CellResult,
-    Failure,
-    Reading,
-    RecordError,
-    Status,
     cell_id,
-    read_result,
-    write_result,
 )
-from tpme.bench.redact import redact_file, without_home
+from tpme.bench.redact import without_home
 from tpme.bench.run.cell_checks import MetaCells, check_cells
-from tpme.bench.run.job import Job, time_limit_message
-from tpme.bench.run.live import LiveLog
+from tpme.bench.run.engines import Engine
+from tpme.bench.run.engines.local import LocalEngine
+from tpme.bench.run.job import Job
 from tpme.bench.run.matrix import DatasetEntry, MatrixFile, PreparedDataset, expand
-from tpme.bench.run.process import Ending, run_process
 from tpme.bench.run.progress import Screen, remaining_table
 from tpme.bench.run.remaining import Latest, is_finished, latest_attempt, remaining
 from tpme.bench.run.version import code_version
@@ -201,14 +192,15 @@ def run_matrix(
     time_limit_s: float | None = None,
     save_adapters: bool = False,
     dry_run: bool = False,
-    live: LiveLog | None = None,
+    engine: Engine | None = None,
     console: Console,
 ) -> list[CellResult]:
     """Run every cell of ``matrix`` that is not finished; returns the latest records of all its cells, in order.
 
     With ``save_adapters`` what each method has trained is kept beside its record; a cell without that is not finished,
     and neither is one whose record lacks the representation space that the matrix asks for. A ``dry_run`` checks
-    everything, lists what would run, and returns what there is. ``live`` logs the epochs.
+    everything, lists what would run, and returns what there is. ``engine`` is where cells run, by default this
+    machine, one after the other.
 
     Ctrl-C stops the running cell, leaves no record of it, and raises KeyboardInterrupt; a second call resumes.
     SIGTERM and SIGHUP do the same and raise SystemExit.
@@ -235,7 +227,38 @@ def run_matrix(
         return [result for result in latest if result is not None]
     with locked_run(run) as lock, screen:
         _write_matrix(run, matrix, jobs)
-        return [_finished(job, attempt, screen, live, lock) for job, attempt in zip(jobs, found, strict=True)]
+        results = _run_missing(jobs, found, engine or LocalEngine(), screen, lock)
+    return [results[job.folder] for job in jobs]
+
+
+def _run_missing(
+    jobs: Sequence[Job], found: Sequence[Latest], engine: Engine, screen: Screen, lock: int
+) -> dict[Path, CellResult]:
+    """The records of all cells by folder: the latest, or those of another attempt at cells that are not finished.
+
+    ``found`` is what was there before the run folder was locked; another launcher may have finished a cell since.
+    """
+    results: dict[Path, CellResult] = {}
+    attempts = []
+    for job, latest in zip(jobs, found, strict=True):
+        if not is_finished(latest.result, job):
+            latest = latest_attempt(job)
+        if is_finished(latest.result, job):
+            results[job.folder] = _ended(job, latest.result, screen)
+        elif job.folder not in {attempt.folder for attempt in attempts}:
+            _tell_damage(latest, screen)
+            attempts.append(job.model_copy(update={"attempt": latest.number + 1}))
+    for job, result in engine.run(attempts, screen, lock) if attempts else ():
+        screen.print_outcome(result, job.file(".log"))
+        results[job.folder] = _ended(job, result, screen)
+    return results
+
+
+def _ended(job: Job, result: CellResult, screen: Screen) -> CellResult:
+    if result.status == "ok":
+        shutil.rmtree(job.procedure, ignore_errors=True)  # of a cell that was killed before it could
+    screen.advance()
+    return result
 
 
 def _announce(
@@ -257,26 +280,6 @@ def _announce(
         screen.console.print(remaining_table(state))
     for sentence in (state.text, *memory_warnings(missing, metas)):
         screen.print(sentence)
-
-
-def _finished(job: Job, latest: Latest, screen: Screen, live: LiveLog | None, lock: int) -> CellResult:
-    """The record of a cell: the latest, or that of another attempt where it is not finished.
-
-    ``latest`` is what was there before the run folder was locked; another launcher may have finished the cell since.
-    """
-    if not is_finished(latest.result, job):
-        latest = latest_attempt(job)
-    result = latest.result
-    if not is_finished(result, job):
-        _tell_damage(latest, screen)
-        attempt = job.model_copy(update={"attempt": latest.number + 1})
-        with screen.cell(job.cell.label) as show:
-            result = run_job(attempt, show=show, live=live, lock=lock)
-        screen.print_outcome(result, attempt.file(".log"))
-    if result.status == "ok":
-        shutil.rmtree(job.procedure, ignore_errors=True)  # of a cell that was killed before it could
-    screen.advance()
-    return result
 
 
 def _tell_damage(attempt: Latest, screen: Screen) -> None:
@@ -336,102 +339,3 @@ def _sweep(run: Path) -> None:
     for folder in (path for path in run.glob("cells/*") if not path.is_symlink()):
         for path in (*folder.glob(".*attempt-*"), *folder.glob("attempt-*.job.json")):
             path.unlink(missing_ok=True)
-
-
-def run_job(
-    job: Job,
-    python: Sequence[str] = (sys.executable, "-P"),
-    content: bytes | None = None,
-    show: Callable[[str, float], None] = lambda *_: None,
-    live: LiveLog | None = None,
-    lock: int | None = None,
-) -> CellResult:
-    """Run one attempt in its own process; returns the record of the cell or, if it left none, one written here.
-
-    Args:
-        job: what to run. python: the interpreter; ``-P``: no file of the working directory hides a package.
-        content: of the job file, where the cell's code is of another version. show: called with progress.
-        live: logs its epochs, which the cell then reports. lock: of ``locked_run``, which the cell holds, too.
-    """
-    job_file, record = job.file(".job.json"), job.file(".json")
-    started, began = time.monotonic(), datetime.now(UTC)
-    _remove_files(job)  # of the same attempt of a launcher that was killed
-    try:
-        write_atomically(job_file, content or job.model_dump_json(indent=1).encode())
-        started_cell = command(job_file, python) if live is None else command(job_file, python, "live_cell")
-        with contextlib.nullcontext() if live is None else live.lines_of(job) as hear:
-            ending = run_process(
-                started_cell, log=job.file(".log"), limit_s=job.time_limit_s, show=show, hear=hear, lock=lock
-            )
-    except BaseException:
-        if not record.exists():
-            _remove_files(job)
-        raise
-    finally:
-        job_file.unlink(missing_ok=True)
-    redact_file(job.file(".log"))
-    unreadable = None
-    if record.exists():
-        try:
-            return read_result(record)
-        except RecordError as error:
-            unreadable = str(error)
-    result = _failed_result(job, ending, time.monotonic() - started, began, unreadable)
-    _remove_files(job, but=job.file(".log"))
-    write_result(result, record)
-    return result
-
-
-def command(job_file: Path, python: Sequence[str], module: str = "cell") -> list[str]:
-    """The command that runs one cell."""
-    return [*python, "-m", f"tpme.bench.run.{module}", str(job_file)]
-
-
-def _remove_files(job: Job, but: Path | None = None) -> None:
-    """Remove the files of an attempt that left no record, save for ``but``."""
-    for path in (*job.folder.glob(f"attempt-{job.attempt}.*"), *job.folder.glob(f".*attempt-{job.attempt}.*")):
-        if path != but:
-            path.unlink(missing_ok=True)
-    if job.folder.is_dir() and not any(job.folder.iterdir()):
-        job.folder.rmdir()
-
-
-def _failed_result(job: Job, ending: Ending, wall_s: float, began: datetime, unreadable: str | None) -> CellResult:
-    """The record of a cell whose process ended without writing one, or wrote one that cannot be read, and why."""
-    log = job.file(".log")
-    status: Status = "timeout" if ending.timed_out else "killed" if ending.code < 0 else "error"
-    if ending.timed_out:
-        message = time_limit_message(job.time_limit_s)
-    elif ending.code < 0:
-        hint = "; the kernel does this when host memory runs out" if -ending.code == signal.SIGKILL else ""
-        message = f"its process was ended by {_signal_name(-ending.code)}{hint} (log: {log.name})"
-    elif unreadable is not None:
-        message = f"its record cannot be read; did the code change during the run? {unreadable} (log: {log.name})"
-    else:
-        message = f"its process ended with code {ending.code}: {_last_line(log) or ending.last} (log: {log.name})"
-    return CellResult(
-        cell_id=job.cell_id,
-        attempt=job.attempt,
-        cell=job.cell,
-        code_version=job.code_version,
-        status=status,
-        failure=Failure(phase="unknown", message=message),
-        started_at=began.isoformat(timespec="seconds"),
-        wall_s=wall_s,
-        time_limit_s=job.time_limit_s,
-        epoch_time_s=Reading.missing("training epochs", f"the cell ended as '{status}' without writing a record"),
-    )
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:  # a real-time signal
-        return f"signal {number}"
-
-
-def _last_line(log: Path) -> str:
-    with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - 4096))
-        lines = file.read().decode(errors="replace").strip().splitlines()
-    return lines[-1][-LONGEST_MESSAGE:] if lines else ""

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
@@ -51,6 +51,8 @@ def run_process(
     show: Callable[[str, float], None] = lambda *_: None,
     hear: Callable[[str], None] | None = None,
     lock: int | None = None,
+    variables: Mapping[str, str] | None = None,
+    caught: list[int] | None = None,
 ) -> Ending:
     """Run ``command`` to its end, at most ``limit_s``.
 
@@ -62,13 +64,15 @@ def run_process(
         hear: called with every other line of its standard output.
         lock: an open file that this process has locked. The process holds the lock, too: should it outlive this one,
             nobody else gets the lock.
+        variables: further environment variables of the process.
+        caught: of ``deferred_signals`` in the main thread, for a call in another thread, to which no signal comes.
 
     Raises:
         KeyboardInterrupt, SystemExit: SIGINT, or SIGTERM or SIGHUP, came meanwhile; the process has been ended.
     """
     deadline = time.monotonic() + limit_s
     launcher = Launcher.here(deadline, lock)
-    with _deferred_signals() as caught:
+    with deferred_signals() if caught is None else contextlib.nullcontext(caught) as caught:
         with log.open("wb") as errors:
             process = subprocess.Popen(
                 command,
@@ -76,7 +80,7 @@ def run_process(
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 start_new_session=True,
-                env=PATIENT | os.environ | {MARK: launcher.mark},
+                env=PATIENT | os.environ | dict(variables or {}) | {MARK: launcher.mark},
                 pass_fds=() if lock is None else (lock,),
             )
         watch = _Watch(process, show, hear)
@@ -100,7 +104,7 @@ def raise_signal(number: int) -> NoReturn:
 
 
 @contextlib.contextmanager
-def _deferred_signals() -> Iterator[list[int]]:
+def deferred_signals() -> Iterator[list[int]]:
     """Collect the signals that would end the program instead of acting on them. Ignored ones stay ignored."""
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():

@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 
 from tpme.bench.commands.noise import MATRIX
-from tpme.bench.run import launch
+from tpme.bench.run import attempt
+from tpme.bench.run.engines.local import LocalEngine
 from tpme.bench.run.launch import run_matrix
 from tpme.bench.run.live import LiveLog
 
@@ -36,7 +37,7 @@ def logger(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # mlflow-skinny has no other that needs no server
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
-    monkeypatch.setattr(launch, "command", lambda job_file, python, _module: [*python, "-c", CELL, str(job_file)])
+    monkeypatch.setattr(attempt, "command", lambda job_file, python, _module: [*python, "-c", CELL, str(job_file)])
     return str(request.param)
 
 
@@ -46,7 +47,12 @@ def step_times(logger: str, folder: Path) -> np.ndarray[Any, Any]:
     console = Console(quiet=True)
     live = LiveLog(logger, folder, console)
     [result] = run_matrix(
-        type(MATRIX).model_validate(changed), folder, store=folder, device="cpu", live=live, console=console
+        type(MATRIX).model_validate(changed),
+        folder,
+        store=folder,
+        device="cpu",
+        engine=LocalEngine(live=live),
+        console=console,
     )
     assert len(result.epochs) == EPOCHS
     [samples] = folder.rglob("*.samples.npz")

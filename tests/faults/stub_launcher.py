@@ -22,7 +22,7 @@ from tpme.bench.record import (
     Reading,
     cell_id,
 )
-from tpme.bench.run import launch
+from tpme.bench.run import attempt, launch
 from tpme.bench.run.job import Job
 
 HERE = Path(__file__).parent
@@ -149,4 +149,4 @@ def install() -> None:
     launch.MetaCells = lambda *_: None  # it loads torch
     launch.make_jobs = make_jobs
     launch._announce = announce
-    launch.command = lambda job_file, _python, *_: [sys.executable, "-P", str(HERE / "stub_cell.py"), str(job_file)]
+    attempt.command = lambda job_file, _python, *_: [sys.executable, "-P", str(HERE / "stub_cell.py"), str(job_file)]
