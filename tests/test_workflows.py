@@ -18,8 +18,10 @@ ROOT = Path(__file__).resolve().parents[1]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 ACTION = ROOT / "action.yml"
 LOCK = ROOT / ".github" / "lock"
-NOT_IN_WORKFLOWS = {"jax", "jaxlib", "ml-dtypes", "numpyro", "opt-einsum"}
-"""Pinned for the extra ``saas``, which no workflow installs."""
+NOT_IN_WORKFLOWS = {"jax", "jaxlib", "ml-dtypes", "numpyro", "opt-einsum"} | {
+    *("attrs", "jsonschema", "jsonschema-specifications", "msgpack", "ray", "referencing", "rpds-py")
+}
+"""Pinned for the extras ``saas`` and ``ray``, which no workflow installs."""
 
 
 def load(path: Path) -> dict[str, Any]:
