@@ -151,6 +151,6 @@ def learning(result: CellResult) -> dict[str, Any] | None:
     }
 
 
-def _short(values: Sequence[float]) -> list[float | None]:
+def _short(values: Sequence[float | None]) -> list[float | None]:
     """Five digits each, which is finer than a screen."""
-    return [float(f"{value:.5g}") if isfinite(value) else None for value in values]
+    return [float(f"{value:.5g}") if value is not None and isfinite(value) else None for value in values]

@@ -40,7 +40,7 @@ function closeCell() {
 const DOES = {
   load: "data and encoders are read", adapt: "the method enters the encoders", prepare: "the model is set up", cache: "the feature cache is built or read", warmup: "steps before the clock counts",
   train: "training", validate: "validation after an epoch", rank: "the whole catalogue is ranked for the users", export: "the adapted model is written", inference: "serving is timed",
-  estimate: "the method estimates what to change", search: "the method searches", round: "a round of the method", count: "FLOPs and bytes are counted", probe: "the representation space is measured",
+  estimate: "the method estimates what to change", search: "the method searches", round: "a round of the method", count: "FLOPs and bytes are counted", probe: "the representation space is measured", other: "what the training loop does between its phases",
 };
 
 /* A lane for each kind of phase, in the colour that it has in all reports; above them, on the same time axis, the memory curve in bands of these colours. */

@@ -128,7 +128,7 @@ def _sum(values: Sequence[float | None]) -> float | None:
 def _epoch_columns(result: CellResult) -> dict[str, Any]:
     best = None
     if result.epochs:
-        best = max(result.epochs, key=lambda epoch: (epoch.valid_recall_10, -epoch.index))
+        best = max(result.epochs, key=lambda epoch: (epoch.valid_recall_10 or 0.0, -epoch.index))
         best = next((epoch for epoch in result.epochs if epoch.index == result.best_epoch), best)
     return {
         "epochs_run": len(result.epochs),

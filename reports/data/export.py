@@ -224,12 +224,15 @@ def _metrics(row: pd.Series[Any], start_ms: int) -> Iterator[Any]:
 
 
 def _curves(result: CellResult, start_ms: int) -> Iterator[Any]:
-    """Loss, time and validation quality of each epoch."""
+    """Loss, time and validation quality of each epoch, as far as its task has them."""
     from mlflow.entities import Metric
 
     for epoch in result.epochs:
         for name in ("train_s", "loss", "valid_recall_10", "valid_ndcg_10"):
-            yield Metric(f"epoch_{name}", float(getattr(epoch, name)), start_ms, epoch.index)
+            if (value := getattr(epoch, name)) is not None:
+                yield Metric(f"epoch_{name}", float(value), start_ms, epoch.index)
+        for name, value in epoch.metrics.items():
+            yield Metric(f"epoch_{name}", value, start_ms, epoch.index)
 
 
 def _is_number(value: Any) -> bool:

@@ -105,4 +105,4 @@ def _curve(result: CellResult, kind: int) -> tuple[Any, Any]:
     """Points of a row in the panels of ``TITLES``: ``x`` and ``y``, shape ``(epochs,)``."""
     epochs = result.epochs
     x = np.cumsum([epoch.train_s for epoch in epochs]) if kind == 2 else np.array([epoch.index for epoch in epochs])
-    return x, np.array([epoch.valid_recall_10 if kind else epoch.loss for epoch in epochs])
+    return x, np.array([epoch.valid_recall_10 if kind else epoch.loss for epoch in epochs], dtype=float)  # None: NaN
