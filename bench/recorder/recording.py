@@ -15,6 +15,7 @@ The record goes to ``runs/reviews/cells``, so ``tpme report runs/reviews`` shows
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import re
@@ -149,6 +150,9 @@ class Recorder:
         self._records, self._started_at = True, datetime.now(UTC)
         self._instruments = measuring(self.device)
         self._log = self._instruments.__enter__()
+        self._froze = not gc.get_freeze_count()
+        if self._froze:
+            gc.freeze()  # a million library objects: the collection at the start of each phase skips them
         self._log.baseline()
         self.timeline = Timeline(self._log, self.device, self._time_of)
         return self
@@ -168,6 +172,8 @@ class Recorder:
                     self._count()
         finally:
             self._instruments.__exit__(None, None, None)
+            if self._froze:
+                gc.unfreeze()
             self._model, self._instruments = None, None
         if isinstance(error, KeyboardInterrupt) or rank() > 0:  # Ctrl-C leaves no record
             return
