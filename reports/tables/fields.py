@@ -54,17 +54,20 @@ def seeds() -> Field:
 def quality(section: Section, key: str, seeds: bool = False) -> list[Field]:
     """Mean ± half the width of its interval; the bounds go to the formats for programs.
 
-    With ``seeds`` the standard deviation over seeds is a column for people where any row has several.
+    With ``seeds`` the standard deviation over seeds is a column for people where any row has several. A metric without
+    an interval over users has the deviation behind its mean instead.
     """
-    what = quantity(key)
-    best = best_rows(section.summary[key], "higher", QUALITY_DIGITS)
+    what = section.quantity(key)
+    best = best_rows(section.summary[key], what.better or "higher", QUALITY_DIGITS)
+    resampled = bool(section.summary[f"{key}_low"].notna().any())
 
     def entry(name: str, line: Line) -> Entry:
         if isnan(line[key]):
             return Entry(str(line["status"]) if line["status"] != "ok" else MISSING)
-        half = (line[f"{key}_high"] - line[f"{key}_low"]) / 2
+        half = (line[f"{key}_high"] - line[f"{key}_low"]) / 2 if resampled else line[f"{key}_sd"]
         mean = what.format(line[key])
-        return Entry(f"{mean} ± {what.format(half)}", line[key], name in best, short=mean)
+        text = mean if isnan(half) and not resampled else f"{mean} ± {what.format(half)}"
+        return Entry(text, line[key], name in best, short=mean)
 
     def deviation(name: str, line: Line) -> Entry:
         return Entry(what.format(line[f"{key}_sd"]), value_of(line[f"{key}_sd"]))
@@ -72,7 +75,7 @@ def quality(section: Section, key: str, seeds: bool = False) -> list[Field]:
     bounds = [hidden(f"{key}_{part}") for part in ("low", "high")]
     known = seeds and bool(section.summary[f"{key}_sd"].notna().any())
     column = Column(f"{key}_sd", "± seeds", machine_only=not known, wide_only=True)
-    return [(Column(key, what.header, "higher"), entry), *bounds, (column, deviation)]
+    return [(Column(key, what.header, what.better), entry), *bounds, (column, deviation)]
 
 
 def cost(
