@@ -90,7 +90,7 @@ def details_md(title: str, chapters: Sequence[Chapter], formats: Sequence[str], 
     for chapter in chapters:
         section = chapter.section
         lines += [chapter.heading("Notes"), ""]
-        lines += [f"- {escape_markdown(text)}" for text in (*section.notes.shared, section.instruments)]
+        lines += [f"- {escape_markdown(text)}" for text in (*section.notes.shared, section.instruments) if text]
         footnotes = enumerate(section.notes.footnotes, start=1)
         lines += [*(f"- <sup>{mark}</sup> {escape_markdown(text)}" for mark, text in footnotes), ""]
     for chapter in chapters:

@@ -108,7 +108,7 @@ function drawChart(rows) {
 function chartNote(drawn, shown, across, up) {
   const bars = (axis, pool) => (axis.bars && pool.some((row) => row[`${axis.key}_high`] > row[`${axis.key}_low`]) ? axis.bars : "");
   const [upwards, sideways] = [bars(up, drawn), bars(across, shown)];
-  const parts = [`Best is up and to the ${across.better === 1 ? "right" : "left"}.`];
+  const parts = [`Best is ${up.better === 1 ? "up" : "down"} and to the ${across.better === 1 ? "right" : "left"}.`];
   if (upwards || sideways) parts.push(`Bars: ${[upwards && `${upwards} (up and down)`, sideways && `${sideways} (across)`].filter(Boolean).join(", ")}.`);
   if (shown.some((row) => row.front)) parts.push("Diamonds and line: no other compared row is better in both (Pareto front).");
   if (drawn.some((row) => row.baseline)) parts.push("Hollow squares and dashed lines: reference rows, which adapt no encoder.");
@@ -119,7 +119,7 @@ function chartNote(drawn, shown, across, up) {
 function summary(row) {
   const place = known(row.rank) ? `Rank ${rankText(row)}, TPME ${percent(row)} %` : known(row.bound) ? `TPME ${percent(row)} %` : row.status === "ok" ? "no TPME" : `ended as ${row.status}`;
   return [
-    row.name, place + (known(row.low) ? ` (95 %: ${interval(row, 2)})` : "") + (row.front ? ", on the Pareto front" : ""), `Recall@10 ${ranged(row, "recall_10")}, NDCG@10 ${ranged(row, "ndcg_10")}`,
+    row.name, place + (known(row.low) ? ` (95 %: ${interval(row, 2)})` : "") + (row.front ? ", on the Pareto front" : ""), group().qualities.map(({ key, title }) => `${title} ${ranged(row, key)}`).join(", "),
     `T ${spread(row.epoch_time_s, row.epoch_time_s_sd, 4)} s, P ${number(row.trainable_millions, 4)} M, M ${usedMemory(row, 4)}${known(row.energy_epoch_j) ? `, E ${energy(row, 4)}` : ""}`, ...footnotes(row).map((text, i) => `${row.notes[i]} ${text}`),
   ].join("\n");
 }

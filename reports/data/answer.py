@@ -132,15 +132,16 @@ def _costs(section: Section, line: Line) -> str:
     if not isnan(line["trainable_millions"]):
         parts.append(f"{number(line['trainable_millions'])} M trainable parameters")
     if not isnan(line["memory_bytes"]):
-        parts.append(f"{bytes_text(line['memory_bytes'])} while training")
+        of_others = "source" in section.group.key
+        parts.append(f"{bytes_text(line['memory_bytes'])} {'of memory' if of_others else 'while training'}")
     if not isnan(line["peak_bytes"]):
         parts.append(f"{bytes_text(line['peak_bytes'])} at the peak of the whole run ({line['peak_phase']})")
     text = ", ".join(parts) or "no cost measured"
     if section.reference is None or isnan(line["cost_ratio"]) or line is section.lines[section.reference]:
         return text
     share = f"{100 * line['cost_ratio']:.2g} % of {section.reference}'s cost"
-    time = "epoch time" if section.ranked else "time"
-    return f"{text}; {share} (weighted geometric mean of {time}, parameters and training memory)"
+    costs = "epoch time, parameters and training memory" if section.ranked else "time, parameters and memory"
+    return f"{text}; {share} (weighted geometric mean of {costs})"
 
 
 def _trust(section: Section) -> str:

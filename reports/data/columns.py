@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ def row_of(result: CellResult, device_key: str) -> dict[str, Any]:
         "failure_phase": result.failure.phase if result.failure else None,
         "failure_message": result.failure.message if result.failure else None,
         "started_at": result.started_at,
-        "wall_s": result.wall_s,
+        "wall_s": result.wall_s if result.source is None or result.wall_s else math.nan,
         **_cell_columns(result.cell, device_key),
         "time_of": result.time_of,
         "source": result.source.name if result.source else "",
@@ -47,7 +48,7 @@ def _flags(result: CellResult) -> Iterator[Flag]:
     else:
         yield Flag(code=BY_OTHERS, message=f"measured by others: {result.source.name}")
     for name, metric in result.metrics.items():
-        if not metric.value.valid:
+        if not metric.value.valid and result.status == "ok":
             yield Flag(code="no-metric", message=f"no {name}: {metric.value.reason}")
 
 
@@ -105,7 +106,7 @@ def _cost_columns(result: CellResult) -> dict[str, Any]:
         "memory_seen_bytes": max(seen, default=None),
         **_peak_columns(result),
         "trainable_millions": parameters.trainable / 1e6 if parameters else None,
-        "total_millions": parameters.total / 1e6 if parameters else None,
+        "total_millions": parameters.total / 1e6 if parameters and parameters.total is not None else None,
         "stored_bytes": parameters.stored_bytes if parameters else None,
         "cache_build_s": cache.build_s if cache else None,
         "cache_bytes": cache.bytes if cache else None,
@@ -119,8 +120,9 @@ def _peak_columns(result: CellResult) -> dict[str, Any]:
     """The whole-run peak by the reading of M, the kind of phase where it lies, and the peak of building a cache.
 
     M counts with them: a device may lose the reading that M takes in one phase and not in another. Phases in which
-    the suite measures for itself (``OWN_PHASES``) do not count, and what others published is M alone. Where an earlier cell built the cache,
+    the suite measures for itself (``OWN_PHASES``) do not count. Where an earlier cell built the cache,
     the last is that of the builder's process alone (``load`` takes that cell's, where it is among the records).
+    What others published is M alone.
     """
     windows = [("train", result.training_memory), *((phase.kind, phase.memory) for phase in result.phases)]
     readings = (

@@ -12,7 +12,7 @@ import pandas as pd
 
 from tpme.bench.errors import UserError
 from tpme.bench.quantities import Quantity, named_quality, quantity
-from tpme.bench.record import Cell, CellResult
+from tpme.bench.record import Cell, CellResult, Epoch
 from tpme.reports.data.metrics import over_seeds
 from tpme.reports.data.ranks import METRICS
 from tpme.reports.data.trials import Line
@@ -39,6 +39,21 @@ def qualities_of(results: Iterable[CellResult]) -> tuple[Quantity, ...]:
                     f"{result.cell.label}; report them apart, or record one of them under another name"
                 )
     return (*(OF_RANKS if ranked else ()), *(named_quality(name, higher) for name, higher in better.items()))
+
+
+def validated(epochs: Iterable[Epoch]) -> str:
+    """The quality whose curve is drawn: Recall@10 where an epoch has it, else the first metric of an epoch, or empty."""
+    name = ""
+    for epoch in epochs:
+        if epoch.valid_recall_10 is not None:
+            return OF_RANKS[0].header
+        name = name or next(iter(epoch.metrics), "")
+    return name
+
+
+def validation(epoch: Epoch, name: str) -> float | None:
+    """The quality that ``validated`` named, after an epoch."""
+    return epoch.valid_recall_10 if name == OF_RANKS[0].header else epoch.metrics.get(name)
 
 
 def deciding(qualities: Sequence[Quantity]) -> Quantity | None:

@@ -20,6 +20,7 @@ from tpme.bench.record import CellResult
 from tpme.reports.data.load import Recorded, counter_values
 from tpme.reports.data.metrics import over_seeds, quality
 from tpme.reports.data.notes import Notes, mixing, notes_of
+from tpme.reports.data.others import measured_here
 from tpme.reports.data.paired_tests import Difference, differences_of
 from tpme.reports.data.qualities import OF_RANKS, deciding, named, qualities_of, worst_first
 from tpme.reports.data.ranks import METRICS, Metric, gains
@@ -148,7 +149,9 @@ class Section:
 
     @cached_property
     def instruments(self) -> str:
-        """How fine the instruments were: noise floor of the device, cost of harness and sampler."""
+        """How fine our instruments were: noise floor of the device, cost of harness and sampler; empty for others'."""
+        if not measured_here(recorded.result for recorded in self.records):
+            return ""
         time, memory = (_largest(self.records, name) for name in NOISE_FLOOR)
         overhead, sampler = self.counter("overhead_ratio"), self.counter("sampler_core_share")
         several = len({recorded.device_key for recorded in self.records}) > 1

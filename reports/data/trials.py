@@ -41,8 +41,8 @@ PLURAL = dict(
         strict=True,
     )
 )  # fmt: skip
-EXPERIMENT = "experiment"
-"""The option that holds the name under which others published a variant; rows show it without the key."""
+VARIANT = "experiment"
+"""The option that holds the name under which others published a variant."""
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ def _row_names(cells: pd.DataFrame) -> list[str]:
         extra += [
             _setting(key, value) for key, value in json.loads(training).items() if json.dumps(value) != usual[key]
         ]
-        extra += [f"@{version[:7]}"] if variants["code_version"][label] > 1 else []
+        extra += [f"@{version[:7]}"] if variants["code_version"][label] > 1 and label not in published else []
         extra += [text for texts, value in zip(differing.values(), rest, strict=True) if (text := texts.get(value))]
         return f"{label} [{', '.join(extra)}]" if extra else label
 
@@ -249,13 +249,14 @@ def _usual_training(rows: pd.DataFrame) -> dict[str, str]:
 
 
 def settings(text: str) -> list[str]:
-    """``{"rank":4}`` as ``["rank=4"]``."""
-    return [_setting(key, value) for key, value in json.loads(text).items()]
+    """``{"rank":4}`` as ``["rank=4"]``; what others named a variant stands for all of its settings, "default" for none."""
+    options = json.loads(text)
+    if VARIANT in options:
+        return [str(options[VARIANT])] if options[VARIANT] != "default" else []
+    return [_setting(key, value) for key, value in options.items()]
 
 
 def _setting(key: str, value: Any) -> str:
     if value is True:
         return key
-    if key == EXPERIMENT:
-        return str(value)
     return f"{key}={value if isinstance(value, str) else json.dumps(value, separators=(',', ':'))}"

@@ -27,11 +27,20 @@ def table_of(
     rows: Iterable[str] | None = None,
     notes: Iterable[str] = (),
 ) -> Table:
-    """A table over all or the named rows of the summary, with the section's footnotes and instruments."""
+    """A table over all or the named rows of the summary, with the section's footnotes and instruments.
+
+    Of other tasks than recommendation, without the columns that no row has.
+    """
     names = [str(row) for row in (section.summary.index if rows is None else rows)]
-    entries = tuple(tuple(entry(row, section.lines[row]) for _, entry in columns) for row in names)
-    warnings = (*section.notes.shared, section.instruments)
-    heads = tuple(column for column, _ in columns)
+    lines = [[entry(row, section.lines[row]) for _, entry in columns] for row in names]
+    kept = [
+        place
+        for place, (column, _) in enumerate(columns)
+        if section.ranked or column.machine_only or any(line[place].text != MISSING for line in lines)
+    ]
+    entries = tuple(tuple(line[place] for place in kept) for line in lines)
+    warnings = tuple(text for text in (*section.notes.shared, section.instruments) if text)
+    heads = tuple(columns[place][0] for place in kept)
     return Table(name, title, heads, entries, tuple(notes), warnings, section.notes.footnotes, section.name)
 
 

@@ -35,6 +35,7 @@ _WHOLE = {
     "time_to_best_s": "To best epoch: all time up to it, building a feature cache included.",
     "all_in_s": "All in: the whole time of training.",
 }
+_OTHER = ("the parts of a run", "evaluation and all the rest", "model")
 _PEAK = " Peak: of the whole run, from loading to {}, with its phase where that is shown."
 OVER_SEEDS = "Means over seeds, ± their standard deviation where there are several."
 
@@ -56,7 +57,7 @@ def results(section: Section) -> Table:
         *fields.cost(section, _whole_time(section)),
         *fields.cost(section, "trainable_millions"),
         *fields.memory(section, unit),
-        *(fields.peak(section, unit) if section.ranked or _has_peak(section) else []),
+        *fields.peak(section, unit),
         *fields.ratio(section, "cost_ratio"),
         *fields.tpme(section),
     ]
@@ -104,12 +105,10 @@ def costs(section: Section) -> Table:
         columns += cost(key) if summary[key].notna().any() else []
     if (summary["search_trials"] > 1).any():
         columns += [fields.count("search_trials"), *cost("search_wall_s")]
-    if not section.ranked:
-        columns = [field for field in columns if field[0].key != "best_epoch" or summary["best_epoch"].notna().any()]
+    parts, whole, model = ("epochs after warm-up", "validation and ranking", "encoders") if section.ranked else _OTHER
     notes = [
-        f"{OVER_SEEDS} T with a percentage: where it lies in so many resamplings of seeds and of epochs after "
-        "warm-up. Whole cell: loading, validation and ranking included. Stored: what must be kept beside the untouched "
-        "encoders."
+        f"{OVER_SEEDS} T with a percentage: where it lies in so many resamplings of seeds and of {parts}. "
+        f"Whole cell: loading, {whole} included. Stored: what must be kept beside the untouched {model}."
     ]
     if summary["all_in_s"].notna().any() and section.ranked:
         notes.append("All in: feature cache, a method's estimation, search and rounds, training epochs of all stages.")
