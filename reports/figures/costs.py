@@ -69,7 +69,7 @@ def costs(section: Section) -> Plot | None:
     columns = [
         ("epoch_time_s", f"T, {section.time_of}", "s", 1.0),
         ("trainable_millions", "P, parameters", "M", 1.0),
-        ("memory_bytes", "M, training", unit, scale),
+        ("memory_bytes", "M" if "source" in section.group.key else "M, training", unit, scale),
         ("peak_bytes", "Peak, whole run", unit, scale),
     ]
     summary = section.summary

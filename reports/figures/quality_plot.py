@@ -30,7 +30,7 @@ from tpme.reports.figures.style import (
 WIDE_FROM = 12
 """Number of rows from which the figure is as wide as a page: their names need the room."""
 LABELLED = 40
-"""Number of rows up to which the figure of a page has its usual height."""
+"""Number of rows up to which the figure has its usual height; beyond, names of the front find their places first."""
 
 
 def quality_tpme(section: Section) -> Plot | None:
@@ -45,7 +45,8 @@ def quality_tpme(section: Section) -> Plot | None:
     if len(rows) < 2:
         return None
     wide = len(rows) >= WIDE_FROM
-    tall = 4.2 if len(rows) <= LABELLED else 6.4
+    crowded = len(rows) > LABELLED
+    tall = 6.4 if crowded else 4.2
     figure = new_figure(PAGE_INCHES if wide else COLUMN_INCHES, tall if wide else 3.0 + 0.04 * len(rows))
     axes = figure.add_subplot()
     x, y = 100 * rows["tpme"], rows[key]
@@ -76,6 +77,7 @@ def quality_tpme(section: Section) -> Plot | None:
         axes,
         np.column_stack([x, y]),
         labels,
+        first=np.flatnonzero(front.to_numpy() | (rows.index == section.reference)).tolist() if crowded else (),
         lines=[*itertools.pairwise(steps), *(((ends[0], y), (ends[1], y)) for y in beside)],
         bars=[
             *zip(np.column_stack([x, up[0]]), np.column_stack([x, up[1]]), strict=True),

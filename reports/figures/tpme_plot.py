@@ -37,7 +37,7 @@ def tpme_intervals(section: Section) -> Plot | None:
     figure = new_figure(COLUMN_INCHES, 0.72 + 0.155 * len(rows))
     axes = figure.add_subplot()
     labels = [row_label(section, name) for name in names]
-    position = name_rows(figure, axes, labels, right=1.05 if ratios else 0.72, bottom=0.42, top=0.3)
+    position = name_rows(figure, axes, labels, right=(1.05 if len(str(section.reference)) < 6 else 1.3) if ratios else 0.72, bottom=0.42, top=0.3)
     ranks = rows["tpme_rank"]
     for rank in ranks[ranks.duplicated()].unique():
         tied = position[(ranks == rank).to_numpy()]
