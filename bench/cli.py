@@ -21,6 +21,7 @@ from tpme.bench.commands import (
     compare,
     doctor,
     export,
+    import_,
     method,
     plan,
     prepare,
@@ -48,6 +49,7 @@ app = typer.Typer(
 app.add_typer(prepare.app, name="prepare")
 for command in (run.run, report.report, choose.choose, compare.compare, board.board, export.export, plan.plan):
     app.command(cls=PlainCommand)(command)
+app.add_typer(import_.app, name="import")
 app.add_typer(listing.app, name="list")
 app.add_typer(method.app, name="method")
 app.command(cls=PlainCommand)(doctor.doctor)

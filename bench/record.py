@@ -434,11 +434,11 @@ class Parameters(Frozen):
     trainable: Count
     trainable_max: Count
     """The most that ever trained at one time (a method may change what trains)."""
-    total: Count
-    """All parameters the cell holds, the encoders' included when they are loaded."""
+    total: Count | None
+    """All parameters the cell holds, the encoders' included when they are loaded; ``None`` where others do not say."""
     by_group: dict[str, Count]
-    stored_bytes: Count
-    """What must be kept to use the adapted model later, beside the untouched encoders."""
+    stored_bytes: Count | None
+    """What must be kept to use the adapted model later, beside the untouched encoders; ``None`` as above."""
 
 
 class EncoderFacts(Frozen):

@@ -19,6 +19,7 @@ ROOMS = (
     "bench.measure",
     "bench.task.sources",
     "bench.task",
+    "bench.imports",
     "bench.task.tiny",
     "methods",
     "bench.train",

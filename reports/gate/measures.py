@@ -238,8 +238,10 @@ def counters(result: CellResult) -> dict[str, float]:
     if result.parameters is not None:
         counted["trainable_parameters"] = result.parameters.trainable
         counted["trainable_parameters_max"] = result.parameters.trainable_max
-        counted["total_parameters"] = result.parameters.total
-        counted["stored_bytes"] = result.parameters.stored_bytes
+        if result.parameters.total is not None:
+            counted["total_parameters"] = result.parameters.total
+        if result.parameters.stored_bytes is not None:
+            counted["stored_bytes"] = result.parameters.stored_bytes
     if result.epochs:
         counted["steps_per_epoch"] = result.epochs[-1].steps
         if len(result.epochs) >= result.cell.training.epochs:  # early stopping is not exact
