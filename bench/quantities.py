@@ -31,18 +31,11 @@ RANKING = {"recall": "Recall", "ndcg": "NDCG"}
 
 PUBLISHED = "published"
 """In place of a device: the memory of what others measured, by whichever instrument they had."""
+_ANY = ("nvml_process_bytes", "nvml_device_bytes", "torch_reserved_bytes", "torch_allocated_bytes", "host_rss_bytes")
 INSTRUMENTS: dict[MemoryRule, dict[str, tuple[str, ...]]] = {
-    rule: {
-        **of_devices,
-        PUBLISHED: (
-            "nvml_process_bytes", "nvml_device_bytes", "torch_reserved_bytes", "torch_allocated_bytes", "host_rss_bytes",
-        ),
-    }
-    for rule, of_devices in (
-        ("held", {"cpu": ("host_rss_bytes",), "cuda": ("nvml_process_bytes", "nvml_device_bytes")}),
-        ("allocated", {"cpu": ("host_rss_bytes",), "cuda": ("torch_allocated_bytes",)}),
-    )
-}  # fmt: skip
+    "held": {"cpu": ("host_rss_bytes",), "cuda": ("nvml_process_bytes", "nvml_device_bytes"), PUBLISHED: _ANY},
+    "allocated": {"cpu": ("host_rss_bytes",), "cuda": ("torch_allocated_bytes",), PUBLISHED: _ANY},
+}
 """By rule and device the fields of ``Memory``, the preferred one first; the last one is taken valid or not.
 
 ``held`` is what a job takes away from other jobs, and M of TPME. ``allocated`` is what its tensors occupy: it repeats
@@ -223,7 +216,12 @@ NAMED = "metric_"
 
 
 def quantity(key: str) -> Quantity:
-    """The quantity of that key; an unlisted one is a counter of a method's own ``report()``."""
+    """The quantity of that key; an unlisted one is a counter of a method's own ``report()``.
+
+    Which way a metric improves is known to its records alone (``named_quality``).
+    """
+    if key.startswith(NAMED):
+        return Quantity(key, key.removeprefix(NAMED), better=None, kind="quality", decimals=QUALITY_DIGITS)
     return QUANTITIES.get(key) or _counter(key, key, key)
 
 

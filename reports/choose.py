@@ -229,7 +229,7 @@ def qualifying_table(choice: Choice, limits: Limits) -> Table:
         *(field for what in shown for field in fields.quality(chosen, what.key)),
         *fields.cost(chosen, "epoch_time_s"),
         *fields.cost(chosen, "trainable_millions"),
-        *fields.memory(chosen, unit := byte_unit(summary["peak_bytes"])),
+        *fields.memory(chosen, unit := byte_unit(summary[["peak_bytes", "memory_bytes"]].max())),
         *fields.cost(chosen, "peak_bytes", unit=unit),
         *(field for field in fields.tpme(chosen) if field[0].key.startswith(("tpme_percent", "tpme_lower_bound"))),
     ]

@@ -171,9 +171,10 @@ def reading_guide(sections: Sequence[Section]) -> list[str]:
         "user's earlier items taken out, ties counted against the model (with one target this is the hit rate).",
         "**NDCG@K**: the same hits, each weighted by 1 / log2(1 + rank).",
     ]
+    warm_up, rest = ("warm-up epochs", "ranking, building a feature cache") if ranked else ("warm-up", "evaluation")
     own_times = [
-        f"**T**: median training time of {times} after the warm-up{' epochs' if ranked else ''}, in seconds. Data loading "
-        f"counts; validation, {'ranking, building a feature cache and saving' if ranked else 'saving and the rest'} do not."
+        f"**T**: median training time of {times} after the {warm_up}, in seconds. Data loading counts; validation, "
+        f"{rest} and saving do not."
     ]
     to_best = [
         "**To best epoch**: everything that leads to the epoch with the best validation: feature cache, a method's "

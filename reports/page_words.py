@@ -11,16 +11,16 @@ from tpme.reports.page_axes import METRICS
 RANKED = (
     "<b>±</b>: behind Recall and NDCG half the 95 % interval over users, behind T and M the standard deviation over "
     "seeds.",
-    "<b>T</b>: training time of an epoch; <b>P</b>: millions of trainable parameters; <b>M</b>: peak memory of training "
-    "alone; <b>Whole-run peak</b>: the highest from loading to export, the build of a feature cache included, and in "
-    "brackets the phase where it lies (hover for what that does); <b>E</b>: energy of a training epoch.",
-    "<b>Recall@10</b>: share of test users whose next item is among the first ten recommended; <b>NDCG@10</b>: the same, "
-    "and higher places count more.",
+    "<b>T</b>: training time of an epoch; <b>P</b>: millions of trainable parameters; <b>M</b>: peak memory of "
+    "training alone; <b>Whole-run peak</b>: the highest from loading to export, the build of a feature cache included, "
+    "and in brackets the phase where it lies (hover for what that does); <b>E</b>: energy of a training epoch.",
+    "<b>Recall@10</b>: share of test users whose next item is among the first ten recommended; <b>NDCG@10</b>: the "
+    "same, and higher places count more.",
 )
 OTHER = (
     "<b>±</b>: the standard deviation over seeds.",
-    "<b>T</b>: training time of what its column names; <b>P</b>: millions of trainable parameters; <b>M</b>: peak memory "
-    "of training alone; where others measured, what they say under “How far to trust these numbers”.",
+    "<b>T</b>: training time of what its column names; <b>P</b>: millions of trainable parameters; <b>M</b>: peak "
+    "memory of training alone; where others measured, what they say under “How far to trust these numbers”.",
 )
 SEED = "<b>Seed</b>: number of the random start; several seeds are several runs of the same row."
 EPOCH = "<b>Epoch</b>: once through all training users."

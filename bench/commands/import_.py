@@ -59,5 +59,7 @@ def _write(runs: list[Published], out: Path) -> None:
     write_runs(runs, out)
     failed = sum(run.status != "ok" for run in runs)
     ends = f", {failed} of runs that did not finish" if failed else ""
-    line = f"Written to {out}: {len(runs)} record{'' if len(runs) == 1 else 's'}{ends}, measured by {runs[0].source.name}"
+    line = (
+        f"Written to {out}: {len(runs)} record{'' if len(runs) == 1 else 's'}{ends}, measured by {runs[0].source.name}"
+    )
     PlainConsole().print(line, soft_wrap=True)

@@ -232,7 +232,13 @@ def _run(chosen: TableMap, row: Mapping[str, str], where: str) -> Published:
 
 def _definitions(chosen: TableMap) -> dict[str, str]:
     """What the figures mean, by the words of reports; where the map says nothing, the column they are from."""
-    of = {"T": chosen.time, "All in": chosen.total_time, "P": chosen.trainable, "Stored": chosen.stored, **chosen.metrics}
+    of = {
+        "T": chosen.time,
+        "All in": chosen.total_time,
+        "P": chosen.trainable,
+        "Stored": chosen.stored,
+        **chosen.metrics,
+    }
     found = {key: f'column "{one.column}"' for key, one in of.items() if one is not None}
     if chosen.memory is not None:
         found["M"] = chosen.memory.definition

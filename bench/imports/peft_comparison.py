@@ -20,8 +20,8 @@ from tpme.bench.record import Epoch, Failure, ImportSource, NamedMetric, Paramet
 NAME = "huggingface/peft method_comparison"
 TASK = "MetaMathQA"
 SHARED = (
-    "model_id", "dtype", "max_seq_length", "batch_size", "batch_size_eval", "max_steps", "eval_steps", "compile", "use_gc",
-    "attn_implementation",
+    "model_id", "dtype", "max_seq_length", "batch_size", "batch_size_eval", "max_steps", "eval_steps", "compile",
+    "use_gc", "attn_implementation",
 )  # fmt: skip
 """Settings of ``train_config`` that all runs of a group share; the others are a run's own choice, such as its rate."""
 BOOKKEEPING = (
@@ -31,16 +31,18 @@ BOOKKEEPING = (
 QUALITIES = {"test accuracy": True, "forgetting": False}
 """Metrics of a finished run, and whether more is better."""
 DEFINITIONS = {
-    "T": "sum of `train time` over the intervals between evaluations: batches, forward, backward and update of all steps",
-    "All in": "`train_time`, which also holds loading the data, two evaluations of forgetting and generating the answers "
-    "of the test, and leaves out the evaluations between intervals",
+    "T": "sum of `train time` over the intervals between evaluations: batches, forward, backward and update of all "
+    "steps",
+    "All in": "`train_time`, which also holds loading the data, two evaluations of forgetting and generating the "
+    "answers of the test, and leaves out the evaluations between intervals",
     "P": "`num_trainable_params`",
     "M": "`accelerator_memory_max`, the most that torch's allocator reserved at any time of the run, evaluation by "
     "generation included, over what it held at the start; what the driver and CUDA hold beside it is not in it",
     "Stored": "`file_size` of the saved weights; of full fine-tuning all weights of the model",
     "test accuracy": "share of GSM8K's test problems with the right final number",
     "forgetting": "loss per token on Wikipedia texts after training less that before; less is better",
-    "Spread": "one seed; an interval of T resamples the intervals of one run, and nothing says how much another run differs",
+    "Spread": "one seed; an interval of T resamples the intervals of one run, and nothing says how much another run "
+    "differs",
     "Not published": "memory by NVML, energy, FLOPs, cost of inference",
 }
 
@@ -172,7 +174,8 @@ def _read(path: Path, name: str, commit: str) -> Published:
         wall_s=run.total_time,
         memory=memory_of(
             torch_reserved_bytes=Reading(
-                value=float(train.accelerator_memory_max), source="accelerator_memory_max, reserved by torch's allocator"
+                value=float(train.accelerator_memory_max),
+                source="accelerator_memory_max, reserved by torch's allocator",
             )
         ),
         parameters=Parameters(
@@ -183,7 +186,9 @@ def _read(path: Path, name: str, commit: str) -> Published:
             stored_bytes=train.file_size,
         ),
         counters={
-            f"reserved_{key}_bytes": Reading(value=float(value), source=f"accelerator_memory_reserved_{key} as published")
+            f"reserved_{key}_bytes": Reading(
+                value=float(value), source=f"accelerator_memory_reserved_{key} as published"
+            )
             for key, value in (
                 ("avg", train.accelerator_memory_reserved_avg),
                 ("99th", train.accelerator_memory_reserved_99th),
@@ -219,7 +224,9 @@ def _options(variant: str, settings: dict[str, Any], peft_config: dict[str, Any]
     """What a run chose: the name of its variant, its optimiser and rate, and the plain settings of its peft method."""
     own = {key: value for key, value in settings.items() if key not in (*SHARED, "seed")}
     config = {key: value for key, value in (peft_config or {}).items() if key not in BOOKKEEPING}
-    plain = {key: value for key, value in config.items() if isinstance(value, bool | int | float | str)}
+    plain: dict[str, Any] = {
+        key: value for key, value in config.items() if isinstance(value, bool | int | float | str)
+    }
     targets = config.get("target_modules")
     if isinstance(targets, tuple):
         plain["target_modules"] = sorted(map(str, targets))
@@ -241,7 +248,8 @@ def _reading(value: float | None, source: str) -> Reading:
 
 def _epochs(path: Path, metrics: tuple[_Metrics, ...]) -> tuple[Epoch, ...]:
     """The intervals between evaluations; their steps are those since the one before."""
-    parts, before = [], 0
+    parts: list[Epoch] = []
+    before = 0
     for entry in metrics:
         if entry.train_time is None:
             continue
@@ -269,5 +277,7 @@ def _time(path: Path, train: _TrainInfo, steps: int, status: Status) -> Reading:
     if reached == steps:
         return Reading(value=math.fsum(entry.train_time or 0.0 for entry in timed), source=source)
     if status == "ok":
-        raise UserError(f"{path}: intervals up to step {reached} of {steps}, though its status is success; it is damaged")
+        raise UserError(
+            f"{path}: intervals up to step {reached} of {steps}, though its status is success; it is damaged"
+        )
     return Reading.missing(source, f"it reached step {reached} of {steps}")

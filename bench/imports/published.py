@@ -136,8 +136,8 @@ def write_runs(runs: Sequence[Published], out: Path) -> None:
             record = record_of(run)
             if record.cell_id in places:
                 raise UserError(
-                    f"{run.where}: the same method, options, settings and seed as {places[record.cell_id]}; one of them "
-                    "twice, or something that tells them apart is missing"
+                    f"{run.where}: method, options, settings and seed are those of {places[record.cell_id]}; remove one"
+                    ", or name what tells them apart"
                 )
             places[record.cell_id] = run.where
             write_result(record, folder / "run" / "cells" / record.cell_id / "attempt-1.json")

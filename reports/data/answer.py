@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isnan
 
-from tpme.bench.quantities import bytes_text, number, quantity
+from tpme.bench.quantities import bytes_text, number
 from tpme.reports.data.notes import mixing
+from tpme.reports.data.others import measured_here
 from tpme.reports.data.qualities import worst_first
 from tpme.reports.data.ranks import Metric
 from tpme.reports.data.section import Section
@@ -117,8 +118,9 @@ def _front(section: Section, best: str) -> str:
     lowest = next(iter(section.compared), None)
     if lowest is None or lowest == best:
         return f"{text}{'' if lowest is None else ', the lowest TPME'}."
-    value = section.main.format(section.lines[lowest][section.main.key])
-    return f"{text}. Lowest TPME: {lowest}, with {section.main.header} {value} and {_costs(section, section.lines[lowest])}."
+    line = section.lines[lowest]
+    value = section.main.format(line[section.main.key])
+    return f"{text}. Lowest TPME: {lowest}, with {section.main.header} {value} and {_costs(section, line)}."
 
 
 def _costs(section: Section, line: Line) -> str:
@@ -155,12 +157,15 @@ def _trust(section: Section) -> str:
     of_finished = cells.loc[cells["status"] == "ok", "flags"]
     finished = len(of_finished)
     shared = sum(any(code in SHARED_DEVICE for code, _ in marks) for marks in of_finished)
-    parts.append(
-        f"other programs competed for the device in {shared} of {finished} cells"
-        if shared
-        else "no cell is flagged for sharing its device"
-    )
-    parts.append(section.noise.text)
+    if measured_here(recorded.result for recorded in section.records):
+        parts.append(
+            f"other programs competed for the device in {shared} of {finished} cells"
+            if shared
+            else "no cell is flagged for sharing its device"
+        )
+        parts.append(section.noise.text)
+    else:
+        parts.append("nothing says how far another run of the same settings differs, so no tie is claimed")
     if failed := len(cells) - finished:
         parts.append(f"{failed} of {len(cells)} cells did not finish")
     if "random-weights" in _flags(section):

@@ -1,6 +1,6 @@
 """What the quality of rows is: Recall and NDCG of their rankings, or the metrics that their records name.
 
-A section asks here once; tables, figures, the page and ``choose`` ask their section, so that they need not know the task.
+A section asks here once; tables, figures, the page and ``choose`` ask their section, and need not know the task.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def qualities_of(results: Iterable[CellResult]) -> tuple[Quantity, ...]:
     Raises:
         UserError: more of a metric is better in one record and worse in another.
     """
-    ranked, better = False, {}
+    ranked = False
+    better: dict[str, bool] = {}
     for result in results:
         ranked |= result.cell.task == RANKED_TASK
         for name, metric in result.metrics.items():
@@ -42,7 +43,7 @@ def qualities_of(results: Iterable[CellResult]) -> tuple[Quantity, ...]:
 
 
 def validated(epochs: Iterable[Epoch]) -> str:
-    """The quality whose curve is drawn: Recall@10 where an epoch has it, else the first metric of an epoch, or empty."""
+    """The quality whose curve is drawn: Recall@10 where an epoch has it, else the first metric of one, or empty."""
     name = ""
     for epoch in epochs:
         if epoch.valid_recall_10 is not None:

@@ -123,7 +123,9 @@ def draw(name: str, row: Repeats) -> Floats:
 
 def _sums(samples: Sequence[Floats], chosen: Ints, generator: np.random.Generator) -> Floats:
     """For each entry of ``chosen`` the sum of a resample of ``samples[entry]``."""
-    drawn = [values[generator.integers(len(values), size=(*chosen.shape, len(values)))].sum(axis=-1) for values in samples]
+    drawn = [
+        values[generator.integers(len(values), size=(*chosen.shape, len(values)))].sum(axis=-1) for values in samples
+    ]
     return np.asarray(np.choose(chosen, drawn) if len(drawn) > 1 else drawn[0])
 
 

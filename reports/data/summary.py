@@ -110,17 +110,19 @@ def repeats_of(seeds: Sequence[CellResult]) -> Repeats:
         [epoch.train_s for epoch in result.epochs[result.warmup_epochs :]] or [result.pass_time_s.value]
         for result in seeds
     ]
-    totals = [result.pass_time_s.value for result in seeds]
     memory = [memory_reading("memory_bytes", result.pass_memory, instruments_of(result)).value for result in seeds]
     return Repeats(
         epochs_s=tuple(np.array(seconds, dtype=np.float64) for seconds in times),
         memory_bytes=np.array(memory, dtype=np.float64),
         trainable_millions=max((seed.parameters.trainable for seed in seeds if seed.parameters), default=np.nan) / 1e6,
-        summed=all(
-            total is not None and len(parts) > 1 and math.isclose(total, math.fsum(parts))
-            for total, parts in zip(totals, ([epoch.train_s for epoch in result.epochs] for result in seeds), strict=True)
-        ),
+        summed=all(map(_is_sum, seeds)),
     )
+
+
+def _is_sum(result: CellResult) -> bool:
+    """Whether T is the time of all parts of a run together; as a median of several it is less."""
+    parts, total = [epoch.train_s for epoch in result.epochs], result.pass_time_s.value
+    return total is not None and len(parts) > 1 and math.isclose(total, math.fsum(parts))
 
 
 def ranks_of(seeds: Sequence[Line]) -> list[Ranks]:

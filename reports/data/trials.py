@@ -117,7 +117,7 @@ def names(groups: Sequence[Group]) -> list[str]:
     namesakes = len({name for name, _ in data}) < len(data)
     rest = [*(["dataset_fingerprint"] if namesakes else []), "modalities", "encoders"]
     distinct = [key for key in rest if len({group.key[key] for group in groups}) > 1]
-    apart = _differing([group.key.get("settings", "{}") for group in groups])
+    apart = differing_settings([group.key.get("settings", "{}") for group in groups])
     return [
         (f"rows of different {mixture(group)} mixed: " if group.mixed else "")
         + ", ".join(
@@ -141,7 +141,7 @@ def names(groups: Sequence[Group]) -> list[str]:
     ]
 
 
-def _differing(texts: Iterable[str]) -> dict[str, str]:
+def differing_settings(texts: Iterable[str]) -> dict[str, str]:
     """For each JSON object of settings those that not all share, as words; nothing of settings that only some have."""
     unique = {text: json.loads(text) for text in dict.fromkeys(texts)}
     known = [setting for setting in unique.values() if setting]
@@ -166,7 +166,7 @@ def shorten_path(text: str) -> str:
 def _with_free_cells(frame: pd.DataFrame) -> pd.DataFrame:
     """Copy cells without an encoder (popularity, ID-only) into every group that agrees in the rest."""
     without = (frame["encoders"] == "") & (frame["task"] == OTHER_TASKS["task"])
-    free, bound = frame[without], frame[~without]
+    free, bound = frame.loc[without], frame.loc[~without]
     rest = [name for name in GROUP if name not in ("encoders", "modalities")]
     parts = [bound]
     for _, cell in free.iterrows():
@@ -206,7 +206,7 @@ def _row_names(cells: pd.DataFrame) -> list[str]:
     published = set(cells["label"][cells["source"] != ""])
     differing = {name: _short_values(sorted(set(cells[name]) - {""})) for name in _mixed(cells)}
     if "settings" in differing:
-        differing["settings"] = _differing(differing["settings"])
+        differing["settings"] = differing_settings(differing["settings"])
     if "source" in differing:
         differing["source"] = {name: f"measured by others: {name}" for name in differing["source"]}
     if (cells.groupby("dataset")["dataset_fingerprint"].nunique() == 1).all():
@@ -249,7 +249,7 @@ def _usual_training(rows: pd.DataFrame) -> dict[str, str]:
 
 
 def settings(text: str) -> list[str]:
-    """``{"rank":4}`` as ``["rank=4"]``; what others named a variant stands for all of its settings, "default" for none."""
+    """``{"rank":4}`` as ``["rank=4"]``; what others named a variant stands for all of its settings."""
     options = json.loads(text)
     if VARIANT in options:
         return [str(options[VARIANT])] if options[VARIANT] != "default" else []

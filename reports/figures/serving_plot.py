@@ -46,9 +46,10 @@ def inference(section: Section) -> Plot | None:
         texts = [_short(value / scale) for value in frame[key]]
         logarithmic += [title] if bars(axes, position, frame[key] / scale, texts, reach=quartiles) else []
         axes.set_title(f"{title} {'↓' if what.better == 'lower' else '↑'}", pad=3)
+    over = " with 95 % intervals over users" if section.ranked else ""
     size = max(facts_of(seed).batch.size for seeds in rows.values() for seed in seeds)
     caption = (
-        f"{section.main.header}{' with 95 % intervals over users' if section.ranked else ''}, FLOPs of encoding an item, and items encoded a second, "
+        f"{section.main.header}{over}, FLOPs of encoding an item, and items encoded a second, "
         f"{size} at a time: median with quartiles of the runs. Cheap to serve: few FLOPs, many items."
     )
     given = [name for name, seeds in rows.items() if any(facts_of(seed).looked_up for seed in seeds)]

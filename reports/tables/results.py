@@ -99,7 +99,8 @@ def costs(section: Section) -> Table:
         *cost("total_millions"),
         *cost("stored_bytes"),
     ]
-    rare = [*(["all_in_s"] if _whole_time(section) != "all_in_s" else []), "energy_epoch_j", "training_energy_j", "cache_build_s", "cache_peak_bytes", "cache_bytes"]
+    rare = ["all_in_s"] if _whole_time(section) != "all_in_s" else []
+    rare += ["energy_epoch_j", "training_energy_j", "cache_build_s", "cache_peak_bytes", "cache_bytes"]
     rare += [] if served(section.behind) else ["inference_items_per_s"]  # of records from before it had its own table
     for key in rare:
         columns += cost(key) if summary[key].notna().any() else []
