@@ -21,6 +21,7 @@ from tpme.bench.commands import (
     compare,
     doctor,
     export,
+    import_,
     method,
     plan,
     prepare,
@@ -59,6 +60,7 @@ for command in (
     plan.plan,
 ):
     app.command(cls=PlainCommand)(command)
+app.add_typer(import_.app, name="import")
 app.add_typer(listing.app, name="list")
 app.add_typer(method.app, name="method")
 app.command(cls=PlainCommand)(doctor.doctor)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tpme.bench.errors import UserError
-from tpme.bench.record import Memory, Reading
+from tpme.bench.record import CellResult, Memory, Reading
 
 Better = Literal["higher", "lower"]
 Kind = Literal["status", "counter", "time", "memory", "quality"]
@@ -29,9 +29,12 @@ QUALITY_DIGITS = 4
 RANKING = {"recall": "Recall", "ndcg": "NDCG"}
 """Metrics of a ranking and their names."""
 
+PUBLISHED = "published"
+"""In place of a device: the memory of what others measured, by whichever instrument they had."""
+_ANY = ("nvml_process_bytes", "nvml_device_bytes", "torch_reserved_bytes", "torch_allocated_bytes", "host_rss_bytes")
 INSTRUMENTS: dict[MemoryRule, dict[str, tuple[str, ...]]] = {
-    "held": {"cpu": ("host_rss_bytes",), "cuda": ("nvml_process_bytes", "nvml_device_bytes")},
-    "allocated": {"cpu": ("host_rss_bytes",), "cuda": ("torch_allocated_bytes",)},
+    "held": {"cpu": ("host_rss_bytes",), "cuda": ("nvml_process_bytes", "nvml_device_bytes"), PUBLISHED: _ANY},
+    "allocated": {"cpu": ("host_rss_bytes",), "cuda": ("torch_allocated_bytes",), PUBLISHED: _ANY},
 }
 """By rule and device the fields of ``Memory``, the preferred one first; the last one is taken valid or not.
 
@@ -210,9 +213,24 @@ COSTS = ("epoch_time_s", "trainable_millions", "memory_bytes")
 """T, P and M, in this order."""
 
 
+NAMED = "metric_"
+"""Begins the keys of metrics that records name themselves."""
+
+
 def quantity(key: str) -> Quantity:
-    """The quantity of that key; an unlisted one is a counter of a method's own ``report()``."""
+    """The quantity of that key; an unlisted one is a counter of a method's own ``report()``.
+
+    Which way a metric improves is known to its records alone (``named_quality``).
+    """
+    if key.startswith(NAMED):
+        return Quantity(key, key.removeprefix(NAMED), better=None, kind="quality", decimals=QUALITY_DIGITS)
     return QUANTITIES.get(key) or _counter(key, key, key)
+
+
+def named_quality(name: str, higher_is_better: bool) -> Quantity:
+    """A metric that records name themselves, as a quantity."""
+    better: Better = "higher" if higher_is_better else "lower"
+    return Quantity(f"{NAMED}{name}", name, better=better, kind="quality", decimals=QUALITY_DIGITS)
 
 
 # --- numbers -------------------------------------------------------------------------------------------------
@@ -294,6 +312,11 @@ def memory_instrument(key: str, memory: Memory, device: str) -> str:
     *preferred, last = INSTRUMENTS[rule][device]
     readings = ((name, getattr(memory, name)) for name in preferred)
     return next((name for name, reading in readings if reading.valid and reading.value is not None), last)
+
+
+def instruments_of(result: CellResult) -> str:
+    """The key of ``INSTRUMENTS`` for a record: its device, or ``PUBLISHED``."""
+    return result.cell.device if result.source is None else PUBLISHED
 
 
 def memory_reading(key: str, memory: Memory | None, device: str) -> Reading:

@@ -55,10 +55,11 @@ Precision = Literal["fp32", "bf16", "fp16"]
 Status = Literal["ok", "oom", "diverged", "timeout", "killed", "error", "skipped"]
 PhaseKind = Literal[
     "load", "adapt", "prepare", "cache", "warmup", "train", "validate", "rank", "export", "inference", "estimate",
-    "search", "round", "count", "probe",
+    "search", "round", "count", "probe", "other",
 ]  # fmt: skip
 """``estimate``, ``search`` and ``round`` are a method's own. ``count`` is the harness's counting after training,
-``probe`` its measure of the representation space."""
+``probe`` its measure of the representation space. ``other`` is what a recorded training loop does between its phases.
+"""
 
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -188,8 +189,13 @@ class Cell(Frozen):
     """Read the encoders that the method leaves frozen from the harness's feature cache instead of running them."""
     dataset: str
     dataset_fingerprint: str
-    """SHA-256 of the prepared dataset's content."""
+    """SHA-256 of the prepared dataset's content; of another task, whatever names its data, or empty."""
     task: str = "recommendation"
+    settings: dict[str, Any] = {}
+    """Of another task: what its rows share (model, sizes of the data, batch); ``options`` are the method's own.
+
+    ``protocol``, ``training``, ``lr`` and encoders are then at their defaults and mean nothing.
+    """
     modalities: tuple[Modality, ...]
     text_encoder: EncoderSpec | None = None
     image_encoder: EncoderSpec | None = None
@@ -221,20 +227,23 @@ ENCODER_OPTIONS = ("tower", "pool", "dtype", "attention")
 """Fields of an encoder that are newer than the first records: their defaults leave the identity of a cell alone."""
 TRAINING_OPTIONS = ("devices", "shard")
 """The same of ``Training``."""
+CELL_OPTIONS = ("task", "settings")
+"""The same of the cell itself."""
 
 
 def cell_id(cell: Cell, code_version: str, *, as_written: bool = False) -> str:
     """Identity of a cell: 12 hex digits of SHA-256 over its canonical JSON and the version of the measured code.
 
-    Without the fields in ``NO_IDENTITY``, without a sample of users where all are evaluated, and without the task and
-    the newer options of encoders and training where they are the default ones; ``as_written``, also without the fields
-    that the record of the cell does not have, for it is older.
+    Without the fields in ``NO_IDENTITY``, without a sample of users where all are evaluated, and without the newer
+    options of cell, encoders and training where they are the default ones; ``as_written``, also without the fields that
+    the record of the cell does not have, for it is older.
     """
     settings = cell.model_dump(mode="json", exclude=set(NO_IDENTITY), exclude_unset=as_written)
-    if cell.task == Cell.model_fields["task"].default:
-        settings.pop("task", None)
     if cell.evaluation.users is None:
         settings.pop("evaluation", None)
+    for option in CELL_OPTIONS:
+        if option in settings and settings[option] == Cell.model_fields[option].default:
+            del settings[option]
     for encoder in filter(None, (settings.get("text_encoder"), settings.get("image_encoder"))):
         for option in ENCODER_OPTIONS:
             if option in encoder and encoder[option] == EncoderSpec.model_fields[option].default:
@@ -415,11 +424,15 @@ class Epoch(Frozen):
     """Name of the training stage it belongs to; empty where training has one stage."""
     train_s: PositiveFloat
     steps: PositiveInt
-    loss: float
+    loss: float | None
+    """``None`` where the training loop of another task does not say."""
     losses: dict[str, float] = {}
     """Mean of each term of the loss, by the name that the method gives it."""
-    valid_recall_10: Share
-    valid_ndcg_10: Share
+    valid_recall_10: Share | None = None
+    valid_ndcg_10: Share | None = None
+    """``None`` for other tasks than recommendation."""
+    metrics: dict[str, float] = {}
+    """What another task evaluated after it, by name."""
 
 
 def earlier_epochs(epochs: Sequence[Epoch]) -> int:
@@ -433,11 +446,11 @@ class Parameters(Frozen):
     trainable: Count
     trainable_max: Count
     """The most that ever trained at one time (a method may change what trains)."""
-    total: Count
-    """All parameters the cell holds, the encoders' included when they are loaded."""
+    total: Count | None
+    """All parameters the cell holds, the encoders' included when they are loaded; ``None`` where others do not say."""
     by_group: dict[str, Count]
-    stored_bytes: Count
-    """What must be kept to use the adapted model later, beside the untouched encoders."""
+    stored_bytes: Count | None
+    """What must be kept to use the adapted model later, beside the untouched encoders; ``None`` as above."""
 
 
 class EncoderFacts(Frozen):
@@ -590,6 +603,10 @@ class ImportSource(Frozen):
     """The publication or tool, for people."""
     reference: str = ""
     """Its address, DOI or file."""
+    commit: str = ""
+    """The version of ``reference`` that was read."""
+    definitions: dict[str, str] = {}
+    """What T, P, M and the quality mean there, by these names and those of the metrics."""
 
 
 PASS_S = "pass_s"
@@ -627,7 +644,9 @@ class CellResult(Frozen):
     best_epoch: PositiveInt | None = None
     """Of the last stage, as the test ranks."""
     epoch_time_s: Amount
-    """T of TPME: median training time of an epoch of the last stage after its warm-up."""
+    """T of TPME: median training time of an epoch of the last stage after its warm-up, or of what ``time_of`` says."""
+    time_of: Line = "epoch"
+    """What T is the time of: ``"epoch"``, ``"250 steps"``, ``"1000 samples"``; ``epochs`` are then these stretches."""
     ranks: tuple[RankFacts, ...] = ()
     """By rank, where several trained the cell together; of an attempt that failed, the one that failed first.
 

@@ -22,6 +22,7 @@ from tpme.bench.text import escaped_lines
 from tpme.bench.writing import write_atomically
 from tpme.reports.board_html import BoardGroup, BoardRow, group_html, leaders
 from tpme.reports.data.load import Recorded, read_every, to_frame, with_quality
+from tpme.reports.data.qualities import qualities_of
 from tpme.reports.data.section import Section, make_section
 from tpme.reports.data.tpme import DEFAULT
 from tpme.reports.data.trials import Group, Line, lines_of, names, shorten_path, split
@@ -74,13 +75,13 @@ def _groups(every: Sequence[Recorded], out: Path) -> list[BoardGroup]:
     current = {path for section in sections.values() for path in section.cells["path"][section.cells["selected"]]}
     past = split(_history(every, out, current))
     groups = [
-        _group(number, title, group, sections.get(_key(group)))
+        _group(number, title, group, sections.get(_key(group)), every)
         for number, (title, group) in enumerate(zip(_titles(past), past, strict=True), start=1)
     ]
     return sorted(groups, key=lambda group: group.newest, reverse=True)
 
 
-def _group(number: int, title: str, group: Group, section: Section | None) -> BoardGroup:
+def _group(number: int, title: str, group: Group, section: Section | None, every: Sequence[Recorded]) -> BoardGroup:
     """One group of all records; rows of the section come first, in its order."""
     rows: dict[str, list[Line]] = {}
     for line in lines_of(group.cells.sort_values(["started_at", "seed"], kind="stable")):
@@ -91,7 +92,9 @@ def _group(number: int, title: str, group: Group, section: Section | None) -> Bo
     order = dict.fromkeys([*current.values(), *rows])
     listed = {row: BoardRow(row, f"g{number}r{place}", tuple(rows[row])) for place, row in enumerate(order, start=1)}
     newest = {name: listed[row] for name, row in current.items()}
-    return BoardGroup(title, f"g{number}", section, tuple(listed.values()), newest)
+    paths = set(group.cells["path"])
+    qualities = qualities_of(recorded.result for recorded in every if str(recorded.path) in paths)
+    return BoardGroup(title, f"g{number}", section, tuple(listed.values()), newest, qualities)
 
 
 def _titles(groups: Sequence[Group]) -> list[str]:
@@ -101,8 +104,8 @@ def _titles(groups: Sequence[Group]) -> list[str]:
     return short if len(set(short)) == len(set(whole)) else whole
 
 
-def _key(group: Group) -> tuple[str, ...]:
-    return tuple(group.key.values())
+def _key(group: Group) -> tuple[tuple[str, str], ...]:
+    return tuple(group.key.items())
 
 
 def _history(every: Sequence[Recorded], out: Path, current: set[str]) -> pd.DataFrame:

@@ -8,24 +8,23 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isnan, nan
 
-from tpme.bench.quantities import MISSING, quantity
+from tpme.bench.quantities import MISSING, Quantity, quantity
 from tpme.reports.data.answer import answer, best_rows, cheapest_rows
 from tpme.reports.data.section import Section
 from tpme.reports.data.trials import Line
 from tpme.reports.history import CHARTED, chart, places
 from tpme.reports.tables.fields import rank
 
-SHOWN = {
-    "recall_10": "recall_10",
-    "ndcg_10": "ndcg_10",
+COSTS = {
     "tpme": "tpme_percent",
     "epoch_time_s": "epoch_time_s",
     "trainable_millions": "trainable_millions",
     "memory_bytes": "memory_bytes",
     "peak_bytes": "peak_bytes",
 }
-"""Columns of a summary in the table of a group, and their quantities."""
-OF_RECORD = ("epoch_time_s", "memory_bytes", "peak_bytes", "recall_10")
+"""Columns of a summary in the table of a group, after its qualities, and their quantities."""
+OF_RECORD = ("epoch_time_s", "memory_bytes", "peak_bytes")
+"""Columns of a record, before the main quality."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,12 @@ class BoardGroup:
     rows: tuple[BoardRow, ...]
     row_of: Mapping[str, BoardRow]
     """The history of each row of the section."""
+    qualities: tuple[Quantity, ...]
+    """Those of its records, the main one first."""
+
+    def shown(self) -> dict[str, Quantity]:
+        """Columns of the summary in the table of the group, and their quantities."""
+        return {what.key: what for what in self.qualities} | {key: quantity(name) for key, name in COSTS.items()}
 
     @property
     def newest(self) -> str:
@@ -58,25 +63,30 @@ class BoardGroup:
 
 # --- who leads -----------------------------------------------------------------------------------------------
 
-HEADS = ("Group", "Best Recall@10", "Cheapest at that quality", "Fastest epoch", "Lowest whole-run peak", "Newest")
+HEADS = ("Group", "Best {}", "Cheapest at that quality", "Fastest{}", "Lowest whole-run peak", "Newest")
 
 
 def leaders(groups: Sequence[BoardGroup]) -> str:
     """A line for each group: its best quality, what buys it cheapest, its fastest row and its lowest peak."""
+    mains = {group.section.main for group in groups if group.section is not None}
+    [main] = mains if len(mains) == 1 else [None]
+    ranked = all(group.section is None or group.section.ranked for group in groups)
+    heads = [HEADS[0], HEADS[1].format(main.header if main else "quality"), HEADS[2]]
+    heads += [HEADS[3].format(" epoch" if ranked else ""), *HEADS[4:]]
     lines = []
     for group in groups:
         if group.section is not None:
             count = sum(len(row.records) for row in group.rows)
             cells = [*_leads(group, group.section), f"{group.newest[:10]}{_small(f'{count:,} records')}"]
-            fields = "".join(f'<td data-head="{head}">{cell}</td>' for head, cell in zip(HEADS[1:], cells, strict=True))
+            fields = "".join(f'<td data-head="{head}">{cell}</td>' for head, cell in zip(heads[1:], cells, strict=True))
             name = html.escape(group.name)
             lines.append(f'<tr><th scope="row"><a href="#{group.anchor}">{name}</a></th>{fields}</tr>')
-    return _table("leaders", [f'<th scope="col">{head}</th>' for head in HEADS], lines)
+    return _table("leaders", [f'<th scope="col">{html.escape(head)}</th>' for head in heads], lines)
 
 
 def _leads(group: BoardGroup, section: Section) -> Iterator[str]:
     good = best_rows(section)
-    yield _lead(group, section, "recall_10", good, "not told apart")
+    yield MISSING if section.main is None else _lead(group, section, section.main.key, good, "not told apart")
     yield _lead(group, section, "tpme", cheapest_rows(section, good), "tied")
     for key, noise in (("epoch_time_s", section.noise.time), ("peak_bytes", section.noise.memory)):
         costs = section.summary.loc[section.compared, key].dropna().sort_values(kind="stable")
@@ -88,7 +98,7 @@ def _lead(group: BoardGroup, section: Section, key: str, rows: Sequence[str], ti
     """The first row with its value, and how many more share its place."""
     if not rows:
         return MISSING
-    unit, scale = quantity(SHOWN[key]).scale([_number(section.lines[rows[0]], key)])
+    unit, scale = group.shown()[key].scale([_number(section.lines[rows[0]], key)])
     value = _value(group, section, rows[0], key, scale)
     more = _small(f"{len(rows) - 1} more {tied}") if len(rows) > 1 else ""
     before, after = "TPME&nbsp;" if key == "tpme" else "", f"&nbsp;{unit}" if unit else ""
@@ -110,7 +120,7 @@ def _value(group: BoardGroup, section: Section, row: str, key: str, scale: float
         return MISSING
     newest = [line["link"] for line in group.row_of[row].records if line["latest"]]
     link = newest[0] if len(newest) == 1 else f"#{group.row_of[row].anchor}"
-    text = f"{number:.2f}" if key == "tpme" else quantity(SHOWN[key]).format(number / scale)
+    text = f"{number:.2f}" if key == "tpme" else group.shown()[key].format(number / scale)
     return f'<a href="{html.escape(link)}">{text}</a>'
 
 
@@ -129,7 +139,7 @@ def group_html(group: BoardGroup) -> str:
     parts.append(_history(group))
     parts.append("<h3>Records</h3>")
     parts.append('<p class="soft">Of a learning-rate search only the selected trial is listed, for each version.</p>')
-    parts += [_records(row) for row in group.rows]
+    parts += [_records(row, group.qualities[:1]) for row in group.rows]
     return "\n".join(parts)
 
 
@@ -144,7 +154,8 @@ def _history(group: BoardGroup) -> str:
         "Dashed: the code changed. A cross did not finish. Records of one day and version share a place.</p>",
     ]
     for row, history in found:
-        charts = "".join(chart(key, row.name, history) for key in CHARTED)
+        charted = (*map(quantity, CHARTED), *group.qualities[:1])
+        charts = "".join(chart(what, row.name, history) for what in charted)
         parts.append(f'<h4><a href="#{row.anchor}">{html.escape(row.name)}</a></h4><div class="charts">{charts}</div>')
     return "\n".join(parts)
 
@@ -152,11 +163,11 @@ def _history(group: BoardGroup) -> str:
 def _rows(group: BoardGroup, section: Section) -> str:
     """The newest version of every row, in the order of the report."""
     scales = {
-        key: quantity(name).scale(_number(line, key) for line in section.lines.values()) for key, name in SHOWN.items()
+        key: what.scale(_number(line, key) for line in section.lines.values()) for key, what in group.shown().items()
     }
     heads = ['<th scope="col">Row</th>']
     heads += [
-        f'<th scope="col" class="num">{html.escape(quantity(SHOWN[key]).label(unit))}</th>'
+        f'<th scope="col" class="num">{html.escape(group.shown()[key].label(unit))}</th>'
         for key, (unit, _) in scales.items()
     ]
     heads += [
@@ -177,12 +188,13 @@ def _rows(group: BoardGroup, section: Section) -> str:
     return _table("rows", heads, lines)
 
 
-def _records(row: BoardRow) -> str:
+def _records(row: BoardRow, main: Sequence[Quantity]) -> str:
     """All records of a row, newest first, folded."""
     rates = {line["lr"] for line in row.records}
-    scales = {key: quantity(key).scale(line[key] for line in row.records) for key in OF_RECORD}
+    shown = [*map(quantity, OF_RECORD), *main]
+    scales = {what: what.scale(line[what.key] for line in row.records) for what in shown}
     heads = ["Started", "Code", "Commit", "Seed", *(["Learning rates"] if len(rates) > 1 else []), "End"]
-    heads += [quantity(key).label(unit) for key, (unit, _) in scales.items()]
+    heads += [what.label(unit) for what, (unit, _) in scales.items()]
     lines = []
     for line in reversed(row.records):
         fields = [
@@ -202,10 +214,10 @@ def _records(row: BoardRow) -> str:
     return f'<details><summary>{head}</summary><div id="{row.anchor}">{table}</div></details>'
 
 
-def _readings(line: Line, scales: Mapping[str, tuple[str, float]]) -> Iterator[str]:
-    for key, (_, scale) in scales.items():
-        value = line[key] if line["status"] == "ok" else None
-        yield quantity(key).format(nan if value is None else value / scale)
+def _readings(line: Line, scales: Mapping[Quantity, tuple[str, float]]) -> Iterator[str]:
+    for what, (_, scale) in scales.items():
+        value = line[what.key] if line["status"] == "ok" else None
+        yield what.format(nan if value is None else value / scale)
 
 
 def _rates(text: str) -> str:

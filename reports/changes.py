@@ -20,7 +20,7 @@ from tpme.reports.data.metrics import bootstrap_means
 from tpme.reports.data.paired_tests import P_LEVEL
 from tpme.reports.data.resampling import DRAWS, draw
 from tpme.reports.data.section import Section
-from tpme.reports.data.stats import Floats, holm, interval, paired
+from tpme.reports.data.stats import Floats, holm, interval, paired, welch
 from tpme.reports.data.summary import doubt, repeats_of
 from tpme.reports.data.ties import RunNoise
 from tpme.reports.data.trials import Line
@@ -37,7 +37,10 @@ OF_MODEL = (
     "trainable_parameters_max", "total_parameters", "stored_bytes", "gradient_bytes", "weight_bytes", "optimizer_bytes",
 )  # fmt: skip
 """Exact counters that depend on the model alone, so also other data leave them comparable."""
-TASK = {"dataset_fingerprint": "data", "protocol": "protocol"}
+TASK = {
+    "dataset_fingerprint": "data", "protocol": "protocol", "task": "task", "settings": "settings",
+    "time_of": "unit of T", "source": "source",
+}  # fmt: skip
 """What must agree for counters of the data to be compared; costs need the same device, too."""
 QUALITY_TASK = {**TASK, "evaluation": "test users"}
 
@@ -219,7 +222,10 @@ def _unlike(pair: SectionPair, keys: Mapping[str, str]) -> str | None:
 
 
 def with_quality(pair: SectionPair, rows: tuple[RowPair, ...]) -> tuple[RowPair, ...]:
-    """The rows with Recall@10 and NDCG@10: a paired test over users, whose gains are means over seeds."""
+    """The rows with Recall@10 and NDCG@10: a paired test over users, whose gains are means over seeds.
+
+    Named metrics have no users: their difference has an interval where both sides have several seeds.
+    """
     changes: dict[str, list[Change]] = {row.a: list(row.changes) for row in rows}
     firsts = pair.a.firsts(), pair.b.firsts()
     reasons = {row.a: _unlike(pair, QUALITY_TASK) or _unpaired(firsts[0][row.a], firsts[1][row.b]) for row in rows}
@@ -238,7 +244,40 @@ def with_quality(pair: SectionPair, rows: tuple[RowPair, ...]) -> tuple[RowPair,
             if reason := reasons[row.a]:
                 a, b = float(gains[0][row.a].mean()), float(gains[1][row.b].mean())
                 changes[row.a].append(Change(key, a, b, "not compared", reason=reason))
+    for row in rows:
+        changes[row.a] += _named(pair, row)
     return tuple(replace(row, changes=tuple(changes[row.a])) for row in rows)
+
+
+def _named(pair: SectionPair, row: RowPair) -> Iterator[Change]:
+    """The named metrics that both sides of a row have."""
+    reason = _unlike(pair, TASK)
+    for what in pair.a.qualities:
+        if what.key in QUALITIES or what not in pair.b.qualities:
+            continue
+        a, b = (_over_seeds(section, name, what.key) for section, name in ((pair.a, row.a), (pair.b, row.b)))
+        if not len(a) or not len(b):
+            continue
+        means = float(a.mean()), float(b.mean())
+        if reason is not None:
+            yield Change(what.key, *means, "not compared", reason=reason)
+            continue
+        low, high = welch(a, b) if min(len(a), len(b)) > 1 else (None, None)
+        outcome: Outcome = "higher" if means[1] > means[0] else "lower"
+        if means[0] == means[1]:
+            outcome = "equal"
+        elif low is None or high is None:
+            outcome = "unclear"
+        elif low <= 0 <= high:
+            outcome = "not told apart"
+        yield Change(what.key, *means, outcome, means[1] - means[0], low, high)
+
+
+def _over_seeds(section: Section, row: str, key: str) -> Floats:
+    """A metric of the finished seeds of a row."""
+    cells = section.cells
+    chosen = (cells["row"] == row) & cells["selected"] & (cells["status"] == "ok")
+    return cells.loc[chosen, key].dropna().to_numpy(dtype=np.float64)
 
 
 def _intervals(apart: Sequence[Floats]) -> list[tuple[float, float]]:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+
+import pandas as pd
 
 from tpme.bench.errors import UserError
-from tpme.bench.quantities import QUALITY_DIGITS, byte_unit, bytes_text, number, quantity
+from tpme.bench.quantities import NAMED, QUALITY_DIGITS, Quantity, byte_unit, bytes_text, number, quantity
+from tpme.reports.data.others import notes_of_others
+from tpme.reports.data.qualities import worst_first
 from tpme.reports.data.section import Section
 from tpme.reports.data.summary import doubt
 from tpme.reports.data.trials import Line
@@ -23,7 +27,7 @@ LIMITED = {
     key: quantity(key)
     for key in ("peak_bytes", "memory_bytes", "epoch_time_s", "trainable_millions", "ndcg_10", "recall_10")
 }
-"""The columns of a summary that can be limited: a quality from below, a cost from above."""
+"""The columns of a summary that can be limited: a quality from below, a cost from above. So can named metrics."""
 
 
 @dataclass(frozen=True)
@@ -31,21 +35,23 @@ class Limits:
     """Requirements on a row."""
 
     bounds: Mapping[str, float]
-    """Column of ``LIMITED`` to its limit, in the unit of the column."""
+    """Column of ``LIMITED``, or of a named metric, to its limit, in the unit of the column."""
     device: str | None = None
     """``cpu``, ``cuda``, or a part of the name of a device."""
+    metrics: Mapping[str, Quantity] = field(default_factory=dict)
+    """The named metrics among the bounds; one of which more is better is limited from below."""
 
     def __str__(self) -> str:
         texts = [
-            f"{LIMITED[key].header} {'≥' if LIMITED[key].better == 'higher' else '≤'} {_amount(key, bound)}"
-            for key, bound in self.items
+            f"{what.header} {'≥' if what.better == 'higher' else '≤'} {_amount(what, bound)}"
+            for what, bound in self.items
         ]
         return ", ".join([*texts, *([f"device {self.device}"] if self.device else [])]) or "nothing"
 
     @property
-    def items(self) -> list[tuple[str, float]]:
-        """The limits in the order of ``LIMITED``."""
-        return [(key, self.bounds[key]) for key in LIMITED if key in self.bounds]
+    def items(self) -> list[tuple[Quantity, float]]:
+        """The limits in the order of ``LIMITED``, then those of named metrics."""
+        return [(what, self.bounds[key]) for key, what in {**LIMITED, **self.metrics}.items() if key in self.bounds]
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ class Reason:
     text: str
     """For people, with value and limit."""
     quantity: str | None = None
-    """The column of ``LIMITED`` concerned."""
+    """The column concerned."""
     value: float | None = None
     limit: float | None = None
 
@@ -69,8 +75,36 @@ class Choice:
     section: Section
     """Without the quality of rows whose encoders have random weights."""
     qualifying: tuple[str, ...]
-    """Best first: by NDCG@10 as tables print it, then by TPME."""
+    """Best first: by the deciding quality as tables print it (NDCG@10, or the main metric), then by TPME."""
     rejected: dict[str, tuple[Reason, ...]]
+
+
+def metric_limits(sections: Sequence[Section], texts: Sequence[str]) -> tuple[dict[str, float], dict[str, Quantity]]:
+    """The bounds of ``NAME=VALUE``, such as ``accuracy=0.7``, and their metrics, for ``Limits``.
+
+    Raises:
+        UserError: not a name and a number, or no group has that metric.
+    """
+    known = {what.header: what for section in sections for what in section.qualities if what.key.startswith(NAMED)}
+    bounds, metrics = {}, {}
+    for text in texts:
+        name, _, value = text.rpartition("=")
+        if name not in known:
+            there = f"there are {', '.join(known)}" if known else "they name none"
+            raise UserError(f"--metric '{text}': give NAME=VALUE with a metric of these records; {there}")
+        bounds[known[name].key] = _finite(text, value)
+        metrics[known[name].key] = known[name]
+    return bounds, metrics
+
+
+def _finite(text: str, value: str) -> float:
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"--metric '{text}': '{value}' is not a finite number")
+    return number
 
 
 def choose(sections: Sequence[Section], limits: Limits) -> list[Choice]:
@@ -95,15 +129,18 @@ def _judge(section: Section, limits: Limits) -> Choice:
         if any(code == "random-weights" for code, _ in flags)
     }
     summary = section.summary.copy()
-    quality = [name for name in summary.columns if name.startswith(("recall_", "ndcg_"))]
+    quality = [name for name in summary.columns if name.startswith(("recall_", "ndcg_", NAMED))]
     summary.loc[summary.index.isin(random), quality] = math.nan
     section = replace(section, summary=summary)
     reasons = {name: tuple(_reasons(section, line, limits, name in random)) for name, line in section.lines.items()}
 
+    what = section.deciding
+    good = pd.Series(math.nan, index=summary.index) if what is None else worst_first(summary[what.key], what)
+
     def order(name: str) -> tuple[float, float, str]:
-        ndcg, tpme = (float(summary[key][name]) for key in ("ndcg_10", "tpme"))
+        best, tpme = float(good[name]), float(summary["tpme"][name])
         return (
-            math.inf if math.isnan(ndcg) else -round(ndcg, QUALITY_DIGITS),
+            math.inf if math.isnan(best) else -round(best, QUALITY_DIGITS),
             math.inf if math.isnan(tpme) else tpme,
             name,
         )
@@ -120,8 +157,8 @@ def _reasons(section: Section, line: Line, limits: Limits, random: bool) -> Iter
     elif line["status"] != "ok":
         yield Reason("failed", f"did not finish: {line['status']}")
     else:
-        for key, limit in limits.items:
-            reason = _violation(key, limit, line, random)
+        for what, limit in limits.items:
+            reason = _violation(what, limit, line, random)
             if reason is not None:
                 yield reason
 
@@ -130,43 +167,44 @@ def _out_of_memory(line: Line, limit: float | None) -> Reason:
     seen = None if math.isnan(line["memory_seen_bytes"]) else float(line["memory_seen_bytes"])
     text = "out of memory"
     text += "" if seen is None else f", at least {bytes_text(seen)}"
-    text += "" if limit is None else f" (limit {_amount('peak_bytes', limit)})"
+    text += "" if limit is None else f" (limit {_amount(LIMITED['peak_bytes'], limit)})"
     return Reason("oom", text, "peak_bytes", seen, limit)
 
 
-def _violation(key: str, limit: float, line: Line, random: bool) -> Reason | None:
+def _violation(what: Quantity, limit: float, line: Line, random: bool) -> Reason | None:
     """The reason why a finished row breaks one limit; None where it keeps it."""
-    name, value = LIMITED[key].header, None if math.isnan(line[key]) else float(line[key])
-    least = LIMITED[key].better == "higher"
-    bound, why = f"(limit {_amount(key, limit)})", doubt(line, key)
-    if random and least:
+    key, name = what.key, what.header
+    value = None if math.isnan(line.get(key, math.nan)) else float(line[key])
+    least = what.better == "higher"
+    bound, why = f"(limit {_amount(what, limit)})", doubt(line, key)
+    if random and what.kind == "quality":
         return Reason("random-weights", f"{name} means nothing with random weights {bound}", key, None, limit)
     if value is None:
         return Reason("missing", f"no {name} {bound}{f': {why}' if why else ''}", key, None, limit)
     if why:
-        text = f"{name} {_amount(key, value)} is not to be trusted {bound}: {why}"
+        text = f"{name} {_amount(what, value)} is not to be trusted {bound}: {why}"
         return Reason("untrusted", text, key, value, limit)
     if value >= limit if least else value <= limit:
         return None
-    return Reason("limit", f"{name} {_beside(key, value, limit)}", key, value, limit)
+    return Reason("limit", f"{name} {_beside(what, value, limit)}", key, value, limit)
 
 
-def _beside(key: str, value: float, limit: float) -> str:
+def _beside(what: Quantity, value: float, limit: float) -> str:
     """A value that breaks its limit, with enough digits to show that it does."""
-    unit, scale = _unit(key, limit)
+    unit, scale = _unit(what, limit)
     texts = (number(value / scale, digits) for digits in range(3, 17))
     text = next((text for text in texts if float(text) != limit / scale), repr(value / scale))
-    return f"{text}{unit} {'<' if LIMITED[key].better == 'higher' else '>'} {limit / scale:g}{unit}"
+    return f"{text}{unit} {'<' if what.better == 'higher' else '>'} {limit / scale:g}{unit}"
 
 
-def _amount(key: str, value: float) -> str:
-    unit, scale = _unit(key, value)
+def _amount(what: Quantity, value: float) -> str:
+    unit, scale = _unit(what, value)
     return f"{value / scale:.4g}{unit}"
 
 
-def _unit(key: str, value: float) -> tuple[str, float]:
+def _unit(what: Quantity, value: float) -> tuple[str, float]:
     """The unit in which a value of a column is printed, after a space, and its size."""
-    unit, scale = LIMITED[key].scale([value])
+    unit, scale = what.scale([value])
     return f" {unit}" if unit else "", scale
 
 
@@ -183,19 +221,22 @@ def qualifying_table(choice: Choice, limits: Limits) -> Table:
     summary = choice.section.summary
     chosen = replace(choice.section, summary=summary.loc[list(choice.qualifying)])
     place = {name: index for index, name in enumerate(choice.qualifying, start=1)}
+    first = choice.section.deciding
+    shown = sorted(choice.section.qualities, key=lambda what: what != first)
     columns = [
         (Column("place", "#"), lambda name, line: Entry(str(place[name]), place[name])),
         fields.method(choice.section),
-        *fields.quality(chosen, "ndcg_10"),
-        *fields.quality(chosen, "recall_10"),
+        *(field for what in shown for field in fields.quality(chosen, what.key)),
         *fields.cost(chosen, "epoch_time_s"),
         *fields.cost(chosen, "trainable_millions"),
-        *fields.memory(chosen, unit := byte_unit(summary["peak_bytes"])),
+        *fields.memory(chosen, unit := byte_unit(summary[["peak_bytes", "memory_bytes"]].max())),
         *fields.cost(chosen, "peak_bytes", unit=unit),
         *(field for field in fields.tpme(chosen) if field[0].key.startswith(("tpme_percent", "tpme_lower_bound"))),
     ]
     title = f"{len(choice.qualifying)} of {len(summary)} rows qualify"
-    notes = [f"Asked for: {limits}.", "In order of NDCG@10, then of TPME, which is that of 'tpme report'."]
+    order = f"In order of {first.header}, then of TPME" if first else "In order of TPME"
+    notes = [f"Asked for: {limits}.", f"{order}, which is that of 'tpme report'."]
+    notes += notes_of_others(recorded.result for recorded in choice.section.records)
     return table_of(chosen, "choose", title, columns, choice.qualifying, notes)
 
 
@@ -237,5 +278,5 @@ def to_json(choices: Sequence[Choice], limits: Limits) -> str:
                 ],
             }
         )
-    content = {"limits": dict(limits.items), "device": limits.device, "groups": groups}
+    content = {"limits": {what.key: bound for what, bound in limits.items}, "device": limits.device, "groups": groups}
     return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)

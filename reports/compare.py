@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tpme.reports.changes import SectionPair, larger_noise, row_pair, with_quality
 from tpme.reports.data.section import Section
-from tpme.reports.data.trials import GROUP, Line, lines_of
+from tpme.reports.data.trials import GROUP, OTHER_TASKS, Line, lines_of
 from tpme.reports.report import make_report
 
 
@@ -52,14 +52,15 @@ def compare(a: Path, b: Path) -> TwoSets:
 def _apart(a: Section, b: Section) -> tuple[bool, ...]:
     """How little two groups share; what makes most incomparable comes first."""
     kinds = [set(section.cells["device"]) for section in (a, b)]
-    first = ("dataset_fingerprint", "dataset", "protocol")
-    then = ("device_key", "encoders", "modalities", "precision", "evaluation")
-    unlike = {key: a.group.key[key] != b.group.key[key] for key in (*first, *then)}
-    return (*(unlike[key] for key in first), kinds[0] != kinds[1], *(unlike[key] for key in then))
+    unlike = {key: a.group.key.get(key) != b.group.key.get(key) for key in GROUP}
+    first = ("task", "source", "dataset_fingerprint", "dataset", "protocol")
+    rest = ("device_key", "settings", "time_of", "encoders", "modalities", "precision", "evaluation")
+    return (*(unlike[key] for key in first), kinds[0] != kinds[1], *(unlike[key] for key in rest))
 
 
 def _pair(a: Section, b: Section, single: bool) -> SectionPair:
-    differs = {key: (a.group.key[key], b.group.key[key]) for key in GROUP if a.group.key[key] != b.group.key[key]}
+    keys = [{name: section.group.key.get(name, OTHER_TASKS.get(name, "")) for name in GROUP} for section in (a, b)]
+    differs = {name: (keys[0][name], keys[1][name]) for name in GROUP if keys[0][name] != keys[1][name]}
     pair = SectionPair(a, b, differs | _other_packages(a, b), larger_noise(a, b))
     heads = _heads(a), _heads(b)
     matched = list(zip(a.lines, b.lines, strict=True)) if single else _matched(*heads)

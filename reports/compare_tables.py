@@ -10,16 +10,17 @@ from dataclasses import asdict
 from rich.console import Console
 
 from tpme.bench.quantities import COSTS, MISSING, Quantity, amount, quantity
+from tpme.bench.quantities import NAMED as NAMED_METRIC
 from tpme.reports.changes import MEASURED, QUALITIES, Change, Outcome, RowPair, SectionPair
 from tpme.reports.compare import TwoSets
 from tpme.reports.data.section import Section
-from tpme.reports.data.trials import shorten_path
+from tpme.reports.data.trials import differing_settings, shorten_path
 from tpme.reports.tables.table import Column, Entry, Table, plain
 from tpme.reports.tables.terminal import to_terminal
 
 SHOWN = (*COSTS, "peak_bytes", *QUALITIES)
-"""The quantities with a sentence and a table each."""
-IN_NAMES = ("device_key", "dataset", "protocol", "precision")
+"""The quantities with a sentence and a table each; named metrics follow."""
+IN_NAMES = ("device_key", "dataset", "protocol", "precision", "task", "time_of", "source")
 """Columns of ``GROUP`` that the name of a group holds."""
 NAMED = 3
 """Number of rows that a sentence names."""
@@ -54,7 +55,7 @@ def effect(change: Change) -> str:
 
 def _form(change: Change) -> tuple[Callable[[float], str], str]:
     assert change.effect is not None
-    if change.key in QUALITIES:
+    if change.key in QUALITIES or change.key.startswith(NAMED_METRIC):
         return "{:+.4f}".format, ""
     if not 0.5 < change.effect < 2:
         return "×{:.3g}".format, ""
@@ -70,12 +71,26 @@ def _percent(value: float) -> str:
 
 def sentences(pair: SectionPair) -> list[str]:
     """What differs between the two sides of a group, then one sentence for each quantity."""
-    return [*_differences(pair), *filter(None, (_sentence(pair, key) for key in SHOWN)), *_ends(pair), *_trust(pair)]
+    return [
+        *_differences(pair),
+        *filter(None, (_sentence(pair, key) for key in _shown(pair))),
+        *_ends(pair),
+        *_trust(pair),
+    ]
+
+
+def _shown(pair: SectionPair) -> tuple[str, ...]:
+    named = (change.key for row in pair.rows for change in row.changes if change.key.startswith(NAMED_METRIC))
+    return (*SHOWN, *dict.fromkeys(named))
 
 
 def _differences(pair: SectionPair) -> Iterator[str]:
     hidden = {*IN_NAMES, *(["dataset_fingerprint"] if "dataset" in pair.differs else [])}
-    other = [_both(name.replace("_", " "), a, b) for name, (a, b) in pair.differs.items() if name not in hidden]
+    differs = dict(pair.differs)
+    if "settings" in differs:
+        apart = differing_settings(differs["settings"])
+        differs["settings"] = tuple(apart[text] or "of another task" for text in differs["settings"])  # type: ignore[assignment]
+    other = [_both(name.replace("_", " "), a, b) for name, (a, b) in differs.items() if name not in hidden]
     if other:
         yield f"Differs: {'; '.join(other)}."
     settings: dict[str, list[str]] = {}
@@ -102,7 +117,7 @@ def _sentence(pair: SectionPair, key: str) -> str | None:
     rows = _rows(pair, key)
     if not rows:
         return None
-    name = _title(key)
+    name = _title(pair.a.quantity(key))
     moved = [_moved(rows, outcome) for outcome in MOVES]
     counts = Counter(STILL.get(change.outcome) or f"not compared ({change.reason})" for _, change in _still(rows))
     order = [text for text in STILL.values() if text in counts]
@@ -154,6 +169,8 @@ def _trust(pair: SectionPair) -> Iterator[str]:
             "Quality: difference over the same users with its 95 % bootstrap interval; told apart by the paired "
             "randomisation test with Holm's correction over the rows. Another seed may move it further."
         )
+    if any(change.low is not None for key in _shown(pair)[len(SHOWN) :] for _, change in _rows(pair, key)):
+        yield "Quality: difference of the means over seeds with its 95 % interval by Welch's t."
 
 
 def _noise(pair: SectionPair) -> str:
@@ -168,8 +185,7 @@ def _rows(pair: SectionPair, key: str) -> Rows:
     return [(row, change) for row in pair.rows if (change := row.change(key)) is not None]
 
 
-def _title(key: str) -> str:
-    what = quantity(key)
+def _title(what: Quantity) -> str:
     return f"{what.header} ({what.name})" if what.name else what.header
 
 
@@ -178,8 +194,9 @@ def _title(key: str) -> str:
 
 def tables(pair: SectionPair) -> list[Table]:
     """A table for each quantity in which any row differs, and one of the exact counters that differ."""
-    shown = [_table(quantity(key), rows) for key in SHOWN if (rows := _compared(pair, key))]
-    counted = [(row, change) for row in pair.rows for change in row.changes if change.key not in (*SHOWN, "status")]
+    keys = _shown(pair)
+    shown = [_table(pair.a.quantity(key), rows) for key in keys if (rows := _compared(pair, key))]
+    counted = [(row, change) for row in pair.rows for change in row.changes if change.key not in (*keys, "status")]
     return [*shown, *([_counter_table(counted)] if counted else [])]
 
 
@@ -208,7 +225,7 @@ def _table(what: Quantity, rows: Rows) -> Table:
         )
         for row, change in rows
     )
-    return Table(what.key, _title(what.key), columns, entries)
+    return Table(what.key, _title(what), columns, entries)
 
 
 def _counter_table(rows: Rows) -> Table:

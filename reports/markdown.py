@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from tpme.bench.quantities import PUBLISHED, instruments_of
 from tpme.reports.data.answer import answer
+from tpme.reports.data.others import measured_here, notes_of_others
 from tpme.reports.data.section import Section
 from tpme.reports.data.trials import shorten_path
 from tpme.reports.tables.table import Table, escape_markdown, to_markdown
@@ -88,7 +90,7 @@ def details_md(title: str, chapters: Sequence[Chapter], formats: Sequence[str], 
     for chapter in chapters:
         section = chapter.section
         lines += [chapter.heading("Notes"), ""]
-        lines += [f"- {escape_markdown(text)}" for text in (*section.notes.shared, section.instruments)]
+        lines += [f"- {escape_markdown(text)}" for text in (*section.notes.shared, section.instruments) if text]
         footnotes = enumerate(section.notes.footnotes, start=1)
         lines += [*(f"- <sup>{mark}</sup> {escape_markdown(text)}" for mark, text in footnotes), ""]
     for chapter in chapters:
@@ -134,36 +136,63 @@ def measured(section: Section) -> str:
     data = section.group.key["dataset"]
     if facts is not None and "dataset_fingerprint" not in section.group.mixed:
         data += f" ({facts.users:,} users, {facts.items:,} items, {' and '.join(facts.modalities)})"
-    encoders = shorten_path(section.group.key["encoders"]) or "no encoders"
+    encoders = shorten_path(section.group.key["encoders"]) or ("no encoders" if section.ranked else "")
+    conditions = [
+        f"{section.group.key['protocol']} protocol" if section.group.key["protocol"] else "",
+        section.group.key["precision"],
+    ]
     devices = {recorded.result.environment.device_name for recorded in section.records if recorded.result.environment}
     device = " and ".join(sorted(devices)) or section.group.key["device_key"]
     return (
-        f"{_plural(len(section.summary), 'row')} in {_plural(len(cells), 'run')} on {data} with {encoders}; "
-        f"{section.group.key['protocol']} protocol, {section.group.key['precision']}, {device}."
+        f"{_plural(len(section.summary), 'row')} in {_plural(len(cells), 'run')} on {data}"
+        f"{f' with {encoders}' if encoders else ''}; {', '.join(part for part in (*conditions, device) if part)}."
+        + (f" Measured by others: {section.group.key['source']}." if "source" in section.group.key else "")
     )
 
 
 def reading_guide(sections: Sequence[Section]) -> list[str]:
     """A Markdown list of all columns: what each means and how it was measured."""
-    devices = sorted({device for section in sections for device in section.cells["device"]})
+    results = [recorded.result for section in sections for recorded in section.records]
+    devices = sorted({instruments_of(result) for result in results})
     memory = "; ".join(
-        (f"on {device.upper()}: " if len(devices) > 1 else "") + MEASURED_M[device] for device in devices
+        (f"on {device.upper()}: " if len(devices) > 1 else "") + MEASURED_M[device]
+        for device in devices
+        if device in MEASURED_M
     )
+    if PUBLISHED in devices:
+        memory += f"{'; ' if memory else ''}of others: what they published"
     rows = pd.concat([section.summary for section in sections])
+    ranked = any(section.ranked for section in sections)
+    times = " or ".join(dict.fromkeys(section.time_of for section in sections))
     sources = sorted(set(rows.loc[rows["compared"] & rows["memory_bytes"].notna(), "memory_source"]))
     weights = "{time:g}, {parameters:g} and {memory:g}".format_map(sections[0].weights.model_dump())
-    lines = [
+    of_ranks = [
         "**Recall@K**: share of test users whose held-out last item is among the first K of the whole catalogue, the "
         "user's earlier items taken out, ties counted against the model (with one target this is the hit rate).",
         "**NDCG@K**: the same hits, each weighted by 1 / log2(1 + rank).",
-        "**T**: median training time of an epoch after the warm-up epochs, in seconds. Data loading counts; "
-        "validation, ranking, building a feature cache and saving do not.",
+    ]
+    warm_up, rest = ("warm-up epochs", "ranking, building a feature cache") if ranked else ("warm-up", "evaluation")
+    own_times = [
+        f"**T**: median training time of {times} after the {warm_up}, in seconds. Data loading counts; validation, "
+        f"{rest} and saving do not."
+    ]
+    to_best = [
         "**To best epoch**: everything that leads to the epoch with the best validation: feature cache, a method's "
         "estimation, search and rounds, training epochs of all stages.",
-        "**P**: trainable parameters in millions, the recommender's own included.",
+    ]
+    of_phases = "loading, building the feature cache, training, validation, ranking and export"
+    peak = [
+        f"**Peak**: whole-run peak by the same instrument: the largest of {of_phases if ranked else 'all phases'}, "
+        "and of all seeds; in brackets where it lies, unless in training."
+    ]
+    lines = [
+        *(of_ranks if ranked else []),
+        *(escape_markdown(note) for note in notes_of_others(results)),
+        *(own_times if measured_here(results) else []),
+        *(to_best if ranked else []),
+        "**P**: trainable parameters in millions" + (", the recommender's own included." if ranked else "."),
         f"**M**: {memory}." + (f" Read as: {escape_markdown('; '.join(sources))}." if sources else ""),
-        "**Peak**: whole-run peak by the same instrument: the largest of loading, building the feature cache, "
-        "training, validation, ranking and export, and of all seeds; in brackets where it lies, unless in training.",
+        *(peak if rows["peak_bytes"].notna().any() or ranked else []),
         "**TPME**: T, P and M, each scaled to 0..1 between the smallest and the largest of the compared rows, weighted "
         f"{weights} and added; in percent, lower is better. It says nothing across tables.",
         "**Cost / fft**, or another row: T, P and M over those of that row, and their geometric mean with the weights "

@@ -23,11 +23,14 @@ from tpme.bench.side_files import load_samples
 from tpme.bench.text import escaped_lines
 from tpme.reports.data.answer import answer
 from tpme.reports.data.load import Recorded, stretches, thin
+from tpme.reports.data.others import notes_of_others
 from tpme.reports.data.phase_colours import PHASE_COLOURS
+from tpme.reports.data.qualities import RANKED_TASK
 from tpme.reports.data.section import Section
 from tpme.reports.data.tpme import COLUMNS, Weights, members
 from tpme.reports.data.trials import Line, shorten_path
 from tpme.reports.page_axes import Axes, learning
+from tpme.reports.page_words import group_words, words
 from tpme.reports.tables.fields import value_of
 from tpme.reports.tables.serving_costs import inference
 from tpme.reports.tables.table import Table
@@ -54,6 +57,7 @@ def page(title: str, sections: Sequence[Section], weights: Weights) -> str:
         style_hash=_hash(style),
         script=script,
         script_hash=_hash(script),
+        **words(sections),
         data=text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"),
     )
 
@@ -76,6 +80,8 @@ def _group(section: Section) -> dict[str, Any]:
     usable = members(section.summary)
     firsts = section.firsts()
     common = _common(_environment(first.result) for first in firsts.values())
+    results = [recorded.result for recorded in section.records]
+    said = group_words(section)
     return {
         "name": section.name,
         "answer": [shorten_path(text) for text in vars(answer(section)).values()],
@@ -86,7 +92,12 @@ def _group(section: Section) -> dict[str, Any]:
         else {name: [getattr(frame, name).min, getattr(frame, name).max] for name in COLUMNS},
         "frozen": section.frame_from,
         "axes": axes.as_json(),
-        "shared": [shorten_path(text) for text in (*section.notes.shared, section.instruments)],
+        **said,
+        "shared": [
+            shorten_path(text)
+            for text in (*notes_of_others(results), *section.notes.shared, section.instruments)
+            if text
+        ],
         "footnotes": [shorten_path(text) for text in section.notes.footnotes],
         "environment": common,
         "inference": _table(inference(section)),
@@ -94,7 +105,7 @@ def _group(section: Section) -> dict[str, Any]:
             {
                 **_row(section, index, name, line, bool(usable[name])),
                 "values": axes.values(name),
-                "learning": learning(firsts[name].result),
+                "learning": learning(firsts[name].result, str(said["validated"])),
                 "cell": _cell(firsts[name], common),
             }
             for index, (name, line) in enumerate(section.lines.items())
@@ -144,10 +155,20 @@ def _cell(recorded: Recorded, common: Mapping[str, str]) -> dict[str, Any]:
         "failure": shorten_path(f"during {failure.phase}: {failure.message}") if failure else None,
         "phases": _phases(result),
         "curve": _curve(recorded),
-        "configuration": matrix_of(result.cell, result.dataset),
+        "configuration": matrix_of(result.cell, result.dataset) if result.cell.task == RANKED_TASK else _facts(result),
         "environment": _differing(environment, common),
-        "command": f"tpme run cell.toml --device {result.cell.device}",
+        "command": f"tpme run cell.toml --device {result.cell.device}" if result.cell.task == RANKED_TASK else None,
     }
+
+
+def _facts(result: CellResult) -> str:
+    """What a record of another task says of its run, as TOML; no command repeats it."""
+    cell = result.cell
+    facts: dict[str, Any] = {"task": cell.task, "data": cell.dataset, "method": cell.method}
+    facts |= {"options": cell.options, "settings": cell.settings}
+    if result.source is not None:
+        facts["measured_by_others"] = result.source.model_dump(exclude={"definitions"})
+    return tomli_w.dumps(_without_none({key: value for key, value in facts.items() if value}))
 
 
 def _phases(result: CellResult) -> dict[str, list[tuple[float, float]]]:
@@ -185,14 +206,15 @@ def _environment(result: CellResult) -> dict[str, str] | None:
     environment = result.environment
     if environment is None:
         return None
+    here = result.source is None  # what others do not say is no fact of their machine
     values = {
         "device": environment.device_name,
         "driver": environment.driver,
-        "threads": environment.cpu_threads,
+        "threads": environment.cpu_threads if here else None,
         "platform": environment.platform,
-        "python": environment.python,
+        "python": environment.python if here else None,
         **dict(sorted(environment.packages.items())),
-        "allocator": environment.allocator,
+        "allocator": environment.allocator if here else None,
         "git": environment.git_revision,
         "started": result.started_at,
     }

@@ -11,9 +11,10 @@ from itertools import accumulate
 from math import isfinite, isnan
 from typing import Any
 
-from tpme.bench.quantities import CUTOFFS, RANKING, quantity
+from tpme.bench.quantities import CUTOFFS, RANKING
 from tpme.bench.record import CellResult
 from tpme.reports.data.metrics import SPLIT_CUTOFF
+from tpme.reports.data.qualities import OF_RANKS, validation
 from tpme.reports.data.section import Section
 from tpme.reports.data.serving import inference_costs
 from tpme.reports.data.stats import LEVEL
@@ -91,8 +92,15 @@ class Axes:
         self._frame = frame.assign(flops=counted["forward_flops"] + counted["backward_flops"])
         self._lines = dict(zip(section.lines, lines_of(self._frame), strict=True))
         offered = {"tpme_percent": section.frame is not None, "cost_ratio": section.reference is not None}
-        self.costs = [self._axis(key, COSTS) for key in COSTS if offered.get(key, self._has(key))]
-        self.metrics = [self._axis(key, METRICS) for key in METRICS if self._has(key)]
+        costs = COSTS if section.ranked else _other_costs(section.time_of)
+        metrics = METRICS | {
+            what.key: (what.header, f"as its records name it; {what.better} is better", SEEDS)
+            for what in section.qualities
+            if what.key not in METRICS
+        }
+        self._section = section
+        self.costs = [self._axis(key, costs) for key in costs if offered.get(key, self._has(key))]
+        self.metrics = [self._axis(key, metrics) for key in metrics if self._has(key)]
 
     def as_json(self) -> dict[str, list[dict[str, Any]]]:
         """Those to choose across (``x``) and up (``y``)."""
@@ -113,9 +121,9 @@ class Axes:
         return key in self._frame and bool(self._frame[key].notna().any())
 
     def _axis(self, key: str, axes: dict[str, tuple[str, str, str]]) -> Axis:
-        what = quantity(key)
+        what = self._section.quantity(key)
         unit, scale = what.scale(self._frame.get(key, ()))
-        better = 1 if what.better == "higher" or key in METRICS else -1
+        better = 1 if what.better == "higher" else -1
         title, explained, bars = axes[key]
         return Axis(key, title, explained, "millions" if unit == "M" else unit, scale, better, bars)
 
@@ -132,8 +140,19 @@ def _number(line: Line, key: str) -> float | None:
     return None if value is None or isnan(value) else float(value)
 
 
-def learning(result: CellResult) -> dict[str, Any] | None:
-    """Loss, validation Recall@10 and seconds of training after every epoch; None for a cell without one.
+def _other_costs(time_of: str) -> dict[str, tuple[str, str, str]]:
+    """The costs of another task than recommendation, which has no feature cache and perhaps no epochs."""
+    return COSTS | {
+        "epoch_time_s": ("Training time T", f"of {time_of}, training alone", REPEATS),
+        "memory_bytes": ("Training peak memory M", "the most that was held, as its rows were measured", SEEDS),
+        "all_in_s": ("All in", "the whole time of training, as its rows were measured", SEEDS),
+        "energy_epoch_j": ("Training energy E", f"of {time_of}, by the counter of the GPU", SEEDS),
+        "stored_bytes": ("Stored", "bytes that must be kept beside the untouched model", ""),
+    }
+
+
+def learning(result: CellResult, validated: str = OF_RANKS[0].header) -> dict[str, Any] | None:
+    """Loss, the ``validated`` quality and seconds of training after every epoch; None for a cell without one.
 
     ``best`` is the index of the best epoch from 0, ``starts`` are those at which a later training stage begins: its
     loss may be another one.
@@ -144,13 +163,13 @@ def learning(result: CellResult) -> dict[str, Any] | None:
     best = [place for place, epoch in enumerate(epochs) if epoch.index == result.best_epoch]
     return {
         "loss": _short([epoch.loss for epoch in epochs]),
-        "recall": _short([epoch.valid_recall_10 for epoch in epochs]),
+        "valid": _short([validation(epoch, validated) for epoch in epochs]),
         "time": _short(list(accumulate(epoch.train_s for epoch in epochs))),
         "best": best[0] if best else None,
         "starts": [i for i in range(1, len(epochs)) if epochs[i].stage != epochs[i - 1].stage],
     }
 
 
-def _short(values: Sequence[float]) -> list[float | None]:
+def _short(values: Sequence[float | None]) -> list[float | None]:
     """Five digits each, which is finer than a screen."""
-    return [float(f"{value:.5g}") if isfinite(value) else None for value in values]
+    return [float(f"{value:.5g}") if value is not None and isfinite(value) else None for value in values]

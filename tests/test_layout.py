@@ -19,10 +19,12 @@ ROOMS = (
     "bench.measure",
     "bench.task.sources",
     "bench.task",
+    "bench.imports",
     "bench.task.tiny",
     "methods",
     "bench.train",
     "bench.counting",
+    "bench.recorder",
     "bench.run",
     "bench.contract",
     "bench.contract",
@@ -96,8 +98,8 @@ def test_imports_point_one_way(folder: str, forbidden: tuple[str, ...]) -> None:
 
 
 def test_no_import_runs_up() -> None:
-    """A room knows those below it alone, so there is no circle between rooms."""
-    assert {pair for pair in own_imports() if room(pair[1]) > room(pair[0])} == set()
+    """A room knows those below it alone, so there is no circle between rooms; ``bench`` itself shows what is public."""
+    assert {pair for pair in own_imports() if room(pair[1]) > room(pair[0]) and pair[0] != "bench"} == set()
 
 
 def test_no_modules_import_each_other() -> None:

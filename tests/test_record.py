@@ -22,8 +22,11 @@ from tpme.bench.record import (
     TRAINING_OPTIONS,
     Cell,
     EncoderSpec,
+    Epoch,
     Evaluation,
     Failure,
+    ImportSource,
+    NamedMetric,
     Reading,
     RecordError,
     Training,
@@ -298,7 +301,7 @@ def test_a_cells_identity_is_what_runs() -> None:
     assert identity == "a56fc6ae3004"
     for field, value in {"matrix": "m", "baseline": True, "lr_trial": 1, "lr_trials": 2}.items():
         assert cell_id(CELL.model_copy(update={field: value}), "v") == identity
-    for field, value in {"task": "retrieval", "seed": 1, "dataset": "e"}.items():
+    for field, value in {"task": "retrieval", "seed": 1, "dataset": "e", "settings": {"batch": 4}}.items():
         assert cell_id(CELL.model_copy(update={field: value}), "v") != identity
 
 
@@ -309,6 +312,21 @@ def test_a_sample_of_users_is_part_of_the_identity_where_there_is_one() -> None:
         for evaluation in (Evaluation(), Evaluation(users=10), Evaluation(users=11), Evaluation(users=10, seed=7))
     }
     assert len(identities) == 4
+
+
+def test_a_cell_of_another_task_survives_the_disk(tmp_path: Path) -> None:
+    cell = Cell(
+        task="classification", settings={"model": "tiny", "batch": [4, 8]}, method="lora", dataset="reviews",
+        dataset_fingerprint="", modalities=(),
+    )  # fmt: skip
+    epoch = Epoch(index=1, train_s=2.0, steps=250, loss=None, metrics={"accuracy": 0.7})
+    metric = NamedMetric(value=Reading(value=0.7, source="the run"), higher_is_better=True)
+    source = ImportSource(name="a suite", reference="https://a.example", commit="abc", definitions={"T": "all epochs"})
+    written = result(cell=cell, epochs=(epoch,), time_of="250 steps", metrics={"accuracy": metric}, source=source)
+    write_result(written, tmp_path / "attempt-1.json")
+    read = read_result(tmp_path / "attempt-1.json")
+    assert read == written
+    assert (read.cell_id, read.time_of, read.epochs[0].valid_recall_10) == (cell_id(cell, "v"), "250 steps", None)
 
 
 @pytest.mark.parametrize("option", [{"tower": "text"}, {"pool": "mean"}, {"dtype": "bf16"}, {"attention": "eager"}])

@@ -23,6 +23,10 @@ def choose(
     max_params: Annotated[str | None, typer.Option(help="Maximum trainable parameters P: 500K, 5M.")] = None,
     min_ndcg10: Share = None,
     min_recall10: Share = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="Worst value of a metric that records name: accuracy=0.7."),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, or part of the device's name: H200.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -46,8 +50,11 @@ def choose(
         "ndcg_10": min_ndcg10,
         "recall_10": min_recall10,
     }
-    limits = logic.Limits({key: bound for key, bound in bounds.items() if bound is not None}, device)
-    choices = logic.choose(make_report(runs).sections, limits)
+    sections = make_report(runs).sections
+    of_metrics, metrics = logic.metric_limits(sections, metric or ())
+    given = {key: bound for key, bound in bounds.items() if bound is not None}
+    limits = logic.Limits(given | of_metrics, device, metrics)
+    choices = logic.choose(sections, limits)
     if as_json:
         print_json(logic.to_json(choices, limits))
     else:

@@ -190,7 +190,7 @@ def _require_success(trained: Trained) -> None:
         raise ContractError(one_line(trained.error))
     if trained.watch.broken:
         raise ContractError(f"the gradient of '{min(trained.watch.broken)}' is not finite")
-    if not all(math.isfinite(epoch.loss) for epoch in trained.trainer.outcome.epochs):
+    if not all(epoch.loss is not None and math.isfinite(epoch.loss) for epoch in trained.trainer.outcome.epochs):
         raise ContractError("a loss is not finite")
 
 

@@ -129,7 +129,7 @@ def outcome_line(result: CellResult) -> Text:
     label, mark = f"{result.cell.label:<18} ", (result.status, "green" if result.status == "ok" else "red")
     if result.failure:
         return Text.assemble(label, mark, f"  {result.failure.message}")
-    best = max((epoch.valid_recall_10 for epoch in result.epochs), default=None)
+    best = max((epoch.valid_recall_10 for epoch in result.epochs if epoch.valid_recall_10 is not None), default=None)
     if result.in_rounds and "valid_recall_10" in result.counters:
         best = result.counters["valid_recall_10"].value
     pass_s, all_in_s = result.pass_time_s.value, result.all_in_s.value if result.all_in_s else None

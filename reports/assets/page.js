@@ -46,7 +46,7 @@ function readState() {
   Object.assign(state, initial(Number.isInteger(index) && DATA.groups[index] ? index : 0));
   const weights = (given.get("weights") ?? "").split(",").map(Number);
   if (weights.length === 3 && weights.every((w) => w >= 0 && w <= 1) && Math.abs(weights[0] + weights[1] + weights[2] - 1) < 1e-6) state.weights = weights;
-  const allowed = { frame: ["own", "report"], log: ["0", "1"], along: ["epochs", "time"], sort: COLUMNS.map(({ key }) => key), x: group().axes.x.map(({ key }) => key), y: group().axes.y.map(({ key }) => key) };
+  const allowed = { frame: ["own", "report"], log: ["0", "1"], along: ["epochs", "time"], sort: allColumns().map(({ key }) => key), x: group().axes.x.map(({ key }) => key), y: group().axes.y.map(({ key }) => key) };
   for (const [key, values] of Object.entries(allowed)) if (values.includes(given.get(key))) state[key] = given.get(key);
   state.down = given.get("down") === "1";
   for (const key of ["filter", "status", "open"]) state[key] = given.get(key) ?? "";

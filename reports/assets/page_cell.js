@@ -7,10 +7,10 @@ function detail(row) {
   if (cell.failure) parts.push(part(`Ended as ${row.status}`, make("p", {}, cell.failure)));
   if (row.notes.length) parts.push(part("Notes", ...footnotes(row).map((text, i) => make("p", { class: "notes" }, `${row.notes[i]} ${text}`))));
   for (const [title, entries] of Object.entries(rowNumbers(row))) if (entries.length) parts.push(part(title, pairs(title, entries)));
-  if (row.learning) parts.push(part("Learning curve", ...CURVES.map((one) => panel([row], one, [320, 150, 11], "epochs", () => "mark-0"))));
+  if (row.learning) parts.push(part("Learning curve", ...curvesOf().map((one) => panel([row], one, [320, 150, 11], "epochs", () => "mark-0"))));
   if (Object.keys(cell.phases).length) parts.push(part(cell.curve.length ? "Phases and memory over time" : "Phases", timeline(cell), cell.curve.length ? make("p", { class: "notes" }, "The curve holds what was in memory before the cell began, too; M and the whole-run peak leave that out.") : null));
   parts.push(part("Configuration", code("Configuration", cell.configuration)));
-  parts.push(part("To repeat it", make("p", { class: "soft" }, `Save the configuration as cell.toml${cell.configuration.includes("\n# fill in") ? ", fill in what its first lines name" : ""}, then:`), code("Command", cell.command),
+  if (cell.command) parts.push(part("To repeat it", make("p", { class: "soft" }, `Save the configuration as cell.toml${cell.configuration.includes("\n# fill in") ? ", fill in what its first lines name" : ""}, then:`), code("Command", cell.command),
     make("p", { class: "soft" }, "With the same measured code that is the same cell. A method from a folder of your own needs ", make("code", {}, "--methods-path FOLDER"), ", too.")));
   const environment = cell.environment ? { ...group().environment, ...cell.environment } : { device: "not known: the attempt ended before" };
   parts.push(part("Measured on", pairs("Measured on", Object.entries(environment))));
@@ -40,7 +40,7 @@ function closeCell() {
 const DOES = {
   load: "data and encoders are read", adapt: "the method enters the encoders", prepare: "the model is set up", cache: "the feature cache is built or read", warmup: "steps before the clock counts",
   train: "training", validate: "validation after an epoch", rank: "the whole catalogue is ranked for the users", export: "the adapted model is written", inference: "serving is timed",
-  estimate: "the method estimates what to change", search: "the method searches", round: "a round of the method", count: "FLOPs and bytes are counted", probe: "the representation space is measured",
+  estimate: "the method estimates what to change", search: "the method searches", round: "a round of the method", count: "FLOPs and bytes are counted", probe: "the representation space is measured", other: "what the training loop does between its phases",
 };
 
 /* A lane for each kind of phase, in the colour that it has in all reports; above them, on the same time axis, the memory curve in bands of these colours. */

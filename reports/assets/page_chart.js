@@ -108,7 +108,7 @@ function drawChart(rows) {
 function chartNote(drawn, shown, across, up) {
   const bars = (axis, pool) => (axis.bars && pool.some((row) => row[`${axis.key}_high`] > row[`${axis.key}_low`]) ? axis.bars : "");
   const [upwards, sideways] = [bars(up, drawn), bars(across, shown)];
-  const parts = [`Best is up and to the ${across.better === 1 ? "right" : "left"}.`];
+  const parts = [`Best is ${up.better === 1 ? "up" : "down"} and to the ${across.better === 1 ? "right" : "left"}.`];
   if (upwards || sideways) parts.push(`Bars: ${[upwards && `${upwards} (up and down)`, sideways && `${sideways} (across)`].filter(Boolean).join(", ")}.`);
   if (shown.some((row) => row.front)) parts.push("Diamonds and line: no other compared row is better in both (Pareto front).");
   if (drawn.some((row) => row.baseline)) parts.push("Hollow squares and dashed lines: reference rows, which adapt no encoder.");
@@ -119,7 +119,7 @@ function chartNote(drawn, shown, across, up) {
 function summary(row) {
   const place = known(row.rank) ? `Rank ${rankText(row)}, TPME ${percent(row)} %` : known(row.bound) ? `TPME ${percent(row)} %` : row.status === "ok" ? "no TPME" : `ended as ${row.status}`;
   return [
-    row.name, place + (known(row.low) ? ` (95 %: ${interval(row, 2)})` : "") + (row.front ? ", on the Pareto front" : ""), `Recall@10 ${ranged(row, "recall_10")}, NDCG@10 ${ranged(row, "ndcg_10")}`,
+    row.name, place + (known(row.low) ? ` (95 %: ${interval(row, 2)})` : "") + (row.front ? ", on the Pareto front" : ""), group().qualities.map(({ key, title }) => `${title} ${ranged(row, key)}`).join(", "),
     `T ${spread(row.epoch_time_s, row.epoch_time_s_sd, 4)} s, P ${number(row.trainable_millions, 4)} M, M ${usedMemory(row, 4)}${known(row.energy_epoch_j) ? `, E ${energy(row, 4)}` : ""}`, ...footnotes(row).map((text, i) => `${row.notes[i]} ${text}`),
   ].join("\n");
 }
@@ -150,7 +150,9 @@ function frontBoxes(front) {
   return front.slice(1).flatMap((next, i) => [[Math.min(front[i].x, next.x), front[i].y - 2, Math.max(front[i].x, next.x), front[i].y + 2], [next.x - 2, Math.min(next.y, front[i].y), next.x + 2, Math.max(next.y, front[i].y)]]);
 }
 
-/* Greedy: each name takes the nearest free place on rings around its point; a name without one is in the tooltip only. */
+/* Greedy: each name takes the nearest free place on rings around its point; a name without one is in the tooltip only.
+   Among many points the front chooses first, and the others have names only where there is room beside them. */
+const RINGS = 14, CROWDED = 40;
 function placeNames(chart, spots, lines, [left, top, right, bottom], fronts) {
   const taken = [...fronts, ...spots.map((spot) => [spot.x - 6, spot.y - 6, spot.x + 6, spot.y + 6]), ...lines.map((line) => [left, line.y - 1, right, line.y + 1])];
   const free = (box) => box[0] >= left && box[1] >= top && box[2] <= right && box[3] <= bottom && !taken.some((other) => box[0] < other[2] && other[0] < box[2] && box[1] < other[3] && other[1] < box[3]);
@@ -173,9 +175,12 @@ function placeNames(chart, spots, lines, [left, top, right, bottom], fronts) {
       return box && { box };
     });
   }
-  for (const spot of spots) {
+  const crowded = spots.length > CROWDED;
+  const order = crowded ? [...spots].sort((a, b) => b.row.front - a.row.front) : spots;
+  for (const spot of order) {
+    const near = crowded && !spot.row.front && spot.row.name !== group().reference;
     const clear = (box) => free(box) && spots.every((other) => other === spot || gap(box, other) >= gap(box, spot));
-    const place = write(spot.row.name, "name", (size) => ringPlace(spot, size, clear) ?? ringPlace(spot, size, free));
+    const place = write(spot.row.name, "name", (size) => ringPlace(spot, size, clear, near ? 1 : RINGS) ?? (near ? null : ringPlace(spot, size, free, RINGS)));
     if (place?.far) chart.append(make("svg:line", { class: "lead", x1: spot.x, y1: spot.y, x2: Math.min(Math.max(spot.x, place.box[0]), place.box[2]), y2: Math.min(Math.max(spot.y, place.box[1]), place.box[3]) }));
   }
 }
@@ -183,8 +188,8 @@ function placeNames(chart, spots, lines, [left, top, right, bottom], fronts) {
 /* From a point to a box: a name lies nearer to its own point than to any other, where there is such a place. */
 const gap = ([left, top, right, bottom], { x, y }) => Math.hypot(Math.max(left - x, 0, x - right), Math.max(top - y, 0, y - bottom));
 
-function ringPlace(spot, { width, height }, free) {
-  for (let ring = 0; ring < 14; ring += 1) {
+function ringPlace(spot, { width, height }, free, rings) {
+  for (let ring = 0; ring < rings; ring += 1) {
     for (let turn = 0; turn < 16; turn += 1) {
       const angle = (Math.PI * 2 * (turn % 2 ? turn + 1 : -turn)) / 32;
       const [dx, dy] = [Math.cos(angle), Math.sin(angle)];

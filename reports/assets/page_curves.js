@@ -1,5 +1,5 @@
-/* ---- learning curves: loss and validation Recall@10 after every epoch ---- */
-const CURVES = [{ key: "loss", title: "Training loss", better: -1 }, { key: "recall", title: "Recall@10 in validation", better: 1 }];
+/* ---- learning curves: loss and validation quality after every epoch, or after every part of another run ---- */
+const curvesOf = () => [{ key: "loss", title: "Training loss" }, ...(group().validation ? [{ key: "valid", title: group().validation }] : [])];
 const markOf = (name) => { const place = state.curves.indexOf(name); return place < 0 ? "" : `mark-${place % MARKS}${place >= MARKS ? " dashed" : ""}`; };
 let drawnCurves = "";
 
@@ -11,7 +11,7 @@ function drawCurves(rows) {
   if (wanted === drawnCurves || !trained.length) return;
   drawnCurves = wanted;
   const size = NARROW.matches ? [560, 400, 17] : [620, 320, 12];
-  byId("panels").replaceChildren(...CURVES.map((curve) => panel(trained, curve, size)));
+  byId("panels").replaceChildren(...curvesOf().map((curve) => panel(trained, curve, size)));
   byId("chips").replaceChildren(...trained.map((row) => chip(row)));
 }
 
@@ -25,10 +25,10 @@ function chip(row) {
 }
 
 /* What a curve says, in words. */
-function learned({ name, learning: { loss, recall, time, best } }) {
+function learned({ name, learning: { loss, valid, time, best } }) {
   const [first, last] = [loss[0], loss[loss.length - 1]];
-  const top = best === null ? "" : `, best ${best + 1}: Recall@10 ${number(recall[best], 4)} in validation`;
-  return `${name}\n${loss.length} epochs${top}\nLoss ${number(first)} to ${number(last)}, ${number(time[time.length - 1])} s of training`;
+  const top = best === null ? "" : `, best ${best + 1}: ${group().validated} ${number(valid[best], 4)} in validation`;
+  return `${name}\n${loss.length} ${group().parts}${top}\nLoss ${number(first)} to ${number(last)}, ${number(time[time.length - 1])} s of training`;
 }
 
 /* One panel; a curve breaks where a later stage of training begins, for its loss may be another one. */
@@ -36,7 +36,7 @@ function panel(rows, { key, title }, [width, height, text], along = state.along,
   const [left, right, top, bottom] = [4.6 * text, text, 2.2 * text, 2.9 * text];
   const across = ({ learning }) => (along === "time" ? learning.time : learning[key].map((_, i) => i + 1));
   const values = rows.flatMap(({ learning }) => learning[key]).filter(known);
-  const drawn = make("svg:svg", { viewBox: `0 0 ${width} ${height}`, class: "curves", role: "img", "font-size": text, "aria-label": `${title} over ${along === "time" ? "seconds of training" : "epochs"} of ${rows.map((row) => row.name).join(", ")}` });
+  const drawn = make("svg:svg", { viewBox: `0 0 ${width} ${height}`, class: "curves", role: "img", "font-size": text, "aria-label": `${title} over ${along === "time" ? "seconds of training" : group().parts} of ${rows.map((row) => row.name).join(", ")}` });
   if (!values.length) return drawn;
   const log = key === "loss" && Math.min(...values) > 0 && Math.max(...values) > 20 * Math.min(...values);
   const last = Math.max(...rows.flatMap(across));
@@ -47,7 +47,7 @@ function panel(rows, { key, title }, [width, height, text], along = state.along,
   for (const value of steps) drawn.append(make("svg:text", { class: "tick", x: x(value), y: height - 1.6 * text, "text-anchor": "middle" }, String(Number(value.toPrecision(6)))));
   const writtenY = written(y.marks, 1, log);
   for (const value of y.marks) drawn.append(make("svg:line", { class: "grid", x1: left, x2: width - right, y1: y.place(value), y2: y.place(value) }), make("svg:text", { class: "tick", x: left - 6, y: y.place(value) + 4, "text-anchor": "end" }, writtenY(value)));
-  drawn.append(make("svg:text", { x: left, y: text }, title + (log ? " (logarithmic)" : "")), make("svg:text", { class: "tick", x: (left + width - right) / 2, y: height - 3, "text-anchor": "middle" }, along === "time" ? "seconds of training, without cache and validation" : "epochs"));
+  drawn.append(make("svg:text", { x: left, y: text }, title + (log ? " (logarithmic)" : "")), make("svg:text", { class: "tick", x: (left + width - right) / 2, y: height - 3, "text-anchor": "middle" }, along === "time" ? group().along : group().parts));
   const inOrder = [...rows].sort((a, b) => state.curves.includes(a.name) - state.curves.includes(b.name)); // marked curves lie on top
   for (const row of inOrder) drawn.append(curve(row, key, across(row).map(x), y.place, look(row.name)));
   return drawn;

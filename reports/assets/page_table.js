@@ -2,7 +2,7 @@
 /* A row unrounded, under the names that tables/results.csv has for it. */
 function record(row) {
   const hundredfold = (value) => (known(value) ? 100 * value : null);
-  const judged = ["recall_10", "ndcg_10"].flatMap((key) => [key, `${key}_low`, `${key}_high`]).map((key) => [key, row[key]]);
+  const judged = group().qualities.flatMap(({ key }) => [key, `${key}_low`, `${key}_high`]).map((key) => [key, row[key]]);
   return {
     method: row.name, tpme_rank: row.rank, tpme_percent: hundredfold(row.tpme), tpme_low_percent: hundredfold(row.low), tpme_high_percent: hundredfold(row.high),
     tpme_lower_bound_percent: hundredfold(row.bound), ...Object.fromEntries(judged), epoch_time_s: row.epoch_time_s, epoch_time_s_sd: row.epoch_time_s_sd, trainable_millions: row.trainable_millions,
@@ -12,30 +12,29 @@ function record(row) {
 }
 
 /* A column that is the same for all rows says so under the table instead. */
-const COLUMNS = [
+const allColumns = () => [
   { key: "name", title: "Method", help: "Open a method to see its cell" },
   { key: "rank", title: "Rank", num: true, help: "Place by TPME, 1 is the cheapest", text: rankText, hint: (row) => (row.tied.length ? `${tiedText()} with ${row.tied.join(", ")}` : null) },
   { key: "tpme", title: "TPME (%)\u00a0↓", num: true, better: -1, help: "Time, parameters and memory as one number", text: percent, value: (row) => (known(row.tpme) ? 100 * row.tpme : null) },
   { key: "low", title: "95\u00a0%", num: true, help: "Interval of TPME over resamplings of seeds and epochs", text: (row) => interval(row, 1), needs: (row) => known(row.tpme_low) || row.tpme_end },
   { key: "cost_ratio", title: "Cost ratio\u00a0↓", num: true, better: -1, help: () => `T, P and M over those of ${group().reference}, weighted geometric mean`, text: (row) => number(row.cost_ratio), needs: () => group().reference },
-  { key: "recall_10", title: "Recall@10\u00a0↑", num: true, better: 1, help: "Share of users whose next item is among the first ten", text: (row) => ranged(row, "recall_10") },
-  { key: "ndcg_10", title: "NDCG@10\u00a0↑", num: true, better: 1, help: "As Recall@10, and higher places count more", text: (row) => ranged(row, "ndcg_10") },
-  { key: "t", title: "Epoch time T\u00a0(s)\u00a0↓", num: true, better: -1, help: "Training time of an epoch", value: (row) => row.epoch_time_s, text: (row) => spread(row.epoch_time_s, row.epoch_time_s_sd) },
+  ...group().qualities.map(({ key, title, help, better }) => ({ key, title: `${title}\u00a0${better === 1 ? "↑" : "↓"}`, num: true, better, quality: true, help, text: (row) => ranged(row, key) })),
+  { key: "t", title: `${group().time_title}\u00a0(s)\u00a0↓`, num: true, better: -1, help: `Training time of ${group().time_of}`, value: (row) => row.epoch_time_s, text: (row) => spread(row.epoch_time_s, row.epoch_time_s_sd) },
   { key: "p", title: "Trained P\u00a0(M)\u00a0↓", num: true, better: -1, help: "Trainable parameters, millions", value: (row) => row.trainable_millions, text: ({ trainable_millions: p }) => (known(p) ? (p >= 1e-3 ? p.toFixed(3) : number(p, 2)) : "–") },
   { key: "m", title: "Training memory\u00a0M\u00a0↓", num: true, better: -1, help: "Peak memory of training", value: (row) => row.memory_bytes, text: (row) => usedMemory(row) },
   { key: "peak_bytes", title: "Whole-run peak\u00a0↓", num: true, better: -1, help: "Highest memory from loading to export, and the phase where it lies", text: (row) => peak(row), hint: (row) => (row.peak_phase ? `in the phase "${row.peak_phase}": ${DOES[row.peak_phase]}` : null), needs: (row) => known(row.peak_bytes) },
-  { key: "e", title: "Energy E\u00a0↓", num: true, better: -1, help: "Energy of a training epoch", value: (row) => row.energy_epoch_j, text: (row) => energy(row), needs: (row) => known(row.energy_epoch_j) },
+  { key: "e", title: "Energy E\u00a0↓", num: true, better: -1, help: `Energy of training ${group().time_of}`, value: (row) => row.energy_epoch_j, text: (row) => energy(row), needs: (row) => known(row.energy_epoch_j) },
   { key: "seeds", title: "Seeds", num: true, help: "Finished seeds", varies: true, text: (row) => String(row.seeds) },
   { key: "status", title: "Outcome", help: "How the runs ended", varies: true },
 ];
 const constant = (key) => new Set(group().rows.map((row) => row[key])).size === 1;
-const columns = () => COLUMNS.filter(({ key, needs, varies }) => (!needs || group().rows.some(needs)) && !(varies && constant(key)));
+const columns = () => allColumns().filter(({ key, needs, varies }) => (!needs || group().rows.some(needs)) && !(varies && constant(key)));
 const valueOf = (column, row) => (column.value ? column.value(row) : row[column.key]);
 
 /* ---- the table ---- */
 function visible(rows) {
   const words = state.filter.toLowerCase().split(/\s+/).filter(Boolean);
-  const column = COLUMNS.find((candidate) => candidate.key === state.sort);
+  const column = allColumns().find((candidate) => candidate.key === state.sort);
   const sign = state.down ? -1 : 1;
   return rows
     .filter((row) => words.every((word) => row.name.toLowerCase().includes(word)) && (!state.status || row.status === state.status))
@@ -55,8 +54,8 @@ function drawTable(rows) {
     const sort = make("button", { type: "button", "data-sort": column.key, title: typeof column.help === "function" ? column.help() : column.help, onclick: () => change({ sort: column.key, down: active ? !state.down : column.better === 1 }, `[data-sort="${column.key}"]`) }, column.title + arrow);
     return make("th", { scope: "col", class: column.num ? "num" : null, "aria-sort": active ? (state.down ? "descending" : "ascending") : "none" }, sort);
   }));
-  const best = Object.fromEntries(COLUMNS.filter((column) => column.better).map((column) => {
-    const pool = rows.filter((row) => column.better === 1 || row.inside).map((row) => valueOf(column, row)).filter(known);
+  const best = Object.fromEntries(allColumns().filter((column) => column.better).map((column) => {
+    const pool = rows.filter((row) => column.quality || row.inside).map((row) => valueOf(column, row)).filter(known);
     return [column.key, new Set(pool).size > 1 ? (column.better === 1 ? Math.max(...pool) : Math.min(...pool)) : null];
   }));
   const shown = visible(rows);

@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isnan
 
-from tpme.bench.quantities import bytes_text, number, quantity
+from tpme.bench.quantities import bytes_text, number
 from tpme.reports.data.notes import mixing
+from tpme.reports.data.others import measured_here
+from tpme.reports.data.qualities import worst_first
 from tpme.reports.data.section import Section
 from tpme.reports.data.trials import Line
 from tpme.reports.data.user_ranks import Metric
 
 METRIC: Metric = "recall"
-"""Validation selects by it, so does the answer."""
+"""Validation of recommendation selects by it, so does the answer; other tasks have no users to test over."""
 NAMED = 6
 """Rows that are named; of more, their number."""
 SHARED_DEVICE = frozenset({"foreign-process", "crowded"})
@@ -42,13 +44,16 @@ def best_rows(section: Section) -> list[str]:
     """The row of the best quality, followed by those that the paired test does not tell apart from it, best first."""
     if "random-weights" in _flags(section):
         return []
-    known = section.summary[f"{METRIC}_10"].where(section.summary["status"] == "ok").dropna()
-    order = [str(name) for name in known.sort_values(ascending=False, kind="stable").index]
+    if section.main is None:
+        return []
+    known = section.summary[section.main.key].where(section.summary["status"] == "ok").dropna()
+    order = [str(name) for name in worst_first(known, section.main).sort_values(ascending=False, kind="stable").index]
     if not order:
         return []
-    worse = {name for test in section.differences[METRIC] if test.significant for name in (test.first, test.second)
+    tests = section.differences[METRIC] if section.ranked else ()
+    worse = {name for test in tests if test.significant for name in (test.first, test.second)
              if order[0] in (test.first, test.second)}  # fmt: skip
-    tested = bool(section.differences[METRIC])
+    tested = bool(tests)
     return [order[0], *(name for name in order[1:] if tested and name not in worse)]
 
 
@@ -60,16 +65,20 @@ def cheapest_rows(section: Section, among: Sequence[str]) -> list[str]:
 
 
 def _best(section: Section, good: Sequence[str]) -> str:
-    header = quantity(f"{METRIC}_10").header
-    if not good:
+    what = section.main
+    if not good or what is None:
         random = "random-weights" in _flags(section)
-        why = "the encoders have random weights" if random else "no row finished with ranks"
+        why = "the encoders have random weights" if random else f"no row finished with {_lacking(section)}"
         return f"No quality to compare: {why}."
-    value = quantity(f"{METRIC}_10").format(section.summary[f"{METRIC}_10"][good[0]])
-    text = f"Best {header}: {good[0]} ({value})"
-    others = int(section.summary[f"{METRIC}_10"].notna().sum()) - 1
+    value = what.format(section.summary[what.key][good[0]])
+    text = f"Best {what.header}: {good[0]} ({value})"
+    others = int(section.summary[what.key].notna().sum()) - 1
     if not others:
         return f"{text}, the only row."
+    if not section.ranked:
+        once = (section.summary["seeds_ok"] < 2).all()
+        why = "every row ran once" if once else "a metric of few seeds"
+        return f"{text}; no test says which differences are real: {why}."
     if not section.differences[METRIC]:
         return f"{text}; no paired test over users of different data or protocols."
     if len(good) == 1:
@@ -86,6 +95,8 @@ def _cheapest(section: Section, good: Sequence[str]) -> str:
     cheapest = cheapest_rows(section, among)
     if any(isnan(section.lines[name]["tpme_rank"]) for name in among):  # a reference row may cost less, without a rank
         of_these += ", of the rows with a TPME"
+    if good and not section.ranked:
+        return _front(section, good[0])
     if not cheapest:
         if len(good) == 1 or (good and not len(section.compared)):
             return f"What that costs: {_costs(section, section.lines[good[0]])}."
@@ -96,24 +107,43 @@ def _cheapest(section: Section, good: Sequence[str]) -> str:
     return f"{text}, with {_costs(section, section.lines[cheapest[0]])}."
 
 
+def _lacking(section: Section) -> str:
+    return "ranks" if section.ranked else "a metric"
+
+
+def _front(section: Section, best: str) -> str:
+    """What the best quality costs, and the lowest TPME with its quality, where no test tells rows apart."""
+    assert section.main is not None
+    text = f"What that costs: {_costs(section, section.lines[best])}"
+    lowest = next(iter(section.compared), None)
+    if lowest is None or lowest == best:
+        return f"{text}{'' if lowest is None else ', the lowest TPME'}."
+    line = section.lines[lowest]
+    value = section.main.format(line[section.main.key])
+    return f"{text}. Lowest TPME: {lowest}, with {section.main.header} {value} and {_costs(section, line)}."
+
+
 def _costs(section: Section, line: Line) -> str:
     """The costs of a row that were measured, and their ratio to those of the reference row, unless it is that."""
     parts = []
     if not isnan(line["epoch_time_s"]):
         best = line["time_to_best_s"]
         in_all = "" if isnan(best) else f" ({number(best)} s in all up to the best one)"
-        parts.append(f"{number(line['epoch_time_s'])} s an epoch{in_all}")
+        per = "an epoch" if section.ranked else f"for {section.time_of}"
+        parts.append(f"{number(line['epoch_time_s'])} s {per}{in_all}")
     if not isnan(line["trainable_millions"]):
         parts.append(f"{number(line['trainable_millions'])} M trainable parameters")
     if not isnan(line["memory_bytes"]):
-        parts.append(f"{bytes_text(line['memory_bytes'])} while training")
+        of_others = "source" in section.group.key
+        parts.append(f"{bytes_text(line['memory_bytes'])} {'of memory' if of_others else 'while training'}")
     if not isnan(line["peak_bytes"]):
         parts.append(f"{bytes_text(line['peak_bytes'])} at the peak of the whole run ({line['peak_phase']})")
     text = ", ".join(parts) or "no cost measured"
     if section.reference is None or isnan(line["cost_ratio"]) or line is section.lines[section.reference]:
         return text
     share = f"{100 * line['cost_ratio']:.2g} % of {section.reference}'s cost"
-    return f"{text}; {share} (weighted geometric mean of epoch time, parameters and training memory)"
+    costs = "epoch time, parameters and training memory" if section.ranked else "time, parameters and memory"
+    return f"{text}; {share} (weighted geometric mean of {costs})"
 
 
 def _trust(section: Section) -> str:
@@ -127,16 +157,21 @@ def _trust(section: Section) -> str:
     of_finished = cells.loc[cells["status"] == "ok", "flags"]
     finished = len(of_finished)
     shared = sum(any(code in SHARED_DEVICE for code, _ in marks) for marks in of_finished)
-    parts.append(
-        f"other programs competed for the device in {shared} of {finished} cells"
-        if shared
-        else "no cell is flagged for sharing its device"
-    )
-    parts.append(section.noise.text)
+    if measured_here(recorded.result for recorded in section.records):
+        parts.append(
+            f"other programs competed for the device in {shared} of {finished} cells"
+            if shared
+            else "no cell is flagged for sharing its device"
+        )
+        parts.append(section.noise.text)
+    else:
+        parts.append("nothing says how far another run of the same settings differs, so no tie is claimed")
     if failed := len(cells) - finished:
         parts.append(f"{failed} of {len(cells)} cells did not finish")
     if "random-weights" in _flags(section):
         parts.append("with random weights costs are real and quality is meaningless")
+    if "source" in section.group.key:
+        parts.append(f"measured by others ({section.group.key['source']}), not here")
     if section.group.mixed:
         parts.append(mixing(section.group).removeprefix("Mixed: ").rstrip("."))
     text = "; ".join(parts)

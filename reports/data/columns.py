@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from tpme.bench.quantities import memory_reading
+from tpme.bench.quantities import NAMED, instruments_of, memory_reading
 from tpme.bench.record import (
     ENCODER_OPTIONS,
     Cell,
@@ -14,6 +15,7 @@ from tpme.bench.record import (
     EncoderSpec,
     Epoch,
     Evaluation,
+    Flag,
     PhaseKind,
     earlier_epochs,
 )
@@ -22,6 +24,8 @@ from tpme.reports.data.serving import cell_costs
 
 ALL_USERS = "all users"
 """The column ``evaluation`` of a cell that is evaluated on no sample."""
+BY_OTHERS = "by-others"
+"""Code of the flag on a row that was not measured here."""
 OWN_PHASES: frozenset[PhaseKind] = frozenset({"count", "inference", "probe"})
 """Kinds of phases in which the suite measures what training does not need."""
 
@@ -36,22 +40,35 @@ def row_of(result: CellResult, device_key: str) -> dict[str, Any]:
         "failure_phase": result.failure.phase if result.failure else None,
         "failure_message": result.failure.message if result.failure else None,
         "started_at": result.started_at,
-        "wall_s": result.wall_s,
+        "wall_s": result.wall_s if result.source is None or result.wall_s else math.nan,
         **_cell_columns(result.cell, device_key),
+        "time_of": result.time_of,
+        "source": result.source.name if result.source else "",
         **_cost_columns(result),
         **_epoch_columns(result),
-        "flags": tuple(
-            (flag.code, escaped(flag.message))
-            for flag in (*result.flags, result.untrained, result.costs_flag, result.held_out_flag)
-            if flag is not None
-        ),
+        **{f"{NAMED}{name}": metric.value.value for name, metric in result.metrics.items() if metric.value.valid},
+        "flags": tuple((flag.code, escaped(flag.message)) for flag in _flags(result)),
     }
     return {name: escaped(value) if isinstance(value, str) else value for name, value in columns.items()}
 
 
+def _flags(result: CellResult) -> Iterator[Flag]:
+    """The flags of a record, with those that follow from it."""
+    yield from result.flags
+    if result.source is None:
+        yield from filter(None, (result.untrained, result.costs_flag, result.held_out_flag))
+    else:
+        yield Flag(code=BY_OTHERS, message=f"measured by others: {result.source.name}")
+    for name, metric in result.metrics.items():
+        if not metric.value.valid and result.status == "ok":
+            yield Flag(code="no-metric", message=f"no {name}: {metric.value.reason}")
+
+
 def _cell_columns(cell: Cell, device_key: str) -> dict[str, Any]:
+    """Protocol and precision are those of recommendation; another task says in its settings what its rows share."""
     training = cell.training.model_dump(mode="json")
     precision = training.pop("precision")
+    other = cell.task != Cell.model_fields["task"].default
     return {
         "label": cell.label,
         "method": cell.method,
@@ -67,9 +84,11 @@ def _cell_columns(cell: Cell, device_key: str) -> dict[str, Any]:
             for modality, spec in (("text", cell.text_encoder), ("image", cell.image_encoder))
             if spec is not None
         ),
-        "protocol": cell.protocol,
-        "precision": precision,
+        "protocol": "" if other else cell.protocol,
+        "precision": "" if other else precision,
         "evaluation": _evaluation(cell.evaluation),
+        "task": cell.task,
+        "settings": _canonical(cell.settings),
         "training": _canonical(training),
         "lr": _canonical(cell.lr.model_dump(mode="json")),
         "lr_trial": cell.lr_trial,
@@ -86,8 +105,9 @@ def _evaluation(evaluation: Evaluation) -> str:
 
 
 def _cost_columns(result: CellResult) -> dict[str, Any]:
-    memory, time_s = memory_reading("memory_bytes", result.pass_memory, result.cell.device), result.pass_time_s
-    any_phase = [memory_reading("memory_seen_bytes", phase.memory, result.cell.device).value for phase in result.phases]
+    by = instruments_of(result)
+    memory, time_s = memory_reading("memory_bytes", result.pass_memory, by), result.pass_time_s
+    any_phase = [memory_reading("memory_seen_bytes", phase.memory, by).value for phase in result.phases]
     seen = [value for value in (memory.value, *any_phase) if value is not None]
     parameters, cache = result.parameters, result.cache
     energy = [phase.energy_j.value for phase in result.phases if phase.kind == "train"]
@@ -107,7 +127,7 @@ def _cost_columns(result: CellResult) -> dict[str, Any]:
         "memory_seen_bytes": max(seen, default=None),
         **_peak_columns(result),
         "trainable_millions": parameters.trainable / 1e6 if parameters else None,
-        "total_millions": parameters.total / 1e6 if parameters else None,
+        "total_millions": parameters.total / 1e6 if parameters and parameters.total is not None else None,
         "stored_bytes": parameters.stored_bytes if parameters else None,
         "cache_build_s": cache.build_s if cache else None,
         "cache_bytes": cache.bytes if cache else None,
@@ -123,14 +143,15 @@ def _peak_columns(result: CellResult) -> dict[str, Any]:
     M counts with them: a device may lose the reading that M takes in one phase and not in another. Phases in which
     the suite measures for itself (``OWN_PHASES``) do not count. Where an earlier cell built the cache,
     the last is that of the builder's process alone (``load`` takes that cell's, where it is among the records).
+    What others published is M alone.
     """
     windows = [("train", result.training_memory), *((phase.kind, phase.memory) for phase in result.phases)]
     readings = (
-        (memory_reading("memory_bytes", memory, result.cell.device).value, kind)
+        (memory_reading("memory_bytes", memory, instruments_of(result)).value, kind)
         for kind, memory in windows
         if kind not in OWN_PHASES
     )
-    peaks = [(value, kind) for value, kind in readings if value is not None]
+    peaks = [(value, kind) for value, kind in readings if value is not None and result.source is None]
     value, kind = max(peaks, default=(None, None))
     built = max((value for value, kind in peaks if kind == "cache"), default=None)
     by_cell = built is not None
@@ -148,7 +169,8 @@ def _sum(values: Sequence[float | None]) -> float | None:
 def _epoch_columns(result: CellResult) -> dict[str, Any]:
     best = None
     if result.epochs:
-        best = max(result.epochs, key=lambda epoch: (epoch.valid_recall_10, -epoch.index))
+        ranked = [epoch for epoch in result.epochs if epoch.valid_recall_10 is not None]
+        best = max(ranked, key=lambda epoch: (epoch.valid_recall_10, -epoch.index), default=None)
         best = next((epoch for epoch in result.epochs if epoch.index == result.best_epoch), best)
     return {
         "epochs_run": len(result.epochs),

@@ -28,7 +28,7 @@ from tpme.bench.text import csv_field
 from tpme.bench.writing import write_atomically
 from tpme.reports.data.load import Recorded, to_frame, with_quality
 
-NUMERIC = re.compile(r"(_s|_j|_bytes|_millions|_\d+)$|^(counter|phase|peak(?!_phase$)|inference)_|^best_epoch$")
+NUMERIC = re.compile(r"(_s|_j|_bytes|_millions|_\d+)$|^(counter|phase|peak(?!_phase$)|inference|metric)_|^best_epoch$")
 """Numeric columns, even where every value is missing."""
 BOOLEAN = ("environment_deterministic", "environment_git_dirty")
 """Columns with true, false or a missing value."""
@@ -75,9 +75,11 @@ def _more(result: CellResult) -> dict[str, Any]:
     phases: dict[str, float] = {}
     for phase in result.phases:
         phases[f"phase_{phase.kind}_s"] = phases.get(f"phase_{phase.kind}_s", 0.0) + phase.wall_s
-    environment = result.environment.model_dump(exclude={"device_key"}) if result.environment else {}
+    unknown = {"python", "cpu_threads", "allocator", "deterministic", "hostname_hash"} if result.source else set()
+    environment = result.environment.model_dump(exclude={"device_key", *unknown}) if result.environment else {}
     return {
         "schema_version": result.schema_version,
+        **_source(result),
         **{name: reading.value if reading.valid else None for name, reading in readings.items()},
         "missing_reasons": json.dumps(
             {name: reading.reason for name, reading in readings.items() if not reading.valid}
@@ -86,6 +88,13 @@ def _more(result: CellResult) -> dict[str, Any]:
         **{f"environment_{name}": _flat(value) for name, value in environment.items()},
         "dataset_facts": _flat(result.dataset.model_dump() if result.dataset else None),
     }
+
+
+def _source(result: CellResult) -> dict[str, Any]:
+    """Where a row of others is from, beside the column ``source``."""
+    if result.source is None:
+        return {}
+    return {f"source_{name}": _flat(value) for name, value in result.source.model_dump(exclude={"name"}).items()}
 
 
 def _flat(value: Any) -> Any:
@@ -224,12 +233,15 @@ def _metrics(row: pd.Series[Any], start_ms: int) -> Iterator[Any]:
 
 
 def _curves(result: CellResult, start_ms: int) -> Iterator[Any]:
-    """Loss, time and validation quality of each epoch."""
+    """Loss, time and validation quality of each epoch, as far as its task has them."""
     from mlflow.entities import Metric
 
     for epoch in result.epochs:
         for name in ("train_s", "loss", "valid_recall_10", "valid_ndcg_10"):
-            yield Metric(f"epoch_{name}", float(getattr(epoch, name)), start_ms, epoch.index)
+            if (value := getattr(epoch, name)) is not None:
+                yield Metric(f"epoch_{name}", float(value), start_ms, epoch.index)
+        for name, value in epoch.metrics.items():
+            yield Metric(f"epoch_{name}", value, start_ms, epoch.index)
 
 
 def _is_number(value: Any) -> bool:

@@ -78,6 +78,11 @@ def _on_instruments(seeds: Mapping[str, Sequence[Line]], merged: Mapping[str, st
 def mixing(group: Group) -> str:
     """The warning on a mixed group."""
     text = f"Mixed: rows of different {mixture(group)} share this table and its TPME, which compares them all the same."
+    if "source" in group.mixed:
+        return (
+            f"{text} Some were measured by others, with other programs, machines and definitions of T, P, M and "
+            "quality: no difference between their rows and others is told apart from a difference in measuring."
+        )
     if group.cells["device"].nunique() > 1:
         text += " M is not one quantity: resident memory over a baseline on a CPU, GPU memory by NVML on a GPU."
     return text

@@ -18,6 +18,7 @@ PHASE_COLOURS = {
     "count": "#56B4E9",
     "inference": "#CC79A7",
     "probe": "#3B3B3B",
+    "other": "#DDDDDD",
 }
 """Kinds in the order of a run. Those that every run has use the colours of Okabe and Ito; the rarer ones need a second
-cue (hatches in figures, lanes on the page), because no fifteen colours can be told apart by everyone."""
+cue (hatches in figures, lanes on the page), because no sixteen colours can be told apart by everyone."""

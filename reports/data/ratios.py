@@ -14,7 +14,8 @@ from tpme.reports.data.tpme import COLUMNS, Weights
 
 RATIOS = ("time_ratio", "parameters_ratio", "memory_ratio")
 """Of T, P and M, in this order."""
-DEFAULT_REFERENCE = "fft"
+DEFAULT_REFERENCES = ("fft", "full-finetuning")
+"""Labels of full fine-tuning, here and in what peft's maintainers publish."""
 
 
 def reference_row(summary: pd.DataFrame, named: str | None) -> str | None:
@@ -22,9 +23,10 @@ def reference_row(summary: pd.DataFrame, named: str | None) -> str | None:
 
     Only a row that finished counts.
     """
-    wanted = named or DEFAULT_REFERENCE
     usable = summary[(summary["status"] == "ok") & summary[list(COLUMNS)].notna().all(axis=1)]
-    for matching in (usable.index == wanted, usable["label"] == wanted):
+    for wanted in (named,) if named else DEFAULT_REFERENCES:
+        matching = usable.index == wanted
+        matching = matching if matching.any() else (usable["label"] == wanted).to_numpy()
         if matching.any():
             return str(usable.index[matching][0])
     return None

@@ -3,7 +3,8 @@
 *Resampled*, for each row independently, because each cell ran in its own process at its own time:
 
 - the finished **seeds**, with replacement; a drawn seed brings its epochs and its peak memory;
-- for each drawn seed the training times of its **epochs after warm-up**, with replacement; their median is its T.
+- for each drawn seed the training times of its **epochs after warm-up**, with replacement; their median is its T, or
+  their sum where T is that of all of them.
 
 T and M of a draw are means over its seeds, as in the tables. Each draw has the frame of its own T and M (a frozen frame
 stays fixed), from which TPME and ranks follow. Intervals are percentile intervals (Efron and Tibshirani, An
@@ -46,6 +47,8 @@ class Repeats:
     memory_bytes: Floats
     """M of each seed, shape ``(seeds,)``."""
     trainable_millions: float
+    summed: bool = False
+    """T is the sum of the times of a seed rather than their median."""
 
     @property
     def several(self) -> bool:
@@ -112,9 +115,18 @@ def draw(name: str, row: Repeats) -> Floats:
     generator = np.random.default_rng([_SEED, zlib.crc32(name.encode())])
     seeds = len(row.epochs_s)
     chosen = generator.integers(seeds, size=(DRAWS, seeds))
-    time_s = _medians(row.epochs_s, chosen, generator).mean(axis=1)
+    times = _sums if row.summed else _medians
+    time_s = times(row.epochs_s, chosen, generator).mean(axis=1)
     memory = row.memory_bytes[chosen].mean(axis=1)
     return np.column_stack([time_s, np.full(DRAWS, row.trainable_millions), memory])
+
+
+def _sums(samples: Sequence[Floats], chosen: Ints, generator: np.random.Generator) -> Floats:
+    """For each entry of ``chosen`` the sum of a resample of ``samples[entry]``."""
+    drawn = [
+        values[generator.integers(len(values), size=(*chosen.shape, len(values)))].sum(axis=-1) for values in samples
+    ]
+    return np.asarray(np.choose(chosen, drawn) if len(drawn) > 1 else drawn[0])
 
 
 def _medians(samples: Sequence[Floats], chosen: Ints, generator: np.random.Generator) -> Floats:

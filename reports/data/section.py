@@ -15,11 +15,14 @@ import numpy as np
 import pandas as pd
 
 from tpme.bench.errors import UserError, nearest
+from tpme.bench.quantities import Quantity, quantity
 from tpme.bench.record import CellResult
 from tpme.reports.data.load import Recorded, counter_values
 from tpme.reports.data.metrics import over_seeds, quality
 from tpme.reports.data.notes import Notes, mixing, notes_of
+from tpme.reports.data.others import measured_here
 from tpme.reports.data.paired_tests import Difference, differences_of
+from tpme.reports.data.qualities import OF_RANKS, deciding, named, qualities_of, worst_first
 from tpme.reports.data.ratios import cost_ratios, reference_row
 from tpme.reports.data.resampling import Resampled, draw, resample
 from tpme.reports.data.stats import Floats, interval
@@ -50,6 +53,8 @@ class Section:
     """
     behind: Mapping[str, tuple[CellResult, ...]]
     """The records of each row: its finished seeds, or its failed ones where none finished."""
+    qualities: tuple[Quantity, ...]
+    """What its quality is, the main one first; columns of ``summary`` with ``_sd``, ``_low`` and ``_high``."""
     gains: Mapping[Metric, Mapping[str, Floats]]
     """Recall@10 and NDCG@10 of every user, mean over seeds, for each row with ranks; shape ``(users,)``."""
     resampled: Resampled | None
@@ -73,6 +78,30 @@ class Section:
     def lines(self) -> dict[str, Line]:
         """The lines of the summary by row."""
         return _lines(self.summary)
+
+    @property
+    def main(self) -> Quantity | None:
+        """The quality of charts and of the answer; None where the records hold none."""
+        return next(iter(self.qualities), None)
+
+    @property
+    def deciding(self) -> Quantity | None:
+        """The quality that orders rows; None where the records hold none."""
+        return deciding(self.qualities)
+
+    @property
+    def ranked(self) -> bool:
+        """Whether its rows rank items for users: recommendation."""
+        return OF_RANKS[0] in self.qualities
+
+    def quantity(self, key: str) -> Quantity:
+        """The quantity of a column of its summary."""
+        return next((what for what in self.qualities if what.key == key), quantity(key))
+
+    @property
+    def time_of(self) -> str:
+        """What T is the time of, in a sentence: "an epoch", "250 steps"."""
+        return self.group.key.get("time_of", "an epoch")
 
     @property
     def compared(self) -> list[str]:
@@ -120,7 +149,9 @@ class Section:
 
     @cached_property
     def instruments(self) -> str:
-        """How fine the instruments were: noise floor of the device, cost of harness and sampler."""
+        """How fine our instruments were: noise floor of the device, cost of harness and sampler; empty for others'."""
+        if not measured_here(recorded.result for recorded in self.records):
+            return ""
         time, memory = (_largest(self.records, name) for name in NOISE_FLOOR)
         overhead, sampler = self.counter("overhead_ratio"), self.counter("sampler_core_share")
         several = len({recorded.device_key for recorded in self.records}) > 1
@@ -141,7 +172,7 @@ def make_section(
     group: Group,
     records: Sequence[Recorded],
     weights: Weights,
-    named: Sequence[str] | None = None,
+    chosen: Sequence[str] | None = None,
     frozen: tuple[Frame, str] | None = None,
     reference: str | None = None,
 ) -> Section:
@@ -152,15 +183,16 @@ def make_section(
         group: the cells.
         records: the records of ``group.cells``, in its order.
         weights: of T, P and M in TPME.
-        named: rows or labels that get a TPME; None for all but baselines.
+        chosen: rows or labels that get a TPME; None for all but baselines.
         frozen: a frame to use instead of the rows' own, and its file.
         reference: row or label that ratios of costs refer to; None for full fine-tuning, where it is there.
     """
     seeds = seeds_of(group.cells)
     ranks = {name: loaded for name, cells in seeds.items() if (loaded := ranks_of(cells))}
     lines = {row: line_of(cells) for row, cells in seeds.items()}
-    summary = pd.DataFrame.from_dict(lines, orient="index").join(quality(ranks))
-    candidates = summary[_compared(summary, named)]
+    qualities = qualities_of(recorded.result for recorded in records)
+    summary = pd.DataFrame.from_dict(lines, orient="index").join(quality(ranks)).join(named(seeds, qualities))
+    candidates = summary[_compared(summary, chosen)]
     frame = frozen[0] if frozen else frame_of(candidates, group.key)
     summary["compared"] = summary.index.isin(candidates.index)
     summary["tpme"] = tpme(candidates, weights, frame).reindex(summary.index)
@@ -171,8 +203,12 @@ def make_section(
     summary["tpme_rank"] = tied_ranks(summary, weights, frame, noise) if frame else np.nan
     referred = reference_row(summary, reference)
     summary = summary.join(cost_ratios(summary, referred, weights))
-    keys = summary[["tpme", "ndcg_10"]].round({"tpme": 12}).assign(failed=summary["status"] != "ok", name=summary.index)
-    by = keys.sort_values(["failed", "tpme", "ndcg_10", "name"], ascending=[True, True, False, True])  # NaN last
+    what = deciding(qualities)
+    good = worst_first(summary[what.key], what) if what else 0.0
+    keys = pd.DataFrame({"failed": summary["status"] != "ok", "tpme": summary["tpme"].round(12), "good": good})
+    by = keys.assign(name=summary.index).sort_values(
+        ["failed", "tpme", "good", "name"], ascending=[True, True, False, True]
+    )  # NaN last
     summary = summary.loc[by.index]
     results = {str(recorded.path): recorded.result for recorded in records}
     order = [str(name) for name in summary.index]
@@ -194,6 +230,7 @@ def make_section(
         tuple(records),
         summary,
         behind,
+        qualities,
         users,
         resampled,
         weights,

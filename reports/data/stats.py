@@ -105,6 +105,32 @@ def student_t(freedom: float) -> float:
 _STUDENT_T = (63.657, 9.9248, 5.8409, 4.6041, 4.0321, 3.7074, 3.4995, 3.3554, 3.2498, 3.1693)
 
 
+def welch(a: Floats, b: Floats) -> tuple[float, float]:
+    """The 95 % interval of the difference of two means, ``b - a``, of unequal variances (Welch, 1947).
+
+    Both sides have two values or more, so it is wide: with two and two its freedom is 1 to 2.
+    """
+    difference = float(b.mean() - a.mean())
+    parts = [float(values.var(ddof=1)) / len(values) for values in (a, b)]
+    total = sum(parts)
+    if total == 0:
+        return difference, difference
+    freedom = total**2 / sum(part**2 / (len(values) - 1) for part, values in zip(parts, (a, b), strict=True))
+    reach = _student_t_95(freedom) * math.sqrt(total)
+    return difference - reach, difference + reach
+
+
+def _student_t_95(freedom: float) -> float:
+    """The 97.5 % quantile of Student's t distribution; the table's next smaller freedom up to ten, then to 0.5 %."""
+    if freedom < len(_STUDENT_T_95) + 1:
+        return _STUDENT_T_95[max(1, int(freedom)) - 1]
+    z = 1.95996
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+
+
+_STUDENT_T_95 = (12.706, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
+
+
 def interval(draws: Floats | Sequence[float]) -> tuple[float, float]:
     """The percentile interval of resampled values, shape ``(draws,)``."""
     low, high = np.quantile(np.asarray(draws, dtype=np.float64), TAILS)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from tpme.bench.quantities import memory_reading
+from tpme.bench.quantities import instruments_of, memory_reading
 from tpme.bench.record import CellResult
 from tpme.bench.side_files import UserRanks, load_ranks
 from tpme.reports.data.metrics import spread
@@ -116,12 +117,19 @@ def repeats_of(seeds: Sequence[CellResult]) -> Repeats:
         [epoch.train_s for epoch in result.epochs[result.warmup_epochs :]] or [result.pass_time_s.value]
         for result in seeds
     ]
-    memory = [memory_reading("memory_bytes", result.pass_memory, result.cell.device).value for result in seeds]
+    memory = [memory_reading("memory_bytes", result.pass_memory, instruments_of(result)).value for result in seeds]
     return Repeats(
         epochs_s=tuple(np.array(seconds, dtype=np.float64) for seconds in times),
         memory_bytes=np.array(memory, dtype=np.float64),
         trainable_millions=max((seed.parameters.trainable for seed in seeds if seed.parameters), default=np.nan) / 1e6,
+        summed=all(map(_is_sum, seeds)),
     )
+
+
+def _is_sum(result: CellResult) -> bool:
+    """Whether T is the time of all parts of a run together; as a median of several it is less."""
+    parts, total = [epoch.train_s for epoch in result.epochs], result.pass_time_s.value
+    return total is not None and len(parts) > 1 and math.isclose(total, math.fsum(parts))
 
 
 def ranks_of(seeds: Sequence[Line]) -> list[UserRanks]:

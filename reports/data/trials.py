@@ -10,25 +10,21 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
 
 import pandas as pd
 
-from tpme.bench.record import Training
+from tpme.bench.record import Cell, Training
 
+OTHER_TASKS = {"task": Cell.model_fields["task"].default, "settings": "{}", "time_of": "epoch", "source": ""}
+"""Columns that tell apart what is not recommendation measured here, and their values there, which no name shows."""
 GROUP = (
-    "device_key",
-    "protocol",
-    "dataset",
-    "dataset_fingerprint",
-    "modalities",
-    "encoders",
-    "precision",
-    "evaluation",
-)
+    "device_key", "protocol", "dataset", "dataset_fingerprint", "modalities", "encoders", "precision", "evaluation",
+    *OTHER_TASKS,
+)  # fmt: skip
 """Rows that differ in any of these share a frame only on request: their costs or their tasks differ."""
 
 ROW = ("label", "options", "training", "code_version")
@@ -36,8 +32,18 @@ ROW = ("label", "options", "training", "code_version")
 Line = Mapping[str, Any]
 """One line of a table by column."""
 
-_PLURALS = ("devices", "protocols", "data", "data", "modalities", "encoders", "precisions", "test users")
-PLURAL = dict(zip(GROUP, _PLURALS, strict=True))
+PLURAL = dict(
+    zip(
+        GROUP,
+        (
+            "devices", "protocols", "data", "data", "modalities", "encoders", "precisions", "test users",
+            "tasks", "settings", "units of T", "sources",
+        ),
+        strict=True,
+    )
+)  # fmt: skip
+VARIANT = "experiment"
+"""The option that holds the name under which others published a variant."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,10 @@ class Group:
     """Cells that are comparable, or that were mixed on request."""
 
     key: dict[str, str]
-    """The value of each name in ``GROUP``; those of a mixed group are joined by "and"."""
+    """The value of each name in ``GROUP``; those of a mixed group are joined by "and".
+
+    Without those of ``OTHER_TASKS`` at their defaults: stored frames of recommendation stay valid.
+    """
     cells: pd.DataFrame
     """The cells with a column ``row``: the name of the row in every table and figure."""
 
@@ -101,27 +110,48 @@ def lines_of(frame: pd.DataFrame) -> list[Line]:
 
 
 def names(groups: Sequence[Group]) -> list[str]:
-    """A readable name for each group: data, protocol, precision and device, and what else distinguishes it."""
+    """A readable name for each group: data, protocol, precision and device, and what else distinguishes it.
+
+    What others measured says so.
+    """
     data = {(group.key["dataset"], group.key["dataset_fingerprint"]) for group in groups}
     namesakes = len({name for name, _ in data}) < len(data)
     rest = [*(["dataset_fingerprint"] if namesakes else []), "modalities", "encoders", "evaluation"]
     distinct = [key for key in rest if len({group.key[key] for group in groups}) > 1]
+    apart = differing_settings([group.key.get("settings", "{}") for group in groups])
     return [
         (f"rows of different {mixture(group)} mixed: " if group.mixed else "")
         + ", ".join(
-            [
-                group.key["dataset"],
-                f"{group.key['protocol']} protocol",
+            part
+            for part in [
+                *dict.fromkeys((group.key.get("task", ""), group.key["dataset"])),
+                f"{group.key['protocol']} protocol" if group.key["protocol"] else "",
                 group.key["precision"],
                 group.key["device_key"],
                 *(
                     group.key[key][:12] if key == "dataset_fingerprint" else shorten_path(group.key[key])
                     for key in distinct
                 ),
+                "" if group.mixed else apart[group.key.get("settings", "{}")],
+                f"T of {group.key['time_of']}" if "time_of" in group.key else "",
+                f"measured by others: {group.key['source']}" if "source" in group.key else "",
             ]
+            if part
         )
         for group in groups
     ]
+
+
+def differing_settings(texts: Iterable[str]) -> dict[str, str]:
+    """For each JSON object of settings those that not all share, as words; nothing of settings that only some have."""
+    unique = {text: json.loads(text) for text in dict.fromkeys(texts)}
+    known = [setting for setting in unique.values() if setting]
+    keys = [key for key in (known[0] if known else {}) if all(key in setting for setting in known)]
+    differ = [key for key in keys if any(setting[key] != known[0][key] for setting in known)]
+    return {
+        text: ", ".join(_setting(key, setting[key]) for key in differ) if setting else ""
+        for text, setting in unique.items()
+    }
 
 
 def mixture(group: Group) -> str:
@@ -136,8 +166,8 @@ def shorten_path(text: str) -> str:
 
 def _with_free_cells(frame: pd.DataFrame) -> pd.DataFrame:
     """Copy cells without an encoder (popularity, ID-only) into every group that agrees in the rest."""
-    free = frame[frame["encoders"] == ""]
-    bound = frame[frame["encoders"] != ""]
+    without = (frame["encoders"] == "") & (frame["task"] == OTHER_TASKS["task"])
+    free, bound = frame.loc[without], frame.loc[~without]
     rest = [name for name in GROUP if name not in ("encoders", "modalities")]
     parts = [bound]
     for _, cell in free.iterrows():
@@ -152,35 +182,45 @@ def _with_free_cells(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _group(cells: pd.DataFrame) -> Group:
     key = {name: " and ".join(sorted({str(value) for value in cells[name]} - {""})) for name in GROUP}
-    return Group(key, cells.assign(row=_row_names(cells)))
+    shown = {name: value for name, value in key.items() if value != OTHER_TASKS.get(name)}
+    return Group(shown, cells.assign(row=_row_names(cells)))
 
 
 def _mixed(cells: pd.DataFrame) -> tuple[str, ...]:
-    """Names in ``GROUP`` with several values; a cell without an encoder does not differ in it."""
-    return tuple(name for name in GROUP if len(set(cells[name]) - {""}) > 1)
+    """Names in ``GROUP`` with several values; a cell without an encoder does not differ in it.
+
+    Rows of others differ from rows without a source, which were measured here.
+    """
+    return tuple(name for name in GROUP if len(set(cells[name]) - ({""} if name != "source" else set())) > 1)
 
 
 def _row_names(cells: pd.DataFrame) -> list[str]:
     """The label, followed by what distinguishes the row: options, unusual training settings, code version.
 
     Options and code version are left out where all rows of the label agree in them: every method has a code version,
-    and a footnote lists the options. In a mixed group device, protocol, data and so on follow where they differ.
+    and a footnote lists the options; rows of others always show them. In a mixed group device, protocol, data and so
+    on follow where they differ.
     """
     distinct = cells.drop_duplicates(list(ROW))
     variants = distinct.groupby("label")[["options", "code_version"]].nunique()
     usual = _usual_training(distinct)
+    published = set(cells["label"][cells["source"] != ""])
     differing = {name: _short_values(sorted(set(cells[name]) - {""})) for name in _mixed(cells)}
+    if "settings" in differing:
+        differing["settings"] = differing_settings(differing["settings"])
+    if "source" in differing:
+        differing["source"] = {name: f"measured by others: {name}" for name in differing["source"]}
     if (cells.groupby("dataset")["dataset_fingerprint"].nunique() == 1).all():
         differing.pop("dataset_fingerprint", None)  # the name identifies it
 
     @cache
     def name(label: str, options: str, training: str, version: str, *rest: str) -> str:
-        extra = settings(options) if variants["options"][label] > 1 else []
+        extra = settings(options) if variants["options"][label] > 1 or label in published else []
         extra += [
             _setting(key, value) for key, value in json.loads(training).items() if json.dumps(value) != usual[key]
         ]
-        extra += [f"@{version[:7]}"] if variants["code_version"][label] > 1 else []
-        extra += [texts[value] for texts, value in zip(differing.values(), rest, strict=True) if value]
+        extra += [f"@{version[:7]}"] if variants["code_version"][label] > 1 and label not in published else []
+        extra += [text for texts, value in zip(differing.values(), rest, strict=True) if (text := texts.get(value))]
         return f"{label} [{', '.join(extra)}]" if extra else label
 
     return list(map(name, *(cells[key] for key in (*ROW, *differing))))
@@ -210,8 +250,11 @@ def _usual_training(rows: pd.DataFrame) -> dict[str, str]:
 
 
 def settings(text: str) -> list[str]:
-    """``{"rank":4}`` as ``["rank=4"]``."""
-    return [_setting(key, value) for key, value in json.loads(text).items()]
+    """``{"rank":4}`` as ``["rank=4"]``; what others named a variant stands for all of its settings."""
+    options = json.loads(text)
+    if VARIANT in options:
+        return [str(options[VARIANT])] if options[VARIANT] != "default" else []
+    return [_setting(key, value) for key, value in options.items()]
 
 
 def _setting(key: str, value: Any) -> str:

@@ -66,13 +66,15 @@ def costs(section: Section) -> Plot | None:
     For a row that ran out of memory the most that was seen stands for M and the peak.
     """
     unit, scale = byte_unit(section.summary[["memory_seen_bytes", "peak_bytes"]].max(axis=1))
-    columns = (
-        ("epoch_time_s", "T, an epoch", "s", 1.0),
+    columns = [
+        ("epoch_time_s", f"T, {section.time_of}", "s", 1.0),
         ("trainable_millions", "P, parameters", "M", 1.0),
-        ("memory_bytes", "M, training", unit, scale),
+        ("memory_bytes", "M" if "source" in section.group.key else "M, training", unit, scale),
         ("peak_bytes", "Peak, whole run", unit, scale),
-    )
+    ]
     summary = section.summary
+    if not section.ranked and summary["peak_bytes"].isna().all():
+        columns.pop()
     bounded = (summary["status"] == "oom") & summary["memory_seen_bytes"].notna()
     seen = {name: summary[name].where(~bounded, summary["memory_seen_bytes"]) for name in MEMORIES}
     rows = summary.assign(**seen)[summary[[name for name, *_ in columns]].notna().any(axis=1) | bounded]
@@ -99,6 +101,8 @@ def costs(section: Section) -> Plot | None:
         "What a row costs; written are the values, lower is better. M is the peak while training alone (so in TPME), "
         "Peak that of the whole run from loading to export, with building a feature cache."
     )
+    if "source" in section.group.key:
+        caption = "What a row costs; written are the values, lower is better. M is what its source calls memory."
     if section.reference is not None:
         caption += f" Lengths are multiples of {section.reference}, the dashed line."
     if np.isfinite(np.hstack([_reach(rows, name) for name, *_ in columns])).any():

@@ -37,6 +37,7 @@ def place_labels(
     size: float = 6,
     lines: Sequence[Any] = (),
     bars: Sequence[Any] = (),
+    first: Sequence[int] = (),
 ) -> list[str]:
     """Write a name beside every point and return the names for which there is no room.
 
@@ -50,6 +51,7 @@ def place_labels(
         names: one for each point.
         size: of the text in points.
         lines: horizontal and vertical ones, shape ``(lines, 2 ends, 2)``; no name covers one.
+        first: places of the points whose names choose before all others.
         bars: like ``lines``, but a name may cover one if it finds no other place near its point.
     """
     renderer, pt = axes.figure.canvas.get_renderer(), axes.figure.dpi / 72
@@ -69,8 +71,9 @@ def place_labels(
         _boxes(_pixels(axes, bars), pt),
         pt,
     )
-    attempts = (_place(candidates, order) for order in _orders(spots))
-    best = min(attempts, key=lambda chosen: _badness(candidates, chosen))
+    leading = np.isin(np.arange(len(names)), first)
+    attempts = (_place(candidates, order[np.argsort(~leading[order], kind="stable")]) for order in _orders(spots))
+    best = min(attempts, key=lambda chosen: (-len({*first} & chosen.keys()), *_badness(candidates, chosen)))
     for index, (text, point) in enumerate(zip(texts, np.asarray(points), strict=True)):
         if index not in best:
             text.remove()

@@ -1,4 +1,4 @@
-"""The figure of learning curves: training loss and validation Recall@10 of every row, per epoch and over time."""
+"""The figure of learning curves: training loss and validation quality of every row, per epoch and over time."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from tpme.bench.record import CellResult
+from tpme.reports.data.qualities import validated, validation
 from tpme.reports.data.section import Section
 from tpme.reports.figures.style import (
     COLOURS,
@@ -28,8 +29,6 @@ from tpme.reports.figures.style import (
 
 PER_LINE = len(COLOURS)
 """Rows in colour in a line of panels: as many as can be told apart."""
-TITLES = ("training loss", "validation Recall@10", "validation Recall@10")
-AXES = ("epoch", "epoch", "training time (s)")
 
 
 def learning_curves(section: Section, looks: Mapping[str, Look]) -> Plot | None:
@@ -41,6 +40,9 @@ def learning_curves(section: Section, looks: Mapping[str, Look]) -> Plot | None:
     if not runs:
         return None
     names = list(runs)
+    curve = validated(epoch for result in runs.values() for epoch in result.epochs)
+    shown = curve if "valid" in curve else f"validation {curve}".strip()
+    part = "epoch" if section.ranked or "time_of" not in section.group.key else "part"
     groups = [names[start : start + PER_LINE] for start in range(0, len(names), PER_LINE)]
     height = 0.55 + 1.5 * len(groups)
     figure = new_figure(PAGE_INCHES, height)
@@ -54,8 +56,8 @@ def learning_curves(section: Section, looks: Mapping[str, Look]) -> Plot | None:
         for axes, kind in zip(line, range(3), strict=True):
             for name in names:
                 if name not in group:
-                    axes.plot(*_curve(runs[name], kind), color=SILVER, lw=0.4, zorder=1)
-            _draw_group(axes, [(runs[name], looks[name]) for name in group], kind)
+                    axes.plot(*_curve(runs[name], kind, curve), color=SILVER, lw=0.4, zorder=1)
+            _draw_group(axes, [(runs[name], looks[name]) for name in group], kind, curve)
         handles = [
             Line2D([], [], color=look.colour, ls=look.dashes, marker=look.marker, ms=2.8, lw=1.0, label=labels[name])
             for name in group
@@ -65,7 +67,8 @@ def learning_curves(section: Section, looks: Mapping[str, Look]) -> Plot | None:
             handles=handles, loc="upper left", bbox_to_anchor=(1.02, 1.05), frameon=False, fontsize=6, handlelength=2.6,
             borderaxespad=0, labelspacing=0.6,
         )  # fmt: skip
-    for top, bottom, title, below in zip(panels[0], panels[-1], TITLES, AXES, strict=True):
+    titles, below_them = ("training loss", shown, shown), (part, part, "training time (s)")
+    for top, bottom, title, below in zip(panels[0], panels[-1], titles, below_them, strict=True):
         top.set_title(title, pad=4)
         bottom.set_xlabel(below)
     if logarithmic:
@@ -75,10 +78,11 @@ def learning_curves(section: Section, looks: Mapping[str, Look]) -> Plot | None:
     for axes in panels[0][:2]:
         axes.xaxis.set_major_locator(FixedLocator(ticks))
     caption = (
-        "Training loss and validation Recall@10 of one run of each row (its first seed), per epoch and over training "
-        "time (validation and building a feature cache left out). The large open marker is the epoch whose weights are "
-        "tested."
+        f"Training loss and {shown} of one run of each row (its first seed), per {part} and over training "
+        f"time (validation{' and building a feature cache' if section.ranked else ''} left out)."
     )
+    if any(result.best_epoch for result in runs.values()):
+        caption += " The large open marker is the epoch whose weights are tested."
     if len(groups) > 1:
         caption += f" {PER_LINE} rows a line, in the order of the tables; grey: all others."
     further = [name for name, result in runs.items() if any(len(epoch.losses) > 1 for epoch in result.epochs)]
@@ -89,9 +93,9 @@ def learning_curves(section: Section, looks: Mapping[str, Look]) -> Plot | None:
     return Plot("learning", "Learning curves", caption, figure)
 
 
-def _draw_group(axes: Any, runs: Sequence[tuple[CellResult, Look]], kind: int) -> None:
+def _draw_group(axes: Any, runs: Sequence[tuple[CellResult, Look]], kind: int, name: str) -> None:
     for result, look in runs:
-        x, y = _curve(result, kind)
+        x, y = _curve(result, kind, name)
         axes.plot(
             x, y, color=look.colour, ls=look.dashes, lw=1.0, marker=look.marker, ms=2.2, mew=0,
             markevery=math.ceil(len(x) / 10), zorder=3,
@@ -101,8 +105,8 @@ def _draw_group(axes: Any, runs: Sequence[tuple[CellResult, Look]], kind: int) -
             axes.plot(x[best], y[best], look.marker, ms=5, mfc="white", mec=look.colour, mew=0.9, zorder=4)
 
 
-def _curve(result: CellResult, kind: int) -> tuple[Any, Any]:
-    """Points of a row in the panels of ``TITLES``: ``x`` and ``y``, shape ``(epochs,)``."""
+def _curve(result: CellResult, kind: int, name: str) -> tuple[Any, Any]:
+    """Points of a row in one of the three panels: ``x`` and ``y``, shape ``(epochs,)``."""
     epochs = result.epochs
     x = np.cumsum([epoch.train_s for epoch in epochs]) if kind == 2 else np.array([epoch.index for epoch in epochs])
-    return x, np.array([epoch.valid_recall_10 if kind else epoch.loss for epoch in epochs])
+    return x, np.array([validation(epoch, name) if kind else epoch.loss for epoch in epochs], dtype=float)  # None: NaN

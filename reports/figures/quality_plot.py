@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from tpme.reports.data.qualities import worst_first
 from tpme.reports.data.section import Section
 from tpme.reports.data.tpme import pareto
 from tpme.reports.figures.labels import place_labels
@@ -28,36 +29,42 @@ from tpme.reports.figures.style import (
 
 WIDE_FROM = 12
 """Number of rows from which the figure is as wide as a page: their names need the room."""
+LABELLED = 40
+"""Number of rows up to which the figure has its usual height; beyond, names of the front find their places first."""
 
 
 def quality_tpme(section: Section) -> Plot | None:
-    """Recall@10 against TPME with the intervals of both; rows that no other beats in both are marked.
+    """The main quality against TPME with the intervals of both; rows that no other beats in both are marked.
 
     None for fewer than two rows.
     """
-    summary = section.summary
-    rows = summary[summary["tpme"].notna() & summary["recall_10"].notna()]
+    if section.main is None:
+        return None
+    summary, key, name_of = section.summary, section.main.key, section.main.header
+    rows = summary[summary["tpme"].notna() & summary[key].notna()]
     if len(rows) < 2:
         return None
     wide = len(rows) >= WIDE_FROM
-    figure = new_figure(PAGE_INCHES if wide else COLUMN_INCHES, 4.2 if wide else 3.0 + 0.04 * len(rows))
+    crowded = len(rows) > LABELLED
+    tall = 6.4 if crowded else 4.2
+    figure = new_figure(PAGE_INCHES if wide else COLUMN_INCHES, tall if wide else 3.0 + 0.04 * len(rows))
     axes = figure.add_subplot()
-    x, y = 100 * rows["tpme"], rows["recall_10"]
-    front = pareto(rows)
-    up = [rows["recall_10_low"].fillna(y), rows["recall_10_high"].fillna(y)]
+    x, y = 100 * rows["tpme"], rows[key]
+    front = pareto(rows.assign(good=worst_first(y, section.main)), quality="good")
+    up = [rows[f"{key}_{end}"].fillna(y) for end in ("low", "high")]
     across = [(100 * rows[name]).fillna(x) for name in ("tpme_low", "tpme_high")]
     axes.vlines(x, *up, color=SILVER, lw=0.6, zorder=1)
     axes.hlines(y, *across, color=SILVER, lw=0.6, zorder=1)
     best = rows[front].sort_values("tpme")
-    corners = np.repeat(np.column_stack([100 * best["tpme"], best["recall_10"]]), 2, axis=0)
+    corners = np.repeat(np.column_stack([100 * best["tpme"], best[key]]), 2, axis=0)
     steps = np.column_stack([corners[1:, 0], corners[:-1, 1]])
     axes.plot(*steps.T, color=INK, lw=0.8, zorder=2)
     axes.plot(x[front], y[front], "D", ms=4, color=INK, mew=0, zorder=3, label="no row is better in both")
     axes.plot(x[~front], y[~front], "o", ms=3.5, mfc="white", mec=INK, mew=0.9, zorder=3, label="some row is")
-    axes.set_ylabel("Recall@10, higher is better")
+    axes.set_ylabel(f"{name_of}, {section.main.better} is better")
     axes.margins(x=0.08 if wide else 0.12, y=0.1)
-    rest = summary[summary["tpme"].isna() & summary["recall_10"].notna()]
-    beside, far = _references(rest, rows)
+    rest = summary[summary["tpme"].isna() & summary[key].notna()]
+    beside, far = _references(rest, rows, key)
     right = _draw_references(section, axes, beside)
     off_scale = [f"{row_label(section, str(name))} {value:.3f}" for name, value in far.items()]
     below = textwrap.wrap(f"off the scale: {', '.join(off_scale)}" if off_scale else "", 120 if wide else 60)
@@ -65,19 +72,23 @@ def quality_tpme(section: Section) -> Plot | None:
     margins(figure, 0.55, 0.05 + right, 0.36 + 0.12 * len(below), 0.28)
     figure.legend(loc="upper left", ncols=2, frameon=False, fontsize=6, handletextpad=0.2, borderaxespad=0.2)
     ends = axes.get_xlim()
+    labels = [row_label(section, str(name)) for name in rows.index]
     unplaced = place_labels(
         axes,
         np.column_stack([x, y]),
-        [row_label(section, str(name)) for name in rows.index],
+        labels,
+        first=np.flatnonzero(front.to_numpy() | (rows.index == section.reference)).tolist() if crowded else (),
         lines=[*itertools.pairwise(steps), *(((ends[0], y), (ends[1], y)) for y in beside)],
         bars=[
             *zip(np.column_stack([x, up[0]]), np.column_stack([x, up[1]]), strict=True),
             *zip(np.column_stack([across[0], y]), np.column_stack([across[1], y]), strict=True),
         ],
     )
+    good = "Up" if section.main.better == "higher" else "Down"
     caption = (
-        f"Recall@10 against TPME, a cost in percent: 0 is as cheap as the cheapest of these {len(rows)} rows in time, "
-        "parameters and memory, 100 as dear as the dearest. Up and left is better. Bars: 95 % intervals."
+        f"{name_of} against TPME, a cost in percent: 0 is as cheap as the cheapest of these {len(rows)} rows in time, "
+        f"parameters and memory, 100 as dear as the dearest. {good} and left is better. Bars: 95 % intervals"
+        f"{'' if section.ranked else ' of TPME'}."
     )
     if len(beside):
         caption += " Broken lines: rows without a TPME, named on the right."
@@ -92,10 +103,11 @@ def quality_tpme(section: Section) -> Plot | None:
 # --- parts ---------------------------------------------------------------------------------------------------
 
 
-def _references(rest: pd.DataFrame, rows: pd.DataFrame) -> tuple[pd.Series[float], pd.Series[float]]:
-    """Recall@10 of the rows without a TPME, ascending: those that fit on the axis of the others, and the rest."""
-    low, high = rows["recall_10_low"].min(), rows["recall_10_high"].max()
-    values = rest["recall_10"].sort_values()
+def _references(rest: pd.DataFrame, rows: pd.DataFrame, key: str) -> tuple[pd.Series[float], pd.Series[float]]:
+    """The quality of rows without a TPME, ascending: those that fit on the axis of the others, and the rest."""
+    low, high = (rows[f"{key}_{end}"].fillna(rows[key]) for end in ("low", "high"))
+    low, high = low.min(), high.max()
+    values = rest[key].sort_values()
     near = values.between(low - (high - low) / 2, high + (high - low) / 2)
     return values[near], values[~near]
 

@@ -39,7 +39,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 HATCHES = (None, "/////", ".....", "xxxxx", "-----", "|||||", "+++++", "\\\\\\\\\\", "ooo", "***")
 PHASE_HATCHES = {
     "adapt": "/////", "prepare": ".....", "estimate": "xxxxx", "search": "-----", "round": "|||||", "warmup": "+++++",
-    "probe": "\\\\\\\\\\",
+    "probe": "\\\\\\\\\\", "other": "ooo",
 }  # fmt: skip
 """Of the rarer kinds of phases; the others are plain."""
 

@@ -20,6 +20,8 @@ from tpme.reports.figures.style import (
 )
 from tpme.reports.figures.weight_plot import NEARLY_ALL, winner
 
+LONG_NAME = 6
+"""Characters of a reference row from which its column needs more room."""
 BAND = "#EDEFF2"
 """Behind rows that share a rank."""
 
@@ -37,7 +39,8 @@ def tpme_intervals(section: Section) -> Plot | None:
     figure = new_figure(COLUMN_INCHES, 0.72 + 0.155 * len(rows))
     axes = figure.add_subplot()
     labels = [row_label(section, name) for name in names]
-    position = name_rows(figure, axes, labels, right=1.05 if ratios else 0.72, bottom=0.42, top=0.3)
+    room = 1.05 if len(str(section.reference)) < LONG_NAME else 1.3
+    position = name_rows(figure, axes, labels, right=room if ratios else 0.72, bottom=0.42, top=0.3)
     ranks = rows["tpme_rank"]
     for rank in ranks[ranks.duplicated()].unique():
         tied = position[(ranks == rank).to_numpy()]
@@ -73,11 +76,11 @@ def _write(axes: Any, position: Any, title: str, texts: list[str], offset: float
 
 
 def _caption(section: Section, ratios: bool) -> str:
-    weights = section.weights
+    weights, time = section.weights, "epoch time" if section.ranked else "time"
     rows = section.summary.loc[section.compared]
     scale = f"the rows of {section.frame_from}" if section.frame_from else f"these {len(rows)} rows"
     parts = [
-        f"TPME places every row between the cheapest (0 %) and the dearest (100 %) of {scale} in epoch time, trainable "
+        f"TPME places every row between the cheapest (0 %) and the dearest (100 %) of {scale} in {time}, trainable "
         f"parameters and training memory, weighted {100 * weights.time:g}, {100 * weights.parameters:g} and "
         f"{100 * weights.memory:g} %" + ("." if section.frame_from else "; other rows would move it."),
         f"Bars: {100 * LEVEL:.0f} % intervals over resamplings of seeds and epochs; on the right each row's rank, and "

@@ -152,7 +152,11 @@ def updated(old: Baseline, new: Baseline) -> Baseline:
     for cell in new.cells:
         before = cells.get(cell.key)
         if before is not None:
-            merged = {"devices": before.devices | cell.devices, "quality": cell.quality or before.quality}
+            merged = {
+                "devices": before.devices | cell.devices,
+                "quality": cell.quality or before.quality,
+                "metrics": cell.metrics or before.metrics,
+            }
             cell = cell.model_copy(update=merged)
         cells[cell.key] = cell
     devices = dict(old.devices)

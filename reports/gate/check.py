@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 
 from tpme.bench.errors import UserError
-from tpme.bench.quantities import QUANTITIES
+from tpme.bench.quantities import NAMED, QUANTITIES, Kind
 from tpme.bench.record import Cell, Status
 from tpme.reports.data.stats import (
     Floats,
@@ -247,6 +247,8 @@ def _quality(base: Side, head: Side, policy: Policy) -> dict[str, list[Compariso
                 comparisons[key] = [Comparison.of("ndcg_10", None, None, verdict="not compared", note=reason)]
         for name in QUALITIES if usable else ():
             pairings.append(_pairing(usable, name, base, head, policy))
+        if named := list(_named(keys, base, head, policy)):
+            comparisons[keys[0]] = named
     adjusted = holm([paired(pairing.head - pairing.base) for pairing in pairings])
     for pairing, p in zip(pairings, adjusted, strict=True):
         comparisons.setdefault(pairing.key, []).append(_judged_quality(pairing, p, policy))
@@ -257,6 +259,8 @@ def _unpaired(old: GateCell, new: GateCell) -> str | None:
     """Why two cells cannot be paired: ``None`` if they can, empty if that needs no note."""
     if old.status != "ok" or new.status != "ok":
         return ""
+    if old.metrics or new.metrics:
+        return ""
     if old.quality is None or new.quality is None:
         return old.no_quality or new.no_quality or ("" if new.quality is None else "no ranks in the baseline")
     users = [len(quality.gains("recall_10")) for quality in (old.quality, new.quality)]
@@ -265,13 +269,44 @@ def _unpaired(old: GateCell, new: GateCell) -> str | None:
     return None
 
 
+def _named(keys: Sequence[str], base: Side, head: Side, policy: Policy) -> Iterator[Comparison]:
+    """The named metrics of a row, mean over the seeds that finished on both sides.
+
+    There are no users to test over: a change counts beyond the threshold and what means over these seeds differ by.
+    """
+    cells = [(base.cells[key], head.cells[key]) for key in keys]
+    pairs = [(old.metrics or {}, new.metrics or {}) for old, new in cells if old.status == new.status == "ok"]
+    for name in dict.fromkeys(name for sides in pairs for side in sides for name in side):
+        both = [(old[name], new[name]) for old, new in pairs if name in old and name in new]
+        key = f"{NAMED}{name}"
+        if not both:
+            yield Comparison.of(key, None, None, verdict="not compared", note=f"{name} is on one side alone")
+            continue
+        values = [np.array([np.mean(one.values) for one in side]) for side in zip(*both, strict=True)]
+        old, new = (float(side.mean()) for side in values)
+        bound = max(policy.quality_threshold, _seed_spread(values[0]))
+        note = f"mean over {len(both)} seeds" if len(both) > 1 else "one seed: no test, the threshold alone"
+        comparison = partial(Comparison.of, key, old, new, bound=bound, note=note)
+        if old == new:
+            yield comparison(verdict="same")
+        elif old <= 0 or new <= 0:
+            yield comparison(verdict="not compared", note=f"no ratio of {old:g} and {new:g}")
+        else:
+            kind: Kind = "quality" if both[0][0].higher_is_better else "memory"  # of which more is worse
+            yield comparison(verdict=verdict_of(kind, new / old, new / old, bound))
+
+
+def _seed_spread(means: Floats) -> float:
+    """Two means over n seeds each differ by less than this share in about 95 % of cases; 0 for one seed."""
+    if len(means) < 2 or not means.mean() > 0:
+        return 0.0
+    return 2 * float(np.sqrt(2 / len(means))) * float(means.std(ddof=1)) / float(means.mean())
+
+
 def _pairing(keys: Sequence[str], name: str, base: Side, head: Side, policy: Policy) -> _Pairing:
     old, new = ([side.cells[key].quality.gains(name) for key in keys] for side in (base, head))  # type: ignore[union-attr]
     means = np.array([gains.mean() for gains in old])
-    spread = 0.0
-    if len(keys) > 1 and means.mean() > 0:
-        # Two means over n seeds each differ by less than this in about 95 % of cases.
-        spread = 2 * np.sqrt(2 / len(keys)) * float(means.std(ddof=1)) / float(means.mean())
+    spread = _seed_spread(means)
     seeds = tuple(base.cells[key].cell.seed for key in keys)
     bound = max(policy.quality_threshold, spread)
     return _Pairing(keys[0], name, np.mean(old, axis=0), np.mean(new, axis=0), bound, seeds)

@@ -120,6 +120,13 @@ def _digest(ranks: UserRanks) -> str:
     return digest.hexdigest()[:12]
 
 
+class GateMetric(Frozen):
+    """A metric that records name themselves, in every finished run of a cell."""
+
+    values: tuple[float, ...]
+    higher_is_better: bool
+
+
 class GateCell(Frozen):
     """One cell, pooled over its runs."""
 
@@ -134,6 +141,8 @@ class GateCell(Frozen):
     quality: Quality | None = None
     no_quality: str | None = None
     """Why ``quality`` is missing."""
+    metrics: dict[str, GateMetric] | None = None
+    """Named metrics in its place, of other tasks than recommendation."""
 
 
 def cell_key(cell: Cell) -> str:
@@ -236,8 +245,20 @@ def _gate_cell(key: str, runs: Sequence[Recorded]) -> GateCell:
         own_counters=_own_counters(last.result),
         devices={name: _on_device(group) for name, group in by_device(whole).items()},
         quality=quality,
-        no_quality=reason,
+        no_quality=None if last.result.metrics else reason,
+        metrics=_metrics(whole),
     )
+
+
+def _metrics(runs: Sequence[Recorded]) -> dict[str, GateMetric] | None:
+    found: dict[str, GateMetric] = {}
+    for recorded in runs:
+        for name, metric in recorded.result.metrics.items():
+            if metric.value.valid and metric.value.value is not None:
+                before = found[name].values if name in found else ()
+                value = round(metric.value.value, 6)
+                found[name] = GateMetric(values=(*before, value), higher_is_better=metric.higher_is_better)
+    return found or None
 
 
 def counters(result: CellResult) -> dict[str, float]:
@@ -246,8 +267,10 @@ def counters(result: CellResult) -> dict[str, float]:
     if result.parameters is not None:
         counted["trainable_parameters"] = result.parameters.trainable
         counted["trainable_parameters_max"] = result.parameters.trainable_max
-        counted["total_parameters"] = result.parameters.total
-        counted["stored_bytes"] = result.parameters.stored_bytes
+        if result.parameters.total is not None:
+            counted["total_parameters"] = result.parameters.total
+        if result.parameters.stored_bytes is not None:
+            counted["stored_bytes"] = result.parameters.stored_bytes
     if result.epochs:
         counted["steps_per_epoch"] = result.epochs[-1].steps
         if len(result.epochs) >= result.cell.training.epochs:  # early stopping is not exact

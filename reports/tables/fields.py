@@ -27,11 +27,20 @@ def table_of(
     rows: Iterable[str] | None = None,
     notes: Iterable[str] = (),
 ) -> Table:
-    """A table over all or the named rows of the summary, with the section's footnotes and instruments."""
+    """A table over all or the named rows of the summary, with the section's footnotes and instruments.
+
+    Of other tasks than recommendation, without the columns that no row has.
+    """
     names = [str(row) for row in (section.summary.index if rows is None else rows)]
-    entries = tuple(tuple(entry(row, section.lines[row]) for _, entry in columns) for row in names)
-    warnings = (*section.notes.shared, section.instruments)
-    heads = tuple(column for column, _ in columns)
+    lines = [[entry(row, section.lines[row]) for _, entry in columns] for row in names]
+    kept = [
+        place
+        for place, (column, _) in enumerate(columns)
+        if section.ranked or column.machine_only or any(line[place].text != MISSING for line in lines)
+    ]
+    entries = tuple(tuple(line[place] for place in kept) for line in lines)
+    warnings = tuple(text for text in (*section.notes.shared, section.instruments) if text)
+    heads = tuple(columns[place][0] for place in kept)
     return Table(name, title, heads, entries, tuple(notes), warnings, section.notes.footnotes, section.name)
 
 
@@ -54,17 +63,20 @@ def seeds() -> Field:
 def quality(section: Section, key: str, seeds: bool = False) -> list[Field]:
     """Mean ± half the width of its interval; the bounds go to the formats for programs.
 
-    With ``seeds`` the standard deviation over seeds is a column for people where any row has several.
+    With ``seeds`` the standard deviation over seeds is a column for people where any row has several. A metric without
+    an interval over users has the deviation behind its mean instead.
     """
-    what = quantity(key)
-    best = best_rows(section.summary[key], "higher", QUALITY_DIGITS)
+    what = section.quantity(key)
+    best = best_rows(section.summary[key], what.better or "higher", QUALITY_DIGITS)
+    resampled = bool(section.summary[f"{key}_low"].notna().any())
 
     def entry(name: str, line: Line) -> Entry:
         if isnan(line[key]):
             return Entry(str(line["status"]) if line["status"] != "ok" else MISSING)
-        half = (line[f"{key}_high"] - line[f"{key}_low"]) / 2
+        half = (line[f"{key}_high"] - line[f"{key}_low"]) / 2 if resampled else line[f"{key}_sd"]
         mean = what.format(line[key])
-        return Entry(f"{mean} ± {what.format(half)}", line[key], name in best, short=mean)
+        text = mean if isnan(half) and not resampled else f"{mean} ± {what.format(half)}"
+        return Entry(text, line[key], name in best, short=mean)
 
     def deviation(name: str, line: Line) -> Entry:
         return Entry(what.format(line[f"{key}_sd"]), value_of(line[f"{key}_sd"]))
@@ -72,7 +84,7 @@ def quality(section: Section, key: str, seeds: bool = False) -> list[Field]:
     bounds = [hidden(f"{key}_{part}") for part in ("low", "high")]
     known = seeds and bool(section.summary[f"{key}_sd"].notna().any())
     column = Column(f"{key}_sd", "± seeds", machine_only=not known, wide_only=True)
-    return [(Column(key, what.header, "higher"), entry), *bounds, (column, deviation)]
+    return [(Column(key, what.header, what.better), entry), *bounds, (column, deviation)]
 
 
 def cost(

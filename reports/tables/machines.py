@@ -7,6 +7,7 @@ from typing import Any
 
 from tpme.bench.quantities import MISSING
 from tpme.bench.record import CellResult, Modality
+from tpme.reports.data.qualities import RANKED_TASK
 from tpme.reports.data.section import Section
 from tpme.reports.data.trials import shorten_path
 from tpme.reports.tables.table import Column, Entry, Table
@@ -25,40 +26,62 @@ def machines(section: Section) -> Table:
 
 
 def _properties(section: Section, results: list[CellResult]) -> Iterator[tuple[str, Iterable[Any]]]:
+    seeds = sorted({result.cell.seed for result in results})
     environments = [result.environment for result in results if result.environment is not None]
+    own = [result.environment for result in results if result.environment is not None and result.source is None]
+    yield "Measured by others", (result.source.name for result in results if result.source is not None)
+    yield "Commit", (result.source.commit or None for result in results if result.source is not None)
     yield "Device", (environment.device_name for environment in environments)
     yield "Device key", [section.group.key["device_key"]]
     yield "Node", (environment.node for environment in environments)
     yield "Driver", (environment.driver for environment in environments)
-    yield "CPU threads", (environment.cpu_threads for environment in environments)
+    yield "CPU threads", (environment.cpu_threads for environment in own)
     yield "Platform", (environment.platform for environment in environments)
-    yield "Python", (environment.python for environment in environments)
+    yield "Python", (environment.python for environment in own)
     names = dict.fromkeys((*PACKAGES, *(name for environment in environments for name in sorted(environment.packages))))
     for name in names:
         yield name, (environment.packages.get(name) for environment in environments)
-    yield "Allocator", (environment.allocator for environment in environments)
-    yield "Deterministic kernels", (environment.deterministic for environment in environments)
+    yield "Allocator", (environment.allocator for environment in own)
+    yield "Deterministic kernels", (environment.deterministic for environment in own)
     yield "Git revision", (_revision(environment.git_revision, environment.git_dirty) for environment in environments)
     codes = sorted({(result.cell.method, result.code_version) for result in results})
     several = len({code for _, code in codes}) > 1
-    yield "Measured code", (f"{method} {code}" if several else code for method, code in codes)
-    yield "Protocol", [section.group.key["protocol"]]
-    yield "Precision", [section.group.key["precision"]]
+    versions = sorted({code for _, code in codes})
+    by_method = several and section.ranked
+    yield "Measured code", ((f"{method} {code}" for method, code in codes) if by_method else versions)
+    yield "Task", [section.group.key.get("task")]
+    yield "Protocol", [section.group.key["protocol"] or None]
+    yield "Precision", [section.group.key["precision"] or None]
     yield "Dataset", _datasets(results)
+    yield from _settings(results)
     yield "Text encoder", (_encoder(result, "text") for result in results)
     yield "Image encoder", (_encoder(result, "image") for result in results)
+    results = [result for result in results if result.cell.task == RANKED_TASK]
     training = [result.cell.training.model_dump(mode="json", exclude={"precision"}) for result in results]
-    for name in training[0]:
+    for name in training[0] if training else ():
         yield name.replace("_", " ").capitalize(), (settings[name] for settings in training)
     rates = {", ".join(f"{name} {rate:g}" for name, rate in result.cell.lr.by_group().items()) for result in results}
-    yield "Learning rates", rates if len(rates) == 1 else ["differ, see their table"]
-    yield "Seeds", sorted({result.cell.seed for result in results})
+    if rates:
+        yield "Learning rates", rates if len(rates) == 1 else ["differ, see their table"]
+    yield "Seeds", seeds
+
+
+def _settings(results: list[CellResult]) -> Iterator[tuple[str, Iterable[Any]]]:
+    """What the rows of another task share."""
+    known = [result.cell.settings for result in results if result.cell.settings]
+    for name in dict.fromkeys(name for settings in known for name in settings):
+        yield name.replace("_", " ").capitalize(), (settings.get(name) for settings in known)
 
 
 def _datasets(results: list[CellResult]) -> list[str]:
     datasets = [result.dataset for result in results if result.dataset is not None]
     if not datasets:
-        return [f"{result.cell.dataset} (fingerprint {result.cell.dataset_fingerprint[:12]})" for result in results]
+        return [
+            f"{result.cell.dataset} (fingerprint {result.cell.dataset_fingerprint[:12]})"
+            if result.cell.task == RANKED_TASK
+            else f"{result.cell.dataset} ({result.cell.dataset_fingerprint})".removesuffix(" ()")
+            for result in results
+        ]
     return [
         f"{facts.name}: {facts.users} users, {facts.items} items ({facts.items_never_trained} never trained), "
         f"{facts.interactions} interactions, {' + '.join(facts.modalities)} (fingerprint {facts.fingerprint[:12]})"

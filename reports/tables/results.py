@@ -10,6 +10,7 @@ import pandas as pd
 
 from tpme.bench.quantities import CUTOFFS, MISSING, byte_unit, bytes_text, number, quantity
 from tpme.bench.record import LearningRates, PhaseKind
+from tpme.reports.data.others import measured_here, notes_of_others
 from tpme.reports.data.phase_times import phase_times
 from tpme.reports.data.section import Section
 from tpme.reports.data.serving import served
@@ -32,6 +33,12 @@ COLLECTIVES = "collective_s"
 """A part of a step only of rows on several devices."""
 STEP_PARTS = ("data_wait_s", "forward_s", "backward_s", "update_s")
 """The parts of a training step, as counters of a record."""
+_WHOLE = {
+    "time_to_best_s": "To best epoch: all time up to it, building a feature cache included.",
+    "all_in_s": "All in: the whole time of training.",
+}
+_OTHER = ("the parts of a run", "evaluation and all the rest", "model")
+_PEAK = " Peak: of the whole run, from loading to {}, with its phase where that is shown."
 OVER_SEEDS = "Means over seeds, ± their standard deviation where there are several."
 
 
@@ -47,10 +54,9 @@ def results(section: Section) -> Table:
         fields.method(section),
         fields.hidden("status"),  # people read it in place of the quality
         fields.seeds(),
-        *fields.quality(section, "recall_10"),
-        *fields.quality(section, "ndcg_10"),
+        *(field for what in section.qualities for field in fields.quality(section, what.key)),
         *fields.cost(section, "epoch_time_s"),
-        *fields.cost(section, "time_to_best_s"),
+        *fields.cost(section, _whole_time(section)),
         *fields.cost(section, "trainable_millions"),
         *fields.memory(section, unit),
         *fields.peak(section, unit),
@@ -95,28 +101,21 @@ def costs(section: Section) -> Table:
         *cost("total_millions"),
         *cost("stored_bytes"),
     ]
-    rare = [
-        "memory_sum_bytes",
-        "all_in_s",
-        "energy_epoch_j",
-        "training_energy_j",
-        "cache_build_s",
-        "cache_peak_bytes",
-        "cache_bytes",
-    ]
+    rare = ["memory_sum_bytes"] + (["all_in_s"] if _whole_time(section) != "all_in_s" else [])
+    rare += ["energy_epoch_j", "training_energy_j", "cache_build_s", "cache_peak_bytes", "cache_bytes"]
     rare += [] if served(section.behind) else ["inference_items_per_s"]  # of records from before it had its own table
     for key in rare:
         columns += cost(key) if summary[key].notna().any() else []
     if (summary["search_trials"] > 1).any():
         columns += [fields.count("search_trials"), *cost("search_wall_s")]
+    parts, whole, model = ("epochs after warm-up", "validation and ranking", "encoders") if section.ranked else _OTHER
     notes = [
-        f"{OVER_SEEDS} T with a percentage: where it lies in so many resamplings of seeds and of epochs after "
-        "warm-up. Whole cell: loading, validation and ranking included. Stored: what must be kept beside the untouched "
-        "encoders."
+        f"{OVER_SEEDS} T with a percentage: where it lies in so many resamplings of seeds and of {parts}. "
+        f"Whole cell: loading, {whole} included. Stored: what must be kept beside the untouched {model}."
     ]
     if summary["memory_sum_bytes"].notna().any():
         notes.append("M, all: memory of all devices together; M is that of the device with the most, E that of all.")
-    if summary["all_in_s"].notna().any():
+    if summary["all_in_s"].notna().any() and section.ranked:
         notes.append("All in: feature cache, a method's estimation, search and rounds, training epochs of all stages.")
     if summary["energy_epoch_j"].notna().any():
         notes.append("E: energy of a training epoch by the GPU's counter, mean of all epochs; the host's is not in it.")
@@ -223,7 +222,7 @@ def failures(section: Section) -> Table:
         Column("step", "Step"),
         Column("bytes_requested", "Asked for"),
         Column("memory_seen_bytes", "Memory seen"),
-        Column("valid_recall_10", "Validation Recall@10"),
+        Column("valid_recall_10", "Validation Recall@10", machine_only=not section.ranked),
         Column("wall_s", "After (s)"),
         Column("message", "What happened", numeric=False),
     )
@@ -265,17 +264,35 @@ def _in_order(section: Section, cells: pd.DataFrame) -> pd.DataFrame:
     return cells.assign(position=cells["row"].map(position)).sort_values(["position", "lr_trial", "lr", "seed"])
 
 
+def _has_peak(section: Section) -> bool:
+    return bool(section.summary["peak_bytes"].notna().any())
+
+
+def _whole_time(section: Section) -> str:
+    """The time beside T: that to the best epoch, or where no epoch is the best, all of it."""
+    return "time_to_best_s" if section.summary["time_to_best_s"].notna().any() or section.ranked else "all_in_s"
+
+
 def _result_notes(section: Section) -> list[str]:
     """The columns explained, TPME before it appears, and why rows have none."""
-    summary = section.summary
-    spread = ", of costs the standard deviation over seeds" if (summary["seeds_ok"] > 1).any() else ""
-    notes = [
-        "Recall@10: share of users whose held-out item is among the first 10; NDCG@10 weighs its place, too. "
-        f"±, where shown: half the {100 * LEVEL:.0f} % interval over users{spread}.",
-        "T: time of a training epoch. To best epoch: all time up to it, building a feature cache included. "
-        "P: trainable parameters. M: peak memory of training. Peak: of the whole run, from loading to ranking and "
-        "export, with its phase where that is shown.",
-    ]
+    summary, several = section.summary, bool((section.summary["seeds_ok"] > 1).any())
+    results = [recorded.result for recorded in section.records]
+    notes = [*notes_of_others(results)]
+    if section.ranked:
+        spread = ", of costs the standard deviation over seeds" if several else ""
+        notes.append(
+            "Recall@10: share of users whose held-out item is among the first 10; NDCG@10 weighs its place, too. "
+            f"±, where shown: half the {100 * LEVEL:.0f} % interval over users{spread}."
+        )
+    elif several:
+        notes.append("±: standard deviation over seeds.")
+    if measured_here(results):
+        notes.append(
+            f"T: time of {section.time_of.replace('an epoch', 'a training epoch')}. "
+            f"{_WHOLE[_whole_time(section)]} "
+            "P: trainable parameters. M: peak memory of training."
+            + (_PEAK.format("ranking and export") if section.ranked else _PEAK.format("its end") * _has_peak(section))
+        )
     if section.compared:
         rows = f"the rows of {section.frame_from}" if section.frame_from else f"{len(section.compared)} compared rows"
         notes.append(
