@@ -86,7 +86,7 @@ def _cell_columns(cell: Cell, device_key: str) -> dict[str, Any]:
         ),
         "protocol": "" if other else cell.protocol,
         "precision": "" if other else precision,
-        "evaluation": _evaluation(cell.evaluation),
+        "evaluation": "" if other else _evaluation(cell.evaluation),
         "task": cell.task,
         "settings": _canonical(cell.settings),
         "training": _canonical(training),
