@@ -22,7 +22,7 @@ from tpme.reports.data.columns import ALL_USERS
 from tpme.reports.data.load import read, to_frame
 from tpme.reports.data.section import Section, check_rows, make_section
 from tpme.reports.data.tpme import DEFAULT, Weights, read_frames, write_frames
-from tpme.reports.data.trials import names, split
+from tpme.reports.data.trials import OTHER_TASKS, names, split
 from tpme.reports.markdown import Chapter, details_md, report_md, sentences
 from tpme.reports.page import page
 from tpme.reports.tables.compact import compact
@@ -234,7 +234,7 @@ def _draw(report: Report, formats: Sequence[str], workers: int, console: Console
 
 
 def _key(group: dict[str, str]) -> tuple[tuple[str, str], ...]:
-    return tuple(sorted(({"evaluation": ALL_USERS} | group).items()))  # older frames do not say
+    return tuple(sorted(({"evaluation": ALL_USERS, **OTHER_TASKS} | group).items()))  # older frames do not say
 
 
 def _command(roots: Sequence[Path], choices: Choices) -> str:
