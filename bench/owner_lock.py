@@ -89,7 +89,12 @@ class Owner(Frozen):
 
 def shared_by_machines(folder: Path) -> bool:
     """Whether other machines may work in a folder: in a job of Slurm, and on a network's file system."""
-    return "SLURM_JOB_ID" in os.environ or _file_system(folder) in NETWORK
+    return "SLURM_JOB_ID" in os.environ or on_network(folder)
+
+
+def on_network(folder: Path) -> bool:
+    """Whether a folder lies on a file system that machines share."""
+    return _file_system(folder) in NETWORK
 
 
 @contextlib.contextmanager

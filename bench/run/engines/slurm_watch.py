@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tpme.bench.errors import UserError
 from tpme.bench.limits import resolved
+from tpme.bench.owner_lock import on_network
 from tpme.bench.record import CellResult, RecordError, read_result
 from tpme.bench.run.attempt import lost_result, write_lost
 from tpme.bench.run.cell_checks import MetaCells
@@ -41,8 +42,9 @@ MOST_TRIES = 4
 """Submissions of one attempt."""
 POLL_S, SLOWEST_POLL_S = 1.0, 15.0
 """Time between two questions to Slurm, at first and after a quarter of an hour."""
-RECORD_PATIENCE_S = 5.0
-"""Wait for the record of a job that has ended: a shared folder shows it a moment later."""
+RECORD_PATIENCE_S, NETWORK_PATIENCE_S = 5.0, 90.0
+"""Wait for the record of a job that has ended; a network file system may show a new file a minute later (NFS's
+``acdirmax``)."""
 LAST_WORDS_S = 10.0
 """Wait for the end of jobs whose cells have ended."""
 
@@ -66,6 +68,7 @@ class SlurmWatch:
         self.needs = self._missing_caches()
         self.gone: dict[str, float] = {}
         """When a task was first seen to have ended."""
+        self.patience_s = NETWORK_PATIENCE_S if on_network(run) else RECORD_PATIENCE_S
         self.most_tasks = submitter.most_tasks
         self.refused = self.silent = self.lost = False
         if known := len(self.open) - len(self.waiting):
@@ -269,7 +272,7 @@ class SlurmWatch:
         if state is not None and not state.ended:
             self.gone.pop(task, None)
             return False
-        return time.monotonic() - self.gone.setdefault(task, time.monotonic()) >= RECORD_PATIENCE_S
+        return time.monotonic() - self.gone.setdefault(task, time.monotonic()) >= self.patience_s
 
     def _close(self, job: Job, result: CellResult) -> tuple[Job, CellResult]:
         del self.open[Attempt.of(job)]
