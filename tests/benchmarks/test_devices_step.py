@@ -19,8 +19,8 @@ from tpme.bench.task.dataset import Dataset
 from tpme.bench.task.prepare import prepare
 from tpme.bench.task.sources.synthetic import Synthetic, generate
 
-WIDTH, DEPTH, SIDE = 128, 4, 64
-TURNS, STEPS = 5, 4
+WIDTH, DEPTH, SIDE = 128, 4, 96
+TURNS, STEPS = 5, 2
 LEAST = 1.7
 """Speed-up of a step by the second rank."""
 SETTINGS = {"users_per_batch": 64, "embedding_dim": 64, "dropout": 0.1, "max_steps_per_epoch": None, "title_tokens": 16}
