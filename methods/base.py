@@ -132,6 +132,8 @@ class Context(Protocol):
     def batches(self, users: Users | None = None) -> Iterator[Batch]:
         """Yield the training batches of ``users``, by default all, once, in an order of their own.
 
+        Whole ones, as ``training_losses`` computes them: where several ranks train, each computes all of it.
+
         Raises ValueError for users that are no training users, or given twice.
         """
 

@@ -136,7 +136,8 @@ class CellRun:
         facts, method, model = self.facts, trainer.method, trainer.model
         if self.cell.training.shard:
             facts.counters |= guarded_split(trainer)
-            unshard(model)
+            with self.phases.phase("export", "gather weights"):
+                unshard(model)
         with self.phases.phase("export", "counts"):
             facts.parameters = parameter_counts(model, method, trainer.outcome.trainable_max)
             for reporting in dict.fromkeys((method, driver)):
@@ -152,7 +153,8 @@ class CellRun:
 
     def _measure_inference(self, trainer: Trainer) -> None:
         try:
-            trainer.model.to(self.device)  # where it was sharded, it is on the host
+            if self.cell.training.shard:  # its weights were gathered on the host
+                trainer.model.to(self.device)
             self.facts.inference = measure_inference(trainer)
         except Exception as error:  # of memory, say; what was trained is a result all the same
             self.facts.flag("no-inference", f"inference was not measured: {one_line(error)}")

@@ -7,6 +7,8 @@ item's vector are summed over the ranks where that item was encoded.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,6 +24,7 @@ class Peers(Protocol):
     rank: int
     size: int
     common: torch.Generator | None
+    """While each rank draws its own numbers: the generator that draws the same on all."""
 
     def all_gather(self, own: Tensor) -> Tensor:
         """The equally shaped tensors (m, ...) of all ranks, (N m, ...) in their order, without a graph."""
@@ -133,17 +136,32 @@ class WholeBatch:
 
     def rand_like(self, values: Tensor) -> Tensor:
         """Uniform random numbers for the items encoded here, (k, ...); they do not depend on the number of ranks."""
-        share = self.share
-        if share is None:
+        if self.generator is None:
             return torch.rand_like(values)
-        drawn = torch.rand(
-            len(share.place),
-            *values.shape[1:],
-            generator=share.peers.common,
-            dtype=values.dtype,
-            device=values.device,
-        )
-        return drawn.index_select(0, share.rows)
+        count = len(values) if self.share is None else len(self.share.place)
+        drawn = torch.rand(count, *values.shape[1:], generator=self.generator, dtype=values.dtype, device=values.device)
+        return drawn if self.share is None else drawn.index_select(0, self.share.rows)
+
+    @property
+    def generator(self) -> torch.Generator | None:
+        """What draws the same on all ranks within a step; ``None``: the generator of the device."""
+        return None if self.peers is None else self.peers.common
+
+    def drawn_again(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """Contexts of a layer's forward pass and of its repetition in the backward pass, which draws the same again."""
+        assert self.generator is not None
+        return nullcontext(), _from_state(self.generator, self.generator.get_state())
+
+
+@contextmanager
+def _from_state(generator: torch.Generator, state: Tensor) -> Iterator[None]:
+    """Let a generator draw from an earlier state within the block."""
+    after = generator.get_state()
+    generator.set_state(state)
+    try:
+        yield
+    finally:
+        generator.set_state(after)
 
 
 class _Summed(torch.autograd.Function):

@@ -294,7 +294,7 @@ class EncoderView:
         The switch of transformers has no effect in eval mode, in which frozen layers run here.
         """
         for layer in self.layers:
-            layer.forward = partial(_checkpointed, layer.forward)
+            layer.forward = partial(_checkpointed, self.whole, layer.forward)
 
     def set_mode(self, training: bool) -> None:
         """Set train or eval mode; a layer's own modules train only if a weight matrix of that layer does.
@@ -337,7 +337,8 @@ def _has_trainable_matrix(part: nn.Module) -> bool:
     return any(isinstance(value, nn.Parameter) and value.requires_grad and value.ndim > 1 for value in own)
 
 
-def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _checkpointed(whole: WholeBatch, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    contexts = {} if whole.generator is None else {"context_fn": whole.drawn_again}
+    return checkpoint(forward, *args, use_reentrant=False, **contexts, **kwargs)

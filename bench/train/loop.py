@@ -199,7 +199,7 @@ class Trainer(EpochLoop):
         """The result of ``work``, done in this attempt or in an earlier one."""
         if kind == "train":
             raise ValueError("once() keeps no training epochs: choose kind 'search' or 'round'")
-        part = self.ranks.from_first(self.kept.read(name) if self.ranks.rank == 0 else None)
+        part: Part | None = self.ranks.from_first(self.kept.read(name) if self.ranks.rank == 0 else None)
         if part is None:
             started, resumed_s, outcome = now(self.device), self.kept.resumed_s, replace(self.outcome)
             aside = self.delta, self._extra_batches, self.scaler
@@ -212,6 +212,7 @@ class Trainer(EpochLoop):
             spent_s = now(self.device) - started + self.kept.resumed_s - resumed_s
             found = Part(result, spent_s, self.state.epoch, self.state.step)
             part = self.ranks.from_first(self.kept.write(name, found) if self.ranks.rank == 0 else None)
+        assert part is not None
         self.state.epoch, self.state.step = part.epoch, part.step
         return part.result
 

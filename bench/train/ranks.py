@@ -51,7 +51,7 @@ class Ranks:
         self.sent: dict[str, int] = {}
         self.timer: StepTimer | None = None
         self._hosts: dist.ProcessGroup | None = None
-        self.common = torch.Generator(device) if size > 1 else None
+        self.common: torch.Generator | None = None
         """Within ``own_draws``: the generator that draws the same numbers on all ranks."""
 
     def __deepcopy__(self, _memo: object) -> Ranks:
@@ -199,16 +199,18 @@ class Ranks:
 
         ``common`` goes on with what it would have drawn, the same on all ranks, and after the block it does so itself.
         """
-        if self.common is None:
+        if self.size == 1:
             yield
             return
         default = _default_generator(self.device)
+        self.common = torch.Generator(self.device)
         self.common.set_state(default.get_state())
         default.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} rank {self.rank}".encode()).digest()[:6]))
         try:
             yield
         finally:
             default.set_state(self.common.get_state())
+            self.common = None
 
 
 def ring_bytes(size: int, values: Tensor) -> int:

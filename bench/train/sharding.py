@@ -36,11 +36,13 @@ def unshard(model: Recommender) -> None:
     """Make every sharded parameter whole again, on the host of each rank, and forget how it was spread."""
     from torch.distributed.fsdp import FSDPModule
 
+    wholes: dict[nn.Parameter, nn.Parameter] = {}  # modules may share a parameter
     for module in model.encoders.modules():
         for name, value in list(module.named_parameters(recurse=False)):
             if is_sharded(value):
-                whole = nn.Parameter(whole_tensor(value).cpu(), requires_grad=value.requires_grad)
-                setattr(module, name, whole)
+                if value not in wholes:
+                    wholes[value] = nn.Parameter(whole_tensor(value).cpu(), requires_grad=value.requires_grad)
+                setattr(module, name, wholes[value])
     for module in model.encoders.modules():
         if isinstance(module, FSDPModule):
             state: Any = module._get_fsdp_state()
