@@ -47,9 +47,17 @@ app = typer.Typer(
     help="Measure the cost and quality of parameter-efficient fine-tuning in multimodal sequential recommendation.",
 )
 app.add_typer(prepare.app, name="prepare")
-for command in (run.run, status.status, status.cancel, report.report, choose.choose, compare.compare, board.board):
-    app.command(cls=PlainCommand)(command)
-for command in (export.export, plan.plan):
+for command in (
+    run.run,
+    status.status,
+    status.cancel,
+    report.report,
+    choose.choose,
+    compare.compare,
+    board.board,
+    export.export,
+    plan.plan,
+):
     app.command(cls=PlainCommand)(command)
 app.add_typer(listing.app, name="list")
 app.add_typer(method.app, name="method")

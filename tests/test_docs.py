@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tpme.bench.record import EncoderSpec, Frozen, LearningRates, Training
+from tpme.bench.run.engines.profile import RunProfile, load_profile
 from tpme.bench.run.matrix import DatasetEntry, MatrixFile, MethodEntry, PreparedDataset, expand
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -198,6 +199,19 @@ def test_every_setting_of_a_matrix_is_documented_with_its_default(title: str) ->
             assert value(told[name].strip("`")) == as_toml(field.get_default(call_default_factory=True)), name
         else:
             assert field.default is None or isinstance(field.default, Frozen), name
+
+
+def test_every_key_of_a_profile_is_documented_with_its_default(tmp_path: Path) -> None:
+    document = ROOT / "docs" / "cluster.md"
+    (tmp_path / "lab.toml").write_text(blocks(document)["lab.toml"])
+    assert load_profile(tmp_path / "lab.toml", None).gpus == 1
+    told = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", document.read_text(), flags=re.MULTILINE))
+    assert list(told) == list(RunProfile.model_fields)
+    for name, field in RunProfile.model_fields.items():
+        if told[name].startswith("`"):
+            assert value(told[name].strip("`")) == field.get_default(call_default_factory=True), name
+        else:
+            assert field.default is None, name
 
 
 def value(text: str) -> Any:

@@ -246,3 +246,21 @@ while not os.path.exists({str(tmp_path / "go")!r}):
     time.sleep(0.5)
     (tmp_path / "go").touch()
     assert launcher.wait(timeout=60) == 0
+
+
+def test_a_process_that_a_scheduler_ended_first_is_no_ending_of_its_own(
+    run: Callable[..., Ending], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm signals all processes of a job, and this one may be told last."""
+    dies = "import os; os.kill(os.getpid(), 15)"
+    caught: list[int] = []
+    assert run(dies, caught=caught).code == -signal.SIGTERM
+    wait = process._wait_for_signal
+
+    def late(caught: list[int]) -> None:
+        threading.Timer(0.1, caught.append, [signal.SIGTERM]).start()
+        wait(caught)
+
+    monkeypatch.setattr(process, "_wait_for_signal", late)
+    with pytest.raises(SystemExit, match="143"):
+        run(dies, caught=caught)

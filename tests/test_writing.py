@@ -41,6 +41,14 @@ def test_a_writer_removes_what_killed_ones_left_and_no_other_file(tmp_path: Path
     assert {path.name for path in tmp_path.iterdir()} == {"x.json", other.name}
 
 
+def test_on_a_node_the_files_of_other_nodes_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose locks this node need not see."""
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    (tmp_path / ".x.json.abcdefgh").write_bytes(b"half")
+    write_atomically(tmp_path / "x.json", b"whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"x.json", ".x.json.abcdefgh"}
+
+
 def test_what_is_written_outlasts_a_power_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The content is synced before its name is given, the name before the writer goes on."""
     done = []

@@ -244,7 +244,7 @@ def _run_missing(
     ``found`` is what was there before the run folder was locked; another launcher may have finished a cell since.
     """
     results: dict[Path, CellResult] = {}
-    attempts = []
+    attempts: list[Job] = []
     for job, latest in zip(jobs, found, strict=True):
         if not is_finished(latest.result, job):
             latest = latest_attempt(job)

@@ -17,6 +17,8 @@ def cell(job_file: Path) -> None:
     job = json.loads(job_file.read_bytes())
     store, folder = Path(job["store"]), Path(job["folder"])
     does = job["cell"]["options"].get("does", "")
+    if job["cell"]["options"].get("at", job["cell"]["seed"]) != job["cell"]["seed"]:
+        does = ""
     with (store / "ran").open("a") as ran:
         ran.write(f"start {folder.name} {os.environ['SLURMD_NODENAME']} {os.environ['OMP_NUM_THREADS']}\n")
     part = folder / "procedure" / "part"

@@ -24,14 +24,16 @@ from tpme.bench.errors import UserError
 from tpme.bench.record import Cell, CellResult, cell_id, find_results, read_result
 from tpme.bench.run import launch
 from tpme.bench.run.cell_states import cell_states, counts
-from tpme.bench.run.engines import slurm_watch
-from tpme.bench.run.engines.choice import make_engine
+from tpme.bench.run.engines import slurm_jobs, slurm_queue, slurm_watch
+from tpme.bench.run.engines.choice import device_of, make_engine
 from tpme.bench.run.engines.profile import RunProfile, load_profile
 from tpme.bench.run.engines.slurm import SlurmEngine
 from tpme.bench.run.engines.slurm_jobs import Submission, no_jobs, read_jobs, write_jobs
+from tpme.bench.run.engines.slurm_submit import Submitter
 from tpme.bench.run.job import Job
 from tpme.bench.run.progress import Screen
 from tpme.bench.run.remaining import latest_attempt
+from tpme.bench.slurm_commands import SlurmError
 
 STUB = f"{sys.executable} {Path(__file__).with_name('stub_python.py')}"
 
@@ -189,6 +191,17 @@ def test_what_is_for_this_machine_is_refused(monkeypatch: pytest.MonkeyPatch, tm
     assert load_profile(file, None).extra == {"exclusive": True, "mem": "8G"}
 
 
+def test_the_device_is_what_the_profile_asks_for() -> None:
+    assert device_of(RunProfile(on="slurm"), "auto") == "cpu"
+    assert (
+        device_of(RunProfile(on="slurm", gpus=2), "auto") == device_of(RunProfile(on="ray", gpus=1), "cuda") == "cuda"
+    )
+    with pytest.raises(UserError, match="--device cuda: the profile asks for gpus = 0, so cells run on cpu"):
+        device_of(RunProfile(on="slurm"), "cuda")
+    with pytest.raises(UserError, match="--device tpu: choose cpu, cuda or auto"):
+        device_of(RunProfile(on="slurm"), "tpu")
+
+
 # --- cells -----------------------------------------------------------------------------------------------------------
 
 
@@ -314,8 +327,9 @@ def test_cancelled_by_tpme_and_by_somebody(runs: Runs, slurm: LocalSlurm, harnes
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["requeue", "preemption"])
 def test_a_requeued_cell_goes_on_with_its_finished_parts(runs: Runs, slurm: LocalSlurm, how: str) -> None:
-    jobs = runs.jobs({"does": "resume"}, {})
-    launcher = runs.start(jobs)
+    """Of several seeds in one task those that ended are left alone."""
+    jobs = runs.jobs({"does": "resume", "at": 2}, seeds=(1, 2, 3))
+    launcher = runs.start(jobs, same_node=True)
     wait_until(lambda: len(runs.records()) == 1 and len(runs.ran("start")) == 2)
     file = read_jobs(runs.folder)
     assert file is not None
@@ -327,7 +341,7 @@ def test_a_requeued_cell_goes_on_with_its_finished_parts(runs: Runs, slurm: Loca
     launcher.join(120)
     assert launcher.exitcode == 0
     ended_ok({path.parent.name: read_result(path) for path in find_results([runs.folder])})
-    assert sorted(runs.ran("start").values()) == [1, 2]
+    assert [runs.ran("start")[job.folder.name] for job in jobs] == [1, 2, 1]
     assert set(runs.ran("end").values()) == {1}
 
 
@@ -344,6 +358,43 @@ def test_what_slurm_has_forgotten_is_submitted_again_and_at_last_fails(runs: Run
     write_jobs(runs.folder, file.model_copy(update={"submissions": (gone[0],)}))
     [record] = runs.launch(jobs).values()
     assert (record.status, record.attempt) == ("ok", 2)
+
+
+@pytest.mark.slow
+def test_where_slurm_takes_no_more_jobs_the_others_wait(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under MaxSubmitJobs, which needs accounting; it counts every task."""
+    submit, sizes = Submitter.submit, []
+
+    def limited(self: Submitter, run: Path, name: str, work: object, tasks: list[object], *rest: Any) -> str:
+        left = slurm_jobs.active(slurm_queue.queue("tpme-").values())
+        if len(left) + len(tasks) > 3:
+            raise SlurmError("sbatch: Job violates accounting/QOS policy")
+        sizes.append(len(tasks))
+        return submit(self, run, name, work, tasks, *rest)
+
+    monkeypatch.setattr(Submitter, "submit", limited)
+    ended_ok(runs.launch(runs.jobs(*[{}] * 6)))
+    assert sum(sizes) == 6
+    assert set(runs.ran("start").values()) == {1}
+    assert (
+        "Slurm takes no more now (sbatch: Job violates accounting/QOS policy); 3 cells wait" in runs.screen.getvalue()
+    )
+
+
+@pytest.mark.slow
+def test_what_sbatch_submitted_though_it_failed_does_not_run_twice(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    submit, first = Submitter.submit, []
+
+    def timed_out(self: Submitter, *arguments: Any) -> str:
+        number = submit(self, *arguments)
+        if not first:
+            first.append(number)
+            raise SlurmError("sbatch: Socket timed out on send/recv operation")
+        return number
+
+    monkeypatch.setattr(Submitter, "submit", timed_out)
+    ended_ok(runs.launch(runs.jobs({"s": 2}, {"s": 2})))
+    assert set(runs.ran("end").values()) == {1}
 
 
 @pytest.mark.slow

@@ -47,7 +47,7 @@ def test_nodes_of_one_kind_share_a_frame_and_are_named(factory):
     alike, other = make_report([factory.root]).sections
     assert set(alike.compared) == set(other.compared) == {"fft", "lora"}
     (nodes,) = [row for row in machines(other).rows if row[0].text == "Node"]
-    assert nodes[1].text == "one; two"
+    assert set(nodes[1].text.split("; ")) == {"one", "two"}
     (section,) = make_report([factory.root], mix=True).sections
     assert section.group.mixed == ("device_key",)
 

@@ -49,8 +49,11 @@ def queue(prefix: str) -> dict[str, SlurmJobState]:
     """This user's jobs whose names begin with ``prefix``, also those that ended minutes ago; by their ids."""
     listed = ask("squeue", "--noheader", "--array", "--states=all", f"--user={user()}", "--format=%i|%T|%N|%r|%j|%M")
     parts = (line.split("|") for line in listed.splitlines())
-    jobs = (SlurmJobState(*part[:5], duration_s(part[5]) or 0.0) for part in parts if len(part) == 6)
-    return {job.job: job for job in jobs if job.name.startswith(prefix)}
+    return {
+        job: SlurmJobState(job, state, node, reason, name, duration_s(elapsed) or 0.0)
+        for job, state, node, reason, name, elapsed in (part for part in parts if len(part) == 6)
+        if name.startswith(prefix)
+    }
 
 
 def user() -> str:

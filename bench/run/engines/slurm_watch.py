@@ -78,11 +78,7 @@ class SlurmWatch:
             end_jobs(file.prefix)
             forget_jobs(self.run)
             return no_jobs(self.run)
-        cut = [submission for submission in file.submissions if submission.job is None]
-        for submission in cut:  # its launcher was killed; what Slurm has of it may lack its files
-            end_jobs(submission.name)
-        kept = tuple(submission for submission in file.submissions if submission not in cut)
-        return file.model_copy(update={"submissions": kept})
+        return file
 
     def until_all_ended(self, caught: list[int]) -> Iterator[tuple[Job, CellResult]]:
         """Submit and wait; yields every attempt with its record as it ends, until a signal comes."""
@@ -116,6 +112,16 @@ class SlurmWatch:
                 "command runs them"
             )
 
+    def _end_cut(self) -> None:
+        """End submissions of which nothing but the intention is known: sbatch or a launcher was killed, or timed out.
+
+        Slurm may have their jobs all the same, perhaps without the files that they need.
+        """
+        cut = [submission for submission in self.file.submissions if submission.job is None]
+        for submission in cut:
+            end_jobs(submission.name)
+        self._write(tuple(submission for submission in self.file.submissions if submission not in cut))
+
     # --- submitting ---------------------------------------------------------------------------------------------------
 
     def _missing_caches(self) -> dict[Attempt, dict[str, FeatureJob]]:
@@ -140,6 +146,7 @@ class SlurmWatch:
         if not self.waiting:
             return
         try:
+            self._end_cut()
             self._submit_builders()
             groups: dict[tuple[str, ...], list[tuple[Job, ...]]] = {}
             for task in self.submitter.tasks(self.waiting):
@@ -149,6 +156,7 @@ class SlurmWatch:
                     chunk = tasks[: self.most_tasks]
                     self._submit_cells(chunk, after)
                     del tasks[: len(chunk)]
+                    self.most_tasks = min(2 * self.most_tasks, self.submitter.most_tasks)
         except SlurmError as error:
             self._refused(error)
         else:
@@ -206,14 +214,10 @@ class SlurmWatch:
     def _submit_one(
         self, submission: Submission, work: object, tasks: Sequence[object], limit_s: float, after: Sequence[str] = ()
     ) -> None:
-        """Submit, with the intention on disk before and the number after; raises SlurmError, with neither left."""
+        """Submit; the intention is on disk before, the number after. Raises SlurmError, and leaves the intention."""
         before = self.file.submissions
         self._write((*before, submission))
-        try:
-            number = self.submitter.submit(self.run, submission.name, work, tasks, limit_s, after)
-        except SlurmError:
-            self._write(before)
-            raise
+        number = self.submitter.submit(self.run, submission.name, work, tasks, limit_s, after)
         self._write((*before, submission.model_copy(update={"job": number})))
 
     def _write(self, submissions: tuple[Submission, ...]) -> None:
