@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tpme.bench.errors import UserError, missing_extra
+from tpme.bench.recorder.timeline import Recording, Timeline
 
 try:
     if "pytorch_lightning" in sys.modules and "lightning" not in sys.modules:
@@ -20,10 +21,6 @@ try:
 except ImportError:
     raise missing_extra("lightning_callback()", "Lightning", "lightning") from None
 
-if TYPE_CHECKING:
-    from tpme.bench.recorder.recording import Recorder
-    from tpme.bench.recorder.timeline import Timeline
-
 
 class LightningRecorder(Callback):  # type: ignore[misc]
     """Give it to a Trainer within the Recorder's ``with`` block: ``callbacks=[run.lightning_callback(...)]``.
@@ -32,7 +29,7 @@ class LightningRecorder(Callback):  # type: ignore[misc]
         run: the Recorder. metrics: name of each logged quality -> whether higher is better.
     """
 
-    def __init__(self, run: Recorder, metrics: Mapping[str, bool]) -> None:
+    def __init__(self, run: Recording, metrics: Mapping[str, bool]) -> None:
         self._run, self._metrics = run, dict(metrics)
         self._trained = self._in_epoch = False
         self._epoch = self._batches = self._steps = 0

@@ -15,6 +15,7 @@ The record goes to ``runs/reviews/cells``, so ``tpme report runs/reviews`` shows
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import re
@@ -149,6 +150,9 @@ class Recorder:
         self._records, self._started_at = True, datetime.now(UTC)
         self._instruments = measuring(self.device)
         self._log = self._instruments.__enter__()
+        self._froze = not gc.get_freeze_count()
+        if self._froze:
+            gc.freeze()  # a million library objects: the collection at the start of each phase skips them
         self._log.baseline()
         self.timeline = Timeline(self._log, self.device, self._time_of)
         return self
@@ -161,17 +165,18 @@ class Recorder:
         timeline, self.timeline = self.timeline, None
         assert timeline is not None
         try:
-            in_training, step = timeline.open == "train", timeline.steps.in_flight
             timeline.finish(error)
             if error is None:
                 with self._log.phase("count", "parameters"):
                     self._count()
         finally:
             self._instruments.__exit__(None, None, None)
+            if self._froze:
+                gc.unfreeze()
             self._model, self._instruments = None, None
         if isinstance(error, KeyboardInterrupt) or rank() > 0:  # Ctrl-C leaves no record
             return
-        failure, status = self._ending(error, timeline, step if in_training else None)
+        failure, status = self._ending(error, timeline)
         try:
             self._publish(timeline, status, failure)
         except (OSError, UserError) as problem:
@@ -310,21 +315,21 @@ class Recorder:
             size = bytes_on_disk(self._stored)
             self._parameters = self._parameters.model_copy(update={"stored_bytes": size})
 
-    def _ending(
-        self, error: BaseException | None, timeline: Timeline, step: int | None
-    ) -> tuple[Failure | None, Status]:
+    def _ending(self, error: BaseException | None, timeline: Timeline) -> tuple[Failure | None, Status]:
         """How it ended, and as which status."""
-        bad, epoch = timeline.steps.not_finite, timeline.epoch or None
+        bad = timeline.steps.not_finite
         if bad is not None:
             where = f" of epoch {bad.epoch}" if bad.epoch else ""
             message = f"the loss is not finite at step {bad.step}{where}; try a lower learning rate"
             return Failure(phase="train", message=message, epoch=bad.epoch or None, step=bad.step), "diverged"
         if error is not None:
-            failure = failure_of(error, timeline.failed_in or "start", None)
-            return failure.model_copy(update={"epoch": epoch, "step": step}), status_of(error)
+            assert timeline.failure is not None
+            _, phase, epoch, step = timeline.failure
+            failure = failure_of(error, phase, None).model_copy(update={"epoch": epoch, "step": step})
+            return failure, status_of(error)
         if self._not_finite is not None:
             message = f"parameter '{self._not_finite}' is not finite after training; try a lower learning rate"
-            return Failure(phase="train", message=message, epoch=epoch), "diverged"
+            return Failure(phase="train", message=message, epoch=timeline.epoch or None), "diverged"
         return None, "ok"
 
     def _publish(self, timeline: Timeline, status: Status, failure: Failure | None) -> None:

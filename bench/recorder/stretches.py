@@ -40,7 +40,7 @@ class TimeOf:
         raise UserError(f"time_of is 'epoch', '250 steps' or '1000 samples' (any number of them), not {text!r}")
 
 
-class Step(NamedTuple):
+class TrainedStep(NamedTuple):
     """One optimiser step."""
 
     seconds: float
@@ -63,7 +63,7 @@ class Steps:
 
     device: torch.device
     time_of: TimeOf
-    done: list[Step] = field(default_factory=list)
+    done: list[TrainedStep] = field(default_factory=list)
     """Of the phases that have ended."""
     train_s: dict[int, float] = field(default_factory=lambda: defaultdict(float))
     """Epoch -> seconds of its training phases."""
@@ -119,7 +119,7 @@ class Steps:
         if failed:
             self.partial[self._epoch] = "its training failed"
         seconds = self._timer.seconds()
-        self.done += map(Step, seconds, [self._epoch] * len(seconds), self._samples, of_steps)
+        self.done += map(TrainedStep, seconds, [self._epoch] * len(seconds), self._samples, of_steps)
         self.train_s[self._epoch] += wall_s
         self._timer = None
         for used in (self._samples, self._folded, self._has_loss):
@@ -149,9 +149,9 @@ class Steps:
             outcome.step_epoch += [index] * len(steps)
         return outcome
 
-    def _epochs(self) -> list[tuple[list[Step], float, list[float]]]:
+    def _epochs(self) -> list[tuple[list[TrainedStep], float, list[float]]]:
         """Steps, seconds and losses of every epoch that is whole."""
-        by_epoch: dict[int, list[Step]] = defaultdict(list)
+        by_epoch: dict[int, list[TrainedStep]] = defaultdict(list)
         for step in self.done:
             by_epoch[step.epoch].append(step)
         return [
@@ -160,9 +160,9 @@ class Steps:
             if epoch not in self.partial
         ]
 
-    def _stretches(self) -> list[tuple[list[Step], float, list[float]]]:
+    def _stretches(self) -> list[tuple[list[TrainedStep], float, list[float]]]:
         """The same of every stretch of as many steps or samples as ``time_of`` says."""
-        found, current = [], list[Step]()
+        found, current = [], list[TrainedStep]()
         for step in self.done:
             current.append(step)
             amount = len(current) if self.time_of.unit == "steps" else sum(one.samples for one in current)
@@ -171,7 +171,7 @@ class Steps:
                 current = []
         return found
 
-    def _metrics_of(self, first: int, steps: list[Step]) -> dict[str, float]:
+    def _metrics_of(self, first: int, steps: list[TrainedStep]) -> dict[str, float]:
         """What was evaluated after a step of the stretch that begins after ``first`` steps, the latest of each name."""
         found: dict[str, float] = {}
         for place, metrics in sorted(self.metrics.items()):
@@ -197,7 +197,7 @@ class Steps:
         return Reading(value=float(np.median(times[outcome.warmup_epochs :])), source=source)
 
 
-def _losses(steps: Iterable[Step]) -> list[float]:
+def _losses(steps: Iterable[TrainedStep]) -> list[float]:
     return [step.loss for step in steps if step.loss is not None]
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from contextlib import AbstractContextManager
-from typing import get_args
+from typing import NamedTuple, Protocol, get_args
 
 import torch
+from torch import Tensor, nn
 
 from tpme.bench.errors import UserError, nearest
 from tpme.bench.measure.phases import PhaseLog
@@ -17,6 +18,32 @@ KINDS: tuple[PhaseKind, ...] = ("load", "prepare", "train", "validate", "export"
 """Kinds that a training loop may name; ``export`` is saving."""
 CALLED = {"eval": "validate", "evaluate": "validate", "test": "validate", "save": "export", "training": "train"}
 """What loops call some of them."""
+
+
+class Recording(Protocol):
+    """What a callback needs of a Recorder."""
+
+    timeline: Timeline | None
+    seed: int | None
+
+    def model(self, model: nn.Module) -> None:
+        """Count its parameters."""
+
+    def metric(self, name: str, value: float | Tensor, *, higher_is_better: bool) -> None:
+        """Record a quality."""
+
+    def flag(self, code: str, message: str) -> None:
+        """Say what a reader must know."""
+
+
+class Stop(NamedTuple):
+    """Where an error ended a phase."""
+
+    error: BaseException
+    phase: str
+    epoch: int | None
+    step: int | None
+    """Training step of that epoch, from 1; None outside training."""
 
 
 class Timeline:
@@ -30,7 +57,8 @@ class Timeline:
         self.log, self.steps = log, Steps(device, time_of)
         self.open: PhaseKind | None = None
         """Kind of the phase that the loop has named; None between its phases."""
-        self.failed_in: str | None = None
+        self.failure: Stop | None = None
+        """Of the last error."""
         self.epoch = 0
         """Of the training phase that is open, or was last."""
         self._name = ""
@@ -61,7 +89,7 @@ class Timeline:
             self._leave(error)
             self._enter("other", "")
 
-    def step(self, loss: torch.Tensor | float | None, samples: int) -> None:
+    def step(self, loss: Tensor | float | None, samples: int) -> None:
         """End an optimiser step. Raises UserError outside training phases."""
         if self.open != "train":
             raise UserError(
@@ -70,7 +98,7 @@ class Timeline:
         self.steps.step(loss, samples)
 
     def finish(self, error: BaseException | None) -> None:
-        """End the phase that is open, whichever it is; ``failed_in`` is then its name, if there is an error."""
+        """End the phase that is open, whichever it is."""
         self._leave(error)
 
     def _enter(self, kind: PhaseKind, name: str) -> None:
@@ -85,7 +113,9 @@ class Timeline:
         if error is None:
             phase.__exit__(None, None, None)
         else:
-            self.failed_in = self.failed_in or self._name
+            if self.failure is None or self.failure.error is not error:  # else it ended the phase before, too
+                step = self.steps.in_flight if was_open == "train" else None
+                self.failure = Stop(error, self._name, self.epoch or None, step)
             phase.__exit__(type(error), error, error.__traceback__)
         if was_open == "train":
             wall_s = self.log.phases[-1].wall_s

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tpme.bench.errors import UserError
-
-if TYPE_CHECKING:
-    from tpme.bench.recorder.recording import Recorder
-    from tpme.bench.recorder.timeline import Timeline
+from tpme.bench.recorder.timeline import Recording, Timeline
 
 
 class TrainerRecorder(TrainerCallback):  # type: ignore[misc]
@@ -26,7 +23,7 @@ class TrainerRecorder(TrainerCallback):  # type: ignore[misc]
         run: the Recorder. metrics: name of each evaluated quality -> whether higher is better.
     """
 
-    def __init__(self, run: Recorder, metrics: Mapping[str, bool]) -> None:
+    def __init__(self, run: Recording, metrics: Mapping[str, bool]) -> None:
         self._run, self._metrics = run, dict(metrics)
         self._trained = self._in_epoch = False
         self._epoch = 0
