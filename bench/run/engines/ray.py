@@ -10,12 +10,21 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import ray
-from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
+from ray.exceptions import (
+    NodeDiedError,
+    OutOfMemoryError,
+    RayError,
+    RayTaskError,
+    TaskUnschedulableError,
+    WorkerCrashedError,
+)
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tpme.bench.errors import UserError, one_line
@@ -29,7 +38,7 @@ from tpme.bench.run.engines.profile import RunProfile
 from tpme.bench.run.engines.ray_caches import Caches
 from tpme.bench.run.engines.ray_cluster import Node, check_room, cluster_address, connected, nodes
 from tpme.bench.run.engines.ray_node import CacheOrder, Check, Order, Share, check_node, node_name, run_cell
-from tpme.bench.run.engines.ray_tasks import Packer, Task, Tasks
+from tpme.bench.run.engines.ray_tasks import POLL_S, Packer, Task, Tasks
 from tpme.bench.run.job import Job
 from tpme.bench.run.process import deferred_signals, raise_signal
 from tpme.bench.run.progress import Screen
@@ -39,6 +48,8 @@ MOST_QUEUED = 500
 """Tasks that Ray knows of at a time."""
 RETRIES = 2
 """Further tries of a cell whose node was lost."""
+GONE = (NodeDiedError, WorkerCrashedError, TaskUnschedulableError)
+"""How the check of a node ends that has gone meanwhile."""
 CHECK_S = 120.0
 """For the checks of all nodes; one that takes longer is checked by its first cell."""
 
@@ -92,17 +103,20 @@ class _Cells:
 
     def results(self, caught: Sequence[int]) -> Iterator[tuple[Job, CellResult]]:
         """Run them; gives each with its record. Raises UserError where the cluster cannot."""
-        able, holders = self._checked_nodes()
+        able, holders = self._checked_nodes(caught)
+        if caught:
+            return
         self.caches.start(self.tasks, self._order, holders, ship=len(able) > 1)
         while (self.waiting or self.tasks.running) and not caught:
             self._submit()
+            self.screen.state(self.tasks.state(len(self.waiting)))
             for task in self.tasks.ended():
                 if isinstance(task.order, CacheOrder):
                     self.caches.take(task)
                 elif (result := self._result(task)) is not None:
                     yield task.order.job, result
 
-    def _checked_nodes(self) -> tuple[list[Node], dict[str, str]]:
+    def _checked_nodes(self, caught: Sequence[int]) -> tuple[list[Node], dict[str, str]]:
         """The nodes that can run cells, and which of them has a feature cache, by its name.
 
         Raises UserError where no node has room for a cell, or one has another version of the code.
@@ -120,15 +134,20 @@ class _Cells:
             )(check_node).remote(check): node
             for node in able
         }
+        until_s = time.monotonic() + CHECK_S
+        answers: list[Any] = []
+        while len(answers) < len(asked) and time.monotonic() < until_s and not caught:
+            answers, _ = ray.wait(list(asked), num_returns=len(asked), timeout=POLL_S)
         holders: dict[str, str] = {}
-        for answer in ray.wait(list(asked), num_returns=len(asked), timeout=CHECK_S)[0]:
+        for answer in answers:
             node = asked[answer]
             try:
                 problem, caches = ray.get(answer)
-            except RayTaskError as error:
-                raise UserError(f"node {node.name} cannot run cells: {one_line(error.cause or error)}") from None
-            except RayError:  # it has gone meanwhile
+            except GONE:
                 continue
+            except RayError as error:
+                cause = getattr(error, "cause", None) or error
+                raise UserError(f"node {node.name} cannot run cells: {one_line(cause)}") from None
             if problem is not None:
                 raise UserError(problem)
             holders |= dict.fromkeys(caches, node.id)

@@ -43,10 +43,12 @@ def cluster_address(given: str | None) -> str:
     address = given or os.environ.get(ADDRESS) or "auto"
     if address == "auto":
         return address
-    place = address.removeprefix("ray://")
-    host, _, port = place.rpartition(":")
-    if not host or not port.isdecimal() or "/" in place:
-        raise UserError(f"Ray address {address}: give HOST:PORT of the head node, such as 10.0.0.1:6379, or auto")
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or "/" in address:
+        raise UserError(
+            f"Ray address {address}: give HOST:PORT of the head node, such as 10.0.0.1:6379, and run this on a machine "
+            "of the cluster"
+        )
     try:
         socket.create_connection((host.strip("[]"), int(port)), REACH_S).close()
     except (OSError, OverflowError) as error:

@@ -96,6 +96,11 @@ class Tasks:
                 task.shown.close()
                 yield task
 
+    def state(self, waiting: int) -> str:
+        """How many tasks run and wait, beside ``waiting`` cells that Ray does not know of yet."""
+        started = sum(task.node is not None for task in self.running.values())
+        return f"{started} running, {len(self.running) - started + waiting} waiting"
+
     def cancel(self) -> None:
         """Cancel all tasks, and wait for their processes to end, as long as these have time to."""
         for stream in self.running:
