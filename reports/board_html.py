@@ -154,8 +154,8 @@ def _history(group: BoardGroup) -> str:
         "Dashed: the code changed. A cross did not finish. Records of one day and version share a place.</p>",
     ]
     for row, history in found:
-        charted = (*map(quantity, CHARTED), *group.qualities[:1])
-        charts = "".join(chart(what, row.name, history) for what in charted)
+        charted = (*CHARTED, *(what.key for what in group.qualities[:1]))
+        charts = "".join(chart(key, row.name, history) for key in charted)
         parts.append(f'<h4><a href="#{row.anchor}">{html.escape(row.name)}</a></h4><div class="charts">{charts}</div>')
     return "\n".join(parts)
 

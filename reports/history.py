@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tpme.bench.quantities import Quantity
+from tpme.bench.quantities import quantity
 from tpme.reports.data.trials import Line
 
 WIDTH, HEIGHT = 340, 150
@@ -45,12 +45,12 @@ def places(records: Sequence[Line]) -> list[Place]:
     return [Place(*key, tuple(lines)) for key, lines in grouped.items()]
 
 
-def chart(what: Quantity, row: str, history: Sequence[Place]) -> str:
+def chart(key: str, row: str, history: Sequence[Place]) -> str:
     """One quantity over all places, as an SVG figure; empty where no record has a value."""
-    key = what.key
     values = [[line[key] for line in place.records if _known(line, key)] for place in history]
     if not any(values):
         return ""
+    what = quantity(key)
     unit, scale = what.scale(value for of_place in values for value in of_place)
     top = max(value for of_place in values for value in of_place) or 1.0
     step = (WIDTH - LEFT - RIGHT) / max(1, len(history) - 1)

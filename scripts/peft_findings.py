@@ -52,6 +52,7 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def accuracy(value: float) -> str:
+    """A share with three decimals."""
     return f"{value:.3f}"
 
 
@@ -95,8 +96,7 @@ def headline(section: Section) -> str:
 
 def _with_code(text: str) -> str:
     """Escaped but for what stands in backticks."""
-    parts = text.split("`")
-    return "`".join(part if place % 2 else escape_markdown(part) for place, part in enumerate(parts))
+    return re.sub(r"\\`(.*?)\\`", lambda code: f"`{code[1].replace(chr(92), '')}`", escape_markdown(text))
 
 
 def fronts(section: Section) -> str:

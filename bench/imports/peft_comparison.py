@@ -224,9 +224,7 @@ def _options(variant: str, settings: dict[str, Any], peft_config: dict[str, Any]
     """What a run chose: the name of its variant, its optimiser and rate, and the plain settings of its peft method."""
     own = {key: value for key, value in settings.items() if key not in (*SHARED, "seed")}
     config = {key: value for key, value in (peft_config or {}).items() if key not in BOOKKEEPING}
-    plain: dict[str, Any] = {
-        key: value for key, value in config.items() if isinstance(value, bool | int | float | str)
-    }
+    plain: dict[str, Any] = {key: value for key, value in config.items() if isinstance(value, bool | int | float | str)}
     targets = config.get("target_modules")
     if isinstance(targets, tuple):
         plain["target_modules"] = sorted(map(str, targets))

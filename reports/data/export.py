@@ -221,7 +221,7 @@ def _texts(row: pd.Series[Any]) -> tuple[dict[str, str], dict[str, str]]:
         parameters |= {f"{name}.{key}": str(value) for key, value in json.loads(row[name]).items()}
     rest = row.drop([*PARAMETERS, *STRUCTURES]).dropna()
     parameters = {name: without_home(value) for name, value in parameters.items() if value}
-    return parameters, {str(name): publishable(str(value)) for name, value in rest.items() if not _is_number(value)}
+    return parameters, {str(name): publishable(str(value)) for name, value in rest.items() if _is_text(value)}
 
 
 def _metrics(row: pd.Series[Any], start_ms: int) -> Iterator[Any]:
@@ -242,6 +242,10 @@ def _curves(result: CellResult, start_ms: int) -> Iterator[Any]:
                 yield Metric(f"epoch_{name}", float(value), start_ms, epoch.index)
         for name, value in epoch.metrics.items():
             yield Metric(f"epoch_{name}", value, start_ms, epoch.index)
+
+
+def _is_text(value: Any) -> bool:
+    return not _is_number(value) and value != ""
 
 
 def _is_number(value: Any) -> bool:

@@ -235,9 +235,10 @@ def _latest(paths: Iterable[Path], history: bool) -> list[Recorded]:
     with _collector_paused():
         results = {path: read_result(path) for path in sorted(files.values())}
     keys = _device_keys(results)
-    latest: dict[tuple[str, str], Recorded] = {}
+    latest: dict[tuple[str, ...], Recorded] = {}
     for path, result in results.items():
-        identity = keys[path], result.cell_id if history else cell_id(result.cell, "any version")
+        who = result.source.name if result.source else ""
+        identity = keys[path], who, result.cell_id if history else cell_id(result.cell, "any version")
         old = latest.get(identity)
         superseded = 0 if old is None else old.superseded + 1
         newest = Recorded(path, result, keys[path]) if old is None or _age(result) >= _age(old.result) else old

@@ -176,7 +176,8 @@ def _with_free_cells(frame: pd.DataFrame) -> pd.DataFrame:
         if len(homes):
             copies[["encoders", "modalities"]] = homes.to_numpy()
         parts.append(copies)
-    return pd.concat(parts, ignore_index=True)
+    whole: pd.DataFrame = pd.concat(parts, ignore_index=True)
+    return whole
 
 
 def _group(cells: pd.DataFrame) -> Group:

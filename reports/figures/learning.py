@@ -29,12 +29,14 @@ from tpme.reports.figures.style import (
 
 PER_LINE = len(COLOURS)
 """Rows in colour in a line of panels: as many as can be told apart."""
+MOST_BEHIND = 40
+"""Rows up to which each panel shows all others in grey; more would hide its own."""
 
 
 def learning_curves(section: Section, looks: Mapping[str, Look]) -> Plot | None:
     """Curves of one run of every row (its first seed); None where nothing was trained.
 
-    Six rows a line of panels, in the order of the tables, each with the others in grey behind them.
+    Six rows a line of panels, in the order of the tables, each with the others in grey behind them if these are few.
     """
     runs = {name: one.result for name, one in section.firsts().items() if one.result.epochs}
     if not runs:
@@ -54,7 +56,7 @@ def learning_curves(section: Section, looks: Mapping[str, Look]) -> Plot | None:
     logarithmic = max(ends) > LOG_FROM * min(firsts)
     for line, group in zip(panels, groups, strict=True):
         for axes, kind in zip(line, range(3), strict=True):
-            for name in names:
+            for name in names if len(names) <= MOST_BEHIND else ():
                 if name not in group:
                     axes.plot(*_curve(runs[name], kind, curve), color=SILVER, lw=0.4, zorder=1)
             _draw_group(axes, [(runs[name], looks[name]) for name in group], kind, curve)
@@ -84,7 +86,8 @@ def learning_curves(section: Section, looks: Mapping[str, Look]) -> Plot | None:
     if any(result.best_epoch for result in runs.values()):
         caption += " The large open marker is the epoch whose weights are tested."
     if len(groups) > 1:
-        caption += f" {PER_LINE} rows a line, in the order of the tables; grey: all others."
+        grey = "; grey: all others" if len(names) <= MOST_BEHIND else ""
+        caption += f" {PER_LINE} rows a line, in the order of the tables{grey}."
     further = [name for name, result in runs.items() if any(len(epoch.losses) > 1 for epoch in result.epochs)]
     if further:
         caption += f" With further terms in their loss, so not on the scale of the others: {', '.join(further)}."

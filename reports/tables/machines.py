@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from tpme.bench.quantities import MISSING
-from tpme.bench.record import CellResult, Modality
+from tpme.bench.record import TRAINING_OPTIONS, CellResult, Modality, Training
 from tpme.reports.data.qualities import RANKED_TASK
 from tpme.reports.data.section import Section
 from tpme.reports.data.trials import shorten_path
@@ -57,12 +57,22 @@ def _properties(section: Section, results: list[CellResult]) -> Iterator[tuple[s
     yield "Image encoder", (_encoder(result, "image") for result in results)
     results = [result for result in results if result.cell.task == RANKED_TASK]
     training = [result.cell.training.model_dump(mode="json", exclude={"precision"}) for result in results]
-    for name in training[0] if training else ():
+    for name in _told(training):
         yield name.replace("_", " ").capitalize(), (settings[name] for settings in training)
     rates = {", ".join(f"{name} {rate:g}" for name, rate in result.cell.lr.by_group().items()) for result in results}
     if rates:
         yield "Learning rates", rates if len(rates) == 1 else ["differ, see their table"]
     yield "Seeds", seeds
+
+
+def _told(training: list[dict[str, Any]]) -> list[str]:
+    """The training settings; those newer than the first records only where a row does not have their default."""
+    default = Training().model_dump(mode="json")
+    return [
+        name
+        for name in (training[0] if training else ())
+        if name not in TRAINING_OPTIONS or any(settings[name] != default[name] for settings in training)
+    ]
 
 
 def _settings(results: list[CellResult]) -> Iterator[tuple[str, Iterable[Any]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import get_args
 
@@ -94,7 +95,7 @@ def costs(section: Section) -> Table:
         fields.method(section),
         *fields.interval("epoch_time_s"),
         fields.count("best_epoch"),
-        fields.count("epochs_run"),
+        _parts(section),
         *cost("wall_s"),
         *cost("total_millions"),
         *cost("stored_bytes"),
@@ -255,6 +256,12 @@ def _in_order(section: Section, cells: pd.DataFrame) -> pd.DataFrame:
     """Cells in the order of the rows of the summary, then by trial and seed."""
     position = {name: index for index, name in enumerate(section.summary.index)}
     return cells.assign(position=cells["row"].map(position)).sort_values(["position", "lr_trial", "lr", "seed"])
+
+
+def _parts(section: Section) -> Field:
+    """The number of epochs, or of the parts of a run whose T is of something else."""
+    column, entry = fields.count("epochs_run")
+    return (replace(column, header="Parts") if "time_of" in section.group.key else column), entry
 
 
 def _has_peak(section: Section) -> bool:

@@ -1,0 +1,279 @@
+"""Published results become records: what they hold, what is refused, and the page made from them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from tpme.bench.cli import app
+from tpme.bench.imports.csv_table import read_table
+from tpme.bench.imports.peft_comparison import DEFINITIONS, read_folder
+from tpme.bench.imports.published import write_runs
+from tpme.bench.record import CellResult, find_results, read_result
+from tpme.reports.report import make_report
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = ROOT.parent / "shared" / "data" / "peft-method-comparison" / "MetaMathQA"
+LORA = "lora--llama-3.2-3B-rank32.json"
+with_files = pytest.mark.skipif(not FILES.is_dir(), reason="peft's result files are not beside the project")
+
+
+def result_file(**changes: Any) -> dict[str, Any]:
+    """A small file as the suite writes them; ``changes`` are fields of its run, its training or its settings."""
+    intervals = [
+        {"step": step, "valid accuracy": 0.1, "train loss": 1.0, "train time": 10.0 + step / 100, "eval time": 9.0}
+        for step in (100, 200)
+    ]
+    config = {"model_id": "org/Model-1B", "max_steps": 200, "seed": 3, "batch_size": 4, "optimizer_kwargs": {"lr": 0.1}}
+    run = {
+        "created_at": "2026-07-14T13:26:19+00:00", "total_time": 60.0, "experiment_name": "lora/model-1B-rank8",
+        "peft_config": {"peft_type": "LORA", "r": 8, "target_modules": ["v_proj", "q_proj"], "rank_pattern": {}},
+        "error_msg": "",
+    }  # fmt: skip
+    train = {
+        "accelerator_memory_max": 20, "accelerator_memory_reserved_avg": 10, "accelerator_memory_reserved_99th": 15,
+        "train_time": 40.0, "file_size": 7, "num_trainable_params": 5, "num_total_params": 50, "status": "success",
+        "metrics": [*intervals, {"step": 200, "test accuracy": 0.5, "train loss": 1.0, "forgetting": -0.1}],
+    }  # fmt: skip
+    for part in (config, run, train):
+        part.update({key: value for key, value in changes.items() if key in part})
+    system = {"system": "Linux", "release": "6", "machine": "x86_64", "accelerator": "Card 9"}
+    packages = {
+        "peft-version": "0.19",
+        "peft-commit-hash": "d787f51",
+        "torch-version": "2.13",
+        "torch-commit-hash": None,
+    }
+    meta = {"package_info": packages, "system_info": system, "dataset_info": {"gsm8k": {"sha": "740"}}}
+    return {"run_info": run | {"train_config": config}, "train_info": train, "meta_info": meta}
+
+
+def imported(tmp_path: Path, **changes: Any) -> CellResult:
+    source = tmp_path / "files"
+    source.mkdir(exist_ok=True)
+    (source / "lora.json").write_text(json.dumps(result_file(**changes)))
+    write_runs(read_folder(source, commit="5d602fd"), tmp_path / "out")
+    (path,) = find_results([tmp_path / "out"])
+    return read_result(path)
+
+
+def test_a_result_file_is_a_record(tmp_path: Path) -> None:
+    record = imported(tmp_path)
+    assert (record.cell.method, record.cell.task, record.cell.seed) == ("lora", "MetaMathQA", 3)
+    assert record.cell.options["experiment"] == "rank8"
+    assert record.cell.options["peft"] == {"r": 8, "target_modules": ["q_proj", "v_proj"]}
+    assert record.cell.options["training"] == {"optimizer_kwargs": {"lr": 0.1}}
+    assert record.cell.settings == {"model_id": "org/Model-1B", "max_steps": 200, "batch_size": 4}
+    assert (record.epoch_time_s.value, record.time_of) == (23.0, "200 steps")
+    assert record.all_in_s is not None
+    assert record.all_in_s.value == 40.0
+    assert [epoch.steps for epoch in record.epochs] == [100, 100]
+    assert record.training_memory is not None
+    assert record.training_memory.torch_reserved_bytes.value == 20
+    assert record.training_memory.nvml_process_bytes.reason == "not published"
+    assert record.parameters is not None
+    assert (record.parameters.trainable, record.parameters.total, record.parameters.stored_bytes) == (5, 50, 7)
+    qualities = {name: (metric.value.value, metric.higher_is_better) for name, metric in record.metrics.items()}
+    assert qualities == {"test accuracy": (0.5, True), "forgetting": (-0.1, False)}
+    assert record.source is not None
+    assert (record.source.commit, record.source.definitions) == ("5d602fd", DEFINITIONS)
+    assert record.code_version == "d787f51"
+    assert record.environment is not None
+    assert record.environment.packages == {"peft": "0.19", "torch": "2.13"}
+
+
+@pytest.mark.parametrize(("message", "status"), [("CUDA out of memory. Tried", "oom"), ("", "error")])
+def test_a_run_that_did_not_succeed_is_a_row(tmp_path: Path, message: str, status: str) -> None:
+    metrics = result_file()["train_info"]["metrics"][:1]
+    record = imported(tmp_path, status="canceled", error_msg=message, metrics=metrics)
+    assert record.status == status
+    assert record.failure is not None
+    assert message[:18] in record.failure.message
+    assert (record.epoch_time_s.value, record.epoch_time_s.reason) == (None, "it reached step 100 of 200")
+    assert record.metrics["test accuracy"].value.reason == "not published"
+    (section,) = make_report([tmp_path / "out"]).sections
+    assert section.summary["status"].tolist() == [status]
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"train_time": "long"}, "field 'train_info.train_time'"),
+        ({"max_steps": 300}, "intervals up to step 200 of 300"),
+        ({"metrics": [{"step": step, "train time": 1.0} for step in (150, 100, 200)]}, "step 100 after step 150"),
+        ({"num_trainable_params": -1}, "num_trainable_params"),
+    ],
+)
+def test_a_wrong_file_is_one_line_and_nothing_is_written(tmp_path: Path, changes: dict[str, Any], what: str) -> None:
+    source = tmp_path / "files"
+    source.mkdir()
+    (source / "a.json").write_text(json.dumps(result_file()))
+    (source / "b.json").write_text(json.dumps(result_file(**changes)))
+    done = CliRunner().invoke(app, ["import", "peft-comparison", str(source), "--out", str(tmp_path / "out")])
+    assert done.exit_code != 0
+    assert what in str(done.exception)
+    assert "b.json" in str(done.exception)
+    assert "\n" not in str(done.exception)
+    assert [path.name for path in tmp_path.iterdir()] == ["files"]
+
+
+def test_other_folders_and_a_second_import_are_refused(tmp_path: Path) -> None:
+    from tpme.bench.errors import UserError
+
+    with pytest.raises(UserError, match="no such folder"):
+        read_folder(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no result files"):
+        read_folder(tmp_path / "empty")
+    (tmp_path / "empty" / "a.json").write_text("[1]")
+    with pytest.raises(UserError, match="not a result file of peft"):
+        read_folder(tmp_path / "empty")
+    imported(tmp_path)
+    runs = read_folder(tmp_path / "files")
+    with pytest.raises(UserError, match="is there already"):
+        write_runs(runs, tmp_path / "out")
+    with pytest.raises(UserError, match="method, options, settings and seed"):
+        write_runs([*runs, *runs], tmp_path / "twice")
+    assert not (tmp_path / "twice").exists()
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The records of peft's 63 files."""
+    records = tmp_path_factory.mktemp("published") / "peft-metamathqa"
+    write_runs(read_folder(FILES, commit="5d602fd"), records)
+    return records
+
+
+@with_files
+@pytest.mark.slow
+def test_the_published_files_make_the_report(published: Path, tmp_path: Path) -> None:
+    """To repair: the commands at the end of docs/peft-comparison/README.md."""
+    from test_results import contents
+
+    from tpme.reports.report import write_report
+
+    docs = ROOT / "docs" / "peft-comparison"
+    title = re.search(r'--title "(.*)"', (docs / "README.md").read_text(encoding="utf-8"))
+    assert title is not None
+    write_report([published], tmp_path, formats=("html", "csv", "png"), title=title[1])
+    expected, made = contents(docs), contents(tmp_path)
+    del expected["README.md"]
+    assert made.keys() == expected.keys()
+    assert [path for path in expected if made[path] != expected[path]] == []
+
+
+@with_files
+def test_the_findings_are_what_the_records_say(published: Path) -> None:
+    docs = ROOT / "docs" / "peft-comparison"
+    page = (docs / "README.md").read_text(encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("peft_findings", ROOT / "scripts" / "peft_findings.py")
+    assert spec is not None
+    assert spec.loader is not None
+    findings = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(findings)
+    assert findings.rewritten(page, published) == page
+    assert "takes 3.1 times as long as LoRA" in page
+    assert "2.3 times by `train_time`" in page
+    assert not list(docs.rglob("*.json")), "the result files stay with their authors"
+
+
+# --- any table ------------------------------------------------------------------------------------------------
+
+
+def documented(tmp_path: Path) -> tuple[Path, Path]:
+    """The files that docs/imports.md shows."""
+    from test_docs import blocks
+
+    for name, text in blocks(ROOT / "docs" / "imports.md").items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    return tmp_path / "table.csv", tmp_path / "map.toml"
+
+
+def test_the_documented_table_is_imported(tmp_path: Path) -> None:
+    table, mapping = documented(tmp_path)
+    out = tmp_path / "doe-2026"
+    done = CliRunner().invoke(app, ["import", "csv", str(table), "--map", str(mapping), "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    said = (ROOT / "docs" / "imports.md").read_text(encoding="utf-8")
+    assert done.output.strip().replace(str(out), "doe-2026") in said
+    (section,) = make_report([out]).sections
+    rows = section.summary
+    assert rows.loc["LoRA [rank=8]", "epoch_time_s"] == 630
+    assert rows.loc["LoRA [rank=8]", "memory_bytes"] == pytest.approx(22.3e9)
+    assert rows.loc["LoRA [rank=8]", "metric_accuracy"] == pytest.approx(0.478)
+    assert rows.loc["Full FT fp32", "status"] == "oom"
+    assert rows[["stored_bytes", "wall_s", "total_millions"]].isna().all(axis=None), "what is unknown is not 0"
+    assert section.group.key["source"] == "Doe et al. 2026, table 3"
+    assert section.time_of == "1000 steps"
+    assert any("no accuracy: left out of the table" in note for note in section.notes.footnotes)
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "what"),
+    [
+        ("table.csv", "22.3,", "much,", "line 2: 'much' in column 'Mem (GB)' is not a number"),
+        ("table.csv", "LoRA,64,", "LoRA,8,", "method, options, settings and seed are those of"),
+        ("table.csv", ",ok\nFull", "\nFull", "line 3: 7 fields, the header has 8"),
+        ("table.csv", "Seed", "r", "line 1: every column needs a name of its own"),
+        ("table.csv", ",1,30.2", ",one,30.2", "'one' in column 'Seed' is not a seed"),
+        ("table.csv", "18.4", "-18.4", "cannot be negative"),
+        ("map.toml", '"Mem (GB)"', '"Memory (GB)"', "memory: "),
+        ("map.toml", 'unit = "min"', 'unit = "days"', "field 'time.unit'"),
+        ("map.toml", 'higher_is_better = true', "", "field 'metrics.accuracy.higher_is_better'"),
+        ("map.toml", 'unit = "GB"', 'unit = "pages"', "unit 'pages'"),
+    ],
+)  # fmt: skip
+def test_a_wrong_table_is_one_line(tmp_path: Path, file: str, old: str, new: str, what: str) -> None:
+    table, mapping = documented(tmp_path)
+    path = tmp_path / file
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new, 1), encoding="utf-8")
+    out = tmp_path / "out"
+    done = CliRunner().invoke(app, ["import", "csv", str(table), "--map", str(mapping), "--out", str(out)])
+    assert done.exit_code != 0
+    assert what in str(done.exception), str(done.exception)
+    assert file in str(done.exception)
+    assert "\n" not in str(done.exception)
+    assert not out.exists()
+    assert not list(tmp_path.glob(".*")), "nothing half-written stays"
+
+
+def test_missing_files_are_named(tmp_path: Path) -> None:
+    from tpme.bench.errors import UserError
+
+    table, mapping = documented(tmp_path)
+    with pytest.raises(UserError, match=r"docs/imports\.md shows one"):
+        read_table(table, tmp_path / "none.toml")
+    with pytest.raises(UserError, match="no such file"):
+        read_table(tmp_path / "none.csv", mapping)
+
+
+# --- never unmarked -------------------------------------------------------------------------------------------
+
+
+def test_rows_of_others_share_no_frame_unless_mixed(tmp_path: Path) -> None:
+    """Nor do two sources; with ``mix`` every name and the answer say who measured."""
+    imported(tmp_path)
+    source = tmp_path / "other"
+    shutil.copytree(tmp_path / "files", source)
+    write_runs(read_folder(source, name="somebody else"), tmp_path / "out2")
+    both = [tmp_path / "out", tmp_path / "out2"]
+    sections = make_report(both).sections
+    assert len(sections) == 2
+    assert all("measured by others" in section.name for section in sections)
+    (mixed,) = make_report(both, mix=True).sections
+    assert mixed.group.mixed == ("source",)
+    assert sorted(mixed.lines) == [
+        "lora [rank8, measured by others: huggingface/peft method_comparison]",
+        "lora [rank8, measured by others: somebody else]",
+    ]
+    assert any(note.startswith("Mixed: rows of different sources") for note in mixed.notes.shared)
