@@ -30,7 +30,7 @@ from tpme.bench.counting.batch import DataShape
 from tpme.bench.counting.exact import count
 from tpme.bench.counting.meta import MetaCell
 from tpme.bench.measure.phases import measuring
-from tpme.bench.run.cell import load_libraries
+from tpme.bench.train.libraries import load_libraries
 from tpme.methods.light_peft import SIX
 from tpme.reports.data.stats import paired_ratio_interval
 

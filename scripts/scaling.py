@@ -140,7 +140,7 @@ def measure(point: Point) -> Measurement:
     """Measure ``point`` in this process."""
     import torch
 
-    from tpme.bench.run.cell import load_libraries
+    from tpme.bench.train.libraries import load_libraries
 
     size = size_of(point)
     with tempfile.TemporaryDirectory(prefix="tpme-scaling-") as folder, measuring(point.device) as phases:

@@ -25,9 +25,8 @@ PARTS: dict[str, str] = dict(re.findall(r"<!-- part: (\S+) -->\n```\w+\n(.*?)```
 def commands(walk: int) -> list[str]:
     """The commands of a walk, one a line."""
     section = re.split(r"^## Walk ", DOCUMENT, flags=re.MULTILINE)[walk]
-    return [
-        line for block in re.findall(r"^```\n(.*?)```", section, flags=re.DOTALL | re.M) for line in block.splitlines()
-    ]
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```", section, flags=re.DOTALL | re.MULTILINE)
+    return [line for language, block in fenced if not language for line in block.splitlines()]
 
 
 def shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:

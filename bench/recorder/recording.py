@@ -54,6 +54,7 @@ from tpme.bench.recorder.timeline import Timeline
 from tpme.bench.task.fingerprint import sha256_of
 from tpme.bench.train.ending import failure_of, status_of
 from tpme.bench.train.facts import all_in, samples, save_arrays
+from tpme.bench.train.libraries import load_libraries
 from tpme.bench.writing import make_folder
 
 if TYPE_CHECKING:
@@ -150,6 +151,8 @@ class Recorder:
         self._records, self._started_at = True, datetime.now(UTC)
         self._instruments = measuring(self.device)
         self._log = self._instruments.__enter__()
+        with torch.random.fork_rng():
+            load_libraries(self.device)
         self._froze = not gc.get_freeze_count()
         if self._froze:
             gc.freeze()  # a million library objects: the collection at the start of each phase skips them

@@ -71,6 +71,7 @@ from tpme.bench.train.facts import (
 )
 from tpme.bench.train.graphs import replay_graphs
 from tpme.bench.train.kept import Kept
+from tpme.bench.train.libraries import load_libraries
 from tpme.bench.train.loop import Trainer
 from tpme.bench.train.outcome import Outcome
 from tpme.bench.train.ranks import Ranks
@@ -363,16 +364,6 @@ class CellRun:
         for left in self.job.folder.glob(f".attempt-{self.job.attempt}.adapter-*"):
             left.unlink()
         return {"adapter": published} if published else {}
-
-
-def load_libraries(device: torch.device) -> None:
-    """One step of a toy model: torch imports and sets up much on first use, which is no method's memory or time."""
-    layer = torch.nn.Linear(8, 8, device=device)
-    optimizer = torch.optim.Adam(layer.parameters(), fused=True)
-    query = layer(torch.ones(1, 2, 4, 8, device=device))
-    mixed = torch.nn.functional.scaled_dot_product_attention(query, query, query)
-    mixed.sum().backward()  # type: ignore[no-untyped-call]
-    optimizer.step()
 
 
 def main() -> None:
