@@ -23,7 +23,7 @@ NO_CORES = not hasattr(os, "sched_setaffinity")
 
 
 @dataclass(frozen=True)
-class Place:
+class Slot:
     """What a cell owns while it runs: some cores, and a GPU by its name in ``CUDA_VISIBLE_DEVICES``."""
 
     cores: tuple[int, ...]
@@ -91,7 +91,7 @@ class LocalEngine:
         if caught:
             raise_signal(caught[0])
 
-    def _variables(self, places: Sequence[Place]) -> dict[str, str]:
+    def _variables(self, places: Sequence[Slot]) -> dict[str, str]:
         """Variables for a cell in ``places``; binds this thread, and so the processes it starts, to their cores."""
         if not NO_CORES:
             os.sched_setaffinity(0, [core for place in places for core in place.cores])
@@ -103,11 +103,11 @@ class LocalEngine:
 class _Free:
     """The places that no cell has."""
 
-    def __init__(self, places: Sequence[Place]) -> None:
+    def __init__(self, places: Sequence[Slot]) -> None:
         self.places, self.changed = list(places), threading.Condition()
 
     @contextmanager
-    def taken(self, number: int) -> Iterator[list[Place]]:
+    def taken(self, number: int) -> Iterator[list[Slot]]:
         """Wait for ``number`` places, and have them for the block."""
         with self.changed:
             self.changed.wait_for(lambda: len(self.places) >= number)
@@ -120,7 +120,7 @@ class _Free:
                 self.changed.notify_all()
 
 
-def _places(number: int, gpus: Sequence[str]) -> tuple[Place, ...]:
+def _places(number: int, gpus: Sequence[str]) -> tuple[Slot, ...]:
     """The cores of this process in ``number`` parts of the same size, each with one of the GPUs."""
     cores = sorted(os.sched_getaffinity(0)) if not NO_CORES else list(range(os.cpu_count() or 1))
     if number > len(cores):
@@ -128,7 +128,7 @@ def _places(number: int, gpus: Sequence[str]) -> tuple[Place, ...]:
         raise UserError(f"{what}: every cell needs a core, and there are {len(cores)}")
     size = len(cores) // number
     parts = [tuple(cores[place * size : (place + 1) * size]) for place in range(number)]
-    return tuple(Place(part, gpus[place] if gpus else None) for place, part in enumerate(parts))
+    return tuple(Slot(part, gpus[place] if gpus else None) for place, part in enumerate(parts))
 
 
 def local_engine(device: str, jobs: int | None, live: LiveLog | None) -> LocalEngine:
