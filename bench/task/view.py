@@ -340,5 +340,5 @@ def _has_trainable_matrix(part: nn.Module) -> bool:
 def _checkpointed(whole: WholeBatch, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    contexts = {} if whole.generator is None else {"context_fn": whole.drawn_again}
+    contexts: dict[str, Any] = {} if whole.generator is None else {"context_fn": whole.drawn_again}
     return checkpoint(forward, *args, use_reentrant=False, **contexts, **kwargs)
