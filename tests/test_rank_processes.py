@@ -21,7 +21,7 @@ from tpme.bench.run import attempt, process
 from tpme.bench.run.attempt import run_job
 from tpme.bench.run.job import Job
 from tpme.bench.run.rank_failures import blamed, claim
-from tpme.bench.run.rank_processes import Node, RanksEnding, node_of
+from tpme.bench.run.rank_processes import RanksEnding, RanksOfNode, node_of
 
 CORES = sorted(os.sched_getaffinity(0))
 STUB = """
@@ -300,7 +300,7 @@ def test_the_place_of_a_node() -> None:
     where = {"MASTER_ADDR": "first", "MASTER_PORT": "29500"}
     torchrun = node_of(8, where | {"NNODES": "2", "NODE_RANK": "1"})
     assert torchrun == node_of(8, where | {"SLURM_NNODES": "2", "SLURM_NODEID": "1"})
-    assert torchrun == Node(8, 1, 2, "first", 29500)
+    assert torchrun == RanksOfNode(8, 1, 2, "first", 29500)
     assert list(torchrun.own) == [4, 5, 6, 7]
 
 

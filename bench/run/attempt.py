@@ -20,7 +20,7 @@ from tpme.bench.run.job import Job, time_limit_message
 from tpme.bench.run.live import LiveLog
 from tpme.bench.run.process import Ending, run_process
 from tpme.bench.run.rank_failures import blamed, failed_elsewhere, in_words, left_record, notes
-from tpme.bench.run.rank_processes import Node, RanksEnding, run_ranks
+from tpme.bench.run.rank_processes import RanksEnding, RanksOfNode, run_ranks
 from tpme.bench.writing import write_atomically
 
 
@@ -56,7 +56,9 @@ def run_job(
                 started_cell = command(job_file, python) if live is None else command(job_file, python, "live_cell")
                 ending = run_process(started_cell, log=job.log(), **settings._asdict())
             else:
-                ending = _run_ranks(job, job_file, Node(job.cell.training.devices), settings, python, live is not None)
+                ending = _run_ranks(
+                    job, job_file, RanksOfNode(job.cell.training.devices), settings, python, live is not None
+                )
     except BaseException:
         if not record.exists():
             remove_files(job)
@@ -77,12 +79,12 @@ class _Settings(NamedTuple):
     caught: list[int] | None = None
 
 
-def run_node(job: Job, job_file: Path, node: Node) -> RanksEnding:
+def run_node(job: Job, job_file: Path, node: RanksOfNode) -> RanksEnding:
     """Run the ranks of one of several nodes; returns how they ended. ``job_file`` stays until all nodes have ended."""
     return _run_ranks(job, job_file, node, _Settings(job.time_limit_s))
 
 
-def run_first_node(job: Job, job_file: Path, node: Node) -> CellResult:
+def run_first_node(job: Job, job_file: Path, node: RanksOfNode) -> CellResult:
     """Run the ranks of the node of rank 0; returns the record, as ``run_job`` does."""
     started, began = time.monotonic(), datetime.now(UTC)
     ending = run_node(job, job_file, node)
@@ -95,7 +97,7 @@ def run_first_node(job: Job, job_file: Path, node: Node) -> CellResult:
 def _run_ranks(
     job: Job,
     job_file: Path,
-    node: Node,
+    node: RanksOfNode,
     settings: _Settings,
     python: Sequence[str] = (sys.executable, "-P"),
     live: bool = False,

@@ -31,7 +31,7 @@ LOOPBACK, THREADS = "127.0.0.1", "OMP_NUM_THREADS"
 
 
 @dataclass(frozen=True)
-class Node:
+class RanksOfNode:
     """This machine among those that train a cell together, by default the only one.
 
     ranks: of the whole cell. number: from 0, of ``nodes``, each with the same number of ranks. address, port: where
@@ -69,7 +69,7 @@ class RanksEnding:
 
 def run_ranks(
     command: Callable[[int], Sequence[str]],
-    node: Node,
+    node: RanksOfNode,
     *,
     log: Callable[[int], Path],
     limit_s: float,
@@ -117,7 +117,7 @@ def run_ranks(
 
 def _started(
     command: Callable[[int], Sequence[str]],
-    node: Node,
+    node: RanksOfNode,
     log: Callable[[int], Path],
     environment: Mapping[str, str],
     lock: int | None,
@@ -153,7 +153,7 @@ def _shared(variables: Mapping[str, str], ranks: int) -> dict[str, str]:
     return dict(variables) | ({THREADS: str(max(1, int(threads) // ranks))} if threads.isdecimal() else {})
 
 
-def _loopback(node: Node) -> dict[str, str]:
+def _loopback(node: RanksOfNode) -> dict[str, str]:
     """Let gloo connect the ranks of one machine within it: the name of a host need not lead to an address."""
     return {"GLOO_SOCKET_IFNAME": "lo"} if node.nodes == 1 and sys.platform == "linux" else {}
 
@@ -184,7 +184,7 @@ def _await(started: Sequence[subprocess.Popen[bytes]]) -> None:
 # --- several nodes ---------------------------------------------------------------------------------------------------
 
 
-def node_of(ranks: int, environ: Mapping[str, str]) -> Node:
+def node_of(ranks: int, environ: Mapping[str, str]) -> RanksOfNode:
     """The place of this machine, from NNODES and NODE_RANK as torchrun takes them, or else from Slurm's variables.
 
     MASTER_ADDR and MASTER_PORT name the machine of rank 0 and a port that is free there.
@@ -200,7 +200,7 @@ def node_of(ranks: int, environ: Mapping[str, str]) -> Node:
         raise UserError(f"this is node {number} of {nodes}; nodes are numbered from 0")
     if ranks % nodes:
         raise UserError(f"training.devices = {ranks} cannot be shared evenly by {nodes} nodes")
-    return Node(ranks, number, nodes, address, port)
+    return RanksOfNode(ranks, number, nodes, address, port)
 
 
 def _number(environ: Mapping[str, str], *names: str) -> int:

@@ -37,7 +37,7 @@ from tpme.bench.run.engines.parcels import write_chunks
 from tpme.bench.run.engines.profile import RunProfile
 from tpme.bench.run.engines.ray_caches import Caches
 from tpme.bench.run.engines.ray_cluster import Node, check_room, cluster_address, connected, nodes
-from tpme.bench.run.engines.ray_node import CacheOrder, Check, Order, Share, check_node, node_name, run_cell
+from tpme.bench.run.engines.ray_node import CacheOrder, Check, Order, Portion, check_node, node_name, run_cell
 from tpme.bench.run.engines.ray_tasks import POLL_S, Packer, Task, Tasks
 from tpme.bench.run.job import Job
 from tpme.bench.run.process import deferred_signals, raise_signal
@@ -84,15 +84,17 @@ class RayEngine:
         if caught:
             raise_signal(caught[0])
 
-    def _share(self, job: Job) -> Share:
+    def _share(self, job: Job) -> Portion:
         """What a cell owns of a node."""
-        return Share(self.profile.cpus, job.cell.training.devices if job.cell.device == "cuda" else 0)
+        return Portion(self.profile.cpus, job.cell.training.devices if job.cell.device == "cuda" else 0)
 
 
 class _Cells:
     """The cells of a matrix on the connected cluster."""
 
-    def __init__(self, attempts: Sequence[Job], screen: Screen, share: Callable[[Job], Share], same_node: bool) -> None:
+    def __init__(
+        self, attempts: Sequence[Job], screen: Screen, share: Callable[[Job], Portion], same_node: bool
+    ) -> None:
         self.waiting, self.screen, self.share, self.same_node = list(attempts), screen, share, same_node
         self.tasks, self.packer = Tasks(screen), Packer()
         self.caches = Caches(attempts, self.packer)

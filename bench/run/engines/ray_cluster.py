@@ -14,7 +14,7 @@ from typing import Any
 import ray
 
 from tpme.bench.errors import UserError, one_line
-from tpme.bench.run.engines.ray_node import Share, node_name
+from tpme.bench.run.engines.ray_node import Portion, node_name
 
 ADDRESS = "RAY_ADDRESS"
 REACH_S, CONNECT_S = 5.0, 20.0
@@ -30,7 +30,7 @@ class Node:
     cores: int
     gpus: int
 
-    def has(self, share: Share) -> bool:
+    def has(self, share: Portion) -> bool:
         """Whether it could ever give ``share`` to a task."""
         return self.cores >= share.cores and self.gpus >= share.gpus
 
@@ -102,7 +102,7 @@ def _node(facts: dict[str, Any]) -> Node:
     return Node(facts["NodeID"], node_name(facts["NodeID"]), int(has.get("CPU", 0)), int(has.get("GPU", 0)))
 
 
-def check_room(shares: set[Share], there: list[Node]) -> None:
+def check_room(shares: set[Portion], there: list[Node]) -> None:
     """Raise UserError where no node could ever run a cell that owns one of ``shares``."""
     for share in sorted(shares, key=lambda share: (share.gpus, share.cores)):
         if not any(node.has(share) for node in there):

@@ -75,7 +75,7 @@ class Files:
 
 
 @dataclass(frozen=True)
-class Share:
+class Portion:
     """What a task owns of its node."""
 
     cores: int
@@ -93,7 +93,7 @@ class Order:
     job: Job
     parcels: Mapping[str, Parcel]
     run: str
-    share: Share
+    share: Portion
     caches: tuple[Parcel, ...] = ()
 
 
@@ -281,7 +281,7 @@ def _unpacked(order: Order) -> dict[str, Path]:
     return {place: unpack(parcel, _store() / "shipped", ray.get) for place, parcel in order.parcels.items()}
 
 
-def _variables(share: Share) -> dict[str, str]:
+def _variables(share: Portion) -> dict[str, str]:
     """Variables of a process that owns ``share``: Ray sets a single thread for tasks that name no cores."""
     node = _node_id()
     whole: dict[str, float] = next((facts["Resources"] for facts in ray.nodes() if facts["NodeID"] == node), {})
