@@ -43,7 +43,7 @@ ray = pytest.importorskip("ray", reason="needs the extra 'ray'")
 from tpme.bench.run.engines import ray as engine  # noqa: E402
 from tpme.bench.run.engines import ray_cluster  # noqa: E402
 from tpme.bench.run.engines.ray_cluster import cluster_address, connected  # noqa: E402
-from tpme.bench.run.engines.ray_node import Order, Share  # noqa: E402
+from tpme.bench.run.engines.ray_node import Order, Portion  # noqa: E402
 from tpme.bench.run.engines.ray_tasks import Task  # noqa: E402
 
 MEMORY = 100 * 2**20
@@ -426,8 +426,8 @@ def test_a_cluster_that_refuses_is_one_line(
 )
 def test_what_ends_a_task_is_a_failed_row(error: Exception, status: str, said: str, stubs: Path) -> None:
     [job] = jobs(stubs, [1])
-    cells = engine._Cells([job], Screen(Console(file=io.StringIO()), 1), lambda _: Share(1, 0), False)
-    result = cells._result(Task(Order(job, {}, "", Share(1, 0)), "fft", None, error=error))
+    cells = engine._Cells([job], Screen(Console(file=io.StringIO()), 1), lambda _: Portion(1, 0), False)
+    result = cells._result(Task(Order(job, {}, "", Portion(1, 0)), "fft", None, error=error))
     assert result is not None
     assert result.failure is not None
     assert (result.status, said in result.failure.message) == (status, True)
