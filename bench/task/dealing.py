@@ -136,7 +136,7 @@ class WholeBatch:
 
     def rand_like(self, values: Tensor) -> Tensor:
         """Uniform random numbers for the items encoded here, (k, ...); they do not depend on the number of ranks."""
-        if self.generator is None:
+        if self.share is None and self.generator is None:
             return torch.rand_like(values)
         count = len(values) if self.share is None else len(self.share.place)
         drawn = torch.rand(count, *values.shape[1:], generator=self.generator, dtype=values.dtype, device=values.device)
