@@ -32,9 +32,9 @@ from tpme.bench.counting.batch import DataShape
 from tpme.bench.counting.devices import DeviceProfile, calibrate
 from tpme.bench.counting.exact import run_step
 from tpme.bench.counting.meta import MetaCell
+from tpme.bench.counting.roofline import ADAM_BYTES
 from tpme.bench.measure.clock import now, sync
 from tpme.bench.measure.phases import PhaseLog
-from tpme.bench.run.plan import ADAM_BYTES
 from tpme.bench.task.batches import build_batch
 from tpme.bench.task.loss import in_batch_loss
 from tpme.bench.train.loop import Trainer

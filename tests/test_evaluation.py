@@ -24,6 +24,8 @@ from tpme.reports.data.export import records_frame
 from tpme.reports.data.load import load, read
 from tpme.reports.report import make_report, write_report
 
+pytestmark = pytest.mark.slow
+
 Told = Callable[..., Path]
 SAMPLE = {"users": 20, "seed": 3}
 

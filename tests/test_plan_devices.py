@@ -26,6 +26,8 @@ from tpme.bench.errors import UserError
 from tpme.bench.run.matrix import PreparedDataset, expand
 from tpme.bench.run.plan import MatrixPlan, plan_matrix
 
+pytestmark = pytest.mark.slow
+
 WIDTH, USERS, LENGTH = 16, 8, 4
 PROCEDURES = ["autopeft", "fedpeptao", "ftp", "light-peft", "tpgm"]
 

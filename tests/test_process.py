@@ -255,12 +255,12 @@ def test_a_process_that_a_scheduler_ended_first_is_no_ending_of_its_own(
     dies = "import os; os.kill(os.getpid(), 15)"
     caught: list[int] = []
     assert run(dies, caught=caught).code == -signal.SIGTERM
-    wait = process._wait_for_signal
+    wait = process.wait_for_signal
 
     def late(caught: list[int]) -> None:
         threading.Timer(0.1, caught.append, [signal.SIGTERM]).start()
         wait(caught)
 
-    monkeypatch.setattr(process, "_wait_for_signal", late)
+    monkeypatch.setattr(process, "wait_for_signal", late)
     with pytest.raises(SystemExit, match="143"):
         run(dies, caught=caught)

@@ -38,7 +38,7 @@ WORDS_OF_THE_SUITE = {
     "fingerprint", "git_revision", "groups", "hostname_hash", "kind", "losses", "matrix", "method", "metrics", "name",
     "node", "options", "overlap", "packages", "parts", "phase", "pool", "precision", "protocol", "python", "revision",
     "spaces", "stage", "started_at", "status", "synthetic", "task", "throttled", "tower", "weights", "modalities",
-    "encoders", "device", "dataset", "looked_up",
+    "encoders", "device", "dataset", "looked_up", "time_of", "commit", "definitions",
 }  # fmt: skip
 
 

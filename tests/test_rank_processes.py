@@ -325,6 +325,8 @@ def test_a_node_without_a_place_is_refused(changes: dict[str, str], message: str
 NODE = """
 import sys
 from tpme.bench.run import attempt, process, ranks_of
+
+pytestmark = pytest.mark.slow
 process.GRACE_S = 2.0
 attempt.command = lambda job_file, *_: [sys.executable, {script!r}, str(job_file)]
 sys.argv = ["ranks_of", {job!r}]

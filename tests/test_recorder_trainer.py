@@ -16,6 +16,8 @@ from tpme.bench.errors import UserError
 from tpme.bench.record import CellResult, read_result
 from tpme.bench.side_files import load_samples
 
+pytestmark = pytest.mark.slow
+
 ROWS = 24
 
 

@@ -11,6 +11,8 @@ import pytest
 
 from tpme.bench.run.matrix import PreparedDataset, expand, load_matrix
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
 

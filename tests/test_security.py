@@ -83,10 +83,12 @@ FORBIDDEN_ARGUMENTS = {"shell": True, "allow_pickle": True, "trust_remote_code":
 FORBIDDEN_MODULES = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "runpy", "code"}
 STARTING = r"subprocess\.(run|Popen|call|check_\w+)|ProcessPoolExecutor|os\.(fork|exec\w+|spawn\w+)"
 STARTS_PROGRAMS = {
-    "bench/commands/ab.py", "bench/git.py", "bench/measure/sampler.py", "bench/run/process.py", "bench/run/trees.py",
-    "bench/slurm_commands.py", "bench/train/cached.py", "bench/workers.py",
+    "bench/commands/ab.py", "bench/git.py", "bench/measure/sampler.py", "bench/run/engines/ray_node.py",
+    "bench/run/process.py", "bench/run/rank_processes.py", "bench/run/trees.py", "bench/slurm_commands.py",
+    "bench/train/cached.py", "bench/workers.py",
 }  # fmt: skip
-"""The code of a side of ``ab``, git, the sampler, cells, pip, Slurm's commands, builders of caches, workers."""
+"""The code of a side of ``ab``, git, the sampler, Python on a node of Ray, cells, their ranks, pip, Slurm's commands,
+builders of caches, workers."""
 
 
 def sources() -> Iterator[tuple[str, ast.Module]]:

@@ -269,6 +269,7 @@ def test_a_damaged_cell_is_measured_again_and_named(
     world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     from tpme.bench.run import launch
+    from tpme.bench.run.engines import local
     from tpme.reports.data.load import read_every
 
     ran: list[int] = []
@@ -286,7 +287,7 @@ def test_a_damaged_cell_is_measured_again_and_named(
         launch.run_matrix(matrix, tmp_path / "run", store=world.store, device="cpu", console=console)
         return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
 
-    monkeypatch.setattr(launch, "run_job", stub)
+    monkeypatch.setattr(local, "run_job", stub)
     matrix = world.matrix(["popularity"], seeds=[0])
     run()
     (folder,) = (tmp_path / "run" / "cells").iterdir()

@@ -35,6 +35,8 @@ from tpme.bench.run.progress import Screen
 from tpme.bench.run.remaining import latest_attempt
 from tpme.bench.slurm_commands import SlurmError
 
+pytestmark = pytest.mark.slow
+
 STUB = f"{sys.executable} {Path(__file__).with_name('stub_python.py')}"
 
 

@@ -138,7 +138,7 @@ def make_jobs(matrix: Any, run: Path, store: Path, *, time_limit_s: float | None
     return jobs
 
 
-def announce(jobs: Any, latest: Any, run: Path, *others: Any, rows: bool) -> None:
+def announce(jobs: Any, latest: Any, run: Path, *others: Any, **_: Any) -> None:
     """What is still to run, without a look at the machine."""
     screen = others[-1]
     screen.print(launch.remaining(jobs, latest, run).text)

@@ -68,10 +68,11 @@ def test_determinism_is_as_torch_says() -> None:
 
 def test_a_cluster_names_its_node_and_what_of_it_a_job_has(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(module.NODE, raising=False)
+    monkeypatch.delenv(module.SLURM_NODE, raising=False)
     alone = environment("cpu")
     assert alone.node is None
     monkeypatch.setattr(module.os, "cpu_count", lambda: 8)
-    monkeypatch.setenv(module.NODE, "gpu-7")
+    monkeypatch.setenv(module.SLURM_NODE, "gpu-7")
     monkeypatch.setenv("SLURM_CPUS_ON_NODE", "8")
     assert environment("cpu").node == "gpu-7"
     assert environment("cpu").device_key == alone.device_key, "a job that has the node alone"

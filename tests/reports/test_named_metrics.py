@@ -26,6 +26,8 @@ from tpme.reports.tables.table import to_markdown
 
 from .conftest import environment, memory
 
+pytestmark = pytest.mark.slow
+
 ROWS = {
     "fft": (30.0, 9.0, 4e9, 0.70, 1.2),
     "lora": (20.0, 1.0, 2e9, 0.72, 1.1),
