@@ -123,7 +123,7 @@ def test_one_of_many_breaks_a_lock_and_all_get_it_one_after_the_other(tmp_path: 
 
 
 def _enter(path: Path, trace: Path) -> None:
-    with owned(path, waiting=lambda: None):
+    with owned(path, force=True, waiting=lambda: None):
         for word in ("in", "out"):
             with trace.open("a") as file:
                 file.write(f"{word} {os.getpid()}\n")

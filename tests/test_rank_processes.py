@@ -23,6 +23,8 @@ from tpme.bench.run.job import Job
 from tpme.bench.run.rank_failures import blamed, claim
 from tpme.bench.run.rank_processes import RanksEnding, RanksOfNode, node_of
 
+pytestmark = pytest.mark.slow
+
 CORES = sorted(os.sched_getaffinity(0))
 STUB = """
 import json, os, signal, sys, time
@@ -325,8 +327,6 @@ def test_a_node_without_a_place_is_refused(changes: dict[str, str], message: str
 NODE = """
 import sys
 from tpme.bench.run import attempt, process, ranks_of
-
-pytestmark = pytest.mark.slow
 process.GRACE_S = 2.0
 attempt.command = lambda job_file, *_: [sys.executable, {script!r}, str(job_file)]
 sys.argv = ["ranks_of", {job!r}]
