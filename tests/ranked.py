@@ -124,10 +124,11 @@ def outcome(make: Any, case: Case) -> dict[str, Any]:
         found["losses"] = ranks.sum(torch.stack(losses)) / ranks.size
         batch = next(iter(trainer.loader.epoch(0)))
         trainer.optimizer()
-        trainer._backward(sum(trainer.terms_of(batch).values()))
+        with ranks.own_draws("after training"):
+            trainer._backward(sum(trainer.terms_of(batch).values()))
+            terms = trainer.terms_of(batch)
         named = trainer.model.named_parameters()
         found["gradients"] = {name: whole_tensor(p.grad) for name, p in named if p.grad is not None}
-        terms = trainer.terms_of(batch)
         found["terms"] = {name: ranks.sum(term.detach()) / ranks.size for name, term in terms.items()}
         trainer.model.whole.share = None
     named = trainer.model.named_parameters()
