@@ -21,7 +21,7 @@ from tpme.bench.run import attempt, process
 from tpme.bench.run.attempt import run_job
 from tpme.bench.run.job import Job
 from tpme.bench.run.rank_failures import blamed, claim
-from tpme.bench.run.rank_processes import RanksEnding, RanksOfNode, node_of
+from tpme.bench.run.rank_processes import RanksEnding
 
 pytestmark = pytest.mark.slow
 
@@ -298,66 +298,46 @@ def test_ranks_end_with_their_launcher(stub: Path, sign: signal.Signals) -> None
 # --- several nodes --------------------------------------------------------------------------------------------------
 
 
-def test_the_place_of_a_node() -> None:
-    where = {"MASTER_ADDR": "first", "MASTER_PORT": "29500"}
-    torchrun = node_of(8, where | {"NNODES": "2", "NODE_RANK": "1"})
-    assert torchrun == node_of(8, where | {"SLURM_NNODES": "2", "SLURM_NODEID": "1"})
-    assert torchrun == RanksOfNode(8, 1, 2, "first", 29500)
-    assert list(torchrun.own) == [4, 5, 6, 7]
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"NNODES": "3"}, "training.devices = 8 cannot be shared evenly by 3 nodes"),
-        ({"NODE_RANK": "2"}, "this is node 2 of 2"),
-        ({"NODE_RANK": "two"}, "NODE_RANK = 'two': it must be a whole number"),
-        ({"MASTER_PORT": ""}, "MASTER_PORT = ''"),
-        ({"MASTER_ADDR": ""}, "MASTER_ADDR is not set"),
-    ],
-)
-def test_a_node_without_a_place_is_refused(changes: dict[str, str], message: str) -> None:
-    environ = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "first", "MASTER_PORT": "29500"}
-    with pytest.raises(UserError, match=message):
-        node_of(8, environ | changes)
-    with pytest.raises(UserError, match="NNODES or SLURM_NNODES is not set"):
-        node_of(8, {"MASTER_ADDR": "first", "MASTER_PORT": "1"})
-
-
 NODE = """
 import sys
-from tpme.bench.run import attempt, process, ranks_of
+from pathlib import Path
+from tpme.bench.run import attempt, process
+from tpme.bench.run.job import Job
 process.GRACE_S = 2.0
 attempt.command = lambda job_file, *_: [sys.executable, {script!r}, str(job_file)]
-sys.argv = ["ranks_of", {job!r}]
-ranks_of.main()
+result = attempt.run_on_nodes(Job.model_validate_json(Path({job!r}).read_bytes()), {number}, 2, "7-0")
+assert (result is None) == ({number} == 1)
+print(result.failure.message if result and result.failure else "", end="")
 """
 
 
-def run_nodes(stub: Path, job: Job, plan: dict[str, str]) -> list[tuple[int, str]]:
-    """Run the ranks of a cell of four devices on two nodes of this machine; returns code and words of each node."""
+def run_nodes(stub: Path, job: Job, plan: dict[str, str]) -> str:
+    """Run the ranks of a cell of four devices on two nodes of this machine; returns the failure in the record."""
     job.folder.mkdir()
+    (job.folder / f".attempt-{job.attempt}.meeting-6-0").write_text('["nowhere", 1]')  # of an earlier try
     path = stub / "job.json"
     path.write_text(job.model_dump_json())
-    code = NODE.format(script=str(stub / "stub.py"), job=str(path))
+    codes = [NODE.format(script=str(stub / "stub.py"), job=str(path), number=number) for number in (1, 0)]
+    environment = os.environ | {"STUB": json.dumps(plan)}
     nodes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ
-            | {"NNODES": "2", "NODE_RANK": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-            | {"STUB": json.dumps(plan)},
-        )
-        for number in (0, 1)
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
+        for code in codes
     ]
-    said = [node.communicate(timeout=100)[1] for node in nodes]
-    return [(node.returncode, words) for node, words in zip(nodes, said, strict=True)]
+    said = [node.communicate(timeout=100)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0]
+    return said[1]
+
+
+def test_a_node_waits_for_the_first_one_no_longer_than_it_must(stub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = job_of(stub, 4)
+    monkeypatch.setattr(attempt, "MEETING_S", 0.0)
+    with pytest.raises(UserError, match="meeting-7-0: node 0 did not write it within 0 s; do all nodes see"):
+        attempt.run_on_nodes(job, 1, 2, "7-0")
 
 
 def test_two_nodes_train_one_cell(stub: Path) -> None:
     job = job_of(stub, 4)
-    assert run_nodes(stub, job, {}) == [(0, ""), (0, "")]
+    assert run_nodes(stub, job, {}) == ""
     assert read_result(job.file(".json")).status == "ok"
     assert [one["LOCAL_RANK"] for one in told(job)] == ["0", "1", "0", "1"]
     assert {one["WORLD_SIZE"] for one in told(job)} == {"4"}
@@ -367,8 +347,7 @@ def test_two_nodes_train_one_cell(stub: Path) -> None:
 @pytest.mark.parametrize("others", ["hangs", "train"])
 def test_a_rank_lost_on_another_node_is_named(stub: Path, others: str) -> None:
     job = job_of(stub, 4)
-    (first, said), (second, _) = run_nodes(stub, job, dict.fromkeys("012", others) | {"3": "killed"})
-    assert (first, second) == (1, 1)
+    said = run_nodes(stub, job, dict.fromkeys("012", others) | {"3": "killed"})
     result = read_result(job.file(".json"))
     assert (result.status, result.failure is None) == ("killed", False)
     assert "rank 3 of 4 was ended by SIGKILL" in said
@@ -378,9 +357,6 @@ def test_a_rank_lost_on_another_node_is_named(stub: Path, others: str) -> None:
 
 def test_a_node_hears_of_a_failure_of_the_first_one(stub: Path) -> None:
     job = job_of(stub, 4)
-    codes = [code for code, _ in run_nodes(stub, job, dict.fromkeys("123", "hangs") | {"0": "raises"})]
-    assert codes[0] == 1
-    failure = read_result(job.file(".json")).failure
-    assert failure is not None
-    assert failure.message == "rank 0 of 4: ValueError: no such thing (log: attempt-1.log)"
+    said = run_nodes(stub, job, dict.fromkeys("123", "hangs") | {"0": "raises"})
+    assert said == "rank 0 of 4: ValueError: no such thing (log: attempt-1.log)"
     assert_nothing_is_left(job)

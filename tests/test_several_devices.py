@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
-from socket import create_server
 from types import ModuleType
 from typing import Any
 
@@ -149,22 +146,6 @@ def test_a_rank_that_hangs_is_in_its_log(
     assert result.status == "timeout"
     [log] = (tmp_path / "run").rglob("attempt-1.rank-1.log")
     assert "in before_step" in log.read_text()
-
-
-@slow
-def test_two_nodes_of_this_machine_train_one_cell(world: Any, tmp_path: Path) -> None:
-    job = world.job(world.matrix(["bitfit"], training=TWO["training"]), tmp_path / "cell")
-    job.folder.mkdir()
-    path = tmp_path / "job.json"
-    path.write_text(job.model_dump_json())
-    with create_server(("127.0.0.1", 0)) as server:  # free a moment later
-        port = str(server.getsockname()[1])
-    where = os.environ | {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, "-m", "tpme.bench.run.ranks_of", str(path)]
-    nodes = [subprocess.Popen(command, env=where | {"NODE_RANK": str(number)}) for number in (0, 1)]
-    assert [node.wait(timeout=300) for node in nodes] == [0, 0]
-    result = read_result(job.file(".json"))
-    assert (result.status, len(result.ranks)) == ("ok", 2)
 
 
 def test_more_ranks_than_cores_are_refused_before_anything_runs(world: Any, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import sys
 import time
@@ -12,16 +13,19 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from tpme.bench.errors import LONGEST_MESSAGE
+from tpme.bench.errors import LONGEST_MESSAGE, UserError
 from tpme.bench.record import CellResult, Failure, Reading, RecordError, Status, read_result, write_result
 from tpme.bench.redact import redact_file
 from tpme.bench.run import process
 from tpme.bench.run.job import Job, time_limit_message
 from tpme.bench.run.live import LiveLog
 from tpme.bench.run.process import Ending, run_process
-from tpme.bench.run.rank_failures import blamed, failed_elsewhere, in_words, left_record, notes
+from tpme.bench.run.rank_failures import blamed, failed_elsewhere, in_words, leave_note, left_record, notes
 from tpme.bench.run.rank_processes import RanksEnding, RanksOfNode, run_ranks
 from tpme.bench.writing import write_atomically
+
+MEETING_S = 300.0
+"""How long a node waits for the one of rank 0."""
 
 
 def run_job(
@@ -56,9 +60,8 @@ def run_job(
                 started_cell = command(job_file, python) if live is None else command(job_file, python, "live_cell")
                 ending = run_process(started_cell, log=job.log(), **settings._asdict())
             else:
-                ending = _run_ranks(
-                    job, job_file, RanksOfNode(job.cell.training.devices), settings, python, live is not None
-                )
+                with RanksOfNode.first(job.cell.training.devices) as node:
+                    ending = _run_ranks(job, job_file, node, settings, python, live is not None)
     except BaseException:
         if not record.exists():
             remove_files(job)
@@ -79,19 +82,59 @@ class _Settings(NamedTuple):
     caught: list[int] | None = None
 
 
-def run_node(job: Job, job_file: Path, node: RanksOfNode) -> RanksEnding:
-    """Run the ranks of one of several nodes; returns how they ended. ``job_file`` stays until all nodes have ended."""
-    return _run_ranks(job, job_file, node, _Settings(job.time_limit_s))
+def run_on_nodes(
+    job: Job, number: int, nodes: int, meeting: str, variables: Mapping[str, str] | None = None
+) -> CellResult | None:
+    """Run this node's ranks of an attempt of which every one of ``nodes`` nodes runs as many; all see its folder.
 
+    Args:
+        job: what to run. number: of this node, from 0. meeting: a name that all of them know, and no earlier try at
+            this attempt had. variables: see ``run_job``.
 
-def run_first_node(job: Job, job_file: Path, node: RanksOfNode) -> CellResult:
-    """Run the ranks of the node of rank 0; returns the record, as ``run_job`` does."""
+    Returns the record on node 0, as ``run_job`` does, ``None`` on the others.
+    """
+    settings = _Settings(job.time_limit_s, variables=variables)
+    job_file, point = job.file(".job.json"), job.folder / f".attempt-{job.attempt}.meeting-{meeting}"
+    if number > 0:
+        if (met := _appointment(job, point)) is not None:
+            node = RanksOfNode(job.cell.training.devices, number, nodes, *met)
+            leave_note(job, _run_ranks(job, job_file, node, settings))
+        return None
     started, began = time.monotonic(), datetime.now(UTC)
-    ending = run_node(job, job_file, node)
-    until_s = time.monotonic() + 2 * process.GRACE_S  # each node gives its ranks some time to end
-    while not ending.well and len(notes(job)) < node.nodes - 1 and time.monotonic() < until_s:
-        time.sleep(process.POLL_S)
+    remove_files(job)
+    try:
+        write_atomically(job_file, job.model_dump_json(indent=1).encode())
+        with RanksOfNode.first(job.cell.training.devices, nodes) as node:
+            write_atomically(point, json.dumps([node.address, node.port]).encode())
+            ending = _run_ranks(job, job_file, node, settings)
+        until_s = time.monotonic() + 2 * process.GRACE_S  # each node gives its ranks some time to end
+        while not ending.well and len(notes(job)) < nodes - 1 and time.monotonic() < until_s:
+            time.sleep(process.POLL_S)
+    except BaseException:
+        if not job.file(".json").exists():
+            remove_files(job)
+        raise
+    finally:
+        job_file.unlink(missing_ok=True)
     return _result(job, ending, time.monotonic() - started, began)
+
+
+def _appointment(job: Job, point: Path) -> tuple[str, int] | None:
+    """Address and port that node 0 writes into the file ``point``; ``None`` where it ran the attempt before.
+
+    Raises UserError where it writes neither, in time.
+    """
+    until_s = time.monotonic() + MEETING_S
+    while not job.file(".json").exists():
+        with contextlib.suppress(FileNotFoundError):
+            address, port = json.loads(point.read_bytes())
+            return address, port
+        if time.monotonic() > until_s:
+            raise UserError(
+                f"{point}: node 0 did not write it within {MEETING_S:g} s; do all nodes see the run folder?"
+            )
+        time.sleep(process.POLL_S)
+    return None
 
 
 def _run_ranks(

@@ -15,6 +15,7 @@ import psutil
 
 from tpme.bench.counting.exact import count, planned_peak, run_step
 from tpme.bench.counting.meta import MetaCell, MetaEncoders
+from tpme.bench.counting.rank_step import count_rank
 from tpme.bench.errors import UserError
 from tpme.bench.measure.nvml import Nvml, NvmlError
 from tpme.bench.record import Cell, EncoderSpec
@@ -154,12 +155,21 @@ def device_memory(device: str) -> tuple[int | None, str]:
 
 
 def _planned_bytes(meta: MetaCell, memory: int) -> int:
-    """Planned peak of a training step; of a model that is small beside ``memory`` its weights alone."""
+    """Planned peak of a training step; of a model that is small beside ``memory`` its weights alone.
+
+    Of several devices: on each GPU, and on the CPU, whose memory they share, of all of them.
+    """
+    devices = meta.cell.training.devices
+    sharing = 1 if meta.cell.device == "cuda" else devices
     weights = [*meta.model.parameters(), *meta.model.buffers()]
-    held = sum(tensor.numel() * tensor.element_size() for tensor in weights)
+    held = sharing * sum(tensor.numel() * tensor.element_size() for tensor in weights)
     if held < WORTH_PLANNING * memory:
         return held
-    return planned_peak(count(meta), run_step(meta, fused_attention=True), memory, workspace_bytes=0)
+    counts = count(meta)
+    if devices == 1:
+        return planned_peak(counts, run_step(meta, fused_attention=True), memory, workspace_bytes=0)
+    own = memory // sharing
+    return sharing * count_rank(meta, counts, devices, memory_bytes=own, workspace_bytes=0).peak_bytes
 
 
 def missing_caches(job: Job, meta: MetaCell) -> dict[Path, FeatureJob]:

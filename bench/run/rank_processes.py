@@ -20,8 +20,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
-from tpme.bench.errors import UserError
 from tpme.bench.lifetimes import MARK, Launcher, end_cell
 from tpme.bench.run import process
 from tpme.bench.run.process import PATIENT, OutputWatch, deferred_signals, kill_session, raise_signal, wait_for_signal
@@ -35,14 +35,23 @@ class RanksOfNode:
     """This machine among those that train a cell together, by default the only one.
 
     ranks: of the whole cell. number: from 0, of ``nodes``, each with the same number of ranks. address, port: where
-    rank 0 listens; without a port, on a free one of this machine.
+    rank 0 listens. listener: on which it does so, on the node of rank 0.
     """
 
     ranks: int
-    number: int = 0
-    nodes: int = 1
-    address: str = LOOPBACK
-    port: int | None = None
+    number: int
+    nodes: int
+    address: str
+    port: int
+    listener: socket.socket | None = None
+
+    @classmethod
+    @contextlib.contextmanager
+    def first(cls, ranks: int, nodes: int = 1) -> Iterator[Self]:
+        """The node of rank 0, which listens on a free port within the block; to others only where there are others."""
+        name = LOOPBACK if nodes == 1 else socket.gethostname()
+        with socket.create_server((LOOPBACK if nodes == 1 else "", 0)) as listener:
+            yield cls(ranks, 0, nodes, name, listener.getsockname()[1], listener)
 
     @property
     def own(self) -> range:
@@ -123,28 +132,25 @@ def _started(
     lock: int | None,
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Start the ranks of a node, each with its share of the cores of this process; yields each at once."""
-    with contextlib.ExitStack() as opened:
-        listener = opened.enter_context(socket.create_server((LOOPBACK, 0))) if node.port is None else None
-        port = listener.getsockname()[1] if listener is not None else node.port
-        for local, rank in enumerate(node.own):
-            told = {
-                "RANK": rank, "WORLD_SIZE": node.ranks, "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": len(node.own),
-                "MASTER_ADDR": node.address, "MASTER_PORT": port,
-            }  # fmt: skip
-            passed = [] if lock is None else [lock]
-            if rank == 0 and listener is not None:
-                told[LISTENER] = listener.fileno()
-                passed.append(listener.fileno())
-            with log(rank).open("wb") as errors, _bound(local, len(node.own)):
-                yield subprocess.Popen(
-                    command(rank),
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE if local == 0 else subprocess.DEVNULL,
-                    stderr=errors,
-                    start_new_session=True,
-                    env=_loopback(node) | dict(environment) | {name: str(value) for name, value in told.items()},
-                    pass_fds=passed,
-                )
+    for local, rank in enumerate(node.own):
+        told = {
+            "RANK": rank, "WORLD_SIZE": node.ranks, "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": len(node.own),
+            "MASTER_ADDR": node.address, "MASTER_PORT": node.port,
+        }  # fmt: skip
+        passed = [] if lock is None else [lock]
+        if rank == 0 and node.listener is not None:
+            told[LISTENER] = node.listener.fileno()
+            passed.append(node.listener.fileno())
+        with log(rank).open("wb") as errors, _bound(local, len(node.own)):
+            yield subprocess.Popen(
+                command(rank),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE if local == 0 else subprocess.DEVNULL,
+                stderr=errors,
+                start_new_session=True,
+                env=_loopback(node) | dict(environment) | {name: str(value) for name, value in told.items()},
+                pass_fds=passed,
+            )
 
 
 def _shared(variables: Mapping[str, str], ranks: int) -> dict[str, str]:
@@ -179,34 +185,3 @@ def _await(started: Sequence[subprocess.Popen[bytes]]) -> None:
     for one in started:
         with contextlib.suppress(subprocess.TimeoutExpired):
             one.wait(max(0.0, until_s - time.monotonic()))
-
-
-# --- several nodes ---------------------------------------------------------------------------------------------------
-
-
-def node_of(ranks: int, environ: Mapping[str, str]) -> RanksOfNode:
-    """The place of this machine, from NNODES and NODE_RANK as torchrun takes them, or else from Slurm's variables.
-
-    MASTER_ADDR and MASTER_PORT name the machine of rank 0 and a port that is free there.
-
-    Raises UserError for variables that are missing or do not fit.
-    """
-    nodes = _number(environ, "NNODES", "SLURM_NNODES")
-    number = _number(environ, "NODE_RANK", "SLURM_NODEID")
-    port, address = _number(environ, "MASTER_PORT"), environ.get("MASTER_ADDR")
-    if not address:
-        raise UserError("MASTER_ADDR is not set: name the machine of rank 0")
-    if not 0 <= number < nodes:
-        raise UserError(f"this is node {number} of {nodes}; nodes are numbered from 0")
-    if ranks % nodes:
-        raise UserError(f"training.devices = {ranks} cannot be shared evenly by {nodes} nodes")
-    return RanksOfNode(ranks, number, nodes, address, port)
-
-
-def _number(environ: Mapping[str, str], *names: str) -> int:
-    name = next((name for name in names if name in environ), None)
-    if name is None:
-        raise UserError(f"{' or '.join(names)} is not set: the ranks of a node need to know their place")
-    if not environ[name].isdecimal():
-        raise UserError(f"{name} = '{environ[name]}': it must be a whole number")
-    return int(environ[name])

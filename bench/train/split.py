@@ -55,12 +55,17 @@ def step_split(trainer: Trainer) -> dict[str, Reading]:
 
 
 def guarded_split(trainer: Trainer) -> dict[str, Reading]:
-    """``step_split`` in a phase; after training, so any failure costs these readings alone."""
+    """``step_split`` in a phase; after training, so any failure costs these readings alone.
+
+    Of several ranks one that fails would leave the others waiting for it, so there it fails the cell.
+    """
     try:
         with trainer.phases.phase("count", "parts of a step"):
             trainer.progress("parts of a step", 0.0)
             return step_split(trainer)
     except Exception as error:
+        if trainer.ranks.size > 1:
+            raise
         return dict.fromkeys(parts_of(trainer), Reading.missing("steps after training", one_line(error)))
 
 

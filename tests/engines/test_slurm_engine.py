@@ -163,8 +163,12 @@ def test_what_slurm_does_not_have_is_refused_in_one_line(runs: Runs, monkeypatch
             update={"cell": CELL.model_copy(update={"training": CELL.training.model_copy(update={"devices": 2})})}
         )
     ]
-    with pytest.raises(UserError, match=r"training.devices = 2: more than run.cpus = 1 of the profile"):
+    with pytest.raises(UserError, match=r"training.devices = 2: more than run.cpus = 1 of the profile$"):
         runs.launch(more)
+    with pytest.raises(UserError, match=r"run.nodes = 3: the default partition has 2$"):
+        engine(nodes=3)
+    with pytest.raises(UserError, match=r"training.devices = 1: run.nodes = 2 nodes cannot share them evenly"):
+        runs.launch(jobs, nodes=2)
     with pytest.raises(UserError, match=r"sbatch: .*[Ii]nvalid feature"):
         runs.launch(jobs, constraint="fast")
     assert not (runs.folder / "slurm").exists()
@@ -179,6 +183,8 @@ def test_what_is_for_this_machine_is_refused(monkeypatch: pytest.MonkeyPatch, tm
         make_engine(profile, device="cpu", jobs=2)
     with pytest.raises(UserError, match="--log: it is for cells on this machine; with --on slurm"):
         make_engine(profile, device="cpu", live=object())  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"\[run\] nodes = 2: cells run on local, each on one node; it takes"):
+        make_engine(RunProfile(nodes=2), device="cpu")
     monkeypatch.setattr("tpme.bench.run.engines.choice.find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"--on slurm needs submitit: pip install .*\[slurm\]"):
         make_engine(profile, device="cpu")
@@ -453,3 +459,22 @@ def test_a_matrix_of_real_cells(runs: Runs, world: Any, harness: ModuleType, tmp
     before = runs.records()
     assert harness.tpme_here(*command, "--no-report").returncode == 0
     assert runs.records() == before
+
+
+@pytest.mark.slow
+def test_two_nodes_train_one_cell(runs: Runs, world: Any, harness: ModuleType, tmp_path: Path) -> None:
+    training = {"devices": 2, "users_per_batch": 20}
+    file = world.write(tmp_path / "matrix.toml", world.matrix(["bitfit"], training=training))
+    profile = tmp_path / "lab.toml"
+    profile.write_text('[run]\non = "slurm"\nnodes = 2\n')
+    command = ["run", str(file), "--profile", str(profile), "--store", str(world.store), "--out", str(runs.folder)]
+    # Both nodes are this machine; its name need not lead to an address that others can reach.
+    done = harness.tpme_here(*command, "--no-report", env={"GLOO_SOCKET_IFNAME": "lo"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    [path] = find_results([runs.folder])
+    record = read_result(path)
+    assert (record.status, len(record.ranks)) == ("ok", 2)
+    assert record.environment is not None
+    assert "2 ranks of 1 thread, 2 nodes" in record.environment.device_key
+    assert {rank.rank: rank.node for rank in record.ranks} == {0: "one", 1: "two"}
+    assert [path.name for path in path.parent.iterdir() if path.name.startswith(".")] == []

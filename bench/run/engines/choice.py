@@ -51,6 +51,10 @@ def make_engine(
     """
     if profile.address is not None and profile.on != "ray":
         raise UserError(f'[run] address: it is for Ray, and cells run on {profile.on}; set on = "ray"')
+    if profile.nodes > 1 and profile.on != "slurm":
+        raise UserError(
+            f'[run] nodes = {profile.nodes}: cells run on {profile.on}, each on one node; it takes on = "slurm"'
+        )
     if profile.on == "local":
         return local_engine(device, jobs, live)
     if jobs is not None:

@@ -22,9 +22,11 @@ class RunProfile(Frozen):
 
     on: EngineName = "local"
     gpus: Annotated[int, Strict(), Field(ge=0, le=1024)] = 0
-    """Of a cell, on one node; 0: cells run on the CPU."""
+    """Of a cell, on each of its nodes; 0: cells run on the CPU."""
     cpus: Number = 1
-    """Cores of a cell."""
+    """Cores of a cell, on each of its nodes."""
+    nodes: Annotated[int, Strict(), Field(ge=1, le=1024)] = 1
+    """That train a cell together; ``training.devices`` are spread evenly over them."""
     partition: Line | None = None
     time_s: Number | None = None
     """Time limit of a job; by default that of its cells, and a margin."""

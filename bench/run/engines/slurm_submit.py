@@ -40,23 +40,31 @@ class Submitter:
             raise UserError(f"run.extra: '{min(wrong)}' is not the profile's to set")
         self.nodes = nodes(profile.partition)
         self.most_tasks = max_array_size()
+        where = f"partition '{profile.partition}'" if profile.partition else "the default partition"
         for what, wanted, most in (
             ("cpus", profile.cpus, max((node.cpus for node in self.nodes), default=0)),
             ("gpus", profile.gpus, max((node.gpus for node in self.nodes), default=0)),
         ):
             if wanted > most:
-                where = f"partition '{profile.partition}'" if profile.partition else "the default partition"
                 raise UserError(f"run.{what} = {wanted}: no node of {where} has more than {most}")
+        if profile.nodes > len(self.nodes):
+            raise UserError(f"run.nodes = {profile.nodes}: {where} has {len(self.nodes)}")
 
     def check(self, attempts: Sequence[Job], run: Path) -> None:
         """Raise UserError for attempts that Slurm would refuse, or never start."""
         if "%" in str(resolved(run)):
             raise UserError(f"{run}: Slurm replaces '%' in paths; choose a folder without it")
-        devices = max(job.cell.training.devices for job in attempts)
         name = "gpus" if attempts[0].cell.device == "cuda" else "cpus"
         offered: int = getattr(self.profile, name)
-        if devices > offered:
-            raise UserError(f"training.devices = {devices}: more than run.{name} = {offered} of the profile")
+        for devices in sorted({job.cell.training.devices for job in attempts}):
+            here, rest = divmod(devices, self.profile.nodes)
+            if rest:
+                raise UserError(
+                    f"training.devices = {devices}: run.nodes = {self.profile.nodes} nodes cannot share them evenly"
+                )
+            if here > offered:
+                each = " a node" if self.profile.nodes > 1 else ""
+                raise UserError(f"training.devices = {devices}: more than run.{name} = {offered} of the profile{each}")
         longest = max(map(self.time_s, self.tasks(attempts)))
         limits = [node.limit_s for node in self.nodes if node.limit_s is not None]
         if len(limits) == len(self.nodes) and longest > max(limits):
@@ -79,12 +87,20 @@ class Submitter:
         return float(self.profile.time_s or sum(job.time_limit_s for job in jobs) + MARGIN_S)
 
     def submit(
-        self, run: Path, name: str, work: object, tasks: Sequence[object], time_s: float, after: Sequence[str] = ()
+        self,
+        run: Path,
+        name: str,
+        work: object,
+        tasks: Sequence[object],
+        time_s: float,
+        after: Sequence[str] = (),
+        nodes: int = 1,
     ) -> str:
         """Submit ``work`` on each of ``tasks`` as one job array; returns its number.
 
         Args:
             run: the run folder. name: of the job. time_s: time limit of a task. after: ids of jobs to wait for.
+            nodes: of a task; each of them calls ``work``.
 
         Raises SlurmError with the words of sbatch.
         """
@@ -104,6 +120,8 @@ class Submitter:
         executor.update_parameters(
             job_name=name,
             time=math.ceil(time_s / 60),
+            nodes=nodes,
+            ntasks_per_node=1,
             cpus_per_task=profile.cpus,
             array_parallelism=len(tasks),
             srun_args=[f"--cpus-per-task={profile.cpus}"],  # which srun does not take from sbatch any more

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tpme.bench.run.attempt import run_job
+from tpme.bench.run.attempt import run_job, run_on_nodes
 from tpme.bench.run.job import Job
 
 if TYPE_CHECKING:
     from tpme.bench.task.features import FeatureJob
 
-THREADS = "OMP_NUM_THREADS"
+THREADS, NODE = "OMP_NUM_THREADS", "SLURM_NODEID"
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,16 @@ class RunCells(_Task):
     """Runs attempts, one after the other."""
 
     def __call__(self, jobs: Sequence[Job]) -> None:
-        """Run those that have not left a record."""
+        """Run those that have not left a record; on several nodes, each of which calls this, together."""
+        nodes, number = (int(os.environ.get(name, default)) for name, default in (("SLURM_NNODES", 1), (NODE, 0)))
         for job in jobs:
-            if not job.file(".json").exists():
+            if job.file(".json").exists():
+                continue
+            if nodes == 1:
                 run_job(job, variables=self.variables())
+            else:
+                meeting = f"{os.environ['SLURM_JOB_ID']}-{os.environ.get('SLURM_RESTART_COUNT', 0)}"
+                run_on_nodes(job, number, nodes, meeting, self.variables())
 
 
 class BuildCaches(_Task):

@@ -210,17 +210,24 @@ class SlurmWatch:
         on_nodes = [tuple(job.model_copy(update={"folder": resolved(job.folder)}) for job in task) for task in tasks]
         limit_s = max(map(self.submitter.time_s, tasks))
         submission = Submission(name=self.file.new_name(), tasks=attempts)
-        self._submit_one(submission, RunCells(self.submitter.profile.cpus), on_nodes, limit_s, after)
+        profile = self.submitter.profile
+        self._submit_one(submission, RunCells(profile.cpus), on_nodes, limit_s, after, profile.nodes)
         given = {attempt for task in attempts for attempt in task}
         self.waiting = [job for job in self.waiting if Attempt.of(job) not in given]
 
     def _submit_one(
-        self, submission: Submission, work: object, tasks: Sequence[object], limit_s: float, after: Sequence[str] = ()
+        self,
+        submission: Submission,
+        work: object,
+        tasks: Sequence[object],
+        limit_s: float,
+        after: Sequence[str] = (),
+        nodes: int = 1,
     ) -> None:
         """Submit; the intention is on disk before, the number after. Raises SlurmError, and leaves the intention."""
         before = self.file.submissions
         self._write((*before, submission))
-        number = self.submitter.submit(self.run, submission.name, work, tasks, limit_s, after)
+        number = self.submitter.submit(self.run, submission.name, work, tasks, limit_s, after, nodes)
         self._write((*before, submission.model_copy(update={"job": number})))
 
     def _write(self, submissions: tuple[Submission, ...]) -> None:
