@@ -16,6 +16,8 @@ from tpme.bench.record import CellResult
 from tpme.bench.task.dataset import Dataset
 from tpme.bench.train.graphs import unsupported_reason
 
+pytestmark = pytest.mark.slow
+
 TRAINS_TEXT = """
     def frozen_encoders(self, modalities):
         return tuple(modality for modality in modalities if modality == "image")
@@ -124,7 +126,6 @@ EVERY_TOKEN = """
 """
 
 
-@pytest.mark.slow
 def test_states_of_every_token_are_cached_with_their_masks(world: Any, tmp_path: Path) -> None:
     write_method(tmp_path / "methods", "every_token", EVERY_TOKEN)
     matrix = world.matrix([{"name": "every_token", "cached": [False, True]}], training={"max_steps_per_epoch": None})

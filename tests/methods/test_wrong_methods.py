@@ -26,16 +26,8 @@ def failures() -> list[tuple[str, str]]:
     return pairs
 
 
-def cases() -> list[Any]:
-    """All failures; those of a check after its first one, and of slow checks, are slow tests."""
-    seen, found = {check.__name__ for check in SLOW_CHECKS}, []
-    for name, check in failures():
-        found.append(pytest.param(name, check, marks=pytest.mark.slow if check in seen else ()))
-        seen.add(check)
-    return found
-
-
-@pytest.mark.parametrize(("name", "check"), cases())
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "check"), failures())
 def test_a_wrong_method_fails_by_name(name: str, check: str, contract_world: Any) -> None:
     if BY_NAME[check] in SLOW_CHECKS and not any(map(shutil.which, COMPILERS)):
         pytest.skip("there is no C++ compiler")

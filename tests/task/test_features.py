@@ -260,7 +260,7 @@ def test_a_changed_file_is_found(job: FeatureJob) -> None:
         open_cache(where(job))
 
 
-@pytest.mark.parametrize("file", ["states.npy", "manifest.json"])
+@pytest.mark.parametrize("file", ["states.npy", pytest.param("manifest.json", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("harm", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-9])])
 def test_a_damaged_cache_is_built_again(job: FeatureJob, file: str, harm: Callable[[Path], object]) -> None:
     build(job)
