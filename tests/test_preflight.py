@@ -13,6 +13,7 @@ from fake_nvml import GIB, FakeGpu, fake_nvml
 from rich.console import Console
 
 from tpme.bench.counting import meta
+from tpme.bench.counting.batch import DataShape
 from tpme.bench.counting.meta import MetaCell
 from tpme.bench.errors import UserError
 from tpme.bench.measure.nvml import Nvml
@@ -22,6 +23,7 @@ from tpme.bench.run.launch import run_matrix
 from tpme.bench.run.matrix import MatrixFile
 from tpme.bench.run.plan import plan_matrix
 from tpme.bench.run.preflight import device_memory
+from tpme.bench.task.dataset import Dataset
 
 
 def refused(world: Any, run: Path, **changes: Any) -> str:
@@ -141,6 +143,21 @@ def test_a_row_that_does_not_fit_into_memory_is_announced(
     told = dry(world, matrix, tmp_path / "run")
     assert "lora will probably run out of memory: its tensors alone are planned to take " in told
     assert "popularity will" not in told
+
+
+def test_several_devices_each_hold_their_share(world: Any, tmp_path: Path) -> None:
+    """On the CPU they share its memory, so a batch takes as much in all, and the weights are there several times."""
+    [alone] = world.jobs(world.matrix(["fft"]), tmp_path)
+    pair = [
+        alone.cell.model_copy(
+            update={"device": device, "training": alone.cell.training.model_copy(update={"devices": 2})}
+        )
+        for device in ("cpu", "cuda")
+    ]
+    data = DataShape.of(Dataset.open(world.data))
+    whole, together, each = (preflight._planned_bytes(MetaCell(cell, data), 10**6) for cell in (alone.cell, *pair))
+    assert each < whole < together < 2 * whole
+    assert together == 2 * each
 
 
 def test_the_memory_of_a_gpu_is_read_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,9 +21,13 @@ TWO = {"training": {"devices": 2, "epochs": 3, "dropout": 0.0}}
 pytestmark = pytest.mark.skipif(CORES < 2, reason="two ranks need two cores")
 slow = pytest.mark.slow
 BREAKS = """
+steps = []
 def before_step(self, state):
     import os, signal, time
     plan, rank = os.environ["BREAKS"].split(" on ")
+    self.steps.append(state.step)
+    if plan == "repeats" and self.steps.count(state.step) > 1 and os.environ.get("RANK") == rank:
+        raise ValueError("no such thing")
     if state.step != 1 or os.environ.get("RANK") != rank:
         return
     if plan == "killed":
@@ -38,7 +42,7 @@ def before_step(self, state):
         open(os.environ["BREAKS_HERE"], "w").close()
         time.sleep(600)
 """
-"""Goes wrong on one rank in the second step."""
+"""Goes wrong on one rank in the second step, or in the first one that is repeated after training."""
 
 
 @pytest.fixture(autouse=True)
@@ -131,6 +135,17 @@ def test_a_rank_that_fails_is_named(
     if status == "oom":
         assert result.failure is not None
         assert result.failure.bytes_requested == 2 << 30
+
+
+@slow
+def test_a_rank_that_fails_after_training_leaves_none_waiting(
+    world: Any, harness: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = broken(world, harness, tmp_path, monkeypatch, "repeats on 1")
+    assert (result.status, result.failure is None) == ("error", False)
+    assert result.failure is not None
+    assert result.failure.message.startswith("rank 1 of 2: ValueError: no such thing")
+    assert result.failure.phase == "count parts of a step"
 
 
 @slow
