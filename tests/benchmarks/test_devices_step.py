@@ -64,7 +64,7 @@ def speed_up(wide_world: Any, tmp_path: Path, benchmark: Any, say: Any, note: An
         say(f"{row}: {times}, {ratio:.2f}x")
         aim = "reported" if least is None else f"{least:g}x"
         note(
-            f"step on two ranks of a thread, {row}",
+            f"training step on two ranks of a thread, {row}",
             aim,
             f"{ratio:.2f}x ({1e3 * alone[0]:.3g} ms / {1e3 * pair[0]:.3g} ms)",
         )
