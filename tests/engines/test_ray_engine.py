@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -139,7 +140,16 @@ def two(cluster: Two) -> Iterator[Two]:
 def stubs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Cells of the engine are ``STUB``; gives a folder for the run."""
     (tmp_path / "stub.py").write_text(STUB)
-    command = [sys.executable, str(tmp_path / "stub.py")]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset.json").write_text("{}")
+    (tmp_path / "data" / "titles.bin").write_bytes(RANKS)
+    run_stubs(tmp_path, monkeypatch)
+    return tmp_path
+
+
+def run_stubs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the cells of this process's engine be the stub in a folder."""
+    command = [sys.executable, str(folder / "stub.py")]
 
     def run_stub(order: Order) -> Iterator[Any]:
         from tpme.bench.run import attempt
@@ -149,10 +159,6 @@ def stubs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         yield from run_cell(order)
 
     monkeypatch.setattr(engine, "run_cell", run_stub)
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "dataset.json").write_text("{}")
-    (tmp_path / "data" / "titles.bin").write_bytes(RANKS)
-    return tmp_path
 
 
 def jobs(folder: Path, seeds: Sequence[int], **changes: Any) -> list[Job]:
@@ -311,6 +317,34 @@ def test_ctrl_c_ends_the_cells_and_the_same_command_runs_the_others(two: Two, st
     assert {result.status for result in results.values()} == {"ok"}
     assert finished.read_bytes() == before
     assert Counter(cell["seed"] for cell in two.ran()) == {seed: 1 + (seed in ended) for seed in range(1, 6)}
+
+
+LAUNCHER = """
+from pathlib import Path
+import pytest
+from engines import test_ray_engine as here
+here.run_stubs(Path({folder!r}), pytest.MonkeyPatch())
+profile = here.RunProfile(on="ray", address={address!r})
+here.run(here.engine.RayEngine(profile), here.jobs(Path({folder!r}), [1, 2, 3]))
+"""
+
+
+def test_the_cells_of_a_killed_launcher_end_and_the_same_command_runs_them(two: Two, stubs: Path) -> None:
+    two.hold(2, 3)
+    all_jobs = jobs(stubs, [1, 2, 3])
+    code = LAUNCHER.format(folder=str(stubs), address=two.address)
+    launcher = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(TESTS)})
+    until(lambda: all_jobs[0].file(".json").exists() and len(two.ran()) == 3)
+    launcher.kill()
+    launcher.wait()
+    until(lambda: not any(psutil.pid_exists(cell["pid"]) for cell in two.ran()))
+    finished = all_jobs[0].file(".json").read_bytes()
+    two.release()
+    results = run(two.engine(), all_jobs)
+    assert {(result.status, result.attempt) for result in results.values()} == {("ok", 1)}
+    assert all_jobs[0].file(".json").read_bytes() == finished
+    assert Counter(cell["seed"] for cell in two.ran()) == {1: 1, 2: 2, 3: 2}
+    assert not two.left(stubs)
 
 
 def test_the_seeds_of_a_cell_stay_on_one_node(two: Two, stubs: Path) -> None:
