@@ -344,14 +344,14 @@ def test_two_nodes_train_one_cell(stub: Path) -> None:
     assert_nothing_is_left(job)
 
 
-@pytest.mark.parametrize("others", ["hangs", "train"])
-def test_a_rank_lost_on_another_node_is_named(stub: Path, others: str) -> None:
+@pytest.mark.parametrize(("lost", "others"), [("3", "hangs"), ("3", "train"), ("0", "hangs")])
+def test_a_lost_rank_is_named_on_whichever_node(stub: Path, lost: str, others: str) -> None:
     job = job_of(stub, 4)
-    said = run_nodes(stub, job, dict.fromkeys("012", others) | {"3": "killed"})
+    said = run_nodes(stub, job, dict.fromkeys("0123", others) | {lost: "killed"})
     result = read_result(job.file(".json"))
     assert (result.status, result.failure is None) == ("killed", False)
-    assert "rank 3 of 4 was ended by SIGKILL" in said
-    assert "(log: attempt-1.rank-3.log)" in said
+    assert f"rank {lost} of 4 was ended by SIGKILL" in said
+    assert f"(log: {job.log(int(lost)).name})" in said
     assert_nothing_is_left(job)
 
 

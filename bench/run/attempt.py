@@ -107,8 +107,9 @@ def run_on_nodes(
         with RanksOfNode.first(job.cell.training.devices, nodes) as node:
             write_atomically(point, json.dumps([node.address, node.port]).encode())
             ending = _run_ranks(job, job_file, node, settings)
+        leave_note(job, ending)
         until_s = time.monotonic() + 2 * process.GRACE_S  # each node gives its ranks some time to end
-        while not ending.well and len(notes(job)) < nodes - 1 and time.monotonic() < until_s:
+        while not ending.well and len(notes(job)) < nodes and time.monotonic() < until_s:
             time.sleep(process.POLL_S)
     except BaseException:
         if not job.file(".json").exists():

@@ -77,6 +77,7 @@ class Runs:
         """Run as ``tpme run --on slurm`` does; returns the records by the names of their folders."""
         engine = SlurmEngine(RunProfile(on="slurm", container=STUB, **profile), same_node)
         screen = Screen(Console(file=self.screen, width=500), len(jobs))
+        engine.check(jobs)
         with launch.locked_run(self.folder, shared=True) as lock, screen:
             names = [job.folder.name for job in jobs]
             (self.folder / "cells.json").write_text(json.dumps({"cells": names}))
@@ -169,6 +170,7 @@ def test_what_slurm_does_not_have_is_refused_in_one_line(runs: Runs, monkeypatch
         engine(nodes=3)
     with pytest.raises(UserError, match=r"training.devices = 1: run.nodes = 2 nodes cannot share them evenly"):
         runs.launch(jobs, nodes=2)
+    assert not runs.folder.exists(), "nothing is half written"
     with pytest.raises(UserError, match=r"sbatch: .*[Ii]nvalid feature"):
         runs.launch(jobs, constraint="fast")
     assert not (runs.folder / "slurm").exists()
