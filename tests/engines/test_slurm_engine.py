@@ -356,9 +356,11 @@ def test_a_requeued_cell_goes_on_with_its_finished_parts(runs: Runs, slurm: Loca
 
 
 @pytest.mark.slow
-def test_the_cells_of_a_failed_node_run_again(runs: Runs, slurm: LocalSlurm) -> None:
+@pytest.mark.parametrize("extra", [{}, {"requeue": False, "no_requeue": True}])
+def test_the_cells_of_a_failed_node_run_again(runs: Runs, slurm: LocalSlurm, extra: dict[str, bool]) -> None:
+    """Also where Slurm does not queue their jobs again."""
     jobs = runs.jobs(*[{"does": "wait"}] * 4)
-    launcher = runs.start(jobs)
+    launcher = runs.start(jobs, extra=extra)
     wait_until(lambda: len(runs.ran("start")) == 4)
     slurm.command("scontrol", "update", "nodename=one", "state=down", "reason=test")
     try:
