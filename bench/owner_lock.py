@@ -33,6 +33,10 @@ NETWORK = frozenset(
 """File systems that machines share, as Linux names them."""
 POLL_S, ASK_S = 0.2, 15.0
 """Time between two looks at a lock that somebody holds, and between two questions about its owner."""
+NAMED_S = 5.0
+"""Time for an owner to write its name, on a file system where a file cannot appear with its content."""
+UNKNOWN = "-"
+"""In place of what a machine does not say of itself."""
 
 
 class OwnedError(UserError):
@@ -70,11 +74,12 @@ class Owner(Frozen):
 
     def is_dead(self) -> bool:
         """Whether it is known to have ended; False, too, where nobody can tell."""
-        if self.machine == _machine():
-            return _started(self.pid) != self.started
         mine, other = _machine().split(), self.machine.split()
-        if self.host == socket.gethostname() and mine[0] == other[0] and mine[1] != other[1]:
-            return True  # the machine was started anew since
+        if mine == other and UNKNOWN not in mine[1:]:
+            return _started(self.pid) != self.started
+        same_machine = self.host == socket.gethostname() and mine[0] == other[0] != UNKNOWN
+        if same_machine and UNKNOWN not in (mine[1], other[1]) and mine[1] != other[1]:
+            return True  # it was started anew since
         if self.job is None:
             return False
         try:
@@ -123,13 +128,19 @@ def owned(path: Path, *, force: bool = False, waiting: Callable[[], None] | None
 
 
 def read_owner(path: Path) -> Owner | None:
-    """Who holds a lock; ``None`` for nobody. Raises UserError for a file that does not say."""
-    try:
-        return Owner.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except ValidationError:
-        raise UserError(f"{path}: a lock that does not name its owner; delete it if nothing uses this folder") from None
+    """Who holds a lock; ``None`` for nobody. Raises UserError for a file that does not say so in time."""
+    until_s = time.monotonic() + NAMED_S
+    while True:
+        try:
+            return Owner.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except ValidationError:
+            if time.monotonic() > until_s:
+                raise UserError(
+                    f"{path}: a lock that does not name its owner; delete it if nothing uses this folder"
+                ) from None
+        time.sleep(POLL_S)
 
 
 def _create(path: Path, owner: Owner) -> bool:
@@ -137,17 +148,30 @@ def _create(path: Path, owner: Owner) -> bool:
     own = path.with_name(f"{path.name}.{owner.mark}")
     try:
         own.write_text(owner.model_dump_json())
-        os.link(own, path)
-    except FileExistsError:
-        return False
-    except OSError:  # a file system without links
         try:
-            with path.open("x") as file:
-                file.write(owner.model_dump_json())
+            os.link(own, path)
         except FileExistsError:
-            return False
+            # A file server makes a link twice where its answer was lost: the second time it finds this one.
+            return own.stat().st_nlink == 2
+        except OSError:
+            return _create_without_links(path, owner)
+        return True
     finally:
         own.unlink(missing_ok=True)
+
+
+def _create_without_links(path: Path, owner: Owner) -> bool:
+    """Create the file, and then write it: others may see it empty for a moment."""
+    try:
+        file = path.open("x")
+    except FileExistsError:
+        return False
+    try:
+        with file:
+            file.write(owner.model_dump_json())
+    except OSError:  # a full disk
+        path.unlink(missing_ok=True)
+        raise
     return True
 
 

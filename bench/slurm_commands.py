@@ -56,7 +56,9 @@ def is_running(job: str, restarts: int) -> bool:
         if "Invalid job id" in str(error):
             return False
         raise
-    state, times = (re.search(rf"\b{field}=(\w+)", shown) for field in ("JobState", "Restarts"))
+    # The number of a whole array, which is that of one of its tasks, too, shows all tasks that there still are.
+    own = next((line for line in shown.splitlines() if line.startswith(f"JobId={job} ")), "")
+    state, times = (re.search(rf"\b{field}=(\w+)", own) for field in ("JobState", "Restarts"))
     if state is None or state[1] in ENDED or state[1] == "PENDING":
         return False
     return times is None or int(times[1]) == restarts

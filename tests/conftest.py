@@ -109,6 +109,18 @@ def world(harness: ModuleType, tiny: ModuleType, tmp_path_factory: pytest.TempPa
 
 
 @pytest.fixture(scope="session")
+def planned(harness: ModuleType, world: Any) -> Any:
+    """``planned(["fft"], training=..., devices=2)``: the plan of a matrix of the small world."""
+    from tpme.bench.run.plan import MatrixPlan, plan_matrix
+
+    def make(methods: list[Any], *, training: dict[str, Any] | None = None, **settings: Any) -> MatrixPlan:
+        matrix = world.matrix(methods, training=training or {})
+        return plan_matrix(matrix, store=world.store, console=harness.quiet(), **settings)
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def card_run(harness: ModuleType, world: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A folder in which every card method has run once, iisan also cached: (matrix, folder, results by label)."""
     methods = [name if name != "iisan" else {"name": name, "cached": [False, True]} for name in harness.CARD_METHODS]

@@ -21,7 +21,7 @@ from tpme.bench.task.dataset import Dataset
 from tpme.reports.board import write_board
 from tpme.reports.compare import compare
 from tpme.reports.data.export import records_frame
-from tpme.reports.data.load import load, read
+from tpme.reports.data.load import load, read, to_frame
 from tpme.reports.report import make_report, write_report
 
 pytestmark = pytest.mark.slow
@@ -165,6 +165,16 @@ def test_more_users_than_there_are_is_a_note(told: Told) -> None:
     assert [flag.message for flag in result.flags if flag.code == "all-users"] == [
         "evaluation.users is 1,000, the data has 60: all were evaluated"
     ]
+
+
+def test_a_sample_of_all_users_shares_a_frame_with_all_users(told: Told, whole: Path) -> None:
+    asked = told({"users": 1000}, ["popularity"], [1])
+    [section] = make_report([asked, whole]).sections
+    assert section.group.key["evaluation"] == "all users"
+    records = read([asked, whole])
+    lost = [replace(one, result=one.result.model_copy(update={"dataset": None})) for one in records]
+    assert set(to_frame(records)["evaluation"]) == set(to_frame([*lost, *records])["evaluation"]) == {"all users"}
+    assert set(to_frame(lost)["evaluation"]) == {"all users", "1,000 test users, seed 12345"}, "nobody knows its data"
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from tpme.bench import owner_lock
+from tpme.bench import owner_lock, slurm_commands
 from tpme.bench.owner_lock import OwnedError, Owner, owned, read_owner, shared_by_machines
 from tpme.bench.run import launch
 from tpme.bench.slurm_commands import SlurmError
@@ -99,7 +100,34 @@ def test_an_owner_on_another_machine_is_nobodys_to_judge_but_the_schedulers(
         assert owner.job is None
 
 
-def test_a_restarted_machine_holds_nothing(tmp_path: Path) -> None:
+def test_of_an_array_the_owners_own_task_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job with the number of the array is one of its tasks; Slurm shows all of them."""
+    states = ["JobId=7 ArrayJobId=7 JobState=CANCELLED Restarts=0", "JobId=8 ArrayJobId=7 JobState=RUNNING Restarts=1"]
+    for shown in (states, states[::-1]):
+        monkeypatch.setattr(slurm_commands, "ask", lambda *_, shown=shown: "\n".join(shown))
+        assert not slurm_commands.is_running("7", 0)
+        assert slurm_commands.is_running("8", 1)
+        assert not slurm_commands.is_running("8", 0), "it was queued again since"
+        assert not slurm_commands.is_running("9", 0)
+
+
+def test_a_machine_that_does_not_say_who_it_is_judges_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Containers have no machine id; two of one name on two machines are not one that was started anew."""
+    here = Owner.here().model_copy(update={"started": 1})
+    for mine, other in (
+        ("- boot 1", "- another-boot 1"),
+        ("- -", "- -"),
+        ("id - 1", "id - 1"),
+        ("id - 1", "id boot 1"),
+    ):
+        monkeypatch.setattr(owner_lock, "_machine", lambda mine=mine: mine)
+        assert not here.model_copy(update={"machine": other}).is_dead(), (mine, other)
+    monkeypatch.setattr(owner_lock, "_machine", lambda: "- boot 1")
+    assert here.model_copy(update={"machine": "- boot 1"}).is_dead(), "one machine, started once"
+
+
+def test_a_restarted_machine_holds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(owner_lock, "_machine", lambda: "id boot 1")
     here = Owner.here()
     before = " ".join([here.machine.split()[0], "another-boot", "1"])
     assert here.model_copy(update={"machine": before}).is_dead()
@@ -152,7 +180,63 @@ def test_the_kind_of_file_system_is_that_of_the_nearest_mount() -> None:
     assert owner_lock._file_system(Path("/nowhere/at/all")) == owner_lock._file_system(Path("/"))
 
 
-def test_a_lock_that_says_nothing_is_named(tmp_path: Path) -> None:
+@pytest.fixture
+def without_links(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError("no links here")
+
+    monkeypatch.setattr(os, "link", refused)
+
+
+@pytest.mark.usefixtures("without_links")
+def test_a_file_system_without_links_has_locks_too(tmp_path: Path) -> None:
+    path = tmp_path / ".owner"
+    with owned(path, force=True), pytest.raises(OwnedError, match=f"held by process {os.getpid()}"):
+        owned(path).__enter__()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("without_links")
+def test_a_full_disk_leaves_no_lock_without_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Owner.model_dump_json
+    answers = iter([real(Owner.here()), OSError(28, "No space left on device")])
+
+    def full(_: Owner) -> str:
+        if isinstance(answer := next(answers), OSError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(Owner, "model_dump_json", full)
+    with pytest.raises(OSError, match="No space left"):
+        owned(tmp_path / ".owner", force=True).__enter__()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_that_was_made_though_its_answer_was_lost_is_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = os.link
+
+    def asked_again(source: Path, path: Path) -> None:
+        link(source, path)
+        link(source, path)
+
+    monkeypatch.setattr(os, "link", asked_again)
+    with owned(tmp_path / ".owner", force=True):
+        assert read_owner(tmp_path / ".owner") is not None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_owner_that_is_still_writing_its_name_is_awaited(tmp_path: Path) -> None:
+    path = tmp_path / ".owner"
+    path.write_text("")
+    threading.Timer(0.3, path.write_text, [Owner.here().model_dump_json()]).start()
+    with pytest.raises(OwnedError, match=f"held by process {os.getpid()}"):
+        owned(path).__enter__()
+
+
+def test_a_lock_that_says_nothing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(owner_lock, "NAMED_S", 0.0)
     (tmp_path / ".owner").write_text("")
     with pytest.raises(Exception, match="a lock that does not name its owner; delete it"):
         owned(tmp_path / ".owner").__enter__()

@@ -23,17 +23,6 @@ ROOT = Path(__file__).resolve().parents[1]
 EXACT = ("forward_flops", "backward_flops", "gradient_bytes", "weight_bytes", "optimizer_bytes", "stored_bytes")
 
 
-@pytest.fixture(scope="module")
-def planned(world: Any, harness: ModuleType) -> Any:
-    """``planned(["fft"], device=..., training=...)``: the plan of a matrix of the small world."""
-
-    def make(methods: list[Any], *, training: dict[str, Any] | None = None, **settings: Any) -> MatrixPlan:
-        matrix = world.matrix(methods, training=training or {})
-        return plan_matrix(matrix, store=world.store, console=harness.quiet(), **settings)
-
-    return make
-
-
 def shown(plan: MatrixPlan) -> list[str]:
     screen = io.StringIO()
     render(plan, Console(file=screen, width=100, color_system=None))

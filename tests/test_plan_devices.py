@@ -49,17 +49,6 @@ def meta(world: Any) -> Callable[..., MetaCell]:
     return make
 
 
-@pytest.fixture(scope="module")
-def planned(world: Any, harness: ModuleType) -> Any:
-    """``planned(["fft"], devices=2)``: the plan of a matrix of the small world."""
-
-    def make(methods: list[Any], *, training: dict[str, Any] | None = None, **settings: Any) -> MatrixPlan:
-        matrix = world.matrix(methods, training=training or {})
-        return plan_matrix(matrix, store=world.store, console=harness.quiet(), **settings)
-
-    return make
-
-
 def shown(plan: MatrixPlan) -> str:
     screen = io.StringIO()
     render(plan, Console(file=screen, width=100, color_system=None))

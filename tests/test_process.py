@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from tpme.bench.run import process
-from tpme.bench.run.process import Ending, run_process
+from tpme.bench.run.process import Ending, Supervision, run_process
 
 FOREVER = 120.0
 """A limit that no test reaches."""
@@ -32,7 +32,7 @@ open({path!r}, "w").write(str(child.pid))
 def run(tmp_path: Path) -> Callable[..., Ending]:
     def call(program: str, limit_s: float = FOREVER, **settings: Any) -> Ending:
         command = [sys.executable, "-c", program]
-        return run_process(command, log=tmp_path / "log", limit_s=limit_s, **settings)
+        return run_process(command, tmp_path / "log", Supervision(limit_s, **settings))
 
     return call
 
@@ -188,7 +188,7 @@ process.GRACE_S = 30.0
 if {ignored}:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 try:
-    process.run_process([sys.executable, "-c", {program!r}], log=Path({log!r}), limit_s=120)
+    process.run_process([sys.executable, "-c", {program!r}], Path({log!r}), process.Supervision(120))
 except KeyboardInterrupt:
     print("interrupted")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

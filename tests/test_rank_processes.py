@@ -20,7 +20,7 @@ from tpme.bench.record import Cell, CellResult, cell_id, read_result
 from tpme.bench.run import attempt, process
 from tpme.bench.run.attempt import run_job
 from tpme.bench.run.job import Job
-from tpme.bench.run.rank_failures import blamed, claim
+from tpme.bench.run.rank_failures import blamed, claim, failed_elsewhere, leave_note
 from tpme.bench.run.rank_processes import RanksEnding
 
 pytestmark = pytest.mark.slow
@@ -344,15 +344,38 @@ def test_two_nodes_train_one_cell(stub: Path) -> None:
     assert_nothing_is_left(job)
 
 
-@pytest.mark.parametrize("others", ["hangs", "train"])
-def test_a_rank_lost_on_another_node_is_named(stub: Path, others: str) -> None:
+@pytest.mark.parametrize(("lost", "others"), [("3", "hangs"), ("3", "train"), ("0", "hangs")])
+def test_a_lost_rank_is_named_on_whichever_node(stub: Path, lost: str, others: str) -> None:
     job = job_of(stub, 4)
-    said = run_nodes(stub, job, dict.fromkeys("012", others) | {"3": "killed"})
+    said = run_nodes(stub, job, dict.fromkeys("0123", others) | {lost: "killed"})
     result = read_result(job.file(".json"))
     assert (result.status, result.failure is None) == ("killed", False)
-    assert "rank 3 of 4 was ended by SIGKILL" in said
-    assert "(log: attempt-1.rank-3.log)" in said
+    assert f"rank {lost} of 4 was ended by SIGKILL" in said
+    assert f"(log: {job.log(int(lost)).name})" in said
     assert_nothing_is_left(job)
+
+
+def test_the_first_node_tells_the_others_of_a_lost_rank_before_it_waits_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Theirs may hang in a collective, and would end with the record alone."""
+    job, told = job_of(tmp_path, 4), []
+
+    def others_have_ended(job: Job) -> list[Path]:
+        told.append(failed_elsewhere(job))
+        return [tmp_path] * 2
+
+    monkeypatch.setattr(attempt, "_run_ranks", lambda *_: RanksEnding({0: -signal.SIGKILL, 1: None}, False, ""))
+    monkeypatch.setattr(attempt, "notes", others_have_ended)
+    job.folder.mkdir()
+    result = attempt.run_on_nodes(job, 0, 2, "7-0")
+    assert told == [True]
+    assert result is not None
+    assert result.failure is not None
+    assert result.failure.message.startswith("rank 0 of 4 was ended by SIGKILL")
+    assert [path.name for path in job.folder.iterdir()] == ["attempt-1.json"]
+    leave_note(job, RanksEnding({2: None, 3: None}, False, ""))
+    assert [path.name for path in job.folder.iterdir()] == ["attempt-1.json"], "nobody reads a note that comes later"
 
 
 def test_a_node_hears_of_a_failure_of_the_first_one(stub: Path) -> None:

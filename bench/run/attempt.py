@@ -11,7 +11,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 from tpme.bench.errors import LONGEST_MESSAGE, UserError
 from tpme.bench.record import CellResult, Failure, Reading, RecordError, Status, read_result, write_result
@@ -19,7 +18,7 @@ from tpme.bench.redact import redact_file
 from tpme.bench.run import process
 from tpme.bench.run.job import Job, time_limit_message
 from tpme.bench.run.live import LiveLog
-from tpme.bench.run.process import Ending, run_process
+from tpme.bench.run.process import Ending, Supervision, run_process
 from tpme.bench.run.rank_failures import blamed, failed_elsewhere, in_words, leave_note, left_record, notes
 from tpme.bench.run.rank_processes import RanksEnding, RanksOfNode, run_ranks
 from tpme.bench.writing import write_atomically
@@ -46,7 +45,7 @@ def run_job(
         job: what to run. python: the interpreter; ``-P``: no file of the working directory hides a package.
         content: of the job file, where the cell's code is of another version. show: called with progress.
         live: logs its epochs, which the cell then reports. lock: of ``locked_run``, which the cell holds, too.
-        variables: further environment variables. caught: see ``run_process``.
+        variables: further environment variables. caught: see ``Supervision``.
     """
     job_file, record = job.file(".job.json"), job.file(".json")
     started, began = time.monotonic(), datetime.now(UTC)
@@ -54,14 +53,14 @@ def run_job(
     try:
         write_atomically(job_file, content or job.model_dump_json(indent=1).encode())
         with contextlib.nullcontext() if live is None else live.lines_of(job) as hear:
-            settings = _Settings(job.time_limit_s, show, hear, lock, variables, caught)
+            how = Supervision(job.time_limit_s, show, hear, lock, variables or {}, caught)
             ending: Ending | RanksEnding
             if job.cell.training.devices == 1:
                 started_cell = command(job_file, python) if live is None else command(job_file, python, "live_cell")
-                ending = run_process(started_cell, log=job.log(), **settings._asdict())
+                ending = run_process(started_cell, job.log(), how)
             else:
                 with RanksOfNode.first(job.cell.training.devices) as node:
-                    ending = _run_ranks(job, job_file, node, settings, python, live is not None)
+                    ending = _run_ranks(job, job_file, node, how, python, live is not None)
     except BaseException:
         if not record.exists():
             remove_files(job)
@@ -69,17 +68,6 @@ def run_job(
     finally:
         job_file.unlink(missing_ok=True)
     return _result(job, ending, time.monotonic() - started, began)
-
-
-class _Settings(NamedTuple):
-    """What the process of a cell and the processes of its ranks are started with; see ``run_process``."""
-
-    limit_s: float
-    show: Callable[[str, float], None] = lambda *_: None
-    hear: Callable[[str], None] | None = None
-    lock: int | None = None
-    variables: Mapping[str, str] | None = None
-    caught: list[int] | None = None
 
 
 def run_on_nodes(
@@ -93,12 +81,12 @@ def run_on_nodes(
 
     Returns the record on node 0, as ``run_job`` does, ``None`` on the others.
     """
-    settings = _Settings(job.time_limit_s, variables=variables)
+    how = Supervision(job.time_limit_s, variables=variables or {})
     job_file, point = job.file(".job.json"), job.folder / f".attempt-{job.attempt}.meeting-{meeting}"
     if number > 0:
         if (met := _appointment(job, point)) is not None:
             node = RanksOfNode(job.cell.training.devices, number, nodes, *met)
-            leave_note(job, _run_ranks(job, job_file, node, settings))
+            leave_note(job, _run_ranks(job, job_file, node, how))
         return None
     started, began = time.monotonic(), datetime.now(UTC)
     remove_files(job)
@@ -106,9 +94,10 @@ def run_on_nodes(
         write_atomically(job_file, job.model_dump_json(indent=1).encode())
         with RanksOfNode.first(job.cell.training.devices, nodes) as node:
             write_atomically(point, json.dumps([node.address, node.port]).encode())
-            ending = _run_ranks(job, job_file, node, settings)
+            ending = _run_ranks(job, job_file, node, how)
+        leave_note(job, ending)
         until_s = time.monotonic() + 2 * process.GRACE_S  # each node gives its ranks some time to end
-        while not ending.well and len(notes(job)) < nodes - 1 and time.monotonic() < until_s:
+        while not ending.well and len(notes(job)) < nodes and time.monotonic() < until_s:
             time.sleep(process.POLL_S)
     except BaseException:
         if not job.file(".json").exists():
@@ -141,7 +130,7 @@ def _run_ranks(
     job: Job,
     job_file: Path,
     node: RanksOfNode,
-    settings: _Settings,
+    how: Supervision,
     python: Sequence[str] = (sys.executable, "-P"),
     live: bool = False,
 ) -> RanksEnding:
@@ -149,7 +138,7 @@ def _run_ranks(
         return command(job_file, python, "live_cell") if live and rank == 0 else command(job_file, python)
 
     stopped = partial(failed_elsewhere, job) if node.nodes > 1 else lambda: False
-    return run_ranks(of_rank, node, log=job.log, stopped=stopped, **settings._asdict())
+    return run_ranks(of_rank, node, job.log, how, stopped)
 
 
 def _result(job: Job, ending: Ending | RanksEnding, wall_s: float, began: datetime) -> CellResult:

@@ -221,10 +221,10 @@ def run_matrix(
         console=console,
     )
     engine = engine or LocalEngine()
-    if isinstance(engine, LocalEngine):
-        engine.check(jobs)
     found = [latest_attempt(job) for job in jobs]
     latest = [attempt.result for attempt in found]
+    if missing := [job for job, result in zip(jobs, latest, strict=True) if not is_finished(result, job)]:
+        engine.check(missing)
     screen = Screen(console, len(jobs))
     _announce(jobs, latest, run, metas, screen, rows=dry_run, engine=engine)
     if dry_run:

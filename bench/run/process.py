@@ -43,36 +43,44 @@ class Ending:
     """What it said last that it was doing."""
 
 
-def run_process(
-    command: Sequence[str],
-    *,
-    log: Path,
-    limit_s: float,
-    show: Callable[[str, float], None] = lambda *_: None,
-    hear: Callable[[str], None] | None = None,
-    lock: int | None = None,
-    variables: Mapping[str, str] | None = None,
-    caught: list[int] | None = None,
-) -> Ending:
-    """Run ``command`` to its end, at most ``limit_s``.
+@dataclass(frozen=True)
+class Supervision:
+    """How a process is run, or each of several that belong together."""
+
+    limit_s: float
+    """Then it gets SIGTERM, and is killed after ``GRACE_S``."""
+    show: Callable[[str, float], None] = lambda *_: None
+    """Called with its progress, and again with the last of it while there is nothing new."""
+    hear: Callable[[str], None] | None = None
+    """Called with every other line of its standard output."""
+    lock: int | None = None
+    """An open file that this process has locked. The process holds the lock, too: should it outlive this one, nobody
+    else gets the lock."""
+    variables: Mapping[str, str] = field(default_factory=dict)
+    """Further environment variables of the process."""
+    caught: list[int] | None = None
+    """Of ``deferred_signals`` in the main thread, for a call in another thread, to which no signal comes."""
+
+    @contextlib.contextmanager
+    def signals(self) -> Iterator[list[int]]:
+        """The signals that have come, which do nothing else within the block."""
+        with deferred_signals() if self.caught is None else contextlib.nullcontext(self.caught) as caught:
+            yield caught
+
+
+def run_process(command: Sequence[str], log: Path, how: Supervision) -> Ending:
+    """Run ``command`` to its end, at most ``how.limit_s``.
 
     Args:
         command: writes progress events to its standard output (``workers.progress_line``).
         log: takes its standard error.
-        limit_s: then it gets SIGTERM, and is killed after ``GRACE_S``.
-        show: called with its progress, and again with the last of it while there is nothing new.
-        hear: called with every other line of its standard output.
-        lock: an open file that this process has locked. The process holds the lock, too: should it outlive this one,
-            nobody else gets the lock.
-        variables: further environment variables of the process.
-        caught: of ``deferred_signals`` in the main thread, for a call in another thread, to which no signal comes.
 
     Raises:
         KeyboardInterrupt, SystemExit: SIGINT, or SIGTERM or SIGHUP, came meanwhile; the process has been ended.
     """
-    deadline = time.monotonic() + limit_s
-    launcher = Launcher.here(deadline, lock)
-    with deferred_signals() if caught is None else contextlib.nullcontext(caught) as caught:
+    deadline = time.monotonic() + how.limit_s
+    launcher = Launcher.here(deadline, how.lock)
+    with how.signals() as caught:
         with log.open("wb") as errors:
             process = subprocess.Popen(
                 command,
@@ -80,10 +88,10 @@ def run_process(
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 start_new_session=True,
-                env=PATIENT | os.environ | dict(variables or {}) | {MARK: launcher.mark},
-                pass_fds=() if lock is None else (lock,),
+                env=PATIENT | os.environ | dict(how.variables) | {MARK: launcher.mark},
+                pass_fds=() if how.lock is None else (how.lock,),
             )
-        watch = OutputWatch(process, show, hear)
+        watch = OutputWatch(process, how.show, how.hear)
         try:
             timed_out = watch.until(deadline, caught)
             if process.returncode == -signal.SIGTERM and not caught:

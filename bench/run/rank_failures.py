@@ -46,13 +46,13 @@ def failed_elsewhere(job: Job) -> bool:
 
 
 def leave_note(job: Job, ending: RanksEnding) -> None:
-    """Tell the node of rank 0 how the ranks of this one ended, if not well."""
-    if not ending.well:
+    """Tell the other nodes how the ranks of this one ended, if not well; too late once the record is there."""
+    if not ending.well and not job.file(".json").exists():
         write_atomically(_hidden(job, f"lost-{min(ending.codes)}"), json.dumps(dict(ending.codes)).encode())
 
 
 def notes(job: Job) -> list[Path]:
-    """What other nodes have said about how their ranks ended."""
+    """What nodes have said about how their ranks ended."""
     return list(job.folder.glob(f".attempt-{job.attempt}.lost-*"))
 
 

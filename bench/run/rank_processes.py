@@ -24,7 +24,7 @@ from typing import Self
 
 from tpme.bench.lifetimes import MARK, Launcher, end_cell
 from tpme.bench.run import process
-from tpme.bench.run.process import PATIENT, OutputWatch, deferred_signals, kill_session, raise_signal, wait_for_signal
+from tpme.bench.run.process import PATIENT, OutputWatch, Supervision, kill_session, raise_signal, wait_for_signal
 from tpme.bench.workers import LISTENER
 
 LOOPBACK, THREADS = "127.0.0.1", "OMP_NUM_THREADS"
@@ -79,34 +79,28 @@ class RanksEnding:
 def run_ranks(
     command: Callable[[int], Sequence[str]],
     node: RanksOfNode,
-    *,
     log: Callable[[int], Path],
-    limit_s: float,
-    show: Callable[[str, float], None] = lambda *_: None,
-    hear: Callable[[str], None] | None = None,
-    lock: int | None = None,
-    variables: Mapping[str, str] | None = None,
-    caught: list[int] | None = None,
+    how: Supervision,
     stopped: Callable[[], bool] = lambda: False,
 ) -> RanksEnding:
-    """Run the ranks of this node to their end, at most ``limit_s``; the arguments are those of ``run_process``.
+    """Run the ranks of this node to their end, at most ``how.limit_s``, as ``run_process`` runs one process.
 
     Args:
-        command: of a rank. log: of a rank. show, hear: progress and further lines of the first rank.
+        command: of a rank. log: of a rank. how: shows and hears the first rank.
         stopped: asked now and then whether the cell has failed on another node.
 
     Raises:
         KeyboardInterrupt, SystemExit: SIGINT, or SIGTERM or SIGHUP, came meanwhile; the ranks have been ended.
     """
-    deadline = time.monotonic() + limit_s
-    launcher = Launcher.here(deadline, lock)
+    deadline = time.monotonic() + how.limit_s
+    launcher = Launcher.here(deadline, how.lock)
     started: list[subprocess.Popen[bytes]] = []
-    with deferred_signals() if caught is None else contextlib.nullcontext(caught) as caught:
+    with how.signals() as caught:
         try:
-            environment = PATIENT | os.environ | _shared(variables or {}, len(node.own)) | {MARK: launcher.mark}
-            for one in _started(command, node, log, environment, lock):
+            environment = PATIENT | os.environ | _shared(how.variables, len(node.own)) | {MARK: launcher.mark}
+            for one in _started(command, node, log, environment, how.lock):
                 started.append(one)
-            watch = OutputWatch(started[0], show, hear)
+            watch = OutputWatch(started[0], how.show, how.hear)
             timed_out = watch.until(deadline, caught, lambda: any(one.poll() for one in started[1:]) or stopped())
             if any(one.poll() == -signal.SIGTERM for one in started) and not caught:
                 wait_for_signal(caught)

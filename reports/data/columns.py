@@ -30,8 +30,11 @@ OWN_PHASES: frozenset[PhaseKind] = frozenset({"count", "inference", "probe"})
 """Kinds of phases in which the suite measures what training does not need."""
 
 
-def row_of(result: CellResult, device_key: str) -> dict[str, Any]:
-    """The columns of ``load`` for one record, without those over several and without paths; each text is one line."""
+def row_of(result: CellResult, device_key: str, users: int | None) -> dict[str, Any]:
+    """The columns of ``load`` for one record, without those over several and without paths; each text is one line.
+
+    ``users`` are those of its data, where that is known.
+    """
     columns = {
         "cell_id": result.cell_id,
         "attempt": result.attempt,
@@ -41,7 +44,7 @@ def row_of(result: CellResult, device_key: str) -> dict[str, Any]:
         "failure_message": result.failure.message if result.failure else None,
         "started_at": result.started_at,
         "wall_s": result.wall_s if result.source is None or result.wall_s else math.nan,
-        **_cell_columns(result.cell, device_key),
+        **_cell_columns(result.cell, device_key, users),
         "time_of": result.time_of,
         "source": result.source.name if result.source else "",
         **_cost_columns(result),
@@ -64,7 +67,7 @@ def _flags(result: CellResult) -> Iterator[Flag]:
             yield Flag(code="no-metric", message=f"no {name}: {metric.value.reason}")
 
 
-def _cell_columns(cell: Cell, device_key: str) -> dict[str, Any]:
+def _cell_columns(cell: Cell, device_key: str, users: int | None) -> dict[str, Any]:
     """Protocol and precision are those of recommendation; another task says in its settings what its rows share."""
     training = cell.training.model_dump(mode="json")
     precision = training.pop("precision")
@@ -86,7 +89,7 @@ def _cell_columns(cell: Cell, device_key: str) -> dict[str, Any]:
         ),
         "protocol": "" if other else cell.protocol,
         "precision": "" if other else precision,
-        "evaluation": "" if other else _evaluation(cell.evaluation),
+        "evaluation": "" if other else _evaluation(cell.evaluation, users),
         "task": cell.task,
         "settings": _canonical(cell.settings),
         "training": _canonical(training),
@@ -98,8 +101,8 @@ def _cell_columns(cell: Cell, device_key: str) -> dict[str, Any]:
     }
 
 
-def _evaluation(evaluation: Evaluation) -> str:
-    if evaluation.users is None:
+def _evaluation(evaluation: Evaluation, users: int | None) -> str:
+    if evaluation.users is None or (users is not None and evaluation.users >= users):
         return ALL_USERS
     return f"{evaluation.users:,} test users, seed {evaluation.seed}"
 

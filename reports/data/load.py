@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -121,7 +121,10 @@ def _is_whole(path: Path) -> bool:
 
 def to_frame(records: Sequence[Recorded]) -> pd.DataFrame:
     """The table of ``load`` without the test quality, from records already read; row ``i`` is ``records[i]``."""
-    return select_trials(_with_builds(pd.DataFrame([_row(recorded) for recorded in records])))
+    # What ended before it knew its data has that of its neighbours.
+    known = [recorded.result.dataset for recorded in records if recorded.result.dataset is not None]
+    users = {data.fingerprint: data.users for data in known}
+    return select_trials(_with_builds(pd.DataFrame([_row(recorded, users) for recorded in records])))
 
 
 def with_quality(frame: pd.DataFrame) -> pd.DataFrame:
@@ -187,11 +190,11 @@ def _with_builds(frame: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def _row(recorded: Recorded) -> dict[str, Any]:
+def _row(recorded: Recorded, users: Mapping[str, int]) -> dict[str, Any]:
     return {
         "path": str(recorded.path),
         "superseded": recorded.superseded,
-        **row_of(recorded.result, recorded.device_key),
+        **row_of(recorded.result, recorded.device_key, users.get(recorded.result.cell.dataset_fingerprint)),
         "ranks_path": recorded.beside("ranks"),
         "samples_path": recorded.beside("samples"),
     }

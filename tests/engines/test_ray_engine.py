@@ -514,6 +514,16 @@ def test_settings_of_slurm_are_refused(name: str) -> None:
         engine.RayEngine(RunProfile(on="ray", **{name: "x"}))
 
 
+def test_more_ranks_than_cores_of_a_cell_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "cluster_address", lambda _: "head:6379")
+    [job] = jobs(tmp_path, [1])
+    training = job.cell.training.model_copy(update={"devices": 2})
+    job = job.model_copy(update={"cell": job.cell.model_copy(update={"training": training})})
+    engine.RayEngine(RunProfile(on="ray", cpus=2)).check([job])
+    with pytest.raises(UserError, match=r"training.devices = 2: more than run.cpus = 1 of the profile$"):
+        engine.RayEngine(RunProfile(on="ray")).check([job])
+
+
 def test_an_address_is_for_ray_alone() -> None:
     with pytest.raises(UserError, match=r"\[run\] address: it is for Ray"):
         make_engine(RunProfile(address="head:6379"), device="cpu")

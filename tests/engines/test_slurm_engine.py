@@ -77,6 +77,7 @@ class Runs:
         """Run as ``tpme run --on slurm`` does; returns the records by the names of their folders."""
         engine = SlurmEngine(RunProfile(on="slurm", container=STUB, **profile), same_node)
         screen = Screen(Console(file=self.screen, width=500), len(jobs))
+        engine.check(jobs)
         with launch.locked_run(self.folder, shared=True) as lock, screen:
             names = [job.folder.name for job in jobs]
             (self.folder / "cells.json").write_text(json.dumps({"cells": names}))
@@ -169,6 +170,7 @@ def test_what_slurm_does_not_have_is_refused_in_one_line(runs: Runs, monkeypatch
         engine(nodes=3)
     with pytest.raises(UserError, match=r"training.devices = 1: run.nodes = 2 nodes cannot share them evenly"):
         runs.launch(jobs, nodes=2)
+    assert not runs.folder.exists(), "nothing is half written"
     with pytest.raises(UserError, match=r"sbatch: .*[Ii]nvalid feature"):
         runs.launch(jobs, constraint="fast")
     assert not (runs.folder / "slurm").exists()
@@ -354,9 +356,11 @@ def test_a_requeued_cell_goes_on_with_its_finished_parts(runs: Runs, slurm: Loca
 
 
 @pytest.mark.slow
-def test_the_cells_of_a_failed_node_run_again(runs: Runs, slurm: LocalSlurm) -> None:
+@pytest.mark.parametrize("extra", [{}, {"requeue": False, "no_requeue": True}])
+def test_the_cells_of_a_failed_node_run_again(runs: Runs, slurm: LocalSlurm, extra: dict[str, bool]) -> None:
+    """Also where Slurm does not queue their jobs again."""
     jobs = runs.jobs(*[{"does": "wait"}] * 4)
-    launcher = runs.start(jobs)
+    launcher = runs.start(jobs, extra=extra)
     wait_until(lambda: len(runs.ran("start")) == 4)
     slurm.command("scontrol", "update", "nodename=one", "state=down", "reason=test")
     try:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
-from plain_record import result
+import torch
+from plain_record import CELL, result
 
 from tpme.bench.measure.environment import CELLS_BESIDE, environment
 from tpme.bench.measure.phases import PhaseLog
 from tpme.bench.measure.rank_log import RankLog, job_environment, of_job
 from tpme.bench.quantities import memory_reading
 from tpme.bench.record import CellResult, Environment, Flag, GpuFacts, Memory, Phase, Reading, write_result
+from tpme.bench.run.cell_ranks import join
+from tpme.bench.train.ranks import Ranks
+
+if TYPE_CHECKING:
+    from tpme.bench.run.job import Job
 
 ENVIRONMENT = environment("cpu").model_copy(update={"cpu_threads": 1, "device_name": "a core"})
 
@@ -136,6 +143,17 @@ def test_ranks_meet_at_both_ends_of_training_and_nowhere_else() -> None:
         met.clear()
         raise ZeroDivisionError
     assert met == []
+
+
+def test_the_ranks_that_meet_are_those_of_the_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = Ranks(0, 2, torch.device("cpu"))
+    monkeypatch.setattr(Ranks, "join", lambda *_: ranks)
+    monkeypatch.setattr(Ranks, "objects", lambda _self, own: [own, own])
+    monkeypatch.setattr(Ranks, "from_first", lambda _self, value: value)
+    cell = CELL.model_copy(update={"training": CELL.training.model_copy(update={"devices": 2})})
+    phases = PhaseLog("cpu", None, None)
+    joined, environments = join(cast("Job", SimpleNamespace(cell=cell)), phases)
+    assert (joined, len(environments), phases.meet) == (ranks, 2, ranks.wait)
 
 
 def test_the_time_of_an_epoch_begins_and_ends_when_all_ranks_are_there() -> None:

@@ -22,6 +22,9 @@ class Engine(Protocol):
     shared: bool
     """Cells write into the run folder from other machines, also while no launcher is there."""
 
+    def check(self, attempts: Sequence[Job]) -> None:
+        """Raise UserError for attempts that cannot run there, as far as that can be known before anything is done."""
+
     def run(self, attempts: Sequence[Job], screen: Screen, lock: int) -> Iterator[tuple[Job, CellResult]]:
         """Run the attempts; yields each with its record as it ends, in any order.
 

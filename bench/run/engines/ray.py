@@ -73,6 +73,12 @@ class RayEngine:
         self.profile, self.same_node = profile, same_node
         self.address = cluster_address(profile.address)
 
+    def check(self, attempts: Sequence[Job]) -> None:
+        """See ``Engine.check``. What the nodes have is known once Ray is connected."""
+        devices = max((job.cell.training.devices for job in attempts if job.cell.device == "cpu"), default=1)
+        if devices > self.profile.cpus:
+            raise UserError(f"training.devices = {devices}: more than run.cpus = {self.profile.cpus} of the profile")
+
     def run(self, attempts: Sequence[Job], screen: Screen, lock: int) -> Iterator[tuple[Job, CellResult]]:
         """See ``Engine.run``. Signals end the cells."""
         with deferred_signals() as caught, connected(self.address):

@@ -43,7 +43,7 @@ from tpme.bench.run.engines.parcels import (
 )
 from tpme.bench.run.job import Job
 from tpme.bench.run.launch import locked_run, store_folder
-from tpme.bench.run.process import POLL_S, deferred_signals, raise_signal, run_process
+from tpme.bench.run.process import POLL_S, Supervision, deferred_signals, raise_signal, run_process
 from tpme.bench.run.version import code_version
 from tpme.methods.registry import available
 
@@ -171,8 +171,8 @@ def _build(order: CacheOrder, tell: Tell, caught: list[int]) -> None:
         command = [sys.executable, "-P", "-m", "tpme.bench.train.feature_builder"]
         command += [_moved_feature(feature, order.job, places, store), str(os.getpid())]
         left_s = max(0.0, until - time.monotonic())
-        variables = _variables(order.share)
-        run_process(command, log=log, limit_s=left_s, show=_shower(tell), variables=variables, caught=caught)
+        how = Supervision(left_s, _shower(tell), variables=_variables(order.share), caught=caught)
+        run_process(command, log, how)
     log.unlink()
 
 
@@ -294,7 +294,7 @@ def _variables(share: Portion) -> dict[str, str]:
 
 
 def _shower(tell: Tell) -> Callable[[str, float], None]:
-    """A function for ``run_process`` that passes progress on now and then."""
+    """A function for ``Supervision`` that passes progress on now and then."""
     last = [0.0]
 
     def show(what: str, share: float) -> None:

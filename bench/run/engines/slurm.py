@@ -12,6 +12,7 @@ started again, and finds them by the file of ``tpme.bench.run.engines.slurm_jobs
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from tpme.bench.record import CellResult
 from tpme.bench.run.engines.profile import RunProfile
@@ -30,10 +31,13 @@ class SlurmEngine:
     def __init__(self, profile: RunProfile, same_node: bool = False) -> None:
         self.submitter = Submitter(profile, same_node)
 
+    def check(self, attempts: Sequence[Job]) -> None:
+        """See ``Engine.check``."""
+        self.submitter.check(attempts, _run_folder(attempts))
+
     def run(self, attempts: Sequence[Job], screen: Screen, lock: int) -> Iterator[tuple[Job, CellResult]]:
         """See ``Engine.run``. Signals end this process and leave the jobs running."""
-        run = attempts[0].folder.parent.parent
-        self.submitter.check(attempts, run)
+        run = _run_folder(attempts)
         with deferred_signals() as caught:
             watch = SlurmWatch(self.submitter, run, attempts, screen)
             yield from watch.until_all_ended(caught)
@@ -44,3 +48,7 @@ class SlurmEngine:
                 f"'tpme status {run}' shows them, 'tpme cancel {run}' ends them."
             )
             raise_signal(caught[0])
+
+
+def _run_folder(attempts: Sequence[Job]) -> Path:
+    return attempts[0].folder.parent.parent
