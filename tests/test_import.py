@@ -9,7 +9,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from figure_checks import all_plots, boxes, overlapping
 from typer.testing import CliRunner
 
 from tpme.bench.cli import app
@@ -17,7 +19,9 @@ from tpme.bench.imports.csv_table import read_table
 from tpme.bench.imports.peft_comparison import DEFINITIONS, read_folder
 from tpme.bench.imports.published import write_runs
 from tpme.bench.record import CellResult, find_results, read_result
-from tpme.reports.report import make_report
+from tpme.reports.data.others import foot_of_others
+from tpme.reports.figures.style import add_foot, new_figure, row_label, style
+from tpme.reports.report import make_report, write_report
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = ROOT.parent / "shared" / "data" / "peft-method-comparison" / "MetaMathQA"
@@ -158,8 +162,6 @@ def test_the_published_files_make_the_report(published: Path, tmp_path: Path) ->
     """To repair: the commands at the end of docs/peft-comparison/README.md."""
     from test_results import contents
 
-    from tpme.reports.report import write_report
-
     docs = ROOT / "docs" / "peft-comparison"
     title = re.search(r'--title "(.*)"', (docs / "README.md").read_text(encoding="utf-8"))
     assert title is not None
@@ -260,12 +262,19 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
 # --- never unmarked -------------------------------------------------------------------------------------------
 
 
+def write_second_source(tmp_path: Path) -> None:
+    """The same file by somebody else, a second slower, below ``out2``."""
+    source = tmp_path / "other"
+    shutil.copytree(tmp_path / "files", source)
+    for path in source.iterdir():
+        path.write_text(path.read_text(encoding="utf-8").replace('"train time": 11.0', '"train time": 12.0'))
+    write_runs(read_folder(source, name="somebody else"), tmp_path / "out2")
+
+
 def test_rows_of_others_share_no_frame_unless_mixed(tmp_path: Path) -> None:
     """Nor do two sources; with ``mix`` every name and the answer say who measured."""
     imported(tmp_path)
-    source = tmp_path / "other"
-    shutil.copytree(tmp_path / "files", source)
-    write_runs(read_folder(source, name="somebody else"), tmp_path / "out2")
+    write_second_source(tmp_path)
     both = [tmp_path / "out", tmp_path / "out2"]
     sections = make_report(both).sections
     assert len(sections) == 2
@@ -277,3 +286,64 @@ def test_rows_of_others_share_no_frame_unless_mixed(tmp_path: Path) -> None:
         "lora [rank8, measured by others: somebody else]",
     ]
     assert any(note.startswith("Mixed: rows of different sources") for note in mixed.notes.shared)
+
+
+def test_every_figure_names_who_measured(tmp_path: Path) -> None:
+    """A picture is copied without the page around it."""
+    imported(tmp_path)
+    write_second_source(tmp_path)
+    (section,) = make_report([tmp_path / "out"]).sections
+    plots = all_plots(section)
+    assert [plot.name for plot in plots] == ["costs", "learning"]
+    for plot in plots:
+        said = [text.get_text() for text in plot.figure.texts]
+        assert said == ["Measured by others: huggingface/peft method_comparison, commit 5d602fd"], plot.name
+        with style():
+            assert overlapping(plot.figure) == [], plot.name
+    costs = plots[0].figure
+    assert "M, torch's allocator (MB)" in [axes.get_title() for axes in costs.axes]
+    (mixed,) = make_report([tmp_path / "out", tmp_path / "out2"], mix=True).sections
+    assert sorted(row_label(mixed, name) for name in mixed.lines) == ["lora [rank8]†*", "lora [rank8]‡*"]
+    foot = foot_of_others([one.result for one in mixed.records], mixed=True)
+    assert foot.endswith(": † huggingface/peft method_comparison, commit 5d602fd; ‡ somebody else")
+    plots = all_plots(mixed)
+    assert {"quality-tpme", "tpme", "costs", "learning"} <= {plot.name for plot in plots}
+    for plot in plots:
+        (said, *rest) = [text.get_text().replace("\n", " ") for text in plot.figure.texts]
+        assert (said, rest) == (foot, []), plot.name
+        with style():
+            assert overlapping(plot.figure) == [], plot.name
+
+
+def test_a_foot_moves_nothing_of_a_figure() -> None:
+    with style():
+        figure = new_figure(3, 2)
+        axes = figure.add_axes((0.2, 0.3, 0.5, 0.6))
+        axes.plot([0, 1], label="line")
+        figure.legend(loc="lower center")
+        figure.text(0.1, 0.95, "above")
+        before = axes.get_window_extent().bounds, [box.bounds for _, box in boxes(figure)]
+        add_foot(figure, "who measured " * 12)
+        after = axes.get_window_extent().bounds, [box.bounds for _, box in boxes(figure)]
+        grown = (figure.get_figheight() - 2) * figure.dpi
+        assert 30 < grown < 200
+        assert after[0] == pytest.approx(np.add(before[0], (0, grown, 0, 0)))
+        assert overlapping(figure) == []
+        assert all(box.x1 < 3 * figure.dpi for _, box in boxes(figure))
+
+
+def test_a_report_of_others_says_nothing_that_holds_of_our_own_runs_alone(tmp_path: Path) -> None:
+    imported(tmp_path)
+    write_second_source(tmp_path)
+    write_report([tmp_path / "out"], tmp_path / "one", formats=("html", "json", "csv"))
+    write_report([tmp_path / "out", tmp_path / "out2"], tmp_path / "both", formats=("html", "json", "csv"), mix=True)
+    texts = [path.read_text(encoding="utf-8") for path in tmp_path.rglob("*.md")]
+    assert len(texts) == 4
+    for text in texts:
+        assert not re.search(
+            r"doctor --noise|tpme run|feature cache|recall|ndcg|\busers?\b|\bitems?\b", text, re.IGNORECASE
+        )
+    page = (tmp_path / "one" / "index.html").read_text(encoding="utf-8")
+    assert ">Memory M<" in page
+    assert '"memory_help":"By accelerator_memory_max, reserved by torch' in page.replace('": "', '":"')
+    assert not [path for path in tmp_path.rglob("tables/*") if "recall" in path.read_text(encoding="utf-8")]
