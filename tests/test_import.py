@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import json
 import re
@@ -18,7 +19,7 @@ from tpme.bench.cli import app
 from tpme.bench.imports.csv_table import read_table
 from tpme.bench.imports.peft_comparison import DEFINITIONS, read_folder
 from tpme.bench.imports.published import write_runs
-from tpme.bench.record import CellResult, find_results, read_result
+from tpme.bench.record import CellResult, find_results, read_result, write_result
 from tpme.reports.data.others import foot_of_others
 from tpme.reports.figures.style import add_foot, new_figure, row_label, style
 from tpme.reports.report import make_report, write_report
@@ -218,6 +219,23 @@ def test_the_documented_table_is_imported(tmp_path: Path) -> None:
     assert any("no accuracy: left out of the table" in note for note in section.notes.footnotes)
 
 
+def test_a_table_keeps_its_source_and_what_it_says_of_itself(tmp_path: Path) -> None:
+    table, mapping = documented(tmp_path)
+    text = mapping.read_text(encoding="utf-8")
+    mapping.write_text(f'commit = "4bb1e2f"\n{text}', encoding="utf-8")
+    write_runs(read_table(table, mapping), tmp_path / "out")
+    for path in find_results([tmp_path / "out"]):
+        record = read_result(path)
+        assert record.source is not None
+        said = record.source.name, record.source.reference, record.source.commit
+        assert said == ("Doe et al. 2026, table 3", "https://example.org/doe2026", "4bb1e2f")
+        assert record.source.definitions["T"] == "time of training alone, as the authors say"
+        assert record.source.definitions["P"] == 'column "Params (M)"'
+        assert record.cell.settings == {"model": "Llama-3.2-3B", "batch": 4}
+        assert record.environment is not None
+        assert (record.environment.device_name, record.cell.device) == ("NVIDIA L40S", "cuda")
+
+
 @pytest.mark.parametrize(
     ("file", "old", "new", "what"),
     [
@@ -347,3 +365,34 @@ def test_a_report_of_others_says_nothing_that_holds_of_our_own_runs_alone(tmp_pa
     assert ">Memory M<" in page
     assert '"memory_help":"By accelerator_memory_max, reserved by torch' in page.replace('": "', '":"')
     assert not [path for path in tmp_path.rglob("tables/*") if "recall" in path.read_text(encoding="utf-8")]
+
+
+def test_the_gate_and_the_export_say_who_measured_and_why_something_is_missing(tmp_path: Path) -> None:
+    imported(tmp_path)
+    baseline = tmp_path / "baseline.json"
+    for command in (
+        ["baseline", str(tmp_path / "out"), "--out", str(baseline)],
+        ["check", str(tmp_path / "out"), "--baseline", str(baseline), "--all"],
+    ):
+        done = CliRunner().invoke(app, command, env={"COLUMNS": "200"})
+        assert done.exit_code == 0, done.output
+        assert "Card 9, measured by others: huggingface/peft method_comparison" in done.output
+        assert "tpme ab" not in done.output
+    record = read_result(find_results([tmp_path / "out"])[0])
+    assert record.environment is not None
+    ours = record.model_copy(update={"source": None})  # as if measured here, on a device of that name
+    write_result(ours, tmp_path / "ours" / "cells" / ours.cell_id / "attempt-1.json")
+    done = CliRunner().invoke(app, ["check", str(tmp_path / "ours"), "--baseline", str(baseline)])
+    assert "not compared: reserved" not in done.output
+    assert "memory" not in done.output.partition("numbers compared: ")[2].partition("\n")[0], "of another device"
+    metrics = result_file()["train_info"]["metrics"][:2]
+    other = tmp_path / "other"
+    other.mkdir()
+    imported(other, metrics=metrics, status="canceled")
+    table = tmp_path / "all.csv"
+    assert CliRunner().invoke(app, ["export", str(other / "out"), "--out", str(table)]).exit_code == 0
+    (row,) = csv.DictReader(table.read_text(encoding="utf-8").splitlines())
+    assert (row["source"], row["source_commit"]) == ("huggingface/peft method_comparison", "5d602fd")
+    assert json.loads(row["source_definitions"]) == DEFINITIONS
+    assert json.loads(row["missing_reasons"])["metric_test accuracy"] == "not published"
+    assert json.loads(row["missing_reasons"])["peak_nvml_device_bytes"] == "not published"
