@@ -37,6 +37,7 @@ def result_file(**changes: Any) -> dict[str, Any]:
         for step in (100, 200)
     ]
     config = {"model_id": "org/Model-1B", "max_steps": 200, "seed": 3, "batch_size": 4, "optimizer_kwargs": {"lr": 0.1}}
+    config |= {"eval_steps": 100}
     run = {
         "created_at": "2026-07-14T13:26:19+00:00", "total_time": 60.0, "experiment_name": "lora/model-1B-rank8",
         "peft_config": {"peft_type": "LORA", "r": 8, "target_modules": ["v_proj", "q_proj"], "rank_pattern": {}},
@@ -75,7 +76,7 @@ def test_a_result_file_is_a_record(tmp_path: Path) -> None:
     assert record.cell.options["experiment"] == "rank8"
     assert record.cell.options["peft"] == {"r": 8, "target_modules": ["q_proj", "v_proj"]}
     assert record.cell.options["training"] == {"optimizer_kwargs": {"lr": 0.1}}
-    assert record.cell.settings == {"model_id": "org/Model-1B", "max_steps": 200, "batch_size": 4}
+    assert record.cell.settings == {"model_id": "org/Model-1B", "max_steps": 200, "batch_size": 4, "eval_steps": 100}
     assert (record.epoch_time_s.value, record.time_of) == (23.0, "200 steps")
     assert record.all_in_s is not None
     assert record.all_in_s.value == 40.0
@@ -112,8 +113,13 @@ def test_a_run_that_did_not_succeed_is_a_row(tmp_path: Path, message: str, statu
     [
         ({"train_time": "long"}, "field 'train_info.train_time'"),
         ({"max_steps": 300}, "intervals up to step 200 of 300"),
-        ({"metrics": [{"step": step, "train time": 1.0} for step in (150, 100, 200)]}, "step 100 after step 150"),
+        ({"metrics": [{"step": step, "train time": 1.0} for step in (100, 50, 200)]}, "step 50 after step 100"),
         ({"num_trainable_params": -1}, "num_trainable_params"),
+        ({"metrics": [{"step": 100}, {"step": 200, "train time": 1.0}]}, "no `train time` at step 100"),
+        (
+            {"eval_steps": 100, "metrics": [{"step": 200, "train time": 1.0}]},
+            "no `train time` between steps 0 and 200, though each interval has 100",
+        ),
     ],
 )
 def test_a_wrong_file_is_one_line_and_nothing_is_written(tmp_path: Path, changes: dict[str, Any], what: str) -> None:
