@@ -229,7 +229,12 @@ def test_a_table_keeps_its_source_and_what_it_says_of_itself(tmp_path: Path) -> 
     table, mapping = documented(tmp_path)
     text = mapping.read_text(encoding="utf-8")
     mapping.write_text(f'commit = "4bb1e2f"\n{text}', encoding="utf-8")
-    write_runs(read_table(table, mapping), tmp_path / "out")
+    rows = table.read_text(encoding="utf-8").replace("18.4,", '"1,018.4",')
+    table.write_text(rows, encoding="utf-8")
+    write_runs(runs := read_table(table, mapping), tmp_path / "out")
+    assert [run.parameters.trainable for run in runs if run.parameters] == [9_200_000, 1_018_400_000] + [
+        3_212_000_000
+    ] * 2
     for path in find_results([tmp_path / "out"]):
         record = read_result(path)
         assert record.source is not None
@@ -246,6 +251,9 @@ def test_a_table_keeps_its_source_and_what_it_says_of_itself(tmp_path: Path) -> 
     ("file", "old", "new", "what"),
     [
         ("table.csv", "22.3,", "much,", "line 2: 'much' in column 'Mem (GB)' is not a number"),
+        ("table.csv", "10.5,", '"1.234,5",', "line 2: '1.234,5' in column 'Time (min)' is not a number"),
+        ("table.csv", "10.5,", '"10,5",', "line 2: '10,5' in column 'Time (min)' is not a number"),
+        ("table.csv", "10.5,", "1_0,", "line 2: '1_0' in column 'Time (min)' is not a number"),
         ("table.csv", "LoRA,64,", "LoRA,8,", "method, options, settings and seed are those of"),
         ("table.csv", ",ok\nFull", "\nFull", "line 3: 7 fields, the header has 8"),
         ("table.csv", "Seed", "r", "line 1: every column needs a name of its own"),
