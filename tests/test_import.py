@@ -410,3 +410,14 @@ def test_the_gate_and_the_export_say_who_measured_and_why_something_is_missing(t
     assert json.loads(row["source_definitions"]) == DEFINITIONS
     assert json.loads(row["missing_reasons"])["metric_test accuracy"] == "not published"
     assert json.loads(row["missing_reasons"])["peak_nvml_device_bytes"] == "not published"
+
+
+def test_a_quality_that_no_row_has_is_reported_as_missing(tmp_path: Path) -> None:
+    imported(tmp_path, metrics=result_file()["train_info"]["metrics"][:2])
+    report = write_report([tmp_path / "out"], tmp_path / "report", formats=("html", "csv", "png"))
+    (section,) = report.sections
+    assert section.summary["metric_test accuracy"].isna().all()
+    assert "no test accuracy: not published" in section.notes.footnotes
+    for command in (["choose", str(tmp_path / "out")], ["compare", str(tmp_path / "out"), str(tmp_path / "out")]):
+        done = CliRunner().invoke(app, command)
+        assert done.exit_code == 0, (done.output, done.exception)
