@@ -120,7 +120,8 @@ def costs(section: Section) -> Plot | None:
     if section.reference is not None:
         caption += f" Lengths are multiples of {section.reference}, the dashed line."
     if np.isfinite(np.hstack([_reach(rows, name) for name, *_ in columns])).any():
-        caption += f" Error bars: of T the 95 % interval over seeds and {section.parts}, of M the deviation over seeds."
+        caption += f" Error bars: of T the 95 % interval over seeds and {section.parts},"
+        caption += " of M the standard deviation over seeds."
     if logarithmic:
         caption += f" Dots in place of bars: the axis is logarithmic ({', '.join(logarithmic)})."
     if bounded.any():
