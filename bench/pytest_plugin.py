@@ -1,4 +1,5 @@
-"""pytest plug-in: ``tpme_contract`` checks a method, ``tpme_cell`` runs a cell, the marker ``tpme`` limits its cost.
+"""pytest plug-in: ``tpme_contract`` checks a method, ``tpme_cell`` runs a cell, ``tpme_recorded`` reads what a Recorder
+wrote, the marker ``tpme`` limits the cost of either; ``tpme_check`` compares records with a baseline.
 
     def test_my_method(tpme_contract):
         tpme_contract("norms", methods_path="methods")
@@ -7,6 +8,12 @@
     def test_cost(tpme_cell):
         cell = tpme_cell("norms", methods_path="methods")
         assert cell.counters["forward_flops"] < 2e10
+
+    @pytest.mark.tpme(max_params=60_000)
+    def test_own_loop(tpme_recorded, tpme_check, tmp_path):
+        train(folder=tmp_path)  # with a Recorder
+        tpme_recorded(tmp_path)
+        tpme_check(tmp_path, baseline="baseline.json")
 
 Exact counters are the same on every machine, so such a test cannot flake. Where pytest-benchmark is installed, the
 times of the training steps go into its table and its JSON, with memory and counters in ``extra_info``.
@@ -18,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +37,8 @@ if TYPE_CHECKING:
 
     from tpme.bench.contract.checks import CheckResult
     from tpme.bench.record import CellResult
+    from tpme.reports.data.load import Recorded
+    from tpme.reports.gate.verdict import GateReport
 
 LIMITS: dict[str, tuple[str, ...]] = {
     "max_params": ("trainable_parameters",),
@@ -45,7 +55,7 @@ SMALL = (
     "training.epochs=2",
 )
 """Settings laid over the preset ``demo`` where a test names no matrix."""
-_UNUSED = "is marked tpme(...), but ran no cell: nothing was measured; call the fixture tpme_cell"
+_UNUSED = "is marked tpme(...), but ran no cell: nothing was measured; call the fixture tpme_cell or tpme_recorded"
 
 
 @dataclass(frozen=True)
@@ -58,7 +68,9 @@ class MeasuredCell:
 
 
 RunCell = Callable[..., MeasuredCell]
+ReadCell = Callable[["str | Path"], MeasuredCell]
 RunContract = Callable[..., "list[CheckResult]"]
+RunCheck = Callable[..., "GateReport"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -69,31 +81,99 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Refuse a marker that sets no limit."""
     limits = _limits(item)
-    if limits is not None and "tpme_cell" not in getattr(item, "fixturenames", ()):
+    if limits is not None and "_tpme_cells" not in getattr(item, "fixturenames", ()):
         pytest.fail(f"{item.name} {_UNUSED}", pytrace=False)
 
 
 @pytest.fixture
-def tpme_cell(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RunCell]:
-    """A function that runs one cell in its own process and returns what it measured.
-
-    ``tpme_cell(method, *, matrix=None, options=None, cached=False, methods_path=(), settings=(), device="cpu")``:
-    ``matrix`` is a preset or TOML file that gives one data set, one pair of encoders and one seed; its methods are
-    replaced by ``method``. Folders are relative to the root of the tests.
-    """
+def _tpme_cells(request: pytest.FixtureRequest) -> Iterator[Callable[[MeasuredCell], MeasuredCell]]:
+    """Takes every cell that a test measures or reads, and holds it to the marker's limits; a marked test needs one."""
     cells: list[MeasuredCell] = []
 
-    def run(method: str, **settings: Any) -> MeasuredCell:
-        cell = _run(method, tmp_path / f"tpme-{len(cells)}", request.config.rootpath, **settings)
+    def take(cell: MeasuredCell) -> MeasuredCell:
         cells.append(cell)
         if len(cells) == 1:
             _report_benchmark(request, cell)
         _check_limits(request.node, cell)
         return cell
 
-    yield run
+    yield take
     if _limits(request.node) is not None and not cells:
         pytest.fail(f"{request.node.name} {_UNUSED}", pytrace=False)
+
+
+@pytest.fixture
+def tpme_cell(
+    request: pytest.FixtureRequest, tmp_path: Path, _tpme_cells: Callable[[MeasuredCell], MeasuredCell]
+) -> RunCell:
+    """A function that runs one cell in its own process and returns what it measured.
+
+    ``tpme_cell(method, *, matrix=None, options=None, cached=False, methods_path=(), settings=(), device="cpu")``:
+    ``matrix`` is a preset or TOML file that gives one data set, one pair of encoders and one seed; its methods are
+    replaced by ``method``. Folders are relative to the root of the tests.
+    """
+    numbers = count()
+
+    def run(method: str, **settings: Any) -> MeasuredCell:
+        return _tpme_cells(_run(method, tmp_path / f"tpme-{next(numbers)}", request.config.rootpath, **settings))
+
+    return run
+
+
+@pytest.fixture
+def tpme_recorded(request: pytest.FixtureRequest, _tpme_cells: Callable[[MeasuredCell], MeasuredCell]) -> ReadCell:
+    """A function that reads the record of a ``Recorder`` and returns what it measured.
+
+    ``tpme_recorded(path)``: the record, which is ``run.path``, or a run folder with one cell, of which the last attempt
+    counts. A training that failed fails the test.
+    """
+
+    def read(path: str | Path) -> MeasuredCell:
+        from tpme.bench.errors import UserError
+        from tpme.reports.gate.measures import read_records
+
+        try:
+            records = read_records([request.config.rootpath / path])
+        except UserError as error:
+            pytest.fail(f"tpme_recorded: {error}", pytrace=False)
+        if len(records) != 1:
+            pytest.fail(f"tpme_recorded: {path} holds {len(records)} cells; name the record of one", pytrace=False)
+        return _tpme_cells(_measured("tpme_recorded", records[0]))
+
+    return read
+
+
+@pytest.fixture
+def tpme_check(request: pytest.FixtureRequest) -> RunCheck:
+    """A function that compares records with a baseline, as ``tpme check`` does, and returns its report.
+
+    ``tpme_check(runs, *, baseline, require=(), time_threshold=0.1, ...)``: ``runs`` is a run folder or several,
+    ``baseline`` a file of ``tpme baseline`` or a run folder; thresholds are named as the options of ``tpme check``. The
+    test fails where that command does not end with exit code 0: for what regressed, and for what may have.
+    """
+
+    def check(
+        runs: str | Path | Sequence[str | Path],
+        *,
+        baseline: str | Path,
+        require: str | Sequence[str] = (),
+        **policy: Any,
+    ) -> GateReport:
+        from tpme.bench.commands.gate import policy_of
+        from tpme.bench.errors import UserError
+        from tpme.reports.gate.check import check_runs
+        from tpme.reports.gate.formats import plain
+
+        root, kinds = request.config.rootpath, [require] if isinstance(require, str) else require
+        try:
+            report = check_runs(_folders(runs, root), root / baseline, policy_of(kinds, **policy))
+        except UserError as error:
+            pytest.fail(f"tpme_check: {error}", pytrace=False)
+        if report.exit_code:
+            pytest.fail(plain(report), pytrace=False)
+        return report
+
+    return check
 
 
 @pytest.fixture
@@ -154,8 +234,7 @@ def _run(
     from tpme.bench.errors import UserError
     from tpme.bench.run.launch import run_matrix, store_folder
     from tpme.bench.run.matrix import MethodEntry, load_matrix, presets
-    from tpme.reports.gate.measures import counters, read_records
-    from tpme.reports.gate.readings import step_times
+    from tpme.reports.gate.measures import read_records
 
     try:
         if matrix is None:
@@ -175,11 +254,19 @@ def _run(
         pytest.fail(f"tpme_cell: {error}", pytrace=False)
     if len(results) != 1:
         pytest.fail(f"tpme_cell: the matrix gives {len(results)} cells, tpme_cell runs one", pytrace=False)
-    (result,) = results
+    (recorded,) = read_records([folder])
+    return _measured("tpme_cell", recorded)
+
+
+def _measured(fixture: str, recorded: Recorded) -> MeasuredCell:
+    """The cell of a record; fails the test where its training did not finish."""
+    from tpme.reports.gate.measures import counters
+    from tpme.reports.gate.readings import step_times
+
+    result = recorded.result
     if result.status != "ok":
         message = result.failure.message if result.failure else "no message"
-        pytest.fail(f"tpme_cell: {method} ended as {result.status}: {message}", pytrace=False)
-    (recorded,) = read_records([folder])
+        pytest.fail(f"{fixture}: {result.cell.method} ended as {result.status}: {message}", pytrace=False)
     return MeasuredCell(result, counters(result), step_times(recorded))
 
 

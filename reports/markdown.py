@@ -102,7 +102,8 @@ def details_md(title: str, chapters: Sequence[Chapter], formats: Sequence[str], 
         for table in chapter.tables[1:]:
             if not table.long:
                 lines += [f"### {escape_markdown(table.title)}", "", to_markdown(table, footnotes=False)]
-    return "\n".join([*lines, *_repeat(command, formats)]).rstrip() + "\n"
+    ours = any(chapter.section.ranked for chapter in chapters)
+    return "\n".join([*lines, *_repeat(command, formats, ours=ours)]).rstrip() + "\n"
 
 
 def _bold_start(text: str) -> str:
@@ -143,10 +144,11 @@ def measured(section: Section) -> str:
     ]
     devices = {recorded.result.environment.device_name for recorded in section.records if recorded.result.environment}
     device = " and ".join(sorted(devices)) or section.group.key["device_key"]
+    others = "Some rows measured by others" if "source" in section.group.mixed else "Measured by others"
     return (
         f"{_plural(len(section.summary), 'row')} in {_plural(len(cells), 'run')} on {data}"
         f"{f' with {encoders}' if encoders else ''}; {', '.join(part for part in (*conditions, device) if part)}."
-        + (f" Measured by others: {section.group.key['source']}." if "source" in section.group.key else "")
+        + (f" {others}: {section.group.key['source']}." if "source" in section.group.key else "")
     )
 
 
@@ -209,7 +211,12 @@ def _plural(count: int, noun: str) -> str:
     return f"{count} {noun}" + ("" if count == 1 else "s")
 
 
-def _repeat(command: str, formats: Sequence[str]) -> list[str]:
+def _repeat(command: str, formats: Sequence[str], *, ours: bool) -> list[str]:
+    """How to make the report again; with ``ours``, also how to measure again what ``tpme run`` measured."""
+    again = (
+        "Every record holds the whole configuration of its cell; `tpme run` with the same matrix measures again what "
+        "is missing and nothing else."
+    )
     kept = [ending for ending in ("csv", "json", "tex") if ending in formats]
     where = [f"The tables are in `tables/` as {', '.join(kept)}, unrounded where programs read them."] if kept else []
     return [
@@ -221,7 +228,6 @@ def _repeat(command: str, formats: Sequence[str]) -> list[str]:
         command,
         "```",
         "",
-        "Every record holds the whole configuration of its cell; `tpme run` with the same matrix measures again "
-        "what is missing and nothing else.",
+        *([again] if ours else []),
         *where,
     ]

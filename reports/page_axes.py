@@ -92,7 +92,7 @@ class Axes:
         self._frame = frame.assign(flops=counted["forward_flops"] + counted["backward_flops"])
         self._lines = dict(zip(section.lines, lines_of(self._frame), strict=True))
         offered = {"tpme_percent": section.frame is not None, "cost_ratio": section.reference is not None}
-        costs = COSTS if section.ranked else _other_costs(section.time_of)
+        costs = COSTS if section.ranked else _other_costs(section.time_of, section.parts)
         metrics = METRICS | {
             what.key: (what.header, f"as its records name it; {what.better} is better", SEEDS)
             for what in section.qualities
@@ -140,10 +140,12 @@ def _number(line: Line, key: str) -> float | None:
     return None if value is None or isnan(value) else float(value)
 
 
-def _other_costs(time_of: str) -> dict[str, tuple[str, str, str]]:
+def _other_costs(time_of: str, parts: str) -> dict[str, tuple[str, str, str]]:
     """The costs of another task than recommendation, which has no feature cache and perhaps no epochs."""
+    repeats = REPEATS.replace("epochs", parts)
     return COSTS | {
-        "epoch_time_s": ("Training time T", f"of {time_of}, training alone", REPEATS),
+        "tpme_percent": (*COSTS["tpme_percent"][:2], repeats),
+        "epoch_time_s": ("Training time T", f"of {time_of}, training alone", repeats),
         "memory_bytes": ("Training peak memory M", "the most that was held, as its rows were measured", SEEDS),
         "all_in_s": ("All in", "the whole time of training, as its rows were measured", SEEDS),
         "energy_epoch_j": ("Training energy E", f"of {time_of}, by the counter of the GPU", SEEDS),

@@ -27,7 +27,7 @@ EPOCH = "<b>Epoch</b>: once through all training users."
 
 
 def words(sections: Sequence[Section]) -> dict[str, str]:
-    """Fields of the page's HTML: ``meanings`` and ``repeats`` of the marks, ``time`` and ``parts`` of its controls."""
+    """Fields of the page's HTML: ``meanings``, ``repeats`` of the marks; ``time``, ``memory``, ``parts`` of labels."""
     ranked = any(section.ranked for section in sections)
     other = not all(section.ranked for section in sections)
     lines: Iterable[str] = (*(RANKED if ranked else ()), *(OTHER if other else ()))
@@ -35,6 +35,7 @@ def words(sections: Sequence[Section]) -> dict[str, str]:
         "meanings": "\n".join(f"<li>{line}</li>" for line in lines),
         "repeats": f"<li>{SEED}{f' {EPOCH}' if ranked else ''}</li>",
         "time": "Epoch time T" if ranked else "Time T",
+        "memory": "Memory M" if any("source" in section.group.key for section in sections) else "Training memory M",
         "parts": "epochs" if ranked else "parts",
     }
 
@@ -42,7 +43,8 @@ def words(sections: Sequence[Section]) -> dict[str, str]:
 def group_words(section: Section) -> dict[str, object]:
     """The same of a group, for its columns and curves."""
     curve = validated(epoch for first in section.firsts().values() for epoch in first.result.epochs)
-    epochs = "time_of" not in section.group.key
+    others = "source" in section.group.key
+    read_by = sorted(set(section.summary["memory_source"][section.summary["memory_bytes"].notna()]))
     return {
         "qualities": [
             {
@@ -54,8 +56,10 @@ def group_words(section: Section) -> dict[str, object]:
             for what in section.qualities
         ],
         "time_of": section.time_of,
-        "time_title": "Epoch time T" if epochs else f"T of {section.time_of}",
-        "parts": "epochs" if epochs else "parts of the run",
+        "time_title": "Epoch time T" if section.parts == "epochs" else f"T of {section.time_of}",
+        "memory_title": "Memory M" if others else "Training memory M",
+        "memory_help": f"By {'; '.join(read_by)}" if others and read_by else "Peak memory of training",
+        "parts": section.parts,
         "along": "seconds of training, without cache and validation" if section.ranked else "seconds of training",
         "validated": curve,
         "validation": curve if not curve or "valid" in curve else f"{curve} in validation",

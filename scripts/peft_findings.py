@@ -19,6 +19,7 @@ import pandas as pd
 from tpme.bench.quantities import bytes_text, number, quantity
 from tpme.reports.data.section import Section
 from tpme.reports.data.tpme import Weights, pareto, tpme
+from tpme.reports.figures.weight_plot import winner
 from tpme.reports.report import make_report
 from tpme.reports.tables.table import escape_markdown, markdown_row
 
@@ -110,10 +111,25 @@ def fronts(section: Section) -> str:
     return "\n".join(lines)
 
 
+def _alike(rows: pd.DataFrame) -> pd.DataFrame:
+    return rows[[not apart(rows[ACCURACY].max(), value) for value in rows[ACCURACY]]]
+
+
+def spreads(section: Section) -> str:
+    """How far rows that are alike in accuracy lie apart in time and in what they forget."""
+    good = _alike(section.summary)
+    time, forgotten = (good[key].max() / good[key].min() for key in ("epoch_time_s", FORGETTING))
+    return (
+        f"These {len(good)} rows are not told apart from the best one by a test of two proportions. Their times differ "
+        f"by a factor of {time:.1f},\nand how much they forget (loss on Wikipedia after training, less that before) by "
+        f"a factor of {forgotten:.1f}: choose by that."
+    )
+
+
 def alike(section: Section) -> str:
     """The rows whose accuracy is not told apart from the best, by TPME."""
     rows = section.summary
-    good = rows[[not apart(rows[ACCURACY].max(), value) for value in rows[ACCURACY]]].sort_values("tpme")
+    good = _alike(rows).sort_values("tpme")
     head = ("Row", "Accuracy", "Forgetting", "T", "All in", "P", "M", "Stored", "TPME (%)", "Cost / FFT")
     costs = ("epoch_time_s", "all_in_s", "trainable_millions", "memory_bytes", "stored_bytes")
     return table(
@@ -132,10 +148,27 @@ def alike(section: Section) -> str:
     )
 
 
+def scale(section: Section) -> str:
+    """Which row is the cheapest under most weights, and which rows set the scale of TPME."""
+    rows, first = section.summary, winner(section)
+    assert first is not None
+    name, share = first
+    ends = {key: " and ".join(map(str, rows[key].nlargest(2).index)) for key in ("epoch_time_s", "memory_bytes")}
+    text = (
+        f"TPME weighs time {section.weights.time:.2f}, parameters {section.weights.parameters:.2f} and memory "
+        f"{section.weights.memory:.2f} between the least and the most of the {len(rows)} rows. {name} is the cheapest "
+        f"under {int(100 * share)} % of all weights, and its accuracy is {accuracy(rows[ACCURACY][name])}: cost alone "
+        f"chooses nothing. The scale is set by few rows: {ends['epoch_time_s']} for time, "
+        f"{rows['trainable_millions'].idxmax()} for parameters, {ends['memory_bytes']} for memory. So "
+        f"{(rows['tpme'] < 0.2).sum()} rows lie below 20 %;"
+    )
+    return f"{escape_markdown(text)} the [ratios to full fine-tuning](details.md) do not depend on them."
+
+
 def weighted(section: Section) -> str:
     """Which rows have the lowest TPME under other weights, and where LoRA and full fine-tuning stand."""
     rows = section.summary
-    good = rows[[not apart(rows[ACCURACY].max(), value) for value in rows[ACCURACY]]].index
+    good = _alike(rows).index
     lines = [(text, rows) for text in WEIGHTS]
     lines.append(("0.45,0.10,0.45 with train_time as T", rows.assign(epoch_time_s=rows["all_in_s"])))
     table_rows = []
@@ -167,6 +200,26 @@ def stored(section: Section) -> str:
     )
 
 
+def configurations(section: Section) -> str:
+    """How many configurations methods have."""
+    counts = section.summary.groupby("label").size()
+    return (
+        f"Configurations of one method can lie as far apart as methods do. {(counts == 1).sum()} of {len(counts)} "
+        f"methods have one, LoRA has {counts['lora']}."
+    )
+
+
+def commits(section: Section) -> str:
+    """The rows that ran at another commit of peft than most."""
+    versions = pd.Series({name: results[0].code_version for name, results in section.behind.items()})
+    usual = versions.mode()[0]
+    others = versions.index[versions != usual]
+    return (
+        f'- **{len(others)} rows** ran at other commits of peft than the rest ([details](details.md), "Measured on"): '
+        f"{escape_markdown(', '.join(map(str, others)))}."
+    )
+
+
 def rates(section: Section) -> str:
     """Methods with several configurations: their worst and best accuracy."""
     rows = section.summary
@@ -191,7 +244,8 @@ def rates(section: Section) -> str:
 
 
 BLOCKS = {
-    "headline": headline, "fronts": fronts, "alike": alike, "weights": weighted, "stored": stored, "rates": rates,
+    "headline": headline, "spreads": spreads, "alike": alike, "fronts": fronts, "scale": scale, "weights": weighted,
+    "stored": stored, "configurations": configurations, "rates": rates, "commits": commits,
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import json
 import re
@@ -9,15 +10,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from figure_checks import all_plots, boxes, overlapping
 from typer.testing import CliRunner
 
 from tpme.bench.cli import app
 from tpme.bench.imports.csv_table import read_table
 from tpme.bench.imports.peft_comparison import DEFINITIONS, read_folder
 from tpme.bench.imports.published import write_runs
-from tpme.bench.record import CellResult, find_results, read_result
-from tpme.reports.report import make_report
+from tpme.bench.record import CellResult, find_results, read_result, write_result
+from tpme.reports.data.others import foot_of_others
+from tpme.reports.figures.style import add_foot, new_figure, row_label, style
+from tpme.reports.report import make_report, write_report
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = ROOT.parent / "shared" / "data" / "peft-method-comparison" / "MetaMathQA"
@@ -32,6 +37,7 @@ def result_file(**changes: Any) -> dict[str, Any]:
         for step in (100, 200)
     ]
     config = {"model_id": "org/Model-1B", "max_steps": 200, "seed": 3, "batch_size": 4, "optimizer_kwargs": {"lr": 0.1}}
+    config |= {"eval_steps": 100}
     run = {
         "created_at": "2026-07-14T13:26:19+00:00", "total_time": 60.0, "experiment_name": "lora/model-1B-rank8",
         "peft_config": {"peft_type": "LORA", "r": 8, "target_modules": ["v_proj", "q_proj"], "rank_pattern": {}},
@@ -70,7 +76,7 @@ def test_a_result_file_is_a_record(tmp_path: Path) -> None:
     assert record.cell.options["experiment"] == "rank8"
     assert record.cell.options["peft"] == {"r": 8, "target_modules": ["q_proj", "v_proj"]}
     assert record.cell.options["training"] == {"optimizer_kwargs": {"lr": 0.1}}
-    assert record.cell.settings == {"model_id": "org/Model-1B", "max_steps": 200, "batch_size": 4}
+    assert record.cell.settings == {"model_id": "org/Model-1B", "max_steps": 200, "batch_size": 4, "eval_steps": 100}
     assert (record.epoch_time_s.value, record.time_of) == (23.0, "200 steps")
     assert record.all_in_s is not None
     assert record.all_in_s.value == 40.0
@@ -107,8 +113,13 @@ def test_a_run_that_did_not_succeed_is_a_row(tmp_path: Path, message: str, statu
     [
         ({"train_time": "long"}, "field 'train_info.train_time'"),
         ({"max_steps": 300}, "intervals up to step 200 of 300"),
-        ({"metrics": [{"step": step, "train time": 1.0} for step in (150, 100, 200)]}, "step 100 after step 150"),
+        ({"metrics": [{"step": step, "train time": 1.0} for step in (100, 50, 200)]}, "step 50 after step 100"),
         ({"num_trainable_params": -1}, "num_trainable_params"),
+        ({"metrics": [{"step": 100}, {"step": 200, "train time": 1.0}]}, "no `train time` at step 100"),
+        (
+            {"eval_steps": 100, "metrics": [{"step": 200, "train time": 1.0}]},
+            "no `train time` between steps 0 and 200, though each interval has 100",
+        ),
     ],
 )
 def test_a_wrong_file_is_one_line_and_nothing_is_written(tmp_path: Path, changes: dict[str, Any], what: str) -> None:
@@ -157,8 +168,6 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_published_files_make_the_report(published: Path, tmp_path: Path) -> None:
     """To repair: the commands at the end of docs/peft-comparison/README.md."""
     from test_results import contents
-
-    from tpme.reports.report import write_report
 
     docs = ROOT / "docs" / "peft-comparison"
     title = re.search(r'--title "(.*)"', (docs / "README.md").read_text(encoding="utf-8"))
@@ -216,10 +225,35 @@ def test_the_documented_table_is_imported(tmp_path: Path) -> None:
     assert any("no accuracy: left out of the table" in note for note in section.notes.footnotes)
 
 
+def test_a_table_keeps_its_source_and_what_it_says_of_itself(tmp_path: Path) -> None:
+    table, mapping = documented(tmp_path)
+    text = mapping.read_text(encoding="utf-8")
+    mapping.write_text(f'commit = "4bb1e2f"\n{text}', encoding="utf-8")
+    rows = table.read_text(encoding="utf-8").replace("18.4,", '"1,018.4",')
+    table.write_text(rows, encoding="utf-8")
+    write_runs(runs := read_table(table, mapping), tmp_path / "out")
+    assert [run.parameters.trainable for run in runs if run.parameters] == [9_200_000, 1_018_400_000] + [
+        3_212_000_000
+    ] * 2
+    for path in find_results([tmp_path / "out"]):
+        record = read_result(path)
+        assert record.source is not None
+        said = record.source.name, record.source.reference, record.source.commit
+        assert said == ("Doe et al. 2026, table 3", "https://example.org/doe2026", "4bb1e2f")
+        assert record.source.definitions["T"] == "time of training alone, as the authors say"
+        assert record.source.definitions["P"] == 'column "Params (M)"'
+        assert record.cell.settings == {"model": "Llama-3.2-3B", "batch": 4}
+        assert record.environment is not None
+        assert (record.environment.device_name, record.cell.device) == ("NVIDIA L40S", "cuda")
+
+
 @pytest.mark.parametrize(
     ("file", "old", "new", "what"),
     [
         ("table.csv", "22.3,", "much,", "line 2: 'much' in column 'Mem (GB)' is not a number"),
+        ("table.csv", "10.5,", '"1.234,5",', "line 2: '1.234,5' in column 'Time (min)' is not a number"),
+        ("table.csv", "10.5,", '"10,5",', "line 2: '10,5' in column 'Time (min)' is not a number"),
+        ("table.csv", "10.5,", "1_0,", "line 2: '1_0' in column 'Time (min)' is not a number"),
         ("table.csv", "LoRA,64,", "LoRA,8,", "method, options, settings and seed are those of"),
         ("table.csv", ",ok\nFull", "\nFull", "line 3: 7 fields, the header has 8"),
         ("table.csv", "Seed", "r", "line 1: every column needs a name of its own"),
@@ -260,12 +294,19 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
 # --- never unmarked -------------------------------------------------------------------------------------------
 
 
+def write_second_source(tmp_path: Path) -> None:
+    """The same file by somebody else, a second slower, below ``out2``."""
+    source = tmp_path / "other"
+    shutil.copytree(tmp_path / "files", source)
+    for path in source.iterdir():
+        path.write_text(path.read_text(encoding="utf-8").replace('"train time": 11.0', '"train time": 12.0'))
+    write_runs(read_folder(source, name="somebody else"), tmp_path / "out2")
+
+
 def test_rows_of_others_share_no_frame_unless_mixed(tmp_path: Path) -> None:
     """Nor do two sources; with ``mix`` every name and the answer say who measured."""
     imported(tmp_path)
-    source = tmp_path / "other"
-    shutil.copytree(tmp_path / "files", source)
-    write_runs(read_folder(source, name="somebody else"), tmp_path / "out2")
+    write_second_source(tmp_path)
     both = [tmp_path / "out", tmp_path / "out2"]
     sections = make_report(both).sections
     assert len(sections) == 2
@@ -277,3 +318,106 @@ def test_rows_of_others_share_no_frame_unless_mixed(tmp_path: Path) -> None:
         "lora [rank8, measured by others: somebody else]",
     ]
     assert any(note.startswith("Mixed: rows of different sources") for note in mixed.notes.shared)
+
+
+def test_every_figure_names_who_measured(tmp_path: Path) -> None:
+    """A picture is copied without the page around it."""
+    imported(tmp_path)
+    write_second_source(tmp_path)
+    (section,) = make_report([tmp_path / "out"]).sections
+    plots = all_plots(section)
+    assert [plot.name for plot in plots] == ["costs", "learning"]
+    for plot in plots:
+        said = [text.get_text() for text in plot.figure.texts]
+        assert said == ["Measured by others: huggingface/peft method_comparison, commit 5d602fd"], plot.name
+        with style():
+            assert overlapping(plot.figure) == [], plot.name
+    costs = plots[0].figure
+    assert "M, torch's allocator (MB)" in [axes.get_title() for axes in costs.axes]
+    (mixed,) = make_report([tmp_path / "out", tmp_path / "out2"], mix=True).sections
+    assert sorted(row_label(mixed, name) for name in mixed.lines) == ["lora [rank8]†*", "lora [rank8]‡*"]
+    foot = foot_of_others([one.result for one in mixed.records], mixed=True)
+    assert foot.endswith(": † huggingface/peft method_comparison, commit 5d602fd; ‡ somebody else")
+    plots = all_plots(mixed)
+    assert {"quality-tpme", "tpme", "costs", "learning"} <= {plot.name for plot in plots}
+    for plot in plots:
+        (said, *rest) = [text.get_text().replace("\n", " ") for text in plot.figure.texts]
+        assert (said, rest) == (foot, []), plot.name
+        with style():
+            assert overlapping(plot.figure) == [], plot.name
+
+
+def test_a_foot_moves_nothing_of_a_figure() -> None:
+    with style():
+        figure = new_figure(3, 2)
+        axes = figure.add_axes((0.2, 0.3, 0.5, 0.6))
+        axes.plot([0, 1], label="line")
+        figure.legend(loc="lower center")
+        figure.text(0.1, 0.95, "above")
+        before = axes.get_window_extent().bounds, [box.bounds for _, box in boxes(figure)]
+        add_foot(figure, "who measured " * 12)
+        after = axes.get_window_extent().bounds, [box.bounds for _, box in boxes(figure)]
+        grown = (figure.get_figheight() - 2) * figure.dpi
+        assert 30 < grown < 200
+        assert after[0] == pytest.approx(np.add(before[0], (0, grown, 0, 0)))
+        assert overlapping(figure) == []
+        assert all(box.x1 < 3 * figure.dpi for _, box in boxes(figure))
+
+
+def test_a_report_of_others_says_nothing_that_holds_of_our_own_runs_alone(tmp_path: Path) -> None:
+    imported(tmp_path)
+    write_second_source(tmp_path)
+    write_report([tmp_path / "out"], tmp_path / "one", formats=("html", "json", "csv"))
+    write_report([tmp_path / "out", tmp_path / "out2"], tmp_path / "both", formats=("html", "json", "csv"), mix=True)
+    texts = [path.read_text(encoding="utf-8") for path in tmp_path.rglob("*.md")]
+    assert len(texts) == 4
+    for text in texts:
+        assert not re.search(
+            r"doctor --noise|tpme run|feature cache|recall|ndcg|\busers?\b|\bitems?\b", text, re.IGNORECASE
+        )
+    page = (tmp_path / "one" / "index.html").read_text(encoding="utf-8")
+    assert ">Memory M<" in page
+    assert '"memory_help":"By accelerator_memory_max, reserved by torch' in page.replace('": "', '":"')
+    assert not [path for path in tmp_path.rglob("tables/*") if "recall" in path.read_text(encoding="utf-8")]
+
+
+def test_the_gate_and_the_export_say_who_measured_and_why_something_is_missing(tmp_path: Path) -> None:
+    imported(tmp_path)
+    baseline = tmp_path / "baseline.json"
+    for command in (
+        ["baseline", str(tmp_path / "out"), "--out", str(baseline)],
+        ["check", str(tmp_path / "out"), "--baseline", str(baseline), "--all"],
+    ):
+        done = CliRunner().invoke(app, command, env={"COLUMNS": "200"})
+        assert done.exit_code == 0, done.output
+        assert "Card 9, measured by others: huggingface/peft method_comparison" in done.output
+        assert "tpme ab" not in done.output
+    record = read_result(find_results([tmp_path / "out"])[0])
+    assert record.environment is not None
+    ours = record.model_copy(update={"source": None})  # as if measured here, on a device of that name
+    write_result(ours, tmp_path / "ours" / "cells" / ours.cell_id / "attempt-1.json")
+    done = CliRunner().invoke(app, ["check", str(tmp_path / "ours"), "--baseline", str(baseline)])
+    assert "not compared: reserved" not in done.output
+    assert "memory" not in done.output.partition("numbers compared: ")[2].partition("\n")[0], "of another device"
+    metrics = result_file()["train_info"]["metrics"][:2]
+    other = tmp_path / "other"
+    other.mkdir()
+    imported(other, metrics=metrics, status="canceled")
+    table = tmp_path / "all.csv"
+    assert CliRunner().invoke(app, ["export", str(other / "out"), "--out", str(table)]).exit_code == 0
+    (row,) = csv.DictReader(table.read_text(encoding="utf-8").splitlines())
+    assert (row["source"], row["source_commit"]) == ("huggingface/peft method_comparison", "5d602fd")
+    assert json.loads(row["source_definitions"]) == DEFINITIONS
+    assert json.loads(row["missing_reasons"])["metric_test accuracy"] == "not published"
+    assert json.loads(row["missing_reasons"])["peak_nvml_device_bytes"] == "not published"
+
+
+def test_a_quality_that_no_row_has_is_reported_as_missing(tmp_path: Path) -> None:
+    imported(tmp_path, metrics=result_file()["train_info"]["metrics"][:2])
+    report = write_report([tmp_path / "out"], tmp_path / "report", formats=("html", "csv", "png"))
+    (section,) = report.sections
+    assert section.summary["metric_test accuracy"].isna().all()
+    assert "no test accuracy: not published" in section.notes.footnotes
+    for command in (["choose", str(tmp_path / "out")], ["compare", str(tmp_path / "out"), str(tmp_path / "out")]):
+        done = CliRunner().invoke(app, command)
+        assert done.exit_code == 0, (done.output, done.exception)

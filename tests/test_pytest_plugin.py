@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from tpme.bench import Recorder
 
 pytest_plugins = ["pytester"]
 
@@ -167,5 +170,87 @@ def test_unknown(tpme_contract):
         [
             "failed  bad: parameter_formula: trainable_parameters gives 1 at these options, but *",
             "tpme_contract: unknown method 'goood'; did you mean 'good'?",
+        ]
+    )
+
+
+# --- recorded trainings ---------------------------------------------------------------------------------------
+
+
+def record(folder: Path, width: int = 8, seed: int = 1) -> Path:
+    """The record of a small training with counted FLOPs."""
+    inputs = torch.randn(4, 8)
+    with Recorder(task="own", method="linear", folder=folder, device="cpu", version="v", seed=seed) as run:
+        model = torch.nn.Linear(8, width)
+        run.model(model)
+        run.flops(lambda: model(inputs).sum())
+        with run.phase("train", epoch=1):
+            for _ in range(3):
+                model(inputs).sum().backward()
+                run.step()
+        run.metric("accuracy", 0.5, higher_is_better=True)
+    assert run.path is not None
+    return run.path
+
+
+def test_recorded_trainings_are_held_to_limits_and_a_baseline(session: Any, pytester: pytest.Pytester) -> None:
+    for place, seed in (("base", 1), ("same", 1), ("two", 1), ("two", 2)):
+        record(pytester.path / place, seed=seed)
+    wider = record(pytester.path / "wider", width=16)
+    with (
+        pytest.raises(ValueError, match="broke"),
+        Recorder(task="own", method="linear", folder=pytester.path / "failed", device="cpu"),
+    ):
+        raise ValueError("broke")
+    result = session(
+        f"""
+THRESHOLDS = {{"time_threshold": 10.0, "resident_bound": 10.0}}
+
+@pytest.mark.tpme(max_params=80, max_flops=2000)
+def test_within(tpme_recorded, tpme_check):
+    cell = tpme_recorded("same")
+    assert cell.result.cell.task == "own" and len(cell.step_s) == 2  # without the warm-up
+    report = tpme_check("same", baseline="base", require="counter,quality", **THRESHOLDS)
+    assert (report.overall, report.compared["quality"]) == ("fine", 1)
+
+@pytest.mark.tpme(max_params=80)
+def test_beyond(tpme_recorded):
+    tpme_recorded({str(wider)!r})
+
+@pytest.mark.tpme(max_params=80)
+def test_nothing_read(tpme_recorded):
+    pass
+
+def test_more(tpme_check):
+    tpme_check(["wider"], baseline="base", **THRESHOLDS)
+
+def test_several(tpme_recorded):
+    tpme_recorded("two")
+
+def test_a_failure(tpme_recorded):
+    tpme_recorded("failed")
+
+def test_no_records(tpme_recorded):
+    tpme_recorded("nowhere")
+
+def test_no_baseline(tpme_check):
+    tpme_check("same", baseline="nothing.json")
+
+def test_an_unknown_threshold(tpme_check):
+    tpme_check("same", baseline="base", times=1)
+"""
+    )
+    result.assert_outcomes(passed=2, failed=7, errors=1)
+    result.stdout.fnmatch_lines_random(
+        [
+            "*linear has trainable_parameters = 144, the limit is max_params=80",
+            "*test_nothing_read is marked tpme(...), but ran no cell*call the fixture tpme_cell or tpme_recorded",
+            "regressed: linear: trainable parameters 72 -> 144 (+100.00%; exact)",
+            "tpme check: regressed (*",
+            "tpme_recorded: two holds 2 cells; name the record of one",
+            "tpme_recorded: linear ended as error: ValueError: broke",
+            "tpme_recorded: *nowhere*",
+            "tpme_check: *nothing.json: no such baseline; write it with 'tpme baseline'",
+            "tpme_check: times: *",
         ]
     )

@@ -19,9 +19,11 @@ WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 ACTION = ROOT / "action.yml"
 LOCK = ROOT / ".github" / "lock"
 NOT_IN_WORKFLOWS = {"jax", "jaxlib", "ml-dtypes", "numpyro", "opt-einsum"} | {
-    *("attrs", "jsonschema", "jsonschema-specifications", "msgpack", "ray", "referencing", "rpds-py")
+    *("attrs", "jsonschema", "jsonschema-specifications", "msgpack", "ray", "referencing", "rpds-py"),
+    *("aiohappyeyeballs", "aiohttp", "aiosignal", "frozenlist", "lightning", "multidict", "propcache"),
+    *("pytorch-lightning", "yarl"),
 }
-"""Pinned for the extras ``saas`` and ``ray``, which no workflow installs."""
+"""Pinned for the extras ``saas``, ``ray`` and ``lightning``, which no workflow installs."""
 
 
 def load(path: Path) -> dict[str, Any]:

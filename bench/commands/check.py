@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from tpme.bench.commands import gate
-
-if TYPE_CHECKING:
-    from tpme.reports.gate.baseline import Side
 
 
 def check(
@@ -22,9 +18,7 @@ def check(
         float, typer.Option(min=0, help="Relative growth of memory allocated on a GPU that counts.")
     ] = 0.01,
     resident_bound: gate.ResidentBound = 0.05,
-    quality_threshold: Annotated[
-        float, typer.Option(min=0, help="Relative loss of Recall or NDCG that counts.")
-    ] = 0.05,
+    quality_threshold: Annotated[float, typer.Option(min=0, help="Relative loss of quality that counts.")] = 0.05,
     strict: Annotated[bool, typer.Option(help="Fail on any changed counter and any missing or new cell.")] = False,
     require: gate.Require = None,
     everything: gate.Everything = False,
@@ -39,9 +33,7 @@ def check(
     The first line says what was compared. Exit codes: 0 no regression, 1 regressed, 2 not settled (see --require),
     3 error.
     """
-    from tpme.reports.gate.baseline import load_baseline, load_runs
-    from tpme.reports.gate.check import judge
-    from tpme.reports.gate.verdict import conclude
+    from tpme.reports.gate.check import check_runs
 
     policy = gate.policy_of(
         require,
@@ -51,24 +43,5 @@ def check(
         quality_threshold=quality_threshold,
         strict=strict,
     )
-    started = time.perf_counter()
-    base, head = load_baseline(baseline), load_runs(runs)
-    report = conclude(
-        judge(base, head, policy),
-        policy,
-        command="check",
-        base=base.source,
-        head=head.source,
-        base_devices=tuple(base.devices),
-        head_devices=tuple(head.devices),
-        notes=(*base.notes, *head.notes, *_other_packages(base, head)),
-        duration_s=time.perf_counter() - started,
-    )
+    report = check_runs(runs, baseline, policy)
     gate.publish(report, everything, github, as_json, as_markdown, as_junit, as_benchmark)
-
-
-def _other_packages(base: Side, head: Side) -> tuple[str, ...]:
-    both = sorted(base.packages.keys() & head.packages.keys())
-    other = [name for name in both if base.packages[name] != head.packages[name]]
-    changes = ", ".join(f"{name} {base.packages[name]} -> {head.packages[name]}" for name in other)
-    return (f"package versions differ from the base: {changes}",) if changes else ()

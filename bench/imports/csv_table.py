@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,6 +28,8 @@ SECONDS = {"ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0}
 COUNTS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9}
 EMPTY = ("", "-", "–", "n/a", "na", "nan")
 """Fields that hold no value."""
+GROUPED = re.compile(r"[+-]?\d{1,3}(,\d{3})+\.\d+")
+"""A number with commas between thousands. Without a point it may be a decimal comma, so it is refused."""
 Key = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w .@/+-]{0,99}$")]
 
 
@@ -252,12 +255,15 @@ def _number(row: Mapping[str, str], amount: _Amount, where: str) -> float | None
     text = row[amount.column]
     if text.lower() in EMPTY:
         return None
+    if GROUPED.fullmatch(text):
+        text = text.replace(",", "")
     try:
-        value = float(text.replace(",", "") if text.count(",") and "." in text else text)
+        value = math.nan if "_" in text else float(text)
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise UserError(f"{where}: '{text}' in column '{amount.column}' is not a number; correct it, or leave it empty")
+        said = row[amount.column]
+        raise UserError(f"{where}: '{said}' in column '{amount.column}' is not a number; correct it, or leave it empty")
     return value
 
 

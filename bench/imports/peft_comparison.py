@@ -57,6 +57,7 @@ class _TrainConfig(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False, strict=True)
     model_id: Line
     max_steps: PositiveInt
+    eval_steps: PositiveInt | None = None
     seed: int
 
 
@@ -143,7 +144,7 @@ def _read(path: Path, name: str, commit: str) -> Published:
             f"{path}: field '{first.field}': {first.message}; not a result file of peft's method_comparison/MetaMathQA"
         ) from None
     run, train, meta = file.run_info, file.train_info, file.meta_info
-    settings = run.train_config.model_dump()
+    settings = run.train_config.model_dump(exclude_unset=True)
     method, variant = _names(run.experiment_name, run.train_config.model_id)
     status, failure = _end(train.status, run.error_msg)
     last = train.metrics[-1] if train.metrics else None
@@ -169,7 +170,7 @@ def _read(path: Path, name: str, commit: str) -> Published:
         started_at=run.created_at,
         time_s=_time(path, train, run.train_config.max_steps, status),
         time_of=f"{run.train_config.max_steps} steps",
-        epochs=_epochs(path, train.metrics),
+        epochs=_epochs(path, train.metrics, run.train_config.eval_steps),
         total_s=Reading(value=train.train_time, source="train_time as published"),
         wall_s=run.total_time,
         memory=memory_of(
@@ -244,8 +245,8 @@ def _reading(value: float | None, source: str) -> Reading:
     return Reading.missing(source, NOT_PUBLISHED) if value is None else Reading(value=value, source=source)
 
 
-def _epochs(path: Path, metrics: tuple[_Metrics, ...]) -> tuple[Epoch, ...]:
-    """The intervals between evaluations; their steps are those since the one before."""
+def _epochs(path: Path, metrics: tuple[_Metrics, ...], most: int | None) -> tuple[Epoch, ...]:
+    """The intervals between evaluations; their steps are those since the one before, ``most`` of them at most."""
     parts: list[Epoch] = []
     before = 0
     for entry in metrics:
@@ -253,6 +254,11 @@ def _epochs(path: Path, metrics: tuple[_Metrics, ...]) -> tuple[Epoch, ...]:
             continue
         if entry.step <= before:
             raise UserError(f"{path}: metrics: step {entry.step} after step {before}; the file is damaged")
+        if most is not None and entry.step - before > most:
+            raise UserError(
+                f"{path}: metrics: no `train time` between steps {before} and {entry.step}, though each interval has "
+                f"{most}; the file is damaged"
+            )
         validated = {} if entry.valid_accuracy is None else {"valid accuracy": entry.valid_accuracy}
         parts.append(
             Epoch(
@@ -272,6 +278,9 @@ def _time(path: Path, train: _TrainInfo, steps: int, status: Status) -> Reading:
     source = "sum of `train time` over the intervals"
     timed = [entry for entry in train.metrics if entry.train_time is not None]
     reached = timed[-1].step if timed else 0
+    untimed = next((entry.step for entry in train.metrics if entry.train_time is None and entry.step < reached), None)
+    if untimed is not None:
+        raise UserError(f"{path}: metrics: no `train time` at step {untimed}, but later ones; the file is damaged")
     if reached == steps:
         return Reading(value=math.fsum(entry.train_time or 0.0 for entry in timed), source=source)
     if status == "ok":

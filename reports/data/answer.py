@@ -163,15 +163,14 @@ def _trust(section: Section) -> str:
             if shared
             else "no cell is flagged for sharing its device"
         )
-        parts.append(section.noise.text)
-    else:
-        parts.append("nothing says how far another run of the same settings differs, so no tie is claimed")
+    parts.append(section.noise.text)
     if failed := len(cells) - finished:
         parts.append(f"{failed} of {len(cells)} cells did not finish")
     if "random-weights" in _flags(section):
         parts.append("with random weights costs are real and quality is meaningless")
     if "source" in section.group.key:
-        parts.append(f"measured by others ({section.group.key['source']}), not here")
+        some = "some rows " if "source" in section.group.mixed else ""
+        parts.append(f"{some}measured by others ({section.group.key['source']}), not here")
     if section.group.mixed:
         parts.append(mixing(section.group).removeprefix("Mixed: ").rstrip("."))
     text = "; ".join(parts)

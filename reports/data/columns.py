@@ -17,6 +17,7 @@ from tpme.bench.record import (
     Evaluation,
     Flag,
     PhaseKind,
+    Reading,
     earlier_epochs,
 )
 from tpme.bench.text import escaped
@@ -49,10 +50,15 @@ def row_of(result: CellResult, device_key: str, users: int | None) -> dict[str, 
         "source": result.source.name if result.source else "",
         **_cost_columns(result),
         **_epoch_columns(result),
-        **{f"{NAMED}{name}": metric.value.value for name, metric in result.metrics.items() if metric.value.valid},
+        **{f"{NAMED}{name}": _number(metric.value) for name, metric in result.metrics.items()},
         "flags": tuple((flag.code, escaped(flag.message)) for flag in _flags(result)),
     }
     return {name: escaped(value) if isinstance(value, str) else value for name, value in columns.items()}
+
+
+def _number(reading: Reading) -> float:
+    """NaN where it is missing: the column is there although no record of a report may have a value for it."""
+    return reading.value if reading.valid and reading.value is not None else math.nan
 
 
 def _flags(result: CellResult) -> Iterator[Flag]:

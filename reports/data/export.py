@@ -22,6 +22,7 @@ import pandas as pd
 
 from tpme.bench.errors import UserError, missing_extra, one_line
 from tpme.bench.mlflow_server import open_experiment, told
+from tpme.bench.quantities import NAMED
 from tpme.bench.record import CellResult
 from tpme.bench.redact import publishable, without_home
 from tpme.bench.text import csv_field
@@ -72,6 +73,7 @@ def _more(result: CellResult) -> dict[str, Any]:
     readings = {f"counter_{name}": reading for name, reading in sorted(result.counters.items())}
     if memory is not None:
         readings |= {f"peak_{name}": getattr(memory, name) for name in type(memory).model_fields}
+    others = {"epoch_time_s": result.epoch_time_s, **{NAMED + name: one.value for name, one in result.metrics.items()}}
     phases: dict[str, float] = {}
     for phase in result.phases:
         phases[f"phase_{phase.kind}_s"] = phases.get(f"phase_{phase.kind}_s", 0.0) + phase.wall_s
@@ -81,9 +83,7 @@ def _more(result: CellResult) -> dict[str, Any]:
         "schema_version": result.schema_version,
         **_source(result),
         **{name: reading.value if reading.valid else None for name, reading in readings.items()},
-        "missing_reasons": json.dumps(
-            {name: reading.reason for name, reading in readings.items() if not reading.valid}
-        ),
+        "missing_reasons": json.dumps({name: one.reason for name, one in (readings | others).items() if not one.valid}),
         **phases,
         **{f"environment_{name}": _flat(value) for name, value in environment.items()},
         "dataset_facts": _flat(result.dataset.model_dump() if result.dataset else None),

@@ -94,6 +94,11 @@ class Section:
         """Whether its rows rank items for users: recommendation."""
         return OF_RANKS[0] in self.qualities
 
+    @property
+    def parts(self) -> str:
+        """What the time of one run is resampled over."""
+        return "parts of the run" if "time_of" in self.group.key else "epochs"
+
     def quantity(self, key: str) -> Quantity:
         """The quantity of a column of its summary."""
         return next((what for what in self.qualities if what.key == key), quantity(key))
@@ -199,7 +204,8 @@ def make_section(
     summary["tpme_lower_bound"] = lower_bound(candidates, weights, frame).reindex(summary.index)
     if summary["tpme"].count() == 1 and not frozen:
         summary[["tpme", "tpme_lower_bound"]] = np.nan
-    noise = noise_of(candidates, *(_largest(records, name) for name in NOISE_FLOOR))
+    ours = measured_here(recorded.result for recorded in records)
+    noise = noise_of(candidates, *(_largest(records, name) for name in NOISE_FLOOR), ours=ours)
     summary["tpme_rank"] = tied_ranks(summary, weights, frame, noise) if frame else np.nan
     referred = reference_row(summary, reference)
     summary = summary.join(cost_ratios(summary, referred, weights))

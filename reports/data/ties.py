@@ -27,10 +27,14 @@ class RunNoise:
     memory: float
     source: str
     """``doctor``, ``seeds``, or empty where it is not known; then both are 0."""
+    ours: bool = True
+    """Whether any row was measured here, so that the noise of its device can be measured."""
 
     @property
     def text(self) -> str:
         """A sentence without its full stop."""
+        if not self.source and not self.ours:
+            return "nothing says how far another run of the same settings differs, so no tie is claimed"
         if not self.source:
             return "how much two runs of one cell differ was not measured (tpme doctor --noise), so no tie is claimed"
         how = "noise floor of the device" if self.source == "doctor" else "spread over seeds"
@@ -38,18 +42,19 @@ class RunNoise:
         return f"two runs of one cell differ by up to {time} in time and {memory} in memory in 95 % of cases ({how})"
 
 
-def noise_of(summary: pd.DataFrame, time: float | None, memory: float | None) -> RunNoise:
+def noise_of(summary: pd.DataFrame, time: float | None, memory: float | None, *, ours: bool = True) -> RunNoise:
     """The noise of a section.
 
     Args:
         summary: its compared rows, with ``epoch_time_s``, ``memory_bytes`` and their ``_sd`` over seeds.
         time, memory: the noise floor of the device, where one was measured.
+        ours: whether any row was measured here.
     """
     if time is not None and memory is not None:
         return RunNoise(time, memory, "doctor")
     shares = [(summary[f"{name}_sd"] / summary[name]).dropna() for name in ("epoch_time_s", "memory_bytes")]
     if any(share.empty for share in shares):
-        return RunNoise(0.0, 0.0, "")
+        return RunNoise(0.0, 0.0, "", ours)
     apart = [RUNS_APART * float(np.sqrt((share**2).mean())) for share in shares]
     return RunNoise(apart[0], apart[1], "seeds")
 

@@ -42,6 +42,8 @@ PLURAL = dict(
         strict=True,
     )
 )  # fmt: skip
+OF_OTHERS = "measured by others: "
+"""Before the name of a source, in names of groups and of mixed rows."""
 VARIANT = "experiment"
 """The option that holds the name under which others published a variant."""
 
@@ -134,7 +136,7 @@ def names(groups: Sequence[Group]) -> list[str]:
                 ),
                 "" if group.mixed else apart[group.key.get("settings", "{}")],
                 f"T of {group.key['time_of']}" if "time_of" in group.key else "",
-                f"measured by others: {group.key['source']}" if "source" in group.key else "",
+                f"{OF_OTHERS}{group.key['source']}" if "source" in group.key else "",
             ]
             if part
         )
@@ -210,7 +212,7 @@ def _row_names(cells: pd.DataFrame) -> list[str]:
     if "settings" in differing:
         differing["settings"] = differing_settings(differing["settings"])
     if "source" in differing:
-        differing["source"] = {name: f"measured by others: {name}" for name in differing["source"]}
+        differing["source"] = {name: f"{OF_OTHERS}{name}" for name in differing["source"]}
     if (cells.groupby("dataset")["dataset_fingerprint"].nunique() == 1).all():
         differing.pop("dataset_fingerprint", None)  # the name identifies it
 

@@ -13,8 +13,9 @@ from itertools import chain
 import numpy as np
 import pandas as pd
 
-from tpme.bench.quantities import byte_unit, number, quantity
+from tpme.bench.quantities import byte_unit, instruments_of, memory_instrument, number, quantity
 from tpme.reports.data.load import Array
+from tpme.reports.data.others import foot_of_others
 from tpme.reports.data.section import Section
 from tpme.reports.figures.bars import bars
 from tpme.reports.figures.learning import learning_curves
@@ -23,7 +24,17 @@ from tpme.reports.figures.phase_plot import phases
 from tpme.reports.figures.quality_plot import quality_tpme
 from tpme.reports.figures.serving_plot import inference
 from tpme.reports.figures.step_plot import step_times
-from tpme.reports.figures.style import GREY, PAGE_INCHES, Plot, name_rows, new_figure, row_label, row_looks, style
+from tpme.reports.figures.style import (
+    GREY,
+    PAGE_INCHES,
+    Plot,
+    add_foot,
+    name_rows,
+    new_figure,
+    row_label,
+    row_looks,
+    style,
+)
 from tpme.reports.figures.tpme_plot import tpme_intervals
 from tpme.reports.figures.weight_plot import weights
 
@@ -42,11 +53,13 @@ def makers(sections: Sequence[Section]) -> tuple[Maker, ...]:
 
 
 def make_plot(make: Maker, section: Section) -> Plot | None:
-    """One figure in the common style with its complete caption; None without data."""
+    """One figure in the common style, with who measured if others did and its complete caption; None without data."""
     with style():
         plot = make(section)
-    if plot is None:
-        return None
+        if plot is None:
+            return None
+        records = [one.result for one in section.records]
+        add_foot(plot.figure, foot_of_others(records, mixed="source" in section.group.mixed))
     marked = " *: the row has a footnote under the table of results." if any(section.notes.marks.values()) else ""
     return replace(plot, caption=f"{plot.caption}{_out_of_memory(section)}{marked}")
 
@@ -69,7 +82,7 @@ def costs(section: Section) -> Plot | None:
     columns = [
         ("epoch_time_s", f"T, {section.time_of}", "s", 1.0),
         ("trainable_millions", "P, parameters", "M", 1.0),
-        ("memory_bytes", "M" if "source" in section.group.key else "M, training", unit, scale),
+        ("memory_bytes", _memory_title(section), unit, scale),
         ("peak_bytes", "Peak, whole run", unit, scale),
     ]
     summary = section.summary
@@ -97,21 +110,32 @@ def costs(section: Section) -> Plot | None:
         axes.set_xlabel(f"× {section.reference}" if base > 0 else per, labelpad=1)
         if base > 0:
             axes.axvline(1, color=GREY, lw=0.6, ls=(0, (4, 2)), zorder=0)
+    building = ", with building a feature cache" if section.ranked else ""
     caption = (
         "What a row costs; written are the values, lower is better. M is the peak while training alone (so in TPME), "
-        "Peak that of the whole run from loading to export, with building a feature cache."
+        f"Peak that of the whole run from loading to export{building}."
     )
     if "source" in section.group.key:
         caption = "What a row costs; written are the values, lower is better. M is what its source calls memory."
     if section.reference is not None:
         caption += f" Lengths are multiples of {section.reference}, the dashed line."
     if np.isfinite(np.hstack([_reach(rows, name) for name, *_ in columns])).any():
-        caption += " Error bars: of T the 95 % interval over seeds and epochs, of M the standard deviation over seeds."
+        caption += f" Error bars: of T the 95 % interval over seeds and {section.parts},"
+        caption += " of M the standard deviation over seeds."
     if logarithmic:
         caption += f" Dots in place of bars: the axis is logarithmic ({', '.join(logarithmic)})."
     if bounded.any():
         caption += " Hatched, or an arrow: out of memory, so at least this."
     return Plot("costs", "Time, parameters and memory", caption, figure)
+
+
+def _memory_title(section: Section) -> str:
+    """M with what it is the memory of: others publish it of other things, most often that of torch's allocator."""
+    if "source" not in section.group.key:
+        return "M, training"
+    memories = [(one.result, one.result.training_memory) for one in section.records if one.result.training_memory]
+    read = {memory_instrument("memory_bytes", memory, instruments_of(result)) for result, memory in memories}
+    return "M, torch's allocator" if read and all(name.startswith("torch_") for name in read) else "M"
 
 
 def _reach(rows: pd.DataFrame, name: str) -> Array:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,11 +24,16 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from tpme.bench.text import escaped
 from tpme.reports.data.load import Array
+from tpme.reports.data.others import source_marks
 from tpme.reports.data.phase_colours import PHASE_COLOURS
 from tpme.reports.data.section import Section
+from tpme.reports.data.trials import OF_OTHERS
 
 COLUMN_INCHES, PAGE_INCHES = 3.5, 7.0
+FOOT_LINE_INCHES = 0.11
+"""Height of a line of the text below a figure."""
 LOG_FROM = 20
 """An axis is logarithmic where the largest value is more than this many times the smallest."""
 
@@ -221,9 +227,45 @@ def row_label(section: Section, name: str, limit: int = 24) -> str:
     A long name loses its middle, because rows often differ in their ends; tables have it in full.
     """
     status = str(section.summary.loc[name, "status"])
-    mark = "*" if section.notes.marks[name] else ""
-    short = name if len(name) <= limit else f"{name[: limit // 2]}…{name[limit // 2 + 1 - limit :]}"
+    short, mark = _without_source(section, name)
+    short = short if len(short) <= limit else f"{short[: limit // 2]}…{short[limit // 2 + 1 - limit :]}"
+    mark += "*" if section.notes.marks[name] else ""
     return short + mark + ("" if status == "ok" else f" ({status})")
+
+
+def _without_source(section: Section, name: str) -> tuple[str, str]:
+    """The name of a row and the mark of its source; of mixed rows the name loses its source, which it has in tables."""
+    if "source" not in section.group.mixed:
+        return name, ""
+    source = next((result.source.name for result in section.behind[name] if result.source is not None), None)
+    if source is None:
+        return name, ""
+    said = OF_OTHERS + escaped(source)
+    for text, instead in ((f" [{said}]", ""), (f", {said}", ""), (f"{said}, ", "")):
+        name = name.replace(text, instead)
+    return name, source_marks(one.result for one in section.records)[source]
+
+
+def add_foot(figure: Figure, text: str) -> None:
+    """Write a text below a finished figure, which grows by its lines: everything else keeps its size in inches."""
+    if not text:
+        return
+    width, height = figure.get_size_inches()
+    letters = 0.97 * (width - 0.08) * len(text) / text_width(figure, [text], 6)
+    lines = textwrap.wrap(text, math.floor(letters))
+    room = FOOT_LINE_INCHES * len(lines) + 0.04
+    taller = height + room
+    figure.set_size_inches(width, taller)
+    for axes in figure.axes:
+        box = axes.get_position(original=True)
+        axes.set_position((box.x0, (box.y0 * height + room) / taller, box.width, box.height * height / taller))
+    for other in figure.texts:
+        other.set_y((other.get_position()[1] * height + room) / taller)
+    for legend in figure.legends:
+        if legend.get_bbox_to_anchor() is figure.bbox:
+            legend.set_bbox_to_anchor((0, room / taller, 1, height / taller), figure.transFigure)
+    below = "\n".join(lines)
+    figure.text(0.04 / width, 0.04 / taller, below, fontsize=6, color=GREY, va="bottom", linespacing=1.1)
 
 
 def phase_look(kind: str) -> dict[str, Any]:

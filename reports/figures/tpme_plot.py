@@ -22,6 +22,8 @@ from tpme.reports.figures.weight_plot import NEARLY_ALL, winner
 
 LONG_NAME = 6
 """Characters of a reference row from which its column needs more room."""
+REFERENCE = 10
+"""Characters of a reference row for which there is room above its column."""
 BAND = "#EDEFF2"
 """Behind rows that share a rank."""
 
@@ -62,8 +64,12 @@ def tpme_intervals(section: Section) -> Plot | None:
     _write(axes, position, f"in\n{100 * LEVEL:.0f} %", list(held), 27)
     if ratios:
         texts = [number(ratio, 2) for ratio in rows["cost_ratio"]]
-        _write(axes, position, f"cost,\n× {str(section.reference)[:10]}", texts, 52)
+        _write(axes, position, f"cost,\n× {_short(str(section.reference))}", texts, 52)
     return Plot("tpme", "TPME with intervals", _caption(section, ratios), figure)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= REFERENCE else f"{name[: REFERENCE - 1]}…"
 
 
 def _write(axes: Any, position: Any, title: str, texts: list[str], offset: float) -> None:
@@ -83,8 +89,8 @@ def _caption(section: Section, ratios: bool) -> str:
         f"TPME places every row between the cheapest (0 %) and the dearest (100 %) of {scale} in {time}, trainable "
         f"parameters and training memory, weighted {100 * weights.time:g}, {100 * weights.parameters:g} and "
         f"{100 * weights.memory:g} %" + ("." if section.frame_from else "; other rows would move it."),
-        f"Bars: {100 * LEVEL:.0f} % intervals over resamplings of seeds and epochs; on the right each row's rank, and "
-        "the ranks it has in as many of the resamplings.",
+        f"Bars: {100 * LEVEL:.0f} % intervals over resamplings of seeds and {section.parts}; on the right each "
+        "row's rank, and the ranks it has in as many of the resamplings.",
     ]
     if rows["tpme_end"].any():
         parts.append("Open dots have none: the row is an end of the scale in every resampling.")

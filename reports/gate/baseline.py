@@ -22,6 +22,7 @@ from tpme.bench.text import escaped_json
 from tpme.bench.writing import write_atomically
 from tpme.reports.data.load import Recorded
 from tpme.reports.data.stats import student_t
+from tpme.reports.data.trials import OF_OTHERS
 from tpme.reports.gate.measures import (
     GateCell,
     by_cell,
@@ -107,12 +108,19 @@ def load_runs(paths: Sequence[Path]) -> Side:
     records, older = latest_code(read_records(paths))
     notes = (f"{older} records of older code in {source} were left out",) if older else ()
     cells = {cell.key: cell for cell in measure(records)}
-    return Side(source, cells, _devices(records), _packages(records), notes)
+    devices = _devices(records)
+    return Side(source, cells, devices, _packages(records), (*notes, *_by_others(source, devices)))
 
 
 def _from_file(path: Path) -> Side:
     baseline = read_baseline(path)
-    return Side(str(path), {cell.key: cell for cell in baseline.cells}, baseline.devices, baseline.packages)
+    cells = {cell.key: cell for cell in baseline.cells}
+    return Side(str(path), cells, baseline.devices, baseline.packages, _by_others(str(path), baseline.devices))
+
+
+def _by_others(source: str, devices: Iterable[str]) -> tuple[str, ...]:
+    """Says of each device whether others measured on it, as records are read here."""
+    return tuple(f"{source}: {key}" for key in devices if OF_OTHERS in key)
 
 
 def from_records(paths: Sequence[Path]) -> Baseline:

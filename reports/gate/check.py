@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from time import perf_counter
 
 import numpy as np
 
@@ -20,19 +22,65 @@ from tpme.reports.data.stats import (
     paired_ratio_interval,
     smallest_p,
 )
+from tpme.reports.data.trials import OTHER_TASKS
 from tpme.reports.gate.band import settled_by_values, verdict_of
-from tpme.reports.gate.baseline import Noise, Side
+from tpme.reports.gate.baseline import Noise, Side, load_baseline, load_runs
 from tpme.reports.gate.measures import GateCell, Timing, cell_key, sort_cells
 from tpme.reports.gate.readings import TIMES
-from tpme.reports.gate.verdict import MOST_NOISE, CellVerdict, Comparison, Policy, Verdict, differing, names
+from tpme.reports.gate.verdict import (
+    MOST_NOISE,
+    CellVerdict,
+    Comparison,
+    GateReport,
+    Policy,
+    Verdict,
+    conclude,
+    differing,
+    names,
+)
 
 QUALITIES = ("recall_10", "ndcg_10")
 BROKEN: frozenset[Status] = frozenset({"error", "killed", "timeout", "skipped"})
 """Ends that say nothing about a cell's cost: if both sides end in one of them, nothing is compared."""
-MEASURE_HERE = "measure the baseline on this device ('tpme baseline RUNS --out FILE --update'), or use 'tpme ab'"
-MEASURE_AGAIN = "repeat the runs of the baseline on an idle machine, three times or more, or use 'tpme ab'"
+MEASURE_HERE = "measure the baseline on this device ('tpme baseline RUNS --out FILE --update')"
+MEASURE_AGAIN = "repeat the runs of the baseline on an idle machine, three times or more"
+RUN, ALONE = "run it on this device", "repeat the runs on an idle machine"
+AB = {
+    MEASURE_HERE: f"{MEASURE_HERE}, or use 'tpme ab'",
+    MEASURE_AGAIN: f"{MEASURE_AGAIN}, or use 'tpme ab'",
+    ALONE: "compare with 'tpme ab' on an idle machine",
+    RUN: "run the matrix",
+}
+"""What else helps where ``tpme run`` measures the cells: ``tpme ab`` runs a matrix."""
 VALUES = {"step_s": "steps", "epoch_s": "epochs"}
 """What there are many of, by time; passes of inference otherwise."""
+
+
+def check_runs(runs: Sequence[Path], baseline: Path, policy: Policy) -> GateReport:
+    """The report of ``tpme check``: runs against a baseline file, or a run folder used as one.
+
+    Raises UserError for what cannot be read, and for sides of different protocols.
+    """
+    started = perf_counter()
+    base, head = load_baseline(baseline), load_runs(runs)
+    return conclude(
+        judge(base, head, policy),
+        policy,
+        command="check",
+        base=base.source,
+        head=head.source,
+        base_devices=tuple(base.devices),
+        head_devices=tuple(head.devices),
+        notes=(*base.notes, *head.notes, *_other_packages(base, head)),
+        duration_s=perf_counter() - started,
+    )
+
+
+def _other_packages(base: Side, head: Side) -> tuple[str, ...]:
+    both = sorted(base.packages.keys() & head.packages.keys())
+    other = [name for name in both if base.packages[name] != head.packages[name]]
+    changes = ", ".join(f"{name} {base.packages[name]} -> {head.packages[name]}" for name in other)
+    return (f"package versions differ from the base: {changes}",) if changes else ()
 
 
 def judge(base: Side, head: Side, policy: Policy) -> list[CellVerdict]:
@@ -48,13 +96,24 @@ def judge(base: Side, head: Side, policy: Policy) -> list[CellVerdict]:
         old, new = base.cells.get(item.key), head.cells.get(item.key)
         verdict = partial(CellVerdict, key=item.key, name=name, dataset=item.cell.dataset)
         if old is not None and new is not None:
-            comparisons = (*_cell(old, new, base, head, policy), *quality.get(item.key, ()))
+            judged = _cell(old, new, base, head, policy)
+            if item.cell.task == OTHER_TASKS["task"]:
+                judged = map(_with_ab, judged)
+            comparisons = (*judged, *quality.get(item.key, ()))
             verdicts.append(verdict(state="compared", comparisons=comparisons))
         else:
             there, here = (head, base) if new is None else (base, head)
             note = _nearest(item.cell, there, here)
             verdicts.append(verdict(state="missing" if new is None else "new", note=note))
     return verdicts
+
+
+def _with_ab(item: Comparison) -> Comparison:
+    """``item`` with advice that holds of a matrix alone."""
+    advice = item.advice
+    for plain, more in AB.items():
+        advice = advice.replace(plain, more) if advice else advice
+    return item.model_copy(update={"advice": advice})
 
 
 def _check_protocols(base: Side, head: Side) -> None:
@@ -100,7 +159,7 @@ def _elsewhere(old: GateCell, new: GateCell) -> Iterator[Comparison]:
         note, advice = f"measured on {_listed(new.devices)}, the baseline on {_listed(old.devices)}", MEASURE_HERE
     else:
         note = "not measured by the runs" if old.devices else "the baseline was counted, not measured"
-        advice = "run the matrix" if old.devices else MEASURE_HERE
+        advice = RUN if old.devices else MEASURE_HERE
     measured = list((new.devices or old.devices).values())
     times = (name for name in TIMES if any(getattr(one.timing, name) for one in measured))
     peaks = (name for one in measured for name in one.memory)
@@ -177,7 +236,7 @@ def time(name: str, old: Floats, new: Floats, bound: float, alpha: float) -> Com
     low, high = median_ratio_interval(old, new)
     verdict = verdict_of("time", low, high, bound, proven=p < alpha)
     item = Comparison.of(name, *medians, low=low, high=high, bound=bound, p=p, verdict=verdict)
-    return _advised(item, VALUES.get(name, "passes"), "compare with 'tpme ab' on an idle machine")
+    return _advised(item, VALUES.get(name, "passes"), ALONE)
 
 
 def _advised(item: Comparison, values: str, cure: str) -> Comparison:

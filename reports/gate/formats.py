@@ -165,6 +165,12 @@ def show(report: GateReport, console: Console, *, everything: bool = False) -> N
     console.print(Text(headline(report), f"bold {colour}"))
 
 
+def plain(report: GateReport) -> str:
+    """Plain lines: what was compared first, changes and what is open, the remarks, and the verdict last."""
+    rows = (f"{item.verdict}: {cell.name}: {item.title} {describe(item)}" for cell, item in changed(report))
+    return escaped_lines("\n".join([scope(report), *rows, *remarks(report), headline(report)]))
+
+
 def markdown(report: GateReport) -> str:
     """Markdown for a pull request: the verdict, a table of changes, and folded remarks."""
     mark = "❌" if report.exit_code else "⚠️" if passed_in_part(report) else "✅"

@@ -28,6 +28,7 @@ from tpme.bench.record import (
 from tpme.bench.side_files import UserRanks, load_ranks
 from tpme.reports.data.load import Recorded, of_last_matrix
 from tpme.reports.data.stats import Floats, quantiles
+from tpme.reports.data.trials import OF_OTHERS
 from tpme.reports.data.user_ranks import gains
 from tpme.reports.gate.readings import TIMES, memory
 
@@ -176,6 +177,8 @@ def read_records(paths: Iterable[Path]) -> list[Recorded]:
 def _recorded(path: Path) -> Recorded:
     result = read_result(path)
     key = result.environment.device_key if result.environment else f"unknown {result.cell.device} device"
+    if result.source is not None:  # so no time of theirs meets one of ours
+        key = f"{key}, {OF_OTHERS}{result.source.name}"
     return Recorded(path, result, key)
 
 

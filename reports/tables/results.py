@@ -194,6 +194,7 @@ def learning_rates(section: Section) -> Table:
 def failures(section: Section) -> Table:
     """Every attempt that did not end ``ok``, unselected trials included."""
     by_path = {str(recorded.path): recorded.result for recorded in section.records}
+    validation = (quantity("valid_recall_10"),) if section.ranked else ()
     lines = []
     for _, cell in _in_order(section, section.cells[section.cells["status"] != "ok"]).iterrows():
         failure = by_path[cell["path"]].failure
@@ -208,7 +209,7 @@ def failures(section: Section) -> Table:
                 *(Entry(MISSING if at is None else str(at), at) for at in (failure.epoch, failure.step)),
                 Entry(bytes_text(failure.bytes_requested), failure.bytes_requested),
                 Entry(bytes_text(cell["memory_seen_bytes"]), value_of(cell["memory_seen_bytes"])),
-                Entry(quantity("valid_recall_10").format(cell["valid_recall_10"]), value_of(cell["valid_recall_10"])),
+                *(Entry(what.format(cell[what.key]), value_of(cell[what.key])) for what in validation),
                 Entry(number(cell["wall_s"]), float(cell["wall_s"])),
                 Entry(failure.message, failure.message),
             )
@@ -223,7 +224,7 @@ def failures(section: Section) -> Table:
         Column("step", "Step"),
         Column("bytes_requested", "Asked for"),
         Column("memory_seen_bytes", "Memory seen"),
-        Column("valid_recall_10", "Validation Recall@10", machine_only=not section.ranked),
+        *(Column(what.key, "Validation Recall@10") for what in validation),
         Column("wall_s", "After (s)"),
         Column("message", "What happened", numeric=False),
     )

@@ -39,7 +39,7 @@ def _notes(section: Section) -> list[str]:
 def _interval_note(section: Section) -> str:
     """What was resampled for the interval of TPME, and what was not."""
     seeds = section.summary.loc[section.compared, "seeds_ok"]
-    what = "epochs" if (seeds == 1).all() else "seeds and epochs"
+    what = section.parts if (seeds == 1).all() else f"seeds and {section.parts}"
     scale = f"on the scale of {section.frame_from}" if section.frame_from else "the scale taken anew each time"
     note = (
         f"{100 * LEVEL:.0f} %: where TPME lies in that share of {DRAWS:,} resamplings of every row's {what}, {scale}; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,19 +81,50 @@ def step_times(folder: Path, device: str) -> np.ndarray[Any, Any]:
     return np.array(clock.seconds).reshape(EPOCHS, STEPS)[2:]
 
 
+def added(steps: np.ndarray[Any, Any]) -> tuple[float, float, float]:
+    """What recording adds to a step, and the ends of its 95 % interval, as shares of a step.
+
+    Neighbours are compared, of which one is recorded and which the same noise hits; the mean over two epochs, in which
+    they change places, cancels what is slow about a place. Then the median: a sampler that wakes up in every other step
+    would not show in the fastest steps. The first step of an epoch makes the iterator of the data and is left out.
+
+    Args:
+        steps: as ``step_times`` returns them, of an even number of epochs.
+    """
+    pairs = np.log(steps[:, 1 : 1 + (STEPS - 1) // 2 * 2]).reshape(len(steps), -1, 2)
+    longer = pairs[..., 0] - pairs[..., 1]  # the first over the second, which is recorded in epochs 0, 2, ...
+    both = (longer[1::2] - longer[::2]) / 2
+    shares = np.sort(np.expm1(both), axis=None)
+    middle, aside = len(shares) // 2, math.ceil(0.98 * math.sqrt(len(shares)))  # order statistics of a median
+    return float(np.median(shares)), float(shares[middle - aside]), float(shares[middle + aside])
+
+
+def test_the_share_that_recording_adds_is_found_in_noise() -> None:
+    """Of made-up steps: a share of 2 %, in drifting noise that is larger than it, with a slow first step."""
+    generator = np.random.default_rng(0)
+    steps = np.repeat(np.linspace(1.0, 1.5, 28), STEPS).reshape(28, STEPS) * generator.lognormal(0, 0.01, (28, STEPS))
+    steps[:, 0] *= 3
+    steps[:, 1::2] *= 1.1  # what is slow about a place is none of the Recorder's
+    recorded = np.add.outer(np.arange(28), np.arange(STEPS)) % 2 == 0
+    for share in (0.0, 0.02):
+        found, low, high = added(np.where(recorded, 1 + share, 1) * steps)
+        assert low < found < high
+        assert abs(found - share) < 0.004
+
+
 @pytest.mark.slow
 def test_a_recorder_adds_at_most_one_percent_to_a_step(
     tmp_path: Path, device: torch.device, benchmark: Any, note: Any, say: Any
 ) -> None:
     runs = [benchmark.pedantic(step_times, args=(tmp_path / "1", device.type), rounds=1)]
-    for number in (2, 3, 4):  # a machine that somebody else uses may hide it; of every step the fastest counts
+    for number in (2, 3, 4, 5):  # until noise leaves no doubt, four runs at most; all of them count
         steps = np.concatenate(runs)
-        recorded = np.add.outer(np.arange(len(steps)), np.arange(STEPS)) % 2 == 0
-        with_it, without = (np.where(side, steps, np.inf).min(axis=0).sum() for side in (recorded, ~recorded))
-        ratio = with_it / without - 1
-        say(f"recorded steps of the Trainer: {ratio:+.2%} ({1e3 * steps.min(axis=0).mean():.3g} ms)")
-        if ratio <= MOST or number == 4:
+        share, low, high = added(steps)
+        say(f"recorded steps of the Trainer: {share:+.2%} [{low:+.2%}, {high:+.2%}] ({1e3 * np.median(steps):.3g} ms)")
+        if not low <= MOST <= high or number == 5:
             break
         runs.append(step_times(tmp_path / str(number), device.type))
-    note("what a Recorder adds to a step of transformers' Trainer", "at most 1%", f"{ratio:.2%}")
-    assert ratio <= MOST
+    note(
+        "what a Recorder adds to a step of transformers' Trainer", "at most 1%", f"{share:.2%} [{low:.2%}, {high:.2%}]"
+    )
+    assert share <= MOST
