@@ -161,7 +161,7 @@ def test_a_bug_is_no_regression(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     def broken(*_: object) -> int:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("tpme.reports.gate.baseline.load_runs", broken)
+    monkeypatch.setattr("tpme.reports.gate.check.load_runs", broken)
     baseline = str(ROOT / "baselines" / "base-shape.json")
     with pytest.raises(SystemExit) as ended:
         cli.app(["check", "runs", "--baseline", baseline])

@@ -34,11 +34,11 @@ def test_a_method_that_trains_nothing_is_flagged_unless_it_is_a_baseline(run_cel
     frozen = run_cell("pass")
     assert set(frozen.parameters.by_group) == {"recommender"}
     assert "trains no parameter of its own" in said(frozen)
-    assert [code for code, _ in row_of(frozen, "here")["flags"]][-1] == "trains-nothing"
+    assert [code for code, _ in row_of(frozen, "here", None)["flags"]][-1] == "trains-nothing"
     baseline = run_cell("baseline = True")
     assert baseline.parameters == frozen.parameters
     assert "trains no parameter" not in said(baseline)
-    assert "trains-nothing" not in [code for code, _ in row_of(baseline, "here")["flags"]]
+    assert "trains-nothing" not in [code for code, _ in row_of(baseline, "here", None)["flags"]]
 
 
 def test_a_method_that_trains_is_not_flagged(run_cell: Callable[..., Any]) -> None:

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from tpme.bench.errors import UserError
 from tpme.bench.limits import expanded
 from tpme.bench.measure.phases import PhaseLog, measuring
+from tpme.bench.measure.sampler import PERIOD_S
 from tpme.bench.names import check_line, check_name
 from tpme.bench.record import (
     Cell,
@@ -56,6 +57,9 @@ from tpme.bench.train.ending import failure_of, status_of
 from tpme.bench.train.facts import all_in, samples, save_arrays
 from tpme.bench.train.libraries import load_libraries
 from tpme.bench.writing import make_folder
+
+CPU_PERIOD_S = 0.1
+"""Time between two readings of the sampler on a CPU, where they take cores from the training. No peak depends on it."""
 
 if TYPE_CHECKING:
     from tpme.bench.recorder.lightning_callback import LightningRecorder
@@ -149,7 +153,7 @@ class Recorder:
             return self
         self._require_writable()
         self._records, self._started_at = True, datetime.now(UTC)
-        self._instruments = measuring(self.device)
+        self._instruments = measuring(self.device, CPU_PERIOD_S if self.device.type == "cpu" else PERIOD_S)
         self._log = self._instruments.__enter__()
         with torch.random.fork_rng():
             load_libraries(self.device)

@@ -234,7 +234,7 @@ def test_a_record_of_rounds_has_t_m_and_a_flag_that_says_which(world: Any, harne
     assert result.pass_time_s.value == result.counters["pass_s"].value > 0
     peaks = [phase.memory.host_rss_bytes.value for phase in result.phases if phase.kind == "round"]
     assert result.pass_memory.host_rss_bytes.value == max(peaks)
-    row = row_of(result, "cpu")
+    row = row_of(result, "cpu", None)
     assert row["epoch_time_s"] == result.counters["pass_s"].value
     assert row["memory_bytes"] == max(peaks)
     assert row["valid_recall_10"] == result.counters["valid_recall_10"].value
