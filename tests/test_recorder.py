@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from paired_steps import added
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -437,3 +439,19 @@ def test_the_number_of_processes_is_part_of_the_device(tmp_path: Path, monkeypat
 def test_the_package_imports_no_torch_until_a_recorder_is_asked_for() -> None:
     code = "import sys, tpme.bench; assert 'torch' not in sys.modules and not hasattr(tpme.bench, 'Recoder')"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- what the benchmark of its cost computes --------------------------------------------------------------------------
+
+
+def test_the_share_that_recording_adds_is_found_in_noise() -> None:
+    """Of made-up steps: a share of 2 %, in drifting noise that is larger than it, with a slow first step."""
+    generator = np.random.default_rng(0)
+    steps = np.repeat(np.linspace(1.0, 1.5, 28), 12).reshape(28, 12) * generator.lognormal(0, 0.01, (28, 12))
+    steps[:, 0] *= 3
+    steps[:, 1::2] *= 1.1  # what is slow about a place is none of the Recorder's
+    recorded = np.add.outer(np.arange(28), np.arange(12)) % 2 == 0
+    for share in (0.0, 0.02):
+        found, low, high = added(np.where(recorded, 1 + share, 1) * steps)
+        assert low < found < high
+        assert abs(found - share) < 0.004

@@ -118,10 +118,6 @@ def test_a_step_in_parts_is_a_step(script: Any, name: str, tmp_path: Path) -> No
         assert torch.allclose(weights[True][key], value, atol=1e-6), key
 
 
-NOT_MEASURED = {"test_devices_step.py", "test_recorder_cost.py"}
-"""Benchmarks of which no figure is documented yet: they want two idle cores."""
-
-
 def test_every_benchmark_has_its_row_in_the_documentation(script: Any) -> None:
     """Rows are made of what pytest-benchmark kept; of every benchmark one at least is documented, and no other."""
     row = {"work": "loss", "target": "5x", "measured": "8.58x", "stand_in": 0.41}
@@ -135,7 +131,7 @@ def test_every_benchmark_has_its_row_in_the_documentation(script: Any) -> None:
     collected = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     wanted = set(re.findall(r"^tests/benchmarks/(test_\S+::\S+)$", collected, flags=re.MULTILINE))
     documented = set(re.findall(r"`(test_\w+\.py::\S+)` \|$", part, flags=re.MULTILINE))
-    assert documented == {name for name in wanted if name.partition("::")[0] not in NOT_MEASURED}
+    assert documented == wanted
 
 
 def test_the_table_of_methods_is_that_of_the_docstrings(script: Any) -> None:

@@ -66,7 +66,7 @@ def speed_up(wide_world: Any, tmp_path: Path, benchmark: Any, say: Any, note: An
         note(
             f"training step on two ranks of a thread, {row}",
             aim,
-            f"{ratio:.2f}x ({1e3 * alone[0]:.3g} ms / {1e3 * pair[0]:.3g} ms)",
+            f"{ratio:.2f}x ({1e3 * alone[0]:.0f} ms / {1e3 * pair[0]:.0f} ms)",
         )
         return ratio
 

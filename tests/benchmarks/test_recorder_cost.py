@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from paired_steps import added
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
 from tpme.bench import Recorder
@@ -79,37 +79,6 @@ def step_times(folder: Path, device: str) -> np.ndarray[Any, Any]:
     with recording(folder, device) as run:
         Trainer(model, arguments, train_dataset=rows, callbacks=[clock := InTurns(run, device)]).train()  # type: ignore[arg-type]
     return np.array(clock.seconds).reshape(EPOCHS, STEPS)[2:]
-
-
-def added(steps: np.ndarray[Any, Any]) -> tuple[float, float, float]:
-    """What recording adds to a step, and the ends of its 95 % interval, as shares of a step.
-
-    Neighbours are compared, of which one is recorded and which the same noise hits; the mean over two epochs, in which
-    they change places, cancels what is slow about a place. Then the median: a sampler that wakes up in every other step
-    would not show in the fastest steps. The first step of an epoch makes the iterator of the data and is left out.
-
-    Args:
-        steps: as ``step_times`` returns them, of an even number of epochs.
-    """
-    pairs = np.log(steps[:, 1 : 1 + (STEPS - 1) // 2 * 2]).reshape(len(steps), -1, 2)
-    longer = pairs[..., 0] - pairs[..., 1]  # the first over the second, which is recorded in epochs 0, 2, ...
-    both = (longer[1::2] - longer[::2]) / 2
-    shares = np.sort(np.expm1(both), axis=None)
-    middle, aside = len(shares) // 2, math.ceil(0.98 * math.sqrt(len(shares)))  # order statistics of a median
-    return float(np.median(shares)), float(shares[middle - aside]), float(shares[middle + aside])
-
-
-def test_the_share_that_recording_adds_is_found_in_noise() -> None:
-    """Of made-up steps: a share of 2 %, in drifting noise that is larger than it, with a slow first step."""
-    generator = np.random.default_rng(0)
-    steps = np.repeat(np.linspace(1.0, 1.5, 28), STEPS).reshape(28, STEPS) * generator.lognormal(0, 0.01, (28, STEPS))
-    steps[:, 0] *= 3
-    steps[:, 1::2] *= 1.1  # what is slow about a place is none of the Recorder's
-    recorded = np.add.outer(np.arange(28), np.arange(STEPS)) % 2 == 0
-    for share in (0.0, 0.02):
-        found, low, high = added(np.where(recorded, 1 + share, 1) * steps)
-        assert low < found < high
-        assert abs(found - share) < 0.004
 
 
 @pytest.mark.slow
