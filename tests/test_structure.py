@@ -20,7 +20,7 @@ from tpme.bench.train.compiling import compile_model
 from tpme.bench.train.loop import Trainer
 from tpme.methods.registry import create
 
-ROWS = method_rows(fast=("iisan", "peft", "pt-peft"))  # one of each kind
+ROWS = method_rows(fast=("iisan",))
 CUT = {"autopeft", "light-peft"}
 """What they search or cut depends on the data; a plan has the configuration given, and cuts every layer alike."""
 PRUNED = """

@@ -60,7 +60,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, recalls: Sequence[float]) -> None:
 
 
 @pytest.mark.parametrize(
-    "method", ["fft", "id", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lora", "iisan"))]
+    "method", ["fft", *(pytest.param(name, marks=pytest.mark.slow) for name in ("id", "lora", "iisan"))]
 )
 def test_equal_seeds_give_equal_runs_bit_for_bit(make_trainer: MakeTrainer, method: str) -> None:
     first = trained(make_trainer, method, seed=3)
@@ -243,7 +243,9 @@ def kept_bytes(trainer: Trainer) -> int:
     return sum(kept.values())
 
 
-@pytest.mark.parametrize("method", ["fft", "lora", "adapter", "prompt"])
+@pytest.mark.parametrize(
+    "method", ["fft", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lora", "adapter", "prompt"))]
+)
 def test_checkpointing_changes_the_memory_and_nothing_else(make_trainer: MakeTrainer, method: str) -> None:
     plain = make_trainer(method, modalities=("text", "image"))
     checkpointed = make_trainer(method, modalities=("text", "image"), activation_checkpointing=True)
