@@ -404,7 +404,7 @@ def test_where_slurm_takes_no_more_jobs_the_others_wait(runs: Runs, monkeypatch:
         return submit(self, run, name, work, tasks, *rest)
 
     monkeypatch.setattr(Submitter, "submit", limited)
-    ended_ok(runs.launch(runs.jobs(*[{}] * 6)))
+    ended_ok(runs.launch(runs.jobs(*[{"s": 5}] * 6)))  # longer than two attempts to submit more
     assert sum(sizes) == 6
     assert set(runs.ran("start").values()) == {1}
     assert (
