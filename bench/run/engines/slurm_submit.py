@@ -14,6 +14,7 @@ from tpme.bench.limits import resolved
 from tpme.bench.run.engines.profile import RunProfile
 from tpme.bench.run.engines.slurm_jobs import jobs_folder
 from tpme.bench.run.engines.slurm_queue import max_array_size, nodes
+from tpme.bench.run.engines.slurm_task import SlurmTask
 from tpme.bench.run.job import Job
 from tpme.bench.slurm_commands import SlurmError, in_short
 
@@ -87,20 +88,12 @@ class Submitter:
         return float(self.profile.time_s or sum(job.time_limit_s for job in jobs) + MARGIN_S)
 
     def submit(
-        self,
-        run: Path,
-        name: str,
-        work: object,
-        tasks: Sequence[object],
-        time_s: float,
-        after: Sequence[str] = (),
-        nodes: int = 1,
+        self, run: Path, name: str, work: SlurmTask, tasks: Sequence[object], time_s: float, after: Sequence[str] = ()
     ) -> str:
         """Submit ``work`` on each of ``tasks`` as one job array; returns its number.
 
         Args:
             run: the run folder. name: of the job. time_s: time limit of a task. after: ids of jobs to wait for.
-            nodes: of a task; each of them calls ``work``.
 
         Raises SlurmError with the words of sbatch.
         """
@@ -120,7 +113,7 @@ class Submitter:
         executor.update_parameters(
             job_name=name,
             time=math.ceil(time_s / 60),
-            nodes=nodes,
+            nodes=work.nodes,
             ntasks_per_node=1,
             cpus_per_task=profile.cpus,
             array_parallelism=len(tasks),

@@ -17,15 +17,19 @@ from tpme.bench.run.job import Job
 if TYPE_CHECKING:
     from tpme.bench.task.features import FeatureJob
 
-THREADS, NODE = "OMP_NUM_THREADS", "SLURM_NODEID"
+THREADS = "OMP_NUM_THREADS"
 
 
 @dataclass(frozen=True)
-class _Task:
+class SlurmTask:
+    """Work of a task: called on each of its nodes, with one element of the array."""
+
     cpus: int
-    """Cores that Slurm gives a task; not every cluster binds its processes to them."""
+    """Cores that Slurm gives it on a node; not every cluster binds its processes to them."""
+    nodes: int = 1
 
     def variables(self) -> dict[str, str]:
+        """Further environment variables of its processes."""
         return {} if THREADS in os.environ else {THREADS: str(self.cpus)}
 
     def checkpoint(self, *arguments: Any) -> Any:
@@ -35,23 +39,22 @@ class _Task:
         return DelayedSubmission(self, *arguments)
 
 
-class RunCells(_Task):
+class RunCells(SlurmTask):
     """Runs attempts, one after the other."""
 
     def __call__(self, jobs: Sequence[Job]) -> None:
         """Run those that have not left a record; on several nodes, each of which calls this, together."""
-        nodes, number = (int(os.environ.get(name, default)) for name, default in (("SLURM_NNODES", 1), (NODE, 0)))
         for job in jobs:
             if job.file(".json").exists():
                 continue
-            if nodes == 1:
+            if self.nodes == 1:
                 run_job(job, variables=self.variables())
             else:
                 meeting = f"{os.environ['SLURM_JOB_ID']}-{os.environ.get('SLURM_RESTART_COUNT', 0)}"
-                run_on_nodes(job, number, nodes, meeting, self.variables())
+                run_on_nodes(job, int(os.environ["SLURM_NODEID"]), self.nodes, meeting, self.variables())
 
 
-class BuildCaches(_Task):
+class BuildCaches(SlurmTask):
     """Builds a feature cache, with all that several cells need of it."""
 
     def __call__(self, jobs: Sequence[FeatureJob]) -> None:

@@ -30,7 +30,7 @@ from tpme.bench.run.engines.slurm_jobs import (
 )
 from tpme.bench.run.engines.slurm_queue import RUNNING, SlurmJobState, queue, why_ended
 from tpme.bench.run.engines.slurm_submit import Submitter
-from tpme.bench.run.engines.slurm_task import BuildCaches, RunCells
+from tpme.bench.run.engines.slurm_task import BuildCaches, RunCells, SlurmTask
 from tpme.bench.run.job import Job
 from tpme.bench.run.progress import Screen
 from tpme.bench.slurm_commands import SlurmError
@@ -211,23 +211,22 @@ class SlurmWatch:
         limit_s = max(map(self.submitter.time_s, tasks))
         submission = Submission(name=self.file.new_name(), tasks=attempts)
         profile = self.submitter.profile
-        self._submit_one(submission, RunCells(profile.cpus), on_nodes, limit_s, after, profile.nodes)
+        self._submit_one(submission, RunCells(profile.cpus, profile.nodes), on_nodes, limit_s, after)
         given = {attempt for task in attempts for attempt in task}
         self.waiting = [job for job in self.waiting if Attempt.of(job) not in given]
 
     def _submit_one(
         self,
         submission: Submission,
-        work: object,
+        work: SlurmTask,
         tasks: Sequence[object],
         limit_s: float,
         after: Sequence[str] = (),
-        nodes: int = 1,
     ) -> None:
         """Submit; the intention is on disk before, the number after. Raises SlurmError, and leaves the intention."""
         before = self.file.submissions
         self._write((*before, submission))
-        number = self.submitter.submit(self.run, submission.name, work, tasks, limit_s, after, nodes)
+        number = self.submitter.submit(self.run, submission.name, work, tasks, limit_s, after)
         self._write((*before, submission.model_copy(update={"job": number})))
 
     def _write(self, submissions: tuple[Submission, ...]) -> None:
