@@ -7,7 +7,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -47,27 +47,34 @@ def run_job(
         live: logs its epochs, which the cell then reports. lock: of ``locked_run``, which the cell holds, too.
         variables: further environment variables. caught: see ``Supervision``.
     """
-    job_file, record = job.file(".job.json"), job.file(".json")
     started, began = time.monotonic(), datetime.now(UTC)
+    lines = contextlib.nullcontext() if live is None else live.lines_of(job)
+    with _written(job, content) as job_file, lines as hear:
+        how = Supervision(job.time_limit_s, show, hear, lock, variables or {}, caught)
+        ending: Ending | RanksEnding
+        if job.cell.training.devices == 1:
+            started_cell = command(job_file, python) if live is None else command(job_file, python, "live_cell")
+            ending = run_process(started_cell, job.log(), how)
+        else:
+            with RanksOfNode.first(job.cell.training.devices) as node:
+                ending = _run_ranks(job, job_file, node, how, python, live is not None)
+    return _result(job, ending, time.monotonic() - started, began)
+
+
+@contextlib.contextmanager
+def _written(job: Job, content: bytes | None = None) -> Iterator[Path]:
+    """The job file of an attempt, within the block; where that is left by an exception, nothing but a record stays."""
+    job_file = job.file(".job.json")
     remove_files(job)  # of the same attempt of a launcher that was killed
     try:
         write_atomically(job_file, content or job.model_dump_json(indent=1).encode())
-        with contextlib.nullcontext() if live is None else live.lines_of(job) as hear:
-            how = Supervision(job.time_limit_s, show, hear, lock, variables or {}, caught)
-            ending: Ending | RanksEnding
-            if job.cell.training.devices == 1:
-                started_cell = command(job_file, python) if live is None else command(job_file, python, "live_cell")
-                ending = run_process(started_cell, job.log(), how)
-            else:
-                with RanksOfNode.first(job.cell.training.devices) as node:
-                    ending = _run_ranks(job, job_file, node, how, python, live is not None)
+        yield job_file
     except BaseException:
-        if not record.exists():
+        if not job.file(".json").exists():
             remove_files(job)
         raise
     finally:
         job_file.unlink(missing_ok=True)
-    return _result(job, ending, time.monotonic() - started, began)
 
 
 def run_on_nodes(
@@ -89,9 +96,7 @@ def run_on_nodes(
             leave_note(job, _run_ranks(job, job_file, node, how))
         return None
     started, began = time.monotonic(), datetime.now(UTC)
-    remove_files(job)
-    try:
-        write_atomically(job_file, job.model_dump_json(indent=1).encode())
+    with _written(job):
         with RanksOfNode.first(job.cell.training.devices, nodes) as node:
             write_atomically(point, json.dumps([node.address, node.port]).encode())
             ending = _run_ranks(job, job_file, node, how)
@@ -99,12 +104,6 @@ def run_on_nodes(
         until_s = time.monotonic() + 2 * process.GRACE_S  # each node gives its ranks some time to end
         while not ending.well and len(notes(job)) < nodes and time.monotonic() < until_s:
             time.sleep(process.POLL_S)
-    except BaseException:
-        if not job.file(".json").exists():
-            remove_files(job)
-        raise
-    finally:
-        job_file.unlink(missing_ok=True)
     return _result(job, ending, time.monotonic() - started, began)
 
 
